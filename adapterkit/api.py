@@ -61,15 +61,15 @@ def convert(
         on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
             `write`.
         max_error: with `on_loss="promote"`, the largest relative error of a change.
-        profile: a program that supports only a part of the format, such as `"vllm"`.
-        match_base: write the targets under the names, and split into the weights, that `base` stores.
+        profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
+        match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
         rename: rules for names, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
-        made_from: a digest of everything that decides the output, stored with it; see `write`.
+        made_from: a digest of all inputs and options, which is stored with the output; see `write`.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The result: what was written, with a line for each loss and each warning.
+        The result: path, format and number of targets, with a line for each loss and each warning.
 
     Raises:
         UsageError: `dst` is `src`, or `match_base` is set without a base.
@@ -89,7 +89,7 @@ def convert(
         given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
         for name, value in given.items():
             if value is not None:
-                why = f"{name} is {value}, but the slots of a graph decide what the file holds"
+                why = f"{name} is {value}, but the slots of the graph determine the content of the file"
                 cure = f"Omit --{name.replace('_', '-')} ({name}=)"
                 raise UsageError(why, where=name, cure=cure)
         adapter = read(source, format or detect(source), compat=compat, **reading)
@@ -135,7 +135,7 @@ def _for_slots(
 
 
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
-    """Return a warning for each adapter that names another base; no warnings if `base` is None."""
+    """Return a warning for each adapter whose files name a base other than `base`; no warnings if `base` is None."""
     if base is None:
         return []
     found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
@@ -162,12 +162,12 @@ def inspect(
     Args:
         src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
             checkpoint.
-        base: the base of an adapter; the result then says whether the two fit.
+        base: the base of an adapter; the result then says whether the adapter fits the base.
         format: the format of an adapter; detected from its headers if absent.
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
         rename: rules for names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: weights of a graph's base, to find layers by their values.
+        base_weights: for a graph, the weights of its base, to find layers by their values.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
@@ -205,27 +205,28 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Return the weights of a base that an adapter's targets match, and the rules that match them; read only headers.
+    """Match an adapter's targets to the weights of a base, and list the rules that matched them; read only headers.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
-        adapter: the adapter, or its path. If absent, the base's own names are listed with the names that other tools
-            use.
+        adapter: the adapter, or its path. If absent, the function lists the base's weight names, each with the names
+            that other tools use for this weight.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        allow_partial: list targets that match nothing under `missing` instead of refusing.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
+        allow_partial: list targets that match no weight under `missing`, instead of raising `TargetNotFound`.
+        strict_base: refuse a base whose name, config or fingerprint differs from the values in the adapter's files.
 
     Returns:
         A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter,
-        the dict also has `targets`, a list of records with `target` (the name in the adapter), `path` (the name in the
-        base), `rows`, `layout` and `tensor`; `rules`, each with the number of targets that it resolved; and `missing`.
-        Without an adapter, the dict has `weights`, with one record per stored name: the name with `#` in place of
-        numbers, the number of modules with this name, and `names`, the names that other tools use.
+        the dict also has three lists. `targets` has records with `target` (the name in the adapter), `path` (the name
+        in the base), `rows`, `layout` and `tensor`. `rules` has each rule with the number of targets that the rule
+        resolved. `missing` has the targets without a weight. Without an adapter, the dict has `weights`, with one
+        record per stored name: the name with `#` in place of numbers, the number of modules with this name, and
+        `names`, the names that other tools use.
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter names another base.
-        TargetNotFound: a target matches nothing, or its name has two possible readings.
-        ShapeMismatch: a shape does not fit.
+        TargetNotFound: a target matches no weight, or its name could mean two different weights.
+        ShapeMismatch: the shape of an update does not fit its weight.
         UsageError: a rule cannot be parsed.
     """
     checkpoint = opened(base)
@@ -262,7 +263,7 @@ def report(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
-    """Measure adapters and report what stands out in numbers, sentences and charts; notebooks show the result.
+    """Measure adapters, and report the findings as numbers, sentences and charts; notebooks show the result.
 
     Args:
         adapters: one adapter or several, each an `Adapter`, a path or an address.
@@ -279,9 +280,9 @@ def report(
         The report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
 
     Raises:
-        UsageError: no adapter is given, or `merged` without `base`.
+        UsageError: `adapters` is empty, or `merged` is set without `base`.
         StorageError: `out` exists.
-        Unsupported: the package that draws charts is not installed; raised only if `out` is given.
+        Unsupported: `out` is set, and the package that draws charts is not installed.
         AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
     from pathlib import Path
@@ -316,7 +317,10 @@ def report(
 
 
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
-    """Read an adapter, with the base if the two fit. If they do not fit, the report says so."""
+    """Read an adapter, and resolve its names with the base if the adapter fits the base.
+
+    If the adapter does not fit, it is read without the base, and the report says that it does not fit.
+    """
     if base is None:
         return read(path)
     try:
@@ -326,7 +330,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short, unique name for each adapter: the shortest end of its path that no other adapter's path has."""
+    """Return a short, unique name for each adapter: the last parts of its path, as many as make all names different."""
     from os import fspath
 
     parts = [

@@ -1,7 +1,7 @@
-"""Test a program that reads adapterkit files with the vectors of the specification (spec/README.md, section 16).
+"""Test a program that reads adapterkit files with the specification's test vectors (spec/README.md, section 16).
 
-Any program can be tested: it is called with a verb and paths, and prints one line of JSON per path. The vectors contain
-the expected results, so the tests do not use this package's own reader of adapters.
+Any program can be tested. The test calls the program with a verb and paths, and the program prints one line of JSON per
+path. The vectors contain the expected results, so the tests do not use this package's own reader of adapters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, NotRequired, TypedDict
 from .errors import Corrupt, UsageError
 
 BATCH = 100
-"""The largest number of paths in one call of the program."""
+"""The most paths that one call of the program gets."""
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""Names of the outputs that `compute` prints for a path; all other tensors of a vector's base are inputs."""
+"""Names of the tensors that the verb `compute` prints. In a vector, all other tensors of the base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb that answers with a list of texts -> (the answer's field, the case's field with the expected text)."""
+"""For each verb that answers with a list of texts: the field of this list, and the field of an expected text."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that have a negative zero."""
@@ -43,11 +43,12 @@ class CaseOutcome:
 
     Attributes:
         case: the name of the case in the index.
-        conformance_class: the tested kind of program: reader, validator, base reader, merger, runtime or writer.
-        requirements: the tested requirements.
+        conformance_class: the kind of program that the case tests: reader, validator, base reader, merger, runtime or
+            writer.
+        requirements: the requirements of the specification that the case tests, such as R-10.4.
         verb: the verb with which the program was called.
-        passed: whether the program gave the expected result; None if the program has no formula for the case.
-        why: how the result differs; empty if the case passed.
+        passed: whether the program printed the expected result; None if the program lacks a formula for the case.
+        why: the difference from the expected result; empty if the case passed.
     """
 
     case: str
@@ -59,7 +60,7 @@ class CaseOutcome:
 
 
 class Expected(TypedDict, total=False):
-    """The expected answer of a case in the index: an error with its place, or what the answer must contain."""
+    """The expected answer of a case: an error and its location, or the digest and tensors that the answer must have."""
 
     error: str
     where: str
@@ -76,27 +77,27 @@ Case = TypedDict(
         "inputs": dict[str, str], "path": NotRequired[str], "expected": Expected,
     },
 )  # fmt: skip
-"""An entry of the index of vectors; section 16 of the specification defines the fields."""
+"""One test case: an entry of the vectors' index. Section 16 of the specification defines the fields."""
 
 Line = Mapping[str, object]
-"""An answer of the program: a JSON object whose fields and types are not yet checked."""
+"""The JSON object that the program printed for a path; its fields and types are not yet checked."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that returns the program's line for each path; for `compute` and `merge`, one line for a pair of paths."""
+"""A function that runs a verb on paths. It returns one answer for each path; `compute` and `merge`, one for both."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
     """Run a program on all cases, and return the outcome of each.
 
     Args:
-        command: the program and its first arguments; a verb and paths are appended. For a reader that is not a program,
-            a function that takes the verb and the paths.
+        command: the program and its first arguments, to which a verb and paths are appended. Or a Python function that
+            takes the verb and the paths, and returns the answers.
         suite: the folder `vectors` of the specification, or the archive of this folder from a release. Default: the
             folder in this checkout.
 
     Raises:
         UsageError: the folder has no index of vectors.
-        Corrupt: a vector differs from the one that the index lists.
+        Corrupt: the digest of a vector differs from the digest in the index.
 
     Example:
         >>> from adapterkit.conformance import conformance
@@ -146,11 +147,11 @@ def _methods(case: Case) -> list[str]:
 
 
 def _foreign(case: Case, line: Line, known: set[str]) -> bool:
-    """Whether the program refuses a case because it does not know the case's method, as R-7.1 allows."""
+    """Whether the program refuses a case because it does not know the case's method; R-7.1 allows this refusal."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # Also accept `updates[0] (q)`: an error of a computation also names the target.
+    # Also accept `updates[0] (q)`: an error during a computation adds the name of the target.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))
@@ -196,7 +197,7 @@ def _judged(case: Case, line: Line) -> CaseOutcome:
 
 
 def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
-    """Compare canonical JSON, one text at a time."""
+    """Compare the texts in the program's answer with the expected texts, one by one."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
     if line.get("error") == "Unsupported":
@@ -210,7 +211,7 @@ def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
 
 
 def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
-    """Compare all bytes of a merged base; if the case has no result, the program must refuse the merge."""
+    """Compare all bytes of a merged base; a case without an expected base tests that the program refuses the merge."""
     from .io import safetensors
 
     judged = _judged(case, line) if expected is None else None
@@ -232,14 +233,14 @@ def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
 
 
 def _same(got: object, wanted: list[Any]) -> bool:
-    """Whether a tensor has the bytes of a vector; the sign of a zero does not matter (R-10.4)."""
+    """Whether a tensor has the expected dtype, shape and bytes; -0.0 and 0.0 count as equal (R-10.4)."""
     if not isinstance(got, list) or got[:2] != wanted[:2] or len(got) != len(wanted) or not isinstance(got[2], str):
         return False
     return _without_negative_zeros(*got) == _without_negative_zeros(*wanted)
 
 
 def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list[str]:
-    """Return the elements in hexadecimal, little-endian; a negative zero is returned as 0."""
+    """Split a tensor's little-endian hexadecimal text into elements, and replace each -0.0 by 0.0."""
     width = max(2, len(text) // max(1, math.prod(shape)))
     elements = [text[at : at + width] for at in range(0, len(text), width)]
     negative = "80".rjust(width, "0")
@@ -247,10 +248,9 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 
 
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
-    """Compare all numbers of a method's vector.
+    """Compare all tensors that the program computed for a method with the expected tensors.
 
-    A program answers Unsupported if it has no formula for a path. If all other paths are right, the outcome is neither
-    passed nor failed.
+    If the program answers Unsupported for some tensors, and all other tensors are right, then `passed` is None.
     """
     import numpy as np
 
@@ -281,7 +281,7 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
         extra.discard(f"{path}.{word}")
         got = arrays.get(word)
         if got is None and word == "y" and "merged.weight" in arrays:
-            continue  # A merger need not compute outputs.
+            continue  # A missing `y` is allowed: a merger does not compute outputs.
         if got is None:
             return _outcome(case, False, f"{name} is missing")
         wanted = leaf.numpy()

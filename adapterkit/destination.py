@@ -1,4 +1,4 @@
-"""Write an adapter to a local path or a hub, after checking the destination before any other work."""
+"""Write an adapter to a local path or a hub; the destination is checked before any other work starts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class WriteResult:
         format: the written format.
         targets: the number of targets.
         updates: the number of updates.
-        losses: one line for each omitted or rewritten update; see `on_loss`.
-        warnings: further warnings, such as a base that the adapter was not made for.
+        losses: one line for each update that was omitted or rewritten; see `on_loss`.
+        warnings: further warnings, for example that the adapter was made for another base.
         already_done: True if the same output already existed, so that nothing was written.
     """
 
@@ -69,7 +69,7 @@ class Destination:
     Args:
         out: the path or the URI.
         sources: the adapters that are read. If all their model cards name the same licence, the card of a pushed
-            adapter names it too.
+            adapter names this licence too.
         overwrite: replace an existing output.
         format: the format to write.
         base: the base that is read.
@@ -97,7 +97,7 @@ class Destination:
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that exists, or at which a source would be replaced. A hub is only checked during the push.
+        """Refuse a path that exists, or that would replace one of the sources. A hub is only checked during the push.
 
         Raises:
             UsageError: the destination is one of the sources.
@@ -121,10 +121,10 @@ class Destination:
         Args:
             adapter: the adapter.
             on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
-            profile: a program that accepts only a part of the format.
+            profile: the program that will load the output, if it supports only a part of the format.
             max_error: with `on_loss="promote"`, the largest relative error of a change.
             base: the base, if it is already open.
-            made_from: a digest of everything that decides the output, stored with it.
+            made_from: a digest of all inputs and options, which is stored with the output.
             warnings: warnings to include in the result.
         """
         unchanged: list[bool] = []

@@ -1,4 +1,4 @@
-"""The errors that adapterkit raises on purpose: one root class and few subclasses, with a location and a cure.
+"""The errors that adapterkit raises on purpose: one root class and few subclasses. Each has a location and a cure.
 
 The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
 """
@@ -17,26 +17,26 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""The longest line of an error, in characters; longer lines are cut, because a name from a file can have 70,000."""
+"""The longest line of an error, in characters. Longer lines are cut: a name from a file can have 70,000 characters."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""The longest error with several lines, in characters: about one screen. Further lines are only counted."""
+"""The longest error of several lines, in characters: about one screen. The error only counts the remaining lines."""
 
 MAX_PATH = 4096
 """The longest path in an error, in characters: the limit of Linux."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
-"""Matches a url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not
-match."""
+"""Matches a url. One slash is enough, because `pathlib` turns two slashes into one. A Windows drive such as `C:/` does
+not match, because the scheme needs at least two letters."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""Matches user name and password before a host; `host:5000/name@sha256:...` has neither, and does not match."""
+"""Matches a user name and password before a host. It does not match `host:5000/name@sha256:...`, which has neither."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""Matches a secret in part of a url, such as the path of a file on a hub whose uri has a query."""
+"""Matches a secret in a piece of a url without a scheme, such as a file's path on a hub whose uri has a query."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -44,8 +44,8 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 def public(text: str) -> str:
     """Return the text with all secrets in urls replaced by `...`.
 
-    This is the only function that removes secrets. Errors, lineage, origin files, reports and all output of the command
-    line pass through it. It removes user names and passwords before the host, and the whole query (`?token=`,
+    This is the only function that removes secrets. It is applied to errors, lineage, origin files, reports and all
+    output of the command line. It removes user names and passwords before the host, and the whole query (`?token=`,
     `X-Amz-Signature`, ...), because no list could name all secret parameters.
     """
     if ":/" in text:
@@ -91,13 +91,13 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
 
-    Setting a text attribute removes secrets from urls (`public`) and shortens long quotations (`brief`).
+    When a text attribute is set, `public` removes secrets from its urls, and `brief` shortens a long text.
 
     Attributes:
-        why: what is wrong, in one sentence without a full stop.
+        why: the fault, in one sentence without a full stop.
         path: the faulty file or folder, or None.
-        where: the location inside it: a tensor, a key, a target, a byte offset.
-        cure: what the reader of the message can do.
+        where: the location of the fault inside the file: a tensor, a key, a target or a byte offset.
+        cure: a sentence that tells the user how to mend the fault.
         code: a stable machine-readable name for the kind of error.
         exit_code: the exit code of the command line.
     """
@@ -128,7 +128,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Fill in the path and location if they are missing, and return the same error."""
+        """Set the path and location of an error that lacks them, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self
@@ -167,13 +167,13 @@ class ShapeMismatch(AdapterkitError):
 
 
 class TargetNotFound(AdapterkitError):
-    """A target matches nothing in the base, or more than one weight."""
+    """A target matches no weight of the base, or more than one."""
 
     code = "target-not-found"
 
 
 class Unsupported(AdapterkitError):
-    """The input is well-formed, but needs an unknown method, version, or option that would change the result."""
+    """The input is well-formed, but uses a method, a format version or an option that adapterkit does not support."""
 
     code = "unsupported"
     exit_code = 3
@@ -190,8 +190,9 @@ class Unrepresentable(AdapterkitError):
     """A format cannot express the adapter.
 
     Attributes:
-        items: one line for each thing that the format cannot express.
-        places: the updates that the writer could store as another method, as (target, position among its updates).
+        items: one line for each update or value that the format cannot express.
+        places: the updates that the writer could store as another method, each as (target, index in the target's list
+            of updates).
     """
 
     code = "unrepresentable"
@@ -207,27 +208,27 @@ class Unrepresentable(AdapterkitError):
 
 
 class CheckFailed(AdapterkitError):
-    """A verification ran to completion and found a difference."""
+    """A check, such as a verification of a merge, ran to the end and failed."""
 
     code = "check-failed"
     exit_code = 1
 
 
 class Miswritten(CheckFailed):
-    """A format's writer made an error: the written files, read back, give a different adapter."""
+    """A format's writer has a bug: when the written files are read back, the adapter differs from the original."""
 
     code = "miswritten"
 
 
 class Corrupt(AdapterkitError):
-    """Bytes differ from the expected ones: a digest, a length or a journal does not match."""
+    """The bytes of a file are not the expected bytes: a digest, a length or a journal does not match."""
 
     code = "corrupt"
     exit_code = 4
 
 
 class StorageError(AdapterkitError):
-    """The file system refused: the disk is full, access is denied, or the path is read-only, missing, or exists."""
+    """The file system refused an operation: the disk is full, access is denied, or the path is missing or exists."""
 
     code = "storage"
     exit_code = 6
@@ -278,8 +279,8 @@ R = TypeVar("R")
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function whose first argument is a file, so that its errors name the file.
 
-    The argument is a path, or an object with a `root`. An error that already names a file is not changed, nor is a
-    `UsageError`, which is about the call and not about a file.
+    The first argument is a path, or an object whose `root` is a path. Errors that already name a file stay unchanged.
+    A `UsageError` also stays unchanged, because it is about the call and not about a file.
     """
     name = next(iter(signature(function).parameters))
 
@@ -325,12 +326,12 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, among: Iterable[str], count: int = 3, *, before: str = "") -> str:
-    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if no name is close.
+    """Return the text "Nearest: ..." with similar names, for the cure of an error; "" if no name is similar.
 
     Args:
-        name: the name that was not found.
-        among: names that exist.
-        count: the largest number of names.
+        name: the name that does not exist.
+        among: the names that exist.
+        count: the most names to list.
         before: text to put before each name.
     """
     import difflib

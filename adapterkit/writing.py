@@ -1,10 +1,10 @@
 """Write an adapter in any format; on request, rewrite updates in a method that the format supports.
 
-A writer refuses before it writes anything, and lists the updates that it cannot express (`Unrepresentable.places`).
-Promotion rewrites these updates and calls the writer again. Low-rank changes become a LoRA with exactly their factors,
-without a decomposition. Other changes become a difference of weights if the format supports that, or the nearest LoRA
-if the caller accepts an error. Promotion needs `ops`, which the writers in `formats` may not import; therefore
-promotion is in this module.
+A writer first checks all updates. It raises `Unrepresentable` before it writes anything, and lists the updates that the
+format cannot express in `places`. Promotion rewrites these updates and calls the writer again. Low-rank changes become
+a LoRA with exactly their factors, without a decomposition. Other changes become a weight difference (`Dense`) if the
+format supports weight differences, or the nearest LoRA if the caller accepts an error. Promotion needs the package
+`ops`, which the writers in `formats` may not import; therefore promotion is in this module.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ACCEPT = "Accept an error with max_error=/--max-error, pass the base if a formul
 
 _REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""The relative tolerance of a stated error. A hundredth of this number is the absolute tolerance, for rounding to
-float32."""
+"""The relative tolerance when the reported error of a promotion is checked. The absolute tolerance, for rounding to
+float32, is a hundredth of this number."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
 Made = tuple["Target", "Update", str]
-"""(target, the update that replaces all updates at the target, a line that reports the change)."""
+"""The promotion of one target: the target, the update that replaces all its updates, and a line for the user."""
 
 
 def write(
@@ -76,12 +76,14 @@ def write(
         format: the format to write.
         base: the base, for formats that need it to resolve names or to order rows.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
-        profile: a program that supports only a part of the format, such as `"vllm"`. Scalings and ranks that the
-            program ignores are folded into the tensors; updates that it cannot run are refused.
+        profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
+            Scalings and ranks that the program ignores are folded into the tensors; updates that the program cannot
+            run are refused.
         max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
             approximate by a low rank; None allows no error.
-        overwrite: replace an existing file or folder at `path`; if False, an existing one is an error.
-        made_from: a digest of all inputs of the output, stored for a later run; see `adapterkit.io.staging`.
+        overwrite: replace an existing file or folder at `path`; if False, an existing file or folder is an error.
+        made_from: a digest of all inputs and options. The digest is stored with the output, so that a later run with
+            the same digest can skip the work; see `adapterkit.io.staging`.
 
     Raises:
         StorageError: `path` exists and `overwrite` is False, `path` is neither a file nor a folder, another process is
@@ -112,15 +114,15 @@ def write(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promotion:
-    """The allowed ways to rewrite updates.
+    """Rewrite the updates that a format refuses, in the methods that the format supports.
 
     Attributes:
         lora: whether the format supports LoRA.
-        dense: whether the format supports differences of weights.
-        identities: whether a difference of weights may become a LoRA of full rank.
+        dense: whether the format supports weight differences (`Dense`).
+        identities: whether a weight difference may become a LoRA of full rank, one factor of which is the identity.
         whole: whether the format supports whole parameters, so that the base's weight plus a difference may be written.
         max_error: the accepted relative Frobenius error of each change; None accepts no error.
-        base: the base whose weights are passed to formulas that need them.
+        base: the base, for formulas that read its weights.
     """
 
     lora: bool
@@ -136,10 +138,13 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Write the adapter; while the writer refuses updates, promote them and retry. Return a line for each.
+        """Write the adapter; promote the updates that the writer refuses, and retry until the writer accepts all.
+
+        Returns:
+            The writer's lines, and a line for each promoted update.
 
         Raises:
-            Unrepresentable: no refused update can be promoted further.
+            Unrepresentable: the writer refuses updates that cannot be promoted.
         """
         lines: list[str] = []
         while True:
@@ -158,7 +163,7 @@ class Promotion:
                 adapter, lines = changed, lines + said
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
-        """Put promotion first in a refusal's cure, if it can write all refused updates without loss."""
+        """If promotion can write all refused updates without loss, put promotion first in the error's cure."""
         refused = {target for target, _ in refusal.places}
         found = [adapter.updates.get(target, ()) for target in refused]
         if found and all(self._is_exact(each) for each in found):
@@ -166,7 +171,10 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, found: Sequence[Update]) -> bool:
-        """Whether the updates can be combined into one LoRA or one difference of weights, and are not one yet."""
+        """Whether the updates of a target can be rewritten, without loss, as one LoRA or one weight difference.
+
+        False if the updates are already in this form.
+        """
         if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
             return False
         if len(found) == 1 and isinstance(found[0], Dense):
@@ -205,7 +213,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
-        """Return an update that can replace a full weight difference, for formats that cannot store one, or None."""
+        """Return an update that replaces a weight difference, for formats without weight differences, or None."""
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             made = _by_identity(update, shape)
@@ -219,7 +227,7 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
-        """Return the LoRA with the smallest rank within the accepted error."""
+        """Return the LoRA of the smallest rank whose error is accepted."""
         from .ops import promote
 
         cuts: list[Any] = []
@@ -236,19 +244,20 @@ class Promotion:
 
 
 def _is_vector(found: Sequence[Update]) -> bool:
-    """Whether all updates are differences of norms or biases, which a LoRA cannot approximate."""
+    """Whether all updates change norms or biases, which a LoRA cannot approximate."""
     return bool(found) and all(isinstance(update, Dense) and not _is_matrix(update) for update in found)
 
 
 def _is_matrix(update: Dense) -> bool:
-    """Whether a difference belongs to a weight with inputs and outputs."""
+    """Whether a weight difference has an input and an output axis."""
     return update.D is not None and len(update.D.shape) > 1
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
-    """Return a difference D as a LoRA of full rank: one factor is D, the other one the smaller possible identity.
+    """Return a weight difference D as a LoRA of full rank: one factor is D, the other factor is an identity.
 
-    A difference of only the bias gets two zero factors of rank 1, as diffusers converts the `diff` of Wan's head.
+    The identity has the smaller of D's two sizes. If only the bias changes, the LoRA has two zero factors of rank 1;
+    diffusers converts the `diff` of Wan's head in the same way.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -275,7 +284,7 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
-    """Return the base's parameter at a target, as stored; None if the base has no parameter of this name and shape."""
+    """Return the base's stored parameter at a target; None if the base has no parameter of this name and shape."""
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]
     except AdapterkitError:
@@ -290,7 +299,7 @@ def _sum(weight: Lazy, update: Dense) -> Lazy:
 
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
-    """Return the LoRA with the factors of all updates together; None if an update has no factors or no known shape."""
+    """Return one LoRA with the factors of all updates; None if an update lacks factors, or the shape is unknown."""
     from .ops.building import low_rank
     from .ops.lowering import Change
 
@@ -318,7 +327,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
-    """Return the sum of all updates' changes to the weight, as one difference."""
+    """Return the sum of all updates' changes to the weight, as one weight difference."""
     from .ops.alignment import places
     from .ops.building import dense
 
@@ -333,34 +342,35 @@ def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | No
 
     promoted = _when_read(made)
     _check_error(alone, place.target, promoted, 0.0, base)
-    return place.target, promoted, f"{said} a difference of weights"
+    return place.target, promoted, f"{said} a weight difference"
 
 
 def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
-    """Check with random inputs that the promoted update is the sum of the given ones.
+    """Check with random inputs that the promoted update equals the sum of the original updates.
 
     Raises:
-        Miswritten: the promoted update is not the sum of the given ones.
+        Miswritten: the promoted update is not the sum of the original updates.
     """
-    # Pass the promoted update first: its dtype decides the tolerance, and the given updates may have a narrower dtype.
+    # Pass the promoted update first: its dtype decides the tolerance, and the originals may have a narrower dtype.
     if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
         raise _mispromoted(target, found, why)
 
 
 def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
-    """Check that a promoted update differs from the adapter's change by no more than the stated error.
+    """Check that a promoted update differs from the adapter's original change by no more than the reported error.
 
-    The original's formula is applied again, to the base's weight if it needs one. A stated error of 0 allows rounding.
+    The original change is computed again, with the base's weight if the formula reads it. A reported error of 0 still
+    allows rounding.
 
     Args:
         alone: the adapter with one target.
         target: the target of the promoted update.
-        promoted: a LoRA or a difference of weights.
-        stated: the relative Frobenius error that is reported to the caller.
-        base: the base, for formulas that need the weight.
+        promoted: a LoRA or a weight difference.
+        stated: the relative Frobenius error that was reported to the caller.
+        base: the base, for formulas that read the weight.
 
     Raises:
-        Miswritten: the difference is larger.
+        Miswritten: the actual error is larger than the reported error.
     """
     import numpy as np
 
@@ -376,7 +386,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
 
 
 def _shaped(alone: Adapter) -> bool:
-    """Whether the updates determine the shape of their weight without a base."""
+    """Whether the shape of the weight follows from the updates alone, without a base."""
     try:
         return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
     except UsageError:
@@ -395,7 +405,7 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return the update that `make` returns, but compute its values again at each access, to save memory.
+    """Return the update that `make` returns, with tensors that call `make` again at each access, to save memory.
 
     Return None if `make` returns None.
     """

@@ -175,20 +175,20 @@ def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str
 HEADER = """\
 # Methods, formats and families of image, video and audio models
 
-Made by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
-method, given in diffusers' names:
+Written by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
+method, if the adapter has diffusers' names:
 
 - `=`: the format supports the method.
 - `L`: with `--on-loss promote`, the writer writes an exactly equal LoRA.
-- `D`: with `--on-loss promote`, the writer writes a difference of weights.
-- A number: the writer refuses, for the reason with this number below.
+- `D`: with `--on-loss promote`, the writer writes a weight difference.
+- A number: the writer refuses the adapter; the list of reasons below explains each number.
 
-If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as queries, keys
-and values, with separate factors for each part. In a format without differences, a difference becomes a LoRA of full
-rank, with the identity as one factor, as in diffusers' own conversion. With `--base`, methods that depend on the weight
-become differences in formats that support these.
+If a cell has two marks, the second mark is for weights that are fused in the authors' names, such as queries, keys and
+values, if each part has separate factors. In a format without weight differences, a weight difference becomes a LoRA of
+full rank, with the identity as one factor, as in diffusers' own conversion. With `--base`, methods that depend on the
+weight become weight differences in formats that support these.
 
-XLabs' files support LoRA on FLUX's attention. BFL's control files support, on FLUX, LoRA and complete norm weights.
+XLabs' files support LoRA on FLUX's attention. BFL's control files support LoRA and complete norm weights, both on FLUX.
 """
 
 if __name__ == "__main__":

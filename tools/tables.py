@@ -114,7 +114,7 @@ def matrix() -> str:
 
 
 def _word(name: str, format_name: str) -> str:
-    """Return `=` for native, `L` for an exact LoRA, `D` for a difference of weights, `~` for the nearest LoRA."""
+    """Return `=` for native, `L` for an exact LoRA, `D` for a weight difference, `~` for the nearest LoRA."""
     method, known = METHODS[name], FORMATS[format_name]
     if name in known.methods:
         return "="
@@ -234,7 +234,7 @@ def authors() -> str:
 
 
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
-    needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
+    needs = " (needs `--data`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
     names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
     method = COMBINERS[entry["name"]]

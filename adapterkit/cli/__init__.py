@@ -1,6 +1,6 @@
 """The command line: each command is a module of this package and a thin layer over one public function.
 
-Only click and the standard library are imported before a command is named.
+Until the name of the command is known, only click and the standard library are imported.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # `nohup` makes the process ignore SIGHUP; keep that.
+        ):  # `nohup` makes the process ignore SIGHUP: do not install a handler then.
             signal.signal(number, _interrupted)
-    # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits them
-    # all.
+    # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all
+    # objects.
     thresholds = gc.get_threshold()
     gc.set_threshold(100_000, *thresholds[1:])
     try:
@@ -61,6 +61,6 @@ def main() -> None:
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the command as Ctrl-C does, so that unfinished output is removed. Ignore a second signal meanwhile."""
+    """End the command as Ctrl-C does, which removes unfinished output. Ignore a second signal during the removal."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""How the C library keeps memory that numpy frees, for commands that compute with large temporary arrays."""
+"""Make the C library keep the memory of freed arrays, for commands that compute with large temporary arrays."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _THRESHOLDS = {-3: 32 << 20, -1: 64 << 20, -2: 16 << 20}
 def keep_freed_memory() -> None:
     """Let the process use freed memory again, up to 64 MB, instead of returning it to the system after each array.
 
-    Temporary arrays of a few megabytes are otherwise unmapped when they are freed, and each new one faults in zeroed
-    pages: a quarter of the time of `combine --method knots_ties`. Only commands call this, because it changes the whole
-    process. It does nothing where the C library is not glibc.
+    By default, glibc unmaps an array of a few megabytes when it is freed, and the kernel must map and zero new pages
+    for the next array. This took a quarter of the time of `combine --method knots_ties`. Only commands call this
+    function, because it changes the whole process. It does nothing if the C library is not glibc.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""Options that define a combination: a method, `--set name=value`, weights, or a recipe."""
+"""Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from ..core.adapter import Adapter
     from ..ops.recipes import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +36,45 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
     return decorated
 
 
+data_option = click.option(
+    "--data", metavar="FILE", multiple=True,
+    help="Texts for methods that learn from data: one per line, JSON Lines with a 'text' field, or 'builtin'. "
+    "Repeat it to give each adapter its own. Needs --base.",
+)  # fmt: skip
+"""The option `--data` of commands that combine."""
+
+
+def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the argument `data` of `ops.combine` from files of texts; nothing without files.
+
+    Args:
+        files: the values of `--data`.
+        sources: the adapters.
+        options: the arguments of `ops.combine`.
+
+    Raises:
+        UsageError: no base is given, the method does not learn from texts, or the number of files is wrong.
+    """
+    from ..errors import UsageError
+    from ..ops.combiners import COMBINERS
+    from ..ops.parameters import resolved
+
+    if not files:
+        return {}
+    name = options.get("method", "linear")
+    if COMBINERS[resolved(name, options.get("compat"), len(sources))[0]].data is None:
+        raise UsageError(f"{name} does not use data", where="--data", cure="Omit --data, or choose another --method")
+    if options.get("base") is None:
+        raise UsageError("texts need a model that reads them", where="--data", cure="Add --base BASE")
+    from ..searching import TextData
+
+    found = TextData(
+        options["base"], sources, files[0] if len(files) == 1 else files, rename=options.get("rename") or (),
+        seed=options.get("seed") or 0,
+    )  # fmt: skip
+    return {"data": found.learned_by(name)}
+
+
 S = TypeVar("S")
 
 
@@ -45,8 +85,8 @@ def combination(
     """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
-        UsageError: adapters, weights or the method are given next to a recipe, no adapter is named, or a setting is not
-            NAME=VALUE.
+        UsageError: adapters, weights or the method are typed in addition to a recipe, no adapter is named, or a setting
+            is not NAME=VALUE.
     """
     from ..errors import UsageError
 
@@ -73,7 +113,7 @@ recipe_option = click.option(
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the named adapters and the recipe: the option's, or a single argument that ends in .yml or .yaml."""
+    """Return the adapters and the recipe: --recipe, or a single argument that ends in .yml or .yaml."""
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -83,7 +123,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """To errors about an adapter, add the recipe's key that names the adapter."""
+    """In errors about an adapter, add the key of the recipe that names the adapter."""
     from ..errors import AdapterkitError
 
     try:

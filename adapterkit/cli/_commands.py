@@ -1,4 +1,4 @@
-"""The group of all commands. It imports a command's module when needed, writes the help, and catches all errors."""
+"""The click group of all commands: import a command's module on first use, write the help, and catch all errors."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Execution": ("device", "engine", "address", "memory", "stream"),
     "Messages": ("json", "quiet", "verbose", "debug", "help", "_click_default_help"),
 }  # fmt: skip
-"""Heading -> names of parameters. All other options are listed first, under Options."""
+"""Headings in the help -> the parameters under them. All other parameters are listed first, under Options."""
 
 FEW = 12
-"""The largest number of options that are listed without headings."""
+"""The help of a command with at most this many options has no headings."""
 
 
 def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """Write the options of a command's --help."""
+    """Write the list of options in the --help of a command."""
     home = {name: heading for heading, names in SECTIONS.items() for name in names}
     options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
     given = [(param, param.get_help_record(ctx)) for param in options]
@@ -100,14 +100,14 @@ class HelpContext(click.Context):
 
 
 def completing() -> bool:
-    """Whether a shell is asking for completions; see `_completion`."""
+    """Whether a shell runs this process to get completions; see `_completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
 class Commands(click.Group):
     """A click group that finds its commands as modules of a package.
 
-    The command `x` is the object `command` in module `x`, and the docstring of that module is its help.
+    The command `x` is the object `command` in module `x`. The module's docstring is the help of the command.
 
     Args:
         package: the dotted name of the package; modules whose names begin with an underscore are not commands.
@@ -155,7 +155,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # `doctor` reports files of defaults that cannot be read, so these files must not make `doctor` fail.
+            # Read no defaults for `doctor`: it reports unreadable files of defaults, and must not fail because of them.
             found = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: found}
             lines = ctx.meta.get(STAGES)
@@ -196,7 +196,7 @@ class Commands(click.Group):
         return done
 
     def _say_next(self, ctx: click.Context) -> None:
-        """Print a hint about the next command, if both streams are terminals."""
+        """Print a hint about the next command, if standard output and standard error are terminals."""
         settings, name = ctx.obj, ctx.invoked_subcommand
         if settings.json or settings.quiet or name is None or not (sys.stderr.isatty() and sys.stdout.isatty()):
             return

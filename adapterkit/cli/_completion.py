@@ -1,7 +1,7 @@
 """Shell completion of paths and of the names of formats, combiners and devices.
 
-click itself completes commands, flags and choices but not plain text. Therefore, while a shell asks for completions,
-plain text parameters get types that can complete values.
+click completes commands, flags and choices but not plain text. Therefore, when a shell runs the program to get
+completions, parameters for plain text get types that can complete values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 VARIABLE = "_ADAPTERKIT_COMPLETE"
-"""The environment variable that the shell's script sets while it asks for completions."""
+"""The environment variable that the shell's completion script sets when it runs the program to get completions."""
 
 PATHS = frozenset({
     "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
@@ -44,7 +44,7 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "tied": lambda: ("merge", "untie"),
     "tokenizer": lambda: ("base", "adapter"),
 }
-"""Name of a parameter -> the values that it accepts."""
+"""Names of parameters -> functions or lists with the values that the parameter accepts."""
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Give the plain text parameters of a command types that complete their values."""
+    """Replace the types of a command's plain text parameters by types that complete values."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):

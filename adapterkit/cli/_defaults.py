@@ -31,14 +31,14 @@ PREFIX = "ADAPTERKIT_"
 _OWN = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
-"""Variables that are not the default of an option."""
+"""Environment variables of adapterkit that are not defaults of options."""
 
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters that must be typed on the command line: what is written or replaced, and where the work runs.
+"""Parameters without a default: they choose the files to write or replace, and the machine that does the work.
 
-Otherwise, a file in a downloaded folder could choose their values.
+They must be typed, because a file of defaults in a downloaded folder could otherwise choose their values.
 """
 
 _MOST = 1 << 20
@@ -47,12 +47,12 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """The default of an option, as a user or a project set it.
+    """A default of an option that the user or a project has set.
 
     Attributes:
         option: the option, such as `--device`.
-        command: the command that it applies to, or None for all commands with this option.
-        value: the value as it was set.
+        command: the command that the default applies to, or None for all commands with this option.
+        value: the value from the file or variable.
         source: the environment variable, or the file and the key.
         parameter: click's name for the option.
     """
@@ -68,7 +68,7 @@ def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
     """Return a command's defaults (parameter -> value) in the form of click's `default_map`.
 
     Raises:
-        UsageError: a file sets an option that does not exist or must be typed.
+        UsageError: a file sets an option that does not exist, or that must be typed on the command line.
         Malformed: a file is not valid TOML.
     """
     return {each.parameter: each.value for each in reversed([*settings_of(name, command)])}
@@ -95,7 +95,7 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Return the options that may have a default, by their long names without dashes."""
+    """Return the options of a command that may have a default, by their long names without dashes."""
     return {
         word.removeprefix("--"): option
         for option in command.params

@@ -1,7 +1,7 @@
 """Examples for the help of each command, and the command that is suggested after it succeeds.
 
-Tests run these lines: `base` is a base, `lora` and `other` are adapters, `tuned` is the base with `lora` merged. Lines
-that name a hub, a graph, a transformers model or another program are only parsed.
+Tests run these lines in a folder with the base `base`, the adapters `lora` and `other`, and the merged model `tuned`.
+Lines that name a hub, a graph, a transformers model or another program are only parsed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ NEXT: Mapping[str, str] = {
     "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
-"""Command -> the command to suggest next. If a value in the suggestion was not given, no suggestion is printed."""
+"""Command -> the command to suggest next. Nothing is suggested if a parameter in braces has no value."""
 
 
 def epilog(command: str) -> str | None:
@@ -104,7 +104,7 @@ def next_step(command: str, given: Mapping[str, object]) -> str | None:
 
     Args:
         command: the name of the command that succeeded.
-        given: the parameters of that command.
+        given: the values of that command's parameters.
     """
     import shlex
     import string

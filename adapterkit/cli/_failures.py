@@ -37,7 +37,7 @@ class Interrupted(AdapterkitError):
 
 
 class Carried(Exception):
-    """A wrapper that hides an exception from click: click exits on a closed pipe, and treats `EOFError` as Ctrl-C."""
+    """Wrap an exception to hide it from click, which exits on a closed pipe and treats `EOFError` as Ctrl-C."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -71,7 +71,7 @@ def answer(run: Callable[[], object], settings: CliSettings) -> int:
 
 
 def typed(error: BaseException) -> AdapterkitError:
-    """Convert any exception to one of adapterkit's own."""
+    """Convert any exception to one of adapterkit's error classes."""
     if isinstance(error, AdapterkitError):
         return error
     if isinstance(error, click.Abort | KeyboardInterrupt):
@@ -88,7 +88,7 @@ def typed(error: BaseException) -> AdapterkitError:
 
 
 def _usage_cure(error: click.UsageError) -> str:
-    """Return what to type instead: an example if an argument is missing, the usage line if an option is unknown."""
+    """Return the cure of click's error: an example if an argument is missing, the usage if an option is unknown."""
     context = error.ctx
     if context is None:
         return "Try 'adapterkit --help'"
@@ -103,7 +103,7 @@ def _usage_cure(error: click.UsageError) -> str:
 
 
 def text_of(error: AdapterkitError) -> str:
-    """Return the message for the terminal: one line for what is wrong, one for the cure."""
+    """Return the message for the terminal: one line with the fault, and one with the cure."""
     if isinstance(error, Interrupted):
         return f"{error.why}. {error.cure}"
     line = ": ".join(part for part in ("error", error.path, error.where, error.why) if part)
@@ -158,14 +158,14 @@ def _say(error: BaseException, settings: CliSettings) -> int:
 
 
 def _discard_output() -> None:
-    """Redirect standard output to the null device, so that the interpreter's last flush does not raise."""
+    """Redirect standard output to the null device, so that the interpreter's flush at exit does not raise an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
 def _escape_unprintable() -> None:
-    """Print characters that the terminal's encoding lacks as escapes instead of ending the command."""
+    """Print characters that the terminal's encoding lacks as escapes, instead of raising `UnicodeEncodeError`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

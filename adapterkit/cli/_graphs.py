@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
 
 MOST_SHOWN = 8
-"""The number of targets whose quantization error is printed; --json has all of them."""
+"""The most targets whose quantization error is printed; --json shows all targets."""
 
 
 def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each target about the error of quantizing again, worst first, and a line about attached changes.
+    """Yield a line for each target that was quantized again, worst first, and one line about changes kept as factors.
 
     Args:
-        record: the record of a merge. `damage` has, for each target, its `error` and the share of the change that is
-            `kept`. `beside` lists the targets whose change was attached as floating-point factors instead.
+        record: the record of a merge. `damage` maps each target to the quantization `error` and to `kept`, the share of
+            the change that is left. `beside` lists the targets whose change was attached as floating-point factors.
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
@@ -63,21 +63,21 @@ ONLY_FOLDERS = {
     "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
     "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",
 }  # fmt: skip
-"""Parameter that only applies to folders of weights -> what to do instead for a graph."""
+"""Parameters that do not work for a graph -> the cure in the error."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
-"""Parameters that only apply to graphs."""
+"""Parameters that work only for graphs."""
 
 
 def graph_in(base: str) -> str | None:
-    """Return the ONNX file that a path or name stands for; see `reporting.inspecting.graph_file`."""
+    """Return the path of the ONNX file for a path or a hub address; see `reporting.inspecting.graph_file`."""
     from ..reporting.inspecting import graph_file
 
     return graph_file(base)
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the graph or folder to read: a folder of graphs stays a folder unless `out` is a single .onnx file."""
+    """Return the path of the graph to read, or of the folder of graphs if `out` is not a single .onnx file."""
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
@@ -86,7 +86,7 @@ def graph_or_folder(model: str, out: str | None) -> str:
 
 
 def is_graphs(base: str, out: str | None) -> str | None:
-    """Return the graph, or the folder of graphs, that `base` stands for; None if `base` holds weights."""
+    """Return the path of the graph or the folder of graphs at `base`; None if `base` is a folder or file of weights."""
     from ..reporting.inspecting import graph_folder
 
     found = graph_or_folder(base, out)
@@ -94,7 +94,7 @@ def is_graphs(base: str, out: str | None) -> str | None:
 
 
 def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (parameter, option) for each named parameter that was given on the command line."""
+    """Yield (parameter, option) for each parameter in `names` that was typed on the command line."""
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
@@ -143,7 +143,7 @@ def merge_graph(
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
-    """Return a digest of everything that decides the written graph (see `made_from`), and the files that are read.
+    """Return a digest of all inputs and options of the merged graph (see `made_from`), and the files that are read.
 
     Args:
         model: the graph, or the folder of graphs.
@@ -166,7 +166,7 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Before any work, remove leftovers of a killed run, and refuse an output that exists or is also an input."""
+    """Remove leftovers of a killed run, and refuse an output path that exists or is also an input."""
     from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
@@ -175,10 +175,10 @@ def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
 
 
 def refuse_graph_options(ctx: click.Context, base: str) -> None:
-    """Refuse options that only apply to graphs.
+    """Refuse options that work only for graphs.
 
     Raises:
-        UsageError: the command line has such an option.
+        UsageError: one of these options was typed.
     """
     refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Name an .onnx file as BASE, or omit the option")
 
@@ -186,17 +186,17 @@ def refuse_graph_options(ctx: click.Context, base: str) -> None:
 def refuse(
     ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Omit the option"
 ) -> None:
-    """Refuse some options.
+    """Raise an error if certain options were typed.
 
     Args:
         ctx: the context of the command.
         names: the parameters to refuse.
-        why: the end of the message, which begins with the option.
+        why: the message after the name of the option.
         path: the file that the message names.
-        cure: what to do instead.
+        cure: the cure in the error.
 
     Raises:
-        UsageError: the command line has one of the options.
+        UsageError: one of these options was typed.
     """
     from ..errors import UsageError
 
@@ -211,7 +211,7 @@ def warn(warnings: Sequence[str]) -> None:
 
 
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:
-    """Show the nodes of each target in a graph, or one row for each module if there are many targets."""
+    """Return a table of the targets in a graph and their nodes; if there are many, one row for each module."""
     targets = _modules.in_order(parts(record, "targets"))
     if every or len(targets) <= _modules.FEW:
         rows = [
@@ -235,7 +235,7 @@ def targets_view(record: Mapping[str, object], every: bool = False) -> View:
 
 
 def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield the number of targets in each graph of a folder, and the result of its check."""
+    """Yield a line for each graph of a folder: the number of its targets, and the result of its check."""
     graphs = part_or_none(record, "graphs") or {}
     for name in graphs:
         each = part(graphs, name)
@@ -243,13 +243,13 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def checked(record: Mapping[str, object]) -> str:
-    """Return the result of the check as text."""
-    told = []
+    """Return a text with the result of running and comparing the graph."""
+    parts = []
     if record["difference"] is not None:
-        told.append(f"largest difference {number(record, 'difference'):.2g} of the output")
+        parts.append(f"largest difference {number(record, 'difference'):.2g} of the output")
     if record["note"]:
-        told.append(str(record["note"]))
-    return "; ".join(told) or "not checked"
+        parts.append(str(record["note"]))
+    return "; ".join(parts) or "not checked"
 
 
 def _plan_view(record: Mapping[str, object]) -> View:

@@ -1,4 +1,4 @@
-"""Tables of many targets: one row for each module across all layers, or with --all one row for each target."""
+"""Tables of many targets: by default one row for each module across all layers, with --all one row for each target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from ._render import number
 
 FEW = 24
-"""The largest number of targets or tensors that are listed one by one without --all."""
+"""With more targets or tensors than this, each row is a module, unless --all is typed."""
 
 every = click.option(
     "--all", "every", is_flag=True,
@@ -35,7 +35,7 @@ def _target(record: Record) -> str:
 
 
 def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[str, str]]]:
-    """Group records by module, in the order in which a transformer block computes its modules.
+    """Group the records of targets by module, in the order in which a transformer block computes its modules.
 
     Returns:
         (module, its records, target -> layer) for each module.
@@ -51,7 +51,7 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 
 
 def ranges(layers: Sequence[str]) -> str:
-    """Return layers as ranges, such as `0-21` or `0-3, 8`. If some layers are not plain numbers, return their count."""
+    """Return layers as ranges, such as `0-21` or `0-3, 8`. If a layer is not a plain number, begin with the count."""
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
     runs: list[list[int]] = []
@@ -76,7 +76,7 @@ def largest(group: Sequence[Record], name: str) -> Record | None:
 
 
 def together(group: Sequence[Record], name: str) -> object:
-    """Return the norm of several changes together, or None if one of their norms is unknown."""
+    """Return the root of the sum of the squared norms, which is the total norm; None if one of the norms is unknown."""
     if any(each[name] is None for each in group):
         return None
     return short(math.hypot(*(number(each, name) for each in group)))
@@ -88,7 +88,7 @@ def short(value: object) -> object:
 
 
 def span(values: Sequence[object]) -> object:
-    """Return the only value, or the smallest and the largest value as `2-8`; None if no value is known.
+    """Return the smallest and the largest value as `2-8`, or one value if all are equal; None if all are unknown.
 
     Args:
         values: numbers, or texts of numbers, or None.

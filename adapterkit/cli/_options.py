@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class CliSettings:
-    """The choices for the output of a command.
+    """The options that control what a command prints.
 
     Attributes:
         json: print one JSON document on standard output, also for errors.
@@ -36,7 +36,7 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read the settings from the raw arguments, so that the settings also apply to errors in parsing arguments."""
+        """Read these options from the unparsed arguments: they must also apply to errors of the parser."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -57,7 +57,7 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _PLAIN = 1_000_000
-"""The smallest number of bytes that may be given without a unit: someone who types `5` means 5GB."""
+"""A number without a unit must be at least this many bytes: someone who types `5` means 5GB."""
 
 
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -76,7 +76,7 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 
 
 class ComputeType(click.Choice[str]):
-    """A torch dtype under any of its usual names: float16, fp16, half, F16, torch.float16."""
+    """A torch dtype by any of its usual names: float16, fp16, half, F16, torch.float16."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from ..io.lazy import dtype_named
@@ -93,14 +93,14 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 
 
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """Return the rename rules. Replace @FILE by the rules in the file, so that records of the command are complete."""
+    """Return the rename rules, with @FILE replaced by the rules in the file, so that the digest covers these rules."""
     from ..naming.renames import rule_texts
 
     return rule_texts(value) if value else ()
 
 
 RUNNING = "adapterkit.running"
-"""Key in the context's `meta` for the context of the running command, which the group cannot reach otherwise."""
+"""Key in click's `Context.meta` for the context of the running command. The group has no other access to it."""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -124,7 +124,7 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in the context's `meta` for arguments of `adapterkit.read` that supply values which a file does not state."""
+"""Key in click's `Context.meta` for the arguments of `adapterkit.read` with values that a file does not state."""
 
 
 V = TypeVar("V")
@@ -149,7 +149,7 @@ def stating(command: F) -> F:
 
 
 def compat(command: F) -> F:
-    """Add the options that choose the interpretation of adapters and supply what their files do not state."""
+    """Add the options for the interpretation of adapters, and for values that the files of adapters do not state."""
     for option in (_family, _strict, _rank, _alpha, _compat):
         command = option(command)
     return command
@@ -172,14 +172,14 @@ def reading_to_cut(command: F) -> F:
 def in_reading(
     adapters: Sequence[Adapter | str], compat: str | None, base: str | None
 ) -> tuple[Adapter | str, ...]:  # fmt: skip
-    """Return the adapters unchanged; if an option says how to interpret them, read them first."""
+    """Read the adapters if an option changes their interpretation; otherwise return the paths unchanged."""
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # Pass a layout of experts as `experts_order`, which formats without such layouts ignore: then adapters of several
-    # formats can be given together.
+    # Pass a layout of stacked experts as `experts_order`. Formats without stacked experts ignore this argument, so one
+    # command can name adapters of several formats.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
@@ -188,12 +188,12 @@ def in_reading(
 
 
 def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
-    """Return a warning for each statement of an adapter about its base that the given base contradicts.
+    """Return a warning for each value in an adapter's files about its base that differs from the base of the command.
 
     Args:
         sources: the names of the adapters, for the warnings.
         adapters: the adapters or their paths.
-        base: the base; without one there are no warnings.
+        base: the base of the command; None gives no warnings.
     """
     if base is None:
         return []
@@ -212,7 +212,7 @@ source_format = click.option(
 )  # fmt: skip
 _compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
-    help="Interpret the adapter in another way than its training tool did; 'formula' follows the paper. For stacked "
+    help="Do not interpret the adapter as its training tool did; 'formula' follows the paper. For stacked "
     "experts whose layout the file does not state: rank_major, grouped_by_expert or peft_0.18.",
 )  # fmt: skip
 _alpha = click.option(
@@ -257,4 +257,4 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read all adapters with `adapterkit.read`: that function compares the base."""
+"""`--strict-base` for commands that read all adapters with `adapterkit.read`, which then compares the base."""

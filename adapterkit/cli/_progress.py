@@ -1,4 +1,4 @@
-"""Show progress on standard error: a bar on a terminal, elsewhere a line every few seconds; nothing for short work."""
+"""Show progress on standard error: a bar on a terminal, a line every few seconds in a log; nothing for short work."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 DELAY = 1.0
-"""Seconds until a bar appears: shorter work shows none."""
+"""Seconds until a bar appears; work that takes less time shows no bar."""
 
 INTERVAL = 5.0
-"""Seconds between two plain lines; ADAPTERKIT_PROGRESS sets another number."""
+"""Default of the seconds between two plain lines; ADAPTERKIT_PROGRESS overrides it."""
 
 TELLING = 0.02
-"""The share of the work that must be done before the remaining time is estimated."""
+"""The remaining time is estimated once this share of the work is done."""
 
 NARROW = 72
-"""The number of columns below which bytes and speed do not fit next to the bar."""
+"""On a terminal with fewer columns, the bar is shown without bytes and speed."""
 
 
 class Meter(Protocol):
@@ -54,7 +54,7 @@ class Lines:
             click.echo(line(self.label, done, total, now - self.start, sizes=self.sizes), err=True)
 
     def close(self) -> None:
-        """Do nothing: no resource is open."""
+        """Do nothing: a plain meter has nothing to close."""
 
 
 class Bar:
@@ -77,7 +77,7 @@ class Bar:
 
 
 class _Heard:
-    """A meter that wraps another meter, and silences the lines about steps while that meter reports."""
+    """A meter that calls another meter, and stops `_stages` from printing lines until the work is done."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -86,7 +86,7 @@ class _Heard:
         if done < total:
             busy.set()
         else:
-            busy.clear()  # Show steps again: those after the last byte may also take long.
+            busy.clear()  # Let `_stages` print again: steps after the last byte may also take long.
         self.meter(done, total)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterat
     Args:
         settings: the output settings of the command.
         label: the name of the work.
-        sizes: whether progress is counted in bytes; if not, only the share is shown.
+        sizes: whether progress is counted in bytes; if not, only the percentage is shown.
     """
     if settings.quiet:
         yield None
@@ -122,7 +122,7 @@ def _interval() -> float:
 
 
 def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = True) -> str:
-    """Return a plain line of progress: share, bytes, speed and remaining time."""
+    """Return a line of progress as plain text: percentage, bytes, speed and remaining time."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
     # Estimate no time at first, because the early speed includes imports and slow starts.

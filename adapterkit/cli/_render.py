@@ -21,8 +21,8 @@ class TextTable:
     Attributes:
         columns: the headings.
         rows: the cells of each row.
-        spare: headings of the columns that are dropped first on a narrow terminal, in this order; a line names the
-            dropped columns.
+        spare: headings of the columns that may be dropped on a narrow terminal, in the order of dropping. A line below
+            the table names the dropped columns.
     """
 
     columns: Sequence[str]
@@ -50,7 +50,7 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""JSON of at least this many characters is formatted by msgspec; for shorter JSON, the import would take longer."""
+"""JSON of at least this many characters is formatted by msgspec. For shorter JSON, importing msgspec takes longer."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
@@ -68,19 +68,19 @@ def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Ma
 
 
 def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """Return an entry of a record that is a record itself."""
+    """Return an entry of a record, which must be a record too."""
     value = record[name]
     assert isinstance(value, Mapping), name
     return value
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return an entry of a record that is a record itself; None if it is absent, null or empty."""
+    """Return an entry of a record, which must be a record too; None if it is absent, null or empty."""
     return part(record, name) if record.get(name) else None
 
 
 def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
-    """Return an entry of a record that is a list of records; an absent list is empty."""
+    """Return an entry of a record, which must be a list of records; an absent list is empty."""
     value = record.get(name, ())
     assert isinstance(value, Sequence), name
     return value
@@ -94,21 +94,21 @@ def texts(record: Mapping[str, object], name: str) -> list[str]:
 
 
 def integer(record: Mapping[str, object], name: str) -> int:
-    """Return an entry of a record that is an integer."""
+    """Return an entry of a record, which must be an integer."""
     value = record[name]
     assert isinstance(value, int), name
     return value
 
 
 def number(record: Mapping[str, object], name: str) -> float:
-    """Return an entry of a record that is a number."""
+    """Return an entry of a record, which must be a number."""
     value = record[name]
     assert isinstance(value, (int, float)), name
     return value
 
 
 def folded(line: str) -> str:
-    """Wrap a line to the terminal, breaking between words only, and indent the continuation lines."""
+    """Wrap a line between words to the width of the terminal, and indent the continuation lines."""
     import shutil
     import textwrap
 
@@ -116,7 +116,7 @@ def folded(line: str) -> str:
     if len(line) <= width:
         return line
     margin = len(line) - len(line.lstrip())
-    # Continue `  name   value` under the value if that leaves at least half of the width.
+    # Indent the continuation of `  name   value` up to the value, if at least half of the width is left.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
     # Long names are not broken: reduce the indent until the longest word fits.
@@ -201,7 +201,7 @@ def _aligned(table: TextTable) -> list[str]:
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """Return the text of each cell of a column. Format equal values once: long tables have few distinct values."""
+    """Return the text of each cell of a column. Equal values are formatted once: long columns repeat a few values."""
     known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
@@ -218,7 +218,7 @@ GAP = 2
 
 
 def _print_drawn(table: TextTable) -> None:
-    """Print a table. If it is too wide for the terminal, drop spare columns, then wrap cells, then print records."""
+    """Print a table. If it is too wide, first drop spare columns; then wrap cells; then print each row as a record."""
     import shutil
     import textwrap
 
@@ -230,7 +230,7 @@ def _print_drawn(table: TextTable) -> None:
         table = table.without(table.spare[0])
         texts = _texts(table)
     widths = _widths(texts)
-    # Cells are wrapped between words, never inside names or numbers: each column needs its longest word.
+    # Cells are wrapped between words, never inside names or numbers: a column is at least as wide as its longest word.
     least = [max(len(word) for text in column for word in text.split(" ") or [""]) for column in texts]
     room = width - GAP * (len(texts) - 1)
     if sum(least) > room:
@@ -260,7 +260,7 @@ def _print_drawn(table: TextTable) -> None:
 
 
 def _texts(table: TextTable) -> list[list[str]]:
-    """Return the text of each cell, column by column, with the heading first."""
+    """Return a list for each column: the heading, followed by the texts of the cells."""
     return [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
 
 

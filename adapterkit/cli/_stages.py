@@ -17,23 +17,23 @@ from ._options import CliSettings
 from ._render import folded, printable, size
 
 PATIENCE = 2.0
-"""Seconds without output, on a terminal, before a line names the current step."""
+"""On a terminal, seconds without output after which a line with the current step is printed."""
 
 PLAIN_PATIENCE = 5.0
-"""The same number for output that is not a terminal, e.g. a log. ADAPTERKIT_PATIENCE replaces both numbers."""
+"""The same seconds if standard error is not a terminal but, e.g., a log. ADAPTERKIT_PATIENCE overrides both values."""
 
 AGAIN = 10.0
 """Seconds between two lines about the same step."""
 
 STAGES = "adapterkit.stages"
-"""Key in the context's `meta` for the `StageLines` of the running command."""
+"""Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
 """Set while a progress meter reports; this module prints nothing meanwhile."""
 
 
 class StageLines(logging.Handler):
-    """Print steps: by default, only steps that take long; with -v, every step as it starts; with -vv, also details."""
+    """Print the steps of a command: by default, only long steps; with -v, every step; with -vv, also details."""
 
     def __init__(self, command: str, verbose: int) -> None:
         super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)

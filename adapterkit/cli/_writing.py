@@ -1,4 +1,4 @@
-"""Options shared by commands that write an adapter, and the check for output that already exists."""
+"""Options of all commands that write an adapter, and the check whether the output already exists."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 PLACES = {"out", "dst", "overwrite", "every"}
-"""Parameters that have no influence on the content of the output."""
+"""Parameters that do not change the content of the output."""
 
 
 def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
-    """Return a digest of everything that decides a command's output: arguments, input files and versions.
+    """Return a digest of the command's arguments, input files and versions, which together determine its output.
 
     Args:
         files: all files that the command reads.
-        packages: distributions, in addition to adapterkit, whose versions influence the output.
+        packages: distributions, in addition to adapterkit, whose versions can change the output.
 
     Raises:
         StorageError: a file cannot be read.
@@ -53,7 +53,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether unchanged output from the same inputs exists already; if so, say so on standard output."""
+    """Whether `out` already contains the unchanged output of the same inputs; if so, print this on standard output."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
@@ -87,7 +87,7 @@ def writing(default: str) -> Callable[[F], F]:
     """Add the options for the destination and the format of the result.
 
     Args:
-        default: the default of the format, for the help.
+        default: the default format, for the help.
     """
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or hub URI to write.")
     target_format = click.option(
@@ -123,7 +123,7 @@ class CommandDestination:
 
         Raises:
             UsageError: the destination is one of the sources.
-            StorageError: the destination exists and holds something else.
+            StorageError: the destination exists and has other content.
         """
         if self.place.remote:
             return False
@@ -152,10 +152,10 @@ def refuse_place(out: str) -> None:
 
 
 def outcome(record: Mapping[str, object]) -> Iterable[str]:
-    """Yield the lines that say what was written, and what the target format could not hold."""
+    """Yield lines about the written output, and about the updates that the format cannot express."""
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
-        yield f"already done: {record['out']} holds the same"
+        yield f"already done: {record['out']} contains this result"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
     yield from (f"  {loss}" for loss in texts(record, "losses"))
@@ -163,7 +163,7 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
 
 
 def cuts_view(record: Mapping[str, object], every: bool) -> View:
-    """Show rank, norm and error of each target or module, and the error of the whole adapter."""
+    """Yield a table with rank, norm and error of each target or module, and a line with the error of the adapter."""
     cuts = _modules.in_order(parts(record, "cuts"))
     if every or len(cuts) <= _modules.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")

@@ -1,8 +1,7 @@
 """Combine several adapters into one.
 
 Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
-a YAML file with the same choices, similar to mergekit's: merge_method, parameters, and models with their own
-parameters.
+a YAML file like mergekit's. It names the merge_method, its parameters, and the models, each with parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ import click
 
 from . import _options, _writing
 from ._allocator import keep_freed_memory
-from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
+from ._combining import (
+    combination,
+    data_option,
+    learned_data,
+    method_and_settings,
+    named_by,
+    recipe_of,
+    recipe_option,
+)
 from ._progress import progress
 from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
 
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="A...", nargs=-1)
 @method_and_settings(default="linear")
 @_options.weights
+@data_option
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
@@ -48,9 +56,9 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
-    weights: tuple[float, ...], recipe: str | None, rank: int | None, seed: int | None, disjoint: bool,
-    dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
-    overwrite: bool, rename: tuple[str, ...],
+    weights: tuple[float, ...], data: tuple[str, ...], recipe: str | None, rank: int | None, seed: int | None,
+    disjoint: bool, dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None,
+    on_loss: str, overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run `adapterkit.ops.combine`."""
     from .. import detect, ops
@@ -68,7 +76,7 @@ def command(
         target_format = target_format or _format_of(sources, detect)
     destination = _writing.CommandDestination(
         out, sources, overwrite, target_format=target_format, base=options.get("base"),
-        inputs=[] if recipe is None else [recipe],
+        inputs=[*([] if recipe is None else [recipe]), *(file for file in data if file != "builtin")],
     )  # fmt: skip
     if destination.is_done(settings):
         return
@@ -84,6 +92,7 @@ def command(
 
     with named_by(read_from), progress(settings, "combine") as meter:
         working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
+        working |= learned_data(data, read, options)
         try:
             made = ops.combine(read, **options, **working)
         except Unrepresentable:
@@ -116,13 +125,13 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
 
 
 def _error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error over all targets relative to the norm of the result, or None if nothing was cut."""
+    """Return the error of cutting ranks, over all targets, relative to the norm of the result; None without a cut."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def said(made: Adapter) -> dict[str, object]:
-    """Return the method and the parameters of a combination from the lineage of the result."""
+    """Return the combining method and its parameters, as the lineage of the result records them."""
     args = made.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
@@ -134,7 +143,7 @@ def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
-    """Return the value of a parameter as text; if the adapters have different values, all values in order."""
+    """Return a parameter's value as text; if the value differs between adapters, the values in their order."""
     shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)

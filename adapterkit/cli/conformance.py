@@ -1,9 +1,9 @@
 r"""Test another program that reads adapterkit files.
 
-The program runs on the test vectors of the specification. CMD is called with a verb (check, base, canonical, compute or
-merge) and paths, and must print one line of JSON for each path; section 16 of the specification defines these lines. A
-program may support some methods only: cases that it answers with Unsupported are counted separately. The exit code is 1
-if a case fails.
+The program CMD runs on the test vectors of the specification. It is called with a verb (check, base, canonical, compute
+or merge) and paths, and must print one line of JSON for each path. Section 16 of the specification defines these lines.
+A program may support only some methods: cases that it answers with Unsupported are counted separately. The exit code is
+1 if a case fails.
 
 \b
 Examples:
@@ -57,7 +57,7 @@ def _counts(counter: Counter[tuple[str, bool | None]], names: Iterable[str]) -> 
 
 
 def _number(rule: str) -> list[int]:
-    """Return section and number of a requirement such as R-3.1, for sorting."""
+    """Return the numbers in a requirement such as R-3.1, as a key for sorting."""
     return [int(number) for number in rule.removeprefix("R-").split(".")]
 
 

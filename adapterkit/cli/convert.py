@@ -1,7 +1,7 @@
 """Convert an adapter to another format.
 
-SRC is an adapter in any known format; DST is the file, folder or hub URI to write. If the target format cannot hold
-some updates, these are listed and nothing is written, unless --on-loss allows rewriting or dropping them.
+SRC is an adapter in any known format; DST is the file, folder or hub URI to write. If the target format cannot express
+some updates, the command lists these updates and writes nothing, unless --on-loss allows it to rewrite or drop them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._render import View, counted, integer, show, texts
 )
 @click.option(
     "--match-base", is_flag=True,
-    help="Write the targets with the names of the tensors in --base, split or fused as stored there.",
+    help="Use the names of the weights in --base, and split or fuse the targets like these weights.",
 )  # fmt: skip
 @_options.rename
 @_options.overwrite
@@ -62,7 +62,7 @@ def command(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Switch garbage collection off: it took a quarter of the time, and frees nothing before the end."""
+    """Switch garbage collection off: it took a quarter of the time, and no objects become garbage before the end."""
     with collection_off():
         try:
             yield
@@ -73,7 +73,7 @@ def _without_collection() -> Iterator[None]:
 def _view(record: Mapping[str, object]) -> View:
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
-        yield f"already done: {record['out']} holds the same"
+        yield f"already done: {record['out']} contains this result"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
     yield from (f"  {loss}" for loss in texts(record, "losses"))

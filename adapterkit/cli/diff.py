@@ -1,7 +1,7 @@
 """Compare two adapters.
 
-A and B may have different formats and methods. The exit code is 0 if both make the same change to a base, 1 if they do
-not, and 3 if the answer depends on the base and --base is missing.
+A and B may have different formats and methods. The exit code is 0 if both change a base in the same way, 1 if they
+change it differently, and 3 if the answer depends on the base and --base is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = {
 SPARE = (
     "overlap in", "overlap out", "interference", "sign conflict", "rank A", "rank B", "norm A", "norm B", "cosine",
 )  # fmt: skip
-"""Columns that are dropped on a narrow terminal, in this order."""
+"""Columns that a narrow terminal does not show, in the order of dropping."""
 
 MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
 

@@ -1,6 +1,6 @@
 """Check this installation and this machine.
 
-Each problem is shown with what to do about it. The exit code is 3 if something that adapterkit needs does not work.
+Each problem is shown with a remedy. The exit code is 3 if something that adapterkit needs does not work.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from . import _options
 from ._render import TextTable, View, parts, show, size
 
 NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
-"""Packages that the commands import; `doctor` reports every missing or broken one."""
+"""Packages that the commands import; `doctor` reports every package that is missing or broken."""
 
 LOW_SPACE = 10 * 10**9
 LOW_MEMORY = 2 * 10**9
 FICLONE = 0x40049409
-"""Linux's ioctl that lets one file share another's blocks (reflink); see ioctl_ficlone(2)."""
+"""Linux's ioctl that makes a file share the disk blocks of another file (reflink); see ioctl_ficlone(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: the checked thing.
+        name: the package, device, folder or feature that was checked.
         status: `ok`, `warn` (works with a limitation) or `broken` (something necessary does not work).
-        found: the observed state.
-        cure: what to do about a problem.
+        found: the result of the check, as text.
+        cure: the remedy for a problem; empty if there is none.
     """
 
     name: str
@@ -83,7 +83,7 @@ def kernel() -> Check:
 
 
 def plugins() -> Iterator[Check]:
-    """Report the plug-ins of installed packages, and which of them are not used."""
+    """Report the methods, formats and others that installed packages add, and those that cannot be used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT
@@ -103,7 +103,7 @@ def plugins() -> Iterator[Check]:
 
 
 def defaults() -> Iterator[Check]:
-    """Report the defaults that the environment and files set, and the settings that no command uses."""
+    """Report the defaults of options from the environment and from files, and settings that no command uses."""
     from . import adapterkit
     from ._defaults import TYPED, files, settings_of, unknown
 
@@ -153,7 +153,7 @@ def providers() -> Check:
     own = _version(both[0]) if both else check.found
     try:
         from ..onnx.providers import runs_on
-    except Exception as error:  # This import needs a package that is broken; that package's own check reports it.
+    except Exception as error:  # The import failed because of another broken package, which has its own check.
         return Check("onnxruntime", "warn", f"{own}, not tested: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()
     running = [name for name in built if runs_on(name)]
@@ -169,7 +169,7 @@ def _plainly(names: Sequence[str]) -> str:
 
 
 def devices() -> Check:
-    """Report the CUDA devices that torch can use; finding none is a problem only if a driver is installed."""
+    """Report the CUDA devices that torch can use. Without devices, warn only if a CUDA driver is installed."""
     try:
         import torch
 
@@ -196,7 +196,7 @@ def space(name: str, folder: Path) -> Check:
 
 
 def memory() -> Check:
-    """Check the memory that is available to a new program, if the system reports it."""
+    """Report the memory that is available to a new program; some systems do not report it."""
     free, total = _memory()
     if total is None:
         return Check("memory", "ok", "unknown: the system does not report it")
@@ -207,7 +207,7 @@ def memory() -> Check:
 
 
 def copies(folder: Path) -> Iterator[Check]:
-    """Check the three fast ways to write files: copies inside the kernel, shared blocks, and direct writes."""
+    """Check which fast file operations work: copies inside the kernel, shared disk blocks, and direct writes."""
     cure = "Run in a folder that you may write to, on a local file system"
     kernel = _try_in(folder, _copy_range)
     if kernel is None:
@@ -242,7 +242,7 @@ def _direct_write(_: int, target: int) -> None:
 
 
 def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
-    """Return why an operation on two temporary files of a folder fails, or None if it works."""
+    """Try an operation on two temporary files in a folder; return the reason of its failure, or None if it works."""
     try:
         with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
             source.write(bytes(4096))
@@ -260,7 +260,7 @@ def _cores() -> int:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Return (available, total) bytes of memory, or of a container's limit if that is lower."""
+    """Return the available and the total memory in bytes. If a container has a lower limit, use the container's."""
     lines = _text("/proc/meminfo").splitlines()
     told = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
     free, total = told.get("MemAvailable"), told.get("MemTotal")

@@ -1,11 +1,11 @@
 """Export a model with adapters to ONNX.
 
-MODEL is a folder as transformers saves it. The graph of a causal language model has its past keys and values as inputs
-and outputs; encoders and classifiers have token inputs. An encoder-decoder model becomes the graphs that optimum loads,
-and a model that reads images becomes the graphs that transformers.js loads. For any other torch module, --model names a
-function that makes it, and MODEL, if given, is the file of its weights. DIR gets the graph, the config and the
-tokenizer; with --mode slots also an .onnx_adapter file for each adapter. Unless --no-check is given, the result is run
-and compared with the torch model.
+MODEL is a folder that transformers saved. The graph of a causal language model has past keys and values as inputs and
+outputs; encoders and classifiers have token inputs. An encoder-decoder model becomes the graphs that optimum loads, and
+a model that reads images becomes the graphs that transformers.js loads. For any other torch module, --model names a
+Python function that returns the module, and MODEL is the file of its weights, if any. The command writes the graph, the
+config and the tokenizer to DIR; with --mode slots also an .onnx_adapter file for each adapter. Unless --no-check is
+given, the command runs the graph and compares its outputs with the torch model's.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # Only for folders: a model from the user's function depends on code, so files do not identify the model.
+        # Compute a digest only for folders: a model from the user's function depends on code, not only on files.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return
@@ -100,7 +100,7 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # The export itself refuses this model.
+        return None  # Compute no digest: the export refuses this model anyway.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
@@ -112,7 +112,7 @@ def _view(record: Mapping[str, object]) -> View:
         errors = {name: number(part(damage, name), "error") for name in damage}
         worst = max(errors, key=lambda name: errors[name])
         found = f"{errors[worst]:.2%} ({worst})"
-        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of one is {found}"
+        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of a weight is {found}"
     yield f"  {', '.join(texts(record, 'files'))}"
     yield from _try(record)
 

@@ -1,7 +1,8 @@
 """Extract an adapter from a fine-tuned model and its base.
 
-TUNED and BASE are folders of weights, or weight files, of one architecture. Changed matrices become LoRA, or another
---method; norms, biases, and changed or new rows of token embeddings are kept without loss.
+TUNED and BASE are folders of weights, or weight files, of the same architecture. Each changed matrix becomes a LoRA, or
+an update of another --method. Changes of norms and biases, and changed or new rows of token embeddings, are stored
+without loss.
 """
 
 from __future__ import annotations

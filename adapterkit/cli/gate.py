@@ -1,9 +1,9 @@
-"""Check that a merged model or graph keeps its adapters' effect.
+"""Check that a merged model or graph has its adapters' effect.
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
-without them, and with random changes of the same size. --merged and --onnx name the merged model and the graph to
-compare. Texts are built in, or come from --data. The exit code is 1 if a threshold is missed, and 3 if the effect is
-too small to decide.
+without the adapters, and with random changes of the same size. --merged and --onnx name the merged model and the graph
+to compare. By default, texts in the package are used; --data names other texts. The exit code is 1 if a threshold is
+missed, and 3 if the effect is too small for a decision.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--max-part-error", type=float, default=0.3, show_default=True, metavar="SHARE",
-    help="Maximum error of a module's change, relative to that change and not counting rounding.",
+    help="Maximum error of a module's change, relative to the change; rounding errors are not counted.",
 )  # fmt: skip
 @click.option(
     "--min-agreement", type=float, metavar="SHARE",

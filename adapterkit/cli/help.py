@@ -1,4 +1,4 @@
-"""Show the help of a command, as its --help does.
+"""Show the same help as COMMAND --help.
 
 Without COMMAND, all commands are listed.
 """

@@ -1,9 +1,9 @@
 """Attach an adapter to an ONNX graph, or to a folder of graphs.
 
-MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. The result is
-run and compared with the same change computed in another way, unless --no-check is given. MODEL.onnx may also be a
-folder, as optimum and onnxruntime-genai write it: each graph gets the targets that it contains, and all other files are
-copied to the folder OUT.onnx.
+MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
+--no-check is given, the new graph is run, and its outputs are compared with an independent computation. MODEL.onnx may
+also be a folder that optimum or onnxruntime-genai wrote: the adapter is then attached to each graph that contains its
+targets, and all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
-    help="Weights of the base, to find layers that have lost their names. Its config.json says how the model is built.",
+    help="Weights of the base, to find layers whose names the graph lacks. Its config.json describes the model.",
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="Value of the graph that holds an argument of the model's call which the adapter needs, e.g. attention_mask; "
+    help="Value of the graph for an argument of the model that the adapter needs, e.g. attention_mask; "
     "or task_ids=N, the task of all rows. Repeatable.",
 )  # fmt: skip
 @click.option(
@@ -95,7 +95,7 @@ def command(
 
 
 def _inputs(path: str, check: bool) -> dict[str, Array]:
-    """Return the arrays of a file, by name."""
+    """Return the arrays in the file of --calibration, by name."""
     if not check:
         raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")
     from ..io.lazy import as_array
@@ -105,7 +105,7 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Return each argument of the call with the name of a graph value, or with a number."""
+    """Parse the options --call: return, for each argument of the model, the name of a graph value, or a number."""
     told: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")

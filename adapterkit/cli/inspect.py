@@ -71,7 +71,7 @@ def _unresolved_view(record: Mapping[str, object]) -> View:
 
 
 SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
-"""Columns that are dropped on a narrow terminal, in this order."""
+"""Columns that a narrow terminal does not show, in the order of dropping."""
 
 
 def _adapter_view(record: Mapping[str, object], every: bool) -> View:
@@ -161,7 +161,7 @@ def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 class _Group:
-    """Targets of one module that differ only in their layer."""
+    """The targets of one module, whose names differ only in the number of the layer."""
 
     def __init__(self, module: str, first: Mapping[str, object]) -> None:
         self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
@@ -204,7 +204,7 @@ _LONG = (
     "ss_dataset_dirs",
     "ss_datasets",
 )
-"""Metadata keys that only --json shows: their values are pictures or tables, or are shown elsewhere."""
+"""Metadata keys that are shown only with --json: pictures, tables, and values that another line already shows."""
 
 
 def _short(value: str) -> str:
@@ -212,7 +212,7 @@ def _short(value: str) -> str:
 
 
 def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return the rows of the table of updates. Updates that differ only in their names are formatted once."""
+    """Return the rows of the table of updates. Rows of updates that differ only in their names are formatted once."""
     known: dict[int, list[object]] = {}
     found = []
     for update in updates:
@@ -278,7 +278,7 @@ def _base_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _packed(quantized: Mapping[str, object]) -> str:
-    """Return the scheme of a quantized base and its number of parameters before quantization."""
+    """Return a line with the scheme of a quantized base and its number of parameters before quantization."""
     if quantized["scheme"] is None:
         return f"quantized in an unsupported way: {quantized['why']}"
     weights = counted(integer(quantized, "weights"), "weight")
@@ -287,7 +287,7 @@ def _packed(quantized: Mapping[str, object]) -> str:
 
 
 def _tensor_groups(tensors: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return one row for each group of tensors that differ only in their layer."""
+    """Return one row for each group of tensors whose names differ only in the number of the layer."""
     from ..reporting.grid import cells
 
     where = cells(str(tensor["name"]) for tensor in tensors)
@@ -326,7 +326,7 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    """Return the row of a module in a graph; values that differ between layers are listed or shown as a range."""
+    """Return the row of a module in a graph. If a value differs between layers, show a list or a range."""
     rows = [_layer_row(place) for place in group]
     shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

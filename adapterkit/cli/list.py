@@ -1,7 +1,7 @@
 """List formats, methods, combiners, quant schemes or loaders.
 
-'list loaders' lists the known tools that load adapter files. 'list loaders FILE' says which of them load this file
-unchanged, which load it after 'adapterkit convert' with the shown arguments, and why the others do not.
+'list loaders' lists the known tools that load adapter files. 'list loaders FILE' shows for each tool whether it loads
+the file unchanged, or after a conversion (with the command to type), or not at all (with the reason).
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _with_base(answer: Answer) -> Answer:
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return the answers of all tools about a file as plain data."""
+    """Return, as plain data, the answer for each tool: whether it loads the file, and why not."""
     fields = ("tool", "title", "loads", "why", "convert")
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 

@@ -2,7 +2,7 @@
 
 BASE is a folder of weights or one weight file; each A is an adapter in any known format; OUT is a path, or an address
 on a hub such as oci://registry/name:tag. Run an interrupted merge again to resume it. BASE may also be an ONNX model:
-the merged graph is then run and compared with the graph that has the adapters attached.
+the merged graph is then run, and its outputs are compared with those of the graph with attached adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
+from ._combining import (
+    combination,
+    data_option,
+    learned_data,
+    method_and_settings,
+    named_by,
+    recipe_of,
+    recipe_option,
+)
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", metavar="OUT", help="Folder, file or hub URI to write. Required, except with --plan.")
 @_options.weights
 @method_and_settings(default=None)
+@data_option
 @recipe_option
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
@@ -58,8 +67,8 @@ if TYPE_CHECKING:
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
     help="For a quantized graph with --quantized requantize: keep the change as floating-point factors next to the "
-    "quantized weights, or quantize it with the weights whatever is lost. Default: float for each weight that would "
-    "lose more than 5 % of its change.",
+    "quantized weights, or quantize weight and change together, even if much of the change is lost. Default: float for "
+    "each weight that would lose more than 5 % of its change.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Choice(["adapter"]),
@@ -68,13 +77,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--calibration", metavar="TEXTS",
-    help="With --keep: round by the activations that texts give to each layer. TEXTS is builtin, a file with one text "
-    "per line or of JSON Lines, or a .safetensors file of activations. They are written to "
+    help="With --keep: round so that the error is small for the activations of these texts. TEXTS is builtin, a file "
+    "with one text per line or of JSON Lines, or a .safetensors file of activations. The activations are written to "
     "OUT.calibration.safetensors.",
 )  # fmt: skip
 @click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
-    help="With --quantized requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to load "
+    help="With --quantized requantize: write the rounding error as a LoRA of this rank to OUT/remainder, to load "
     "together with OUT.",
 )  # fmt: skip
 @click.option(
@@ -99,8 +108,8 @@ if TYPE_CHECKING:
 @_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
-    help="If an adapter has more tokens than the base: add their rows, or drop them. Default: grow if the adapter's "
-    "file contains all new rows.",
+    help="If an adapter has more tokens than the base: grow adds the new rows, keep omits them. Default: grow if the "
+    "adapter's file contains all new rows.",
 )  # fmt: skip
 @click.option(
     "--stream", is_flag=True, help="Download a base one weight file at a time, so that the disk never holds all of it."
@@ -124,11 +133,11 @@ if TYPE_CHECKING:
     help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. Default: 1.",
 )  # fmt: skip
 @click.option(
-    "--verify", "verified", is_flag=True, help="Afterwards compute every merged tensor again and compare it with OUT."
+    "--verify", "verified", is_flag=True, help="Then compute every merged tensor again, and compare it with OUT."
 )
 @click.option(
     "--base-weights", metavar="DIR",
-    help="For a graph: weights of its base, to find layers that have lost their names.",
+    help="For a graph: weights of its base, to find layers whose names the graph lacks.",
 )  # fmt: skip
 @click.option(
     "--check/--no-check", default=True, show_default=True, help="For a graph: run the merged graph and check it."
@@ -137,9 +146,9 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context, base: str | None, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
-    method: str | None, parameters: tuple[str, ...], recipe: str | None, device: str, dtype: str | None,
-    shard_size: int | None, engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None,
-    stream: bool,
+    method: str | None, parameters: tuple[str, ...], data: tuple[str, ...], recipe: str | None, device: str,
+    dtype: str | None, shard_size: int | None, engine: str, address: str | None, tied: str | None,
+    quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
@@ -178,10 +187,12 @@ def command(
     chosen = list(weights) or None
     read = _options.in_reading(adapters, compat, base)
     if method is not None or read_from is not None:
-        # The result already has the names of the base, so there is nothing left to rename.
-        read, chosen, rename = _combined(base, read, method, weights, parameters, rename, read_from), None, ()
+        # Pass no rename rules: the combined adapter already has the names of the base.
+        read, chosen, rename = _combined(base, read, method, weights, parameters, data, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set requires --method")
+    elif data:
+        raise click.UsageError("--data requires --method or --recipe")
     if calibration is not None and (keep is None or quantized not in (None, "requantize")):
         raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     if only_plan:
@@ -256,7 +267,7 @@ def _activations(
     settings: _options.CliSettings, calibration: str, out: str, base: str, adapters: Sequence[Adapter | str], *,
     weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> str:  # fmt: skip
-    """Return the calibration file for rounding; if none is given, make one from texts."""
+    """Return the calibration file for rounding; if --calibration names texts, compute the file from these texts."""
     from ..io.locations import is_address
 
     given = _given_file(calibration)
@@ -277,14 +288,14 @@ def _activations(
 
 @contextmanager
 def _headers_of(base: str) -> Iterator[str]:
-    """Yield a path of the base for planning; for a base on a hub, download only headers and small files."""
+    """Yield a local path of the base for a plan; for a base on a hub, download only headers and small files."""
     from ..errors import Unsupported
     from ..io.locations import is_remote, ranged
 
     with ExitStack() as stack:
         here = base
         if is_remote(base):
-            # Suppress this error: if a base is not in safetensors, `plan` downloads all of it, as `merge` does.
+            # Suppress this error: if a base is not in safetensors, `plan` downloads the whole base, as `merge` does.
             with suppress(Unsupported):
                 here = str(stack.enter_context(ranged(base, whole=True)).path)
         yield here
@@ -340,8 +351,8 @@ def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
         raise click.UsageError("--remainder requires --quantized requantize")
     if keep is not None:
         raise click.UsageError(
-            "--remainder and --keep do not work together: what --keep loses has no low-rank structure, so a LoRA could "
-            "hold little of it. Omit one of them"
+            "--remainder and --keep do not work together: the error that --keep leaves has no low-rank structure, so a "
+            "LoRA cannot store it. Omit one of the two options"
         )
     if is_address(out):
         raise click.UsageError("--remainder requires a folder as OUT: merge into a folder, then push it")
@@ -351,7 +362,7 @@ def _remainder(
     settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Adapter | str], rank: int, *,
     weights: Sequence[float] | None, allow_partial: bool, rename: Sequence[str],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Write the remainder next to the merged weights; return its path, size, and norms of the loss before and after."""
+    """Write the LoRA of --remainder to OUT; return its path and rank, and the norms of the loss without and with it."""
     import math
     from pathlib import Path
 
@@ -372,21 +383,22 @@ def _remainder(
 
 def _combined(
     base: str, adapters: Sequence[Adapter | str], method: str | None, weights: Sequence[float],
-    parameters: Sequence[str], rename: Sequence[str], recipe: Recipe | None,
+    parameters: Sequence[str], data: Sequence[str], rename: Sequence[str], recipe: Recipe | None,
 ) -> tuple[Adapter, ...]:  # fmt: skip
-    """Return a tuple with the single adapter that combines the given ones."""
+    """Combine the adapters into one adapter, and return a tuple with only this adapter."""
     from .. import ops
 
     given = {"base": base, "rename": rename or None}
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
     with named_by(recipe):
+        options |= learned_data(data, sources, options)
         if recipe is None:
             return (ops.combine(sources, **options),)
         return (ops.combine(sources, **options, before=lambda outline: recipe.check_layers(outline.updates)),)
 
 
 def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
-    """Yield a warning if combined adapters have tokenizers, because none of these tokenizers is used."""
+    """Yield a warning if combined adapters have tokenizers: the merged model gets the tokenizer of the base."""
     from pathlib import Path
 
     from ..merging.companions import has_tokenizer
@@ -394,8 +406,8 @@ def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
     found = [name for name in adapters if has_tokenizer(Path(name))]
     if found:
         yield (
-            f"the tokenizer of the base is kept, although these have one of their own: {', '.join(found)}; "
-            "--tokenizer DIR (tokenizer=) uses another"
+            f"the tokenizer of the base is kept, although these adapters have a tokenizer too: {', '.join(found)}; "
+            "--tokenizer DIR (tokenizer=) chooses another tokenizer"
         )
 
 
@@ -463,7 +475,7 @@ def _adapters_table(record: Mapping[str, object]) -> TextTable:
 
 
 def _names(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield the rules that translated the names of each adapter to those of the base."""
+    """Yield a line for each adapter with the rules that translated its names to the names of the base."""
     for adapter in parts(record, "adapters"):
         used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(adapter, "names"))
         if used:
@@ -471,7 +483,7 @@ def _names(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
-    """Yield the smallest and the largest norm of a change, which reveal an adapter that does nothing or too much."""
+    """Yield the smallest and the largest norm of a change; they show whether an adapter does nothing or too much."""
     if norms:
         sizes = {name: max(map(float, texts(norms, name))) for name in norms}
         low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))

@@ -31,7 +31,7 @@ from ._render import TextTable, View, show, texts
 )  # fmt: skip
 @click.option(
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
-    help="Split larger weight files of a model into files of at most this size, e.g. 5GB. Default: no splitting.",
+    help="Split the weight files of a model into files of at most this size, e.g. 5GB. Default: no splitting.",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="If the repository does not exist, create it as private.")
 @click.option(

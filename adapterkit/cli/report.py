@@ -1,8 +1,8 @@
 """Write an HTML page that shows what adapters change.
 
-Each A is an adapter in any known format. The page shows norms by layer, spectra, ranks, what the adapters have in
-common and where they conflict, and says in words what stands out. It works without a network. With --base, changes are
-compared with the weights of the base.
+Each A is an adapter in any known format. The page shows norms by layer, spectra and ranks, the overlap and the
+conflicts of the adapters, and conclusions in words. The page works without a network. With --base, changes are compared
+with the weights of the base.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def command(
             return
         check_free(Path(out), overwrite)
         check_inputs([Path(out)], files)
-    _options.in_reading(adapters, None, base)  # With --strict-base, this call refuses another base.
+    _options.in_reading(adapters, None, base)  # --strict-base is enforced here.
     with progress(settings, "report", sizes=False) as meter:
         found = report(list(adapters), base=base, merged=merged, rename=rename, gate=gate, progress=meter)
     record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}

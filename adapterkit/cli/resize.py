@@ -1,6 +1,6 @@
-"""Write an adapter at another rank.
+"""Change the rank of an adapter.
 
-A is an adapter in any known format. Each low-rank update is replaced with the best LoRA of the given rank, or of the
+A is an adapter in any known format. Each low-rank update is replaced with the best LoRA of rank --rank, or of the
 smallest rank that meets --energy, --error or another limit. The table shows the error at each target.
 """
 
@@ -21,11 +21,16 @@ from ._render import show
 @click.option("--energy", type=float, metavar="E", help="Minimum share of the squared norm to keep, from 0 to 1.")
 @click.option("--error", type=float, metavar="E", help="Maximum relative error.")
 @click.option("--frobenius", type=float, metavar="N", help="Maximum Frobenius norm of the error.")
-@click.option("--sv-ratio", type=float, metavar="N", help="As kohya's: keep singular values above the largest one / N.")
 @click.option(
-    "--sv-cumulative", type=float, metavar="E", help="As kohya's: share of the sum of singular values to keep."
+    "--sv-ratio", type=float, metavar="N", help="Like kohya's option: keep singular values above 1 / N of the largest."
 )
-@click.option("--sv-fro", type=float, metavar="E", help="As kohya's: share of the Frobenius norm to keep.")
+@click.option(
+    "--sv-cumulative",
+    type=float,
+    metavar="E",
+    help="Like kohya's option: keep this share of the sum of singular values.",
+)
+@click.option("--sv-fro", type=float, metavar="E", help="Like kohya's option: keep this share of the Frobenius norm.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
     help="Apply the limit to each target, or to the whole adapter; --rank is then the average rank.",

@@ -36,7 +36,7 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..io.atomic import write_bytes
     from ..io.locations import local
 
-    _options.in_reading([src], None, base)  # With --strict-base, this call refuses another base.
+    _options.in_reading([src], None, base)  # --strict-base is enforced here.
     found = scan(src, base=base)
     if sarif is not None:
         write_bytes(local(sarif), json.dumps(found.sarif(), indent=2).encode())

@@ -1,7 +1,7 @@
 """Find the combination of adapters with the lowest loss on texts.
 
-Each A is an adapter in any known format. Each trial combines the adapters, attaches the result to the base in memory
-and measures the loss. Trials are recorded in RECIPE.trials: run an interrupted search again to resume it.
+Each A is an adapter in any known format. A trial combines the adapters, attaches the result to the base in memory and
+measures the loss. Trials are recorded in RECIPE.trials: run an interrupted search again to resume it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..searching.result import Search
 
 SHOWN = 8
-"""The number of trials in the table, which shows the best ones."""
+"""The table shows this many trials, the best first."""
 
 
 def bounds(text: str) -> tuple[str, tuple[float, float]]:
@@ -94,7 +94,7 @@ def command(
         return
     check_free(Path(out), overwrite)
     check_inputs([Path(out), kept], files)
-    _options.in_reading(adapters, None, base)  # With --strict-base, this call refuses another base.
+    _options.in_reading(adapters, None, base)  # --strict-base is enforced here.
     found = search(
         list(adapters), data, base=base, methods=methods or None, budget=budget, tune=dict(map(bounds, tune)),
         start=start, most=most, rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite,

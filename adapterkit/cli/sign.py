@@ -1,9 +1,9 @@
 """Sign an adapter or a model together with its lineage.
 
 The signature follows OpenSSF model signing and covers every file of PATH. It also covers a statement of the lineage:
-the base, its fingerprint, and the adapters with their digests and weights. Check it with adapterkit verify --signature,
-or with the model_signing command. Signing with a key needs no network; --sigstore does, and writes your identity to a
-public log.
+the base, the fingerprint of the base, and the adapters with their digests and weights. Check the signature with
+adapterkit verify --signature, or with the model_signing command. Signing with a key needs no network; --sigstore needs
+a network, and writes your identity to a public log.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def command(
 
 
 def _password(file: str | None) -> bytes | None:
-    """Return the password of the key. The password is stored nowhere else, and no message contains it."""
+    """Return the password of the key from a file or the environment. No message or file may contain the password."""
     from ..errors import storage_error
     from ..io.inputs import open_input
     from ..provenance.keys import PASSWORD

@@ -1,8 +1,8 @@
 """Open a local web page that runs these commands.
 
-The page can read and write each FOLDER; default: the current folder. It is reachable only from this machine (127.0.0.1)
-and only through the printed address, which contains a secret key. Each job shows the command line that gives the same
-result.
+The page can read and write files in each FOLDER; default: the current folder. It is reachable only from this machine
+(127.0.0.1) and only through the printed address, which contains a secret key. Each job shows the command line that does
+the same.
 """
 
 from __future__ import annotations

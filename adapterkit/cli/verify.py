@@ -1,7 +1,7 @@
-"""Check that a merged model equals its base with the adapters.
+"""Check that a merged model is the exact merge of its adapters.
 
 Every tensor of MERGED is computed again from the base and the adapters and compared bit by bit. Name the adapters and
-their weights in the order in which they were merged. Without --base and --adapter, the files are compared with the
+their weights in the same order as for the merge. Without --base and --adapter, the files are compared with the
 checksums that 'adapterkit merge --checksums' recorded.
 
 With --signature, MERGED is any adapter or model. Its files are compared with the signed digests, and the signature is
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="The --seed of the merge, if it was rounded stochastically.")
 @click.option(
     "--sample", type=click.IntRange(1), metavar="N",
-    help="Check only N of the tensors that adapters change, and N of the others.",
+    help="Check only N of the tensors that adapters change, and N of the unchanged tensors.",
 )  # fmt: skip
-@click.option("--calibration", metavar="FILE", help="The file of activations of the merge, if it was rounded by one.")
+@click.option("--calibration", metavar="FILE", help="The file of activations with which the merge was rounded, if any.")
 @_options.strict_base
 @click.option("--signature", metavar="FILE", help="Signature to check, written by adapterkit sign or model_signing.")
 @click.option("--key", metavar="PUB.pem", help="Public key of the signer.")

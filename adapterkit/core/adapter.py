@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .shapes import Dims
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
-"""Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
+"""Axis orders of stored weights: `out in *k` for linear layers and convolutions, `in out *k` for GPT-2's Conv1D and
+embeddings, and the same with a leading `e` for stacked experts."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,11 +45,11 @@ class Target:
     """One location in a base: a weight with its bias, a slice of a weight, or the whole model.
 
     Attributes:
-        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
-            the whole model, which takes context updates only.
+        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. An empty
+            path is the whole model, and takes only context updates.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
-            in, *k]`. A leading `e` means a stack with one weight per expert. Then each tensor of an update has a
-            leading `e` too.
+            in, *k]`. A leading `e` means a stack with one weight per expert; each tensor of an update then has a
+            leading axis `e` too.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -74,11 +75,10 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether the order of targets at one weight matters.
+    """Whether the result depends on the order in which the updates of one weight's targets are applied.
 
-    It matters if two targets share rows and one of their updates is not a plain sum.
-
-    If the order does not matter, the changes add up. The same holds for the targets of several adapters.
+    The order matters if two targets share rows, and an update of the two is not additive. Otherwise the changes are
+    simply added. The targets may come from several adapters.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -100,7 +100,7 @@ class BaseRef:
     """The base that an adapter was made for.
 
     Attributes:
-        id: a hub id or a path, as in the source format.
+        id: a hub id or a path, as the adapter's file states it.
         revision: the branch, tag or commit, if known.
         config_hash: sha256 of the canonical JSON of the base's config, if known.
     """
@@ -112,9 +112,9 @@ class BaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of an adapter's lineage: an operation and its plain arguments.
+    """One step of an adapter's lineage: the name of an operation, and its arguments as plain data.
 
-    Lineage is stored in files, so secrets in the arguments' urls are removed.
+    Lineage is stored in files, so secrets are removed from urls in the arguments.
     """
 
     op: str
@@ -134,7 +134,7 @@ def _public(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Content of a source format that has no field in `Adapter`; it is kept so that writing the format is lossless."""
+    """Content of a source file without a field in `Adapter`, kept so that the same format can be written losslessly."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -157,10 +157,10 @@ class Adapter:
 
     Attributes:
         updates: target -> its updates, in the order in which they apply.
-        base: the base for which the adapter was made, as far as known.
+        base: the base for which the adapter was made; None if unknown.
         recipe: the adapter's lineage, oldest step first.
-        foreign: further content of the source format.
-        extensions: optional fields of a newer minor version of the spec, kept unchanged.
+        foreign: content of the source file that has no field here.
+        extensions: optional fields that a newer minor version of the spec defines; they are kept unchanged.
     """
 
     updates: Updates
@@ -198,7 +198,7 @@ class Adapter:
         return tuple(sorted(rank for rank in found if isinstance(rank, int)))
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
-        """Return the adapter with each leaf replaced by f(leaf). A shared leaf is changed once and stays shared."""
+        """Return the adapter with each tensor `t` replaced by f(t). For a shared tensor, f is called once."""
         seen: dict[int, Leaf] = {}
         kept: list[Leaf] = []
 
@@ -213,7 +213,7 @@ class Adapter:
         )
 
     def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
-        """Return the adapter with all leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
+        """Return the adapter with all tensors loaded in torch on `device`. `dtype` converts floating-point tensors."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
     def replace(self, **changes: Unpack[AdapterChanges]) -> Adapter:
@@ -225,10 +225,9 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its shape strings and its method's rules, and the updates of each target together.
+        """Check each update against its shape strings and its method's rules, and check that a target's updates agree.
 
-        The method also checks that lineage, base and foreign content are plain JSON. So every adapter can be written in
-        the native format and has a digest.
+        Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
         Raises:
             AdapterkitError: a check fails; the message names the target or the field of the first error.
@@ -273,7 +272,7 @@ class Adapter:
                     raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
-        """Return the entries at a dotted path.
+        """Return the pairs of target and updates at a dotted path.
 
         Raises:
             TargetNotFound: the path has no update; the message suggests the most similar path.
@@ -285,7 +284,10 @@ class Adapter:
         return found
 
     def digest(self) -> str:
-        """Return the sha256 of targets, methods, values and tensor bytes. Equal digests mean equal functions."""
+        """Return the sha256 of targets, methods, values and tensor bytes.
+
+        Adapters with equal digests compute the same function.
+        """
         digest = hashlib.sha256()
         with files_kept_open():
             for target, update in sorted(self, key=lambda pair: str(pair[0])):
@@ -302,16 +304,17 @@ class Adapter:
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
         """Translate the targets into the names and layouts of `base`, and check every shape against it.
 
-        If the base stores weights in other parts, updates are split or joined. For example, an adapter of a live model
-        in transformers 5 becomes an adapter of the base as stored on a hub, or the reverse. The lineage records the
-        rules that changed names. The lineage also records the fingerprint of the base, unless it already has one.
+        If the base stores one target's weight in several tensors, or several weights in one tensor, updates are split
+        or joined. For example, an adapter of a live model in transformers 5 becomes an adapter of the base as stored on
+        a hub, or the reverse. The lineage records the rules that changed names. It also records the fingerprint of the
+        base, unless an earlier step recorded one.
 
         Args:
             base: an open checkpoint, or its path.
             rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
 
         Raises:
-            TargetNotFound: a target matches no place in the base, or several.
+            TargetNotFound: a target matches no weight of the base, or several.
             ShapeMismatch: the shape of an update does not fit the weight.
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
@@ -328,15 +331,15 @@ class Adapter:
 
         Args:
             path: the target's dotted path.
-            base: the source of W, for formulas that read it.
+            base: the base, for formulas that read W.
 
         Returns:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
 
         Raises:
             TargetNotFound: no update applies at the path.
-            NotMergeable: the update changes more than weights.
-            UsageError: the formula reads W, but no base was given.
+            NotMergeable: the update changes outputs or context, not only weights.
+            UsageError: the formula reads W, but `base` is missing.
         """
         from ..naming.binding import delta
 
@@ -348,12 +351,12 @@ _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",",
 
 @lru_cache(maxsize=1 << 10)
 def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return the part of a digest that precedes the bytes of a tensor."""
+    """Return the bytes that `digest` hashes before a tensor's own bytes: its name, dtype and shape."""
     return canonical([name, dtype, shape]).encode()
 
 
 def canonical(value: object) -> str:
-    """Return canonical JSON: sorted keys, no spaces, no escapes beyond JSON's own, no NaN or infinity.
+    """Return canonical JSON: sorted keys, no spaces, only the escapes that JSON requires, no NaN or infinity.
 
     Raises:
         Malformed: JSON cannot express the value: a number that is not finite, keys of several types, half of a
@@ -380,16 +383,17 @@ DEEPEST = 100
 """Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""Most values in one record. YAML aliases can refer to lists of aliases, so a few bytes can mean billions of values."""
+"""The most values in one record. YAML aliases can refer to lists of aliases, so a small file can expand to billions of
+values."""
 
 TOO_LARGE = 10**4300
-"""The smallest integer of more than 4300 decimal digits, the longest that Python prints and reads."""
+"""The smallest integer that Python refuses to print and read: integers may have at most 4300 decimal digits."""
 
 
 def check_json(value: object, where: str) -> None:
     """Check that a value is plain JSON.
 
-    Values from YAML and pickles may be or contain dates, NaN, keys of any type and lone surrogates.
+    Values from YAML and pickles may contain dates, NaN, keys of any type and lone surrogates.
 
     Raises:
         Malformed: the value is not plain JSON; the message says where.
@@ -438,7 +442,10 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """Return everything that a target's checks depend on, except its path; None if damaged and thus not hashable."""
+    """Return a key for the cache of target checks: all that the checks read, except the path.
+
+    None if a damaged value makes the key unhashable.
+    """
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:
         hash(form)
@@ -480,7 +487,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in`."""
+    """Return the axes whose sizes must agree for all updates of a target; the starred axis `rest` begins with `in`."""
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})
@@ -492,7 +499,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
+    """Raise an error if a value is not an `Adapter`, for example a path.
 
     Raises:
         UsageError: the value has another type.

@@ -1,4 +1,4 @@
-"""Composition: a layer plus an update is again a layer, on which the next update of the same target acts.
+"""Chain the updates of one target: a layer with an update is itself a layer, to which the next update is applied.
 
 A layer is a backend's view of one target, with the interface of `torch/layers.py`.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Composed:
-    """A layer after an update."""
+    """A layer to which an update has been applied."""
 
     def __init__(self, layer: Layer, update: Update) -> None:
         self.layer, self.update = layer, update

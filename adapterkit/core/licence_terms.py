@@ -1,6 +1,6 @@
-"""Find what the parts' licences require of a model made from several parts, and which requirements conflict.
+"""List the requirements of the licences of a merged model's parts (base and adapters), and conflicts between them.
 
-The licences are data, `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
+The licences are data in `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
 weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,38 @@ import msgspec
 from ..errors import CheckFailed, Malformed
 from ..io.inputs import open_input, read_input
 from ..io.strict_yaml import load_yaml
+from .licence_expressions import IDENTIFIER, alternatives
 
 # Read the licence from a model card's metadata.
 
 
 Licence = Mapping[str, str]
-"""A card's fields about its licence; all may be empty. Name and link give the licence if `license` is `other`."""
+"""The fields about the licence in a model card; all may be empty. If `license` is `other`, name and link are used."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """Return a licence given by its identifier, such as `apache-2.0`, or by a card's metadata."""
+    """Return the licence for an identifier, such as `apache-2.0`, or for the metadata of a card."""
     return {"license": name} if isinstance(name, str) else name or {}
 
 
 def licence_of(card: str) -> Licence:
-    """Return the licence in a card's metadata; empty if the value is not a plausible identifier."""
-    told = metadata(card)
+    """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression of some."""
+    told = dict(metadata(card))
+    listed = told.get("license")
+    if isinstance(listed, list) and all(isinstance(each, str) and alternatives(each) for each in listed):
+        # A card does not say whether a list is a choice, so all of its licences count.
+        told["license"] = " AND ".join(each if re.fullmatch(IDENTIFIER, each) else f"({each})" for each in listed)
     found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
-    if not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", found.get("license", "")):
+    if alternatives(found.get("license", "")) is None:
         return {}
     return {key: value for key, value in found.items() if value.isprintable() and len(value) <= 200}
 
 
 def licence_at(path: Path) -> Licence:
-    """Return the licence in the card in a folder, or next to a file."""
+    """Return the licence that a model card states; the card is in the folder `path`, or next to the file `path`."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         with open_input(card) as file:
@@ -68,10 +74,10 @@ def metadata(card: str) -> Mapping[str, Any]:
 FORMAT = 1
 
 BASE = "the base"
-"""Name of the base among the parts of a merged model."""
+"""The name by which lists of a merged model's parts call the base."""
 
 Part = tuple[str, Licence]
-"""The name of a part (`BASE`, or an adapter's), and the licence in its card."""
+"""The name of a part (`BASE`, or the name of an adapter), and the licence in the part's card."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,7 +91,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def plain(self) -> bool:
-        """Whether the licence requires no more than notices."""
+        """Whether the licence requires only that notices are kept."""
         return self.commercial and self.changes and not self.whole and not self.restricts
 
 
@@ -126,9 +132,50 @@ def terms_of(licence: Licence) -> Terms | None:
 
 
 def spdx_of(licence: Licence) -> str | None:
-    """Return the SPDX identifier of a licence; None if it has none, like most community licences."""
+    """Return the SPDX identifier of a licence; None if it lacks an identifier, like most community licences."""
     entry = _table().licences.get(_id(licence))
     return None if entry is None else entry.spdx
+
+
+def is_expression(licence: Licence) -> bool:
+    """Whether a card names several licences, or one with an exception."""
+    return " " in _id(licence)
+
+
+def spdx_expression_of(licence: Licence) -> str | None:
+    """Return an expression with SPDX's identifiers; None if a licence in it has none that is known here."""
+    words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
+    found, exception = [], False
+    for word in words:
+        known = _table().licences.get(word.lower())
+        operator = word in "()" or word.lower() in ("and", "or", "with")
+        if not (operator or exception) and (known is None or known.spdx is None):
+            return None
+        found.append(word.upper() if operator else word if exception or known is None else str(known.spdx))
+        exception = word.lower() == "with"
+    return " ".join(found).replace("( ", "(").replace(" )", ")")
+
+
+def choices(licence: Licence) -> list[list[Licence]]:
+    """Return the sets of single licences among which a card lets its readers choose.
+
+    Sets with an unknown licence are left out if another set has none.
+    """
+    found = alternatives(licence.get("license", "")) if is_expression(licence) else None
+    if found is None:
+        return [[licence]]
+    single: list[list[Licence]] = [[{"license": each} for each in some] for some in found]
+    known = [some for some in single if all(terms_of(each) is not None for each in some)]
+    return known or single
+
+
+_MOST_READINGS = 256
+
+
+def _readings(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts with single licences, once for each choice that their cards allow."""
+    each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
+    return [[part for some in found for part in some] for found in islice(product(*each), _MOST_READINGS)]
 
 
 def called(licence: Licence) -> str:
@@ -142,7 +189,13 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
     Args:
         parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
+            If a card lets its readers choose, the choice with the fewest contradictions counts.
     """
+    return min((_contradictions(reading) for reading in _readings(parts)), key=len)
+
+
+def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the contradictions between single licences."""
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
         return ()
@@ -156,9 +209,11 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                found.append(f"{pair}: each requires that the whole is under it")
+                found.append(f"{pair}: each of them must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
-                found.append(f"{pair}: one requires that the whole is under it, the other adds limits that it forbids")
+                found.append(
+                    f"{pair}: one must cover the whole model without further limits, but the other adds limits"
+                )
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
                 found.append(f"{pair}: the result allows no commercial use, because of {strict}")
@@ -166,29 +221,36 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether `whole` must cover the whole model and forbids further limits, while `other` imposes limits on it."""
+    """Whether two licences conflict: `whole` must cover the model without further limits, but `other` adds limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 
 def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the requirements of the parts' licences that a result's own licence omits, one sentence each.
+    """Return a sentence for each requirement of a part's licence that the licence of the merged model lacks.
 
     Args:
-        stated: the licence in the result's card.
-        parts: the parts that the result was made from.
+        stated: the licence in the merged model's card.
+        parts: the base and the adapters of the merged model.
     """
-    own = terms_of(stated)
-    if own is None:
-        return ()
-    found = []
-    for name, licence in parts:
-        terms = terms_of(licence)
-        if terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
-            continue
-        dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
-        if dropped or not terms.changes:
-            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {terms.asks}")
+    found: list[str] = []
+    for owns in choices(stated):
+        omitted = [
+            [part for part in reading if all(_omits(own, part[1]) for own in owns)] for reading in _readings(parts)
+        ]
+        for name, licence in min(omitted, key=len):
+            terms = terms_of(licence)
+            asks = terms.asks if terms is not None else ""
+            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {asks}")
     return tuple(dict.fromkeys(found))
+
+
+def _omits(stated: Licence, licence: Licence) -> bool:
+    """Whether a result's licence omits a requirement of a part's; both are single licences."""
+    own, terms = terms_of(stated), terms_of(licence)
+    if own is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
+        return False
+    dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
+    return dropped or not terms.changes
 
 
 def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -196,7 +258,8 @@ def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(
         f"{name} is under {called(licence)}, which is not in the table of licences" if called(licence)
         else f"{name} names no licence"
-        for name, licence in parts if terms_of(licence) is None
+        for name, licence in parts
+        if any(terms_of(each) is None for each in choices(licence)[0])
     )  # fmt: skip
 
 
@@ -238,7 +301,10 @@ def _cited(name: str, licence: Licence) -> str:
 
 
 def _reached(licence: Licence) -> set[str]:
-    """Return the licences that a whole may have if a part has this one, following compatible licences repeatedly."""
+    """Return all licences that a merged model may have if a part has `licence`.
+
+    A licence lists compatible licences, each of which may list further compatible licences; all are included.
+    """
     found: set[str] = set()
     left = [_id(licence)]
     while left:

@@ -1,6 +1,6 @@
 """Text metadata of adapters: trigger words, training settings, and the fingerprint of the base.
 
-The metadata is stored in `Adapter.foreign`, and after an operation in the lineage.
+After reading, the metadata is in `Adapter.foreign`. After an operation, it is in the lineage.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 from .adapter import Adapter, Step
 
 METADATA = "metadata"
-"""Argument of a lineage step that holds the strings from the source files."""
+"""Name of the argument of a lineage step with the text metadata of the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""Argument of a lineage step that holds the fingerprint of the base that the step used."""
+"""Name of the argument of a lineage step with the fingerprint of the step's base."""
 
 SHAPES = "base_shapes"
-"""Argument of a lineage step that holds the digest of tensor names and shapes of the base that the step used."""
+"""Name of the argument of a lineage step with a digest of the tensor names and shapes of the step's base."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> key in the metadata of files whose format has no lineage, such as PEFT's."""
+"""Name of an argument of lineage steps -> the metadata key for its value in formats without lineage, such as PEFT's."""
 
 MODEL_TYPE = "model_type"
-"""Argument of a lineage step that holds the base's `model_type` in transformers."""
+"""Name of the argument of a lineage step with the base's `model_type` in transformers."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
@@ -35,20 +35,20 @@ _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",
 })  # fmt: skip
-"""Keys whose values are wrong after an operation: ranks, scales, and hashes of the file's bytes."""
+"""Metadata keys whose values become wrong when an adapter is changed: ranks, scales, and hashes of the file's bytes."""
 
 _STRUCTURAL = _OF_ONE_FILE | {"adapterkit", "format", "lora_adapter_metadata", "ss_network_module"}
-"""Keys that describe the tensors of one file: its container, ranks, scales, and hashes of its bytes."""
+"""Metadata keys that describe only the file itself: its container, ranks, scales, and hashes of its bytes."""
 
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigger_phrase", "activation text")
-"""Keys whose values are comma-separated lists of words."""
+"""Metadata keys whose values are comma-separated lists of trigger words."""
 
 
 def metadata_of(adapter: Adapter) -> dict[str, str]:
-    """Return the strings from an adapter's files: trigger words, `ss_*`, `modelspec.*` and others.
+    """Return the text metadata of an adapter's source files: trigger words, `ss_*`, `modelspec.*` and others.
 
-    The result omits keys that describe the tensors of one file (its rank, hashes of its bytes), because they would be
-    wrong for another file.
+    Keys that describe only the source file, such as its rank or a hash of its bytes, are omitted, because their values
+    would be wrong in another file.
     """
     found: dict[str, str] = {}
     for step in adapter.recipe:
@@ -59,7 +59,7 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """Record the strings of a file in the `read` step, for formats that store none in `foreign`."""
+    """Store a file's text metadata in the lineage step `read`, for formats that do not store it in `foreign`."""
     if not metadata:
         return adapter
     *before, read = adapter.recipe
@@ -67,11 +67,11 @@ def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
 
 
 def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tuple[str, str]]:
-    """Return the pairs for a file's header, followed by the strings from the adapter's files.
+    """Return the (key, value) pairs for a new file's header: `pairs`, then the metadata of the adapter's source files.
 
     Args:
-        pairs: the format's own pairs, or the pairs that the file contained when it was read.
-        adapter: the adapter. If it was changed after reading, ranks and hashes of the old file are omitted.
+        pairs: the pairs that the format requires, or the pairs from the source file's header.
+        adapter: the adapter. If it was changed after reading, ranks and hashes of the source file are omitted.
     """
     changed = bool(adapter.recipe) and adapter.recipe[-1].op != "read"
     kept = {key: value for key, value in pairs if not (changed and key in _OF_ONE_FILE)}
@@ -82,14 +82,15 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
 
 
 def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Merge the strings of several adapters.
+    """Merge the text metadata of several adapters.
 
-    If all adapters agree on a key's value, the key is kept. Trigger words are joined. Any other key is split into one
-    key per adapter, with the adapter's name in brackets: `ss_tag_frequency (style)`.
+    If a key has the same value in all adapters, the key is kept. Trigger words are joined. Any other key is split into
+    one key per adapter, with the adapter's name in brackets: `ss_tag_frequency (style)`.
 
     Args:
         adapters: the adapters, in order.
-        names: their names; by default the `ss_output_name` or `modelspec.title` of each, or its number.
+        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter, or its
+            number.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)
@@ -108,7 +109,7 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the trigger words among the strings of an adapter, each once.
+    """Return the trigger words in an adapter's metadata, without duplicates.
 
     Args:
         metadata: the result of `metadata_of`.
@@ -118,17 +119,17 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the fingerprints of bases in an adapter's lineage and in its file's metadata, each once."""
+    """Return all base fingerprints in an adapter's lineage and in its file's metadata, without duplicates."""
     return _of_bases(adapter, FINGERPRINT)
 
 
 def shapes_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the digests of bases' names and shapes in an adapter's lineage and in its file's metadata, each once."""
+    """Return all digests of base names and shapes in an adapter's lineage and metadata, without duplicates."""
     return _of_bases(adapter, SHAPES)
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values of an argument in the lineage's steps, and of the matching key in the file's metadata."""
+    """Return the values of the argument `name` in lineage steps, and the values of its key in the file's metadata."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))
@@ -137,10 +138,10 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the model types of the base that an adapter's lineage and source file state, without duplicates.
+    """Return the base's model types according to an adapter's lineage and source file, without duplicates.
 
-    PEFT's configs without a task type contain the module of the base's class. AdapterHub's configs contain
-    `model_type`.
+    A PEFT config without a task type contains the module path of the base's class, which contains the model type. An
+    AdapterHub config contains `model_type`.
     """
     found = [*_arguments(adapter.recipe, MODEL_TYPE)]
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
@@ -172,7 +173,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(found: object) -> dict[str, str]:
-    """Return the text entries of a mapping or a list of pairs, the two forms that formats store; {} otherwise."""
+    """Return the entries of a mapping or a list of pairs whose key and value are text; {} for any other value."""
     pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
     return {
         pair[0]: pair[1]

@@ -1,10 +1,11 @@
-"""The registry: each entry is a module, and the module's name is the key.
+"""Registries: find the methods, formats and other extensible parts of adapterkit by name.
 
-Listing imports nothing; getting an entry imports its module only. If a registry has `several`, a module may define
-several small entries. Then listing imports all modules.
+Each module of a package defines one entry, and the module's name is the entry's name. Listing the names imports no
+module; getting an entry imports only its module. If a registry sets `several`, a module may define several entries, and
+listing imports all modules.
 
-Third parties add entries as entry points in the registry's group, named like the entry's module. They cannot replace a
-built-in entry.
+Other packages add entries as Python entry points in the registry's group. The entry point has the name of the entry's
+module. It cannot replace a built-in entry.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Name -> entry. An entry is the one class in its module that derives from `root`.
+    """A mapping from name to entry. An entry is the only class in its module that derives from `root`.
 
     Args:
-        noun: the word for an entry in messages.
+        noun: the name for an entry in messages, such as "method".
         package: the package whose modules are the built-in entries; modules with a leading underscore are private.
-        group: the entry point group for third parties.
-        root: the class that entries derive from.
-        several: whether a module may define several entries; each of these classes then sets `name`.
+        group: the entry point group for entries of other packages.
+        root: the class that all entries derive from.
+        several: whether a module may define several entries; each entry class then sets `name`.
     """
 
     def __init__(self, noun: str, package: str, group: str, root: type, several: bool = False) -> None:
@@ -76,7 +77,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, list[EntryPoint]]:
-        """Return name -> the entry points of installed packages, including those with the name of a built-in entry."""
+        """Return the entry points of installed packages by name, including names that a built-in entry already has."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}
@@ -85,17 +86,17 @@ class Registry(Mapping[str, T], Generic[T]):
         points: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
             several = points.setdefault(point.name, [])
-            # A package that is in two folders of `sys.path` is found twice.
+            # Remove duplicates: a package in two folders of `sys.path` is listed twice.
             if point.value not in [each.value for each in several]:
                 several.append(point)
         return points
 
     def packages(self) -> dict[str, str]:
-        """Return the names that installed packages add -> the packages, as `acme-adapters 1.0`, joined by commas."""
+        """Return each name that installed packages add -> the packages that add it: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:
-        """Return the unused names among `packages()` -> the reason: built in, or added by several packages."""
+        """Return each name of `packages()` that cannot be used -> the reason: built in, or added by two packages."""
         return {
             name: f"{packages} adds the {self.noun} {name!r}, which is built in and cannot be replaced"
             if name in self._builtin
@@ -115,7 +116,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
     def _foreign(self, name: str, entry: object) -> T:
-        """Check a third party's entry: it must have its module's name, because files store that name."""
+        """Check an entry of another package: its entry point must have the module's name, because files store it."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
             why = f"{self.group}: {name} must be a {self.root.__name__} in a module of that name, not {entry}"
@@ -150,15 +151,15 @@ def _package(point: EntryPoint) -> str:
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Return the entry points of all installed packages, unparsed; None if only the import system can find them.
+    """Return the texts of all installed packages' `entry_points.txt`; None if an entry of `sys.path` is an archive.
 
-    `importlib.metadata` would parse all metadata of the packages, which takes as long as a short command.
+    `importlib.metadata` is not used, because it parses all metadata, which takes as long as a short command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # The path is an archive instead of a folder.
+    except OSError:  # An archive: only the import system can search it.
         return None
 
 

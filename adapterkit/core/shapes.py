@@ -1,8 +1,8 @@
-"""Shape strings: `"r in *k"` documents a tensor field's shape, is used to check it, and gives shapes for test examples.
+"""Shape strings such as `"r in *k"` document the shape of a tensor field, check tensors, and shape the test examples.
 
-A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or a quotient of these
-(`out/b`, `r*n`). At most one item is `*name`, which stands for any number of axes. Binding a shape to its string gives
-the names their sizes.
+A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
+integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's
+shape is compared with a shape string, the names get their sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ShapeMismatch
 
 Dims = dict[str, int | tuple[int, ...]]
-"""Axis name -> size; starred name -> the sizes of its axes."""
+"""Sizes by axis name; a starred name has a tuple, the sizes of all axes that it stands for."""
 
 _AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 
@@ -42,9 +42,9 @@ class Axes:
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the position of a plain axis.
+        """Return the index of an axis. After a starred axis, the index is negative, counted from the back.
 
-        The position is counted from the front, or, after a starred axis, from the back (negative).
+        None if no axis of the string is exactly this name.
         """
         if axis not in self.axes:
             return None
@@ -52,10 +52,10 @@ class Axes:
         return position - len(self.axes) if self.star is not None and position > self.star else position
 
     def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
-        """Add the sizes that follow from `shape` to `dims`.
+        """Compare a tensor's shape with this string, and add the sizes of the string's names to `dims`.
 
         Raises:
-            ShapeMismatch: the shape does not match this string, given the sizes in `dims`.
+            ShapeMismatch: the shape does not match this string, or contradicts a size in `dims`.
         """
         star = self.star
         fixed = len(self.axes) - (star is not None)
@@ -74,7 +74,7 @@ class Axes:
                 raise _mismatch(self, shape, dims, what)
 
     def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape for the given sizes of the names."""
+        """Return the shape that this string describes if its names have the sizes in `dims`."""
         shape: list[int] = []
         for axis in self.axes:
             if axis.startswith("*"):
@@ -101,10 +101,11 @@ def tensor(
 
     Args:
         shape: the shape string.
-        optional: the tensor may be missing (None).
-        integer: the tensor holds indices instead of real numbers.
-        below: the axis, or product of axes, that the indices refer to. Two for a list of pairs: one per row.
-        distinct: no position may repeat.
+        optional: True if the tensor may be missing (None).
+        integer: True if the tensor contains indices instead of real numbers.
+        below: the axis, or product of axes, that the indices refer to; each index is below its size. Two axes if the
+            tensor has two rows, which are the first and second indices of pairs.
+        distinct: True if no index (or pair) may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
     metadata = {"axes": Axes.parse(shape), "optional": optional, **indices}
@@ -135,7 +136,7 @@ def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
 
 @cache
 def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """Return the names and numbers that an axis multiplies, and those that it divides by."""
+    """Return the names and numbers in an axis's numerator, and those in its denominator."""
     found: dict[str, list[str | int]] = {"*": [], "/": []}
     for operator, part in re.findall(r"([*/])(\w+)", "*" + axis):
         found[operator].append(int(part) if part.isdigit() else part)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 MOST_ROWS = 60
-"""Most rows in a table; a notebook with tens of thousands of rows cannot be scrolled."""
+"""The most rows in a table: a table with tens of thousands of rows makes a notebook unusable."""
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -32,7 +32,7 @@ def _cell(value: object) -> str:
 
 
 def counts(names: Iterable[str]) -> str:
-    """Return the frequency of each name, the most frequent first: `14 lora, 2 ia3`."""
+    """Return a text with the count of each name, the most frequent name first: `14 lora, 2 ia3`."""
     found: dict[str, int] = {}
     for name in names:
         found[name] = found.get(name, 0) + 1

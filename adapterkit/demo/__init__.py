@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(progress: Progress | None = None) -> dict[str, Any]:
-    """Merge each adapter of the demo into the base, and measure the result on held-out handwritten digits.
+    """Merge each adapter of the demo into the base, and measure its accuracy on digits not used in training.
 
     Args:
         progress: a function that is called with (bytes merged, total bytes).
@@ -62,7 +62,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _shifted(progress: Progress | None, position: int, count: int) -> Callable[[int, int], None] | None:
-    """Return a progress function that shows one task's progress as part of the whole."""
+    """Return a progress function for one task, which reports the progress of all tasks."""
     if progress is None:
         return None
     return lambda done, total: progress(position * total + done, count * total)

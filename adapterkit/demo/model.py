@@ -7,7 +7,7 @@ Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwrit
 Repository, doi:10.24432/C50P49 (CC BY 4.0), from the copy in scikit-learn.
 """
 
-# The layers are subclasses of torch's classes, so only code that runs the demo may import this module.
+# Only code that runs the demo may import this module, because it imports torch.
 from __future__ import annotations
 
 from pathlib import Path
@@ -100,10 +100,10 @@ def _patches(images: Tensor) -> Tensor:
 
 
 def build(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a `DigitTransformer` in float32 with the given weights, whose shapes decide the sizes of the model.
+    """Return a `DigitTransformer` in float32 with the given weights; the sizes of the model follow from their shapes.
 
     Raises:
-        KeyError: the first layer's `mlp.up_proj`, which gives the sizes, is missing.
+        KeyError: the first layer's `mlp.up_proj`, from which the sizes are taken, is missing.
         RuntimeError: another weight is missing, unknown, or has a wrong shape (torch's `load_state_dict` lists them).
     """
     hidden, d = weights["layers.0.mlp.up_proj.weight"].shape
@@ -142,7 +142,7 @@ def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images, (labels + 1) % CLASSES
 
 
-# Name of the adapter's folder -> the function that changes the base's task to the task of this adapter.
+# Name of the adapter's folder -> the function that changes images or labels of the base's task to the adapter's task.
 TASKS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rotated": rotated,
     "negative": negative,

@@ -51,7 +51,7 @@ def detect(path: str | PathLike[str]) -> str:
 
 
 class ReadOptions(TypedDict, total=False):
-    """Optional arguments of `read`; functions that read an adapter accept them and pass them on."""
+    """Optional arguments of `read`. Other functions that read an adapter also accept them, and pass them to `read`."""
 
     alpha: float | None
     rank: int | None
@@ -79,27 +79,29 @@ def read(
     """Read an adapter in any format, lazily, and validate it.
 
     Args:
-        path: a file or folder, or an address on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` means
-            the adapter in the subfolder `name`.
+        path: a file or folder, or an address on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#NAME` reads
+            the adapter in the subfolder NAME.
         format: the name of the adapter's format; None detects the format from the headers.
-        base: the base model, for formats whose names cannot be resolved without it.
-        compat: `"formula"` applies the paper's formula even if the tool that trained the adapter computed another one.
-            Some formats accept further values, for files whose contents can be understood in two ways.
-        alpha: LoRA's alpha, for a file that does not state it.
+        base: the base model, for formats that cannot resolve module names without the base.
+        compat: `"formula"` applies the paper's formula, even if the training tool computed another formula. Some
+            formats accept further values, for files that can be understood in two ways.
+        alpha: LoRA's alpha, for a file that does not store alpha.
         rank: the expected rank; a file with a different rank is an error.
         strict: refuse every setting that the format does not define, even a harmless one.
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the
             axis of the outputs). Formats without stacked experts ignore this argument.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
-        family: the family of the image, video or audio model, such as `"flux"`, if the adapter's names fit several.
+        strict_base: refuse a base whose name, config or fingerprint differs from that of the base recorded in the
+            adapter.
+        family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules
+            fit several families.
 
     Returns:
-        the adapter; for an adapter from a hub, its lineage records the address and the commit.
+        the adapter; if it comes from a hub, its lineage records the address and the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
-        CheckFailed: with `strict_base`, the base is not the one that the adapter names.
+        CheckFailed: `strict_base` is set, and the base is not the one that is recorded in the adapter.
         UsageError: `strict_base` is set, but no base is given.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
@@ -112,11 +114,11 @@ def read(
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
         raise UsageError(
-            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the file states everything"
+            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the format does not need it"
         )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
-        cure = f"Known: {known}. Without --compat (compat=), the adapter computes what it computed in training"
+        cure = f"Known: {known}. Without --compat (compat=), the adapter computes the training tool's formula"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     if experts_order is not None:
         compat = _with_order(compat, experts_order, reader)
@@ -136,7 +138,7 @@ def read(
                 recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
             )
     except AdapterkitError as error:
-        # A reader's error may name the exact file, so add the given path only to errors without a path.
+        # A reader's error may already contain the exact file, so add the given path only to errors without a path.
         raise error.at(path=path) from None
     return adapter
 
@@ -158,7 +160,7 @@ def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - 
 
 
 def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
-    """Return the `compat` value that `experts_order` selects; a format without stacked experts keeps its `compat`."""
+    """Convert `experts_order` to a `compat` value; return `compat` unchanged if the format has no stacked experts."""
     known = FORMATS["peft"].experts_orders
     if order not in known:
         raise UsageError(f"unknown experts_order {order!r}", cure=f"Known: {', '.join(sorted(known))}")
@@ -180,7 +182,7 @@ def save(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter in its own methods; unlike `adapterkit.write`, do not promote methods that the format lacks.
+    """Write an adapter without changing its methods; `adapterkit.write` also rewrites methods that the format lacks.
 
     The output is written next to `path` and renamed to `path` when it is complete. After an error, `path` is unchanged.
     If `path` is a folder with an adapter, the format's own files in the folder are replaced, and all other files stay.
@@ -214,7 +216,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace methods that the format lacks with equivalent methods without a bias, if the base has no bias."""
+    """Replace a method that the format lacks if an equivalent method exists because the adapted layer has no bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -241,7 +243,7 @@ def files_of(adapter: Adapter) -> set[Path]:
 def files_read(source: str | PathLike[str]) -> list[Path]:
     """List the local files that reading an adapter or a base may open; empty for an address on a hub.
 
-    For a folder, the list has the tensor files and all other files that a format or a base may keep there.
+    For a folder, the list has the tensor files and all other files that a format or a base may store there.
     """
     if is_remote(source):
         return []
@@ -250,7 +252,7 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
-    # No format keeps further files next to an ONNX graph, so its folder is not searched.
+    # No format stores further files next to an ONNX graph, so its folder is not searched.
     beside = sorted(path.parent.iterdir()) if path.is_file() and path.suffix.lower() != ".onnx" else ()
     return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
@@ -261,13 +263,13 @@ def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
 
     Raises:
         StorageError: nothing exists at `path`.
-        UnknownFormat: the folder holds several named adapters in subfolders; the error lists them.
+        UnknownFormat: the folder has several adapters in subfolders; the error lists the subfolders.
     """
     return tuple(_searched(path, FORMATS)[1])
 
 
 def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
-    """Return the only recognised format of a path; raise an error if there is none or more than one."""
+    """Return the only recognised format of a path; raise an error if no format or several formats were recognised."""
     if len(found) == 1:
         return found[0]
     if found:
@@ -290,14 +292,14 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
     if is_model(source):
         name = public(os.fspath(path))
         cure = (
-            f"It is a whole model. Make an adapter of what it changed: adapterkit extract {name} --base BASE "
-            "(base=) --rank 64 (rank=) -o ADAPTER, and name that"
+            f"It is a whole model. Extract an adapter from it: adapterkit extract {name} --base BASE "
+            "(base=) --rank 64 (rank=) -o ADAPTER. Then use this adapter"
         )
     raise UnknownFormat("not an adapter in any known format", path=path, cure=cure)
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a base or a tuned model: some of its weights do not belong to an adapter."""
+    """Whether a path is a whole model (a base or a tuned model): `opened` finds tensors there."""
     if is_address(source):
         return False
     try:
@@ -321,7 +323,10 @@ def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[st
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
-    """Return the path to read, the formats that recognise it, and its only subfolder with an adapter, or None."""
+    """Return the path to read and the formats that recognise it.
+
+    If this path is the only adapter in a subfolder of `path`, also return the subfolder's name, otherwise None.
+    """
     source = _existing(path)
     file, found = _recognised(source, names)
     members = [] if found or not source.is_dir() else members_of(source)
@@ -335,7 +340,9 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
 
 
 def members_of(folder: Path) -> list[str]:
-    """List the subfolders with an `adapter_config.json`; PEFT and AdapterHub save each named adapter in one.
+    """List the subfolders with an `adapter_config.json`.
+
+    PEFT and AdapterHub save each named adapter in its own subfolder.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -347,7 +354,7 @@ def members_of(folder: Path) -> list[str]:
 
 
 def _holds_only(folder: Path, member: str) -> bool:
-    """Whether a folder has only one subfolder to read: no other subfolder and no tensor file."""
+    """Whether `member` is the folder's only content to read: no other subfolder and no tensor file."""
     others = [entry for entry in folder.iterdir() if entry.name != member and not entry.name.startswith(".")]
     return not any(entry.is_dir() or entry.suffix.lower() in {*TENSORS, ".onnx"} for entry in others)
 
@@ -359,19 +366,19 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the file's settings that its format does not define and that the reader kept."""
+    """List the unknown settings of the source file: its format does not define them, and the reader stored them."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 
 def warnings_of(adapter: Adapter) -> list[str]:
-    """Return warnings about unusual contents that the reader accepted, one sentence each."""
+    """Return a warning, one sentence, for each kind of unusual content that the reader accepted."""
     names = ", ".join(unknown_fields(adapter))
     refuse = "--strict (strict=True) refuses such fields"
-    return [f"the config has fields that its format does not define; kept: {names}; {refuse}"] if names else []
+    return [f"the config has fields that its format does not define: {names}; {refuse}"] if names else []
 
 
 def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
-    """Return the path to read and the formats that recognise it: the path itself, or a folder's only tensor file."""
+    """Return the path to read (`source`, or a folder's only tensor file) and the formats that recognise this path."""
     names = tuple(names)
     files = [source]
     if source.is_dir():
@@ -379,7 +386,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
-            # One command may detect the format several times; the cache runs each format's check once per file.
+            # One command may detect the format several times; the cache runs each format's `sniff` once per file.
             found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
             if found:
                 return file, found

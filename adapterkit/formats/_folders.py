@@ -1,4 +1,4 @@
-"""Read and create adapter folders that consist of a config and one tensor file, as several libraries write them."""
+"""Read and create adapter folders with a config and one tensor file, as several libraries write them."""
 
 from __future__ import annotations
 

@@ -20,30 +20,30 @@ T = TypeVar("T")
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
 LEFT_OUT, CHANGED = "left out ", "changed "
-"""The first words of the lines that report a loss; see `Format.write`."""
+"""The first words of the lines that report an omitted or changed update; see `Format.write`."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Suffixes of adapters' tensor files; in a folder, they distinguish the tensor file from cards and other files."""
+"""Suffixes of adapters' tensor files; in a folder, all other files are model cards, configs and the like."""
 
 
 FORMULA = "formula"
-"""The `compat` value that applies the paper's formula, even if the tool that trained the adapter computed another."""
+"""The `compat` value that applies the paper's formula, even if the training tool computed another formula."""
 
 
 UNKNOWN = "unknown_fields"
-"""The argument of the lineage's `read` step that lists the unknown fields that the reader kept."""
+"""The argument of the lineage's `read` step that lists the unknown fields that the reader stored in the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A difference between a tool's forward and the paper's formula; `compat` selects one of them.
+    """A difference between a tool's forward and the paper's formula; `compat` selects one of the two.
 
     Attributes:
-        trained: the formula that the tool's forward computed in training; readers apply it by default.
-        formula: the paper's formula; `compat="formula"` selects it.
-        at_layer: for a difference that depends on the adapted layer, a function that returns the update as the tool
-            computes it at this layer. Without the base, readers apply the paper's formula, and the engines call this
-            function later; see `_trained`.
+        trained: a description of the formula in the tool's forward; readers apply this formula by default.
+        formula: a description of the paper's formula; `compat="formula"` selects it.
+        at_layer: a function that returns the update as the tool computes it at a layer; only for a difference that
+            depends on the adapted layer. Readers do not know the layer and apply the paper's formula. The engines know
+            the layer and call this function; see `_trained`.
     """
 
     trained: str
@@ -53,12 +53,12 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """The facts about a layer that determine the function that a tool trained at this layer.
+    """Properties of a layer that change the function that a training tool computes there.
 
     Attributes:
         shape: the shape of the layer's weight, `[out, in, *k]`.
-        padding: a phrase for messages about how the layer pads its input. Empty if the layer pads an undilated kernel
-            with zeros, or if the padding is unknown, as in a file of weights.
+        padding: a phrase for messages that says how the layer pads its input. Empty if the layer pads with zeros and
+            has no dilation, or if the padding is unknown, for example because only a file of weights is known.
     """
 
     shape: tuple[int, ...]
@@ -91,26 +91,27 @@ class Format:
         url: a page that describes the format.
         description: a one-line description for tables.
         methods: the names of the methods that the format can express.
-        departures: the tool's departures from the paper's formula, by name. The format's entry in spec/formats lists
-            the same departures, each with the test that runs the tool's forward.
-        compat: the values of `compat` that the format accepts: `"formula"`, and names for facts that a file does not
-            state. Without `compat`, an adapter means what the tool's forward computes.
+        departures: the cases, by name, in which the tool's forward differs from the paper's formula. The format's entry
+            in spec/formats lists the same cases, each with the test that runs the tool's forward.
+        compat: the values of `compat` that the format accepts: `"formula"`, and a name for each way to understand an
+            ambiguous file. Without `compat`, an adapter computes the same function as the tool's forward.
         options: optional arguments of `formats.read` that this format's `read` accepts: `alpha`, `rank`, `strict`,
             `family`.
-        experts_orders: names of the layouts of stacked experts that this format's files do not distinguish; `compat`
-            also accepts these names.
-        models: `image` if the format's names are only for image, video and audio models, `language` if they are only
-            for other models; empty if the format accepts any name.
-        differences: whether the format can store any change of a weight, and so express any method.
-        identities: whether the writer may write a change of a weight as a LoRA of full rank, because the format's tool
-            does. All other writers refuse such a LoRA, because the file would be as large as the base.
-        profiles: names of consumers that support only a part of the format; `fit` adapts an adapter to one of them.
-        dtypes: the format's element types, if it does not support all; tensors with other types may be rounded to one
-            of these.
-        file: the name of the file that is read or written in a folder; empty if the format chooses the name itself.
-        owns: names, or patterns of names, of the files that belong to an adapter of this format, in the adapter's
-            folder or next to its tensor file. A new adapter in the folder replaces all of these files, even those that
-            it does not write again; all other files in the folder stay.
+        experts_orders: names of layouts of stacked experts. The format's files do not show which layout they have, so
+            `compat` also accepts these names.
+        models: `image` if the format's names are only for image, video and audio models; `language` if the format's
+            names are only for other models; empty if the format accepts any name.
+        differences: whether the format can store any change of a weight as a full matrix, and so express any method.
+        identities: whether the writer may write a full weight change as a LoRA of full rank, because the format's tool
+            does so. All other writers refuse such a LoRA, because the file would be as large as the base.
+        profiles: names of programs that load only a part of the format; `fit` rewrites an adapter for one of these
+            programs.
+        dtypes: the element types that the format supports; empty if it supports all. Tensors with other types may be
+            rounded to one of these types.
+        file: the name of the tensor file in a folder; empty if the format's code chooses the name.
+        owns: names, or patterns of names, of the files of an adapter in this format; the files are in the adapter's
+            folder or next to its tensor file. A new adapter in the folder replaces all of these files, even files that
+            the new adapter does not need. All other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -130,11 +131,14 @@ class Format:
 
     @classmethod
     def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
-        """Return the departures that may concern updates with these methods; by default, all departures."""
+        """Return the departures that can affect updates with these methods; by default, all departures."""
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers at `path` are this format's. Accepts all such files, reads no data, raises no error."""
+        """Whether `path` has the headers of this format.
+
+        Must accept every such file, read no data and raise no error.
+        """
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
     def sniff_loosely(self, path: Path) -> bool:
@@ -149,24 +153,24 @@ class Format:
 
         Args:
             path: a file or a folder.
-            compat: one of `self.compat`: `"formula"` for the paper's formula, or the name of a variant that the file
-                cannot show. None: compute what the training tool's forward pass computes.
-            base: the base, if the file alone does not determine names or layouts.
+            compat: one of `self.compat`: `"formula"` for the paper's formula, or the name of a way to understand an
+                ambiguous file. None: compute what the training tool's forward pass computes.
+            base: the base, if the file alone does not determine module names or weight layouts.
 
         Raises:
-            Malformed: the input has unknown parts, or breaks the format's rules.
+            Malformed: the input has unknown parts, or violates the format's rules.
             Unsupported: the input needs a feature that this version does not have.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
     def outline(self, path: Path) -> Adapter:
-        """Read the targets, shapes and ranks of an adapter; loading a value that depends on the base raises an error.
+        """Read the targets, shapes and ranks of an adapter. Loading a value that depends on the base raises an error.
 
-        `inspect` and `list loaders` call this method if `read` requires a base. Formats that never require a base
-        inherit this method.
+        `inspect` and `list loaders` call this method if `read` requires a base. Formats whose `read` never requires a
+        base inherit this method.
 
         Raises:
-            UsageError: without the base, nothing is known about the adapter.
+            UsageError: without the base, not even targets and shapes are known.
         """
         return self.read(path)
 
@@ -175,15 +179,16 @@ class Format:
     ) -> list[str]:
         """Write an adapter, atomically, and return one line for each update or field that was omitted or rewritten.
 
-        `formats.save` reads the output back, and checks that it has the same targets and computes the same function.
-        Two kinds of lines report a loss. `left out TARGET: why` reports an update that is not in the file. `changed
-        TARGET:METHOD.FIELD why` reports a field whose value changed without changing the function.
+        `formats.save` reads the output back, and checks that the output has the same targets and computes the same
+        function. Two kinds of lines report a loss: `left out TARGET: why` reports an update that is not in the file.
+        `changed TARGET:METHOD.FIELD why` reports a field whose value changed, although the update computes the same
+        function.
 
         Args:
             adapter: the adapter to write.
             path: a file or a folder, depending on the format.
             on_loss: how to treat updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`.
-            base: the base, if rewriting needs its weights.
+            base: the base, if rewriting an update needs the base's weights.
 
         Raises:
             Unrepresentable: the format cannot express the adapter, and `on_loss` does not allow rewriting it.
@@ -193,15 +198,15 @@ class Format:
     def fit(
         self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> tuple[Adapter, list[str]]:
-        """Rewrite an adapter so that one consumer computes the same function; return one line for each change.
+        """Rewrite an adapter so that one program computes the same function; return one line for each change.
 
         Args:
             adapter: the adapter that will be written.
-            profile: the consumer, one of `profiles`.
-            base: the base, which determines the modules in which the consumer looks for experts.
-            on_loss: `drop` omits updates that the consumer cannot run.
+            profile: the program that will load the adapter, one of `profiles`.
+            base: the base; it shows which modules the program treats as experts.
+            on_loss: `drop` omits updates that the program cannot run.
 
         Raises:
-            Unrepresentable: the consumer cannot run the adapter.
+            Unrepresentable: the program cannot run the adapter.
         """
         raise Unrepresentable(f"{type(self).__name__} has no profile {profile!r}")

@@ -1,8 +1,8 @@
-"""Compare two groups of updates of one weight as functions, without dense matrices.
+"""Check that two groups of updates of one weight compute the same function, without dense matrices.
 
-Additive updates are applied to a few fixed random inputs, B @ (A @ x); other updates are applied to a fixed random
-weight. All computation is in float64. The allowed error is the rounding to the element types. Rounding errors of
-single elements are independent, so the total error is the root of a sum of squares.
+Additive updates are multiplied with a few fixed random inputs, B @ (A @ x). Other updates are applied to a fixed random
+weight. All computation is in float64. The allowed error is the error of rounding to the element types. Rounding errors
+of single elements are independent, so the total error is the root of a sum of squares.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ PROBES = 4
 """The number of random inputs."""
 
 SIGMAS = 8.0
-"""The allowed multiple of the expected rounding error; correct numbers exceed it in about five of a million cases."""
+"""The allowed error, in standard deviations of rounding; correct values exceed it in about five of a million runs."""
 
 ALONE = 2.0**-20
-"""The allowed relative error of a change: its scalings and alphas may be rounded to float32 several times."""
+"""The allowed relative error of a weight change: scalings and alphas may be rounded to float32 several times."""
 
 BLOCK = 1 << 16
-"""The number of elements that are compared at once: a block and its intermediate results fit the L2 cache."""
+"""The number of elements that are compared in one step: a block and its intermediate results fit the L2 cache."""
 
 FLOAT32 = 2.0**-22
-"""The relative error of a product and a difference in float32."""
+"""The relative rounding error of a float32 product that is then subtracted in float32."""
 
 UNSQUARED = 2.0**-30
-"""The allowed rounding error, as a fraction of the largest number, if numbers are too large to be squared."""
+"""The allowed rounding error, as a fraction of the largest value, if squares of the values would overflow."""
 
 NOTHING = 2.0**-1000
-"""Changes below this size count as zero: float64 loses its precision there, and no weight is so small."""
+"""Weight changes below this size count as zero: float64 loses precision there, and no real weight is so small."""
 
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
-"""The smallest normal number of each type; below it, the spacing of numbers is constant."""
+"""The smallest normal value of each type; smaller values are subnormal and have a constant spacing."""
 
 
 def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
-    """Return the reason why two groups of updates of one weight differ as functions; empty if they do not differ.
+    """Return the reason why two groups of updates of one weight compute different functions; empty if they do not.
 
     Args:
-        asked: target -> updates that were to be written.
-        got: target -> updates that were read back.
-        base: the base, for shapes that the updates do not show.
-        dtypes: the element types of the format, if it does not support all; other tensors are rounded to one of them.
+        asked: the updates that were to be written, by target.
+        got: the updates that were read back, by target.
+        base: the base, for shapes that the updates' tensors do not show.
+        dtypes: the element types that the format supports; empty if it supports all. Writers round other tensors.
 
     Raises:
-        ShapeMismatch: the adapter to write does not fit the base.
+        ShapeMismatch: the updates in `asked` do not fit the base.
     """
     import numpy as np
 
@@ -86,16 +86,16 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         with np.errstate(over="ignore", invalid="ignore"):
             return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
-        return f"the two cannot be compared ({error.why})"
-    except ValueError as error:  # Some formulas check the shape only when they compute.
-        return f"the two cannot be compared ({error})"
+        return f"the written and the read update cannot be compared ({error.why})"
+    except ValueError as error:  # Some formulas raise this for wrong shapes.
+        return f"the written and the read update cannot be compared ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups are LoRAs with equal A and equal scaling * B; False if this is not known.
+    """Whether the groups have only LoRAs, with equal A and equal scaling * B. False may also mean unknown.
 
-    Writers often fold a scaling into B, so this case has a check of its own, which does not read A. The products with
-    random inputs would take ten times as long as the conversion itself.
+    Writers often fold a scaling into B. This check is fast because it multiplies no matrices; the general check with
+    random inputs would take ten times as long as the conversion.
     """
     from ._proof import equal
 
@@ -110,12 +110,12 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether scaling * B of two LoRAs is equal; False if this is not known. See `_near`.
+    """Whether scaling * B of two LoRAs is equal, up to rounding. False may also mean unknown.
 
-    One B times the quotient of the scalings is compared with the other B, element by element. Multiplying only by the
-    quotient avoids overflow and underflow. Numbers of at most 32 bits are multiplied in float32; the rounding error of
-    float32 is subtracted from the allowed error. The arrays are compared in blocks that fit the processor's cache:
-    comparing whole arrays in float64 took longer than the rest of a conversion.
+    The first B, times the quotient of the scalings, is compared with the second B, element by element. Multiplying only
+    by the quotient avoids overflow and underflow. Values of at most 32 bits are multiplied in float32, and the rounding
+    error of float32 is subtracted from the allowed error. The arrays are compared in blocks that fit the processor's
+    cache: comparing whole arrays in float64 took longer than the rest of a conversion.
     """
     import numpy as np
 
@@ -147,9 +147,9 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the relative rounding error of a stored number, and the smallest number for which this error holds.
+    """Return the relative rounding error of stored values, and the smallest value for which this error is correct.
 
-    A writer rounds computed tensors to their own dtype, or to one of the format's dtypes if the format lacks it.
+    A writer rounds a computed tensor to the tensor's dtype; if the format lacks this dtype, to a dtype of the format.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -165,7 +165,7 @@ def _kinds(group: Updates) -> set[str]:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """A group's output for the probes, and the expected square of its rounding error; a row is one output."""
+    """A group's outputs for the random inputs, one row per output, and the expected squares of the rounding errors."""
 
     value: Array
     squares: Array
@@ -173,7 +173,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """The weight that both groups change; computes each group's response to the probes."""
+    """The weight that both groups change. Computes each group's outputs for the random inputs."""
 
     asked: Updates
     got: Updates
@@ -182,7 +182,7 @@ class _Weight:
     least: float
 
     def check_base(self) -> None:
-        """Refuse an adapter whose shapes do not fit the base; the writer may not have checked them.
+        """Refuse updates in `asked` that do not fit the base's shapes, because the writer may not have checked them.
 
         Raises:
             ShapeMismatch: an update does not fit.
@@ -198,7 +198,10 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return an answer for each ("weight" or "bias", expert); answers of targets on rows are joined."""
+        """Return the outputs of a group by ("weight" or "bias", number of the expert).
+
+        Targets for rows of one weight share one entry.
+        """
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]
@@ -229,7 +232,7 @@ class _Weight:
             yield "bias", self._rounded(changed - b, changed)
 
     def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
-        """Whether there is a bias to compare; an update of the bias has no effect if the base has no bias."""
+        """Whether biases must be compared: an update of the bias has no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -264,7 +267,7 @@ class _Weight:
         import numpy as np
 
         rounding = self.unit * float(np.abs(numbers).max(initial=0.0))
-        # Multiply instead of using `**`: `**` raises OverflowError if the square overflows; `*` returns infinity.
+        # Use `*`, not `**`: if the square overflows, `**` raises OverflowError, but `*` returns infinity.
         return _Answer(value, np.full(value.shape, rounding * rounding))
 
     def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
@@ -278,7 +281,7 @@ class _Weight:
 
     @property
     def _outputs(self) -> int:
-        """Return the number of the weight's outputs, as far as the targets of both groups show it."""
+        """Return the number of the weight's outputs: the largest number that the targets' shapes or rows show."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
@@ -290,12 +293,11 @@ class _Weight:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # A method with equal blocks fits weights of many sizes, so compare on a weight of the largest size.
+        # A method with equal blocks fits weights of many sizes. Compare on the largest weight that it fits.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
-        # A method with one factor per input fits any number of outputs, and vice versa; so the unknown size is
-        # arbitrary.
+        # A method with one factor per input fits any number of outputs, and vice versa. So choose an arbitrary size.
         dims = [update.dims(target.stacked) for update in every]
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
@@ -310,7 +312,7 @@ def _random(shape: tuple[int, ...]) -> Array:
 
 
 def _values(leaf: Leaf) -> torch.Tensor:
-    """Return a leaf's values as an array; the return type is a torch tensor because formulas' type hints name torch."""
+    """Load a tensor as an array. The return type is a torch tensor because the formulas' type hints use torch."""
     array = as_array(leaf)
     return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 
@@ -319,16 +321,16 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
     import numpy as np
 
     for key in dict.fromkeys((*ours, *theirs)):
-        # If only one group changes a part, the other group's change of that part is zero.
+        # If only one group changes the weight or the bias, the other group's change is zero.
         known = ours.get(key) or theirs[key]
         none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
         one, other = ours.get(key, none), theirs.get(key, none)
         if one.value.shape != other.value.shape:
-            return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
+            return f"the shape of its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of numbers above 1e154 are infinite, and infinity times 0 is NaN; there, allow an error relative to
-        # the largest number instead.
+        # Squares of values above 1e154 overflow, and infinity times 0 is NaN. Then allow an error relative to the
+        # largest value.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
@@ -339,15 +341,15 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
 
 
 def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Return the reason why two groups of output or context updates differ; empty if they are the same.
+    """Return the reason why two groups of output or context updates differ; empty if they are equal.
 
-    Context updates are compared by their virtual tokens, because writers may replace a network by its output.
+    If the methods differ, the virtual tokens are compared, because writers may replace a prompt network by its output.
     """
     if [update.method for update in asked] == [update.method for update in got]:
         return _unlike_fields(asked, got, unit, least)
     ours, theirs = _tokens(asked), _tokens(got)
     if ours is None or theirs is None:
-        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead"
+        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead of this update"
     for place in dict.fromkeys((*ours, *theirs)):
         if place not in ours or place not in theirs:
             return f"the file {'has no' if place in ours else 'has'} {place}"
@@ -357,9 +359,9 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
 
 
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
-    """Return the virtual tokens of all updates, in order, for each part of the context.
+    """Return the virtual tokens of all updates, joined in order, for embeddings and past keys and values.
 
-    Returns None if the virtual tokens depend on a task or on the input.
+    Return None if the virtual tokens depend on a task or on the input.
     """
     import numpy as np
 
@@ -372,7 +374,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
         for place in ("embeddings", "decoder_embeddings", "past"):
             if (each := getattr(values, place)()) is not None:
                 found.setdefault(place, []).append(each)
-    # In embeddings, and in past keys and values, the tokens are the last axis but one.
+    # The axis of the tokens is the last axis but one, in embeddings and in past keys and values.
     try:
         return {place: np.concatenate(each, axis=-2) for place, each in found.items()}
     except ValueError:
@@ -388,12 +390,12 @@ def _near(one: Array, other: Array, unit: float, least: float) -> bool:
 
 
 def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Return the reason why updates with the same methods differ, field by field; empty if they are equal."""
+    """Return the reason why updates with equal methods differ, such as the name of a field; empty if they are equal."""
     for one, other in zip(asked, got, strict=True):
         if one.attributes != other.attributes:
             return "an attribute differs"
         if one.tensors.keys() != other.tensors.keys():
-            return "the tensors have other names"
+            return "the names of the tensors differ"
         for name, leaf in one.tensors.items():
             if not _near(*cast("tuple[Array, Array]", (_values(leaf), _values(other.tensors[name]))), unit, least):
                 return f"the values of {name} differ"

@@ -1,4 +1,4 @@
-"""Join LoRAs on rows of one weight, such as gate and up of a fused weight, into one LoRA of the whole weight.
+"""Join LoRAs of rows of one weight into one LoRA of the whole weight. Example: gate and up of a fused weight.
 
 The factors are concatenated, never multiplied. Rows without an update get zeros.
 """
@@ -28,17 +28,17 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def with_joined_rows(
     updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join plain LoRAs on rows of a weight, for formats that cannot address rows.
+    """Join plain LoRAs of rows of a weight, for formats in which an update always changes the whole weight.
 
     Args:
-        updates: target -> updates.
-        base: the base, for the number of rows of a weight.
+        updates: the updates by target.
+        base: the base, which shows the number of rows of a weight.
         sizes: a map from the path of a weight to its number of rows, for weights whose size is known without the base.
-            Weights without a known number of rows are not joined.
+            LoRAs of a weight with an unknown number of rows are not joined.
 
     Returns:
-        the updates, and one line for each LoRA with a larger rank. The rank grows unless all parts have the same A.
-        Targets that could not be joined are unchanged.
+        the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
+        parts have the same A. Targets that cannot be joined are unchanged.
     """
     groups: dict[Target, list[Target]] = {}
     for target, given in updates.items():
@@ -63,14 +63,14 @@ def with_joined_rows(
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join several plain LoRAs of one target, such as gate and up of a weight that interleaves their rows.
+    """Join several plain LoRAs of one target. Example: gate and up of a weight that interleaves their rows.
 
     Args:
-        updates: target -> updates.
+        updates: the updates by target.
 
     Returns:
-        the updates, and one line for each LoRA with a larger rank. The rank grows unless all LoRAs of a target have the
-        same A and change different rows.
+        the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
+        LoRAs of a target have the same A and change different rows.
     """
     made = dict(updates)
     lines = []
@@ -93,7 +93,7 @@ def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether each row is nonzero in at most one of the matrices, so that their sum is exact."""
+    """Whether in each row at most one of the matrices is nonzero, so that adding the matrices rounds nothing."""
     from ..io.lazy import as_array
 
     held = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -109,7 +109,7 @@ def _rows_of(target: Target, base: Checkpoint | None) -> int:
 
 
 def _apart(parts: Sequence[Target]) -> bool:
-    """Whether the parts have no row in common."""
+    """Whether no row belongs to two of the targets."""
     spans = sorted(target.rows for target in parts if target.rows is not None)
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
@@ -137,7 +137,7 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The joined LoRA has one scaling, so multiply B by the quotient of the scalings, in float32 or wider.
+    # The joined LoRA has one scaling. So multiply B by the quotient of the scalings, in float32 or wider.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

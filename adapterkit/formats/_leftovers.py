@@ -1,4 +1,4 @@
-"""Keep the contents of a file that an adapter cannot express, as a typed record for the writer of the same format."""
+"""Store file contents that adapter fields cannot express (leftovers) in the adapter, for the same format's writer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ L = TypeVar("L", bound="Leftovers")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty record.
+    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty `record`.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -28,12 +28,12 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
     try:
         return msgspec.convert(dict(adapter.foreign.data), record)
     except msgspec.ValidationError as error:
-        why = f"leftovers of {format} are damaged ({error})"
-        raise Malformed(why, where="foreign", cure="Remove the leftovers: adapter.replace(foreign=None)") from None
+        why = f"the stored data of the {format} file is damaged ({error})"
+        raise Malformed(why, where="foreign", cure="Remove the data: adapter.replace(foreign=None)") from None
 
 
 class Leftovers(TypedDict, total=False):
-    """The leftovers that every format's reader keeps for its writer: at least the order of keys."""
+    """The leftovers that every reader stores in the adapter for the writer of the same format: the order of keys."""
 
     order: list[str]
 
@@ -48,6 +48,6 @@ def remembered(adapter: Adapter, name: str, shape: type[L]) -> L:
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:
-    """Return the tensors in the order of the file that was read, if that is known; new tensors come last."""
+    """Return the tensors in the key order of the source file, if this order is known; new tensors come last."""
     read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
     return {**read, **tensors}

@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from ..core.updates import Update
 
 Loss = tuple["Target", int, str]
-"""A target, the index of one of its updates, and the reason why the format cannot express that update."""
+"""A target, the index of an update of this target, and the reason why the format cannot express the update."""
 
 
 def expressible(
     updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """Return the updates that a format can express together, and a line for each omitted update.
+    """Return the updates that one file of the format can store together, and a line for each omitted update.
 
     Args:
         updates: the updates to write.
-        find: a function that finds the updates that cannot be expressed. It is called again on the remaining updates,
-            until it finds none.
+        find: a function that returns the updates that the format cannot express. It is called again on the remaining
+            updates, until it returns no update.
         dialect: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
-        on_loss: `drop` omits such updates.
+        on_loss: `drop` omits updates that the format cannot express; every other value refuses them.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.

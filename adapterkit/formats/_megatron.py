@@ -1,4 +1,4 @@
-"""Convert LoRA in Megatron's layout: one pair for each fused weight or, in canonical LoRA, for each part."""
+"""Convert LoRA in Megatron's layout: one pair A, B for each fused weight or, in canonical LoRA, for each part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def is_of(keys: list[str], modules: Modules) -> bool:
-    """Whether some key belongs to one of these modules."""
+    """Whether at least one key belongs to one of these modules."""
     ends = tuple(module + end for module in modules for end in SLOTS)
     return any(key.endswith(ends) for key in keys)
 
@@ -35,11 +35,11 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
-    """Return the updates, and the leftovers for the writer: names, and whether weights are fused.
+    """Return the updates, and the leftovers for the writer: prefix of names, order of keys, whether pairs are fused.
 
     Raises:
         Malformed: a key belongs to none of these modules.
-        ShapeMismatch: shapes do not fit the heads.
+        ShapeMismatch: the shapes do not fit the base's numbers of heads.
     """
     own = _OwnNames(base)
     updates: dict[Target, tuple[Pair, ...]] = {}
@@ -78,7 +78,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function with the reason why these modules cannot express an update."""
+    """Return a function that returns the reason why these modules cannot express an update, or an empty text."""
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
@@ -93,10 +93,13 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return the tensors by key, and whether weights are fused. They are not fused if the pairs do not share A."""
+    """Return the tensors by key, and whether the pairs are fused.
+
+    Pairs of a fused weight's parts are fused if they share A.
+    """
     if LAYER.fullmatch(f"{prefix}0.x") is None:
-        why = f"leftovers of Megatron are damaged: names begin with {prefix!r}"
-        raise Malformed(why, cure="Remove the leftovers: adapter.replace(foreign=None)")
+        why = f"the stored data of the Megatron file is damaged: names begin with {prefix!r}"
+        raise Malformed(why, cure="Remove the data: adapter.replace(foreign=None)")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
     possible = all(_fits(found, weights) for found in layers.values() for weights in groups)
@@ -134,7 +137,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether pairs of single weights can form one pair of the fused weight; true if there are no pairs."""
+    """Whether the pairs of a fused weight's parts can be fused into one pair; true if no part has a pair."""
     own = [found[weight] for weight in weights if weight in found]
     if not own:
         return True
@@ -145,7 +148,7 @@ def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _OwnNames:
-    """Map module names to the base's names, which may have a prefix; without a base, names stay the same."""
+    """Translates module names to the base's names, which may have a prefix; without a base, the names stay the same."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -167,14 +170,14 @@ class _OwnNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function that returns the numbers of heads: the base's, or those kept from reading the adapter."""
+    """Return a function that returns the base's numbers of heads or, without a base, the numbers in `kept`."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:
         if base is None and kept:
             return Heads(*kept)
         if base is None:
-            why = "the order of rows here depends on the base's number of heads"
+            why = "the order of this weight's rows depends on the base's numbers of heads"
             raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
         return heads_of(base.config, where)
 

@@ -1,4 +1,4 @@
-"""Choose the single alpha or scaling of a file, and fold all other scalings into B."""
+"""Choose the single alpha or scaling that a file stores for all modules, and fold all other scalings into B."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def of_one_alpha(
     first: float | None = None,
     one_rank: bool = False,
 ) -> tuple[float, Pairs, list[str]]:
-    """Return the alpha, the updates that a format with one alpha can express, and a line for each change.
+    """Return the file's alpha, the updates that the format can express, and a line for each omitted or changed update.
 
     Args:
         adapter: the adapter to write.
-        why: returns the reason why the format cannot express an update; empty if it can.
+        why: a function that returns the reason why the format cannot express an update; empty if it can.
         dialect: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
-        first: the alpha in the source file, if known.
+        first: the alpha in the source file; None if unknown.
         one_rank: whether all modules must have the same rank.
 
     Raises:
-        Unrepresentable: see `expressible` and `one_number`.
+        Unrepresentable: see `_pairs.expressible` and `one_number`.
     """
     pairs, lines = expressible(adapter, dialect, on_loss, why)
     held = of_one_rank(pairs) if one_rank else pairs
@@ -47,11 +47,11 @@ def of_one_alpha(
 def one_alpha(
     pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the alpha of a file whose scaling is alpha / rank; see `one_number`."""
+    """Choose the alpha of a file in which every module's scaling is alpha / rank; see `one_number`."""
     from .peft.alphas import exact_alpha
 
     def rank(update: Pair) -> int:
-        # Read the rank from B, where it is always the last axis.
+        # Read the rank from B, because the rank is always B's last axis.
         return int(update.B.shape[-1])
 
     return one_number(
@@ -61,7 +61,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """Give all updates the same rank without changing their functions: pad smaller ranks with zeros."""
+    """Give all updates the largest rank without changing their functions: pad the factors with zeros."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -76,19 +76,19 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the number that sets the scalings of all modules; fold all other scalings into B.
+    """Choose the value, such as an alpha, that determines the scalings of all modules; fold all other scalings into B.
 
     Args:
-        pairs: the updates.
-        of: returns the number that yields an update's exact scaling, or None.
-        gives: returns the scaling that a number yields for an update.
+        pairs: the updates by target.
+        of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
+        gives: a function that returns the scaling that a value yields for an update.
         dialect: the format's name, for messages.
-        on_loss: `fold` or `promote` allows folding scalings.
-        default: the number to use if `of` returns None for every update.
-        first: the number in the source file; preferred if no other number fits more updates.
+        on_loss: `fold` and `promote` allow folding scalings.
+        default: the value to use if `of` returns None for every update.
+        first: the value in the source file; chosen if no other value fits more updates.
 
     Raises:
-        Unrepresentable: scalings differ and `on_loss` does not allow folding.
+        Unrepresentable: the updates need different values, and `on_loss` does not allow folding.
     """
     count = Counter(number for number in map(of, pairs.values()) if number)
     ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
@@ -104,7 +104,7 @@ def one_number(
 
 
 def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
-    """Fold all scalings into B, for a format without scalings; return a line for each folded scaling.
+    """Fold every scaling into B, for a format that stores no scalings; return a line for each folded scaling.
 
     Raises:
         Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
@@ -118,7 +118,7 @@ def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, li
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """Give an update another scaling without changing its function: multiply B by the quotient, rounded once."""
+    """Give an update another scaling without changing its function: multiply B by old / new, and round once."""
     if update.scaling == scaling:
         return update
     factor = update.scaling / scaling
@@ -127,11 +127,11 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return an integral value as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
+    """Return a float without a fraction as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
 FOLDING = ("fold", "promote")
 """The values of `on_loss` that allow folding a scaling."""
 
-_ALLOW = "Allow folding it into B with --on-loss fold (on_loss='fold')"
+_ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"

@@ -1,6 +1,6 @@
-"""Recognise files that users mistake for adapters and that no format reads, so that an error can name their kind.
+"""Recognise files that users mistake for adapters and that no format reads, so that an error can say what they are.
 
-`spec/other_files.toml` lists the kinds: an IP-Adapter, a ControlNet, a file packed for a library.
+`spec/other_files.toml` lists such kinds of files: an IP-Adapter, a ControlNet, a file packed for a library.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FORMAT = 1
 
 
 class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A kind of file that is not read.
+    """A kind of file that looks like an adapter but is not read.
 
     Attributes:
-        name: the name of the kind, with its article.
-        keys: patterns; in a file of this kind, each pattern matches some key.
+        name: the name of the kind, with its article, such as "an IP-Adapter".
+        keys: regular expressions; a file is of this kind if each expression matches at least one key.
         why: the reason why such files are not read.
-        cure: the advice for the user.
-        sources: where the patterns come from.
+        cure: the advice for the user, which the error ends with.
+        sources: where the expressions were taken from.
     """
 
     name: str
@@ -42,7 +42,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """Return a key that matches the first pattern, if all patterns match some key; otherwise an empty string."""
+        """If the file is of this kind, return a key that matches the first expression; otherwise an empty text."""
         known = list(names)
         found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return found[0] if all(found) else ""
@@ -55,7 +55,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def other_files() -> tuple[OtherFile, ...]:
-    """Return the kinds of files, in the order in which they are tried."""
+    """Return the kinds of files that are not read, in the order in which they are tried."""
     installed = Path(__file__).parent / "data" / "other_files.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "other_files.toml"
     found = msgspec.toml.decode(read_input(path), type=_Record)
@@ -66,12 +66,12 @@ def other_files() -> tuple[OtherFile, ...]:
 
 
 def other_file(names: Iterable[str]) -> tuple[OtherFile, str] | None:
-    """Return the kind of a file with these keys, and the key that identifies it; None for every other file."""
+    """Return the kind of a file with these keys, and the key that identifies the kind; None for every other file."""
     known = list(names)
     return next(((kind, key) for kind in other_files() if (key := kind.key_of(known))), None)
 
 
-# Recognise adapters by the endings of their keys, for files whose format or module names are unknown.
+# Recognise adapters whose format or module names are unknown: their keys have the endings of adapters' keys.
 
 
 _ENDINGS = re.compile(
@@ -84,10 +84,10 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
-    """Group tensors as module -> slot -> tensor if every key ends like an adapter's; otherwise return an empty dict.
+    """Group tensors as module -> ending of the key -> tensor; empty if a key does not end like an adapter's.
 
     Args:
-        path: a tensor file; anything else returns an empty dict.
+        path: a tensor file; for anything else, the result is empty.
     """
     try:
         if not path.is_file():

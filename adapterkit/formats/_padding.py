@@ -1,7 +1,7 @@
-"""Compute updates of convolutions as their trainer did if the trainer padded with zeros and the layer does not.
+"""Compute an update of a convolution as its trainer did, if the trainer padded with zeros and the layer does not.
 
 PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the width
-of the layer's padding. So their update reads zeros around the input, even if the layer itself pads otherwise.
+of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return a (grouped) LoRA that pads its input with zeros; None if the update's method cannot."""
+    """Return a LoRA, grouped if needed, that pads its input with zeros; None if the update's method cannot do so."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 
@@ -27,15 +27,15 @@ def lora_among_zeros(update: Update) -> Update | None:
 
 
 def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
-    """Return the error for an update that no method can compute as its trainer did.
+    """Return the error for an update if no method can compute the same function as the update's trainer.
 
     Args:
         update: the update.
-        layer: facts about the layer, with its padding.
-        trainer: the tool's name.
+        layer: properties of the layer, including its padding.
+        trainer: the trainer's name, for the message.
     """
     why = (
         f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
-        "and no change of the weight computes that; the formula uses the layer's padding"
+        "and no change of the weight computes the same; the formula uses the layer's padding"
     )
-    return Unsupported(why, cure='Read it by the formula, as tools merge it: --compat formula (compat="formula")')
+    return Unsupported(why, cure='Read the adapter by the formula, as for merging: --compat formula (compat="formula")')

@@ -1,7 +1,7 @@
 """Shared code for language-model formats that store one pair of factors, A and B, for each module.
 
 Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and in
-the place of the scaling.
+where the scaling is stored.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
-"""A module's tensors by field."""
+"""The tensors of one module, by field of the update."""
 
 EXACT = 1 << 53
-"""A float represents every integer up to this one exactly; JSON and YAML allow integers of any length."""
+"""The largest integer up to which floats are exact; integers in JSON and YAML may be larger."""
 
 LARGEST_RANK = 1 << 31
 
@@ -41,18 +41,18 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
 
     Args:
         tensors: the tensors by key.
-        slots: a map from the ending of a key to its field; every module must have the fields A and B.
+        slots: a map from the ending of a key to the update's field; every module must have the fields A and B.
         what: the format's name, for messages.
 
     Raises:
-        Malformed: a key has another ending, or a module lacks a factor.
-        Unsupported: a factor's dtype is not a real number type.
+        Malformed: a key has no known ending, or a module lacks A or B.
+        Unsupported: a factor's dtype is not a type of real numbers.
     """
     groups: dict[str, Slots] = {}
     for key, tensor in tensors.items():
         end = next((end for end in slots if key.endswith(end)), None)
         if end is None or key == end:
-            raise Malformed(f"not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+            raise Malformed(f"this is not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
         if tensor.dtype.name not in REAL:
             raise Unsupported(
                 f"this factor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {', '.join(REAL)}"
@@ -68,15 +68,15 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
 
 
 def pair(slots: Slots, scaling: float) -> Pair:
-    """Create a DoRA if the slots have a magnitude, otherwise a LoRA."""
+    """Create a DoRA if a magnitude is among the tensors, otherwise a LoRA."""
     return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
 
 
 def check_factors(where: str, slots: Slots) -> int:
-    """Return the rank of a pair of matrices, A `[rank, in]` and B `[out, rank]`.
+    """Check the shapes of A, `[rank, in]`, and B, `[out, rank]`, and return the rank.
 
     Raises:
-        ShapeMismatch: the shapes are not those of such a pair.
+        ShapeMismatch: A and B do not have these shapes.
     """
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
@@ -92,15 +92,17 @@ def expressible(
     methods: tuple[type[Pair], ...] = (LoRA,),
     dtypes: Collection[str] = REAL,
 ) -> tuple[Pairs, list[str]]:
-    """Return the updates that a format can express, and a line for each omitted update.
+    """Return the updates that a format with one pair per module can express, and a line for each omitted update.
 
     Args:
         adapter: the adapter to write.
         dialect: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
-        why: returns the reason why the format cannot express an update with a supported method; empty if it can.
+        why: a function that returns the reason why the format cannot express an update; empty if it can. The update
+            already has one of the `methods`.
         methods: the methods that the format supports.
-        dtypes: the dtypes of factors that the format's reader accepts, see `grouped`, or that its writer converts.
+        dtypes: the dtypes that A and B may have: those that the format's reader accepts (see `grouped`), or those that
+            the writer converts.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
@@ -110,7 +112,7 @@ def expressible(
     places: list[tuple[Target, int]] = []
     for target, position, update in ((t, i, u) for t, us in adapter.updates.items() for i, u in enumerate(us)):
         if not isinstance(update, methods):
-            reason = f"{update.method}; the format knows only {' and '.join(m.__name__ for m in methods)}"
+            reason = f"{update.method} is not supported, only {' and '.join(m.__name__ for m in methods)}"
         else:
             other = _kinds(update) - {*dtypes}
             reason = why(target, update) or (f"its factors have dtype {', '.join(sorted(other))}" if other else "")
@@ -130,13 +132,13 @@ def expressible(
 
 
 def _kinds(update: Pair) -> set[str]:
-    """Return the dtypes of the factors; the tensor of token numbers is not a factor."""
+    """Return the names of the factors' dtypes; integer tensors are not factors."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
-    """Return the reason why a pair of plain matrices cannot express an update: rows, experts, a kernel or a bias."""
+    """Return the reason why two plain matrices A and B cannot express an update; empty if they can."""
     if target.rows is not None:
         return "it changes only some rows of a weight"
     if target.stacked and not stacked:
@@ -153,7 +155,7 @@ def rank_of(update: Pair, stacked: bool = False) -> int:
 
 
 def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
-    """Pad A with zero rows and B with zero columns to a larger rank."""
+    """Pad an update to a larger rank: add zero rows to A and zero columns to B."""
     if rank_of(update, stacked) == rank:
         return update
     lead = int(stacked)
@@ -161,7 +163,7 @@ def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
-    """Return the update for a weight with its rows in another order."""
+    """Return the update with its rows in another order, for a weight with reordered rows."""
     changes = {}
     for name, leaf in update.tensors.items():
         axis = update.tensor_fields()[name].metadata["axes"].index("out")
@@ -171,14 +173,14 @@ def in_row_order(update: Pair, order: Order) -> Pair:
 
 
 def of_rows(update: Pair, start: int, stop: int) -> Pair:
-    """Return the update of some rows of a fused weight; A stays the same."""
+    """Return an update for some rows of a fused weight, cut from the update of all rows; A stays the same."""
     names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     tensors = update.tensors
     return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """Stack updates of row blocks, with the same A and scaling, into the update of a fused weight."""
+    """Join updates of consecutive row blocks, with the same A and scaling, into one update of the fused weight."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     held = [name for name in names if name in first.tensors]
@@ -186,7 +188,7 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
 
 
 def finite(value: object, where: str) -> float:
-    """Check a number from a file's settings, such as alpha.
+    """Check a number in a file's settings, such as alpha.
 
     Returns:
         the number as a float, without rounding.
@@ -203,7 +205,7 @@ def finite(value: object, where: str) -> float:
 
 
 def whole_rank(value: object, where: str) -> int:
-    """Check a rank from a file's settings.
+    """Check a rank in a file's settings.
 
     Raises:
         Malformed: the value is not an integer from 1 to 2 ** 31.
@@ -215,7 +217,10 @@ def whole_rank(value: object, where: str) -> int:
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
-    """Return the base's layout of a weight: from the weight's shape in the base, or else from an embedding's name."""
+    """Return the layout in which the base stores a weight.
+
+    Without a base, judge by whether the name is an embedding's.
+    """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
     if weight is not None and len(weight.shape) == 2 and out != in_:

@@ -1,8 +1,8 @@
-"""Check a writer: read its output back and compare it with the adapter that it was asked to write.
+"""Check a writer: read the file back, and compare it with the adapter that the writer was given.
 
-The check runs once after the writer of every format, including plug-ins. So a writer that drops a scaling, renames a
+The check runs after the writer of every format, including formats of plug-ins. A writer that drops a scaling, renames a
 target or transposes a factor raises an error instead of producing a wrong file. Unchanged tensors are compared
-directly. If a writer folded, fused or split tensors, the functions are compared (`_functions`).
+directly. If a writer folded, fused or split tensors, `_functions` compares the functions that the updates compute.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from ._format import Format
 
 SINGLE = 2.0**-22
-"""The allowed relative error of a scaling, because many formats store it, or alpha, in float32."""
+"""The allowed relative error of a scaling, because many formats store the scaling or alpha in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""Tensors of at most WHOLE bytes are compared completely; larger ones at three samples of RUN bytes each."""
+"""Tensors of at most WHOLE bytes are compared completely; larger tensors only at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""Computed tensors with more bytes are not compared with the disk, because they would be computed again."""
+"""The largest size, in bytes, of a computed tensor that is compared with the file: comparing computes it again."""
 
 MOST_CHOICES = 256
-"""The largest number of subsets of updates that are tried for one weight, to find which omissions were reported."""
+"""The largest number of subsets of a weight's updates that are tried, to see which updates were omitted."""
 
 SPOTS = 32
-"""The largest number of tensors that are read from the disk for the check; each takes 70 us."""
+"""The largest number of tensors that are compared with the bytes on disk; reading each tensor takes 70 us."""
 
 
 @inputs_kept()
@@ -57,21 +57,22 @@ def prove(
     base: Checkpoint | None,
     files: Mapping[str, Written],
 ) -> None:
-    """Check that the written files mean the same as the adapter, except for the losses reported in `lines`.
+    """Check that the written files contain the adapter, except for the losses that `lines` reports.
 
     Args:
         name: the name of the format.
-        writer: the format; its `read` reads the file back.
-        asked: the adapter that should have been written.
+        writer: the format, whose `read` is called.
+        asked: the adapter that was to be written.
         path: the written file or folder.
         lines: the lines that the writer returned; see `Format.write`.
-        base: the base that was passed to the writer, or None; it is also passed to the reader.
-        files: for each written file, the tensors that were written to it.
+        base: the base that the writer used, or None; the reader gets the same base.
+        files: the tensors that were written to each file.
 
     Raises:
-        Miswritten: the file does not contain the adapter, or cannot be read; the error names the target and the field.
-        Unrepresentable: the file cannot state in which layout the base stores a weight, so the reader assumes another.
-        UsageError: the file cannot be read back without the base.
+        Miswritten: the files do not contain the adapter, or cannot be read; the error names the target and the field.
+        Unrepresentable: the format cannot store the layout of the base's weights, and the reader assumes another
+            layout.
+        UsageError: the files cannot be read back without the base.
     """
     report = list(lines)
     left_out = {name for line in report if line.startswith(LEFT_OUT) for name in _named(line)}
@@ -81,8 +82,9 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Maybe only the prefix of names differs: some formats store only a layer's number, and their readers return the
-        # usual names (`model.layers.0...`) or the base's names. So read again with a base that has the adapter's names.
+        # Maybe only the prefix of names differs. Some formats store only a layer's number, and their readers return
+        # either the usual names (`model.layers.0...`) or the base's names. So read again with a base that has the
+        # adapter's names.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -93,7 +95,7 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield names that a line may report: each word and, because names may have spaces, each text before a colon."""
+    """Yield possible targets in a report line: each word, and each text before a colon (targets may have spaces)."""
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
     for count in range(len(ends)):
@@ -101,7 +103,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names of the parts into which a fused weight's rows may be split."""
+    """Yield the names of the modules in diffusers' naming into which a fused module may be split."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -109,15 +111,15 @@ def _in_parts(name: str) -> Iterator[str]:
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Read the adapter back; if reading needs a base and none was given, use a stand-in with the adapter's names.
+    """Read the file back. If reading needs a base and there is none, use a stand-in that has the adapter's names.
 
     Raises:
-        Miswritten: the file cannot be read.
-        TargetNotFound: the base does not have a target of the adapter.
+        Miswritten: the file cannot be read, although the adapter fits the base.
+        TargetNotFound: the base does not have one of the adapter's targets.
         UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # Read with the same `compat`: a damaged file that its tool accepts is written again with the same damage.
+    # Read with the `compat` of the adapter's source file, because the file may only be valid with this `compat`.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -129,12 +131,12 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         if readable is not None and base is None:
             return readable
         if readable is not None:
-            raise  # The base lacks a target of the adapter, which is not the writer's fault.
+            raise  # The base lacks one of the adapter's targets; the writer is correct.
         if base is None and isinstance(error, UsageError):
             why = f"without the base, {name} cannot read its output back, so the output cannot be checked: {error.why}"
             raise UsageError(why, where=error.where, cure="Give the base with --base (base=)") from error
         if base is not None:
-            # The adapter may not fit the base, which is not the writer's fault. Binding it raises the right error.
+            # If the adapter does not fit the base, the writer is correct, and binding raises the right error.
             from ..naming.binding import bind
 
             bind(asked, base)
@@ -142,7 +144,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
 
 def stand_in(adapter: Adapter) -> Checkpoint:
-    """Return a base without values that has the adapter's names, and the shapes that the adapter shows."""
+    """Return a base without values that has the adapter's target names, and the shapes that the adapter shows."""
     from ..io.checkpoint import Checkpoint
     from ..naming.binding import view_shape
 
@@ -176,14 +178,14 @@ def _empty(shape: tuple[int, ...]) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Proof:
-    """Compares the adapter to write with the adapter that was read back.
+    """Compares the adapter that was to be written with the adapter that was read back.
 
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: the words of the lines that report omitted updates; some of the words are names of targets.
-        changed: the attributes reported as changed, as `target:method.attribute`.
-        dtypes: the element types of the format, if it does not support all.
+        left_out: all words of the lines that report omitted updates; some of the words are targets.
+        changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
+        dtypes: the element types that the format supports; empty if it supports all.
     """
 
     name: str
@@ -214,7 +216,7 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats store all modules of a kind, with zeros for modules without an update.
+            # Some formats store every module of a kind; modules without an update then have zeros.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -233,7 +235,7 @@ class _Proof:
         layouts = [{target.layout for target in group} for group in (asked, got)]
         if asked and got and layouts[0] != layouts[1]:
             ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
-            items = [f"{target}: its base stores it as {ours}; the reader takes it for {theirs}" for target in asked]
+            items = [f"{target}: its base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
             places = [(target, position) for target, found in asked.items() for position in range(len(found))]
             why = f"{self.name} does not state how a base stores these weights"
             raise Unrepresentable(
@@ -243,14 +245,17 @@ class _Proof:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
-        # The adapter's values may not be finite, which is not the writer's fault: then raise the adapter's error.
+        # If the adapter's own values are not finite, the writer is correct; `check_values` raises the right error.
         Adapter(asked).check_values()
         raise Miswritten(
             f"{self.name} wrote an update that differs from the adapter's: {why}", where=where, cure=_REPORT
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates to write, but fields reported as changed have the values that were read back."""
+        """Return the updates to write.
+
+        Fields that the writer reported as changed get the values that were read back.
+        """
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
         return tuple(
@@ -259,19 +264,19 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the updates to expect: all of them, and every choice that lacks some updates reported as omitted."""
+        """Return the acceptable selections: all updates, and all updates except some that were reported as omitted."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                # With many omitted rows there would be too many subsets; then try only none and all of them.
+                # For many omitted rows there would be too many subsets. Then try only none and all of them.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """Return the name of the first target that differs, with the field if the methods are the same."""
+    """Return the first target that differs, followed by the method and the field if only one field differs."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -283,13 +288,13 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that translate several names of a module to one name; the first function changes nothing."""
+    """Return functions that rename targets such that each module has one name; the first function changes nothing."""
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 
     ways: list[Callable[[Updates], Updates]] = [dict, in_components]
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))
-    # A file with few modules may fit several families; then the metadata, the base and the shapes decide.
+    # A file with few modules may fit several families of models. The metadata, the base and the shapes then decide.
     inside = denoiser_targets(asked.updates, ())
     told = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
     for known in dict.fromkeys((names, told)):
@@ -307,13 +312,13 @@ def _bound(updates: Updates, base: Checkpoint) -> Updates:
 
 
 def _shared(asked: Updates, got: Updates) -> float:
-    """Return the fraction of the adapter's targets that the file has with the same name and layout."""
+    """Return the fraction of the adapter's targets that the file has with the same path and layout."""
     ours, theirs = ({(target.path, target.layout) for target in updates} for updates in (asked, got))
     return len(ours & theirs) / len(ours)
 
 
 def _by_path(updates: Updates) -> dict[str, dict[Target, tuple[Update, ...]]]:
-    """Group targets by path: a path has one target, or several targets for rows of one weight."""
+    """Group targets by the path of their weight; several targets with one path change different rows of the weight."""
     found: dict[str, dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         found.setdefault(target.path, {})[target] = each
@@ -344,7 +349,7 @@ def _close(one: object, other: object) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; large tensors are compared only at samples."""
+    """Whether two tensors have the same dtype, shape and bytes; of large tensors, only samples are compared."""
     if one is other:
         return True
     if one is None or other is None:
@@ -364,16 +369,16 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
 
 
 def _check_bytes(name: str, file: str, written: Written) -> None:
-    """Compare samples of the bytes on disk with the tensors that should have been written.
+    """Compare samples of the bytes on disk with the tensors that were to be written.
 
     Raises:
-        Miswritten: they differ.
+        Miswritten: the bytes differ.
     """
     held = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
     for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # Computing large tensors again takes too long.
+            continue  # Computing a large tensor once more takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count

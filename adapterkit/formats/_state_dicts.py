@@ -1,4 +1,4 @@
-"""Read and write torch state dicts, and the small settings file next to them that stores alpha."""
+"""Read and write torch state dicts, and the small settings file next to a state dict that stores alpha."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(path: Path) -> dict[str, Lazy]:
     """Load the tensors of a file, by key.
 
     Raises:
-        Malformed: the file is damaged, or is not a state dict.
+        Malformed: the file is damaged, or does not contain a state dict.
     """
     return safetensors.read(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
@@ -45,11 +45,12 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     Args:
         path: the file.
         tensors: the tensors by key, in the order to write.
-        wrapper: the key under which the state dict is stored in an outer dict; None for no outer dict.
+        wrapper: the key of an outer dict that contains the state dict; None for no outer dict.
 
     Raises:
         StorageError: the file cannot be written.
-        UsageError: the suffix is `.safetensors`, but the format needs `wrapper`, which such files cannot store.
+        UsageError: the suffix is `.safetensors`, but the format needs the outer dict `wrapper`, which safetensors
+            cannot store.
     """
     if path.suffix == ".safetensors":
         if wrapper is not None:
@@ -60,29 +61,29 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
 
     loaded: dict[int, torch.Tensor] = {}
     state = {key: loaded.setdefault(id(leaf), as_torch(leaf)) for key, leaf in tensors.items()}
-    # The archive's root folder is named after the file, so give the staged file the final name.
+    # torch names the archive's root folder after the file, so the temporary file must have the final name.
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
-            # torch 2.7 ignores an error that occurs when the file is closed; then the end of the archive is missing.
+            # torch 2.7 ignores an error that occurs when the file is closed. Then the end of the archive is missing.
             if not is_zipfile(part):
                 raise RuntimeError("the archive is not complete")
         except RuntimeError as error:
-            # torch's zip writer is C++ and hides the errno. With plain tensors in memory only the disk can fail, so
+            # torch's zip writer is C++ and hides the errno. All tensors are in memory, so only the disk can fail:
             # report a storage error.
             raise unwritten(error, part) from error
     return None
 
 
 def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str, Any]:
-    """Read the settings file next to a state dict; it must have a nonzero `alpha`.
+    """Read the settings file next to a state dict. The file must have a nonzero `alpha`.
 
     Raises:
-        UsageError: the file is missing; the state dict does not store alpha.
+        UsageError: the settings file is missing, and the state dict does not store alpha.
         Malformed: the file has unknown settings, or an invalid alpha.
     """
     if not file.exists():
-        why = f"the tensor file has no alpha; {file.name} next to it must state it"
+        why = f"the tensor file has no alpha; {file.name} next to that file must state alpha"
         raise UsageError(why, path=file, cure=f"Write the file: {example}")
     settings = read_json(file, strict=True)
     unknown = next((name for name in settings if name not in known), None)
@@ -96,5 +97,5 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
 
 
 def write_settings(file: Path, settings: Mapping[str, object]) -> None:
-    """Write a settings file."""
+    """Write the settings file next to a state dict."""
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())

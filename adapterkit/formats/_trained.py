@@ -1,8 +1,8 @@
-"""Apply the departures that depend on the adapted layer's kernel and padding.
+"""Replace updates by what their training tool computes, if this depends on the layer's kernel or padding.
 
-A file with OFT or LoRA does not state whether its layer is a convolution, or how the layer pads its input. The engines
-know the layer, so they call this module before they compute. An adapter follows its formula at every layer if it was
-not read from a tool's file, or was read with `compat="formula"`.
+A file with OFT or LoRA does not show whether a layer is a convolution, or how the layer pads its input. The engines
+know the layer, so they call this module before they compute. Updates stay unchanged if the adapter was not read from a
+tool's file, or was read with `compat="formula"`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 def as_trained(
     updates: Sequence[Update], recipe: Sequence[Step], shape: tuple[int, ...], target: Target, padding: str = ""
 ) -> tuple[Update, ...]:
-    """Return the updates as the tools that trained them compute them at one layer.
+    """Return the updates of one target as their training tools compute them at one layer.
 
     Args:
         updates: the updates of one target.
-        recipe: the adapter's lineage, which names the formats of the files that were read.
+        recipe: the adapter's lineage, which contains the formats of the source files.
         shape: the shape of the layer's weight, `[out, in, *k]`.
-        target: the target, for errors.
-        padding: how the layer pads its input; empty if unknown, or for zeros around an undilated kernel.
+        target: the updates' target, for errors.
+        padding: a phrase that says how the layer pads its input; empty if unknown, or for zeros without dilation.
 
     Raises:
         Unsupported: no method can compute the same function as the tool at this layer.
@@ -44,7 +44,7 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
-    """Return the layer-dependent departures of the adapter's source formats that concern these methods."""
+    """Return functions for those departures of the adapter's source formats that depend on the layer."""
     names = {
         str(step.args.get("format"))
         for step in recipe
@@ -68,10 +68,11 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites with their updates as trained; only the shapes of the base's tensors are known.
+    """Return sites with their updates as `as_trained` returns them; the padding of layers is unknown here.
 
     Args:
-        sites: sites bound to a base; sites of stacked weights and of rows of a weight stay unchanged.
+        sites: the places in a base where the adapter's updates apply. Sites of stacked weights, or of rows of a weight,
+            stay unchanged.
         recipe: the adapter's lineage.
         shapes: the stored shape of each tensor of the base, by name.
 

@@ -1,4 +1,4 @@
-"""Read and write the YAML of adapters' configs: mappings with strings as keys."""
+"""Read and write adapter configs in YAML, which are mappings with strings as keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
 
 
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
-    """Return a mapping as YAML, with the keys in order; if the source text `read` has the same meaning, return it."""
+    """Return a mapping as YAML, with its keys in order.
+
+    If the source text `read` has the same content, return `read`.
+    """
     import yaml
 
     if read and load_yaml(read.encode(), "what was read") == value:

@@ -28,19 +28,19 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""The largest size, in bytes, of a record that is stored as a separate file."""
+"""The largest size, in bytes, of a record (the JSON in the metadata key) that is stored in a separate file."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
 NUMBER = "(0|[1-9][0-9]{0,3})"
-"""The pattern of a MAJOR or MINOR number, without leading zeros, so that each version has only one spelling."""
+"""The pattern of a MAJOR or MINOR number, without leading zeros, so that each version is spelled in one way."""
 
 Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^1\.{NUMBER}$"})]
 Row = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A target: a weight or module of a base; see `adapterkit.Target`."""
+    """The record of a target: a weight or module of a base; see `adapterkit.Target`."""
 
     path: str
     layout: Layout = LAYOUTS[0]
@@ -48,7 +48,7 @@ class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """One update: `tensors` maps the fields of its method to names of tensors in the file."""
+    """The record of an update: `tensors` maps the fields of the update's method to names of tensors in the file."""
 
     target: TargetRecord
     method: Text
@@ -58,7 +58,7 @@ class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class BaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The base that the adapter was trained for; see `adapterkit.BaseRef`."""
+    """The record of the base that the adapter was trained for; see `adapterkit.BaseRef`."""
 
     id: str | None = None
     revision: str | None = None
@@ -66,14 +66,14 @@ class BaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """One step of the lineage."""
+    """The record of one step of the lineage."""
 
     op: str
     args: dict[str, Any]
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """Leftovers of the source format, which adapterkit keeps without using them."""
+    """The record of leftovers: data of the source format that adapterkit stores without using them."""
 
     format: str
     data: dict[str, Any]
@@ -81,7 +81,7 @@ class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The value of the metadata key."""
+    """The whole record: the value of the metadata key."""
 
     version: Version
     updates: Annotated[list[UpdateRecord], msgspec.Meta(min_length=1)]
@@ -93,7 +93,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Native(Format):
-    """adapterkit's own format, which can express every `Adapter`."""
+    """adapterkit's own format, which can store every `Adapter`."""
 
     url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
     description = f"adapterkit's own: one safetensors file, spec {SPEC}"
@@ -125,7 +125,7 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write the updates of which it consists separately"
+            cure = "Write the updates that it combines as separate updates"
             raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
@@ -146,7 +146,7 @@ def _file(path: Path) -> Path:
 
 
 def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
-    """Return the adapter that a record and its tensors describe.
+    """Return the adapter that a record and its tensors contain.
 
     Raises:
         Malformed, Unsupported: the same errors as for a file.
@@ -155,7 +155,10 @@ def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
 
 
 def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
-    """Return the record of an adapter, and add its tensors to `tensors`; a tensor used twice is stored once."""
+    """Return the record of an adapter, and add the adapter's tensors to `tensors`.
+
+    A tensor used twice is stored once.
+    """
     names: dict[int, str] = {}
 
     def store(name: str, leaf: Leaf) -> str:
@@ -182,7 +185,8 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if the value is the default object itself, so replace an equal layout by that object.
+    # msgspec omits a field only if its value is the same object as the default. So replace an equal layout by the
+    # default.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -203,7 +207,10 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
 
 
 def _parse(text: str) -> Record:
-    """Parse the record in a metadata value; unknown fields of a newer MINOR version go to `extensions`."""
+    """Parse the record in a metadata value.
+
+    If the record has a newer MINOR version, unknown fields go to `extensions`.
+    """
     try:
         fields = load_json(text)
         if not isinstance(fields, dict):
@@ -213,7 +220,7 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        # msgspec reports `$.updates[0].tensors[...]`, where `...` stands for a mapping's key; remove this ending.
+        # msgspec reports `$.updates[0].tensors[...]`, where `...` stands for a key of a mapping. Remove this ending.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
@@ -235,7 +242,7 @@ def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _check_version(version: object) -> bool:
-    """Whether a version has a newer MINOR number than this release's spec."""
+    """Whether the version has a MINOR number that is newer than the spec of this release."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
@@ -297,7 +304,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
-    """Check that an update has only names that the method knows, and all names that have no default."""
+    """Check that an update has only names that its method knows, and has every name without a default value."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

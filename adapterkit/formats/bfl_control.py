@@ -1,4 +1,4 @@
-"""Black Forest Labs' control LoRA for FLUX: native names, `lora_B.bias`, complete scales of norms; no alpha.
+"""Black Forest Labs' control LoRA for FLUX: native names, `lora_B.bias`, whole scales of norms; no alpha.
 
 The LoRA on `img_in` has more input channels than the base. It fits a base whose `img_in` was enlarged with zeros.
 """
@@ -45,7 +45,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
-        # Other models have a `final_layer`, too; so check that every name is FLUX's.
+        # Other models have a `final_layer`, too. So check that every name is a name of FLUX.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -65,9 +65,9 @@ class BflControl(ImageFormat):
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets to the authors' names.
+        """Translate targets to the names of the model's authors.
 
-        The name of a replaced norm ends in `scale` instead of diffusers' `weight`.
+        In these names, a replaced norm ends in `scale`; in diffusers' names, it ends in `weight`.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, found): found for target, found in changed.items()}, losses
@@ -85,12 +85,12 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, found: Iterable[Update]) -> Target:
-    """Return the scale parameter of a replaced norm as the target; return any other target unchanged."""
+    """Return the parameter `scale` of a norm if updates replace the norm; otherwise the unchanged target."""
     whole = all(update.method == "replacement" for update in found)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:
-    """Whether FLUX has a module with this name; HunyuanVideo's blocks begin with the same words."""
+    """Whether FLUX has a module with this name; HunyuanVideo's block names have the same beginnings."""
     return any(family.name == "flux" for family in families_of(name, "native"))

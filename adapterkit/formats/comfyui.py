@@ -1,8 +1,8 @@
-"""ComfyUI's names: the model's dotted paths after `diffusion_model.`, with any slot that its loader knows.
+"""ComfyUI's names: `diffusion_model.` and the dotted path in the model, with every slot that ComfyUI's loader knows.
 
 ai-toolkit, musubi-tuner and others write the same names with `lora_A` and `lora_B`, without alpha. DiffSynth, the
-Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. A file without ComfyUI's prefix is
-recognised only if all of its names belong to one known family, because nothing else identifies the kind of model.
+Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. If a file lacks ComfyUI's prefix, it
+is recognised only if all of its names belong to one known family, because nothing else shows the kind of model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""Slots that loralib uses, too; a file with these slots is ComfyUI's only if its names have ComfyUI's prefix."""
+"""Slots that loralib also has; a file with these slots has ComfyUI's format only if its names have ComfyUI's prefix."""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
 _OTHER = re.compile(
@@ -85,7 +85,7 @@ _OTHER = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""ComfyUI's name for the CLIP of each text encoder, if the family is unknown."""
+"""ComfyUI's names for CLIP as the first and second text encoder, if the family is unknown."""
 
 
 class Comfyui(ImageFormat):
@@ -131,7 +131,7 @@ class Comfyui(ImageFormat):
         others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
-        # Ignore generic families: U-Nets have some of their names, too, like `time_embedding.linear_1`.
+        # Ignore generic families: they share names such as `time_embedding.linear_1` with U-Nets.
         parts = {each.component for each in fitting if not each.facts.generic}
         parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
@@ -140,14 +140,17 @@ class Comfyui(ImageFormat):
             and not any(map(_says_part, modules))
             and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
         ):
-            part = ""  # The part is unknown; a writer that needs it raises an error that names the possible parts.
+            part = ""  # The component is unknown. A writer that needs the component raises an error.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
         fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets to ComfyUI's naming; the families that fit determine the names of text encoders."""
+        """Rename targets to ComfyUI's naming.
+
+        Also store the possible families for `stem`, which needs them to name text encoders.
+        """
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -171,18 +174,18 @@ class Comfyui(ImageFormat):
 
 
 def _apart(update: Update) -> tuple[Update, ...]:
-    """Split a LoRA with a bias into a LoRA and a change of the bias, as ComfyUI does with BFL's control LoRAs."""
+    """Split a LoRA with a bias into a LoRA and a dense change of the bias, as ComfyUI does with BFL's control LoRAs."""
     if not isinstance(update, LoRA) or update.bias is None:
         return (update,)
     return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
-    """Reorder rows of DiffSynth's files from head by head to all queries, all keys, all values.
+    """Reorder rows in DiffSynth's files: from one head after another to all queries, all keys, all values.
 
-    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder the rows when
-    they load the model. The shapes are the same, so only PEFT's adapter name in the keys identifies DiffSynth's files.
-    The name is removed from the keys, because it would mark the written file as DiffSynth's.
+    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards. All other tools reorder the rows when
+    they load the model. The shapes are the same, so only PEFT's adapter name `default` in the keys identifies
+    DiffSynth's files. This name is removed from the keys, because it would mark the written file as DiffSynth's.
 
     Raises:
         Malformed: the rows do not form whole heads.
@@ -207,7 +210,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Reorder rows from head by head to all queries, then all keys, then all values."""
+    """Reorder rows: from one head after another to all queries, then all keys, then all values."""
 
     def ordered(array: Array) -> Array:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -217,12 +220,12 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 
 
 def _says_part(stem: str) -> bool:
-    """Whether a key names the part of the model: the U-Net, the transformer or a text encoder."""
+    """Whether a module's name begins with a component: the U-Net, the transformer or a text encoder."""
     return stem.startswith(("text_encoders.", *(root for root in PREFIXES if root != "base_model.model.")))
 
 
 def _rest(stem: str) -> str:
-    """Return a module's name without its prefix, which files may repeat, and without torch's wrappers."""
+    """Return a module's name without prefixes (files may repeat a prefix) and without the words of torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
@@ -231,17 +234,17 @@ def _rest(stem: str) -> str:
 
 
 def _families(names: Collection[str]) -> list[str]:
-    """List the families that have all of these names, except generic ones."""
+    """List the families that have all of these module names; generic families are ignored."""
     return [family.name for family in families_of_names(frozenset(names)) if not family.facts.generic]
 
 
 def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
-    """Return the target of a module.
+    """Return the target path of a module.
 
     Args:
         stem: the module's name in the file.
-        part: the name of the model's U-Net or transformer.
-        fitting: the families that fit the file.
+        part: the component: the model's U-Net or transformer; empty if unknown.
+        fitting: the families that fit all names of the file.
     """
     root, rest = rooted(stem)
     if not stem.startswith("text_encoders."):
@@ -268,7 +271,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
 @lru_cache(maxsize=64)
 def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Map (text encoder, kind) to (ComfyUI's name, diffusers' prefix), by the families that fit all targets."""
+    """Map (text encoder, kind) to (ComfyUI's name, prefix of modules), if all families that fit the targets agree."""
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
     kinds = encoder_kinds(targets)
@@ -287,14 +290,14 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's names for a text encoder and for its module; the encoder's name is empty if unknown."""
+    """Return ComfyUI's names for a text encoder and for a module in it; the encoder's name is empty if unknown."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # Return no name for a module that diffusers' model lacks: a reader would translate it back to another module.
+        # Return no name for a module that diffusers' model lacks: readers would translate the name to another module.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

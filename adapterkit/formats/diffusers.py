@@ -1,6 +1,7 @@
-"""diffusers: a pipeline's LoRA in one file. The first word of a key names the part; there are three styles of keys.
+"""diffusers: a pipeline's LoRA in one file. A key begins with the component's name; there are three styles of keys.
 
-Since 0.35 the header may store PEFT's config of each part as `lora_adapter_metadata`. Without it, every scaling is 1.
+Since 0.35, the header may contain PEFT's config of each component as `lora_adapter_metadata`. Without it, every scaling
+is 1.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora", "oft_R.weight": "oft_R",
     "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
-"""A map from the endings of keys to slots; `dora_scale` and `oft_R` are OneTrainer's, `magnitude` is ai-toolkit's."""
+"""A map from the endings of keys to slots.
+
+OneTrainer writes `dora_scale` and `oft_R`, ai-toolkit writes `magnitude`.
+"""
 
 
 class Diffusers(ImageFormat):
@@ -98,7 +102,10 @@ class Diffusers(ImageFormat):
         return folder_file(path, FILES)
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
-        """Return the rules for writing. Torch files have no header for scalings, so keep the alphas that were read."""
+        """Return the rules for writing.
+
+        Torch files have no header for scalings, so alphas of the source file are written.
+        """
         if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
             return self.rules
         return replace(self.rules, slots=tuple(slot for slot in self.rules.slots if slot != "alpha"))
@@ -108,7 +115,8 @@ class Diffusers(ImageFormat):
             keys = container.names(self.chosen(path))
         except AdapterkitError:
             return False
-        # GPT-2's modules begin with `transformer`, too; NOLA's checkpoints of GPT-2 have coefficients next to lora_A.
+        # Refuse NOLA's checkpoints of GPT-2. GPT-2's modules begin with `transformer`, too, but NOLA's keys have
+        # coefficients.
         if any(key.endswith(".coefficients") for key in keys):
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot not in ("alpha", SCALE))
@@ -150,7 +158,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Turn a change of a bias into the bias of the LoRA on the same module, as diffusers' own converter does."""
+        """Move a separate change of a bias into the LoRA of the same module, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -168,7 +176,7 @@ class Diffusers(ImageFormat):
         return super().why_not(target, update, rules)
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets to diffusers' naming; refuse a part of a pipeline that mixes LoKr with other methods."""
+        """Rename targets to diffusers' naming. Report a loss for a component that mixes LoKr with other methods."""
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -181,7 +189,7 @@ class Diffusers(ImageFormat):
         mixed = [min(kind.values(), key=len) for kind in kinds.values() if len(kind) > 1]
         return changed, [
             *losses,
-            *((target, "one part of the pipeline cannot have both lokr and lora") for each in mixed for target in each),
+            *((target, "one component cannot have both lokr and lora") for each in mixed for target in each),
         ]
 
     def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
@@ -194,7 +202,7 @@ class Diffusers(ImageFormat):
             raise Unsupported(
                 "LoKr cannot have a config in the header", where=stem, cure=f"Remove {CONFIG} from the header"
             )
-        rank = update.dims()["r"]  # Raises a typed error if the shapes are not those of factors.
+        rank = update.dims()["r"]  # `dims` raises a typed error for wrong shapes.
         if settings.rank(name) != rank:
             why = f"the tensors have rank {rank}; {CONFIG} states {settings.rank(name)}"
             raise ShapeMismatch(
@@ -204,7 +212,7 @@ class Diffusers(ImageFormat):
             why = f"the tensors are {update.method}, but {CONFIG} states use_dora={settings.use_dora}"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
-            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors say otherwise"
+            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors contradict this"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
@@ -225,9 +233,10 @@ class Diffusers(ImageFormat):
 
 
 def _path(stem: str) -> str:
-    """Return the path of a module. Keys of a U-Net may omit the part; SimpleTuner writes PEFT's prefix after the part.
+    """Return the target path of a module. Keys of a U-Net may omit the component's name.
 
-    If a model was wrapped twice, keys repeat the part. mflux calls the output of FLUX.2's attention `to_out`.
+    SimpleTuner writes PEFT's prefix after the component. If a model was wrapped twice, keys repeat the component. mflux
+    calls the output of FLUX.2's attention `to_out`, diffusers `to_out.0`.
     """
     root, rest = rooted(stem)
     rest = rest.removeprefix("base_model.model.")
@@ -238,7 +247,7 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Join changes of biases with the LoRAs on the same modules, and add zero biases to the part's other LoRAs."""
+    """Join changes of biases with the LoRAs of the same modules, and give the component's other LoRAs zero biases."""
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
@@ -252,7 +261,7 @@ def _with_biases(updates: Updates) -> Updates:
     for target, found in updates.items():
         alone = found[0] if len(found) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
-            continue  # Keys cannot name experts; a later step refuses the update and names its target.
+            continue  # Keys cannot name experts. A later step refuses the update.
         if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
@@ -265,7 +274,7 @@ def _has_bias(update: Update) -> bool:
 
 @lru_cache(maxsize=4)
 def _settings(text: str) -> dict[str, Settings]:
-    """Parse PEFT's settings of each part in the header.
+    """Parse the header's PEFT settings, and return the settings of each component.
 
     Raises:
         Malformed: the text is not a JSON object of configs.
@@ -292,7 +301,10 @@ def _settings(text: str) -> dict[str, Settings]:
 
 
 def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
-    """Whether the configs, or the defaults if there are no configs, state these ranks and scalings."""
+    """Whether the header's configs yield these ranks and scalings.
+
+    Without configs, return whether diffusers' defaults do so.
+    """
     if not settings:
         parts: dict[str, set[int]] = {}
         for stem, (rank, scaling, _) in scales.items():
@@ -309,7 +321,7 @@ def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float
 
 
 def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
-    """Create the header's configs; each field begins with the name of its part."""
+    """Create the header's configs. The name of each field has the component as prefix."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
         part, _, name = stem.partition(".")

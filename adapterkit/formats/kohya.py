@@ -1,6 +1,6 @@
 """kohya's sd-scripts: LoRA, LoCon and OFT for Stable Diffusion, FLUX and their text encoders, in one file.
 
-A key joins three parts: a word for the pipeline's part, the module's path with underscores for dots, and a slot.
+A key has three parts: a prefix for the pipeline's component, the module's path with underscores for dots, and a slot.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {"oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled"}
-"""A map from the endings of keys to slots; `oft_R` is OneTrainer's and is only read, not written."""
+"""A map from the endings of keys to slots. OneTrainer writes `oft_R`; this format only reads it."""
 
 _KEY = re.compile(
     r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
@@ -80,21 +80,22 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # Parts of one module, such as q, k and v, may be trained separately, so resolve only the module's name.
+        # The parts of a module, such as q, k and v, may have separate stems, `NAME.0` etc. Resolve only the module's
+        # name.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate SDXL's targets to LDM's names, SD 1 and 2's to diffusers', transformers' to their authors'."""
+        """Rename targets as sd-scripts does: to LDM's names for SDXL, diffusers' for SD 1 and 2, else the authors'."""
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # Keep all names of a base, because the reader will compare stems with the names of the same base.
+        # Keep all names of a base, because the reader compares flattened names with the base's names.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -126,7 +127,7 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether a key with one of kohya's prefixes has a slot that only LyCORIS uses."""
+    """Whether a key has one of kohya's prefixes and a slot that only LyCORIS has."""
     found = _KEY.fullmatch(key)
     slot = found[2] if found else ""
     return bool(found) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
@@ -136,22 +137,21 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""Prefixes of the slots that LyCORIS has and sd-scripts lacks."""
+"""Beginnings of slots that LyCORIS has and sd-scripts does not."""
 
 
-# Read kohya's OFT for FLUX: each part of a fused weight is rotated separately; part N has the slot `oft_blocks.N`.
-#
-# Queries, keys and values are the first three parts; in linear1 the MLP is the fourth. Other weights have one part. All
-# modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
+# Read kohya's OFT for FLUX. It rotates each part of a fused weight separately; part N has the slot `oft_blocks.N`.
+# Queries, keys and values are parts 0 to 2; in linear1, the MLP is part 3. Other weights have one part. All modules in
+# a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
 
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}
-"""A map from the last word of a fused weight's path to the number of its parts."""
+"""A map from the last word in a fused weight's path to the weight's number of parts."""
 
 
 def parts(module: ImageModule) -> list[ImageModule]:
-    """Split a module into one for each part, named with `.` and the part's number; other modules stay unchanged.
+    """Split a module into its parts, each named `MODULE.NUMBER`; return any other module unchanged.
 
     Raises:
         Malformed: a part is missing, or the module has both numbered and unnumbered blocks.
@@ -173,10 +173,10 @@ def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
-    """Return the rows of each part by the part's name, for weights with more than one part.
+    """Return the range of rows of each part, by the part's name, for weights with several parts.
 
     Raises:
-        ShapeMismatch: a part does not have square blocks.
+        ShapeMismatch: the tensor of a part does not have the shape of square blocks.
     """
     found: dict[str, tuple[int, int]] = {}
     for stem, module in modules.items():
@@ -194,7 +194,7 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
 
 
 def number_of(target: Target) -> int | None:
-    """Return the number of the part of FLUX's weight that a target names; None for other targets."""
+    """Return which part of a weight of FLUX (0, 1, ...) the target's rows are; None for any other target."""
     if not of_flux(target):
         return None
     count = _PARTS.get(target.path.rpartition(".")[2], 1)
@@ -207,13 +207,13 @@ def number_of(target: Target) -> int | None:
 
 
 def of_flux(target: Target) -> bool:
-    """Whether a target is in FLUX's transformer, by its native name."""
+    """Whether a target has the native name of a module in FLUX's transformer."""
     rest = rooted(target.path)[1]
     return component_of(target.path) == "transformer" and any(f.name == "flux" for f in families_of(rest, "native"))
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Yield targets whose OFT sd-scripts would misread: parts are missing, or block counts or constraints differ."""
+    """Yield targets whose OFT sd-scripts would misread: a part has no update, or blocks or constraints differ."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:
@@ -229,7 +229,7 @@ def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
         elif said[target] != next(iter(said.values())):
             yield (
                 target,
-                "the number of blocks or the constraint of this oft, relative to its size, differs from the others",
+                "the other updates have another number of blocks, or another constraint relative to their size",
             )
 
 

@@ -1,6 +1,6 @@
 """litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
 
-A file fuses q, k and v into one weight, in this order. One A tensor and one B tensor contain the pairs of all parts
+A file fuses q, k and v into one weight, in this order. One tensor A and one tensor B contain the pairs of those parts
 that are adapted.
 """
 
@@ -41,12 +41,12 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Map our name templates of q, k and v to litgpt's names: the fused weight's name, followed by the part's name."""
+    """Map our name templates of q, k and v to litgpt's names: the name of the fused weight, and then of the part."""
     return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
 class LitgptHints(Leftovers, total=False):
-    """The settings and the model config, the texts of both files, and the heads."""
+    """The leftovers of a checkpoint: the settings, the model's config, the files' texts, the numbers of heads."""
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -147,7 +147,7 @@ def _split(
 
 
 class _Writer:
-    """Encodes pairs with one rank and scaling. litgpt adapts a module in all layers, so missing pairs are zeros."""
+    """Encodes pairs of one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
 
     def __init__(
         self,
@@ -177,8 +177,8 @@ class _Writer:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
-        # Read the width only from q, k and v, because other modules, such as the MLP's last one, may have wider inputs.
-        # At least one of q, k and v has an update in some layer.
+        # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs. At
+        # least one layer has an update of q, k or v.
         names = {_below(parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
         sizes = dict(zip(parts(), self.heads.sizes, strict=True)) if self.heads else {}
@@ -197,7 +197,7 @@ class _Writer:
         alike = (u for path, u in self.own.items() if _below(path) == _below(own))
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
         if like is None:
-            why = "litgpt adapts a module in all layers; only the base shows the width of this one"
+            why = "litgpt adapts a module in all layers; only the base shows the width of this module"
             raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
         return _named_pair(foreign, *self.zero(*like))
 
@@ -206,12 +206,12 @@ class _Writer:
 
 
 def _below(own: str) -> str:
-    """Return a module's name inside its layer."""
+    """Return a module's name without the path of its layer."""
     return own.partition("layers.")[2].partition(".")[2] or own
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the base's matrices, by their names without the prefix of a language model."""
+    """Return the shapes of the base's matrices by module name, without the prefix of a language model."""
     tensors = {} if base is None else base.tensors
     own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
@@ -226,7 +226,7 @@ def _named(path: str) -> str | None:
 
 
 def _flag(target: Target) -> str:
-    """Return the setting that enables the adapter of a module."""
+    """Return the name of the setting that enables adapters in a module."""
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
     if f".{QKV}." in foreign:
         return foreign.rpartition(".")[2]
@@ -255,7 +255,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the number of layers: the stated number, or the largest adapted layer's number plus 1 if that is more."""
+    """Return the number of layers in the config; if it is too small, the number of the last adapted layer plus 1."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -264,7 +264,7 @@ def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
 
 
 def _text(path: Path, *, needed: bool) -> str:
-    """Read a settings file; return an empty string if the file is missing and not needed."""
+    """Read the text of a settings file; return an empty text if the file is missing and not `needed`."""
     if not path.exists():
         if needed:
             cure = "Fetch the file: it states the rank, alpha and the adapted modules"
@@ -277,7 +277,10 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
-    """Write the folder, with the settings last, so that readers reject a folder whose writing was interrupted."""
+    """Write the folder.
+
+    The settings are written last, so that readers reject a folder whose writing was interrupted.
+    """
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

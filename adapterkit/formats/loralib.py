@@ -1,8 +1,9 @@
-"""loralib's checkpoints: a torch file with `lora_A` and `lora_B`; `loralib.json` next to it states alpha and blocks.
+"""loralib's checkpoints: a torch file with `lora_A` and `lora_B`; alpha and blocks are in `loralib.json` next to it.
 
-For an embedding, B A is the transposed change of the weight. A `MergedLinear` has equal blocks of outputs, adapts some
-of them, and stores their pairs in one A and one B. The file does not state the number of blocks, or which of them are
-adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with a larger rank.
+For an embedding, B A is the transposed change of the weight. A `MergedLinear` has blocks of equally many outputs. It
+adapts some blocks, and stores the pairs of these blocks in one A and one B. The file does not show the number of
+blocks, or which blocks are adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with
+a larger rank.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Words in the keys of other tools; the endings of these keys are the same as loralib's."""
+"""Words in the keys of other tools, whose keys end like loralib's."""
 
 
 class LoralibSettings(TypedDict, total=False):
-    """Alpha, and whether each block of a `MergedLinear` is adapted."""
+    """The contents of `loralib.json`: alpha, and for each block of a `MergedLinear` whether the block is adapted."""
 
     alpha: float
     enable_lora: list[bool]
 
 
 class LoralibHints(Leftovers, total=False):
-    """The contents of `loralib.json`."""
+    """The leftovers of a checkpoint: the contents of `loralib.json`."""
 
     settings: LoralibSettings
 
@@ -106,7 +107,7 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair belongs to the only adapted block of a MergedLinear, and not to a whole weight.
+    """Whether a pair belongs to the only adapted block of a MergedLinear. If not, the pair belongs to a whole weight.
 
     Raises:
         UsageError: the answer depends on the base, and no base is given.
@@ -114,7 +115,7 @@ def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | N
     if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
         return False
     if weight is None:
-        why = "this pair may belong to a plain layer, or to the one block that enable_lora adapts"
+        why = "this pair may belong to a plain layer, or to the block that enable_lora adapts"
         raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
@@ -142,7 +143,10 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """Decode W + B A for a matrix W: each row of the kernel has separate rows of B and columns of A."""
+    """Decode a Conv2d.
+
+    The product B A changes the kernel W, reshaped to a matrix. Each row of the kernel has separate parts of B and A.
+    """
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
     rank = A.shape[0] // k
@@ -191,7 +195,10 @@ def _spelled(
 def _enabled(
     path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """For each equal block of a weight's outputs, return whether it has a pair; all weights must agree."""
+    """Return for each equal block of a weight's outputs whether a pair adapts it.
+
+    All weights must have the same blocks.
+    """
     size = found[0][0][1] - found[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if enabled is None and weight is not None:

@@ -1,6 +1,6 @@
-"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, complete weight differences and LoCon, in one file.
+"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, full weight differences and LoCon, in one file.
 
-Keys are built like kohya's; the prefix `lycoris_` is for modules of any model.
+Keys are built like kohya's. A key with the prefix `lycoris_` may belong to any kind of model.
 """
 
 from __future__ import annotations

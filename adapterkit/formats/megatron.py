@@ -1,7 +1,7 @@
-"""Megatron-Bridge's and NeMo 2's LoRA: a torch or safetensors state dict; `megatron.json` next to it states alpha.
+"""LoRA of Megatron-Bridge and NeMo 2: a torch or safetensors state dict; alpha is in `megatron.json` next to it.
 
-Plain LoRA adapts fused weights; canonical LoRA adapts each weight in them separately. A checkpoint that is distributed
-over ranks must be gathered first.
+Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for each part. If a checkpoint is distributed over
+ranks, its parts must be gathered first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX = "decoder.layers."
 
 
 class MegatronHints(Leftovers, total=False):
-    """The prefix of names, whether weights are fused, the heads, and alpha."""
+    """The leftovers of a checkpoint: the prefix of names, whether pairs are fused, the numbers of heads, and alpha."""
 
     prefix: str
     fused: bool

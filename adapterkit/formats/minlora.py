@@ -1,6 +1,6 @@
-"""minLoRA's checkpoints: a torch file of parametrizations; `minlora.json` next to it states alpha.
+"""minLoRA's checkpoints: a torch file of parametrizations; alpha is in `minlora.json` next to it.
 
-An embedding's factors are swapped. A convolution's A has one axis for the inputs and the kernel.
+The factors of an embedding are swapped. The A of a convolution has one axis for the inputs and the kernel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
 
 
 class MinLoraHints(Leftovers, total=False):
-    """The contents of `minlora.json`."""
+    """The leftovers of a checkpoint: the contents of `minlora.json`."""
 
     settings: dict[str, float]
 
@@ -89,7 +89,7 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
-    """Return the pair with separate axes for a convolution's kernel, as in the base."""
+    """Return the pair of a convolution, with A's last axis split into the weight's axes of inputs and kernel."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)

@@ -1,6 +1,7 @@
-"""NeMo 1's LoRA: a `.nemo` archive, a tar of `model_config.yaml` and `model_weights.ckpt`; LoRA and canonical LoRA.
+"""NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
 
-The archive's config states alpha and the heads. An archive that is split over ranks must be gathered first.
+Plain and canonical LoRA are supported. The config in the archive has alpha and the numbers of heads. If an archive is
+split over ranks, the parts must be merged first.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ FORMAT = "nemo"
 CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"
 PREFIX = "model.decoder.layers."
 LARGEST = 8 << 30
-"""The size limit of an archive's tensors, in bytes."""
+"""The size limit, in bytes, of the tensor file in an archive."""
 EXPANDED = 64
-"""The size limit of the tensors, as a multiple of the archive's size."""
+"""The size limit of the tensor file, as a multiple of the archive's size."""
 MEMBERS = 64
 PIECE = 2 << 20
-"""The limit on the bytes of a single read; headers of members need a few hundred bytes."""
+"""The limit, in bytes, for one read of the archive; the headers of members need a few hundred bytes."""
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
 class NemoHints(Leftovers, total=False):
-    """The prefix of names, whether weights are fused, the heads, alpha, and the config with its text."""
+    """The leftovers: prefix of names, whether pairs are fused, numbers of heads, alpha, the config and its text."""
 
     prefix: str
     fused: bool
@@ -119,7 +120,7 @@ def _name(member: tarfile.TarInfo) -> str:
 
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
-    """Load the config and the tensors. The tensors stay in memory, because the extracted file is temporary."""
+    """Load the config and the tensors. The tensors are held in memory, because the extracted file is deleted."""
     config: bytes | None = None
     held: dict[str, Lazy] | None = None
     try:
@@ -161,9 +162,10 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed content of an archive, with limits on the size of a single read and on the total size.
+    """The decompressed contents of an archive. Limits the size of one read and the total size.
 
-    `tarfile` reads a whole header in one read, of the size that the file states, and skips members by reading them.
+    The limits protect memory: `tarfile` reads a header in one read of the size that the file states, and skips members
+    by reading them.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
@@ -200,7 +202,7 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
     """Open a tar archive, which may be compressed in any way that `tarfile` supports.
 
     Yields:
-        the archive, and the file itself if it is not compressed.
+        the archive, and the opened file if it is not compressed, otherwise None.
     """
     with open_input(path) as file:
         head = file.read(6)
@@ -213,9 +215,9 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy a member's content. If the archive is not compressed, the kernel copies the content, in a third of the time.
+    """Copy the contents of a member. If the archive is not compressed, the kernel copies, in a third of Python's time.
 
-    Sparse members are copied by Python, because their data is not contiguous in the file.
+    Python copies sparse members, because their data is not contiguous in the file.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -234,7 +236,7 @@ def _held(tensor: Lazy) -> Lazy:
 
 
 def _check(config: Mapping[str, object]) -> float:
-    """Return alpha, after checking that the config has no unsupported settings."""
+    """Check that the config has no unsupported settings, and return alpha."""
     peft = config.get("peft")
     tuning = peft.get("lora_tuning") if isinstance(peft, dict) else None
     if not isinstance(tuning, dict):
@@ -262,7 +264,7 @@ def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
 def _config(
     hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, object]:
-    """Return the source config with this alpha, rank and variant; without a source, the fields that NeMo needs."""
+    """Return the source config with a new alpha, rank and variant. Without a source, use the fields that NeMo needs."""
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
         heads = heads_of(base.config, "config.json")
@@ -301,7 +303,7 @@ def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: IO[bytes], size: int) -> None:
-    """Add a member with a fixed owner and time, so that equal contents produce equal bytes."""
+    """Add a member with a fixed owner and time, so that equal contents produce an equal archive."""
     member = tarfile.TarInfo(name)
     member.size = size
     archive.addfile(member, content)

@@ -1,9 +1,9 @@
 """Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
 A file is a torch dict `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and
-`p2_nola` in MLPs. For each factor it has a seed of torch's generator instead of the random matrices, and torch draws
-the matrices again. `nola.json` next to the file states LoRA's alpha and the device that drew the matrices. The adapter
-keeps the file's seeds; only an adapter with seeds can be written as a NOLA file.
+`p2_nola` in MLPs. For each factor, the file has a seed instead of the random matrices, and torch's generator draws the
+matrices again. `nola.json` next to the file has LoRA's alpha and the device that drew the matrices. The adapter stores
+the file's seeds; only an adapter with seeds can be written in this format.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FORMAT = "nola"
 
 SETTINGS = "nola.json"
 LARGEST = 4 << 30
-"""The size limit of the random matrices of one factor, in bytes."""
+"""The size limit, in bytes, of the random matrices of one factor."""
 
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""A map from each part to the module that it adapts, and to the third of the module's outputs (None for all)."""
+"""A map from a word in keys to the adapted module, and to the adapted third of its outputs (None: all outputs)."""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -52,21 +52,21 @@ _SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
 class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The contents of `nola.json`: `lora_alpha` of the training, and the device of the model, `cpu` or `cuda`."""
+    """The contents of `nola.json`: `lora_alpha` of the training, and the device that trained, `cpu` or `cuda`."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
     device: Literal["cpu", "cuda"]
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings of the source file. The file's seeds are leftovers, too, and are stored as tensors."""
+    """The leftovers of a file: its settings. The file's seeds are stored as leftover tensors."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
 
 
 class Nola(Format):
-    """The reference implementation's checkpoints."""
+    """Checkpoints of NOLA's reference implementation."""
 
     url = "https://github.com/UCDvision/NOLA"
     description = "NOLA's reference implementation: a torch file with nola.json"
@@ -119,19 +119,19 @@ class Nola(Format):
 
 
 def _place(target: Target) -> tuple[str, int | None]:
-    """Return a module and the index of the third of its outputs, as in `_PARTS`."""
+    """Return the target's module, and the index of the third of its outputs that the target changes, as in `_PARTS`."""
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Map each (module, third of its outputs) to the prefix of the keys of its pair."""
+    """Map (module, third of its outputs) to the prefix of the pair's keys."""
     found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
 
 
 def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device: str) -> str:
-    """Return the reason why such a file cannot express an update; empty if it can."""
+    """Return the reason why NOLA's files cannot express an update; empty if they can."""
     if not isinstance(update, NOLA):
         return "the method is not NOLA"
     factors = {"A": (update.alpha, update.A0, update.A_bases), "B": (update.beta, update.B0, update.B_bases)}
@@ -143,12 +143,12 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
             return "its coefficients are not F32"
         held = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
         if not _drawn(held, factor, device, as_lazy(bases)):
-            return "its random matrices differ from those of the seed in its source file"
+            return "its random matrices differ from those that the source file's seed yields"
     return ""
 
 
 def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> bool:
-    """Whether these random matrices are the ones that the seed yields."""
+    """Whether the seed yields exactly these random matrices."""
     from numpy import array_equal
 
     return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
@@ -157,14 +157,17 @@ def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> 
 def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
-        assert start is not None  # `_why_not` refuses such an update.
+        assert start is not None  # `_why_not` has refused updates without a start.
         leaves = (start, seeds[f"{stem}.lora_{factor}.seed"], mix)
         tensors |= {f"{stem}.lora_{factor}.{end}": as_lazy(leaf) for end, leaf in zip(_ENDS, leaves, strict=True)}
     return tensors
 
 
 def _alpha(update: NOLA, known: float) -> float:
-    """Return LoRA's alpha; prefer the source file's alpha if it yields exactly this scaling."""
+    """Return LoRA's alpha: the source file's alpha if it yields exactly the update's scaling.
+
+    Otherwise return scaling * rank.
+    """
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
 
@@ -172,8 +175,8 @@ def _alpha(update: NOLA, known: float) -> float:
 def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
-            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} next to it must",
-            path=path, cure='Write it: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
+            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} must",
+            path=path, cure='Write the file: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:
         return msgspec.convert(read_json(path, strict=True), NolaSettings)
@@ -182,7 +185,7 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Group tensors as (path of an attention or MLP, part) -> factor and slot -> tensor.
+    """Group the tensors as (path of an attention or MLP, word for the part) -> factor + slot -> tensor.
 
     Raises:
         Malformed: a key is not NOLA's, or a key is missing.
@@ -231,7 +234,7 @@ def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """Return the random matrices of one factor; they are drawn when they are read."""
+    """Return the random matrices of one factor; they are drawn when the values are loaded."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:

@@ -1,4 +1,4 @@
-"""Olive's adapters from `olive convert-adapters`: values for a graph's inputs. Only LoRA, with the scaling in B.
+"""Olive's adapters from `olive convert-adapters`: values for the inputs of an ONNX graph. Only LoRA; B has the scaling.
 
 Compared with PEFT, both factors are transposed. The file is `.onnx_adapter`, `.npz` or `.safetensors`.
 """
@@ -35,7 +35,7 @@ _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale
 
 
 class OliveHints(Leftovers, total=False):
-    """The two version numbers in an .onnx_adapter file."""
+    """The two version numbers that an .onnx_adapter file contains."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -89,7 +89,7 @@ class Olive(Format):
 
 
 def has_olives_names(path: Path) -> bool:
-    """Whether all values in an `.onnx_adapter` file have Olive's names."""
+    """Whether an `.onnx_adapter` file has only values with Olive's names."""
     try:
         return _all_olives(read_ort_adapter(path).tensors)
     except AdapterkitError:

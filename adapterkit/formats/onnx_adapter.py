@@ -1,8 +1,8 @@
-"""onnxruntime's adapters, `.onnx_adapter`: named values for a graph's inputs, with adapterkit's record in another file.
+"""onnxruntime's adapters, `.onnx_adapter`: named values for a graph's inputs. adapterkit's record is in another file.
 
-The adapter file has only names and values. Methods and targets are in the record, a file with the same name and the
-suffix `.json`, with the contents of the metadata key in adapterkit's own files. A file without a record may have
-Olive's names; the format `olive` reads such files.
+The adapter file has only names and values. Methods and targets are in the record: a file with the same name and the
+suffix `.json`. The record has the same contents as the metadata key in adapterkit's own files. The format `olive` reads
+files without a record, if the values have Olive's names.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ FORMAT = "onnx_adapter"
 
 
 class OnnxAdapterHints(Leftovers, total=False):
-    """The two version numbers in the file."""
+    """The two version numbers that the file contains."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class OnnxAdapter(Format):
-    """Files from `onnxruntime.AdapterFormat`, with a record next to them."""
+    """Files from `onnxruntime.AdapterFormat`, with a record in a JSON file next to each."""
 
     url = "https://onnxruntime.ai/docs/genai/tutorials/finetune.html"
     description = "onnxruntime: an .onnx_adapter file, and a record that says what its values mean"
@@ -96,13 +96,13 @@ class OnnxAdapter(Format):
 def write_slots_record(
     adapter: Adapter, names: Sequence[Mapping[str, str]], others: Iterable[str], path: Path
 ) -> Path:  # fmt: skip
-    """Write the record for a file whose values are named after the inputs of a graph.
+    """Write the record for an adapter file whose values are named after the inputs of an ONNX graph.
 
     Args:
-        adapter: the adapter in the file.
-        names: for each update, in order, a map from its fields to the names of the graph's inputs.
-        others: the names of all other values: scalings, which the record also states.
-        path: the file.
+        adapter: the adapter in the adapter file.
+        names: for each update, in order, a map from the update's fields to names of the graph's inputs.
+        others: the names of all other values: scalings, which are also in the record.
+        path: the adapter file.
     """
     record = encode_record(adapter.replace(foreign=None), {})
     updates = [msgspec.structs.replace(u, tensors=dict(n)) for u, n in zip(record.updates, names, strict=True)]
@@ -113,7 +113,7 @@ def write_slots_record(
 
 
 def sidecar(path: Path) -> Path:
-    """Return the path of the record that belongs to a file."""
+    """Return the path of the record that belongs to an adapter file."""
     return path.with_name(path.name + ".json")
 
 

@@ -1,7 +1,7 @@
-"""TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`: LoRA with the scaling in B.
+"""TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`: LoRA; B includes the scaling.
 
 A row of the first array has A and B of one module, flattened and padded with zeros. The same row of the second array
-has the module's number, layer and rank. The sizes of a module come from the base.
+has the module's number, the layer and the rank. The numbers of inputs and outputs come from the base.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _REAL = ("F16", "BF16", "F32")
 
 
 class TensorRTHints(Leftovers, total=False):
-    """The number of the config's columns, the width of the weights, and the targets in the order of the rows."""
+    """The leftovers: the number of columns in the config, the width of the weights, and the targets in row order."""
 
     columns: int
     width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
@@ -96,7 +96,7 @@ class TensorRtLlm(Format):
 
 
 def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
-    """Return (the module's number, layer, rank) for each row."""
+    """Return (number of the module's kind, layer, rank) for each row."""
     if weights.dtype.name not in _REAL or config.dtype.name != "I32":
         raise Unsupported(
             f"the weights have dtype {weights.dtype}, the config has {config.dtype}", where=WEIGHTS, cure=DAMAGED
@@ -141,7 +141,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """Map each (module's name inside its layer, layer) to its paths in the base."""
+    """Map (module's name inside its layer, layer) to the paths of such modules in the base."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         found = OWN.fullmatch(name)
@@ -164,7 +164,7 @@ def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy
 
 
 def _swapped(B: Lazy) -> Lazy:
-    """Swap the two halves of the outputs."""
+    """Swap the first half of the outputs (up) and the second half (gate)."""
     half = B.shape[0] // 2
     return joined([part(B, half, B.shape[0]), part(B, 0, half)])
 
@@ -202,12 +202,12 @@ def _why_not(target: Target, update: Pair) -> str:
     if target.stacked or ".experts." in target.path:
         return "these arrays cannot store experts; TensorRT-LLM reads experts from PEFT's folders: " + _EXPERTS
     if found is None or found["module"] not in (*numbers(), FUSED):
-        return "TensorRT-LLM has no number for its module"
+        return "TensorRT-LLM does not adapt its module"
     return unfit(target, update)
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
+    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
@@ -217,7 +217,7 @@ _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_l
 _PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"
 
 
-# TensorRT-LLM's numbers for modules with LoRA; spec/architectures/namings has their names.
+# TensorRT-LLM's numbers for the modules that can have LoRA; spec/architectures/namings has the modules' names.
 #
 # Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
 
@@ -226,12 +226,12 @@ NUMBERS = {
     "attn_qkv": 0, "attn_q": 1, "attn_k": 2, "attn_v": 3, "attn_dense": 4, "mlp_h_to_4h": 5, "mlp_4h_to_h": 6,
     "mlp_gate": 7,
 }  # fmt: skip
-"""A map from TensorRT-LLM's name of a module inside a layer to its number."""
+"""A map from TensorRT-LLM's name of a module inside a layer to the module's number."""
 
 
 @cache
 def numbers() -> dict[str, int]:
-    """Map our modules inside a layer to their numbers, including the module of fused queries, keys and values."""
+    """Map our names of modules inside a layer to TensorRT-LLM's numbers, including the module of fused q, k and v."""
     places = namings_of("tensorrt_llm")[0].places()
     names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
     return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
@@ -239,9 +239,9 @@ def numbers() -> dict[str, int]:
 
 @cache
 def modules() -> dict[int, str]:
-    """Map numbers to our modules inside a layer."""
+    """Map TensorRT-LLM's numbers to our names of modules inside a layer."""
     return {number: name for name, number in numbers().items()}
 
 
 FUSED = "mlp.gate_up_proj"
-"""A module with the same number as `mlp.gate_proj`; its outputs are stored as up, then gate."""
+"""A module with the same number as `mlp.gate_proj`. Its outputs are stored as up, then gate."""

@@ -1,8 +1,8 @@
-"""Textual inversion: embeddings of new tokens, as AUTOMATIC1111, diffusers, kohya and SDXL's trainers write them.
+"""Textual inversion: embeddings of new tokens in the files of AUTOMATIC1111, diffusers, kohya and SDXL's trainers.
 
-AUTOMATIC1111 writes a torch file with the tensors in `string_to_param`. diffusers writes one tensor whose key is the
-token. kohya writes `emb_params`, without the token. SDXL's files have one tensor for each encoder, `clip_l` and
-`clip_g`; SD 3's also have `t5xxl`.
+AUTOMATIC1111 writes a torch file with the tensors in a dict `string_to_param`. diffusers writes one tensor, whose key
+is the token. kohya writes `emb_params`, and does not store the token. Files for SDXL have one tensor for each text
+encoder, `clip_l` and `clip_g`; files for SD 3 also have `t5xxl`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ KOHYA = "emb_params"
 TOKEN = "*"
 
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""A map from the key of an encoder's tensor to the part of the pipeline."""
+"""A map from the key of a text encoder's tensor to the pipeline's component."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""Files that show that the tensor next to them is not a token embedding."""
+"""Names of files next to a tensor file; if one of them exists, the tensor is not a token embedding."""
 
 
 class TextualInversionFiles(Format):
-    """Four forms of files; the writer uses the form of the source file, or else diffusers' or SDXL's form."""
+    """Files with token embeddings. The writer uses the form of the source file, or else diffusers' or SDXL's form."""
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
@@ -88,7 +88,7 @@ FORMAT = "textual_inversion"
 
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] | None]:
-    """Return the tensors, the metadata, and the dict around the tensors in AUTOMATIC1111's files (or None)."""
+    """Return the tensors, the metadata, and the dict that contains the tensors in AUTOMATIC1111's files (or None)."""
     if path.suffix not in TORCH and not is_torch_file(path):
         return *container.load(path), None
     value = read_torch_value(path)
@@ -120,14 +120,14 @@ def _plain(value: object) -> bool:
 
 
 def _dialect(tensors: Mapping[str, Lazy]) -> str:
-    """Return the name of the form of these tensors; empty if they have no known form."""
+    """Return the name of the form that these tensors have; empty if the form is unknown."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # A token has no dots, but names of parameters do; so refuse keys with dots.
+    # A token has no dots, but the name of a parameter has. So refuse keys with dots.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
@@ -136,7 +136,7 @@ def _decode(
 ) -> Adapter:
     if "t5xxl" in tensors:
         raise Unsupported(
-            "the file has embeddings of a T5", where="t5xxl", cure="Remove them: only CLIP's embeddings are supported"
+            "the file has an embedding for a T5", where="t5xxl", cure="Remove it: only CLIP's embeddings are supported"
         )
     dialect = _dialect(tensors)
     if not dialect:
@@ -162,14 +162,14 @@ def _decode(
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, dialect: str, path: Path) -> str:
-    """Return the token as the tools read it: from the key, from the name inside the file, or from the file's name."""
+    """Return the token as the tools do: from the key, from the name inside the file, or from the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if dialect == "diffusers" else path.stem
 
 
 def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
-    """Return the embeddings by part of the pipeline, and a line for each omitted update."""
+    """Return the embeddings by component, and a line for each omitted update."""
     found: dict[str, TextualInversion] = {}
     items = []
     for target, update in adapter:
@@ -179,7 +179,7 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
         if isinstance(update, TextualInversion) and fits:
             found[part] = update
         else:
-            items.append(f"{target}: the file cannot have {update.method} there")
+            items.append(f"{target}: the file cannot store {update.method} for this target")
     tokens = {update.token for update in found.values()}
     if len(tokens) > 1:
         items.append("the adapter has several tokens, but a file has one")
@@ -194,7 +194,7 @@ def _token_of(found: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors with the keys and shapes of the source file, if the written form has them."""
+    """Return the tensors with the keys and shapes of the source file, if the source file has the same form."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
@@ -216,7 +216,7 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each part whose token is replaced by the file's name: only diffusers' files store the token."""
+    """Return a line for each component whose token changes, because only diffusers' files store the token."""
     token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
     why = f"becomes {token!r}, the name of the file; it was {_token_of(found)!r}"
     changed = [part for part, update in found.items() if update.token != token]

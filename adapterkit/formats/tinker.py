@@ -1,6 +1,6 @@
-"""Tinker's adapters: PEFT's folder with another name for the head, and with stacked experts that share factors.
+"""Tinker's adapters: PEFT's folder with another name for the head, and with stacks of experts that share factors.
 
-A folder without a head and without experts looks like PEFT's folder, and is read as PEFT's format.
+A folder without a head and without experts is the same as PEFT's folder, and is read as PEFT's format.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from ._pairs import Pair, Slots
 
 
-# Map names of single experts to a stack and back: some formats stack experts that the base stores separately.
+# Map names of single experts to the name of a stack, and back: some formats stack experts that the base has separately.
 
 
 class Experts:
-    """Maps our name for one expert's module to the stack's name and the expert's number, and back.
+    """Maps our name of an expert's module to the stack's name and the expert's number, and back.
 
     Args:
-        pairs: a map from our template with `{n}` and `{e}` to the stack's template with `{n}`.
+        pairs: a map from our name template with `{n}` and `{e}` to the stack's name template with `{n}`.
     """
 
     def __init__(self, pairs: Mapping[str, str]) -> None:
@@ -45,14 +45,14 @@ class Experts:
         self._stacks = {_regex(stack): own for own, stack in pairs.items()}
 
     def there(self, own: str) -> tuple[str, int] | None:
-        """Return the stack's name and the expert's number; None if the name is not that of an expert."""
+        """Return the stack's name and the expert's number; None if `own` is not the name of an expert's module."""
         for pattern, stack in self._own.items():
             if found := pattern.fullmatch(own):
                 return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
         return None
 
     def back(self, stack: str, count: int) -> list[str] | None:
-        """Return our names for a stack's experts, by number; None if the name is not that of a stack."""
+        """Return our names for the experts of a stack, by number; None if `stack` is not the name of a stack."""
         for pattern, own in self._stacks.items():
             if found := pattern.fullmatch(stack):
                 name = found["prefix"] + own.replace("{n}", found["n"])
@@ -71,11 +71,11 @@ PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = Experts(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors, so they must be off."""
+"""Fields of PEFT's config that would change the meaning of the tensors; the reader refuses them if they are set."""
 
 
 class TinkerHints(Leftovers, total=False):
-    """The config of the folder that was read."""
+    """The leftovers of a folder: its config."""
 
     config: dict[str, Any]
 
@@ -172,7 +172,7 @@ def _experts(
     paths = _STACKS.back(name, count)
     if paths is None:
         raise Malformed("the name of this stack of experts is unknown", where=name, cure=DAMAGED)
-    # All experts share one leaf, so that a writer also stores the factor only once.
+    # All experts get the same tensor object, so that a writer also stores the factor only once.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
@@ -180,7 +180,7 @@ def _experts(
 
 
 class _OwnNames:
-    """Map Tinker's names to the base's names, which may have the prefix of a language model inside a larger model."""
+    """Translates Tinker's names to the base's names, which may have a prefix if the base is a multimodal model."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         own = None if base is None else dict.fromkeys(modules_of(base.tensors))
@@ -191,7 +191,7 @@ class _OwnNames:
 
 
 class _Same(NameTable):
-    """A table that maps every name of a language model to itself."""
+    """A table that maps each name of a module in a language model to itself; it has no other names."""
 
     def __init__(self) -> None:
         super().__init__({})

@@ -1,6 +1,7 @@
-"""torchtune's adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's names and Meta's row order.
+"""torchtune's adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's module names.
 
-The file does not state alpha. Alpha is in `torchtune.json` next to the file, or in torchtune's `adapter_config.json`.
+Rows of q and k may be in Meta's order. The file does not have alpha. Alpha is in `torchtune.json` next to the file, or
+in torchtune's `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude
 
 
 class TorchtuneHints(Leftovers, total=False):
-    """Alpha, the heads, and whether rows are in Meta's order."""
+    """The leftovers: alpha, the numbers of heads, and whether rows are in Meta's order."""
 
     alpha: float
     heads: dict[str, int | bool]
@@ -97,7 +98,7 @@ class Torchtune(Format):
 
 
 class _Order:
-    """Determines the order of rows from the base's family and heads."""
+    """Determines the order of rows, which depends on the base's family of models and numbers of heads."""
 
     def __init__(self, known: Mapping[str, int | bool], base: Checkpoint | None) -> None:
         self.known, self.base = dict(known), base
@@ -115,7 +116,7 @@ class _Order:
         if "turned" not in self.known:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
-                why = "the order of its rows depends on the base's family and heads"
+                why = "the order of this module's rows depends on the base's family and numbers of heads"
                 raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
             model = config.get("model_type")
             if model not in meta_order():
@@ -149,13 +150,13 @@ def _as_is(rows: Rows) -> Order:
 
 @cache
 def table() -> NameTable:
-    """Return the table of our templates and torchtune's templates, which are the same for all families."""
+    """Return the table of our and torchtune's name templates, which are the same for all families of models."""
     return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 
 @cache
 def meta_order() -> dict[str, bool]:
-    """Map each model_type to whether rows of q and k are in Meta's order."""
+    """Map each model_type to whether torchtune stores the rows of q and k in Meta's order."""
     return {
         model_type: any(place.rows for place in naming.places().values())
         for naming in namings_of("torchtune")
@@ -165,6 +166,6 @@ def meta_order() -> dict[str, bool]:
 
 @cache
 def turned() -> dict[str, str]:
-    """Map the end of a module's name to the heads to which its rows belong, `query` or `kv`."""
+    """Map the end of a module's name to the kind of heads, `query` or `kv`, that the module's rows form."""
     places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
     return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

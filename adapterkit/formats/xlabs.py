@@ -1,4 +1,4 @@
-"""XLabs' LoRA for FLUX, in the processors of attentions, without an alpha.  https://github.com/XLabs-AI/x-flux
+"""XLabs' LoRA for FLUX, for the processors of attention modules, without alpha.  https://github.com/XLabs-AI/x-flux
 
 `qkv_lora1` and `proj_lora1` adapt the image's stream; `qkv_lora2` and `proj_lora2` adapt the text's stream. In a single
 block, `qkv_lora` adapts the first three sevenths of linear1, and `proj_lora` adapts linear2.

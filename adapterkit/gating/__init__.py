@@ -1,7 +1,7 @@
-"""Check that an adapter has an effect, and that a merged, quantized or exported model keeps this effect.
+"""Check that an adapter has an effect, and that a merged, quantized or exported model has the same effect.
 
-All figures come from running these models on the same inputs: the base, the base with the adapters attached, the base
-with random changes of the same size, and the merged model or graph.
+All figures are measured by running four models on the same inputs: the base, the base with the adapters attached, the
+base with random changes of the same size, and the merged model or graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Calibration: record the inputs of each target while the model reads texts, to round a quantized merge by them.
+"""Calibration: run the model on texts and record the inputs of each target, for the rounding of a quantized merge.
 
-The base runs once over the texts, with the adapters attached, because adapters change the activations of the merged
-model. Memory: the model, and 4 bytes for each number in the recorded tensors (tokens x width).
+The base runs once over the texts. The adapters are attached, because the merged model will have their activations.
+Memory: the model, and 4 bytes for each number in the recorded tensors (tokens x width).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 TEXTS, LENGTH = 16, 64
-"""Default number of texts, and largest number of tokens of each."""
+"""The default number of texts, and the default maximum number of tokens of a text."""
 
 
 @places_errors
@@ -59,19 +59,20 @@ def calibrate(
     """Run a base with adapters over texts, and write the inputs of each target to a file.
 
     Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
-    calibration=out)` uses the file for rounding. An existing file from the same base, adapters and texts is used again.
+    calibration=out)` uses the file for rounding. If `out` already exists and has the same base, adapters and texts, the
+    file is used again.
 
     Args:
-        base: a folder of a transformers model, quantized or not. For a GGUF model, the folder that it was converted
-            from.
+        base: a folder of a transformers model, quantized or not. For a GGUF model, the folder from which it was
+            converted.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
         out: the `.safetensors` file to write.
-        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`. Texts of the
-            adapter's own kind are best.
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`. Texts that are similar
+            to the adapter's training data are best.
         weights: the weight of each adapter, as in the merge; 1 each if None.
-        texts: the number of texts; they are chosen by `seed`.
+        texts: the number of texts, which are chosen at random.
         length: the maximum number of tokens of each text.
-        seed: the seed for the choice of texts.
+        seed: the seed for the random choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
         overwrite: replace an existing calibration from another base, other adapters or other texts.
         tied: as in `adapterkit.merge`.
@@ -82,7 +83,7 @@ def calibrate(
         The calibration in the file.
 
     Raises:
-        UsageError: no adapter or no texts were given, or `out` does not end in `.safetensors` or is an existing
+        UsageError: adapters or texts are missing, `out` does not end in `.safetensors`, or `out` exists and has a
             calibration from other inputs.
         Unsupported: the model does not read text, or the base is a GGUF model.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or no target is a linear layer.
@@ -138,18 +139,37 @@ def calibrate(
         )
     adapted = Adapted(model, held, factors, tied=tied, rename=rename)
     stage("reading activations")
-    with _recording(model) as recorder:
+
+    def run() -> None:
         for at, feeds in enumerate(inputs.feeds, 1):
             adapted.run(feeds, "adapted")
             if progress is not None:
                 progress(at, len(inputs.feeds))
+
+    return recorded(model, run, target, made_from)
+
+
+def recorded(model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object]) -> Calibration:
+    """Write the inputs that the linear layers with adapters get while a function runs the model.
+
+    Args:
+        model: a model with attached adapters.
+        run: the function that runs it.
+        file: the `.safetensors` file to write.
+        made_from: what the inputs depend on.
+
+    Raises:
+        TargetNotFound: no target is a linear layer that ran.
+    """
+    with _recording(model) as recorder:
+        run()
     if not recorder.rows:
         why = "no target of the adapters is a linear layer that ran on the texts"
-        raise TargetNotFound(why, path=checkpoint.root, cure="Omit --calibration (calibration=)")
+        raise TargetNotFound(why, cure="Omit --calibration (calibration=), or choose a method without data")
     record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared}
     tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
-    write(target, tensors, {KEY: json.dumps(record, sort_keys=True)})
-    return read_calibration(target)
+    write(file, tensors, {KEY: json.dumps(record, sort_keys=True)})
+    return read_calibration(file)
 
 
 def _digest(lines: Sequence[str] | None) -> str:
@@ -157,10 +177,10 @@ def _digest(lines: Sequence[str] | None) -> str:
 
 
 class _Recorder:
-    """Records the inputs of linear layers.
+    """Record the inputs of linear layers.
 
     Attributes:
-        rows: path of a target -> its inputs, one array for each call.
+        rows: path of a target -> the inputs of the target, one array for each call.
         shared: path of each target -> path of the first target that reads the same tensor.
     """
 
@@ -170,10 +190,10 @@ class _Recorder:
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, paths: Sequence[str], x: Tensor) -> None:
-        """Record the tensor that some layers read in one call."""
+        """Record the input tensor of a call, for all layers that read this tensor."""
         first = paths[0]
         known = self.shared.get(first)
-        # Layers that read the same tensor (queries, keys, values) are called one after another: store it once.
+        # Store a tensor once if several layers read it (queries, keys, values), which are called one after another.
         same = self._last is not None and self._last[1] is x
         if known is None:
             known = self._last[0] if same and self._last is not None else first
@@ -196,15 +216,16 @@ def _keep(recorder: _Recorder, paths: Sequence[str], _: nn.Module, args: tuple[T
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[_Recorder]:
-    """Record the inputs of the linear layers that adapters are attached to."""
+    """Record the inputs of the linear layers with attached adapters, inside the block."""
     from torch import nn
 
     from ..torch.forward_hook import hooks_of
+    from ..torch.layers import Conv1D
 
     recorder, handles = _Recorder(), []
     for hook in hooks_of(model):
         paths = [part.target.path for part in hook.parts if part.weight == "weight"]
-        if not paths or not isinstance(hook.module, nn.Linear):
+        if not paths or not (isinstance(hook.module, nn.Linear) or Conv1D.takes(hook.module)):
             continue
 
         handles.append(hook.module.register_forward_pre_hook(partial(_keep, recorder, tuple(paths))))

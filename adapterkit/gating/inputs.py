@@ -1,4 +1,4 @@
-"""Make the inputs of a gate: tokens of short texts, or random ids or pixels if the base has no tokenizer."""
+"""Create the inputs of a gate: tokens of short texts, or random token ids or pixels if the base has no tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZERS = (
 """Every folder with a tokenizer has at least one of these files."""
 
 SHORTEST = 2
-"""The smallest number of tokens in a text: one to read and one to predict."""
+"""A text needs at least one token to read and one token to predict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Inputs:
     """The inputs on which all models run.
 
     Attributes:
-        feeds: the arguments of the model's forward, one entry per text; tensors on the CPU.
-        source: a phrase that says where the inputs come from.
+        feeds: for each text, the arguments of the model's `forward`; tensors on the CPU.
+        source: a phrase that names the source of the inputs.
         tokens: the number of tokens in all texts; 0 for pixels.
     """
 
@@ -51,7 +51,7 @@ def texts_of(data: str | PathLike[str]) -> list[str] | None:
 
     Raises:
         UsageError: the file contains no text.
-        Malformed: a line of a `.jsonl` file is not JSON with a text.
+        Malformed: a line of a `.jsonl` file is not JSON, or lacks the field `text`.
         StorageError: the file cannot be read.
     """
     if fspath(data) == BUILTIN:
@@ -88,13 +88,13 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
     Args:
         model: the model, loaded by transformers.
         folder: the folder of the model, with or without a tokenizer.
-        texts: the texts to use; None for the built-in texts, or for random ids if there is no tokenizer.
-        count: the number of texts, which `seed` chooses.
+        texts: the texts to use; None for the built-in texts, or for random ids if the folder has no tokenizer.
+        count: the number of texts, which are chosen at random.
         length: the maximum number of tokens of each text.
         seed: the seed of all random choices.
 
     Raises:
-        UsageError: texts were given but the folder has no tokenizer, or all texts have fewer than two tokens.
+        UsageError: `texts` is set but the folder has no tokenizer, or all texts have fewer than two tokens.
         Unsupported: the model reads neither tokens nor pixels.
     """
     main = getattr(model, "main_input_name", "input_ids")
@@ -127,7 +127,7 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
 
 
 def _is_contrastive(model: Any) -> bool:
-    """Whether the model compares texts with images, as CLIP does, and therefore needs both as inputs."""
+    """Whether the model compares texts with images, like CLIP, and therefore needs both as inputs."""
     return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
 
 

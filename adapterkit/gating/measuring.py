@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PROMPT, PROMPTS = 8, 4
-"""The number of tokens in a prompt, and the number of prompts for which text is generated."""
+"""To compare generated text, this many prompts with this many tokens are continued."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +20,8 @@ class ModelOutput:
     """The output of a model for one input.
 
     Attributes:
-        main: the logits, or the last hidden state of a model without logits; float64, classes or channels last.
+        main: the logits, or the last hidden state of a model without logits, in float64. The last axis is the classes
+            or channels.
         is_logits: whether `main` is logits.
         states: the hidden states after the embedding and after each block.
     """
@@ -55,7 +56,7 @@ def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> Mod
 
 
 def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
-    """Return the main output of a model, found by the names that transformers uses."""
+    """Return the logits or hidden states among the outputs of a model, by the names of transformers."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         held = told.get(name)
         if held is not None:
@@ -69,7 +70,7 @@ def _double(values: Tensor) -> Tensor:
 
 
 def divergence(first: ModelOutput, second: ModelOutput) -> float:
-    """Return KL(first || second), summed over positions, in nats; for hidden states the relative squared difference."""
+    """Return KL(first || second) in nats, summed over positions. Without logits, the relative squared difference."""
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
     a, b = _alike(first.main, second.main)
@@ -81,25 +82,28 @@ def divergence(first: ModelOutput, second: ModelOutput) -> float:
 
 
 def unit_of(output: ModelOutput) -> str:
-    """Return the unit of the divergence at one position, in words."""
+    """Return the unit of the divergence per position, in words."""
     if not output.is_logits:
         return "of the squared hidden states"
     return "nats per token" if output.main.ndim == 3 else "nats per input"
 
 
 def positions(output: ModelOutput) -> int:
-    """Return the number of distributions in an output."""
+    """Return the number of positions in an output: each has a distribution over tokens, or a hidden state."""
     return max(1, output.main.numel() // output.main.shape[-1])
 
 
 def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut both outputs to their common width: vocabularies may be padded to different sizes."""
+    """Cut both outputs to the smaller width, because vocabularies may be padded to different sizes."""
     width = min(first.shape[-1], second.shape[-1])
     return first[..., :width], second[..., :width]
 
 
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
-    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, weighted by probability."""
+    """Return the inner products <other - base, adapted - base> and <adapted - base, adapted - base> of the outputs.
+
+    For logits, these are log-probabilities, weighted by the probabilities of `adapted`.
+    """
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)
     b = b[..., : a.shape[-1]]
@@ -114,7 +118,7 @@ def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[
 
 
 def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
-    """Whether a model predicts the next token: if so, changing the last token has no influence on earlier positions."""
+    """Whether a model predicts the next token, tested by changing the last token: earlier outputs must not change."""
     if set(feeds) != {"input_ids"}:
         return False
     ids = feeds["input_ids"]
@@ -128,7 +132,7 @@ def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
 
 
 def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, int]:
-    """Return the sum of -log p over all next tokens, and the number of these tokens."""
+    """Return the sum of -log p(next token) over the text, and the number of predicted tokens."""
     ids = feeds["input_ids"]
     known = output.main.shape[-1]
     told = output.main[0, :-1].log_softmax(-1)
@@ -137,13 +141,13 @@ def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, i
 
 
 def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
-    """Generate the `new` most likely tokens after the beginning of each of the first texts."""
+    """Generate `new` tokens greedily after the beginnings of the first texts."""
     import torch
 
     prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
     alike = len({prompt.shape for prompt in prompts}) == 1
     texts: list[list[int]] = []
-    for ids in [torch.cat(prompts)] if alike else prompts:  # Batch only equal lengths, because padding changes results.
+    for ids in [torch.cat(prompts)] if alike else prompts:  # Padding would change results.
         start = ids.shape[1]
         for _ in range(new):
             ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
@@ -152,7 +156,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens before the first difference of two greedy continuations."""
+    """Return the share of tokens before the first difference between two generated texts."""
     same = total = 0
     for first, second in zip(one, other, strict=True):
         total += len(first)

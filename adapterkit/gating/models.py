@@ -1,7 +1,8 @@
-"""Load and run the models of a gate: the base with attached adapters, a merged model, and a graph in onnxruntime."""
+"""Load and run the models that a gate compares: the base with attached adapters, a merged model, and an ONNX graph."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 
 
 def device_of(name: str) -> str:
-    """Return the torch device of `auto`, `cpu` or `cuda:N`.
+    """Return the torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: this machine has no such device.
+        UsageError: the name is another one, or this machine has no such device.
     """
     import torch
 
+    cure = "Type --device cpu or --device auto (device=)"
+    if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,4}", name):
+        raise UsageError(f"{name!r} is not auto, cpu, cuda or cuda:N", where="device", cure=cure)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        cure = "Type --device cpu or --device auto (device=)"
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UsageError(f"torch finds no CUDA device for {name}", where="device", cure=cure)
     return name
 
@@ -47,8 +50,7 @@ def load(
         checkpoint: the folder, or the GGUF file.
         dtype: the name of the torch dtype of the weights.
         device: the device of the model.
-        lacking: a list to which the names of missing weights are added: weights of the model that the files do not
-            have.
+        lacking: a list to which the function adds the names of weights that the model has but the files lack.
         like: for a GGUF model, the folder with its config.json.
 
     Raises:
@@ -74,7 +76,7 @@ def load(
 
 
 def is_gguf_model(checkpoint: Checkpoint) -> bool:
-    """Whether all weights are in GGUF files."""
+    """Whether all files of a checkpoint are GGUF files."""
     return bool(checkpoint.files) and all(is_gguf(file) for file in checkpoint.files)
 
 
@@ -92,7 +94,10 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 class Adapted:
-    """A base with attached adapters and an attached null adapter; at most one of the two is active."""
+    """A base with attached adapters, and with an attached null adapter, which makes random changes of the same size.
+
+    Either the adapters are active, or the null adapter, or neither.
+    """
 
     def __init__(self, model: Any, adapters: Sequence[Adapter], weights: Sequence[float], **options: Any) -> None:
         self.model, self.device = model, str(next(model.parameters()).device)
@@ -121,7 +126,7 @@ class Adapted:
 
     @contextmanager
     def as_(self, state: str) -> Iterator[None]:
-        """During the body, turn the model into the base, the base with adapters, or the base with the null adapter."""
+        """Inside the block, activate the adapters (`adapted`), the null adapter (`null`), or neither (other states)."""
         for handle in self.handles:
             handle.set_active(state == "adapted")
         if self.null is not None:
@@ -141,7 +146,7 @@ class Adapted:
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
-        """Scale the change of the adapters during the body."""
+        """Inside the block, multiply the change of the adapters by a factor."""
         for handle, weight in zip(self.handles, self.weights, strict=True):
             handle.weight = factor * weight
         try:
@@ -152,7 +157,7 @@ class Adapted:
 
 
 class Graph:
-    """A graph in onnxruntime; its slots, if it has any, are filled with the adapters."""
+    """An ONNX graph in onnxruntime. If the graph has slots, they are filled with the adapters."""
 
     def __init__(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         from ..onnx.session import Session

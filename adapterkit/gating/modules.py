@@ -1,11 +1,11 @@
 """Compare a merged model with the base and its adapters module by module, to find the first module that is wrong.
 
 While the base with adapters runs, each module that has weights runs three times on the same input: with adapters,
-without adapters, and with the weights of the merged model. An early fault therefore does not affect the comparison of
-later modules, and the result shows how much of the change each module contains.
+without adapters, and with the weights of the merged model. So a fault in an early module does not affect the comparison
+of later modules, and the result shows how much of the change each module contains.
 
-If the outputs of a module differ too much, its weights are compared as well: a weak change that rounding to the merged
-model's dtype distorts is not a fault.
+If the outputs of a module differ too much, its weights are compared too. The difference is not a fault if rounding to
+the merged model's dtype explains it, which happens for weak changes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from ..torch.handle import Handle
 
 NOISE = 1e-5
-"""Two float32 outputs count as equal if their relative difference is below this number."""
+"""Two float32 outputs count as equal if their relative difference is below this."""
 
 GRAIN = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
-"""Stored dtype -> its rounding step, relative to the rounded number."""
+"""Stored dtype -> the rounding step of the dtype, relative to the rounded number."""
 
 ALIKE = 0.9
-"""Two changes count as the same if their cosine is above this number."""
+"""Two changes count as the same if their cosine is above this."""
 
 QUANTIZED = "quantized"
-"""The name for the stored dtype of quantized weights."""
+"""The dtype of a quantized model in results."""
 
 UNCHANGED = 0.1
 """If a weight contains less than this share of the change, it counts as unchanged."""
@@ -44,21 +44,27 @@ RESIDUE = 0.2
 """A difference counts as a multiple of the change if its part orthogonal to the change is smaller than this share."""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
-"""The first words of faults of weights that cannot be compared."""
+"""The fault of a weight that cannot be compared begins with one of these texts."""
 
 CERTAIN = 5.0
-"""A wrong scale of a quantized change is a fault if it exceeds this many standard errors of the rounding noise."""
+"""The scale of a quantized change is a fault if it differs from 1 by more than this many standard errors of the
+rounding noise."""
 
 OTHER = 0.5
-"""If the relative error of a quantized weight is larger, it is another weight; 2-bit rounding has an error of 1/3."""
+"""A quantized weight with a larger relative error counts as a different weight: 2-bit rounding has an error of 1/3."""
 
 MOST_COMPARED = 64
-"""The largest number of weights whose changes are compared with a wrong weight, to find out if two were swapped."""
+"""A wrong weight is compared with the changes of at most this many other weights, to find swapped changes."""
 
 
 @dataclass(slots=True)
 class ModuleSums:
-    """Squared norms and products of the outputs of one module, summed over inputs."""
+    """Squared norms and inner products of a module's outputs, summed over the inputs.
+
+    The fields are the squared norms of: the output with adapters (`size`), the change by the adapters (`asked`), the
+    change in the merged model (`there`) and the difference between adapters and merged model (`apart`). `product` is
+    the inner product of the two changes.
+    """
 
     size: float = 0.0
     asked: float = 0.0
@@ -69,7 +75,7 @@ class ModuleSums:
     why: str = ""
 
     def add(self, base: Tensor, adapted: Tensor, other: Tensor) -> None:
-        """Add the outputs of one call."""
+        """Add the outputs of a call: without adapters, with adapters, and of the merged model."""
         if adapted.shape != other.shape:
             self.why = f"gives an output of the shape {list(other.shape)} instead of {list(adapted.shape)}"
             return
@@ -92,7 +98,7 @@ class ModuleComparison:
     Attributes:
         sums: module -> its sums, in the order in which the modules ran.
         missing: modules that the merged model does not have.
-        idle: modules with weights that no input reached.
+        idle: modules with weights that did not run for any input.
     """
 
     sums: dict[str, ModuleSums] = field(default_factory=dict)
@@ -101,7 +107,7 @@ class ModuleComparison:
 
 
 class Watched:
-    """Hooks that compare the modules of a merged model while the base with adapters runs."""
+    """Forward hooks on the base with adapters, which compare each module with the module of the merged model."""
 
     def __init__(self, model: nn.Module, other: nn.Module, handles: Sequence[Handle]) -> None:
         self.other, self.handles, self.on = dict(other.named_modules()), handles, False
@@ -117,7 +123,7 @@ class Watched:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Compare modules during the body, which must run the base with adapters."""
+        """Compare modules inside the block, in which the caller runs the base with adapters."""
         self.on = True
         try:
             yield
@@ -162,7 +168,7 @@ class Watched:
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters and floating-point buffers of a module, without those of its children."""
+    """Yield the parameters and floating-point buffers of a module, but not those of its children."""
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None and b.is_floating_point())
 
@@ -182,7 +188,7 @@ def _floats(output: object) -> Iterator[Tensor]:
 
 
 def scale_of(comparison: ModuleComparison) -> float | None:
-    """Return the share of the change in all modules together; each module is weighted by the norm of its change."""
+    """Return the share of the change that the merged model contains: a mean over the modules, weighted by norms."""
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
 
@@ -191,15 +197,15 @@ def judged(
     comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
     coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
-    """Return each module with its fault, if any. The call merges the adapters into the weights of `model`.
+    """Return the comparison and the fault, if any, of each module. This merges the adapters into `model`.
 
     Args:
         comparison: the comparison of the outputs.
         model: the base with adapters.
         other: the merged model.
-        handles: the attached adapters; they are merged afterwards.
+        handles: the attached adapters; the function merges them.
         dtype: the stored dtype of the merged model, or `quantized`.
-        coarse: the relative rounding step of the dtype in which both models ran.
+        coarse: the relative rounding step of the dtype of the computation.
         max_scale_error: see `Thresholds`.
         max_part_error: see `Thresholds`.
     """
@@ -210,7 +216,7 @@ def judged(
     for name, part in parts.items():
         far = part.touched and (abs((part.scale or 0.0) - 1) > max_scale_error or part.error > max_part_error)
         moved = not part.touched and part.error > max(2 * grain, NOISE)
-        # Quantization changes the outputs of every module, so always compare quantized weights.
+        # If the model is quantized, compare the weights of all modules, because quantization changes all outputs.
         if quantized or far or moved or _plain_fault(comparison.sums[name]):
             suspects.append(name)
     # Always compare the weights of stacked experts, because the tokens reach only some of the experts.
@@ -250,11 +256,11 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 
 
 def named_scale(scale: float, residue: float) -> str:
-    """Return the fault of a module whose change is a multiple of the right change, or another change.
+    """Return the fault of a module with a wrong change: a multiple of the right change, or a different change.
 
     Args:
-        scale: the multiple of the right change.
-        residue: the size of the part orthogonal to the right change, relative to that change.
+        scale: the factor of the right change.
+        residue: the norm of the part orthogonal to the right change, relative to the right change.
     """
     if residue > RESIDUE * max(abs(scale), 1.0) and residue > RESIDUE:
         return "contains another change"
@@ -267,7 +273,7 @@ def named_scale(scale: float, residue: float) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A parameter before the adapters are merged."""
+    """A copy of a parameter from before the adapters are merged."""
 
     module: str
     name: str
@@ -288,7 +294,7 @@ class SuspectWeights:
         self.changes: dict[str, Tensor] = {}
 
     def fold(self, handles: Sequence[Handle]) -> None:
-        """Merge the adapters into the base; if that is impossible, only outputs are compared."""
+        """Merge the adapters into the base. If they cannot be merged, only outputs are compared."""
         if not self.held:
             return
         try:
@@ -301,7 +307,7 @@ class SuspectWeights:
         self.changes = {each.name: after[each.name].detach() - each.before for each in self.held}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
-        """Return a module with its fault, or without one if rounding explains the difference."""
+        """Compare the weights of a module; return it with a fault, or without if rounding explains the difference."""
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
         for each in (held for held in self.held if held.module == part.module and not self.why):
@@ -357,8 +363,8 @@ class SuspectWeights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        # Rounding errors are mostly orthogonal to the change. Subtract twice their energy, because other tools round
-        # twice.
+        # Subtract the energy of rounding errors, which are mostly orthogonal to the change. Subtract it twice, because
+        # other tools round twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
@@ -366,17 +372,17 @@ class SuspectWeights:
     def _packed(
         self, held: _Held, before: Tensor, delta: Tensor, got: Tensor, max_scale_error: float
     ) -> _WeightFound:  # fmt: skip
-        """Judge a quantized weight, whose rounding noise may be larger than the change.
+        """Compare a quantized weight, whose rounding errors may be larger than the change.
 
-        The noise of single numbers averages out along the direction of the change. If the scale is farther from 1 than
-        the remaining noise allows, the merge was wrong, or rounding removed the change.
+        Along the direction of the change, the rounding errors of single numbers mostly cancel. If the scale still
+        differs too much from 1, the merge was wrong, or rounding removed the change.
         """
         there, size, whole = got - before, float(delta.norm()), float((before + delta).norm())
         apart = float((there - delta).norm())
         if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
             return _WeightFound("has other weights than the base", None, apart / max(whole, 1e-30), False)
         if size <= 1e-6 * float(before.norm()):
-            # Vectors are not quantized: they keep 16 bits or more.
+            # Compare vectors at 16 bits, because they are not quantized.
             far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
             return _WeightFound("has other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
         scale = _along(there, delta)
@@ -391,7 +397,7 @@ class SuspectWeights:
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, held: _Held, there: Tensor) -> str:
-        """Return which other change a quantized weight contains, or "" if it contains no known change."""
+        """Return a fault if a quantized weight contains a known wrong change: transposed, or of another weight."""
         delta = self.changes[held.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
             return "contains the change transposed"
@@ -403,13 +409,13 @@ class SuspectWeights:
         return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
-        """Whether single experts contain another change, which may be small compared with the whole stack."""
+        """Whether an expert contains a wrong change, which may be too small to notice in the norm of the stack."""
         sizes = delta.flatten(1).norm(dim=1)
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())
 
     def _named(self, held: _Held, there: Tensor, scale: float, residue: float) -> str:
-        """Return what a weight contains instead of the change."""
+        """Return a fault that names the wrong change which a weight contains."""
         plain = named_scale(scale, residue)
         if plain != "contains another change":
             return plain
@@ -432,8 +438,8 @@ class _WeightFound:
     """The comparison of one weight.
 
     Attributes:
-        fault: what is wrong; empty if nothing is.
-        scale: the share of the change that the weight contains; None if nothing changes.
+        fault: the fault in words; empty if the weight is right.
+        scale: the share of the change that the weight contains; None if the adapters do not change the weight.
         error: the error relative to the change.
         same: whether the weight is exact.
     """
@@ -445,7 +451,7 @@ class _WeightFound:
 
 
 def _kind(name: str) -> torch.dtype:
-    """Return the torch dtype to which weights of a stored dtype are rounded."""
+    """Return the torch dtype for a stored dtype."""
     import torch
 
     return {"F32": torch.float32, "F64": torch.float32, "F16": torch.float16}.get(name, torch.bfloat16)

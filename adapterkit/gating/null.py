@@ -1,4 +1,4 @@
-"""Make the null adapter: random changes of the same size at the same targets, as a reference for the effect."""
+"""Create the null adapter: random changes of the same size at the same targets, as a reference for the effect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def null_adapter(
         rename: rules for names, as in `adapterkit.merge`.
 
     Raises:
-        NotMergeable: an adapter changes more than weights, so its change has no norm.
+        NotMergeable: an adapter changes outputs or context, not only weights, so its change has no norm.
         AdapterkitError: an adapter does not fit the base.
     """
     import numpy as np
@@ -92,7 +92,7 @@ def _sum(row: Sequence[Delta | None]) -> list[Delta]:
 
 
 def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
-    """Return random factors whose product has the norm of the sum of the changes."""
+    """Return random factors whose product has the same norm as the sum of the changes."""
     import numpy as np
 
     out, columns = deltas[0].shape
@@ -108,7 +108,7 @@ def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
 
 
 def _norm(B: Array, A: Array) -> float:
-    """Return the Frobenius norm of B @ A without computing the product."""
+    """Return the Frobenius norm of B @ A, without forming the product."""
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 

@@ -21,9 +21,9 @@ class Thresholds:
     Attributes:
         min_effect: the minimum of KL(base || base with adapters), in nats per token.
         min_kept: the minimum share of the effect that a merged model or graph keeps.
-        max_scale_error: the maximum of |1 - scale|; `scale` is the share of the change that is present.
-        max_part_error: the maximum error of a module's change, relative to that change and without the rounding error.
-        min_agreement: the minimum share of greedily generated tokens that equal those of the base with adapters.
+        max_scale_error: the maximum of |1 - scale|; `scale` is the share of the change in the merged model or graph.
+        max_part_error: the maximum error of a module's change, relative to the change; rounding errors are not counted.
+        min_agreement: the minimum share of greedily generated tokens that are equal to those of the base with adapters.
         max_perplexity: the maximum perplexity, relative to the perplexity of the base with adapters.
         min_over_null: the minimum effect, relative to the effect of the null adapter.
     """
@@ -39,11 +39,11 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class GateCheck:
-    """The result of one check.
+    """The comparison of a measured value with its threshold.
 
     Attributes:
         name: the name of the check.
-        model: the checked model: `adapter`, `merged` or `onnx`.
+        model: the model to which the check applies: `adapter`, `merged` or `onnx`.
         ok: whether the check passed; None if it is undecided.
         value: the measured value.
         limit: the threshold.
@@ -60,14 +60,14 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEffect:
-    """The effect of adapters on a base. Figures that do not exist for this kind of model are None.
+    """The effect of adapters on a base. Figures that cannot be measured for this kind of model are None.
 
     Attributes:
         divergence: KL(base || base with adapters) in nats; for models without logits, the squared difference of the
             hidden states, relative to the base's hidden states.
         unit: the unit of `divergence`, in words.
         null: the divergence for random changes that have the same norm at each target.
-        why_no_null: why there is no null adapter.
+        why_no_null: the reason why `null` was not measured; empty if it was.
         agreement: the share of greedily generated tokens that are equal for the base and the base with adapters.
         perplexity_base: the perplexity of the base.
         perplexity: the perplexity of the base with adapters.
@@ -86,15 +86,15 @@ class AdapterEffect:
 
 @dataclass(frozen=True, slots=True)
 class ModulePart:
-    """One module of a merged model, run on the input that the module gets in the base with adapters.
+    """The comparison of a module of a merged model with the same module of the base with adapters, on the same input.
 
     Attributes:
         module: the name of the module.
         touched: whether the adapters change the module.
-        scale: the share of the change that the module contains, measured along the change; None if nothing changes.
-        error: the norm of the error, relative to the change; relative to the output if nothing changes.
+        scale: the share of the change that the module contains, measured along the change; None if `touched` is false.
+        error: the norm of the error, relative to the change; if `touched` is false, relative to the output.
         finite: whether the output is finite.
-        fault: what is wrong, in words; empty if nothing is.
+        fault: the fault in words; empty if the module is right.
         rounded: whether rounding to the merged model's dtype explains the difference.
     """
 
@@ -114,9 +114,9 @@ class BlockDifference:
     Attributes:
         block: the number of the block; 0 stands for the embedding.
         difference: the norm of the difference between the states of the merged model and of the base with adapters,
-            relative to the norm of the latter states.
-        change: the norm of the difference between the states of the base with adapters and of the base, relative to the
-            same norm as `difference`.
+            relative to the norm of the states of the base with adapters.
+        change: the norm of the difference between the states of the base with adapters and of the base, also relative
+            to the norm of the states of the base with adapters.
     """
 
     block: int
@@ -126,22 +126,22 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class KeptEffect:
-    """How much of the effect a merged model or a graph keeps. Figures that do not exist for this kind are None.
+    """The share of the effect that a merged model or a graph keeps. Figures that cannot be measured are None.
 
     Attributes:
         model: `merged` or `onnx`.
         path: the path of the model or graph.
         divergence: KL(base with adapters || this model), or the relative difference of hidden states.
         kept: 1 - divergence / KL(base with adapters || base).
-        scale: the share of the change that is present: 1 in a correct merge, 0 in the base, 2 for twice the change.
-        agreement: the share of greedily generated tokens that equal those of the base with adapters.
+        scale: the share of the change in this model: 1 in a correct merge, 0 in the base, 2 for twice the change.
+        agreement: the share of greedily generated tokens that are equal to those of the base with adapters.
         perplexity: the perplexity of this model.
         finite: whether all outputs are finite.
         dtype: the dtype of the weights, or `quantized`.
         parts: the modules, in the order in which they run; empty for a graph.
         blocks: the differences of the hidden states, block by block; empty for a graph.
-        lacking: names of weights that the files do not have.
-        why: the reason why the model could not be run; the figures are then None.
+        lacking: names of weights that the model has but the files lack.
+        why: the reason why the model could not be run; None if it ran.
     """
 
     model: str
@@ -181,11 +181,11 @@ class Gate:
         dtype: the dtype in which the models ran.
         seed: the seed of all random choices.
         effect: the effect of the adapters.
-        kept: an entry for the merged model and an entry for the graph, if they were given.
+        kept: an entry for the merged model and an entry for the graph, if they were passed.
         checks: the comparisons with thresholds.
         verdicts: plain sentences about the result, faults first.
         seconds: the duration.
-        warnings: warnings about the base that the adapters name.
+        warnings: sentences about adapters whose files name another base.
     """
 
     base: str
@@ -215,12 +215,12 @@ class Gate:
 
     @property
     def merged(self) -> KeptEffect | None:
-        """The figures of the merged model, if one was given."""
+        """The figures of the merged model; None if no merged model was passed."""
         return next((each for each in self.kept if each.model == "merged"), None)
 
     @property
     def onnx(self) -> KeptEffect | None:
-        """The figures of the graph, if one was given."""
+        """The figures of the graph; None if no graph was passed."""
         return next((each for each in self.kept if each.model == "onnx"), None)
 
     def __repr__(self) -> str:

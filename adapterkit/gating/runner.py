@@ -37,18 +37,19 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Dtypes that models can be computed in."""
+"""The dtypes in which the models can run."""
 
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""Multiples of the change with which a graph is compared, to find the multiple that the graph contains."""
+"""A graph is compared with the base with adapters at these factors of the change, to find the factor in the graph."""
 
 EXACT = 1e-3
-"""A graph contains a multiple if its divergence from this multiple is below this share of the largest divergence."""
+"""A graph contains a factor of the change if its divergence at this factor is below this share of the largest
+divergence."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Dtype of the computation -> its relative rounding step; 0 for float32, whose rounding is negligible."""
+"""Dtype of the computation -> the relative rounding step; 0 for float32, whose rounding is negligible."""
 
 
 @places_errors
@@ -79,14 +80,14 @@ def gate(
     strict_base: bool = False,
     vocab: str | None = None,
 ) -> Gate:
-    """Check that adapters change a base, and that a merged model or a graph keeps this change.
+    """Check that adapters change the outputs of a base, and that a merged model or a graph has the same outputs.
 
     Args:
         base: a folder of a transformers model, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
         merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. Quantized weights are
-            dequantized, and checked by the share of each change that they keep.
-        onnx: a graph of base and adapters; its slots, if any, are filled with the adapters.
+            dequantized; the check is the share of each change that they contain.
+        onnx: a graph of base and adapters. If the graph has slots, they are filled with the adapters.
         data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
         weights: the weight of each adapter; 1 each if None.
         device: `auto`, `cpu` or `cuda:N`.
@@ -113,7 +114,7 @@ def gate(
         The figures, checks and verdicts; `ok` says whether all checks passed.
 
     Raises:
-        UsageError: no adapter was given, the number of weights is wrong, the device or dtype does not exist, or
+        UsageError: `adapters` is empty, the number of weights is wrong, the device or dtype does not exist, or
             transformers is not installed.
         CheckFailed: an adapter names another base, and `strict_base` is set.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
@@ -138,7 +139,7 @@ def gate(
     with inputs_kept():
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
-            load(checkpoint, dtype, "cpu")  # Raises an error that says what to name instead.
+            load(checkpoint, dtype, "cpu")  # Raise the error for a missing graph or folder.
         check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
@@ -160,7 +161,7 @@ def gate(
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, held, factors))
-    if after is not None:  # This must come last, because it merges the adapters into the base.
+    if after is not None:  # Measure the merged model last, because this merges the adapters into the base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -173,7 +174,14 @@ def gate(
 def checked(
     given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
-    """Check the arguments, and return the weights of the adapters. `counts`: argument -> (value, smallest value)."""
+    """Check the arguments, and return the weights of the adapters.
+
+    Args:
+        given: the adapters.
+        weights: the weights of the adapters; 1 each if None.
+        dtype: the dtype of the computation.
+        counts: name of an argument -> (value, smallest allowed value).
+    """
     if not given:
         raise UsageError("no adapter was given", cure="Name at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)
@@ -189,7 +197,7 @@ def checked(
 
 
 def _grow(model: Any, planned: Plan) -> None:
-    """Grow a model's vocabulary as a merge does; rows that no adapter fills are zero."""
+    """Add vocabulary rows to a model like a merge does; rows without values in an adapter are zero."""
     import torch
 
     rows = (planned.vocabulary or {}).get("rows")
@@ -207,7 +215,7 @@ def _add_null(
     adapted: Adapted, adapters: Sequence[Adapter], base: Checkpoint, weights: Sequence[float], seed: int,
     rename: str | Sequence[str],
 ) -> str | None:  # fmt: skip
-    """Attach the null adapter. Return None, or the reason why it could not be made."""
+    """Attach the null adapter. Return None, or the reason why the null adapter could not be created."""
     from .null import null_adapter
 
     try:
@@ -242,7 +250,7 @@ class _Run:
         return self.adapted.run(feeds, "adapted")
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
-        """Measure how the adapters change the base."""
+        """Measure the effect of the adapters on the base."""
         from .measuring import agreement, divergence, positions, unit_of
 
         moved, drawn, back = _Mean(), _Mean(), _Mean()
@@ -267,7 +275,7 @@ class _Run:
         )
 
     def graph(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:
-        """Measure how much of the effect a graph keeps."""
+        """Measure the share of the effect that a graph keeps."""
         from .models import Graph
 
         stage(f"running {path}")
@@ -284,10 +292,10 @@ class _Run:
         return told
 
     def _scale(self, run: Run) -> float | None:
-        """Return the multiple of the change that a graph contains, or None if it contains none of the tried multiples.
+        """Return the factor of the change in a graph; None if the graph does not match any of the tried factors.
 
-        The multiple is found by trial, because the slope of the logits shows the multiple only for small changes, and a
-        graph has no modules to compare.
+        All factors are tried. The logits alone show the factor only for small changes, and a graph has no modules to
+        compare.
         """
         from .measuring import divergence
 
@@ -306,7 +314,7 @@ class _Run:
         return best if apart[best] <= EXACT * max(apart.values()) else None
 
     def merged(self, checkpoint: Checkpoint, dtype: str, device: str, base: Checkpoint) -> KeptEffect:
-        """Measure how much of the effect a merged model keeps, as a whole and module by module."""
+        """Measure the share of the effect that a merged model keeps, as a whole and module by module."""
         from ..torch.pretrained import check_transformers
         from .measuring import StateSums, run_torch
         from .models import is_gguf_model, load, stored_dtype
@@ -382,7 +390,7 @@ def _blocks(states: StateSums) -> tuple[BlockDifference, ...]:
 
 
 class _Mean:
-    """A running mean over positions."""
+    """Compute the mean of values that are summed over positions."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0

@@ -1,4 +1,4 @@
-"""Compare measured figures with thresholds, and say in plain sentences what was measured."""
+"""Compare measured figures with thresholds, and describe the figures in plain sentences."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST = 1e-9
-"""The smallest effect, in nats per token, for which float32 can still resolve how much of it is kept."""
+"""If the effect is smaller than this, in nats per token, float32 is too coarse to measure the kept share."""
 
 SHOWN = 3
-"""The largest number of modules that a sentence names."""
+"""The most modules that a sentence names."""
 
 MOST = 0.9
-"""If this share of the modules has the same fault, the fault is reported once, for the whole model."""
+"""A fault that at least this share of the modules has is reported once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""If this share of the unchanged modules (no adapter changes them) has other weights, the base is another one."""
+"""If at least this share of the modules without adapters has wrong weights, the merge used another base."""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 
@@ -75,7 +75,7 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         if each.scale is not None:
             near = abs(each.scale - 1) <= limits.max_scale_error
             # Accept a wrong scale that rounding explains: in a correct merge, rounding to 16 bits can remove a tenth of
-            # a small change. The check `kept` says whether the loss matters.
+            # a small change. The check `kept` then decides whether too much of the effect is lost.
             rounded = not near and bool(ok) and not each.faults and any(part.rounded for part in each.parts)
             text = f"{name} contains {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
             text += f"; {_rounding(each)} explains the difference" if rounded else ""
@@ -164,7 +164,7 @@ def _scaled(name: str, scale: float) -> str:
 
 
 def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
-    """Yield one sentence for each kind of fault, or one for the whole model if all modules have the same fault."""
+    """Yield a sentence for each kind of fault, or one sentence for the model if most modules have the same fault."""
     touched = [part for part in each.parts if part.touched]
     broken = [part for part in touched if part.fault]
     other = [part for part in each.parts if not part.touched and "other weights" in part.fault]
@@ -196,7 +196,7 @@ def _is_multiple(part: ModulePart) -> bool:
 
 
 def _kind(part: ModulePart) -> str:
-    """Return a fault without its numbers, so that equal faults are grouped."""
+    """Return a fault without its numbers and names, so that similar faults can be grouped."""
     if part.fault.startswith("contains the change of "):
         return "contains the change of another module"
     return "contains another multiple of the change" if "times the change" in part.fault else part.fault

@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(stage: Path) -> Iterator[None]:
-    """Create a folder if needed, and hold its lock until the block ends.
+    """Create a folder if it is missing, and hold the folder's lock until the block ends.
 
     Raises:
         StorageError: another process holds the lock.
@@ -37,7 +37,10 @@ def locked(stage: Path) -> Iterator[None]:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Lock a folder, which need not exist, for the block; wait while another process on this machine has the lock."""
+    """Hold the lock of a folder during the block; wait while another process on this machine holds the lock.
+
+    The folder need not exist.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
         _held(lock, wait=True)
@@ -57,8 +60,8 @@ def scratch() -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # Hold the gate until the new lock file is locked. Otherwise another process could remove the file first,
-            # because nobody holds its lock yet.
+            # Hold the lock of the parent folder until the new lock file is locked. Otherwise another process could
+            # remove the new file first, because no process holds its lock yet.
             with open(root / "lock", "wb") as gate:
                 _held(gate, wait=True)
                 _sweep(root)
@@ -72,7 +75,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders of dead processes, whose lock nobody holds. Without `flock`, remove nothing."""
+    """Remove the folders of dead processes: no process holds their locks. On systems without `flock`, do nothing."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):

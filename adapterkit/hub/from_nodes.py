@@ -1,8 +1,8 @@
-"""Write to a hub from many machines: each uploads whole weight files, and one process makes them visible at the end.
+"""Write to a hub from many machines: each machine uploads whole weight files, and one process makes them visible.
 
-The process that makes the output visible never has the weights. It builds the output in a local folder in which each
-weight file is a sketch: a sparse file with the real header. Notes next to the folder record the hub's answer for each
-uploaded file, so that the same command resumes after the process was killed.
+The process that makes the files visible does not have the weights. It builds the output in a local folder, in which
+each weight file is replaced by a sketch: a sparse file with the real header. Small files next to the folder record the
+hub's answer for each uploaded weight file, so that the same command can resume after the process was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SKETCHED = (".safetensors", ".gguf")
 
 
 class Placing:
-    """An output whose weight files are uploaded to a hub one at a time.
+    """An output whose weight files are uploaded to a hub one by one, before the output becomes visible.
 
     Attributes:
         path: the local folder with the sketches and all other files.
@@ -39,7 +39,7 @@ class Placing:
         self.notes = folder / "placed"
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target for weight files with these names, before tasks upload them.
+        """Claim the target on the hub for weight files with these names, before tasks upload the files.
 
         Raises:
             StorageError: the hub already has files there, and `overwrite` is not set.
@@ -48,21 +48,21 @@ class Placing:
         there = self.remote.there() or {}
         met = sorted(there if self.remote.whole else {self._inside(name) for name in names} & there.keys())
         if met and not self.overwrite:
-            # Refuse now: on hubs without commits, tasks replace existing files before the comparison at the end could
-            # refuse them.
+            # Check for existing files now. On hubs without commits, tasks replace existing files, and the check at the
+            # end would be too late.
             shown = ", ".join(met[:5]) + (", ..." if len(met) > 5 else "")
             cure = "Write to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
             raise StorageError(f"the hub already has these files: {shown}", path=self.uri, cure=cure)
         self.remote.begin()
 
     def took(self, name: str, placed: object) -> None:
-        """Record that a weight file was uploaded."""
+        """Record on disk that a weight file was uploaded."""
         assert isinstance(placed, Placed)
         self._note(name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self._note(name), json.dumps(asdict(placed)).encode())
 
     def holds(self, name: str) -> bool:
-        """Whether a weight file was uploaded and is still at the hub."""
+        """Whether a weight file was uploaded and the hub still has it."""
         placed = self._placed(name)
         return placed is not None and self.remote.holds(placed)
 
@@ -72,7 +72,7 @@ class Placing:
             self._note(name).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Remove a finished local output if the hub no longer has its files, so that the merge runs again."""
+        """Remove the finished local folder if the hub no longer has its files, so that the merge runs again."""
         if self.path.exists() and not all(self.holds(name) for name in self._sketches()):
             shutil.rmtree(self.path)
 
@@ -112,14 +112,14 @@ class Placing:
 
 @contextmanager
 def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None) -> Iterator[Placing]:
-    """Yield an output whose weight files are uploaded one at a time; make it visible when the block ends.
+    """Yield an output whose weight files are uploaded one by one; make the output visible when the block ends.
 
-    The local folder with the sketches is kept, so that the same command recognises its finished output.
+    The local folder with the sketches is kept, so that the same command recognises the finished output.
 
     Args:
         name: the uri.
         overwrite: replace existing files.
-        unchanged: a function to call if the hub already had everything, so that nothing was pushed.
+        unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
@@ -136,7 +136,7 @@ def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] 
 
 
 def put(uri: str, name: str, file: Path) -> Placed:
-    """Upload one weight file of an output that another process makes visible.
+    """Upload one weight file of an output; another process makes the output visible.
 
     Args:
         uri: the output's uri.
@@ -145,7 +145,7 @@ def put(uri: str, name: str, file: Path) -> Placed:
 
     Raises:
         NetworkError: access is denied, or the hub is not reachable.
-        Corrupt: the hub received other bytes.
+        Corrupt: the hub received bytes that differ from the local file.
     """
     remote = remote_at(parse(uri))
     path = f"{remote.uri.path}/{name}" if remote.uri.path else name

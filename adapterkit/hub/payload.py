@@ -1,4 +1,4 @@
-"""Collect the files of a push, and find out where a local model came from."""
+"""Collect the files of a push, and find the hub repository from which a local model was downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .uris import Uri, check_names
 
 
 def is_of_the_base(folder: Path) -> bool:
-    """Whether the card in a folder is the base's card, copied by a merge and not edited since."""
+    """Whether the card in a folder is the base's card, which a merge copied and nobody has edited."""
     card = folder / CARD
     if not card.is_file():
         return False
@@ -33,7 +33,7 @@ def is_of_the_base(folder: Path) -> bool:
 
 
 def model_at(path: Path) -> CardModel:
-    """Return the known facts about the model at a path.
+    """Return the values that a card shows about the model at a path.
 
     Raises:
         UnknownFormat: the path is not a model.
@@ -66,7 +66,7 @@ def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
-    """Return the base's name and commit: from where it was downloaded, else from the adapters if all agree."""
+    """Return the base's name and commit: from its download record, or from the adapters if all name the same base."""
     told = record.get("base_uri")
     if isinstance(told, str):
         uri = parse(told)
@@ -83,7 +83,7 @@ def _base_of(
 
 @dataclass(slots=True)
 class Payload:
-    """Files to push, by name in the repository: local paths, or the text of the generated card (`card_name`)."""
+    """The files to push, by name in the repository: a local path each, or the text of the generated card."""
 
     files: dict[str, Content]
     card_name: str
@@ -107,7 +107,7 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Yield the folder with the files to push, and the files by name. Converted files are in a scratch folder.
+    """Yield the folder with the files to push, and the files by name. Converted files are in a temporary folder.
 
     Args:
         path: an adapter or a model.
@@ -117,7 +117,7 @@ def prepared(
         shard_size: largest weight file of a model, in bytes; None to push the files unchanged.
 
     Raises:
-        UsageError: `shard_size` is given for an adapter.
+        UsageError: `shard_size` is set, but `path` is an adapter.
         AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
     """
     if name is not None and shard_size is not None:
@@ -135,8 +135,8 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
-    """Return the files; add a generated card if they have none and the hub shows a card at this path."""
-    # Generate a new card if the only one is the base's, which a merge copied along.
+    """Return the files. If they have no card, and the hub shows a card at this path, add a generated card."""
+    # Replace the base's card, which a merge copied, by a generated card.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(own)
     text, target = _card(source, remote.uri, licence), remote.uri
@@ -202,7 +202,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
-    # Run a merge without adapters, which copies the tensors unchanged and writes shards of the given size.
+    # Run a merge without adapters: it copies the tensors unchanged, and writes shards of at most `shard_size` bytes.
     plan = make_plan(base, [], MergeOptions(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
@@ -227,7 +227,7 @@ def _check_model(source: Path) -> None:
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """Return a merge's report without checksums, because these are of the files before resharding."""
+    """Return a merge's report without checksums, which become wrong when the files are resharded."""
     from ..merging.checksums import KEY
 
     record = record_at(source)
@@ -239,7 +239,7 @@ def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
 
 
 def _card(source: Path, target: Uri, licence: Licence) -> str:
-    """Return the generated card. Reading the source for the card also proves that it is an adapter or a base."""
+    """Return the text of the generated card. An error is raised if the source is neither an adapter nor a base."""
     from ..formats import detect, read
 
     name = (target.path or target.repo).rpartition("/")[2]

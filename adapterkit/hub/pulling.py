@@ -1,7 +1,8 @@
-"""Pull a repository, or a folder or file of it: verified and complete, or not at all. Interrupted pulls continue.
+"""Pull a repository, or one of its folders or files. The target appears only when all files are complete and verified.
 
-During a pull, files are in `.NAME.pulling` next to the target: incomplete files in `parts/` by digest, complete ones in
-`out/` by name. When all files are complete, a rename moves them to the target.
+During a pull, files are in `.NAME.pulling` next to the target: incomplete files in `parts/` by digest, complete files
+in `out/` by name. When all files are complete, a rename moves them to the target. A later call continues an interrupted
+pull.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free in addition to the files' sizes, for folders and the source file."""
+"""Bytes that must be free in addition to the sizes of the files, for folders and the file that records the origin."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -42,11 +43,11 @@ class Pulled:
 
     Attributes:
         uri: the requested uri, pinned to the commit.
-        out: the folder.
+        out: the folder that was written.
         files: name in the folder -> (bytes, digest).
         fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count.
-        dry: True if nothing was written.
-        already: True if an earlier pull wrote the same files to the folder, and they are unchanged.
+        dry: True if the pull was a dry run, which writes nothing.
+        already: True if the folder already contained the same files, unchanged, from an earlier pull.
     """
 
     uri: str
@@ -82,15 +83,15 @@ def pull(
     progress: Progress | None = None,
     token: str | None = None,
 ) -> Pulled:
-    """Download a repository, or a folder or file of it, into the folder `dest`.
+    """Download a repository, or one of its folders or files, into the folder `dest`.
 
-    Every file is verified against the digest that the hub lists, if any, and is downloaded again if it is wrong. The
-    complete folder appears by a rename. The same call continues an interrupted pull. A file in the folder records the
-    commit, and `adapterkit.read` adds the commit to the adapter's lineage.
+    Every file is compared with the digest that the hub lists, if any, and is downloaded again if the digest differs.
+    When all files are complete, a rename moves them to `dest`. The same call continues an interrupted pull. A file in
+    the folder records the commit, and `adapterkit.read` adds the commit to the adapter's lineage.
 
     Args:
         uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
-        dest: the folder to write; it must not exist, be empty, or hold an earlier pull of the same uri.
+        dest: the folder to write. It may exist only if it is empty or contains an earlier pull of the same uri.
         include: patterns such as `*.safetensors`; only files whose name matches a pattern are downloaded.
         overwrite: replace the content of `dest`.
         dry_run: list the files, and write nothing.
@@ -101,7 +102,7 @@ def pull(
         NetworkError: the repository, revision or file does not exist, access is denied, or the hub is not reachable.
         Malformed: the repository has file names that would lead outside the folder.
         Corrupt: the bytes do not have the listed digest, even after several downloads.
-        StorageError: the disk is full, writing is not permitted, or `dest` holds something else.
+        StorageError: the disk is full, writing is not permitted, or `dest` has other content.
     """
     remote = remote_at(uri if isinstance(uri, Uri) else parse(path_text(uri)), token)
     target = Path(path_text(dest))
@@ -124,7 +125,7 @@ def source_at(remote: Remote) -> Source:
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
-    """Return the files that a uri covers, by their names inside the folder to write.
+    """Return the files to download for a uri, by their names inside the folder to write.
 
     Raises:
         RemoteNotFound: no file matches.
@@ -150,7 +151,7 @@ def bring(
     stage = Staging(target, SUFFIX)
     with stage.locked():
         check_free(stage.target, overwrite)
-        if stage.is_published:  # An earlier run was killed after its last rename, before its cleanup.
+        if stage.is_published:  # An earlier run completed the target, but was killed before its cleanup.
             clear(stage.folder, keep={"lock"})
         _lay_out(stage.folder, wanted)
         _check_space(stage.folder, wanted)
@@ -166,7 +167,7 @@ def bring(
 
 
 class _Transfer:
-    """Downloads over several connections. The calling thread reports progress, and stops all if one fails."""
+    """Download files over several connections; the calling thread reports progress, and stops all if one fails."""
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
@@ -213,7 +214,7 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
-            # Do not count a part that is longer than the file: such a part is wrong and will be downloaded again.
+            # Do not count a partial file that is longer than the file: it is wrong, and will be downloaded again.
             self.found += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -221,7 +222,7 @@ class _Transfer:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part, copy)
         first.parent.mkdir(parents=True, exist_ok=True)
-        # Rename last: if the process is killed before, the next run still finds the complete part.
+        # Rename at the end: if the process is killed before the rename, the next run finds the complete partial file.
         os.replace(part, first)
 
     def _count(self, change: int) -> None:
@@ -232,7 +233,7 @@ class _Transfer:
 
 
 def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    """Prepare the stage; remove files of an earlier run that are not wanted now."""
+    """Prepare the staging folder; remove files of an earlier run that this pull does not need."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
     plan, told = stage / "plan", "\n".join(sorted(names))
     same = plan.exists() and plan.read_text("utf-8") == told
@@ -244,12 +245,12 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write atomically: the next run would not recognise a half-written plan, and would delete all downloaded files.
+        # Write the plan atomically: the next run would refuse half a plan, and would delete all downloaded files.
         write_bytes(plan, told.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    # Subtract the bytes of an interrupted run, because they already take their space.
+    # Subtract the bytes from an interrupted run, which are already on the disk.
     held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
     needed = sum(file.size for file in wanted.values()) - held + HEADROOM
     free = shutil.disk_usage(stage).free
@@ -259,7 +260,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
 
 
 def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether the target holds an earlier pull of the same commit, with every file unchanged."""
+    """Whether the target contains an earlier pull of the same commit, with every file unchanged."""
     from .transfer import same
 
     if not target.is_dir() or source_of(target) != source:

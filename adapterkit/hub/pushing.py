@@ -43,15 +43,15 @@ class Pushed:
     """The result of a push, or of a dry run.
 
     Attributes:
-        uri: the pushed uri, pinned to the new commit; not pinned if nothing was written.
-        commit: the commit; None if nothing was written.
+        uri: the uri of the push, pinned to the new commit; not pinned if nothing was written.
+        commit: the new commit; None if nothing was written.
         created: True if the repository was (or would be) created.
         added, replaced, unchanged, removed: names of files in the repository. Files are removed only on hubs where a
             push replaces the whole artifact.
         card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
-        dry: True if nothing was written.
-        warnings: requirements of the base's and the adapters' licences that the card's licence omits.
+        dry: True if the push was a dry run, which writes nothing.
+        warnings: a sentence for each requirement of the licences of base and adapters that the card's licence lacks.
     """
 
     uri: str
@@ -98,9 +98,9 @@ def push(
     If somebody else pushes at the same time, the push fails instead of mixing both pushes. A missing repository or
     branch is created.
 
-    A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md do not
-    count: the base's card that a merge copied along, and a card on the hub that was generated for files which this push
-    replaces.
+    A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md are
+    replaced: the base's card, which a merge copied into its output, and a generated card on the hub whose files this
+    push replaces.
 
     Args:
         path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
@@ -115,19 +115,19 @@ def push(
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
             `license_name` and `license_link`. If absent, the licence of the card at `path`.
-        strict_licence: refuse a card that omits requirements of the base's and the adapters' licences, licences that
-            contradict each other, and parts with an unknown licence. Without this, the first two are only warnings.
-        overwrite: replace existing files with other content; without this, such files are an error.
-        dry_run: compare, and write nothing.
+        strict_licence: raise an error if the card's licence lacks requirements of the licences of base and adapters, if
+            these licences contradict each other, or if one of them is unknown. If False, the first two give a warning.
+        overwrite: replace existing files that have other content. If False, such files are an error.
+        dry_run: compare the files with the hub, and write nothing.
         token: a token; if absent, the token that the hub's own tools use.
 
     Raises:
         NetworkError: access is denied, somebody else pushed, or the hub is not reachable.
         StorageError: the hub has files with these names and other content.
         UnknownFormat: `path` is neither an adapter nor a base.
-        UsageError: `shard_size` is given for an adapter, which is one file.
-        Corrupt: the hub does not list what was pushed.
-        CheckFailed: `strict_licence`, and licences contradict each other or are not known.
+        UsageError: `shard_size` is set, but `path` is an adapter, which cannot be split.
+        Corrupt: after the push, the hub does not list the pushed files with their digests.
+        CheckFailed: `strict_licence` is set, and one of its conditions is not met.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -148,13 +148,13 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files were uploaded before; in `folder`, these files are sketches.
+    """Push an output whose weight files have already been uploaded; `folder` has sparse files with their headers.
 
     Args:
-        folder: the output; the model card is made from the headers of the sketches.
+        folder: the output; the model card is generated from the headers of the weight files.
         placed: the uploaded weight files, by their names in the folder.
-        remote: the object that began the push, because it remembers the claim.
-        overwrite: replace existing files with other content.
+        remote: the same object that claimed the target on the hub before the uploads.
+        overwrite: replace existing files that have other content.
 
     Raises:
         AdapterkitError: as for `push`; Corrupt if the hub no longer has an uploaded file.
@@ -169,15 +169,16 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
 
 
 OUTPUT = "what is pushed"
-"""Name of the output among the parts whose licences are checked."""
+"""The name for the pushed output itself in the list of parts whose licences are checked."""
 
 
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return an output's parts, the licence that its readers will see, and the contradictions between these licences.
+    """Return an output's parts, the licence in its card, and the contradictions between the licences of the parts.
 
-    Until it is pushed, a merged model without its own licence has the base's card, so the base's licence counts.
+    A merged model contains a copy of the base's card until the push replaces it. So if no other licence is set, the
+    licence of the base is used.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -188,7 +189,7 @@ def _licences(
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:
-    """Make the commit, if anything changes, and set the tag."""
+    """Make a commit if a file changes, and set the tag."""
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
@@ -202,9 +203,9 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 
 
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
-    """Return what a push would do.
+    """Return the result that a push will have: the files to add, to replace, to keep and to remove.
 
-    An existing card is kept, because people may have edited it. A generated card is replaced if the push replaces the
+    An existing card is kept, because a person may have edited it. A generated card is replaced if the push replaces the
     files that the card describes.
     """
     pushed = _all_compared(payload, there, remote)
@@ -243,8 +244,8 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
 
     Args:
         name: the uri of the output.
-        kind: the folder inside the cache; the folder's own name depends on the uri, so that the same command finds the
-            folder of an interrupted run.
+        kind: the name of the parent folder in the cache. The name of the folder is computed from the uri, so that the
+            same command finds the folder of an interrupted run.
 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
@@ -252,7 +253,7 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # List the target now, so that an error appears before hours of work.
+    # List the files on the hub now, so that a hub error appears before hours of work.
     _ = remote.there()
     folder = cache_folder() / kind / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
@@ -271,13 +272,13 @@ def outgoing(
 ) -> Iterator[Path]:
     """Yield a local path to write to; push its content when the block ends without an error.
 
-    After an error, the folder stays, and the same command continues with it.
+    After an error, the folder is kept, and the same command continues its work in this folder.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the inputs of the output; if all their cards name the same licence, the output's card does too.
-        unchanged: a function to call if the hub already had everything, so that nothing was pushed.
+        sources: the adapters and the base. If all their cards name the same licence, the output's card names it too.
+        unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
@@ -300,6 +301,6 @@ def outgoing(
 
 
 def _licence(sources: Sequence[Path]) -> Licence:
-    """Return the licence of all sources; empty if one has none or they differ, because then a person must choose."""
+    """Return the licence that all sources share; empty if the licences differ, or if a source has no licence."""
     found = [licence_at(source) for source in sources]
     return found[0] if found and all(licence == found[0] for licence in found) else {}

@@ -1,8 +1,8 @@
-"""Read a base on a hub by ranges: sparse files in a scratch folder, whose bytes are downloaded when needed.
+"""Read a base on a hub by byte ranges: a temporary folder has sparse files, whose bytes are downloaded when needed.
 
-A task on a cluster needs only a few of hundreds of weight files, or parts of them. If a task needs almost all of a
-file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs list no digests
-of ranges.
+A task on a cluster needs only a few of hundreds of weight files, or only parts of these files. If a task needs almost
+all bytes of a file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs
+list no digests of ranges.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from .remote import Remote, RemoteFile
 from .transfer import fetch, read_range
 
 WHOLE = 0.9
-"""From this share of its bytes on, a file is downloaded whole, because whole files can be verified."""
+"""If a task needs at least this share of a file's bytes, the whole file is downloaded, because it can be verified."""
 
 AHEAD = 8 << 20
-"""Bytes per request. A reader of packed weights asks for many small consecutive pieces; one request covers many."""
+"""The smallest number of bytes per request. Packed weights are read in many small consecutive pieces, so one request
+serves many of them."""
 
 Run = tuple[int, int]
-"""The first byte of a range, and the byte after its last one."""
+"""The offset of a range's first byte, and the offset after its last byte."""
 
 
 def pinned(name: str) -> str:
@@ -45,13 +46,13 @@ def pinned(name: str) -> str:
 
 
 class RangedFile:
-    """One weight file: a sparse local file and the ranges that it already holds.
+    """One weight file: a sparse local file, and the ranges of bytes that have been downloaded.
 
     Args:
         remote: the repository.
         file: the remote file.
         path: the sparse file.
-        start: the first bytes of the file, including the whole header; the sparse file already has them.
+        start: the first bytes of the file, including the whole header; the sparse file already contains these bytes.
     """
 
     def __init__(self, remote: Remote, file: RemoteFile, path: Path, start: bytes) -> None:
@@ -61,7 +62,7 @@ class RangedFile:
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
-        """Return the bytes of a span; if some are missing, download them and some bytes after the span."""
+        """Return the bytes of a range; if bytes are missing, download them, and some bytes after the range."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
             if missing := gaps(self.held, [(begin, end)]):
@@ -102,7 +103,7 @@ class RangedFile:
                     target.write(data)
 
             writing = threading.Lock()
-            # Take all results, so that the first failure is raised.
+            # Read all results, which raises the first exception of a worker.
             for _ in pool.map(one, pieces):
                 pass
         self.held = joined([*self.held, *missing])
@@ -128,7 +129,7 @@ class RangedFile:
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Return ranges in order, with adjacent and overlapping ranges joined."""
+    """Return the ranges in order; adjacent and overlapping ranges are joined."""
     result: list[Run] = []
     for begin, end in sorted(runs):
         if result and begin <= result[-1][1]:
@@ -139,7 +140,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(held: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that are outside the held ranges."""
+    """Return the parts of the wanted ranges that are outside the ranges that have been downloaded."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in held:
@@ -184,10 +185,10 @@ class Ranged:
             self.path = folder / inside
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download spans of the weight files, so that the local files can be read directly.
+        """Download ranges of the weight files, so that the local files can be read directly.
 
         Raises:
-            Corrupt: a whole file does not have the listed digest.
+            Corrupt: a file that was downloaded whole does not have the listed digest.
             NetworkError: the hub is not reachable, or refuses.
             StorageError: the disk is full.
         """
@@ -202,7 +203,7 @@ class Ranged:
                 raise storage_error(error, error.filename or path) from error
 
     def drop(self) -> None:
-        """Free the disk space of all downloaded spans."""
+        """Free the disk space of all downloaded ranges."""
         for file in self.files.values():
             file.drop()
 
@@ -214,7 +215,7 @@ class Ranged:
 
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
-    """Yield a base on a hub that is read by ranges, in a scratch folder that is removed at the end.
+    """Yield a base on a hub that is read by byte ranges; its temporary folder is removed at the end of the block.
 
     Args:
         name: the uri.

@@ -37,22 +37,22 @@ OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpac
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""Files that are downloaded with any single file: without its config, a weight file cannot be read as a model."""
+"""Files that are downloaded together with a single weight file, which cannot be read as a model without its config."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
-"""Seconds for which a looked-up commit stays valid, so that one command sees one commit of a branch."""
+"""Seconds for which the commit of a branch is remembered, so that a command sees the same commit at each access."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
 def fetched(name: str) -> Path:
-    """Return a local path of something on a hub; download and verify it if it is not in the cache.
+    """Return a local path of an adapter or a model on a hub; if the cache lacks it, download and verify it.
 
-    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and is keyed by commit. If a folder
-    has safetensors files, weights in other formats are not downloaded. If a folder has weights, those in its subfolders
-    are not downloaded. In offline mode, a branch means the commit of its last look-up.
+    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and has a folder for each commit. If a
+    folder on the hub has safetensors files, weights in other formats are not downloaded. If a folder has weights, the
+    weights in its subfolders are not downloaded. In offline mode, the last known commit of a branch is used.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -63,7 +63,7 @@ def fetched(name: str) -> Path:
     inside = PurePosixPath(uri.path).name
     # Check for the origin file only: `bring` renames the complete folder into place, so all other files exist too.
     if not (folder / NOTE).is_file():
-        # Take turns, because tasks of a cluster that start together on one machine need the same adapter.
+        # Lock the folder: tasks of a cluster that start together on one machine need the same adapter.
         with _turn(folder):
             if not (folder / NOTE).is_file():
                 remote = remote_of(uri)
@@ -81,7 +81,7 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def needed(remote: Remote) -> dict[str, RemoteFile]:
-    """Return the files that are needed to read what a uri refers to."""
+    """Return the files that are needed to read the adapter or model at a uri."""
     found = choose(remote)
     path = remote.uri.path
     if len(found) == 1 and path and next(iter(found.values())).path == path:
@@ -97,7 +97,7 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """Return the files that may hold an ONNX graph's external data: their names start with the graph's name."""
+    """Return the files whose name starts with the name of an ONNX graph; they may contain its external data."""
     if graph.suffix != ".onnx":
         return {}
     near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
@@ -106,7 +106,7 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
-    """Yield a folder (or file) with real headers and sparse data, for code that reads headers only.
+    """Yield a local folder or file with real headers but sparse data, for code that reads only headers.
 
     JSON files are downloaded whole and verified. The headers of safetensors files, and any data that is read later, are
     fetched by range requests, which cannot be verified. Repositories without safetensors files are downloaded whole.
@@ -142,10 +142,10 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
 
 
 def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
-    """Write a sparse file with a real header; its data is fetched from the hub on each read.
+    """Write a sparse file with the real header of a remote file; its data is fetched from the hub on each read.
 
-    The file's modification time is derived from its digest. A plan that identifies its inputs by size and time can then
-    be resumed only with the same content.
+    The modification time of the sparse file is computed from the remote file's digest. A plan identifies its inputs by
+    size and time, so it can be resumed only if the remote file is unchanged.
 
     Returns:
         The first bytes of the file: the header, and any data that came in the same request.
@@ -168,7 +168,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        if end <= length:  # the header of a file that is copied unchanged
+        if end <= length:  # The header of a file that is copied unchanged.
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
@@ -218,18 +218,18 @@ def _cache(uri: Uri) -> Path:
     return cache_folder() / "hub" / (told + apart)
 
 
-# Stream a base from a hub: fetch headers first, then each weight file when it is needed, verified.
+# Stream a base from a hub: fetch the headers first; download and verify each weight file when it is needed.
 
 
 NOT_STREAMED = "Omit --stream (stream=): the base is then fetched whole first"
 
 
 class Shards:
-    """A base whose weight files are sparse until they are downloaded.
+    """A base on a hub whose local weight files are sparse until they are downloaded.
 
     Attributes:
         path: the base's local path.
-        begun: True if the download of a weight file was started; a later run can continue this download.
+        begun: True if the download of a weight file has started; a later run can continue this download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -246,7 +246,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
-        # Write the sparse files again, which is cheap. Only `parts` are worth keeping from an interrupted run.
+        # Write the sparse files again, which is fast. From an interrupted run, keep only the downloads in `parts`.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -260,10 +260,10 @@ class Shards:
         source_at(self.remote).save(self.folder / "base")
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download the given weight files if they are missing; reuse bytes that were fetched together with the header.
+        """Download weight files that are still sparse; reuse bytes that were fetched together with the header.
 
         Raises:
-            Corrupt: the bytes do not have the listed digest, or their header differs from the one fetched first.
+            Corrupt: the bytes do not have the listed digest, or their header differs from the header fetched before.
             NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:
@@ -300,14 +300,14 @@ class Shards:
             os.truncate(path, 0)
 
     def close(self) -> None:
-        """Unregister the files that were never downloaded."""
+        """Stop reading sparse files through the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """Yield the shards of a base on a hub for the duration of a merge. They are in a hidden folder next to `out`.
+    """Yield a base on a hub for the duration of a merge; its weight files are in a hidden folder next to `out`.
 
     If an interrupted run began to download a shard, that download is continued.
 
@@ -328,12 +328,12 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # Nothing was downloaded, so nothing is worth keeping.
+                if not shards.begun:  # Remove the folder: nothing was downloaded.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
                 shards.close()
-    # Keep the downloaded parts: a later run can continue after these errors.
+    # Keep the downloaded files: a later run can continue after these errors.
     except (NetworkError, StorageError):
         raise
     except AdapterkitError:

@@ -19,12 +19,12 @@ T = TypeVar("T")
 MAX_FILES = 100_000
 
 Digests = tuple[int, str, str]
-"""A file's size in bytes, its `sha256:...` and its `git:...`."""
+"""A file's size in bytes, and its two digests `sha256:...` and `git:...`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An uploaded file that is not in a commit yet; see `Remote.place`.
+    """A file that has been uploaded but is not in a commit yet; see `Remote.place`.
 
     Attributes:
         path: the path inside the repository.
@@ -48,8 +48,8 @@ class RemoteFile:
     Attributes:
         path: the path inside the repository.
         size: the size in bytes.
-        digest: `sha256:...` or `md5:...` of the content, or `git:...`, git's sha1 of a small file. If the hub lists
-            none of them, `unknown:...` with a hash of values that change with the content.
+        digest: `sha256:...` or `md5:...` of the content, or `git:...`, git's sha1 of a small file. If the hub lists no
+            digest, `unknown:...` with a hash of values that change with the content.
     """
 
     path: str
@@ -58,7 +58,7 @@ class RemoteFile:
 
     @property
     def verifiable(self) -> bool:
-        """Whether the file's bytes can be checked against its digest."""
+        """Whether the digest is computed from the file's bytes, so that the bytes can be verified."""
         return not self.digest.startswith("unknown:")
 
 
@@ -71,7 +71,7 @@ class Remote(ABC):
     """
 
     form: ClassVar[str]
-    """The forms of names on this hub, for messages."""
+    """The syntax of uris on this hub, for error messages."""
 
     whole: ClassVar[bool] = False
     """True if a push replaces the whole artifact, so that older files are removed."""
@@ -85,12 +85,12 @@ class Remote(ABC):
     @classmethod
     @abstractmethod
     def named(cls, rest: str) -> Uri | None:
-        """Parse the part of a name after the scheme; return None if it is not a name on this hub."""
+        """Parse the part of a uri after the scheme; return None if it does not follow this hub's syntax."""
 
     @property
     @abstractmethod
     def commit(self) -> str:
-        """The permanent identifier of the state that the revision points to now.
+        """The permanent identifier of the commit that the revision points to now.
 
         Raises:
             NetworkError: the repository or revision does not exist, access is denied, or the hub is not reachable.
@@ -112,15 +112,15 @@ class Remote(ABC):
 
     @abstractmethod
     def passing(self, error: Exception) -> Passing | None:
-        """Return an exception as a temporary failure, or None if a retry is useless."""
+        """Return a `Passing` if the exception is a temporary failure; None if a retry is useless."""
 
     @abstractmethod
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error for a network or hub failure, without secrets; None for any other exception."""
+        """Return the typed error, without secrets, if an exception is a network or hub failure; otherwise None."""
 
     @cached_property
     def files(self) -> tuple[RemoteFile, ...]:
-        """All files of the commit, with checked names.
+        """All files of the commit; their names have been checked.
 
         Raises:
             Malformed: a name would lead outside the folder, or a name is both a file and a folder.
@@ -165,12 +165,12 @@ class Remote(ABC):
             failure = self.failure(error)
             if failure is None:
                 raise
-        # Raise outside of the handler. Otherwise the caught exception would become the context of this error, and would
-        # show the request's headers with the token.
+        # Raise the error outside of the handler. Otherwise Python would attach the caught exception as the context, and
+        # a traceback would show the request's headers with the token.
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files that exist where a push would write, by path; None if the repository does not exist yet.
+        """Return the files that already exist at the target of a push, by path; None if the repository is missing.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -210,11 +210,11 @@ class Remote(ABC):
         raise AssertionError("a hub that accepts pushes overrides this method")
 
     def begin(self) -> None:
-        """Prepare for `place`: claim the target or create the repository, so that a missing permission is an error now.
+        """Prepare for `place`: claim the target or create the repository. A missing permission is an error here.
 
         Raises:
             NetworkError: access is denied, another push is running, or the hub is not reachable.
-            Unsupported: this kind of hub cannot take files one at a time.
+            Unsupported: this kind of hub cannot receive files one by one before a push.
         """
         self.check_writable()
         if type(self).place is Remote.place:
@@ -227,11 +227,11 @@ class Remote(ABC):
         Args:
             path: the path inside the repository.
             file: the local file.
-            found: its digests.
+            found: the digests of the local file.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
-            Corrupt: the hub received other bytes.
+            Corrupt: the hub received bytes that differ from the local file.
         """
         raise AssertionError("hubs that support `place` override this method")
 
@@ -240,7 +240,7 @@ class Remote(ABC):
         raise AssertionError("hubs that support `place` override this method")
 
     def kept(self) -> str:
-        """Return the commit if nothing had to be pushed; create the branch if it is missing."""
+        """Return the commit for a push in which no file changed; create the branch if it is missing."""
         return self.commit
 
     def tagged(self, tag: str, commit: str) -> None:
@@ -249,12 +249,12 @@ class Remote(ABC):
 
 
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Sort files, largest first: a large file at the end would be transferred alone, while other connections idle."""
+    """Sort files, largest first. If a large file came last, it would use one connection while the others are idle."""
     return sorted(files, key=lambda file: (-file.size, file.path))
 
 
 def lost(place: str, name: str) -> Corrupt:
-    """Return the error for an uploaded file that the hub no longer has."""
+    """Return the error for a file that was uploaded, but that the hub no longer has."""
     why = "the hub no longer has a file that a task uploaded"
     cure = "Another program writes there: choose another output, or run the same command again to upload the file again"
     return Corrupt(why, path=place, where=name, cure=cure)
@@ -264,6 +264,6 @@ NOT_REACHED = "Check the connection, then run the same command again: it continu
 
 
 def unreachable(place: str, host: str, error: Exception) -> NetworkError:
-    """Return the error for a failed connection. It shows only the exception's type: the text may hold secrets."""
+    """Return the error for a failed connection. It shows only the exception's type: the text may contain secrets."""
     why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
     return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

@@ -1,4 +1,4 @@
-"""Retry requests that failed for a temporary reason. Every request to every hub uses this module."""
+"""Retry requests that fail for a temporary reason. All requests to all hubs use this module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt; doubled for each further attempt."""
+"""Seconds to wait before the second attempt; doubled for each further attempt."""
 
 LONGEST_WAIT = 300.0
 """Longest wait in seconds. If the hub asks for a longer wait, the request fails at once."""
@@ -25,7 +25,7 @@ class Passing(Exception):
     """A temporary failure.
 
     Attributes:
-        wait: the seconds that the hub asks to wait; None if the hub does not say.
+        wait: the seconds that the hub asks to wait; None if the reply does not state a time.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -54,17 +54,17 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
 
 
 def pause(attempt: int, asked: float | None) -> bool:
-    """Wait before the next attempt and return True; return False at once if the hub asks for too long a wait."""
+    """Wait before the next attempt and return True; if the hub asks for too long a wait, return False at once."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
-    # Add random jitter, which keeps parallel connections from retrying at the same instant.
+    # Add a random delay, so that parallel connections do not retry at the same time.
     wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
     time.sleep(max(wait, asked or 0.0))
     return True
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a `Retry-After` header asks for; it holds a number or a date."""
+    """Return the seconds to wait from a `Retry-After` header, which contains a number or a date."""
     if not value:
         return None
     try:

@@ -20,7 +20,7 @@ HASHED_AT_ONCE = 1 << 20
 
 
 def digests(file: Path) -> tuple[int, str, str]:
-    """Return a file's size in bytes, `sha256:...` and `git:...`, from one pass over the file.
+    """Return a file's size in bytes, its `sha256:...` and its `git:...`; the file is read once.
 
     Raises:
         StorageError: the file cannot be read.
@@ -40,7 +40,7 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """Return the digests of a local file, of bytes that are pushed as a file, or of an uploaded file."""
+    """Return the digests of a file to push: a local file, bytes, or a file that has already been uploaded."""
     if isinstance(content, Placed):
         return content.digests
     if isinstance(content, Path):
@@ -50,8 +50,8 @@ def digests_of(content: Content) -> Digests:
 
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
-    """Return a hash object for a digest's kind; None for `unknown:...`, which does not hash the content."""
-    # Mark sha1 and md5 as not used for security: Python builds in FIPS mode refuse them otherwise.
+    """Return a hash object for the algorithm of a digest; None for `unknown:...`, which does not hash the content."""
+    # Declare that sha1 and md5 are not used for security: otherwise Python in FIPS mode refuses them.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -89,22 +89,22 @@ def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
-"""Largest total size of pending range requests, in bytes, over all files; a killed process can lose so much.
+"""The largest total size, in bytes, of range requests in progress; a killed process loses at most these bytes.
 
 A single open-ended response would fill the buffers of both ends and of the network, whose size is not limited.
 """
 
 ANEW = 3
-"""Number of times that a file is downloaded from its start because its digest was wrong."""
+"""The number of times that a file is downloaded again from its start if its digest is wrong."""
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
-    """Download a file into `part`, starting where `part` ends. On return, the file is complete, verified and durable.
+    """Download a file into `part`, after the bytes that `part` already has; then verify it and sync it to disk.
 
     Args:
         remote: the repository.
         file: the file to download.
-        part: the partial file; bytes that it already has are hashed, not downloaded again.
+        part: the partial file; existing bytes are hashed, and not downloaded again.
         count: called with the number of new bytes, or with a negative number if bytes must be downloaded again. It may
             raise an error to stop the download.
         asked: the number of bytes in one request. The next request is made when these bytes are in the file.
@@ -125,7 +125,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
 
 
 def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> bytes:
-    """Return `length` bytes of a file from byte `start`. They are not verified: part of a file has no digest.
+    """Return `length` bytes of a file from byte `start`. They are not verified: a part of a file has no digest.
 
     Raises:
         NetworkError: the hub is not reachable, refuses, or answers with another range.
@@ -149,16 +149,16 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
 
 
 class _Fetching:
-    """One attempt at a file: hash the bytes that the partial file has, then request the rest piece by piece."""
+    """Try once to download a file: hash the bytes of the partial file, then request the rest piece by piece."""
 
     def __init__(self, remote: Remote, file: RemoteFile, count: Callable[[int], None], asked: int) -> None:
         self.remote, self.file, self.count, self.asked = remote, file, count, asked
         self.digest, self.done = hasher(file.digest, file.size), 0
 
     def into(self, part: Path) -> bool:
-        """Download the missing bytes; return whether the complete file has its digest."""
+        """Download the missing bytes; return whether the complete file has the listed digest."""
         try:
-            # Open in append mode, so that every write goes to the end, wherever `_replay` stopped reading.
+            # Open in append mode: every write then goes to the end of the file, even after `_replay` has read from it.
             with open(part, "a+b") as target:
                 self._replay(target)
                 self._rest(target)
@@ -168,7 +168,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run left. Empty the file if it is too long, because then it is wrong."""
+        """Hash the bytes that an earlier run downloaded. If there are too many, they are wrong: empty the file."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -176,7 +176,7 @@ class _Fetching:
             self._held(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Progress resets the count of attempts: a bad connection only takes longer."""
+        """Download the remaining bytes. Each megabyte resets the count of failed attempts, for bad connections."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
@@ -201,7 +201,7 @@ class _Fetching:
                 raise self.remote.failure(error) or error from None
             return met
         finally:
-            # Flush even after an error, so that the next process finds every byte that arrived.
+            # Flush even after an error, so that the next process finds all bytes that have arrived.
             target.flush()
         return Passing("the connection ended early")
 
@@ -221,7 +221,7 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip to `start` and read on."""
+    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip the bytes before `start`."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the requested range")

@@ -1,4 +1,4 @@
-"""Names on hubs, `scheme://...` or `org/repo`, and names of files on hubs; both are checked before use."""
+"""Parse and check uris of hubs, `scheme://...` or `org/repo`, and check the names of files on hubs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Check all names in a repository, and that no name is both a file and a folder.
+    """Check the names of all files in a repository, and check that no name is both a file and a folder.
 
     Raises:
-        Malformed: a name is bad.
+        Malformed: a name is not allowed.
     """
     seen: set[str] = set()
     for name in names:
@@ -66,7 +66,7 @@ def _fault(name: str) -> str | None:
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
-"""One slash is accepted, because `pathlib` collapses `//` to `/`."""
+"""Matches the scheme of a uri. One slash is enough, because `pathlib` turns `//` into `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Uri:
 
     Attributes:
         repo: the repository's name on its hub, e.g. `org/name`.
-        revision: a branch, tag or commit; None for the hub's default. In text, a slash in it is written `%2F`.
-        path: a file or folder inside the repository; empty for all of it.
+        revision: a branch, tag or commit; None for the hub's default. In a uri, a slash in the revision is `%2F`.
+        path: a file or folder inside the repository; empty for the whole repository.
         scheme: the hub's scheme.
     """
 
@@ -91,7 +91,7 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """The repository's name without revision and path. For `hf`, the scheme is omitted, because tools assume it."""
+        """The repository's name without revision and path. The scheme `hf` is omitted, because it is the default."""
         return self.repo if self.scheme == "hf" else f"{self.scheme}://{self.repo}"
 
     def at(self, revision: str) -> Uri:
@@ -107,7 +107,7 @@ def scheme_of(text: str) -> tuple[str | None, str]:
 
 @dataclass(frozen=True, slots=True)
 class Address(Uri):
-    """A location without commits. After a `#`, its uri has the digest of the location's listing."""
+    """A location without commits. Its uri may end with `#` and a digest of the location's file list."""
 
     def __str__(self) -> str:
         path = f"/{self.path}" if self.path else ""
@@ -115,7 +115,7 @@ class Address(Uri):
 
 
 def address(rest: str, scheme: str) -> Address | None:
-    """Parse a container, a path in it and an optional listing digest; return None if the text has another form.
+    """Parse the name of a container, a path, and an optional digest of the file list; None if the syntax is wrong.
 
     Raises:
         UsageError: the path leads outside the container.

@@ -1,4 +1,4 @@
-"""The HTTP client of all hubs: safe redirects, secrets for one origin only, limited bodies, and typed errors."""
+"""The HTTP client for all hubs: it checks redirects, sends secrets to one origin only, and limits replies."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 READ_TIMEOUT = 30.0
-"""Seconds without a byte after which a connection counts as lost."""
+"""A connection counts as lost after this many seconds without data."""
 
 MAX_HOPS = 5
 MAX_SAID = 64 << 10
-"""Number of bytes that are read from an error's body; hubs explain a refusal in a few hundred bytes."""
+"""The most bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
-"""Largest other document of a hub (a manifest, a list of files, a token), in bytes.
+"""The largest document of a hub except an error or a file (a manifest, a list of files, a token), in bytes.
 
-The largest legitimate document is a page of a repository's file list: 1,000 entries of about 1 KB. S3's are similar.
+The largest documents in practice are pages of a repository's file list: 1,000 entries of about 1 KB. The pages of S3
+have a similar size.
 """
 
 
@@ -50,7 +51,7 @@ def answered(
         url: the url.
         headers: headers that are sent to every server, also after redirects.
         secret: headers that are sent only to the url's own origin, and never after a redirect to another origin.
-        place: the uri that errors name.
+        place: the uri for error messages.
         content: the request body.
 
     Raises:
@@ -61,10 +62,10 @@ def answered(
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # After a redirect to another origin, send no secrets, not even to the first origin: the other server may have
-        # chosen this url.
+        # After a redirect to another origin, send no secrets, even if a later redirect leads back to the first
+        # origin: the other server may have chosen that url.
         at_home = at_home and origin(url) == home
-        # Request no compression: then ranges and digests refer to the stored bytes, and a body cannot inflate.
+        # Request no compression: then ranges and digests refer to the stored bytes, and a small reply cannot expand.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
         # Follow redirects here, one by one, so that each redirect is checked and only the first origin gets the
         # secrets.
@@ -85,8 +86,8 @@ def answered(
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
-    All code that keeps a body in memory must use this: a server may send forever, and `Response.read` has no limit.
-    `answered` asks for no compression, so decoding cannot inflate the body.
+    All code that keeps a body in memory must use this function: a server may send forever, and `Response.read` has no
+    limit. `answered` requests no compression, so decoding cannot make the body larger.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -112,11 +113,11 @@ def said_in(response: httpx2.Response) -> bytes:
 
 @contextmanager
 def guarded(endpoint: str, place: str) -> Iterator[None]:
-    """Watch the requests that huggingface_hub makes inside the block.
+    """Limit replies and protect the token in the requests that huggingface_hub makes inside the block.
 
-    Pushes use huggingface_hub's own functions, which need two guards: they read replies of any length, and they send
-    the token to any upload url that a reply names, even if a redirect led to another server. The whole process shares
-    huggingface_hub's client, so downloads (`GET` outside of `/api/`) are not limited.
+    Pushes use huggingface_hub's functions, which have two weaknesses. They read replies of any length. They send the
+    token to any upload url in a reply, even if the reply came from another server after a redirect. The whole process
+    shares huggingface_hub's client, so downloads (`GET` outside of `/api/`) are not limited.
     """
     from huggingface_hub.utils import get_session, httpx
 
@@ -170,7 +171,7 @@ def begins_at(response: httpx2.Response) -> int:
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    # Return -1, which is not a valid offset, so that callers refuse such a response.
+    # Return -1, which is not a valid offset, so that callers refuse the response.
     return int(first) if first.isdigit() else -1
 
 
@@ -182,7 +183,7 @@ def range_header(start: int, end: int | None) -> dict[str, str]:
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a connection failure; offline mode, which refuses connections on purpose, is not one."""
+    """Whether an exception is a connection failure; False if offline mode refused the connection."""
     from huggingface_hub.utils import httpx
 
     return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
@@ -201,15 +202,15 @@ def offline(place: str) -> NetworkError:
 
 
 def redacted(text: str, token: str | None) -> str:
-    """Return a server's text without the token that it received, and without secrets in urls."""
+    """Return a text from a server, without the token that the server received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
-    # Remove tokens from the text, too: a server may quote the request's header in its message.
+    # Remove the token from the text, too: a server may quote the request's header in its message.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return scheme, host and port; two urls share secrets only if all three are equal."""
+    """Return scheme, host and port of a url; secrets are sent to another url only if all three are equal."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 

@@ -1,1 +1,1 @@
-"""Tensors on disk and in memory: dtypes, lazy tensors, file readers and writers. Importing it does not import torch."""
+"""Tensors on disk and in memory: dtypes, lazy tensors, file readers and writers. This package does not import torch."""

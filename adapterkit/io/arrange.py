@@ -1,7 +1,7 @@
-"""Split, join, transpose and scale lazy tensors: the operations that format conversions need.
+"""Split, join, transpose and scale lazy tensors, as format conversions require.
 
-All functions except `times` and `widened` only move numbers, so a conversion and its inverse give the same bytes.
-Tensors are read when they are fetched, not before.
+All functions except `times` and `widened` only move numbers, so a conversion followed by its inverse restores the
+bytes. The source tensors are read only when a result is fetched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""Read a tensor of up to this many bytes whole, even if only a few runs are needed: three small reads take longer."""
+"""A tensor of up to this many bytes is read whole even if few parts are needed: three small reads take longer."""
 
 REAL = ("F64", "F32", "F16", "BF16")
 """Element types that all formats of language models support."""
@@ -41,12 +41,12 @@ REAL = ("F64", "F32", "F16", "BF16")
 def turned(leaf: Lazy) -> Lazy:
     """Return a tensor with its last two axes swapped; a second swap returns the original object.
 
-    So if a format stores a factor transposed, a reader that swaps the axes again gets the object that was written.
-    Comparing the two then needs no second transpose.
+    A writer that stores a factor transposed reads its file back to check it. The reader swaps the axes again and gets
+    the original object, so the comparison needs no second transpose.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # It was not reshaped after the swap.
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # Not reshaped after the first swap.
         return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
@@ -66,16 +66,16 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's numbers are read from a file unchanged or transposed, and not computed."""
+    """Whether a tensor's numbers are read unchanged or transposed from a file, in contrast to computed numbers."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of some runs of a large tensor, or None if reading the whole tensor is as cheap.
+    """Return the bytes of some runs of elements of a tensor; None if reading the whole tensor takes no longer.
 
     Args:
         leaf: the tensor.
-        places: (first element, number of elements) of each run, counted in C order.
+        places: for each run, the index of its first element in C order, and the number of elements.
     """
     if leaf.span is not None and leaf.nbytes <= AT_ONCE:
         data, size = memoryview(leaf.fetch()), leaf.dtype.itemsize
@@ -101,7 +101,7 @@ def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
 
 
 def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Lazy:
-    """Return every `step`-th position along an axis, from `start` up to but not including `stop`.
+    """Slice a tensor along an axis: every `step`-th position from `start` up to but not including `stop`.
 
     Raises:
         DoesNotFit: the tensor does not have these positions.
@@ -117,7 +117,10 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
 
 
 def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
-    """Return zeros of length `size` along an axis, with the tensor at every `step`-th position from `start` on."""
+    """Spread a tensor along an axis: put it at every `step`-th position from `start`, and zeros elsewhere.
+
+    The axis of the result has length `size`.
+    """
     shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
 
     def fetch() -> memoryview:
@@ -136,9 +139,10 @@ def item(leaf: Lazy, index: int) -> Lazy:
 
 
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
-    """Return the elements from `first` on, in C order, as a tensor of `shape`; reads only these from a file.
+    """Return consecutive elements of a tensor in C order, from element `first`, as a tensor of shape `shape`.
 
-    Some files keep many factors in one array. Without this function, each factor would need a read of the whole array.
+    Only these elements are read from the file. Some files store many factors in one array; reading the whole array for
+    each factor would take long.
     """
     count = math.prod(shape)
     span = None
@@ -169,7 +173,7 @@ def stacked(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def overlaid(leaves: Sequence[Lazy]) -> Lazy:
-    """Merge tensors of one shape; at each position, at most one of them may be nonzero."""
+    """Merge tensors of the same shape into one. At each position, at most one tensor may be nonzero."""
     alike = same_type(leaves)
 
     def fetch() -> memoryview:
@@ -263,13 +267,14 @@ def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither of the two holds the other exactly.
+    # Use F32 for a mix of BF16 and F16: F32 can represent all numbers of both types, but F16 and BF16 cannot represent
+    # each other's numbers.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors hold the same bits; if both have the same span, no data is read."""
+    """Whether two tensors have equal bytes. If both have the same span in the same file, no data is read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -13,10 +13,11 @@ from ..errors import storage_error
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file next to `path`. On success, sync it and rename it to `path`; on any error, remove the file.
+    """Yield a temporary file next to `path`. If the block succeeds, sync the file and rename it to `path`.
 
-    The temporary file's name is derived from `path`, so the next writer reuses a file that a killed process left.
-    Two writers of one path wait for each other. The file's mode follows the umask, as for any new file.
+    After an error in the block, the temporary file is removed. Its name is computed from `path`, so the next writer
+    reuses a file that a killed process left. Two writers of the same path wait for each other. The file's mode follows
+    the umask, as for any new file.
 
     Raises:
         StorageError: the folder is not writable, or the disk is full.
@@ -49,7 +50,7 @@ def part_of(path: Path) -> Path:
 
 
 def _alone(part: Path) -> BinaryIO:
-    """Open the file as its only writer; wait if another process or thread is writing it."""
+    """Open the temporary file and lock it; wait while another process or thread writes it."""
     while True:
         # Do not truncate before the lock is held: another process may still be writing the file.
         file = open(part, "w+b", opener=_untouched)  # noqa: SIM115 - the caller closes it
@@ -58,7 +59,7 @@ def _alone(part: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # The process that held the lock before renamed or removed the file after this process had opened it.
+            pass  # Open again: the previous holder of the lock has renamed or removed this file.
         except BaseException:
             file.close()
             raise
@@ -66,7 +67,7 @@ def _alone(part: Path) -> BinaryIO:
 
 
 def _untouched(name: str, flags: int) -> int:
-    """Open a file without truncating it; refuse a link, which another user could have put into a shared folder."""
+    """Open a file without truncating it. Refuse a link: another user could have created it in a shared folder."""
     return os.open(name, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -77,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. On Windows, which has no call for this, do nothing."""
+    """Sync a folder to disk, so that renames inside it survive a crash. On Windows, this is impossible: do nothing."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Open a base's weights, in one file or many, as one mapping of lazy tensors, and compute their fingerprint."""
+"""Open the weights of a base, in one or several files, as a mapping of lazy tensors; compute their fingerprint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 LONGEST_NAME = 255
-"""Longest file name in bytes on common file systems. For longer names, `stat` would raise an OSError."""
+"""The longest file name in bytes on common file systems. For a longer name, `stat` would raise an OSError."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -41,12 +41,12 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: name -> lazy tensor, in file order within each file.
+        tensors: name -> lazy tensor, in the order of the files and in each file's order.
         files: the weight files, in order; `home` maps each tensor to one of them.
         home: tensor name -> weight file.
         metadata: weight file -> its safetensors metadata; empty for torch files.
         config: the model's `config.json`, if one is next to the weights.
-        index: the parsed index file of a sharded checkpoint, else None.
+        index: the parsed index file of a sharded checkpoint; None for a single file.
     """
 
     root: Path
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder with the model's other files, such as its config."""
+        """The folder of the weight files, which also has the config and the tokenizer."""
         return self.root if self.root.is_dir() else self.root.parent
 
 
@@ -72,7 +72,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StorageError: the path does not exist, or cannot be read.
         Malformed: the files contradict each other or their index.
-        UsageError: the folder holds no weights, or more than one complete set.
+        UsageError: the folder has no weights, or has two complete sets of weights.
     """
     root = located(path)
     check_exists(root, path)
@@ -111,10 +111,11 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        strict: refuse repeated keys and non-finite numbers. False for bases' configs, because some contain `Infinity`.
+        strict: True to refuse repeated keys and non-finite numbers. False for the config of a base, because some
+            configs contain `Infinity`.
 
     Raises:
-        Malformed: the file is not a JSON object, or is unreasonably large.
+        Malformed: the file is not a JSON object, or is too large.
         StorageError: the file cannot be read.
     """
     data = read_input(path)
@@ -122,7 +123,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
         if path.name == "config.json" and b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # Raise for lone surrogates: they cannot be written again.
+            json.dumps(value, ensure_ascii=False).encode()  # Raise an error for lone surrogates.
     except (ValueError, RecursionError) as error:
         raise Malformed(
             f"the file is not valid JSON ({error})", path=path, cure="Write or fetch the file again"
@@ -152,7 +153,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a file system accepts the name; a name from JSON can be of any length and contain lone surrogates."""
+    """Whether a name from JSON can be a file name: it may be too long, or contain lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -188,7 +189,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
-    """Return the file, or all files of the split GGUF model that it belongs to."""
+    """Return all files of a GGUF model, given one of them; most models are a single file."""
     found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
     if found is None:
         return (file,)
@@ -220,10 +221,10 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
 def _read_files(
     files: Sequence[Path],
 ) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
-    """Read several files: tensors by name, the file of each tensor, and the metadata of each file.
+    """Read the headers of several files: tensors by name, the file of each tensor, and the metadata of each file.
 
     Raises:
-        Malformed: two files hold a tensor of the same name.
+        Malformed: two files have a tensor of the same name.
     """
     tensors: dict[str, Lazy] = {}
     home: dict[str, Path] = {}
@@ -254,7 +255,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whether JSON follows the eight-byte length: an index may list safetensors shards with any file extension."""
+    """Whether a file begins like safetensors: eight bytes of length, then JSON. The file may have any extension."""
     try:
         with open_input(file) as opened_file:
             return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
@@ -263,7 +264,7 @@ def _begins_as_safetensors(file: Path) -> bool:
 
 
 def raw(span: Span) -> Lazy:
-    """Return a byte range of a file as a tensor of bytes; the caller interprets the dtype."""
+    """Return a byte range of a file as a tensor of uint8."""
     return Lazy((span.nbytes,), DTYPES["U8"], None, span)
 
 
@@ -274,45 +275,45 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
             raise Malformed(
-                f"the index says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
+                f"the index assigns it to {file}, which lacks it", path=path, where=name, cure="Fetch the shards again"
             )
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
         raise Malformed(
-            f"{home[extra].name} holds it, the index does not", path=path, where=extra, cure="Rebuild the index"
+            f"{home[extra].name} has it, but the index lacks it", path=path, where=extra, cure="Rebuild the index"
         )
 
 
-# Fingerprints: a short hash of a base's weights that is cheap enough for every merge.
+# Fingerprints: a short hash of a base's weights, which is so fast that every merge computes it.
 #
-# The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. File names and sharding do
-# not matter. It detects these changes:
+# The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. It does not depend on file
+# names and sharding. A changed base gets another fingerprint in these cases:
 #
-# - Always: a changed name, shape or dtype, and any change of a tensor that is small enough to be read whole.
-# - Always: a run of changed elements that is 1/63 of its tensor or longer, e.g. an attention head or an MLP block,
+# - Always, if a name, shape or dtype changed, or any element of a tensor that is small enough to be read whole.
+# - Always, if a run of elements changed that is at least 1/63 of its tensor, e.g. an attention head or an MLP block,
 #   because 64 blocks are read, evenly spaced from the first element to the last.
-# - Almost always: changes that are scattered over the model, as training makes them. The probability of missing such a
-#   change is (1 - p) ** n if a fraction p of the elements changed and n are read. For 10 billion bfloat16 parameters n
-# is about 16 million, so if one element in a million changed, the change is missed in one case of ten million.
-# - Seldom: a few changed elements, or one row of a large table. Only a hash of all bytes detects such changes.
+# - Almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
+#   elements changed, and n elements are read, the probability of the same fingerprint is (1 - p) ** n. For 10 billion
+#   bfloat16 parameters n is about 16 million. If one in a million elements changed, the probability is 1e-7.
+# - Seldom, if only a few elements changed, or one row of a large table. Only a hash of all bytes detects such changes.
 
 
 PREFIX = "sampled-2-sha256:"
-"""The number is the version of the sampling. Fingerprints of different versions are never compared."""
+"""The prefix of a fingerprint, with the version of the sampling. Different versions are never compared."""
 
 SAMPLE = 16 << 20
-"""Approximate number of bytes read from all tensors together. Reading and hashing takes about 100 ms for any model."""
+"""About this many bytes are read from all tensors together. Reading and hashing takes about 100 ms for any model."""
 
 LEAST, MOST = 256, 256 << 10
-"""Bounds of the bytes read from one tensor."""
+"""The fewest and the most bytes that are read from one tensor."""
 
 BLOCKS = 64
-"""Number of blocks read from a tensor that is larger than its share of the sample."""
+"""The number of blocks that are read from a tensor, if the tensor is not read whole."""
 
 
 @files_kept_open()
 def fingerprint(base: Checkpoint) -> str:
-    """Return the fingerprint of a base's weights as they are stored.
+    """Return the fingerprint of a base's stored weights.
 
     Raises:
         StorageError: a file cannot be read.
@@ -338,7 +339,7 @@ SHAPES_PREFIX = "shapes-1-sha256:"
 
 
 def shapes_digest(base: Checkpoint) -> str:
-    """Return a digest of a base's tensor names and shapes; bases of one architecture share it.
+    """Return a digest of a base's tensor names and shapes, which is equal for all bases of the same architecture.
 
     The digest omits dtypes: a copy of a base in another dtype has the same architecture, although its weights differ.
     """
@@ -353,7 +354,7 @@ def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
 
 
 def _places(tensor: Lazy, share: int) -> list[tuple[int, int]]:
-    """Return (first element, number of elements) of each run to read, evenly spaced from first to last element."""
+    """Return the runs of elements to read, each as (first element, count), evenly spaced over the whole tensor."""
     elements, size = math.prod(tensor.shape), max(tensor.dtype.itemsize, 1)
     if elements * size <= share:
         return [(0, elements)] if elements else []

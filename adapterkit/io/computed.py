@@ -1,6 +1,6 @@
 """Tensors that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
 
-Joining tensors of one dtype involves no arithmetic, so it changes no bit.
+Joining tensors of the same dtype keeps all bits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def load(leaf: Leaf) -> Array:
-    """Read a leaf as a numpy array for computing: floats as float64, integers unchanged.
+    """Read a tensor as a numpy array: floating-point numbers in float64, integers unchanged.
 
     Raises:
-        Malformed: the leaf holds a NaN or an infinity.
+        Malformed: the tensor contains a NaN or an infinity.
     """
     tensor = as_lazy(leaf)
     values = _checked(tensor)
@@ -31,7 +31,7 @@ def load(leaf: Leaf) -> Array:
 
 
 def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> Lazy:
-    """Return a tensor whose numbers `make` computes at each read."""
+    """Return a lazy tensor that calls `make` for its numbers at each read."""
 
     def fetch() -> Buffer:
         return _bytes_of(rounded(make(), dtype))
@@ -40,7 +40,7 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
 
 
 def held(values: Array, dtype: DType) -> Lazy:
-    """Return a tensor of numbers that are already computed, rounded once to `dtype`."""
+    """Return a lazy tensor with the given numbers, rounded once to `dtype`."""
     kept = rounded(values, dtype)
     return Lazy(tuple(kept.shape), dtype, kept.tobytes)
 
@@ -61,14 +61,14 @@ def rounded(values: Array, dtype: DType) -> Array:
 
 
 def times(leaf: Leaf, factor: float) -> Leaf:
-    """Multiply a leaf by a number; the result is float32 if rounding to the leaf's dtype would lose digits."""
+    """Multiply a tensor by a number. The result has the tensor's dtype if the product stays exact, else float32."""
     if factor == 1:
         return leaf
     return computed(leaf.shape, _exact_type(as_lazy(leaf).dtype, factor), lambda: load(leaf) * factor)
 
 
 def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None = None) -> Leaf:
-    """Return sum_i factors[i] * leaves[i], in the shape of the first leaf by default; float32 or float64."""
+    """Return sum_i factors[i] * leaves[i] in float32 or float64; the default shape is the shape of the first tensor."""
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])
     shape = tuple(leaves[0].shape) if shape is None else shape
@@ -82,7 +82,7 @@ def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None 
 
 
 def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = None) -> Leaf:
-    """Concatenate leaves along a non-negative axis; multiply each by its factor if factors are given."""
+    """Concatenate tensors along a non-negative axis; with `factors`, first multiply each tensor by its factor."""
     several = list(leaves) if factors is None else [times(*each) for each in zip(leaves, factors, strict=True)]
     if len(several) == 1:
         return several[0]
@@ -97,12 +97,12 @@ def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = 
 
 
 def wide(leaves: Sequence[Leaf]) -> DType:
-    """Return the dtype of a computed result: float64 if any leaf is float64, else float32."""
+    """Return the dtype of a computed result: float64 if one of the tensors is float64, else float32."""
     return DTYPES["F64" if any(as_lazy(leaf).dtype.name == "F64" for leaf in leaves) else "F32"]
 
 
 def _exact_type(dtype: DType, factor: float) -> DType:
-    """Return the leaf's own dtype if it can hold the product exactly, else float32.
+    """Return the tensor's dtype if this dtype can hold the product exactly, else float32.
 
     A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has float32's exponent
     range. In F16 the result may be inexact, because the exponent range is narrow.
@@ -131,13 +131,13 @@ def _concatenated(
 
 
 def _bytes_of(array: Array) -> memoryview:
-    """Return the memory of an array, without a copy."""
+    """Return an array's memory as bytes, without a copy."""
     flat: Any = array.reshape(-1).view("u1")
     return memoryview(flat)
 
 
 def _checked(leaf: Lazy) -> Array:
-    """Read the numbers in their storage dtype, and check that all of them are finite."""
+    """Read the numbers in the dtype in which they are stored, and check that all numbers are finite."""
     values = leaf.numpy()
     check_finite(leaf, values=values)
     return values

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# On these errors the kernel or the file system refuses to copy; the caller then reads and writes the bytes itself.
+# With these errors, the kernel or the file system refuses to copy; the caller then reads and writes the bytes.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
 def copy_by_kernel(
     source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
 ) -> int:
-    """Copy `nbytes` from offset `start` of one open file to offset `at` of another; shares disk blocks if possible.
+    """Copy `nbytes` bytes between two open files inside the kernel, which shares disk blocks if possible.
+
+    The bytes from offset `start` of the source go to offset `at` of the target.
 
     Returns:
-        The number of bytes that the kernel copied. It may be less than `nbytes`; the caller copies the rest.
+        The number of bytes that the kernel copied. It may be less than `nbytes`; the caller must copy the rest.
 
     Raises:
         OSError: reading or writing failed.
@@ -46,14 +48,14 @@ def copy_by_kernel(
 
 
 class OpenFiles:
-    """A limited cache of open files: a base with hundreds of shards must not use up the process's file handles."""
+    """A cache of a limited number of open files: a base with hundreds of shards must not use up all file handles."""
 
     def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
         self.limit, self.opener = limit, opener
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
-        """Return the file, unbuffered; at the limit, close the least recently used file."""
+        """Return the open, unbuffered file for a path; if too many are open, first close the least recently used."""
         file = self._files.pop((path, mode), None)
         if file is None:
             while len(self._files) >= self.limit:
@@ -68,13 +70,13 @@ class OpenFiles:
 
 
 class WriteBehind:
-    """Starts writing ranges to disk at once, and drops their pages from the page cache afterwards.
+    """Make the kernel write each range of a file to disk at once, and then remove its pages from the page cache.
 
-    So the disk is busy from the first range on, not only at the final flush. The kernel also reuses the dropped
-    pages. Reuse is cheaper than fresh memory, and other programs' files stay in the cache.
+    Without this class, the kernel would start to write at the final flush. The kernel also reuses the removed pages,
+    which is faster than mapping new memory, and files of other programs stay in the page cache.
 
     Args:
-        lag: the number of most recent ranges that keep their pages.
+        lag: the number of most recent ranges whose pages stay in the cache.
     """
 
     def __init__(self, lag: int = 3) -> None:
@@ -85,26 +87,26 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
-        # Advise twice: the first call starts the write-back of dirty pages, and a later one drops the clean pages.
+        # Advise twice: the first call starts to write dirty pages to disk, and a later call removes the clean pages.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
 
 
 def _let_go(file: BinaryIO, start: int, nbytes: int) -> None:
-    """Advise the kernel to start writing dirty pages and to drop clean ones."""
+    """Advise the kernel to write the dirty pages of a range, and to remove its clean pages from the cache."""
     if not file.closed:
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """Write all bytes to an unbuffered file, whose `write` may accept fewer at a time."""
+    """Write all bytes to an unbuffered file; one call of `write` may write only a part of the bytes."""
     while data:
         data = data[file.write(data) :]
 
 
 def read_all(file: BinaryIO, data: memoryview) -> None:
-    """Fill `data` from an unbuffered file.
+    """Read from an unbuffered file until `data` is full.
 
     Raises:
         EOFError: the file ends early.
@@ -116,35 +118,36 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
-# Write files in parallel with the computation, bypassing the page cache: whole pages go from user memory to the disk.
+# Write files in parallel with the computation, bypassing the page cache: the disk reads whole pages of user memory.
 #
-# Through the page cache, the kernel would copy every byte into fresh pages and evict them again. That takes half as
-# much processor time as a merge's arithmetic. It would also evict files that other programs still read.
+# With the page cache, the kernel would copy every byte into new pages and evict these pages later. That takes half as
+# much processor time as a merge's arithmetic. The kernel would also evict files that other programs still read.
 
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Direct writes need multiples of this as offsets, lengths and addresses; no common disk needs a larger alignment."""
+"""Offsets, lengths and addresses of direct writes are multiples of this; no common disk needs a larger alignment."""
 
 PIECE = 4 << 20
-"""Bytes of one write to the disk."""
+"""The number of bytes in a write to the disk."""
 
 DEPTH = 2
-"""Number of pieces that may be in flight while the next piece is filled."""
+"""The number of pieces that may wait for the disk while the next piece is filled."""
 
 HELD = (DEPTH + 1) * PIECE
-"""Bytes of memory that a writer uses, whatever the size of its output."""
+"""The memory that a writer uses, in bytes; it does not depend on the size of the output."""
 
 BUFFER = 512 << 10
-"""Bytes copied at a time, so that they stay in a core's cache between reading and writing."""
+"""Bytes are copied in steps of this size, so that they stay in a core's cache between reading and writing."""
 
 Moved = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Memory whose bytes `start` to `end` belong to a file.
+    """A piece of memory with bytes for a file.
 
-    `memory[0]` is the byte at file offset `at`, which is a page boundary.
+    The bytes from `start` to `end` of the memory will be written. The file offset of `memory[0]` is `at`, a page
+    boundary.
     """
 
     memory: memoryview
@@ -155,7 +158,7 @@ class _Piece:
 
 
 class Writer:
-    """Writes byte runs into existing files: the caller's thread fills memory, and another thread writes it."""
+    """Write runs of bytes into existing files: the caller's thread fills memory, and another thread writes to disk."""
 
     def __init__(self) -> None:
         self.plain, self.direct, self.behind = OpenFiles(), OpenFiles(opener=self._past_the_cache), WriteBehind()
@@ -167,7 +170,7 @@ class Writer:
         self.failure: OSError | None = None
 
     def begin(self, path: str, offset: int) -> None:
-        """Continue at byte `offset` of a file."""
+        """Start a run of bytes at offset `offset` of a file."""
         # Direct writes need aligned offsets. So the memory starts at the page boundary below, and the bytes of that
         # page before `offset` are not written.
         within = offset % PAGE
@@ -187,7 +190,7 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Count the next `nbytes` of that memory as filled."""
+        """Declare that the caller has filled the next `nbytes` bytes of the memory from `room`."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
@@ -198,16 +201,16 @@ class Writer:
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Copy the next bytes from an open, unbuffered file; shares disk blocks if the file system can.
+        """Copy the next bytes from an open, unbuffered file; disk blocks are shared if the file system supports this.
 
-        The kernel copies only if source and target have the same offset within a page. Otherwise the kernel would copy
-        page by page, which is slower than reading and writing long runs of pages.
+        The kernel is asked to copy only if source and target have the same offset within a page. Otherwise the kernel
+        would copy page by page, which is slower than reading and writing long runs of pages.
 
         Args:
             source: the file.
             start: the offset of the first byte.
             nbytes: the number of bytes.
-            moved: called with the number of bytes after each step.
+            moved: a function that is called with the number of copied bytes after each step.
 
         Raises:
             EOFError: the source ends early.
@@ -238,7 +241,7 @@ class Writer:
         self.direct.close()
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
-        """Copy in the kernel, after the pending writes of the other thread; return the number of bytes copied."""
+        """Wait for pending writes of the other thread, then copy in the kernel; return the number of copied bytes."""
         path, at = self.filling.path, self.filling.at + self.filling.end
         if self.filling.end > self.filling.start:
             self.finish()
@@ -254,7 +257,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Send the bytes up to `stop` to be written; the remaining bytes, less than a page, move to the next piece."""
+        """Pass the bytes before `stop` to the writing thread; move the rest, less than a page, to a new piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -276,7 +279,7 @@ class Writer:
             self.idle.append(memory)
 
     def _grow(self, nbytes: int) -> None:
-        """Enlarge the piece to hold one block of `nbytes`. Pending pieces are written first, to limit the memory."""
+        """Replace the piece by a larger one with room for `nbytes`. First write pending pieces, to limit the memory."""
         if nbytes > len(self.filling.memory):
             while self.sent:
                 self._settle()
@@ -327,6 +330,6 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    # Use an anonymous map, because it starts at a page boundary, as direct writes require. A bytearray may start
+    # Use an anonymous map: it starts at a page boundary, which direct writes require. A bytearray may start
     # anywhere.
     return memoryview(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE))

@@ -1,6 +1,7 @@
-"""ggml's block types: for each, the formula from bytes to numbers and back.
+"""Encode and decode ggml's block types.
 
-Bits and order of operations follow ggml-quants.c, as in gguf-py, so the same bytes give the same float32 numbers.
+Like gguf-py, the formulas follow the bits and the order of operations of ggml-quants.c, so the same bytes give the same
+float32 numbers.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -19,7 +20,7 @@ BLOCKS = {
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
 }  # fmt: skip
-"""Type name -> (ggml's number of the type, numbers per block, bytes per block)."""
+"""Type name -> (ggml's number for the type, elements per block, bytes per block)."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
@@ -40,7 +41,7 @@ def decoded(kind: str, data: Buffer | Array) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Encode numbers as whole blocks."""
+    """Encode an array of numbers as blocks of a type; the count must be a multiple of the block's elements."""
     import numpy as np
 
     number, count, size = BLOCKS[kind]
@@ -53,7 +54,7 @@ def encoded(kind: str, values: Array) -> bytes:
 
 
 def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
-    """Encode float32 blocks, `[n, numbers of a block]`, with numpy; the compiled loops give the same bytes."""
+    """Encode float32 blocks `[n, elements per block]` with numpy; the compiled loops give the same bytes."""
     import numpy as np
 
     with np.errstate(all="ignore"):
@@ -62,7 +63,10 @@ def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return those fields that the type has, in this order: scale, minimum, fifth bits, numbers."""
+    """Return the fields of a block as bytes, in this order: scale, minimum, fifth bits, quantized numbers.
+
+    Some types have no minimum or no fifth bits.
+    """
     import numpy as np
 
     bits, offset = int(kind[1]), kind.endswith("_1")
@@ -91,7 +95,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Return each block's number of largest magnitude, with its sign; of two equal magnitudes the first, like ggml."""
+    """Return the number of largest magnitude in each block, with its sign; like ggml, the first if two are equal."""
     import numpy as np
 
     # Use argmax over magnitudes only for blocks with a tie. For all other blocks, comparing the extremes is twice as
@@ -141,7 +145,7 @@ def _plain(kind: str, blocks: Array) -> Array:
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
-    """Unpack numbers from bytes: each `run` bytes hold `run` numbers at `shifts[0]`, then `run` at `shifts[1]`, ..."""
+    """Unpack integers from bytes: `run` bytes contain `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, etc."""
     import numpy as np
 
     split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
@@ -179,9 +183,9 @@ def _q5(blocks: Array) -> Array:
 
 
 def _with_least(blocks: Array, q: Array) -> Array:
-    """Decode Q4_K and Q5_K, which have eight 6-bit scales and minima per block.
+    """Decode the scales and minima of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima per block.
 
-    The bytes of the first four scales and minima also hold the two high bits of the last four.
+    The bytes of the first four scales and minima also contain the two high bits of the last four scales and minima.
     """
     import numpy as np
 

@@ -1,9 +1,9 @@
-"""Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32, whose scales are themselves quantized.
+"""Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32 numbers. Each run has a scale, also quantized.
 
-The layout is ggml's. Least squares selects each run's scale from a few candidates near the scale at which the run's
-largest number just fits. The numbers are then rounded with the scales as stored. llama.cpp searches for the least
-weighted error, so its bytes differ; the error is about the same. Source of the layout:
-https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
+The layout is ggml's. For each run, a few scales are tried near the scale at which the largest number of the run just
+fits, and the scale with the least squared error is chosen. The scales are quantized, and then the numbers are rounded
+with the quantized scales. llama.cpp minimizes a weighted error, so its bytes differ; the error is about the same.
+Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from .lazy import Array
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""Candidate scales: the distance of a run's largest number from the end of the quantized range, in steps."""
+"""The scales to try for a run. Each is given by the distance, in steps, between the run's largest number and the end of
+the quantized range."""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return the fields of float32 blocks `[n, 256]` as bytes, in the order of the layout."""
+    """Encode float32 blocks `[n, 256]`; return the fields of the layout as bytes, in their order."""
     return _K[kind](blocks)
 
 
@@ -64,7 +65,7 @@ _K: dict[str, Callable[[Array], list[Array]]] = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Return the scale, the minimum and their eight 6-bit multiples as bytes, and the numbers from 0 to `most`."""
+    """Return two values: the fields of Q4_K or Q5_K before the numbers, as bytes, and the quantized numbers."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -85,7 +86,7 @@ def _columns(blocks: Array, size: int) -> Array:
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return each run's scale with the least squared error, for quantized numbers from -most to most - 1."""
+    """Return the scale of each run with the least squared error; quantized numbers are from -most to most - 1."""
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -104,7 +105,7 @@ def _around_zero(x: Array, most: int) -> Array:
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """Return each run's scale and minimum (sign removed) with the least squared error, for quantized 0 to `most`."""
+    """Return the scale and the negated minimum of each run with the least squared error; numbers are 0 to `most`."""
     import numpy as np
 
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
@@ -134,7 +135,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
     slope = divided_by(size * xq - total * s, size * qq - s * s)
     begin = (slope * s - total) / size
-    # The stored minimum has no sign. If the free fit has a positive minimum, fit a line through zero instead.
+    # The stored minimum is never positive. If the fit has a positive minimum, fit a line through zero instead.
     slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
     return (
         slope,
@@ -144,7 +145,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
-    """Quantize non-negative values; return each block's stored unit `[n, 1]`, and the multiples of this unit."""
+    """Quantize non-negative values; return the unit of each block `[n, 1]`, and the values as multiples of the unit."""
     import numpy as np
 
     unit = _stored(values.max(1, keepdims=True) / np.float32(most))
@@ -175,14 +176,14 @@ def _flat(values: Array) -> Array:
 
 
 def divided_by(values: object, by: Array) -> Array:
-    """Return values / by, and 0 where `by` is 0."""
+    """Return values / by; the quotient is 0 if `by` is 0."""
     import numpy as np
 
     return np.asarray(np.where(by == 0, np.float32(0), values / np.where(by == 0, np.float32(1), by)))
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack numbers into bytes. Each `run` bytes hold `run` numbers shifted by `shifts[0]`, `run` by `shifts[1]`, ..."""
+    """Pack small integers into bytes: `run` bytes get `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, ..."""
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

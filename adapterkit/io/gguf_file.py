@@ -1,4 +1,4 @@
-"""Read and write GGUF files: headers first, tensors when they are fetched; every count and size is checked."""
+"""Read and write GGUF files. Headers are read first, tensors only when they are fetched. All sizes are checked."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SCALARS = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""GGUF's number of a value type -> (type name, `struct` code)."""
+"""GGUF's number for a type of metadata values -> (type name, `struct` code)."""
 
 STRING, ARRAY = 8, 9
 VALUE_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
 VALUE_NAMES = {number: name for name, number in VALUE_NUMBERS.items()}
 
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
-"""ggml's number of an unquantized tensor type -> element type."""
+"""ggml's number for an unquantized tensor type -> element type."""
 
 Q8_0 = 8
 TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
@@ -57,19 +57,19 @@ class GgufValue:
 
 
 def numbers(data: bytes, code: str) -> Array:
-    """Return little-endian bytes as a read-only numpy array, without a Python object per number."""
+    """Return little-endian bytes as a read-only numpy array; a list would need a Python object for each number."""
     import numpy as np
 
     return np.frombuffer(data, np.dtype(code))
 
 
 def raw_size(kind: str, shape: Sequence[int]) -> int:
-    """Return the size in bytes of a tensor whose type is given by name."""
+    """Return the size in bytes of a tensor; `kind` is the name of its type."""
     return size_of(shape, TYPES[kind])
 
 
 def size_of(shape: Sequence[int], number: int) -> int:
-    """Return the size in bytes of a tensor whose type is given by number; 0 for an unknown type."""
+    """Return the size in bytes of a tensor; `number` is ggml's number for its type. 0 for an unknown type."""
     count = math.prod(shape)
     if number in NUMBERS:
         _, numbers, size = BLOCKS[NUMBERS[number]]
@@ -104,14 +104,14 @@ MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
 MAX_DEPTH = 4
 MAX_LISTED = 1 << 20
-"""Longest numeric array that becomes a list. Longer ones become numpy arrays: 250 MB of numbers took 4 GB as a list."""
+"""A longer numeric array becomes a numpy array instead of a list: 250 MB of numbers took 4 GB as a list."""
 
 MAX_ITEMS = 1 << 22
-"""Most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
+"""The most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
 
 
 class Reader:
-    """Reads a file from its start, never beyond its end, and never more than `MAX_HEADER` bytes."""
+    """Read the header of a file from its start, but never beyond the file's end and never over `MAX_HEADER` bytes."""
 
     def __init__(self, file: BinaryIO, path: str, size: int) -> None:
         self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
@@ -150,7 +150,7 @@ def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str,
         raise reader.damaged("this is not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
-        # A file in the other byte order shows version 3 as 0x03000000.
+        # In a big-endian file, version 3 is read as 0x03000000.
         swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
         raise Unsupported(
             f"the file is GGUF, {swapped}", path=reader.path, cure="Write it as GGUF version 3, little-endian"
@@ -186,7 +186,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
         if length > MAX_LISTED:
             return GgufValue(f"[{name}]", numbers(data, code))
         return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
-    # Check the count before creating a list of that many items: each string or array takes at least 8 bytes, for its
+    # Check the count before creating a list with that many items. A string or array takes at least 8 bytes, for its
     # length.
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"{key!r} is an array of {length} items, more than the file could hold")
@@ -201,9 +201,11 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
 def read_entries(
     reader: Reader, values: dict[str, GgufValue], count: int
 ) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
-    """Return four values that locate the tensors.
+    """Read the table of tensors.
 
-    The values: name -> (shape, type, offset); name -> offset of its type field; offset of all data; alignment.
+    Returns:
+        name -> (shape, type, offset of the data); name -> offset of the type field in the header; the offset at which
+        the data begins; the alignment.
     """
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -252,7 +254,7 @@ def check_apart(reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, 
         end = offset + size_of(shape, number)
 
 
-# Read GGUF adapters: the key-values immediately, tensors when they are fetched.
+# Read GGUF adapters: the key-values at once, the tensors when they are fetched.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,7 +282,7 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
         tensors: False to stop after the key-values.
 
     Raises:
-        Malformed: tensor data lies outside the file, or a size is larger than the file could hold.
+        Malformed: the data of a tensor lies outside the file, or a size exceeds the size of the file.
         Unsupported: the version or byte order is unknown, or a quantization other than Q8_0 is used.
         StorageError: the file cannot be read.
     """
@@ -327,7 +329,7 @@ def _tensor(
     return Lazy(shape, dtype, None, span)
 
 
-# GGUF model files with tensors of any type: locate the tensors, and rewrite headers for other types.
+# GGUF model files with tensors of any type: find the tensors in the file, and write the header again with other types.
 
 
 FILE_TYPE = "general.file_type"
@@ -336,7 +338,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""Most frequent type among a file's matrices -> llama.cpp's number for `general.file_type`."""
+"""The type of most matrices in a file -> llama.cpp's number for it in `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,10 +349,10 @@ class GgufFields:
         values: key -> value.
         types: tensor name -> type name, in the file's order.
         shapes: tensor name -> shape in numpy's axis order.
-        spans: tensor name -> its bytes, including the padding before the next tensor.
+        spans: tensor name -> the location of its bytes, including the padding before the next tensor.
         alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: tensor name -> offset of its type field in the header; its data offset is the next field.
+        entries: tensor name -> offset of its type field in the header. The next field is the data offset.
         places: key -> offset of its value in the header.
     """
 
@@ -364,8 +366,8 @@ class GgufFields:
     places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """Return the header for tensors of other types, packed in the same order, with a matching file type."""
-        # Patch the original bytes instead of encoding anew, so that all key-values stay exactly the same.
+        """Return the header with other tensor types, matching data offsets, and a matching `general.file_type`."""
+        # Change only these fields of the original bytes, so that the other key-values stay the same.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -379,7 +381,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the type that most numbers in the file's matrices have."""
+        """Return the most frequent type, counted by the numbers in the file's matrices."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -391,7 +393,7 @@ def read_model(path: str | os.PathLike[str]) -> GgufFields:
     """Read the header of a model whose tensors may have any type in `BLOCKS` or `PLAIN`.
 
     Raises:
-        Malformed: data lies outside the file, or the tensors are not contiguous.
+        Malformed: the data of a tensor lies outside the file, or there are gaps between tensors.
         Unsupported: the version, the byte order or a type is unknown.
         StorageError: the file cannot be read.
     """
@@ -440,13 +442,13 @@ def _type_name(reader: Reader, name: str, number: int) -> str:
 def write_gguf(
     path: str | os.PathLike[str], values: Mapping[str, GgufValue], tensors: Mapping[str, Lazy], types: Mapping[str, str]
 ) -> None:
-    """Write a version 3 file atomically; the bytes are the same as gguf-py writes.
+    """Write a GGUF file of version 3 atomically; the bytes are the same as those that gguf-py writes.
 
     Args:
         path: the file.
         values: the key-values.
         tensors: name -> tensor.
-        types: name -> `Q8_0` for tensors to quantize; all others keep their element type.
+        types: name -> `Q8_0` for each tensor to quantize; all other tensors keep their element type.
 
     Raises:
         Unsupported: GGUF has no such element type.

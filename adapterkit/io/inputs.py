@@ -16,7 +16,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 MAX_DOCUMENT = 64 << 20
-"""Largest JSON document in bytes. The largest real one, an index of 100,000 tensors, takes about 10 MB."""
+"""The largest JSON document in bytes. The largest in practice, an index of 100,000 tensors, takes about 10 MB."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -57,7 +57,7 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     """
     try:
         with open_input(path) as file:
-            # Do not trust the size that `stat` reports: a file may grow, and files in /proc report 0.
+            # Do not rely on the size from `stat`: a file may grow, and for files in /proc the size is 0.
             data = file.read(limit + 1)
     except OSError as error:
         raise storage_error(error, path) from error
@@ -79,7 +79,7 @@ def _check_regular(mode: int, path: Path) -> None:
 
 @contextmanager
 def inputs_kept() -> Iterator[None]:
-    """Cache the results of `kept(...)` inside the block: during format detection, many modules read the same header."""
+    """Cache the results of `kept` inside the block: to detect a format, many modules read the same header."""
     token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
@@ -88,7 +88,7 @@ def inputs_kept() -> Iterator[None]:
 
 
 def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Return `read(*args)`. Inside `inputs_kept`, call `read` once per `what` and file; repeat its result or error."""
+    """Return `read(*args)`. Inside `inputs_kept`, cache the result or the error for each `what` and file."""
     known = _KEPT.get()
     if known is None:
         return read(*args)

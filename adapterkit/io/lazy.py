@@ -1,4 +1,4 @@
-"""Lazy tensors, whose shape and dtype are known before their bytes are read; element types; checks for NaN."""
+"""Lazy tensors: their shape and dtype are known before their bytes are read. Also element types, and checks for NaN."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DType:
     Attributes:
         name: the safetensors name, e.g. `BF16`.
         itemsize: bytes per element.
-        numpy: the little-endian numpy dtype that stores the bits; an unsigned integer if numpy lacks the type.
+        numpy: the little-endian numpy dtype for the stored bits; an unsigned integer if numpy lacks the type.
         torch: the name of the dtype in `torch`.
         floating: True for real and complex numbers, for which arithmetic and casts make sense.
     """
@@ -46,7 +46,7 @@ class DType:
 
     @property
     def array(self) -> np.dtype[Any]:
-        """The numpy dtype for arithmetic; ml_dtypes provides the dtypes that numpy lacks."""
+        """The numpy dtype for arithmetic, from ml_dtypes if numpy lacks the type."""
         import numpy as np
 
         if self.floating and self.numpy[1] == "u":
@@ -80,7 +80,7 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""safetensors name -> `DType`, in the order by which the safetensors library sorts the tensors of a file."""
+"""safetensors name -> `DType`. The safetensors library sorts the tensors of a file by dtype in this order."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """torch dtype name (`bfloat16`) -> `DType`."""
@@ -95,7 +95,7 @@ def dtype_named(name: str) -> DType | None:
     return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
 
 
-# Lazy tensors: shape and dtype are known, bytes are read when needed; no caching, no operators.
+# Lazy tensors: shape and dtype are known, bytes are read at each access. They have no cache and no operators.
 #
 # A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on
 # `Lazy` and does not import torch.
@@ -118,7 +118,7 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Local files that lack their data, which is stored elsewhere: path -> function that fetches the bytes of a span."""
+"""Local sparse files whose data is elsewhere, such as on a hub: path -> function that fetches the bytes of a span."""
 
 
 @contextmanager
@@ -147,14 +147,14 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""Most tensors that `fetch_once` keeps: parts of packed weights, of which each run of rows needs all bytes."""
+"""The most tensors that `fetch_once` caches: parts of packed weights, which are needed whole for each run of rows."""
 
 MOST_OPEN = 16
-"""Most files kept open. A base can have hundreds of files, and a deleted file uses disk space while it is open."""
+"""The most files that stay open. A base can have hundreds of files, and a deleted file uses disk space while open."""
 
 
 def read_span(span: Span) -> bytearray:
-    """Read the bytes of a span; opens and closes the file, except inside `files_kept_open`.
+    """Read the bytes of a span. The file is opened and closed at each call, except inside `files_kept_open`.
 
     Raises:
         StorageError: the file cannot be read.
@@ -193,7 +193,7 @@ def fetch_once(tensor: Lazy) -> Buffer:
 
 
 def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
-    """Return a file of `files_kept_open`; at the limit, close the file that was opened first."""
+    """Return the open file for a path; if too many files are open, first close the file that was opened first."""
     file = files.get(path)
     if file is None:
         if len(files) >= MOST_OPEN:
@@ -203,8 +203,8 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
-    """Fill `data` from an offset of a file; return the number of bytes read."""
-    # Read in a loop: an unbuffered read may return fewer bytes, and on Linux stops at 2 GB. Only 0 means the end.
+    """Read bytes from an offset of a file into `data`; return the number of bytes read."""
+    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. 0 is the end.
     file.seek(offset)
     done = file.readinto(data)
     # The common case is one call; only short reads need the loop.
@@ -216,14 +216,14 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
 
 
 class NotComputed(Exception):
-    """Raised when a tensor is read before its numbers are computed, for example in an outline of a result."""
+    """Raised when code reads a tensor that has only a shape and a dtype, for example in the outline of a result."""
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """Reports that a tensor cannot have a shape, or lacks some positions.
+    """The error that a tensor cannot have a requested shape, or lacks requested positions.
 
-    It is also a ValueError, like the errors of numpy and torch, so a caller that tries a rearrangement can catch all of
-    them with one `except`. If no caller catches it, the user sees an error of adapterkit's own type.
+    This error is also a ValueError, like the errors of numpy and torch, so callers can catch all these errors with one
+    `except`. If no caller catches it, the user sees a typed error of adapterkit.
     """
 
 
@@ -232,14 +232,14 @@ TAKE_OUT = "Remove this tensor's target from the adapter: its shape fits no laye
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
-    """A tensor whose numbers are not read yet.
+    """A tensor whose numbers are read at each access.
 
     Attributes:
         shape: its dimensions.
         dtype: its element type.
-        source: a function that returns the bytes in C order, little-endian; None to read them from `span`.
-        span: the location of the bytes, if they are one run of one file; a writer can copy them without reading.
-        part: a function that returns the bytes of a run of elements (first, count), if it is cheaper than `source`.
+        source: a function that returns the bytes in C order, little-endian; None to read the bytes from `span`.
+        span: the location of the bytes, if they are one run in one file. A writer can copy such a run in the kernel.
+        part: a function that returns the bytes of a run of elements (first, count), if this is faster than `source`.
     """
 
     shape: Shape
@@ -253,7 +253,7 @@ class Lazy:
         return f"Lazy({self.dtype} {list(self.shape)}{file})"
 
     def fetch(self) -> Buffer:
-        """Return the bytes in C order, little-endian, exactly `nbytes` of them."""
+        """Return the `nbytes` bytes of the tensor in C order, little-endian."""
         if self.source is not None:
             return self.source()
         if self.span is None:
@@ -266,14 +266,14 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file that the bytes are read from, possibly transposed; None if unknown."""
+        """The file from which the bytes are read, and possibly transposed; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
         return leaf.file if isinstance(leaf, Lazy) else None
 
     def read(self, first: int, count: int) -> Buffer:
-        """Return the bytes of `count` elements from `first` on, in C order; reads no more than necessary."""
+        """Return the bytes of `count` elements in C order, from element `first`; read only these bytes if possible."""
         size = self.dtype.itemsize
         if self.part is not None:
             return self.part(first, count)
@@ -302,13 +302,13 @@ class Lazy:
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
 
     def _check_axes(self) -> None:
-        """Refuse axes that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
+        """Refuse a shape that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
         if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
             why = f"arrays cannot have the shape {list(self.shape)}"
             raise Unsupported(why, path=self.file, cure="Remove this tensor: it has no elements")
 
     def map(self, f: Callable[[Array], Array], shape: Shape) -> Lazy:
-        """Rearrange the numbers: `f` reshapes, transposes or slices the storage array into `shape`."""
+        """Return the tensor that `f` makes of the array: `f` reshapes, transposes or slices to the shape `shape`."""
 
         def fetch() -> Buffer:
             return bytes_of(f(self.numpy()))
@@ -316,7 +316,7 @@ class Lazy:
         return Lazy(tuple(shape), self.dtype, fetch)
 
     def reshape(self, *shape: int) -> Lazy:
-        """Return the same bytes with another shape of as many elements; one size may be -1."""
+        """Return the same bytes with another shape; as in numpy, one size may be -1."""
         known = math.prod(n for n in shape if n != -1)
         size = math.prod(self.shape)
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
@@ -330,7 +330,7 @@ if TYPE_CHECKING:
 
 
 def as_lazy(leaf: Leaf) -> Lazy:
-    """Return any leaf as a `Lazy`: a `Lazy` unchanged, a torch tensor as one that reads its values on the CPU."""
+    """Return a `Lazy` unchanged; wrap a torch tensor in a `Lazy` that copies the values to the CPU at each read."""
     if isinstance(leaf, Lazy):
         return leaf
 
@@ -345,15 +345,15 @@ def as_lazy(leaf: Leaf) -> Lazy:
 
 
 def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return any leaf as a torch tensor on `device`; floating leaves are cast to `dtype` if given."""
+    """Return a lazy or torch tensor as a torch tensor on `device`; with `dtype`, cast floating-point numbers."""
     value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return any leaf in the dtype for formulas: real numbers in `dtype`, integers in int64.
+    """Return a lazy or torch tensor in the dtype for formulas: real numbers in `dtype`, integers in int64.
 
-    A file may store positions and seeds in any integer dtype. Their sums and products overflow the small dtypes, and
+    A file may store positions and seeds in any integer dtype. Sums and products of positions overflow small dtypes, and
     torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
     """
     value = as_torch(leaf, device, dtype)
@@ -361,7 +361,7 @@ def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dty
 
 
 def as_array(leaf: Leaf) -> Array:
-    """Return any leaf as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
+    """Return a lazy or torch tensor as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
     tensor = as_lazy(leaf)
     return tensor.numpy().view(tensor.dtype.array)
 
@@ -374,12 +374,12 @@ def bytes_of(array: Array) -> memoryview:
 
 
 def dtype_of(leaf: Leaf) -> DType:
-    """Return the element type of any leaf."""
+    """Return the element type of a lazy or torch tensor."""
     return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Return a `Lazy` over an array of numpy or ml_dtypes; `dtype` names the type of bits, e.g. BF16 in uint16."""
+    """Wrap an array of numpy or ml_dtypes in a `Lazy`. `dtype` names the type of the bits, such as `BF16` in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
     # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
     own = kind.numpy[1] == "u" and array.dtype.name == kind.torch
@@ -392,7 +392,7 @@ def _kind(dtype: np.dtype[np.generic]) -> DType:
     return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
-# Read and create one-number tensors without numpy, because adapter files hold thousands of them.
+# Read and create tensors with one number without numpy, because an adapter file may have thousands of such tensors.
 
 
 _CODES = {
@@ -402,7 +402,7 @@ _CODES = {
 
 
 def value_of(leaf: Lazy) -> float:
-    """Return the first number of a tensor; meant for tensors of one number."""
+    """Return the number in a tensor with one number."""
     data, name = bytes(leaf.fetch()), leaf.dtype.name
     if name == "BF16":
         # A bfloat16 is the upper half of a float32.
@@ -414,7 +414,7 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """Return the number that `float.hex` wrote, as float32 if this is exact, else as float64."""
+    """Return a tensor with a number from the text of `float.hex`: float32 if this is exact, else float64."""
     value = float.fromhex(text)
     code = "F32" if _single(value) else "F64"
     data = struct.pack(_CODES[code], value)
@@ -429,7 +429,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors; tensors of one number are read now, with a single read for adjacent tensors."""
+    """Return the tensors, and read those with one number at once; adjacent tensors are read together."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -471,7 +471,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""Types that numpy lacks -> (mask, value of the masked bits in a non-finite number).
+"""Types that numpy lacks -> (mask, the value of the masked bits if the number is a NaN or an infinity).
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
@@ -479,18 +479,18 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 
 
 def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = None) -> None:
-    """Refuse a tensor that holds a NaN or an infinity.
+    """Refuse a tensor that contains a NaN or an infinity.
 
     Args:
-        leaf: the tensor; integer tensors pass.
+        leaf: the tensor; an integer tensor is always accepted.
         where: the tensor's name, for the message.
         values: the tensor's numbers in the storage dtype, if they are already read.
 
     Raises:
-        Malformed: the tensor holds a NaN or an infinity. The message names the position and the file.
+        Malformed: the tensor contains a NaN or an infinity. The message names the position and the file.
     """
     tensor = as_lazy(leaf)
-    # Skip empty tensors: numpy refuses a shape such as [0, 2**62, 2**62], which a file may hold.
+    # Skip empty tensors: a file may state a shape such as [0, 2**62, 2**62], which numpy refuses.
     if not tensor.dtype.floating or not tensor.nbytes:
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
@@ -507,7 +507,7 @@ def first_not_finite(leaf: Leaf) -> Shape | None:
 
 
 def first_in(values: Array, dtype: DType) -> Shape | None:
-    """Like `first_not_finite`, for numbers that are already read, in the storage type of `dtype`."""
+    """Like `first_not_finite`, but for an array in the storage type of `dtype`."""
     bad = _not_finite(values, dtype)
     if not bad.any():
         return None

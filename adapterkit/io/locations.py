@@ -1,4 +1,4 @@
-"""Resolve a name to a local path; local paths take precedence, and the installed hub resolves all other names."""
+"""Resolve a path or uri to a local path. Existing local paths take precedence; the hub package resolves the rest."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _PLAIN = re.compile(
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
-"""Suffixes of local files. A missing `runs/best.safetensors` is treated as a mistyped path, not as a repository."""
+"""Suffixes of local files: `runs/best.safetensors` is never taken for a repository, even if the file is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The origin of downloaded files, stored as a JSON file in a pulled folder.
+    """The hub repository of downloaded files; a pulled folder stores it as a JSON file.
 
     Attributes:
         uri: the uri, pinned to the commit.
         repo: the repository's name: `org/name`, or with a scheme for hubs other than Hugging Face.
-        commit: the full name of the commit.
+        commit: the full hash of the commit.
     """
 
     uri: str
@@ -51,7 +51,7 @@ class Source:
 
 
 def source_of(path: Path) -> Source | None:
-    """Return the origin stored in a folder, or next to a file; None if no valid one is stored."""
+    """Return the origin that is stored in a folder, or next to a file; None if no valid origin is stored."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
         told = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
@@ -65,7 +65,7 @@ def exists(path: Path) -> bool:
     """Whether a path exists.
 
     Raises:
-        StorageError: the file system cannot tell, because the name is too long or a parent folder is not readable.
+        StorageError: the file system refuses to answer: the name is too long, or a parent folder is not readable.
     """
     try:
         return path.exists()
@@ -78,7 +78,7 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
 
     Args:
         path: the path.
-        name: the name that the caller gave, for the error; the path itself if absent.
+        name: the name that the user typed, for the error; the path if absent.
 
     Raises:
         StorageError: the path does not exist; the message suggests the most similar name in the same folder.
@@ -88,7 +88,7 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     siblings: list[str] = []
     with suppress(OSError):
         siblings = sorted(entry.name for entry in path.parent.iterdir())
-    # Compare only the last part of each path: with the same long folder in front, all paths would look alike.
+    # Compare only the last part of each path: all paths in the same long folder would look similar.
     folder = "" if path.parent == Path() else os.path.join(path.parent, "")
     cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
@@ -159,7 +159,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether a hub with that scheme exists. If not, `a://b` raises, but `a:/b` may be a local path."""
+    """Whether a hub with this scheme exists. For an unknown scheme, `a://b` is an error; `a:/b` may be a local path."""
     try:
         hub().hub_of(scheme)
     except UsageError as error:
@@ -193,7 +193,7 @@ def located(name: str | os.PathLike[str]) -> Path:
 
     Raises:
         UsageError: the scheme is unknown, or the name is invalid on its hub.
-        NetworkError: the hub does not have it, denies access, or is not reachable.
+        NetworkError: the hub lacks the repository or file, denies access, or is not reachable.
     """
     if not is_remote(name):
         return local(name)
@@ -202,10 +202,10 @@ def located(name: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a local path for reading headers; from a hub, only headers are downloaded.
+    """Yield a local path for code that reads only headers; from a hub, only headers are downloaded.
 
     Raises:
-        AdapterkitError: as for `located`. Errors raised inside the block show the uri instead of the temporary path.
+        AdapterkitError: as for `located`. Errors in the block show the uri instead of the temporary path.
     """
     if not is_remote(name):
         yield local(name)
@@ -217,14 +217,14 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[RangedBase]:
-    """Yield a base on a hub; only the bytes that are used are downloaded, into a scratch folder.
+    """Yield a base on a hub; only the bytes that are read are downloaded, into a temporary folder.
 
     Args:
         name: the uri.
         whole: also download the files that are not weights.
 
     Raises:
-        AdapterkitError: as for `located`, or the base has no safetensors files. Errors show the uri.
+        AdapterkitError: as for `located`, or the base has no safetensors files.
     """
     text = os.fspath(name)
     with hub().ranged(text, whole=whole) as base, _shown_as(text, base.path):
@@ -233,7 +233,7 @@ def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Ran
 
 @contextmanager
 def _shown_as(text: str, path: Path) -> Iterator[None]:
-    """In errors of the block, replace a temporary path with the uri."""
+    """In errors that the block raises, replace the temporary path with the uri."""
     try:
         yield
     except AdapterkitError as error:
@@ -245,7 +245,7 @@ def _shown_as(text: str, path: Path) -> Iterator[None]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether a name has a hub's scheme. Only outputs with a scheme go to a hub; `org/repo` is a local output path.
+    """Whether an output is on a hub: its name must have a scheme, because `org/repo` is a local path for outputs.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -260,24 +260,25 @@ def outgoing(
     sources: Sequence[str | os.PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> AbstractContextManager[Path]:
-    """Return a context with a local path to write to; its content is pushed to a hub when the block succeeds.
+    """Return a context with a local path to write to; if the block succeeds, its content is pushed to a hub.
 
-    The path is derived from the name, so a later run finds the files of an interrupted run.
+    The path is computed from the name, so a later run finds the files of an interrupted run.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the inputs of the output; if all their model cards name the same licence, the output's card does too.
-        unchanged: a function to call if the hub already had everything, so that nothing was pushed.
+        sources: the adapters and the base. If all their model cards name the same licence, the output's card names it
+            too.
+        unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
-        AdapterkitError: as for `adapterkit.hub.push`; raised before anything is written if possible.
+        AdapterkitError: as for `adapterkit.hub.push`; if possible, before anything is written.
     """
     return hub().outgoing(os.fspath(name), overwrite, sources, unchanged)
 
 
 def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
-    """Return a context with a base on a hub whose weight files are downloaded one at a time; see `hub.streaming`.
+    """Return a context with a base on a hub whose weight files are downloaded one by one; see `hub.streaming`.
 
     Raises:
         AdapterkitError: as for `located`, or the base cannot be streamed.

@@ -1,4 +1,4 @@
-"""Magic bytes of tensor files, which show a file's type without importing its reader."""
+"""Recognize the type of a tensor file by its magic bytes, without importing a reader."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from .inputs import open_input
 
 GGUF = b"GGUF"
 GGLA = b"algg"
-"""The number 0x67676c61 in little-endian order, so the letters of `ggla` are reversed."""
+"""The letters of `ggla` in reverse order, because the file stores the integer 0x67676c61 in little-endian order."""
 NPY = b"\x93NUMPY"
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like GGUF; never raises."""
+    """Whether a file begins like a GGUF file; never raises an error."""
     return has_mark(path, GGUF)
 
 
 def is_ggla(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like llama.cpp's format before GGUF; never raises."""
+    """Whether a file begins like an adapter of llama.cpp before GGUF; never raises an error."""
     return has_mark(path, GGLA)
 
 
 def is_npy(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like a numpy array; never raises."""
+    """Whether a file begins like a `.npy` file; never raises an error."""
     return has_mark(path, NPY)
 
 
 def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
-    """Whether a file has these bytes at an offset; never raises."""
+    """Whether a file has these bytes at an offset; never raises an error."""
     try:
         with open_input(path) as file:
             return file.read(at + len(mark))[at:] == mark

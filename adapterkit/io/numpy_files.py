@@ -1,4 +1,4 @@
-"""Read and write `.npy` and `.npz` files, headers first. Nothing is unpickled, and every size is checked.
+"""Read and write `.npy` and `.npz` files; arrays are read lazily. Nothing is unpickled, and every size is checked.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -26,24 +26,24 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive may expand to `UNPACKED` bytes, or to this many times its size, because 1 MB could inflate to 1 GB."""
+"""An archive may expand to `UNPACKED` bytes, or to this many times its size. Without a limit, 1 MB could be 1 GB."""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""numpy's descr of an element type -> type. TensorRT-LLM saves bfloat16 as `|V2`, which means two untyped bytes."""
+"""numpy's `descr` of an element type -> the type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 
 
 def read_npy(path: Path) -> Lazy:
-    """Return the array in a file.
+    """Return the array in a `.npy` file.
 
     Raises:
         Malformed: the file is not an array, or its length does not match its header.
-        Unsupported: the array holds objects, records or big-endian numbers, or is in Fortran order.
+        Unsupported: the array contains objects, records or big-endian numbers, or is in Fortran order.
         StorageError: the file cannot be read.
     """
     try:
@@ -66,7 +66,7 @@ def write_npy(path: Path, tensor: Lazy) -> None:
 
 
 def read_npz(path: Path) -> dict[str, Lazy]:
-    """Return the arrays in an archive by name; each array is read when it is fetched.
+    """Return the arrays in a `.npz` archive by name; each array is read when it is fetched.
 
     Raises:
         Malformed, Unsupported, StorageError: as for `read_npy`; also for entries that are not arrays.

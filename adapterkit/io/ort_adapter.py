@@ -32,7 +32,7 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""ONNX's number of an element type -> type name."""
+"""ONNX's number for an element type -> type name."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
 """`struct` code of a flatbuffer integer -> size in bytes."""
@@ -41,14 +41,14 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""Most axes of a tensor. Safetensors files have the same limit, so a tensor from one can always be written."""
+"""The most axes of a tensor. Safetensors files have the same limit, so each of their tensors can be written."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""Size of a page of the file in bytes, and number of pages kept in memory."""
+"""The file is read in pages of this many bytes; this many pages stay in memory."""
 
 LARGEST = (1 << 31) - 1
-"""Largest flatbuffer in bytes: its offsets have 31 bits."""
+"""The largest flatbuffer in bytes, because its offsets have 31 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +61,7 @@ class OrtAdapter:
 
 
 def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a file has the magic bytes; never raises."""
+    """Whether a file has the magic bytes of an `.onnx_adapter` file; never raises an error."""
     return has_mark(path, MARK, 4)
 
 
@@ -70,7 +70,7 @@ def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
 
     Raises:
         Malformed: an offset or size leads outside the file, or a tensor's bytes do not match its shape.
-        Unsupported: the version is unknown, or a tensor holds strings.
+        Unsupported: the version is unknown, or a tensor contains strings.
         StorageError: the file cannot be read.
     """
     buffer = _Buffer(os.fspath(path))
@@ -115,14 +115,14 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A flatbuffer table: its offset, and the offsets of its fields relative to it; 0 for absent fields."""
+    """A flatbuffer table: its offset in the file, and the offset of each field from the table; 0 for absent fields."""
 
     at: int
     fields: tuple[int, ...]
 
 
 class _Buffer:
-    """Random access to the bytes of a file, never beyond its end.
+    """Read bytes and integers at any offset of a file, but never beyond its end.
 
     The last few pages are cached, because the reader alternates between tables and data.
     """
@@ -196,7 +196,7 @@ class _Buffer:
         return 0 if at is None else self.number("<i", at)
 
     def vector(self, table: _Table, index: int, itemsize: int, limit: int) -> tuple[int, int]:
-        """Return the offset of a vector's items, and the number of items."""
+        """Return the offset of the first item of a vector, and the number of items."""
         field = self.field(table, index)
         if field is None:
             return 0, 0
@@ -238,7 +238,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
 
 
 class _Plan:
-    """The layout of a file: tables first, tensor data last, because flatbuffer offsets always point forward."""
+    """Lay out a file: tables first and tensor data last, because flatbuffer offsets always point forward."""
 
     def __init__(self, adapter: OrtAdapter) -> None:
         self.adapter, self.at = adapter, 8
@@ -262,7 +262,7 @@ class _Plan:
             self._parameter(table, fields, name, tensor)
 
     def _place(self, size: int, alignment: int, before: int = 0) -> int:
-        """Reserve `size` bytes and return their offset; the byte at offset + `before` is aligned."""
+        """Reserve `size` bytes, and return their offset, chosen so that offset + `before` is aligned."""
         start = -(-(self.at + before) // alignment) * alignment - before
         self.at = start + size
         if self.at > LARGEST:

@@ -1,7 +1,8 @@
-"""The hub's interface for lower packages: a protocol, and the hub that `adapterkit/__init__.py` installs.
+"""The interface by which other packages call the hub package without importing it.
 
-Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hub package imports the packages that
-define these functions, so these packages cannot import it. They call the installed hub instead.
+Functions that take a path also take a uri, such as `hf://org/repo`. The packages that define these functions cannot
+import the hub package, because the hub package imports them. `adapterkit/__init__.py` installs a function that returns
+the hub package, and these packages call it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StreamedBase(Protocol):
-    """A base on a hub whose weight files are downloaded one at a time."""
+    """A base on a hub whose weight files are downloaded one by one when they are needed."""
 
     @property
     def path(self) -> Path:
@@ -33,7 +34,7 @@ class StreamedBase(Protocol):
 
 
 class RangedBase(Protocol):
-    """A base on a hub; only the bytes that are used are downloaded."""
+    """A base on a hub; only the bytes that are read are downloaded."""
 
     @property
     def path(self) -> Path:
@@ -46,14 +47,14 @@ class RangedBase(Protocol):
         ...
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download spans of the weight files, so that the local files can be read directly."""
+        """Download ranges of the weight files, so that the local files can be read directly."""
 
     def drop(self) -> None:
-        """Free the disk space of all downloaded spans."""
+        """Free the disk space of all downloaded ranges."""
 
 
 class PlacedOutput(Protocol):
-    """An output on a hub to which other processes upload the weight files, one at a time."""
+    """An output on a hub; other processes upload its weight files, each as soon as it is complete."""
 
     @property
     def path(self) -> Path:
@@ -66,13 +67,13 @@ class PlacedOutput(Protocol):
         ...
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target for files with these names."""
+        """Claim the target on the hub for weight files with these names."""
 
     def took(self, name: str, placed: object) -> None:
-        """Record that a file was uploaded."""
+        """Record on disk that a weight file was uploaded."""
 
     def holds(self, name: str) -> bool:
-        """Whether a file was uploaded and is still at the hub."""
+        """Whether a weight file was uploaded and the hub still has it."""
         ...
 
     def forget(self, names: Iterable[str]) -> None:
@@ -80,7 +81,7 @@ class PlacedOutput(Protocol):
 
 
 class Hub(Protocol):
-    """The functions that resolve names on hubs; `adapterkit.hub` implements them."""
+    """The functions of the package `adapterkit.hub` that other packages call."""
 
     def hub_of(self, scheme: str) -> object:
         """Return the hub of a scheme.
@@ -90,7 +91,7 @@ class Hub(Protocol):
         """
 
     def fetched(self, name: str) -> Path:
-        """Return a local path of something on a hub; download it if needed."""
+        """Return a local path of an adapter or a model on a hub; download it if the cache lacks it."""
         ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
@@ -104,7 +105,7 @@ class Hub(Protocol):
         sources: Sequence[str | os.PathLike[str]] = (),
         unchanged: Callable[[], object] = ...,
     ) -> AbstractContextManager[Path]:
-        """Return a context with a local path whose content is pushed to a hub at the end."""
+        """Return a context with a local path to write to; its content is pushed to a hub at the end of the block."""
         ...
 
     def pinned(self, name: str) -> str:
@@ -112,7 +113,7 @@ class Hub(Protocol):
         ...
 
     def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
-        """Return a context with a base; only the bytes that are used are downloaded."""
+        """Return a context with a base; only the bytes that are read are downloaded."""
         ...
 
     def placing(
@@ -122,7 +123,7 @@ class Hub(Protocol):
         ...
 
     def put(self, uri: str, name: str, file: Path) -> object:
-        """Upload one file of a `PlacedOutput`; return the value to pass to `took`."""
+        """Upload one file of a `PlacedOutput`; return the value for the argument of `PlacedOutput.took`."""
         ...
 
     def scratch(self) -> AbstractContextManager[Path]:
@@ -130,7 +131,7 @@ class Hub(Protocol):
         ...
 
     def streamed(self, name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
-        """Return a context with a base whose weight files are downloaded one at a time."""
+        """Return a context with a base whose weight files are downloaded one by one."""
         ...
 
 
@@ -138,13 +139,13 @@ _load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
-    """Set the function that returns the hub. It is called for each name on a hub, so it can import the hub lazily."""
+    """Set the function that returns the hub package; it may import the package, because it is only called for uris."""
     global _load
     _load = load
 
 
 def hub() -> Hub:
-    """Return the installed hub."""
+    """Return the hub package from the installed function."""
     # `adapterkit/__init__.py` installs the hub, and Python runs that file before any other module of the package.
     assert _load is not None
     return _load()

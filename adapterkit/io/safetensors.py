@@ -1,4 +1,4 @@
-"""Read and write safetensors files without loading them."""
+"""Read and write safetensors files without loading all their tensors into memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AHEAD = 16 << 20
 
 
 def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
-    """Write tensors back to back. Memory holds one large tensor, or a few small ones.
+    """Write tensors one after the other into a file. At most one large tensor, or a few small tensors, are in memory.
 
     Args:
         file: the path of an existing file.
@@ -64,7 +64,7 @@ class _Begun:
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
-        # Fetch the bytes of a file whose data is stored elsewhere. Copying its span would copy holes.
+        # Fetch the bytes if the file is sparse and its data is elsewhere: copying the span would copy zeros.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
         # Start larger tensors only when they are written, so that memory holds only one of them.
@@ -76,7 +76,7 @@ class _Begun:
 
 
 def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Iterator[_Begun]:
-    """Yield each tensor after its successor's computation has started, so that computing and writing overlap."""
+    """Yield the tensors in order; start to compute the next tensor before each yield, while the caller writes."""
     last: _Begun | None = None
     for name, tensor in tensors:
         following = _Begun(name, tensor, pool)
@@ -88,7 +88,7 @@ def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Ite
 
 
 def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
-    """Yield spans of source files, merged where adjacent, and buffers of computed bytes, in file order."""
+    """Yield spans of source files and buffers of computed bytes, in file order; adjacent spans are merged."""
     span: Span | None = None
     held = bytearray()
     for tensor in tensors:
@@ -135,10 +135,10 @@ def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
 _CHANGED = "It changed while in use; read it again"
 
 
-# Read and write safetensors files without loading them.
+# Read and write safetensors files without loading all their tensors into memory.
 #
-# The reader trusts nothing: before it reads any data, it checks the lengths, offsets, shapes and dtypes of a header
-# against each other and against the file's size. Format: https://huggingface.co/docs/safetensors (format section).
+# Before the reader reads any data, it compares the lengths, offsets, shapes and dtypes in the header with each other,
+# and with the size of the file. Format: https://huggingface.co/docs/safetensors (format section).
 
 
 MAX_HEADER = 100_000_000
@@ -151,7 +151,7 @@ ALIGNMENT = 8
 
 
 class Entry(NamedTuple):
-    """The location of one tensor; `offset` counts bytes from the start of the file."""
+    """The dtype, shape and location of one tensor; `offset` counts bytes from the start of the file."""
 
     name: str
     dtype: DType
@@ -162,7 +162,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of a file: entries in file order, and the free-form metadata."""
+    """The checked header of a file: the entries of tensors in file order, and the metadata."""
 
     path: str
     entries: Mapping[str, Entry]
@@ -238,10 +238,10 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: the header first, then the tensors; `append` says how much memory this takes.
+    """Write a file atomically: the header first, then the tensors. `append` describes the memory that this takes.
 
-    The tensors are sorted as the safetensors library sorts them: widest dtype first, then by name. So the same tensors
-    always give the same bytes, and these equal the library's.
+    The tensors have the same order as in files of the safetensors library: widest dtype first, then by name. So the
+    same tensors always give the same bytes, and the library writes the same bytes.
     """
     rank = {dtype: -position for position, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype.name], name.encode()))
@@ -260,8 +260,8 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
-            # Report a text file as such: its first eight bytes would give a length above 10^18, which would not help
-            # the user.
+            # Report that the file is text. Otherwise the error would state a length above 10^18, from the first eight
+            # bytes of the text.
             cure = "Name the folder, or its weight file"
             if prefix.startswith(b"version "):
                 cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
@@ -273,7 +273,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 
 
 def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
-    """Return the header, and whether its values are only strings and non-negative integers; see `load_table`."""
+    """Parse the header; also return whether all its values are strings or non-negative integers; see `load_table`."""
     try:
         fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -299,8 +299,8 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
         fields: name -> dtype, shape and offsets as in the file.
         start: the offset of the file's data.
         path: the file, for errors.
-        regular: True if the header holds only strings and non-negative integers. Then only the first entry with each
-            dtype and shape is checked: tens of thousands of tensors share a few dozen shapes.
+        regular: True if all values in the header are strings or non-negative integers. Then dtype and shape are checked
+            once for each pair: tens of thousands of tensors share a few dozen shapes.
     """
     entries = []
     forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}

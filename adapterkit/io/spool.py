@@ -1,7 +1,7 @@
 """Keep computed tensors until they are written: the first ones in memory, all others in a temporary file.
 
-Combining eight adapters with 224 targets of 4096 x 4096 can take a gigabyte, because the ranks add up. No target can be
-written to the output before all are computed, because any of them may be refused.
+Combining eight adapters with 224 targets of 4096 x 4096 can take a gigabyte, because the ranks add up. The output can
+be written only after all targets have been computed, because the last target may still raise an error.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from .lazy import DType
 
 IN_MEMORY = 64 << 20
-"""Bytes that stay in memory."""
+"""The most bytes of tensors in memory; further tensors go to the temporary file."""
 
 
 class Spool:
-    """Keeps tensors; threads may share a spool. The temporary file is removed with the last tensor in it.
+    """Keep tensors in memory and in a temporary file, which is removed with its last tensor. Threads may share a spool.
 
     Args:
-        memory: bytes that stay in memory.
+        memory: the most bytes of tensors in memory.
     """
 
     def __init__(self, memory: int = IN_MEMORY) -> None:
@@ -39,7 +39,7 @@ class Spool:
         self._file: BinaryIO | None = None
 
     def held(self, values: Array, dtype: DType) -> Lazy:
-        """Return a leaf of computed numbers, rounded once to `dtype`.
+        """Return a lazy tensor with the given numbers, rounded once to `dtype`.
 
         Raises:
             Malformed: a number overflows the dtype, or is not finite.
@@ -54,14 +54,14 @@ class Spool:
                 start = self._append(kept)
             except OSError as error:
                 raise storage_error(error, Path(tempfile.gettempdir())) from None
-        # The leaf must not keep the array in memory.
+        # Delete the array: the lazy tensor must not keep it in memory.
         shape, count = tuple(kept.shape), kept.nbytes
         return Lazy(shape, dtype, lambda: self._read(start, count))
 
     def _append(self, kept: Array) -> int:
         if self._file is None:
             self._file = cast("BinaryIO", tempfile.TemporaryFile(prefix="adapterkit-"))  # noqa: SIM115 - closed below
-            # Every leaf refers to the spool, so the file is closed with the last leaf.
+            # Each lazy tensor refers to the spool, so the file is closed when the last tensor is deleted.
             weakref.finalize(self, self._file.close)
         start = self._end
         self._file.seek(start)

@@ -1,7 +1,7 @@
-"""Report progress: `stage` for a step that may take long, `detail` for a fact that explains a result.
+"""Report progress: `stage` reports that a step begins, `detail` gives a reason for a result.
 
-Both write records to the standard logger `adapterkit`, at the levels INFO and DEBUG. The library installs no handler.
-The command line shows a stage that takes over two seconds, and shows all stages with -v.
+Both functions write to the standard logger `adapterkit`: `stage` at the level INFO, `detail` at DEBUG. The library
+installs no handler. The command line shows a step that takes over two seconds; with -v, it shows all steps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ LOGGER = "adapterkit"
 
 
 class _Steps:
-    """The progress of some work: the number of its steps, the number that began, and the text of the last step."""
+    """The progress of some work: the number of all steps, the number of steps that have begun, and the last text."""
 
     def __init__(self, total: int) -> None:
         self.total, self.begun, self.last = total, 0, ""
 
     def numbered(self, text: str) -> str:
-        """Return a step's text with its number; the same step again keeps its number."""
+        """Return the text of a step with its number. A text that repeats the last text gets the same number."""
         if text != self.last:
             self.begun, self.last = min(self.begun + 1, self.total), text
         return f"step {self.begun} of {self.total}, {text}"
@@ -32,7 +32,7 @@ _steps: ContextVar[_Steps | None] = ContextVar("steps", default=None)
 
 @contextmanager
 def steps(total: int) -> Iterator[None]:
-    """Number the steps that begin in the block.
+    """Add numbers to the steps that are reported in the block, such as `step 2 of 5`.
 
     Steps of a nested block count as steps of the outer block, and the nested block's own total is ignored.
 
@@ -56,11 +56,11 @@ def stage(text: str) -> None:
 
 
 def detail(text: str) -> None:
-    """Report a fact that explains a result, such as which files were opened."""
+    """Report a detail that explains a result, such as the files that were opened."""
     _log(10, text)
 
 
 def _log(level: int, text: str) -> None:
     logging = sys.modules.get("logging")
-    if logging is not None:  # Skip if logging was never imported: then there is no handler, and the import takes 5 ms.
+    if logging is not None:  # Without logging, no handler exists; importing it takes 5 ms.
         logging.getLogger(LOGGER).log(level, "%s", text)

@@ -1,17 +1,19 @@
-"""Write an output in a hidden folder, rename it into place, and store a record of its inputs with it.
+"""Write an output in a hidden folder, rename it to its target, and store a record of its inputs with it.
 
-The record describes how an output was made, so that a second run of the same command finds the output complete.
+With the record, a second run of the same command recognizes that its output is already complete.
 
-A record holds a digest of everything that determines the output (inputs, options, versions), and a fingerprint of every
-file written. It is stored as an extended attribute of the output, `user.adapterkit`. So the record adds no file to a
-folder that other tools read, and is not uploaded with the folder. It also moves into place with the output, in the same
-rename. On file systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file next to
-the output. If a record gets lost, for example because the output was copied, the output is not recognised as complete.
+A record has a digest of everything that determines the output (inputs, options, versions), and a fingerprint of every
+written file. It is stored as an extended attribute of the output, `user.adapterkit`. So the record does not add a file
+to a folder that other tools read, and is not uploaded with the folder. It also moves to the target with the output, in
+the same rename. On file systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file
+next to the output. If a record is lost, for example because the output was copied, a second run does not recognize the
+output.
 
-The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file it consists of the size, the
-modification time and a hash of the first MiB, where formats have their headers. Reading a model of 100 GB again would
-take minutes, and a file with the same header, size and time in nanoseconds was not rewritten. The fingerprint omits the
-inode number: network and overlay file systems change it at a mount, and a restarted container must know its output.
+The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file, the fingerprint consists of the
+size, the modification time and a hash of the first MiB, which contains the header in most formats. Reading a model of
+100 GB again would take minutes, and a file with the same header, size and time in nanoseconds is almost certainly
+unchanged. The fingerprint omits the inode number, because network and overlay file systems change the number at a
+mount, and a restarted container must recognize its output.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from .atomic import lock, part_of, sync_folder, write_bytes
 ATTRIBUTE = "user.adapterkit"
 
 WHOLE = 16 << 20
-"""Files up to this many bytes are fingerprinted by their whole content."""
+"""The fingerprint of a file of up to this many bytes is a hash of the whole content."""
 
 HEAD = 1 << 20
-"""Number of bytes of a larger file that are hashed."""
+"""The number of bytes at the start of a larger file that are hashed."""
 
 LARGEST = 1 << 20
-"""Size limit for reading a record, in bytes."""
+"""The largest record in bytes."""
 
 
 def fingerprint(file: Path) -> str:
@@ -58,15 +60,15 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return one digest of plain data, which should be everything that determines an output."""
+    """Return a digest of plain data; pass everything that determines an output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
-    """Return the record of an output.
+    """Return the record of an output as bytes.
 
     Args:
-        made_from: the digest of everything that decided the output.
+        made_from: the digest of everything that determined the output.
         files: name relative to the output's folder -> the written file.
     """
     told = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
@@ -78,19 +80,19 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
 
     Args:
         record: the record.
-        output: the file or folder, staged or in place.
+        output: the file or folder, in the stage or at the target.
         beside: the path of the hidden file to write if the file system has no extended attributes.
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # There are no extended attributes, or there is no room.
+    except (AttributeError, OSError):  # Extended attributes are not supported or full.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
 
 
 def has_record(target: Path, beside: Path) -> bool:
-    """Whether a record is stored with an output."""
+    """Whether an output has a record."""
     try:
         return bool(_read(target, beside))
     except OSError:
@@ -124,16 +126,16 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
     return [[file.name, fingerprint(file)] for file in files]
 
 
-# Output that appears by rename: it is built in a hidden folder next to its target and swapped in when complete.
+# Build an output in a hidden folder next to its target (the stage), and rename it to the target when it is complete.
 #
 # Every command and function that writes an output uses `Staging`, which gives four guarantees:
 #
-# * Nothing at the target changes until the new output is complete and durable. A full disk, a signal or an error in a
-#   writer leaves the old output in place.
-# * A process that is killed between two renames leaves a journal. The next run at the same target reads the journal,
-# and undoes or finishes the publication. The next run finds the folder, because the folder's name is derived from the
-# target's name.
-# * A lock in the folder lets only one process at a time write to a target.
+# * Nothing at the target changes until the new output is complete and synced to disk. After a full disk, a signal or an
+#   error in a writer, the old output is unchanged.
+# * A process that is killed between two renames leaves a journal in the stage. The next run with the same target reads
+#   the journal, and undoes or finishes the renames. It finds the stage, because the name of the stage is computed from
+#   the name of the target.
+# * A lock in the stage ensures that only one process writes to a target.
 # * Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them.
 
 
@@ -146,19 +148,19 @@ STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
 """Names of the stages and the record inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""Most bytes of the target's name that the stage's name repeats; file systems allow 255 bytes for the whole name."""
+"""The stage's name contains at most this many bytes of the target's name: file systems allow names of 255 bytes."""
 
 Move = tuple[Path, Path]
-"""(a path in the stage, its destination)."""
+"""The path of a file in the stage, and its destination."""
 
 
 class Staging:
-    """The hidden folder in which one output is built.
+    """The hidden folder in which an output is built.
 
     Args:
         target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
-        suffix: the end of the hidden folder's name; each kind of work has its own.
-        noun: the name for another process that holds the lock, in messages.
+        suffix: the end of the hidden folder's name, which differs between kinds of work, such as merging and pulling.
+        noun: a name for the kind of work, for the error that another process holds the lock.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
@@ -174,7 +176,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the stage for this process; undo a publication that a killed run left unfinished.
+        """Lock the stage for this process; undo renames that a killed run did not finish.
 
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
@@ -183,7 +185,7 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # Clearing it could delete a user's files.
+            if self.folder.is_symlink():  # Refuse the link: clearing its target could delete files of a user.
                 raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
             with self._open_lock() as held:
                 self._hold(held.fileno())
@@ -195,16 +197,16 @@ class Staging:
             remove_empty(self.folder, *made)
 
     def has_record(self) -> bool:
-        """Whether a record is stored with the target."""
+        """Whether the target has a record."""
         return has_record(self.target, self.record)
 
     def is_finished(self, made_from: str) -> bool:
-        """Whether the target has a record with this digest, and is unchanged since."""
+        """Whether the target has a record with this digest, and was not changed after the record was written."""
         return is_finished(self.target, self.record, made_from)
 
     @property
     def is_published(self) -> bool:
-        """Whether an earlier run moved everything into place, so that only its stage is left."""
+        """Whether an earlier run moved all files to the target, so that only the cleanup of its stage is missing."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
@@ -214,14 +216,14 @@ class Staging:
         """Move staged files to their destinations: all of them or none.
 
         Args:
-            moves: (staged path, destination) pairs, the main file last. The old main file moves away first and the new
-                one arrives last, so no reader sees it together with other files of another output.
+            moves: (staged path, destination) pairs, the main file last. The old main file is moved away first, and the
+                new main file arrives last, so nobody reads a main file together with other files of another output.
             gone: further files of the old output to remove.
             durable: True if the staged files are already synced to disk.
             record: the digest of everything that determines the output. It is stored with the main file or folder.
 
         Raises:
-            OSError: a rename failed; the old output is back in place.
+            OSError: a rename failed, and the old output was restored.
         """
         if not durable:
             _sync(staged for staged, _ in moves)
@@ -230,8 +232,8 @@ class Staging:
             old = []  # One rename replaces the old file by the new file, so readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
-            # Attach before the renames. If the process is killed after the last rename, the output has its record.
-            # If it is killed before, the record lists files that do not exist, and is ignored.
+            # Attach the record before the renames. If the process is killed after the last rename, the output has its
+            # record. If the process is killed before, the record lists files that do not exist, and is ignored.
             attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
@@ -249,26 +251,26 @@ class Staging:
             raise
 
     def set_aside(self) -> None:
-        """Keep a copy of the target file for `recover`; for outputs that can only be written in place."""
+        """Copy the target file into the stage for `recover`, before the output is written into the target file."""
         kept = self.folder / "before"
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # Journal the lock file: it never moves, so this publication always counts as unfinished.
+        # Name the lock file in the journal: it never moves, so `recover` always finds the work unfinished.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
-        """Accept the output that was written in place, and drop the copy that `set_aside` kept."""
+        """Accept an output that was written into the target file, and remove the copy of the old file."""
         if made_from is not None:
             written = {str(file.relative_to(self.place)): file for file in files}
             attach(record_of(made_from, written), self.target, self.record)
         self._journal.unlink()
 
     def recover(self) -> None:
-        """Undo an unfinished publication; keep a finished one.
+        """Undo the renames of a killed run if they are unfinished; keep their result if they are finished.
 
         Raises:
-            StorageError: the old output cannot be moved back; it stays in the stage.
+            StorageError: the old output cannot be moved back, and stays in the stage.
         """
         moves = self._journaled()
         if not moves or self.is_published:
@@ -294,7 +296,7 @@ class Staging:
         """
         try:
             self._remove(keep)
-        except KeyboardInterrupt:  # The user interrupted the cleanup; finish it before raising.
+        except KeyboardInterrupt:  # The user interrupted the cleanup: finish the cleanup, then raise the interrupt.
             self._remove(keep)
             raise
 
@@ -302,8 +304,8 @@ class Staging:
         try:
             self.recover()
         except StorageError:
-            return  # Keep the stage: it holds the only copy of the old output.
-        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left this copy.
+            return  # Keep the stage: it has the only copy of the old output.
+        part_of(self.target).unlink(missing_ok=True)  # A run that wrote into the target file may have left this copy.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -322,7 +324,7 @@ class Staging:
     def _journaled(self, key: str = "moves") -> list[Move]:
         try:
             found = json.loads(self._journal.read_bytes())[key]
-        except (OSError, ValueError, TypeError, KeyError):  # There is no journal: nothing was being published.
+        except (OSError, ValueError, TypeError, KeyError):  # Without a journal, no rename had started.
             return []
         return [(self.folder / inside, self.place / end) for inside, end in found]
 
@@ -339,7 +341,7 @@ class Staging:
             same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
         except FileNotFoundError:
             same = False
-        if not same:  # The process that held the lock finished and removed the file after this process had opened it.
+        if not same:  # Open again: after this process opened the file, the holder of the lock finished and removed it.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -358,19 +360,20 @@ def staged(
 ) -> Iterator[Path]:
     """Yield a path to write to; when the block ends, the written output replaces `target`.
 
-    The path has the target's name. Files written next to it end up next to the target. If `target` is a folder, the
-    path is an empty folder. After an error, nothing is left behind and the target is unchanged.
+    The path has the target's name. Files that are written next to the path are moved next to the target. If `target` is
+    a folder, the path is an empty folder. After an error, all written files are removed and the target is unchanged.
 
-    A replaced folder may hold files that the new output lacks: a README, a tokenizer, notes. Old and new files of an
-    output must not mix, and no other file may be lost. So `owns` lists name patterns of the files that belong to such
-    an output. Old files that match are removed, and all others are kept.
+    An old folder may have files that the new output lacks. Old and new files of an output must not mix, but a README, a
+    tokenizer or notes must not be lost. So `owns` lists name patterns of the files that belong to an output. Old files
+    that match a pattern are removed, and all other files are kept.
 
     Args:
         target: a file or a folder.
         overwrite: replace an existing `target`.
         owns: name patterns of files in a folder that belong to the output; None means all files.
         inputs: the files that the output is made from; they are never replaced.
-        made_from: a digest of everything that decides the output; a later run compares it to find the output finished.
+        made_from: a digest of everything that determines the output. If a later run has the same digest, the output is
+            already complete.
 
     Raises:
         StorageError: the target exists, or is not a file or folder; another process is writing there; the disk is full.
@@ -409,7 +412,7 @@ def staged(
 
 
 def take_over(target: Path, suffix: str = WRITING) -> None:
-    """Restore or remove the remains of a killed run at a target; does nothing if it has no stage.
+    """Undo the unfinished renames of a killed run at a target, and remove its stage; do nothing without a stage.
 
     Raises:
         StorageError: another process is writing there.
@@ -421,7 +424,7 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the error for a failed write to `path`, if another library hides the OSError."""
+    """Return the typed error for a failed write to `path` by a library that hides the OSError."""
     free = shutil.disk_usage(path.parent).free
     why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
@@ -448,12 +451,12 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return the path to rename to: links to folders and `.` in the target are resolved."""
+    """Return the target's real path for a rename, with links to folders and `.` resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """Return the name of a hidden folder next to `name`; deterministic, and short enough for any file system."""
+    """Return the name of the hidden folder for `name`: always the same, and short enough for any file system."""
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{suffix}"
@@ -467,7 +470,7 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it exists; a link itself is removed, not its target."""
+    """Remove a file, a folder or a link if it exists; the target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -482,12 +485,12 @@ def remove_empty(*folders: Path) -> None:
 
 
 def _outside(stage: Staging, path: str | None) -> str:
-    """Translate a path in the stage, which will be deleted, to the matching path at the target."""
+    """Replace a path in the stage by the path that the file will have at the target, for messages."""
     return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace an input file, even if it is given by another name or through a link.
+    """Refuse to replace an input file, even if the target has another name for the file, such as a link.
 
     Raises:
         UsageError: a file is both replaced and read.
@@ -501,7 +504,7 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces: files that match `owns` or are named like a new file.
+    """Yield the files at a target that an output replaces: files that match `owns`, or have the name of a new file.
 
     Args:
         target: the target, which may not exist.
@@ -519,7 +522,7 @@ def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = N
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether a path equals another or is inside it, compared by inode, so that links and mounts do not matter."""
+    """Whether a path is another path or is inside it. Inodes are compared, so links and mounts are recognized."""
     there = _identity(outer)
     if there is None:
         return inner.resolve() == outer.resolve()
@@ -563,9 +566,9 @@ def _planned(
 
 
 def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to replace a file next to the target if its contents differ, because it may belong to another output.
+    """Refuse to replace a file next to the target if the contents differ: the old file may belong to another output.
 
-    Several formats keep a number such as alpha in a file with a fixed name next to their tensors.
+    Several formats store a number such as alpha in a file with a fixed name next to their tensors.
     """
     if not _exists(end) or (end.is_file() and end.read_bytes() == file.read_bytes()):
         return
@@ -577,7 +580,7 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Add those old files that do not match `owns` to the new folder, by hard links, which copy nothing."""
+    """Add the old files that do not match `owns` to the new folder, as hard links, without copying."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():

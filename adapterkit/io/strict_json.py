@@ -1,4 +1,4 @@
-"""Parse JSON from untrusted files; refuse anything that two parsers could read differently."""
+"""Parse JSON from untrusted files; refuse documents that two parsers could interpret differently."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     """A JSON value; a tuple counts as a list."""
 
 MAX_QUOTES = 1 << 23
-"""Most quotation marks in a document. A header has ten per tensor, so 800,000 fit, 8 times the largest known model."""
+"""The most quotation marks in a document. A header has ten per tensor, so 800,000 tensors are allowed, 8 times as many
+as in the largest known model."""
 
 MAX_CONTAINERS = 1 << 21
-"""Most objects and lists in a document; a tensor has three."""
+"""The most objects and lists in a document; the entry of a tensor has three."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
-"""Deepest nesting of objects and lists; real documents have about ten levels."""
+"""The deepest nesting of objects and lists; real documents have about ten levels."""
 
 _OF_A_TABLE = b"{}[]:,0123456789 \t\r\n"
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -42,27 +43,27 @@ def load_json(text: str) -> Any:
 def load_table(text: str) -> tuple[Any, bool]:
     """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
-    It returns the same as `load_json` in a third of the time. The characters outside of strings show whether the table
-    is regular. If so, the values need no individual checks.
+    The value is the same as from `load_json`, but takes a third of the time. The characters outside of strings show
+    whether all values are strings or non-negative integers. If they are, the values need no individual checks.
 
     Args:
         text: the JSON text.
 
     Returns:
-        The value, and whether it holds only objects, lists, strings and non-negative integers.
+        The value, and whether it consists only of objects, lists, strings and non-negative integers.
 
     Raises:
-        ValueError, RecursionError: as `load_json`.
+        ValueError, RecursionError: as for `load_json`.
     """
     bare = check_size(text.encode("utf-8", "surrogatepass"))
     regular = not bare.translate(None, _OF_A_TABLE)
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    # Compare the number of colons with the number of parsed keys: of a repeated key, the parser keeps only one.
+    # Compare the number of colons with the number of parsed keys: the parser keeps only one of two equal keys.
     fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # The numbers differ: a key occurs twice, or this is not such a table. Parse the text again, with all checks.
+        # The numbers differ: a key occurs twice, or the text is not a table. Parse the text again, with all checks.
         return _load(text, _unique), False
     return value, regular
 
@@ -76,9 +77,9 @@ def _load(text: str, hook: Callable[[list[tuple[str, JsonValue]]], dict[str, Jso
 
 
 def check_size(data: bytes) -> bytes:
-    """Check before parsing that a JSON document has no more values and levels than a real one.
+    """Check a JSON document before parsing: refuse more values or levels than real documents have.
 
-    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. The depth is limited
+    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of such text took 5 GB. The depth is limited
     because code that walks through the values recurses at each level.
 
     Returns:
@@ -94,15 +95,16 @@ def check_size(data: bytes) -> bytes:
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"there are more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    # Map both kinds of brackets to one, so that each pass of the loop below removes one level. The parser refuses
-    # brackets that mismatch.
+    # Replace both kinds of brackets by one kind, so that each run of the loop removes one level. The parser refuses
+    # brackets of different kinds.
     brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")
         if len(shorter) == len(brackets):
             break
         brackets = shorter
-    # Balanced brackets are removed by now, unless they were nested too deeply. The parser refuses unbalanced ones.
+    # The loop has removed all balanced brackets, unless they are nested too deeply. The parser refuses unbalanced
+    # brackets.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
         raise ValueError(f"more than {MAX_DEPTH} objects and lists are nested")
     return bare

@@ -1,4 +1,4 @@
-"""Parse YAML from untrusted files: plain values only, in bounded time and memory."""
+"""Parse YAML from untrusted files: only plain values, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BYTES = 256 << 10
 """Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
 
 MAX_NODES = 20_000
-"""Most values in a document; PyYAML takes minutes for hundreds of thousands."""
+"""The most values in a document; PyYAML takes minutes for hundreds of thousands of values."""
 
 MAX_DEPTH = 32
 MAX_DIGITS = 40
@@ -24,10 +24,10 @@ MAX_DIGITS = 40
 def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None) -> Any:
     """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
-    The function refuses aliases, because a few of them can describe gigabytes. It also refuses tags, repeated keys,
-    numbers that are not finite or have more than 40 digits, and half surrogate pairs. Native files store such documents
-    as JSON, which cannot express these values. Dates stay strings. So do YAML 1.1's numbers with colons (`1:30`), which
-    PyYAML parses in quadratic time.
+    The function refuses aliases, because a few aliases can expand to gigabytes. It also refuses tags, repeated keys,
+    numbers that are not finite or have more than 40 digits, and lone surrogates. adapterkit's own format stores such
+    documents as JSON, which cannot express these values. Dates stay strings. YAML 1.1's numbers with colons (`1:30`)
+    also stay strings, because PyYAML parses them in quadratic time.
 
     Args:
         data: the document in UTF-8.
@@ -68,7 +68,7 @@ def _loader() -> type[yaml.SafeLoader]:
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
                 raise _fault("aliases are not supported", event)
-            # An explicit tag asks for a type; a bare `!` asks for text, which is harmless.
+            # Refuse a tag that names a type. Accept a bare `!`, which means text.
             if event.tag not in (None, "!"):
                 raise _fault(f"the tag {event.tag!r} is not supported", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
@@ -94,7 +94,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_scalar(self, node: Any) -> Any:
             text = super().construct_scalar(node)
-            text.encode()  # Raise for half of a surrogate pair.
+            text.encode()  # Raise an error for a lone surrogate.
             return text
 
         def construct_yaml_int(self, node: Any) -> int:

@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 
 LIMIT = 32 << 20
-"""Largest pickle or archive directory in bytes; enough for about 100,000 tensors."""
+"""The largest pickle or archive directory in bytes, enough for about 100,000 tensors."""
 
 
 MAX_ENTRIES = 1 << 17
 """Most entries of an archive, one per tensor; the largest models have about 100,000."""
 
 _ENTRY = 128
-"""Assumed bytes per directory entry, mostly the name; torch's entries have 60 to 80."""
+"""The assumed size of a directory entry in bytes, mostly the name; torch's entries have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""Bytes at the end of an archive that locate its directory, including a comment of up to 64 KiB."""
+"""The number of bytes at the end of an archive that are searched for its directory; a comment takes up to 64 KiB."""
 
 
 class Capped(io.BufferedReader):
-    """A file that refuses huge reads: `zipfile` would read as many bytes as an archive claims to have."""
+    """A file that refuses huge reads: `zipfile` reads as many bytes as the (possibly forged) archive states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LIMIT:
@@ -58,7 +58,7 @@ class Capped(io.BufferedReader):
 
 
 Contents = tuple[object, dict[str, int]]
-"""The unpickled value, and storage key -> offset of its bytes in the file."""
+"""The unpickled value, and for each storage key the offset of the storage's bytes in the file."""
 
 
 def is_archive(file: Capped) -> bool:
@@ -75,7 +75,7 @@ def read_zip(file: Capped, size: int) -> Contents:
 
     Raises:
         Malformed: the archive violates the rules of the container.
-        Unsupported: data is compressed or big-endian, or the pickle uses more than a state dict needs.
+        Unsupported: data is compressed or big-endian, or the pickle uses an opcode or global that no state dict needs.
     """
     entries = _distinct(_entries(file))
     roots = _roots(entries)
@@ -110,7 +110,7 @@ def _entries(file: Capped) -> list[zipfile.ZipInfo]:
 
 
 def _check_directory(file: Capped) -> None:
-    """Check the number of entries that an archive claims, because `zipfile` creates a 600-byte object for each.
+    """Check the number of entries in an archive, because `zipfile` creates an object of 600 bytes for each entry.
 
     Raises:
         Malformed: the archive has no directory at its end.
@@ -126,7 +126,7 @@ def _check_directory(file: Capped) -> None:
     wide = tail.rfind(b"PK\6\6", 0, at)
     if wide >= 0 and len(tail) - wide >= 56:
         count, length = struct.unpack_from("<QQ", tail, wide + 32)
-    # Limit the length too: the count can be forged, but the length cannot, and each entry takes at least 46 bytes.
+    # Limit the directory's length too: the count can be forged, but each entry takes at least 46 bytes.
     if max(count, length // _ENTRY) > MAX_ENTRIES:
         raise refused(f"the archive has {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
 
@@ -155,7 +155,7 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
-    """Return the offset of an entry's bytes. Only the entry's local header gives the header's length."""
+    """Return the offset of an entry's bytes, which follow the entry's local header; the header states its length."""
     where = short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise refused("an entry is compressed or encrypted, which torch.save never does", where)
@@ -178,8 +178,8 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
-    """Return the content of the older container, a sequence of pickles; it raises the same errors as `read_zip`."""
-    # Read as many bytes as the pickles may take: they come first, and have no length field.
+    """Return the content of a file of torch before 1.6, a sequence of pickles; raise the same errors as `read_zip`."""
+    # Read as many bytes as the pickles may take: the pickles come first, and their length is not stated.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
@@ -209,18 +209,18 @@ def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict
     return places
 
 
-# Turn the unpickled values of a torch file into lazy tensors: a checked state dict, or nested dicts and values.
+# Convert the unpickled values of a torch file to a checked state dict of lazy tensors, or to nested dicts and values.
 
 
 Places = Mapping[str, int]
 """Storage key -> offset of its bytes in the file."""
 
 _DEEPEST = 8
-"""Most levels of nested dicts and lists."""
+"""The most levels of nested dicts and lists."""
 _VALUES = 1 << 20
-"""Most values: ten for each tensor of the largest files, whose pickles hold about 100,000."""
+"""The most values in a pickle: ten for each of the 100,000 tensors of the largest files."""
 _EXPANDED = 256 << 20
-"""Most bytes that all tensors with overlapping elements may take together when expanded."""
+"""The most bytes that all tensors with overlapping elements may take together when they are copied."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
@@ -234,11 +234,11 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
 
 
 def nested(path: str, value: object, places: Places) -> object:
-    """Return dicts and plain values unchanged; lazy tensors replace the views in them.
+    """Return nested dicts and values of a pickle, with each torch tensor replaced by a lazy tensor.
 
     Raises:
-        Malformed: there are too many values or levels. A pickle can refer to a value again by its number, so a few
-            hundred bytes can describe billions of values. Each reference counts.
+        Malformed: there are too many values or levels. A pickle can repeat a value by a reference, so a few hundred
+            bytes can describe billions of values. Each repetition is counted.
     """
     left = [_VALUES]
 
@@ -288,7 +288,7 @@ def _unwrapped(value: Mapping[object, object]) -> object:
 
 def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
     lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
-    # Limit expanded tensors: with a stride of 0, a few stored bytes can stand for gigabytes.
+    # Limit tensors with overlapping elements: with a stride of 0, a few stored bytes can describe gigabytes.
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])
@@ -327,11 +327,11 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """The value of the first pickle in a file before torch 1.6."""
 
 HEAD = 64
-"""Bytes at the start of a file that identify its container."""
+"""The number of bytes at the start of a file that identify its container."""
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `torch.save` wrote `path`; looks at its first bytes and at an archive's directory.
+    """Whether `torch.save` wrote `path`, judging by the first bytes and, for an archive, by its directory.
 
     Raises:
         StorageError: the file cannot be read.
@@ -353,16 +353,17 @@ def _is_torch_file(path: Path) -> bool:
 def read_torch_file(path: Path) -> dict[str, Lazy]:
     """Return the tensors of a saved state dict, by name in the file's order; no tensor data is read yet.
 
-    If the dict has only a `state_dict`, `model` or `model_state_dict` entry, that entry is the state dict. A module's
-    `_metadata` is dropped: it holds code versions, not weights. All names that share a storage are returned. A
-    contiguous tensor has a `span`; for any other view, `fetch` gathers the elements. Files are closed between fetches.
+    If the only entry of the dict is `state_dict`, `model` or `model_state_dict`, this entry is the state dict. A
+    module's `_metadata` is dropped, because it contains versions of code. If several tensors share a storage, all are
+    returned. A contiguous tensor has a `span`; for any other tensor, `fetch` collects the elements. The file is closed
+    between fetches.
 
     Raises:
         Malformed: the file violates the rules of its container, a view extends beyond its storage, or an entry is not
             a tensor.
         Unsupported: the pickle uses a global or an opcode that no state dict needs, or data is compressed or
             big-endian.
-        StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` if the file has shrunk.
+        StorageError: the file cannot be read. `fetch` also raises this error, and `Corrupt` if the file has shrunk.
     """
 
     def read() -> dict[str, Lazy]:
@@ -372,7 +373,7 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
 
 def read_torch_value(path: Path) -> object:
-    """Return a saved value that is more than a state dict: dicts and plain values that contain lazy tensors.
+    """Return a saved value that is not only a state dict: nested dicts and values that contain lazy tensors.
 
     Raises:
         Malformed: as for `read_torch_file`, but entries need not be tensors.
@@ -386,7 +387,7 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
     from .torch_pickle import damaged
 
     try:
-        # `Capped` does its own buffering, so it needs the unbuffered file.
+        # Pass the unbuffered file, because `Capped` has a buffer.
         with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
             head = file.read(HEAD)
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None

@@ -1,6 +1,6 @@
-"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
+"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it runs no code of the file.
 
-This file also defines the values that such a pickle may contain, and the few functions that create them.
+This file also defines the values that the pickle may contain, and the few functions that create these values.
 
 Format: torch/_utils.py (`_rebuild_*`).
 """
@@ -33,35 +33,35 @@ ALONE = "Save the state dict alone: a dict of names to tensors, with no other en
 
 
 def damaged(why: str, where: str | None = None) -> Malformed:
-    """Return the error for a file that violates the rules of its container."""
+    """Return a `Malformed` error: the file violates the rules of its container."""
     return Malformed(why, where=where, cure=_DAMAGED)
 
 
 def refused(why: str, where: str | None = None) -> Unsupported:
-    """Return the error for a file that uses more than a state dict needs."""
+    """Return an `Unsupported` error: the file uses a pickle feature that no state dict needs."""
     return Unsupported(why, where=where, cure=_CONVERT)
 
 
 def short(text: str) -> str:
-    """Shorten text from a file, and escape it, to fit one line of a message."""
+    """Shorten and escape a text from a file, so that it fits into one line of a message."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")
 
 
 def kind_of(value: object) -> str:
-    """Return the type of a value in words, for a message."""
+    """Return a name for the type of a value, for a message."""
     return {View: "tensor", Storage: "storage", Global: "global"}.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a global, `module name`, as the pickle states it. The object that it names is never loaded."""
+    """The name of a global in a pickle, as `module name`. The global itself is never loaded."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements in the file, with its key in the container."""
+    """A storage of torch: a run of elements in the file, with the key of the storage in the container."""
 
     key: str
     dtype: DType
@@ -88,7 +88,7 @@ class View:
 
     @property
     def extent(self) -> int:
-        """The number of elements from the first to the last, inclusive."""
+        """The number of elements of the storage from the tensor's first to its last element, inclusive."""
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
 
     @property
@@ -110,7 +110,7 @@ _DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
 
 
 def counts(value: object) -> bool:
-    """Whether a value is a tuple of sizes, with at most as many axes as a tensor can have."""
+    """Whether a value is a tuple of sizes for at most as many axes as a tensor can have."""
     return (
         type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     )
@@ -119,7 +119,7 @@ def counts(value: object) -> bool:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: object = None, metadata: object = None
 ) -> View:
-    """Build the tensor that torch's `_rebuild_tensor` and `_rebuild_tensor_v2` would return."""
+    """Return the tensor that torch's `_rebuild_tensor` and `_rebuild_tensor_v2` would return, as a `View`."""
     if hooks or metadata:
         raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
@@ -166,7 +166,7 @@ def _ordered() -> dict[str, JsonValue]:
 
 
 def _set(items: object = ()) -> object:
-    """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names with the weights."""
+    """Return a set as a list, because values are never hashed. DeepSpeed saves a set of module names."""
     if type(items) is list:
         return list(items)
     if items != ():
@@ -176,7 +176,7 @@ def _set(items: object = ()) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that is not needed and not built, such as numpy's random state saved with the weights."""
+    """A placeholder for a value that is never used, such as numpy's random state that was saved with the weights."""
 
 
 def _opaque(*_: object) -> Opaque:
@@ -197,31 +197,31 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
-"""The functions that the opcode REDUCE may call. All are defined in this file, and none calls any of its arguments."""
+"""The functions that the opcode REDUCE may call. All are defined in this file, and none of them calls an argument."""
 KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 
-# A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
+# A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it runs no code of the file.
 #
 # `pickle.Unpickler` is not used, because its opcodes can hang or kill a process even if every global is refused. A memo
 # index of 2**31 allocates gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, and a key of a million nested
-# tuples overflows the C stack. This interpreter takes time and memory linear in the pickle's length, and refuses any
-# opcode or global that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
+# tuples overflows the C stack. This interpreter needs time and memory in proportion to the pickle's length, and refuses
+# any opcode or global that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
 
 
 _LENGTH = 1 << 22
-"""Most opcodes in a pickle; a tensor takes 30."""
+"""The most opcodes in a pickle; a tensor takes 30 opcodes."""
 
 
 class Machine:
-    """Runs pickles, and collects the storages that they refer to."""
+    """Run pickles, and collect the storages to which they refer."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: io.BytesIO) -> object:
-        """Return the value of the pickle that starts here; leaves the stream after its STOP opcode."""
+        """Run one pickle from the current position of the stream to its STOP opcode, and return its value."""
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -241,7 +241,7 @@ class Machine:
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:
-        """Run one opcode and return its name. Its argument is decoded only after the opcode is known to be harmless."""
+        """Run one opcode and return its name. The argument is decoded only if the opcode is allowed."""
         code = stream.read(1)
         if code not in _OPCODES:
             raise ValueError(f"no opcode is {code!r}" if code else "it ends without a STOP")
@@ -319,7 +319,7 @@ class Machine:
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
         match pid if type(pid) is tuple else ():
-            # The legacy container adds the storage's view metadata, which has been None since torch 0.4.
+            # Accept a sixth item: files before torch 1.6 have view metadata there, always None since torch 0.4.
             case ("storage", Global(name=kind), str(key), str(), numel, *view) if (
                 kind in STORAGE_TYPES and counts((numel,)) and view in ([], [None])
             ):
@@ -332,7 +332,7 @@ class Machine:
 
 
 def _global_name(stream: io.BytesIO) -> str:
-    """Read the argument of GLOBAL, `module name`. pickletools would interpret backslashes in it, and warn."""
+    """Read the argument of the opcode GLOBAL, `module name`. pickletools would interpret its backslashes, and warn."""
     module, name = stream.readline(), stream.readline()
     if not name.endswith(b"\n"):
         raise ValueError("a name has no end")

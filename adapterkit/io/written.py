@@ -1,9 +1,8 @@
-"""Remember the tensors that a file was written from, while a writer checks its own output.
+"""Remember the source tensors of a written file, while the writer checks its output.
 
-A writer reads each file back right after writing it. If its tensors were only moved, a full comparison is not needed:
-the header is read from the disk, a sample of bytes is compared with the disk, and all other reads return the tensors
-that were written. Some containers are written bypassing the page cache, so reading each tensor from the disk would take
-70 us.
+A writer reads each file back after writing it. If the tensors were only moved, a full comparison is not needed. The
+header is read from the disk, and a sample of bytes is compared with the disk. All other reads return the source tensors
+from memory: some files are written around the page cache, so reading a tensor from the disk would take 70 us.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """A written file.
+    """A file that was written.
 
     Attributes:
-        sources: name -> the tensor that was written under that name.
-        read: a function that reads the file's tensors from the disk, as lazy tensors with spans in the file.
+        sources: tensor name in the file -> the source tensor.
+        read: a function that returns the tensors in the file as lazy tensors, which read from the disk.
     """
 
     sources: Mapping[str, Lazy]
     read: Callable[[str], Mapping[str, Lazy]]
 
     def on_disk(self, path: str) -> Mapping[str, Lazy]:
-        """Return the file's tensors as lazy tensors that read from the disk."""
+        """Return the tensors in the file as lazy tensors, which read from the disk."""
         token = _WRITTEN.set(None)
         try:
             return self.read(path)
@@ -45,10 +44,10 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Inside the block, reading a file that was written in the same block returns the tensors that were written.
+    """Remember the source tensors of all files that are written in the block; reading a file then returns them.
 
     Yields:
-        A map from the path of each file to its `Written`.
+        A map from the path of each written file to its `Written`.
     """
     files: dict[str, Written] = {}
     token = _WRITTEN.set(files)
@@ -61,19 +60,19 @@ def sources_remembered() -> Iterator[dict[str, Written]]:
 def remember(
     path: str | os.PathLike[str], sources: Mapping[str, Lazy], read: Callable[[str], Mapping[str, Lazy]]
 ) -> None:
-    """Remember the tensors that a file was written from, if inside `sources_remembered`; see `Written`."""
+    """Inside `sources_remembered`, remember the source tensors of a file that was written."""
     files = _WRITTEN.get()
     if files is not None:
         files[os.fspath(path)] = Written(sources, read)
 
 
 def sources_of(path: str) -> Mapping[str, Lazy]:
-    """Return the tensors that a file was written from, by name; empty if unknown."""
+    """Return the source tensors of a written file by name; empty if they are not remembered."""
     written = (_WRITTEN.get() or {}).get(path)
     return {} if written is None else written.sources
 
 
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
-    """Return the tensor that an entry was written from; None if unknown, or if the header contradicts it."""
+    """Return the source tensor of an entry; None if it is not remembered, or differs from the header."""
     source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

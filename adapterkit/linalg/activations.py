@@ -48,7 +48,7 @@ def tanh(x: N) -> N:
 
 
 def relu(x: N) -> N:
-    """max(x, 0)."""
+    """Return max(x, 0)."""
     return namespace(x).clip(x, 0, None)
 
 
@@ -145,4 +145,4 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": _silu,
     "tanh": tanh,
 }
-"""Activation name -> function."""
+"""A map from each activation's name to its function."""

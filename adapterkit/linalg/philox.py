@@ -1,7 +1,7 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
-without the earlier ones. So sums over random matrices need only a few matrices in memory at a time, both in numpy and
+without the earlier ones. So sums over random matrices need only a few matrices in memory, both in numpy and
 in torch.
 """
 
@@ -17,7 +17,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 CHUNK = 1 << 16
-"""Random numbers in memory at a time; drawing is twice as fast if they fit in a core's cache."""
+"""The number of random numbers in memory together; drawing is twice as fast if they fit in a core's cache."""
 
 
 def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:
@@ -56,7 +56,7 @@ def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: obj
 def combine(coefficients: N, seeds: N, stream: int, count: int) -> N:
     """Return sum over n of coefficients[n] * (vector n of each seed), `[seeds, count]`, in the coefficients' dtype.
 
-    A few vectors are drawn at a time. In training, they are drawn again for the gradient, which saves memory.
+    The vectors are drawn in small groups. In training, they are drawn again for the gradient, which saves memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
     # If there are no coefficients, the result is a sum of no vectors: zeros.

@@ -55,7 +55,7 @@ def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
 
 
 def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
-    """Return the first number that is negative or not below its bound; None if all are inside.
+    """Return the first number that is negative or not below its bound; None if all numbers are within their bounds.
 
     Args:
         leaf: the numbers.

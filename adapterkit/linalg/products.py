@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 ROWS = 16
-"""Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
+"""The number of rows in a block: OpenBLAS is faster per element if the product stays in a core's cache."""
 
 STRIP = 3 << 14
-"""Number of elements of A that are used at a time; they stay in the cache from one block of rows to the next."""
+"""The number of elements of A in a strip, which stays in the cache from one block of rows to the next."""
 
 
 def product(D: N, B: N, A: N) -> None:
@@ -49,7 +49,7 @@ def kron(w1: N, w2: N) -> N:
 
 
 def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
-    """Return two factors of a matrix: the given ones, or `whole` and an identity of its shorter side."""
+    """Return two factors of a matrix: `left` and `right` if passed, else `whole` and an identity matrix."""
     if whole is None:
         assert left is not None
         assert right is not None

@@ -1,6 +1,6 @@
-"""Find out which tools load an adapter file directly, which tools load it after a conversion, and why others do not.
+"""Find out which tools load an adapter file, which tools load it after a conversion, and why the others do not.
 
-Each tool has a data file in `spec/loaders`; most facts in these files come from running the tool.
+Each tool has a data file in `spec/loaders`. Most statements in these files come from running the tool.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from ..naming.image import ImageFamily
 
 FORMAT = 1
-"""The version of the data files' format that this code reads."""
+"""The version of the data files' format that this code can read."""
 
 
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to spell the modules of U-Nets and transformers; `spec/loaders/README.md` explains the fields."""
+    """One way in which a tool's files name modules of U-Nets and transformers.
+
+    `spec/loaders/README.md` explains the fields.
+    """
 
     prefix: str
     naming: str
@@ -48,7 +51,7 @@ class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to spell the modules of text encoders."""
+    """One way in which a tool's files name modules of text encoders."""
 
     prefix: str
     names: list[str]
@@ -56,7 +59,7 @@ class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Files(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A format whose files a tool loads completely."""
+    """A format whose files a tool can load completely."""
 
     format: str
     families: list[str] = []
@@ -86,14 +89,15 @@ class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer whether one tool loads one file.
+    """The answer to the question whether a tool loads a file.
 
     Attributes:
         tool: the name of the tool's file in `spec/loaders`.
-        title: the tool, with the version that the data describes.
+        title: the tool's title, with the version that the data file describes.
         loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
-        why: the reason why the tool does not load all keys, or how its result differs.
-        convert: the arguments of `adapterkit convert` after which the tool loads all keys; empty if none are known.
+        why: the reason why the tool does not load all keys, or a description of how its result differs.
+        convert: the arguments of `adapterkit convert`; after this conversion, the tool loads all keys. Empty if
+            unknown.
     """
 
     tool: str
@@ -105,16 +109,16 @@ class Answer:
 
 @cache
 def loaders() -> Mapping[str, Loader]:
-    """Return the tools by name, sorted.
+    """Return all tools by name, sorted.
 
     Raises:
-        Malformed: a data file does not have the form that the README defines.
+        Malformed: a data file does not have the form that `spec/loaders/README.md` defines.
     """
     return {file.stem: load(file) for file in sorted(folder().glob("*.toml"))}
 
 
 def load(path: Path) -> Loader:
-    """Read a tool's data file and check it."""
+    """Read the data file of a tool, and check it."""
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=Loader)
     except (ValueError, msgspec.MsgspecError) as error:
@@ -134,19 +138,19 @@ def load(path: Path) -> Loader:
 
 @cache
 def folder() -> Path:
-    """Return the folder of the data files: next to this module if installed, `spec/loaders` in a checkout."""
+    """Return the folder with the data files: next to this module if installed; in a checkout, `spec/loaders`."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
 
 def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
-    """For each tool, return whether it loads a file.
+    """Return, for each tool, whether it loads a file.
 
     Args:
         adapter: the adapter that was read from the file.
         format: the format of the file.
         path: the file or folder.
-        convert: whether to try conversions for tools that do not load the whole file; this may read values.
+        convert: whether to search a conversion for each tool that does not load the whole file; this may load tensors.
 
     Returns:
         one answer for each tool that supports this kind of model, sorted by name.
@@ -156,15 +160,14 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
-    """Return an adapter that will be written with the usual keys of its format, if the format's tool needs them.
+    """Replace unusual keys of the source file by the usual keys of the file's format, if the format's tool needs this.
 
-    The format `comfyui` also reads files with keys that ComfyUI itself does not know, such as files from fal and
-    ACE-Step for some families. Writing an adapter in its source format would keep such keys, so they are replaced with
-    the format's usual keys.
+    The format `comfyui` also reads files with keys that ComfyUI does not load; for some families of models, fal and
+    ACE-Step write such files. Writing the adapter in the same format would keep these keys, so they are replaced.
 
     Args:
         adapter: the adapter that was read from the file.
-        format: the format of the file, which is also the format to write.
+        format: the format of the file; the adapter will be written in the same format.
         path: the file or folder.
     """
     tool, writer = loaders().get(format), FORMATS[format]()
@@ -173,7 +176,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # Keep AnimateDiff's names: they are read as diffusers' oldest style, but diffusers has no modules with these names.
+    # Keep AnimateDiff's names. They look like diffusers' oldest style, but diffusers has no modules with these names.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
@@ -181,15 +184,15 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
-    # Record the families that fit, because the keys that show them are dropped here.
+    # Record the families that fit, because the keys, which show the families, are dropped here.
     told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), told | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
-    """Forget the file's keys that the tool skips, if the tool knows the format's usual keys for the same tensors.
+    """Replace the file's keys that the tool ignores, if the tool knows the format's usual keys for the same tensors.
 
-    ComfyUI loads the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
+    Example: ComfyUI loads the factors of a DoRA under several names, but the magnitude only as `dora_scale`.
     """
     assert adapter.foreign is not None
     keys: Any = adapter.foreign.data.get("keys") or {}
@@ -206,7 +209,7 @@ def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFam
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """The facts that decide whether a tool loads a file."""
+    """Everything about a file that decides whether a tool loads it."""
 
     adapter: Adapter
     format: str
@@ -249,7 +252,7 @@ def _answer(name: str, tool: Loader, seen: _File, convert: bool) -> Answer:
 
 
 def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Return whether a tool loads a file, and the reason if it does not."""
+    """Return whether a tool loads a file, and a reason if it does not."""
     if seen.container not in tool.containers:
         return "no", f"it does not read {seen.container} files"
     for files in tool.files:
@@ -271,7 +274,7 @@ def _whole(files: Files, seen: _File) -> tuple[str, str]:
 
 
 def _profiled(files: Files, adapter: Adapter) -> tuple[str, str]:
-    """Return whether a consumer that supports part of a format loads a file unchanged, and the reason if not."""
+    """Return whether a program with this profile loads the file unchanged, and a reason if it does not."""
     try:
         fitted, lines = FORMATS[files.format]().fit(adapter, str(files.profile))
     except AdapterkitError as error:
@@ -285,9 +288,9 @@ def _numbers(adapter: Adapter) -> list[Any]:
 
 
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Return whether a tool knows every key of an image model's file, and the reason if not."""
+    """Return whether a tool knows every key of an image model's file, and a reason if it does not."""
     if not seen.families and denoiser_targets(seen.adapter.updates, ()):
-        return "unknown", "the family of the file's modules is unknown, and with it the keys that the tool loads"
+        return "unknown", "the family of models is unknown, so it is unknown which keys the tool loads"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):
@@ -305,10 +308,10 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
 
 
 def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
-    """List the keys that a tool does not know; of keys that differ only in block numbers, one is tested."""
+    """List the keys that a tool does not know. If keys differ only in block numbers, only one of the keys is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    # Keep these numbers, because the name of a pipeline's part may end with one: `transformer_2`.
+    # Do not treat these numbers as block numbers, because a component's name may end with a number: `transformer_2`.
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
@@ -324,7 +327,7 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
 
 @lru_cache(maxsize=16)
 def _kinds(keys: tuple[str, ...], literal: frozenset[str]) -> dict[str, str]:
-    """Map each key to the text that it shares with keys that differ only in block numbers.
+    """Map each key to a text that is the same for all keys that differ only in block numbers.
 
     The result is cached, because every tool needs it for the same file.
     """
@@ -350,7 +353,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """For each slot that the key may end with, yield the part of `rest` in front of that slot."""
+    """Yield the part of `rest` before the slot, for each slot with which `rest` may end."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -362,7 +365,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: `dotted` follow a dot and have at most `words` words; `others` follow without a dot."""
+    """A tool's slots: those in `dotted` follow a dot and have up to `words` words, those in `others` follow no dot."""
 
     dotted: frozenset[str]
     words: int
@@ -395,7 +398,7 @@ def _holes(templates: tuple[str, ...]) -> frozenset[str]:
 
 
 def _conversion(tool: Loader, seen: _File) -> str:
-    """Return the arguments of `adapterkit convert` after which a tool loads all of an adapter; empty if none work."""
+    """Return the arguments of `adapterkit convert` after which the tool loads all keys; empty if there are none."""
     for name in tool.convert:
         writer = FORMATS[name]()
         if isinstance(writer, ImageFormat):
@@ -409,7 +412,7 @@ def _conversion(tool: Loader, seen: _File) -> str:
 
 
 def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
-    """Return the file that a writer would write, with keys but without values; None if the writer refuses."""
+    """Return the file that a writer would write, without values; None if the writer refuses the adapter."""
     from ..formats._image.writing import encoded
 
     keys: list[str] = []
@@ -430,7 +433,10 @@ def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
 
 
 def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
-    """Return the conversion for a language model's adapter; only the adapter's methods are checked."""
+    """Return the arguments of `adapterkit convert` for a language model's adapter.
+
+    Only methods are checked, not keys.
+    """
     profile = next((files.profile for files in tool.files if files.profile is not None), None)
     words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
     updates = [update for _, update in seen.adapter]
@@ -438,7 +444,7 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
         try:
             writer.fit(seen.adapter, profile)
         except UsageError:
-            pass  # The base is missing, which `needs` names.
+            pass  # The base is missing; the tool's `needs` adds it.
         except Unrepresentable:
             if not all(_promotable(update) for update in updates):
                 return ""
@@ -453,5 +459,5 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
 
 
 def _promotable(update: Any) -> bool:
-    """Whether an update can become a LoRA with exact factors."""
+    """Whether an update can be converted to a LoRA with exact factors."""
     return isinstance(update, LoRA) or (isinstance(update, Additive) and type(update).pair is not Additive.pair)

@@ -1,4 +1,4 @@
-"""Merging: add adapters to the weights of a base; streamed, rounded once at the end, resumable, and verifiable."""
+"""Merge adapters into the weights of a base, block by block; merges can be resumed and verified."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def plan(
     calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Plan:
-    """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
+    """Plan a merge from the headers of files, without writing anything; `plan(...).record()` is plain data.
 
-    The arguments are the same as for `merge`; `options` holds several of them as one value.
+    The arguments are those of `merge`.
 
     Raises:
         AdapterkitError: as for `merge`, before anything is written.
@@ -119,72 +119,83 @@ def merge(
 ) -> Report:
     """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
-    The complete output appears by a rename. An interrupted merge resumes when it is called again with the same
-    arguments, and gives the same bytes.
+    The output becomes visible only when it is complete. To resume an interrupted merge, call the function again with
+    the same arguments; the output then has the same bytes as without the interruption.
 
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
         adapters: one adapter or several: paths or `Adapter`s.
         out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
             an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
-        weights: one factor per adapter; 1 for each if not given.
-        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. Or several, such as `cuda:0,cuda:1`,
-            which take files in turn. The device code was tested with torch's CPU device only, not on a GPU.
-        dtype: cast all floating tensors to this dtype; the base's own dtypes if not given.
-        shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
-        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster. A task reads
-            inputs on hubs, and uploads its file if `out` is on a hub, from its node and with the node's credentials.
-            All nodes must see local inputs and outputs under the same paths.
-        address: the address of the Ray cluster. If not given, the cluster that this process is connected to, or a
-            new local one.
+        weights: one factor per adapter; default: 1.
+        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. Several devices, such as
+            `cuda:0,cuda:1`, each compute every nth file. The code for devices was tested only with torch's CPU device,
+            not on a GPU.
+        dtype: the dtype to which all floating-point tensors are cast; default: the base's dtypes.
+        shard_size: the largest size of an output file in bytes; default: the same files as the base.
+        engine: `local`: threads of this process. `ray`: one task per output file on a Ray cluster. A task downloads
+            inputs from hubs, and uploads its file if `out` is on a hub, with the credentials of its node. Local inputs
+            and outputs must have the same paths on all nodes.
+        address: the address of the Ray cluster; default: the cluster to which this process is connected, or else a new
+            local cluster.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
-        tied: which layers an update changes if the base ties its head to its embedding. If not given, the layers that
-            the adapter's training tool changed: PEFT's token rows change both, its other updates only the layer that
-            they name. `untie`: like PEFT, and the head is written as a separate tensor. `merge`: every update changes
-            both. The choice may differ by kind, as in `rows=untie,embedding=merge` or a mapping. The kinds are `rows`,
-            `replacement` (`modules_to_save`), and `embedding` and `head` (all other updates at these layers).
-        allow_partial: skip targets that the base does not have instead of refusing.
-        overwrite: replace an existing output at `out`.
+        tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
+            adapter's training tool changed. With PEFT, token rows change both layers, and other updates change only the
+            layer that they name. `untie`: the same layers as with PEFT; the head is written as a separate tensor.
+            `merge`: every update changes both layers. The choice may differ by kind of update, as in
+            `rows=untie,embedding=merge` or a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
+            `modules_to_save`), and `embedding` and `head` (all other updates of these layers).
+        allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
+        overwrite: whether to replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
-            bits; `requantize`: quantize the result again, in the same scheme; `original`: merge into `onto`.
-        onto: the 16-bit weights that a quantized base was made from.
-        keep: `adapter`, with `requantize`: adjust merged weights before they are rounded, so that the rounded weights
-            together hold the adapters' change, for the inputs to which the adapters respond. This takes about ten times
-            as long, and holds whole weights in memory.
-        calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Weights are rounded
-            so that the outputs for these activations change little; directions to which the adapters respond count
-            more. For adapters of many modules, this keeps far more of the change than `keep` alone. Each weight is
-            packed up to 200 times.
-        seed: round stochastically; each draw depends only on this number, the tensor and the element.
+            bits. `requantize`: merge into the dequantized weights, and quantize the result in the base's scheme.
+            `original`: merge into the weights `onto`.
+        onto: the 16-bit weights from which the quantized base was made.
+        keep: `adapter`, only with `requantize`: adjust merged weights before they are rounded, so that rounding does
+            not lose the adapters' change for the inputs to which the adapters respond. This takes about ten times as
+            long, and needs whole weights in memory.
+        calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Weights are rounded so
+            that the outputs of layers for these activations change little; directions to which the adapters respond
+            count more. If adapters change many modules, far more of their change survives than with `keep` alone. Each
+            weight is packed up to 200 times.
+        seed: the seed of stochastic rounding; default: round to the nearest. Each random draw depends only on the seed,
+            the tensor and the element.
         memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
-        link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
-        tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from (vocabulary, added tokens and chat
-            template). When not given, the adapter's is taken if its folder has a complete tokenizer that differs from
-            the base's and has no token beyond the base's embeddings; the report then warns.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
-            a warning in the report.
-        strict_licence: refuse licences of base and adapters that contradict each other, and parts whose card names no
-            licence or an unknown one. Without this, contradictions are only a warning in the report.
+        link: whether to write hard links to unchanged files of the base instead of copies. Never modify such an output
+            in place, because that modifies the base.
+        tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from, with its vocabulary, added tokens
+            and chat template. Default: the base's tokenizer. But if the adapter's folder has a complete tokenizer that
+            differs from the base's, and the base has an embedding for each of its tokens, the adapter's tokenizer is
+            copied, and the report contains a warning.
+        strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
+            Otherwise the report contains a warning.
+        strict_licence: whether to refuse licences of base and adapters that contradict each other, and model cards
+            without a known licence. Otherwise the report contains a warning about contradictions.
         vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
-            embedding, the head and the config; rows that no adapter's file holds are the mean of the base's rows.
-            `keep`: drop the added tokens. If not given: grow if the files hold all new rows, and refuse otherwise.
-        checksums: compute a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
+            embedding and the head, and change the config; a new row that is in no adapter's file becomes the mean of
+            the base's rows. `keep`: drop the added tokens. Default: grow if the adapters' files contain all new rows,
+            and refuse otherwise.
+        checksums: whether to compute a sha256 of the bytes while they are written, so that `verify` works without the
+            base; slower.
         rename: rules for names that cannot be resolved, each `FROM=TO`: dotted names or prefixes, with `{n}` and other
             placeholders for numbers. `@FILE` reads rules from a file, one per line. For each target, the first rule
-            that matches its name is used; each rule must match a target of one of the adapters. `family:NAME` gives the
-            `model_type` of a base without a config, if names and shapes allow two readings. `rows:by_head` or
-            `rows:by_part` gives the row order of the fused queries, keys and values in a sharded MiniMax-H3.
-        stream: download a base from a hub one weight file at a time, verified, and delete each file after its use.
-        options: several of these arguments as one value; an argument in it cannot also be given by name.
+            that matches its name is used; each rule must match a target of one of the adapters. `family:NAME` states
+            the `model_type` of a base without a config, if names and shapes fit two families. `rows:by_head` or
+            `rows:by_part` states the order of the rows of fused queries, keys and values in a sharded MiniMax-H3.
+        stream: whether to download the weight files of a base on a hub one after another, verify each, and delete it
+            after its use.
+        options: several of these arguments as one `MergeOptions`; an argument that it contains cannot also be given by
+            name.
 
     Raises:
-        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or was trained with more tokens (see `vocab`).
         NotMergeable: a method changes outputs or the context, not weights.
-        Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`; or licences contradict each
-            other or are not known, and `strict_licence`.
-        UsageError: arguments contradict each other, or a tied weight is changed and nothing tells how (see `tied`).
-        Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
+        Unsupported: the base cannot be streamed; or the base is quantized and `quantized` is not given.
+        CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set; or licences
+            contradict each other or are unknown, and `strict_licence` is set.
+        UsageError: arguments contradict each other, or it is unknown which layers an update of a tied weight changes
+            (see `tied`).
+        Malformed: a factor contains a NaN or an infinity, or a result overflows its dtype.
         StorageError: the disk is full, writing is not permitted, or `out` exists.
     """
     _check_engine(engine, address, stream)
@@ -216,7 +227,10 @@ def _merged(
     onto: Base | None, stream: bool, tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
     chosen: MergeOptions, place: PlacedOutput | None = None,
 ) -> Report:  # fmt: skip
-    """Merge into a local folder; with a `place`, tasks of a cluster upload the weight files instead."""
+    """Merge into a local folder.
+
+    If `place` is not None, the tasks of a cluster upload the weight files to a hub instead.
+    """
     with ExitStack() as stack:
         checkpoint, shards, uri = stack.enter_context(_opened_base(base, target, stream, engine))
         if engine == "ray" and onto is not None and not isinstance(onto, Checkpoint) and is_remote(onto):
@@ -236,8 +250,8 @@ def _merged(
         from ..io.checkpoint import fingerprint, shapes_digest
 
         stored = read if isinstance(read, Original) else checkpoint
-        # Take no fingerprint of weights that are not on disk. With `original`, take it of the 16-bit weights, into
-        # which the merge goes.
+        # Do not compute the fingerprint of a base that is not on disk. With `original`, compute the fingerprint of the
+        # 16-bit weights, because the adapters are merged into them.
         elsewhere = stream or (onto_uri if isinstance(read, Original) else uri) is not None
         taken = None if elsewhere else fingerprint(stored)
         planned = make_plan(read, named, chosen)
@@ -276,31 +290,31 @@ def verify(
     strict_base: bool = False,
     calibration: str | PathLike[str] | None = None,
 ) -> Verification:
-    """Recompute a merge and compare every element with the files on disk; writes nothing.
+    """Recompute a merge, and compare every element with the files on disk.
 
-    Without a base, the files are compared with the checksums that were recorded when they were written.
+    Without a base, compare the files with the checksums in the merge's record instead. Nothing is written.
 
     Args:
-        merged: the output of a merge by any tool; without a base, a merge by this library.
-        base: the base that was merged into; after `quantized="original"`, the 16-bit weights that were given as `onto`.
+        merged: the output of a merge by any tool; if no base is given, of a merge by this library.
+        base: the base of the merge; after `quantized="original"`, the 16-bit weights `onto`.
         adapters: the adapters.
-        weights: one factor per adapter; 1 for each if not given.
+        weights: one factor per adapter; default: 1.
         allow_partial: as in `merge`.
         progress: a function that is called with (bytes done, total bytes).
         seed: as in `merge`.
-        sample: compare this many changed and this many unchanged tensors, drawn at random; all if not given.
+        sample: how many changed and how many unchanged tensors to compare, drawn at random; default: all.
         rename: as in `merge`.
-        calibration: the file of activations of the merge, if it was rounded by one.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names; without
-            this, the result warns.
+        calibration: the file of activations with which the merge was rounded, if any.
+        strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
+            Otherwise the result contains a warning.
 
     Returns:
-        The number of compared tensors, and every difference; a difference raises no error. A base whose fingerprint
-        differs from the one in the merge's record or in an adapter counts as a difference.
+        The number of compared tensors, and all differences; differences raise no error. It also is a difference if the
+        base's fingerprint is not the fingerprint in the merge's record or in an adapter.
 
     Raises:
-        UsageError: adapters or a sample are given without a base, or there are no checksums.
-        CheckFailed: `strict_base` is set, and the base is not the one that an adapter names.
+        UsageError: adapters or a sample are given without a base; or the record has no checksums.
+        CheckFailed: `strict_base` is set, and the base differs from the base that an adapter records.
         AdapterkitError: an input cannot be read, or the inputs do not fit together.
     """
     if base is None:
@@ -336,29 +350,30 @@ def remainder(
     report: Callable[[Cut], object] | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return what quantizing a merged model lost, as a LoRA to run together with the quantized model.
+    """Return a LoRA of what quantization lost of a merged model; use the LoRA together with the quantized model.
 
-    For each weight that the adapters change, the LoRA is the best approximation of the given rank, in the Frobenius
-    norm, of the exact merge minus the stored weight. One weight per processor is in memory, in float32.
+    For each weight that the adapters change, the LoRA is the best approximation (in the Frobenius norm, of the given
+    rank) of the difference between the exact merge and the stored weight. One weight per processor is in memory, in
+    float32.
 
     Args:
         merged: the output of `merge` with `quantized="requantize"`.
-        base: the quantized base that was merged into.
+        base: the quantized base of the merge.
         adapters: the adapters.
         rank: the rank of the result.
         weights: one factor per adapter, as in the merge.
         allow_partial: as in `merge`.
         rename: as in `merge`.
-        dtype: the dtype of the factors; float32 if not given.
-        report: a function that is called with a `Cut` for each weight. Its norm is the norm of the loss; its error is
-            the norm of what the LoRA leaves out.
+        dtype: the dtype of the factors; default: float32.
+        report: a function that is called with a `Cut` for each weight. The `Cut` contains the norm of what quantization
+            lost, and the norm of the part of the loss that the LoRA lacks.
         progress: a function that is called with (bytes done, total bytes).
 
     Returns:
         A LoRA whose base is `merged`.
 
     Raises:
-        UsageError: a model is not quantized, the rank is out of range, or nothing was lost.
+        UsageError: a model is not quantized, the rank is out of range, or quantization caused no error.
         AdapterkitError: an input cannot be read, or the inputs do not fit together.
 
     Example:
@@ -397,7 +412,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 def _opened_base(
     base: Base, out: Path, stream: bool, engine: str
 ) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
-    """Yield the open base, the downloader of its files if it is streamed, and its uri if tasks of a cluster read it."""
+    """Yield (open base, downloader of its files or None, uri for the tasks of a cluster or None)."""
     if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
         with ranged(base, whole=True) as found:
             yield opened(found.path), None, found.uri
@@ -436,7 +451,7 @@ def _named(
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
     """Return the folder of each adapter, or None if it has no folder on this disk.
 
-    For an `Adapter` that was read before, the folder is found from its tensors.
+    For an `Adapter` in memory, the folder is deduced from the files of its tensors.
     """
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
@@ -458,7 +473,7 @@ def _accompanied(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None], fingerprint: str | None,
     tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
 ) -> Plan:  # fmt: skip
-    """Return the plan with its companion files, its fingerprint and all warnings."""
+    """Add the companion files, the base's fingerprint and all warnings to the plan."""
     from ..core.licence_terms import BASE, check_licences, conflicts
     from ..formats import warnings_of
     from ..naming.binding.bases import check_bases
@@ -481,7 +496,7 @@ def _accompanied(
 
 
 def _coarse(planned: Plan) -> Iterator[str]:
-    """Yield a warning if merged weights are rounded to 8 bits without a scale, because small changes are lost there."""
+    """Yield a warning if merged weights are rounded to an 8-bit float without a scale, which loses small changes."""
     kinds = [
         output.dtype
         for output in planned.outputs()
@@ -491,30 +506,30 @@ def _coarse(planned: Plan) -> Iterator[str]:
         bits = {"F8_E4M3": 3, "F8_E5M2": 2}.get(kind.name)
         if bits is not None:
             yield (
-                f"{kinds.count(kind)} merged weights are rounded to {kind.name}, which has {bits} bits behind the "
-                f"first: a change below 1/{2 ** (bits + 2)} of a weight is lost there; write a wider type to keep it "
-                "all: --dtype bfloat16 (dtype='bfloat16')"
+                f"{kinds.count(kind)} merged weights are rounded to {kind.name}, whose mantissa has {bits} bits: "
+                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; write a wider type to keep all "
+                "changes: --dtype bfloat16 (dtype='bfloat16')"
             )
 
 
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the licences in the cards of base and adapters, by the names that messages use for base and adapters."""
+    """Return the licences in the cards of the base and the adapters, by the names that messages use."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     found = {name: licence_at(place) for name, place in places.items()}
-    # Read the metadata, too: files of image models state their licence in it instead of in a card.
+    # Also read the metadata of files, in which image models state their licence.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     found |= {name: licence_called(text) for name, text in stated.items() if text and not found.get(name)}
     return {name: licence for name, licence in found.items() if licence}
 
 
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
-    """Yield warnings about the steps that a grown vocabulary needs in addition to its weights."""
+    """Yield warnings about what the user must change by hand if the vocabulary grows."""
     if not planned.base.root.is_dir():
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":
@@ -537,7 +552,7 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
 
 _OF_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".tar", ".gz"}
-"""Endings that a folder's name has by mistake only."""
+"""Endings of file names; a folder's name has such an ending only by mistake."""
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
@@ -555,7 +570,8 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # Allow an existing output that may come from this same merge, finished or interrupted; `run_plan` compares digests.
+    # Do not refuse an existing output yet: an earlier run of this merge may have written it; `run_plan` compares
+    # digests.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

@@ -1,6 +1,7 @@
-"""The two array libraries that a merge computes with: numpy on the CPU (without importing torch), and torch.
+"""The two array libraries that compute merges: numpy on the CPU (without importing torch), and torch.
 
-Formulas use only operations that both libraries have. This module covers the differences: memory, casts and devices.
+Formulas use only operations that both libraries have. This module has a common interface for what differs: memory,
+casts and devices.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""Size in bytes of an allocation that raises glibc's mmap threshold; glibc limits the threshold to 32 MiB."""
+"""The size in bytes of an allocation that raises glibc's mmap threshold to its maximum (32 MiB)."""
 
 
 class Arrays(Protocol):
@@ -47,19 +48,25 @@ class Arrays(Protocol):
         """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change` (float64)."""
+        """Write raw + change into `out`, summed in float64 and rounded to the nearest.
+
+        `change` (float64) may be overwritten.
+        """
 
     def finite(self, values: Numbers, dtype: DType) -> bool:
-        """Whether values of a dtype hold no NaN and no infinity."""
+        """Whether values of a dtype contain neither a NaN nor an infinity."""
         ...
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Return a context for a worker thread: one BLAS thread, and no overflow warnings (results are checked)."""
+        """Return a context for a worker thread with one BLAS thread and without overflow warnings.
+
+        Results are checked later.
+        """
         ...
 
 
 class Workspace:
-    """The memory of one worker, reused for every block of every tensor, because first writes to new pages are slow."""
+    """The memory of one worker, reused for all blocks of all tensors, because the first write to a new page is slow."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -67,14 +74,17 @@ class Workspace:
         self._kept: Array | None = None
 
     def take(self, count: int, use: str = "block") -> Numbers:
-        """Return uninitialised memory for `count` float64 numbers on the device; each `use` has its own memory."""
+        """Return uninitialised memory for `count` float64 numbers on the device.
+
+        Different values of `use` get separate memory.
+        """
         held = self._held.get(use)
         if held is None or len(held) < count:
             held = self._held[use] = self.arrays.empty(count)
         return held[:count]
 
     def keep(self, count: int, dtype: DType) -> Array:
-        """Return separate host memory for `count` numbers, as a numpy array."""
+        """Return host memory for `count` numbers as a numpy array, which is not reused for blocks."""
         import numpy as np
 
         nbytes = count * dtype.itemsize
@@ -85,7 +95,7 @@ class Workspace:
 
 
 def arrays_for(device: str) -> Arrays:
-    """Return the library for a device: `auto` (CUDA if torch finds it), `cpu`, `cuda:N` or any other torch device.
+    """Return the array library for a device: `auto` (CUDA if torch finds it), `cpu`, `cuda:N` or another torch device.
 
     Raises:
         UsageError: the device does not exist.
@@ -112,7 +122,7 @@ def devices_for(device: str) -> list[Arrays]:
 
 
 def _has_cuda() -> bool:
-    """Whether torch finds a CUDA device; first looks for the driver, which does not need torch."""
+    """Whether torch finds a CUDA device; without a CUDA driver, torch is not imported."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
         return False
     import torch
@@ -124,11 +134,12 @@ class NumpyArrays:
     """numpy with ml_dtypes' element types."""
 
     def __init__(self) -> None:
-        import numpy as np  # Import before the workers start, so that its BLAS can be limited to one thread each.
+        import numpy as np  # Import before the workers start, so that the BLAS can be limited.
 
         self.np = np
-        # Allocate and free one large array: it raises glibc's mmap threshold, so that smaller freed arrays are reused
-        # instead of unmapped. Otherwise formulas, which allocate a block at each step, would mostly wait for new pages.
+        # Allocate and free one large array. This raises glibc's mmap threshold, so that the memory of smaller freed
+        # arrays is reused instead of unmapped. Otherwise formulas, which allocate an array at each step, would mostly
+        # wait for new pages.
         np.empty(KEPT, np.uint8)
 
     def load(self, leaf: Leaf) -> Numbers:
@@ -145,7 +156,7 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # Let the ufunc cast inputs and output, a buffer at a time, so that no float64 copy of the base is written to
+        # Let the ufunc cast inputs and output in small buffers, so that no float64 copy of the base is written to
         # memory.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
@@ -176,7 +187,7 @@ class TorchArrays:
     """torch on any device.
 
     Args:
-        device: the device to compute on; blocks are read into host memory and written from there.
+        device: the device to compute on; blocks are read into host memory and written from host memory.
     """
 
     def __init__(self, device: str) -> None:
@@ -200,23 +211,22 @@ class TorchArrays:
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
         base, total, into = cast("tuple[torch.Tensor, torch.Tensor, torch.Tensor]", (raw, change, out))
         wide = base.to(total.device)
-        # Cast 8-bit floats first, because torch does not promote them in an addition.
+        # Cast 8-bit floats before the addition, because torch does not promote them.
         total += wide.to(total.dtype) if base.itemsize == 1 else wide
         into.copy_(self._once(total, into))
 
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Prepare float64 values for torch's cast to float16, which casts to float32 first and so rounds twice.
+        """Prepare float64 values for torch's cast to float16, which rounds twice: to float32, then to float16.
 
-        Rounding to odd makes the second rounding harmless: an inexact float32 gets an odd last bit. So the float32
-        never lies halfway between two float16 numbers, and is on the same side of each of them as the float64 value.
-        Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
+        Round to float32 such that an inexact float32 has an odd last bit. This float32 never lies halfway between two
+        float16 numbers, and lies on the same side of each float16 number as the float64 value. So the second rounding
+        gives the correct float16. Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
-        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so the pattern minus one is the next
-        # smaller magnitude.
+        # Truncate towards zero by subtracting one from the bit pattern, which gives the next smaller magnitude.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
@@ -225,7 +235,7 @@ class TorchArrays:
         if not dtype.floating:
             return True
         given = cast("torch.Tensor", values)
-        wide = given.float() if given.itemsize == 1 else given  # isfinite does not support 8-bit floats.
+        wide = given.float() if given.itemsize == 1 else given  # isfinite lacks 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
     def quiet(self) -> AbstractContextManager[None]:
@@ -233,7 +243,10 @@ class TorchArrays:
 
 
 class _OneThread:
-    """A context in which torch uses one thread per worker; the main thread's number of threads is restored."""
+    """A context in which torch uses one thread per worker.
+
+    Afterwards, the main thread has its previous number of threads.
+    """
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -243,7 +256,6 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # Restore the number of the main thread only: torch keeps a number per thread, and a worker's number ends with
-        # the worker.
+        # Restore only the main thread's number: torch keeps one number per thread, and workers end.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

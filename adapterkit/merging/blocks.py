@@ -1,4 +1,4 @@
-"""Cut stored tensors into blocks of rows that are computed one at a time, and cut updates to match."""
+"""Cut stored tensors into blocks of rows, and cut updates to the rows of a block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `start` to `stop` of a stored tensor with `rows` rows, or of one expert's slice; offsets count elements."""
+    """Rows `start` to `stop` of a stored tensor with `rows` rows, or of one expert's slice. Offsets are in elements."""
 
     expert: int | None
     start: int
@@ -40,12 +40,12 @@ class Block:
 
 
 def blocks(output: Output) -> list[Block]:
-    """Return the blocks of an output tensor in file order; the cut depends only on the tensor and its updates."""
+    """Return the blocks of an output tensor in file order; they depend only on the tensor and its updates."""
     shape = output.shape or (1,)
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
-    # Make the tensor one block if an update needs all rows of the weight, such as a rotation of its outputs.
+    # Use one block for the whole tensor if an update needs all rows of the weight, such as a rotation of the outputs.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
@@ -57,12 +57,15 @@ def blocks(output: Output) -> list[Block]:
 
 
 def _even(rows: int) -> int:
-    """Round a number of rows down to a multiple of `ROWS`, the rows of one product; leave smaller numbers unchanged."""
+    """Round a number of rows down to a multiple of `ROWS`, the number of rows in one product.
+
+    Keep numbers below `ROWS`.
+    """
     return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
-    """Group consecutive blocks into runs of about `nbytes`; a worker takes one run at a time."""
+    """Group consecutive blocks into runs of about `nbytes`; a worker computes one run after another."""
     run: list[Block] = []
     elements = 0
     for block in blocks_:
@@ -76,9 +79,9 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """Return the rows of the block that the planned update changes, or None."""
+    """Return which rows of the block the planned update changes; None if it changes none."""
     if fold.target.rows is None or fold.axis == "in":
-        # Stop at the rows that the adapter was trained on: these may be only the first rows of the weight.
+        # Stop at the last row that the adapter was trained on, because it may have been trained on the first rows only.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
@@ -86,7 +89,7 @@ def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
 
 
 def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
-    """View the changed part of a block in the updates' layout `[out, in, *k]`."""
+    """Return a view of the changed part of a block, with the axes `[out, in, *k]` of updates."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]

@@ -1,8 +1,9 @@
-"""Checksums of written files: computed from the bytes in memory while they are written, stored in the output's record.
+"""Compute checksums of files while they are written, and compare files with recorded checksums.
 
-Workers write a file in runs and out of order. So each run has a sha256, and a file's checksum is the sha256 over the
-checksums of its runs, in file order. They show later damage without the base, and in which run it is. Files that no
-adapter changes have no checksums, because they are copies of the base's files.
+Workers write runs of consecutive bytes of a file, not in file order. So each run has a sha256, and a file's checksum is
+the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes in memory, and stored in
+the output's record. They later show, without the base, in which run a file is damaged. Files that no adapter changes
+have no checksums, because they are copies of the base's files.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 Run = tuple[int, int, str]
-"""(offset of a run in its file, its number of bytes, their sha256)."""
+"""(offset of a run in its file, number of bytes, sha256 of the bytes)."""
 
 KEY = "written"
 """The key of the checksums in the record."""
 
 
 def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
-    """Return the entry of one file for the output's record."""
+    """Return one file's entry in the output's record."""
     ordered = sorted(runs)
     return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}
 
@@ -55,7 +56,7 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
-    """Return one line for each fault in a file."""
+    """Return a sentence for each run in which a file differs from its checksums."""
     try:
         with open(path, "rb", buffering=0) as file:
             end = sum(nbytes for _, nbytes, _ in runs)
@@ -63,7 +64,7 @@ def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
             if size != end:
                 return [f"the file has {size:,} bytes, not {end:,} as written"]
             return [
-                f"bytes {start:,} to {start + nbytes:,} differ from the written ones"
+                f"bytes {start:,} to {start + nbytes:,} differ from the bytes that were written"
                 for start, nbytes, digest in runs
                 if digest_of(file, start, nbytes) != digest
             ]

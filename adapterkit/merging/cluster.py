@@ -1,13 +1,13 @@
 """Run a merge on a Ray cluster, one task per output file; tasks are idempotent and may run on any node.
 
-A task receives only names and options, a few hundred bytes. It plans the whole merge from headers, and checks that its
-plan has the driver's digest. The names decide what it reads and writes:
+A task receives only names and options, a few hundred bytes. The task plans the whole merge from headers, and checks
+that its plan has the same digest as the driver's plan. The names determine what a task reads and writes:
 
-* It downloads inputs on hubs itself, into scratch on its node. From the base it downloads only the bytes that its file
-  needs.
-* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only the
-  header, and makes the output visible when all files are uploaded.
-* Paths are on a file system that all nodes share.
+* A task downloads inputs from hubs into scratch space on its node. The task downloads only those bytes of the base that
+  its file needs.
+* If the output is on a hub, the task uploads its file from its node. The driver keeps a sketch of each file (a sparse
+  file with only the header), and makes the output visible when all files are uploaded.
+* Local paths must be on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.
 """
@@ -47,20 +47,20 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 RETRIES = 16
-"""Number of times that Ray restarts a task whose worker or node died."""
+"""How often Ray restarts a task whose worker or node died."""
 
 THREADS = 2
-"""Threads per task, each with a reserved core: one thread computes while the other reads or writes."""
+"""The number of threads per task, each with a reserved core; one computes while the other reads or writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecipe:
-    """The arguments from which a task repeats the driver's plan.
+    """The arguments from which a task makes the same plan as the driver.
 
     Attributes:
         base: a path, or a uri that names one commit.
-        quantized, onto: as in `merge`; `onto` is a path or such a uri.
-        adapters: paths and such uris; None for an adapter in memory.
+        quantized, onto: as in `merge`; `onto` is a path, or a uri that names one commit.
+        adapters: paths, or uris that name one commit; None for an adapter in memory.
         options, device: as in `merge`.
         names: the name and the weight of each adapter.
     """
@@ -76,7 +76,7 @@ class ClusterRecipe:
 
 @dataclass(slots=True)
 class Inputs:
-    """The plan that a task made, and the bases whose bytes it downloads."""
+    """The plan of a task, and the bases from which the task downloads bytes."""
 
     plan: Plan
     bases: list[RangedBase]
@@ -85,12 +85,12 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The result of a task: what the driver has to know about the task's file.
+    """The result of a task, which the driver receives: data about the file that the task wrote.
 
     Attributes:
         name: the name of the file.
-        norms, runs: as for `StagingDir.finish`; empty if the file is in the shared stage.
-        placed: the hub's answer about the uploaded file; None if the file is in the shared stage.
+        norms, runs: as for `StagingDir.finish`; empty if the file is in the stage that all nodes share.
+        placed: the hub's answer about the uploaded file; None if the file is in the stage that all nodes share.
     """
 
     name: str
@@ -103,7 +103,7 @@ def recipe_of(
     base: Checkpoint | str, quantized: str | None, onto: Base | None, adapters: Sequence[Source],
     options: MergeOptions, device: str, *, placed: bool = False,
 ) -> ClusterRecipe:  # fmt: skip
-    """Return the recipe of a merge, with names that all nodes can open.
+    """Return the recipe of a merge, in which all names can be opened on every node.
 
     Args:
         base: the open base, or its uri if the tasks read it from a hub.
@@ -112,10 +112,10 @@ def recipe_of(
         adapters: as in `merge`.
         options: as in `merge`.
         device: as in `merge`.
-        placed: whether the tasks upload their files to a hub, so that there is no shared stage.
+        placed: whether tasks upload their files to a hub; there is then no stage that all nodes share.
 
     Raises:
-        UsageError: an adapter exists in memory only, and there is no shared stage to write it to.
+        UsageError: an adapter exists only in memory, and there is no shared stage into which it could be written.
     """
     from ..core.adapter import Adapter
 
@@ -146,11 +146,12 @@ def on_ray(
         recipe: the recipe of the merge.
         named: the adapters with their names and weights.
         address: the address of the cluster.
-        place: the output to which the tasks upload their files; None for the stage, which all nodes must see.
+        place: the output on a hub to which tasks upload their files; None to write into the stage, which all nodes must
+            share.
 
     Raises:
         Unsupported: Ray is not installed.
-        NetworkError: the address has no cluster.
+        NetworkError: there is no cluster at the address.
     """
     try:
         import ray  # noqa: F401
@@ -171,7 +172,7 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Find out which files of an interrupted run are still at the hub; claim the target for the missing files."""
+    """Find the files of an interrupted run that are still on the hub; begin an upload of the missing files."""
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -185,10 +186,10 @@ def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
 
 
 def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Shard:
-    """Run one task on a shared file system: write one file into the stage of `target`, unless it is finished.
+    """Run a task with a shared file system: write one file into the stage of `target`, unless the file is finished.
 
     Raises:
-        Corrupt: the inputs differ from those that the driver saw.
+        Corrupt: the inputs differ from the driver's inputs.
     """
     with _on_this_node():
         inputs = inputs_of(recipe, digest)
@@ -199,10 +200,10 @@ def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Sh
 
 
 def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
-    """Run one task without a shared file system: write one file into scratch on this node, and upload it to `uri`.
+    """Run a task without a shared file system: write one file into scratch space on this node, and upload it to `uri`.
 
     Raises:
-        Corrupt: the inputs differ from those that the driver saw, or the hub received other bytes.
+        Corrupt: the inputs differ from the driver's inputs, or the hub received other bytes.
         NetworkError: a hub is not reachable, or denies access with the credentials of this node.
         StorageError: the disk of this node is full.
     """
@@ -217,11 +218,14 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
 
 
 _last: dict[str, Inputs] = {}
-"""Digest of a plan -> its inputs. A worker runs many tasks of a merge, and plans only once if no input can change."""
+"""A map from the digest of a plan to its inputs.
+
+A worker runs many tasks of a merge, but plans only once if no input can change.
+"""
 
 
 def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
-    """Return the plan of a recipe, made from headers.
+    """Make the plan of a recipe from headers.
 
     Raises:
         Corrupt: the plan differs from the driver's plan.
@@ -273,7 +277,7 @@ def _seen(path: str) -> str:
 
 
 def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
-    """Write one file of the plan into a stage; afterwards remove the downloaded bytes of the bases."""
+    """Write one file of the plan into a stage, then delete the downloaded bytes of the bases."""
     from .arrays import arrays_for
     from .execute import execute
 
@@ -297,9 +301,9 @@ def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
 
 
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
-    """Yield the spans of the base from which an output file is made.
+    """Yield the spans of the base's files that an output file needs.
 
-    The spans lack the inputs of computed tensors, such as the rows of a larger vocabulary; these are read later.
+    The inputs of computed tensors, such as a table with new rows, are not included; they are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -321,7 +325,7 @@ def _check_space(needed: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _on_this_node() -> Iterator[None]:
-    """Name the node in errors: the driver shows them, and disks and credentials differ between nodes."""
+    """Add the node's address to errors, because disks and credentials differ between nodes."""
     import ray
 
     try:
@@ -343,7 +347,7 @@ def _named(name: str | PathLike[str]) -> str:
 
 
 def _on_disk(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
-    """Return the names of the adapters; adapters that exist only in memory are first written into the stage."""
+    """Return the paths of the adapters; write adapters that exist only in memory into the stage."""
     from ..formats import save
 
     paths = []
@@ -375,7 +379,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 
 class _Stdout:
-    """Standard output for all threads but Ray's: Ray's messages about dead nodes go to stderr, not into the result."""
+    """A standard output that sends Ray's messages about dead nodes to stderr, so that the result stays clean."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -421,7 +425,7 @@ def _run(
 
 
 def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
-    """Return the results of successful tasks, and the error of a failed task, if there is one."""
+    """Return the results of successful tasks, and the error of a failed task or None."""
     import ray
 
     shards: list[Shard] = []
@@ -430,7 +434,7 @@ def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
         try:
             shards.append(ray.get(reference))
         except ray.exceptions.RayTaskError as error:
-            # Show the task's own error. The text of Ray's error has the traceback of another machine.
+            # Show the task's error instead of Ray's, whose text contains the traceback of another machine.
             failure = error.cause if isinstance(error.cause, AdapterkitError) else error
         except ray.exceptions.RayError as error:
             why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
@@ -439,7 +443,7 @@ def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
 
 
 def _end(waiting: Sequence[object]) -> None:
-    """Cancel tasks, so that none writes into the stage while it is removed."""
+    """Cancel tasks, so that no task writes into the stage while the stage is removed."""
     import ray
 
     for reference in waiting:

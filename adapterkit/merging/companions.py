@@ -1,7 +1,7 @@
-"""Choose the files to copy next to merged weights: the base's files, and the tokenizer of the base or an adapter.
+"""Choose the files that are copied next to merged weights: the base's other files, and a tokenizer.
 
-All files of a tokenizer come from one folder (vocabulary, added tokens, settings, chat template), because the token ids
-and templates of two folders may disagree.
+All files of the tokenizer (vocabulary, added tokens, settings, chat template) come from one folder, the base's or an
+adapter's, because token ids and templates of two folders may disagree.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ CARD = "README.md"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
 }  # fmt: skip
-"""File extensions of weights. They are not copied, because next to the merged weights they would be out of date."""
+"""File extensions of weights. The base's other weight files are not copied, because they lack the merge."""
 
 VOCABULARIES = frozenset({
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tekken.json", "tokenizer.tiktoken", "qwen.tiktoken", "source.spm",
 })  # fmt: skip
-"""Vocabulary files; a folder without any of them does not have a complete tokenizer."""
+"""Vocabulary files. A folder without a vocabulary file does not have a complete tokenizer."""
 
 TOKENIZER = VOCABULARIES | {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
     "target.spm", "tokenizer_config.json",
 }  # fmt: skip
-"""All files of a tokenizer that transformers saves."""
+"""All tokenizer files that transformers saves."""
 
 TEMPLATES = "additional_chat_templates"
 """Name of the folder with further chat templates."""
@@ -56,8 +56,8 @@ class Companions:
     Attributes:
         copies: (file, its name in the output).
         left_out: files of the base that are not copied.
-        tokenizer: plain data about where the tokenizer comes from; None if no adapter has one.
-        warnings: one sentence each.
+        tokenizer: plain data about where the tokenizer comes from; None if no adapter has a tokenizer.
+        warnings: a list of sentences.
     """
 
     copies: tuple[tuple[Path, str], ...] = ()
@@ -78,15 +78,15 @@ def companions(
             is complete and fits the base.
 
     Raises:
-        UsageError: the choice is unknown; or it is `adapter`, but no adapter has a complete tokenizer, or several have
-            different ones.
+        UsageError: the choice is unknown; or the choice is `adapter`, but no adapter has a complete tokenizer, or
+            several adapters have different tokenizers.
         Malformed: a file of the base is a link to a path outside its folder.
     """
     if chosen is not None and chosen not in CHOICES:
         folder = Path(chosen)
         if not (exists(folder) and folder.is_dir()):
             why = f"the choice {str(chosen)!r} for the tokenizer is unknown, and no folder has this name"
-            raise UsageError(why, cure=f"Known: {', '.join(CHOICES)}, or a folder that has one")
+            raise UsageError(why, cure=f"Choose {', '.join(CHOICES)}, or a folder with a tokenizer")
         adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
         return Companions()
@@ -108,7 +108,7 @@ def companions(
 def _tokenizer(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
 ) -> tuple[list[tuple[Path, str]], dict[str, JsonValue] | None, list[str]]:
-    """Return the tokenizer files to copy from an adapter, the record of that choice, and warnings."""
+    """Return (tokenizer files to copy from an adapter, plain data about the choice, warnings)."""
     own = _contents(base.root)
     found = [(name, folder, _contents(folder)) for name, folder in adapters]
     whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
@@ -119,7 +119,9 @@ def _tokenizer(
         if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
     ]
     if chosen == "adapter" and not whole:
-        raise UsageError("no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder that has one")
+        raise UsageError(
+            "no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder with a tokenizer"
+        )
     if not differing:
         return [], ({"from": "base", "differs": False} if whole else None), warnings
     if len(differing) < len(whole) or any(files != differing[0][2] for _, _, files in differing):
@@ -142,12 +144,12 @@ def _tokenizer(
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a complete tokenizer."""
+    """Whether a folder contains a complete tokenizer."""
     return exists(folder) and folder.is_dir() and any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:
-    """Return a warning: the tokenizers of several adapters differ, so none of them is used.
+    """Return a warning that several adapters have different tokenizers, and that the base's tokenizer is used.
 
     Raises:
         UsageError: the caller chose `adapter`.
@@ -159,7 +161,7 @@ def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Return the tokenizer files of a folder as name -> sha256."""
+    """Return a map from a folder's tokenizer files to their sha256."""
     import hashlib
 
     found = {}
@@ -179,7 +181,7 @@ def _is_token_file(name: str) -> bool:
 
 
 def _beyond(folder: Path, base: Checkpoint) -> int | None:
-    """Return the largest token id of a folder's tokenizer if the base has no embedding row for it, else None."""
+    """Return the largest token id in a folder's tokenizer if the base's embedding lacks this row, else None."""
     rows = max((t.shape[0] for name, t in base.tensors.items() if is_embedding(name) and t.shape), default=None)
     largest = max((token for name in _NUMBERED for token in _tokens(folder / name)), default=-1)
     return largest if rows is not None and largest >= rows else None
@@ -189,7 +191,7 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return ids of tokens in a file, with the largest among them; empty if transformers did not write the file."""
+    """Return token ids in a file, among them the largest; empty if the file does not have transformers' form."""
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

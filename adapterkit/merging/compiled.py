@@ -1,8 +1,8 @@
-"""Prepare blocks of a tensor for the compiled loops, which compute low-rank products and DoRA on numpy arrays.
+"""Prepare a tensor's changes for the compiled loops, which compute low-rank products and DoRA on numpy arrays.
 
-Adapters often change only parts of a tensor, such as q, k and v in one fused weight. The rows are cut into segments
-with the same changes, and the factors of all changes in a segment are joined into one product. A segment with a DoRA
-has no other change.
+Adapters often change only parts of a tensor, such as q, k and v in one fused weight. So the rows are cut into segments
+in which the same updates apply, and the factors of all updates in a segment are joined into one product. A segment with
+a DoRA has no other update.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .planned_update import PlannedUpdate
 
 THIN = 256
-"""Largest rank for which factors of several adapters are joined into one product."""
+"""The largest rank of joined factors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of a stored tensor, or of each of its experts, and the positions of the planned updates that change them."""
+    """Rows of a stored tensor (or of each expert), and the indices of the planned updates that change these rows."""
 
     start: int
     stop: int
@@ -37,7 +37,7 @@ class Segment:
 
 
 def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Update]]]) -> LowRankBlocks | None:
-    """Return the blocks of an output for the compiled loop; None if it does not support the types or the changes.
+    """Return an output's changes for the compiled loops; None if the loops do not support the dtypes or the changes.
 
     Args:
         output: the output tensor.
@@ -56,18 +56,18 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
-    """Whether a change is a sum of products whose rows are rows of the stored tensor."""
+    """Whether a change is a sum of low-rank products whose rows are rows of the stored tensor."""
     if not fold.additive or fold.bias or fold.target.stacked != stacked:
         return False
     if fold.axis == "out":
         return True
-    # Refuse a target with rows, which are columns of this tensor, and a target with a kernel, whose axes are not in the
-    # rows.
+    # Refuse a target with rows if they are columns of this tensor, and a target with a kernel, whose axes are not in
+    # the rows.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
 def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
-    """Whether an update scales the rows of the stored tensor to a magnitude, as DoRA does, at full weight."""
+    """Whether an update with weight 1 scales the rows of the stored tensor to a magnitude, as DoRA does."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
     own = updates[0]
@@ -75,7 +75,7 @@ def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -
 
 
 def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
-    """Cut the rows where a change begins or ends."""
+    """Cut the rows into segments at the rows where a change begins or ends."""
     spans = [_span(fold, rows) for fold in folds]
     cuts = sorted({0, rows, *(row for span in spans for row in span)})
     return [
@@ -87,12 +87,13 @@ def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
 def _span(fold: PlannedUpdate, rows: int) -> tuple[int, int]:
     if fold.target.rows is not None:
         return fold.target.rows
-    # Stop at the rows that the adapter was trained on: these may be only the first rows of a vocabulary.
+    # Stop at the last row that the adapter was trained on, because it may have been trained on the first rows of a
+    # vocabulary.
     return (0, rows) if fold.target.stacked else (0, min(rows, fold.shape[0]))
 
 
 class LowRankBlocks:
-    """The changes of one output tensor, as factors for the compiled loop."""
+    """The changes of one output tensor, as factors for the compiled loops."""
 
     def __init__(
         self, output: Output, folds: Sequence[tuple[PlannedUpdate, list[Update]]], segments: Sequence[Segment]
@@ -103,12 +104,14 @@ class LowRankBlocks:
         self._sums: dict[Segment, LowRankSum | NormalizedSum | None] = {}
 
     def write(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float] | None:
-        """Write a block with all its changes into `out`, rounded once; `raw` is the base; both are flat.
+        """Write a block of the merged tensor into `out`, rounded once; `raw` is the base's block.
+
+        Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update. None if the block
-            is too small to be worth it, the loops cannot compute a change, or the rounding of an element is uncertain;
-            then `out` is undefined.
+            The squared norms of the changes that depend on the base, by index of the planned update. None, with `out`
+            undefined, if the block is too small for a call to pay off, if the loops cannot compute a change, or if the
+            rounding of an element is uncertain.
         """
         if block.elements < LEAST:
             return None
@@ -141,7 +144,7 @@ class LowRankBlocks:
         return self._sums[segment]
 
     def _normalized(self, segment: Segment) -> NormalizedSum | None:
-        """Return the update of a segment that scales its rows to a magnitude; None if its changes are sums."""
+        """Return the prepared DoRA of a segment; None if the segment has no DoRA."""
         fold, (update, *_) = self.folds[segment.changes[0]]
         own = update if self._expert is None else update.expert(self._expert)
         parts = own.normalized() if isinstance(own, WeightUpdate) else None
@@ -153,7 +156,10 @@ class LowRankBlocks:
         return NormalizedSum(magnitude[rows], B[rows], A)
 
     def _joined(self, segment: Segment) -> LowRankSum | None:
-        """Return all changes of a segment as one product; None if one is not a product, or the rank is too large."""
+        """Join all changes of a segment into one product.
+
+        Return None if a change is not a product, or the rank is too large.
+        """
         import numpy as np
 
         lefts, rights = [], []
@@ -164,7 +170,7 @@ class LowRankBlocks:
                 if pair is None:
                     return None
                 B, A = cast("tuple[Array, Array]", pair)
-                # Transpose the product for a weight that is stored `[in, out]`.
+                # Transpose the product if the weight is stored as `[in, out]`.
                 left, right = (B, A) if fold.axis == "out" else (A.T, B.T)
                 offset = _span(fold, segment.stop)[0]
                 lefts.append(fold.weight * left[segment.start - offset : segment.stop - offset])

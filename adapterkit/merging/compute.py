@@ -1,10 +1,12 @@
-"""The arithmetic of a merge: one block of one stored tensor, computed in float64 and rounded at the end.
+"""Compute the blocks of a merge in float64, and round once at the end.
 
-Every adapter is applied to the base that it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), in any order.
-Within one adapter the order matters: f_i applies all targets at the tensor, one after another.
-With float64, each element of a 16-bit output is within 0.501 units in the last place of the exact result, even if W
-and the change nearly cancel; float32 does not achieve this. The bound is above 0.5, because casts from float64 to bf16
-and fp8 go through float32.
+Every adapter is applied to the base's weight W, not to the result of other adapters: `W' = W + sum_i weight_i * (f_i(W)
+- W)`. So the order of the adapters does not matter. Within one adapter the order matters: f_i applies all of its
+updates of the tensor, one after another.
+
+With float64, each element of a 16-bit output differs from the exact result by at most 0.501 units in the last place,
+even if W and the change nearly cancel. With float32, the error could be larger. The bound is above 0.5, because casts
+from float64 to bf16 and fp8 go through float32.
 """
 
 from __future__ import annotations
@@ -46,9 +48,10 @@ def key_of(seed: int, name: str) -> Key:
 
 
 def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
-    """Round stochastically to values that `dtype` holds exactly; returns a flat float64 array.
+    """Round stochastically to values that are exact in `dtype`; return a flat float64 array.
 
-    Each value becomes its neighbour below or above, with a probability that makes the expected value exact.
+    Each value becomes the next smaller or the next larger number of `dtype`, with a probability for which the expected
+    value is the exact value.
 
     Args:
         values: flat float64 array; values that are exact in the dtype, or not finite, stay unchanged.
@@ -66,8 +69,8 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
     """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
     from array_api_compat import device
 
-    # Philox is a function of a counter, so an element gets the same number in any block, on any worker and after a
-    # resumed merge. A counter gives four words, and a block may begin or end between them.
+    # Philox is a function of a counter. So an element gets the same number in any block, on any worker, and in a
+    # resumed merge. A counter value gives four words, and a block may begin or end between these words.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
@@ -78,13 +81,13 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
 
 def _unit(values: Numbers, dtype: DType) -> Numbers:
-    """Return the spacing of `dtype` at each value, an exact power of two."""
+    """Return, for each value, the distance between adjacent numbers of `dtype` near it, an exact power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    # Divide each value by its mantissa: the quotient is an exact power of two, and half of it is the value's leading
-    # bit. The spacing does not shrink below the smallest normal number.
+    # A value divided by its mantissa is an exact power of two, twice the value's leading bit. Below the smallest normal
+    # number, the distance is constant.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -101,27 +104,27 @@ def _frexp(values: Numbers) -> Numbers:
     return cast("Numbers", (np.frexp(cast("Array", values)) if frexp is None else frexp())[0])
 
 
-# Load and check the tensors of planned updates, and join low-rank factors of several adapters.
+# Load and check the tensors of planned updates, and join the low-rank factors of several adapters.
 
 
 Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
-"""Largest magnitude that a factor may have; its square still fits into float64."""
+"""The largest allowed magnitude of a factor's element; its square does not overflow float64."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """Load the updates of a planned update into memory, in float64.
 
     Raises:
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
-    # Compute changes of the bias now: only they need the weight, so it need not stay in memory.
+    # Compute changes of the bias now, so that the weight on which they depend need not stay in memory.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
-        # Use only the rows that the adapter was trained on: the first rows of a vocabulary.
+        # Use only the rows that the adapter was trained on, which may be the first rows of a vocabulary.
         W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
     W = W if not fold.seen.before else W * 1
     for earlier in fold.seen.before:
@@ -142,7 +145,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
 
 
 def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
-    """Return a whole weight, with all experts of a stack, after one update."""
+    """Apply one update to a whole weight (all experts of a stack) and return the new weight."""
     if not stacked:
         return cast("Numbers", update.new_weight(_tensor(W)))
     xp = namespace(W)
@@ -151,7 +154,7 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
-    """View a stored weight in the updates' layout, with all experts of a stack."""
+    """Return a view of a whole stored weight (all experts of a stack) with the axes that updates use."""
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
     return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
@@ -163,7 +166,7 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
         read.check_values()
         _check_size(read)
     except AdapterkitError as error:
-        # Name the file here: a loaded update no longer knows its file.
+        # Add the file to the error here, because a loaded update does not know its file any more.
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
@@ -171,17 +174,17 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
 
 
 def _check_size(update: Update) -> None:
-    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm and write zeros."""
+    """Refuse values whose squares overflow float64, because DoRA would divide by an infinite norm and write zeros."""
     for name, leaf in update.tensors.items():
         tensor = as_lazy(leaf)
-        # Check float64 only: no other type has numbers above 2^128.
+        # Check only float64, because no other dtype has numbers above 2^128.
         if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
             why = f"a number is above {LARGEST:.0e}, so its square overflows float64"
             raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
 
 
 def _read(leaf: Leaf) -> Leaf:
-    """Fetch the bytes of a leaf, so that checking and loading it read the disk only once."""
+    """Read the bytes of a leaf into memory, so that the check and the load do not both read the disk."""
     if not isinstance(leaf, Lazy):
         return leaf
     data = leaf.fetch()
@@ -195,19 +198,22 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
-        # Ask the method for the norm of a single update, because it may not need to form the product. A sum must be
-        # formed.
+        # For a single update, let the method compute the norm, because it may not need the product of its factors. A
+        # sum must be computed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
             total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
             norms.append(math.sqrt(float((total * total).sum())))  # type: ignore[union-attr]
-    # Use hypot, which scales first: the square of a norm above 1e154 overflows.
+    # Use hypot, because the square of a norm above 1e154 overflows.
     return math.hypot(*norms)
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all updates are low-rank products, so that multiplying their joined factors is fastest."""
+    """Whether all updates are products of rank well below the weight's sides.
+
+    One product of joined factors is then fastest.
+    """
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
     pairs = [update.pair(fold.logical) for update in updates if isinstance(update, Additive)]
@@ -215,9 +221,11 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """Return the sum of weight * B @ A over all updates as one LoRA; all updates must have the same axis.
+    """Join the low-rank factors of several planned updates into one LoRA, which includes their weights.
 
-    The factors are in the workspace, and the next call overwrites them.
+    Axes must be equal.
+
+    The joined factors are in the workspace; the next call overwrites them.
     """
     from ..methods.lora import LoRA
 
@@ -234,19 +242,19 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
 
 
 def additive(updates: Iterable[Update]) -> list[Additive]:
-    """Return the additive updates among `updates`."""
+    """Return those of the updates that are additive."""
     return [update for update in updates if isinstance(update, Additive)]
 
 
 LARGE = 1e30
-"""If a change has at least this norm, results are checked for overflow even if the output has float32's range."""
+"""If a change has at least this norm, results are checked for overflow even if the output dtype has float32's range."""
 
 
 class BlockMerger:
-    """Applies planned updates to the blocks of one output tensor; loads their factors once, in float64.
+    """Applies planned updates to the blocks of one output tensor. Their factors are loaded once, in float64.
 
     Raises:
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
@@ -255,22 +263,23 @@ class BlockMerger:
 
     @cached_property
     def watched(self) -> bool:
-        """Whether a result could be NaN or infinite although base and factors are finite."""
+        """Whether results must be checked, because they could overflow although base and factors are finite."""
         narrow = self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16"
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
-        """Whether a change is certainly far below the largest float32; False if this is expensive to find out.
+        """Whether a change is provably far below the largest float32; False if a proof would be expensive.
 
-        The norm of a low-rank product bounds each of its elements. The weight matters too: an alpha of 1e308 is finite.
+        The norm of a low-rank product is an upper bound of each element. Include the weight and scaling, because an
+        alpha of 1e308 is also finite.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
         """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
-        # Cap the square, because a report needs a finite number. Multiply, because `**` raises an error if it
-        # overflows.
+        # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
+        # an overflow.
         largest = sys.float_info.max
         return {
             position: min((size := fold.weight * norm_of(updates, fold)) * size, largest)
@@ -279,7 +288,7 @@ class BlockMerger:
         }
 
     def compute(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float]:
-        """Compute one block from the base's values `raw` into `out`, both flat.
+        """Compute one block of the merged tensor into `out`, from the base's block `raw`. Both arrays are flat.
 
         Returns:
             The squared norms of the changes that depend on the base, by index of the planned update.
@@ -287,8 +296,8 @@ class BlockMerger:
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.
         """
-        # Touch as little memory as each case allows, because merges are limited by memory bandwidth. A cast needs no
-        # float64 image of the block, a sum is added to the base in one operation, other formulas need the image.
+        # Use as little memory as possible, because memory bandwidth limits merges. A cast needs no float64 copy of the
+        # block, and a sum is added to the base in one operation. Other formulas need the float64 copy.
         watched = self.watched
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
@@ -299,7 +308,7 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # The loop leaves a block to numpy if a row to scale is not finite.
+            # The loop has checked DoRA's rows: it leaves a block with a row that is not finite to numpy.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
@@ -312,27 +321,27 @@ class BlockMerger:
         # Refuse only NaNs and infinities that the merge creates, and keep those of the base.
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
-                f"the merge gives values that {self.output.dtype} cannot hold", where=self.output.name,
+                f"the merge yields a NaN or an infinity in {self.output.dtype}", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
             )  # fmt: skip
         return norms
 
     def exact(self, raw: Numbers, block: Block) -> Numbers:
-        """Return the float64 result that `compute` rounds, flat."""
+        """Return the unrounded result of `compute`, flat, in float64."""
         work = self._image(raw, block)
         self._fold(work, block)
         return work.reshape((-1,))
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
-        """The Philox key for stochastic rounding; None if it is not chosen, or if nothing is rounded."""
+        """The Philox key for stochastic rounding; None without stochastic rounding, or if nothing is rounded."""
         seed, kind = self.output.seed, self.output.dtype
         rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
         return key_of(seed, self.output.name) if rounds and seed is not None else None
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether all changes cover whole blocks and do not depend on the base, so that one sum is added to it."""
+        """Whether the sum of all changes can be added: they cover whole blocks and do not depend on the base."""
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
@@ -348,7 +357,7 @@ class BlockMerger:
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
-            # Write the first change, because the workspace holds an earlier block; add the others.
+            # Overwrite the workspace, which contains an earlier block, with the first change; add the others.
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
@@ -356,7 +365,10 @@ class BlockMerger:
 
     @cached_property
     def _terms(self) -> list[Term]:
-        """The updates to sum, with weights; low-rank factors of several adapters are joined into one product."""
+        """The additive updates to sum, with weights.
+
+        Low-rank factors of several adapters are joined into one product.
+        """
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:
             return terms
@@ -367,7 +379,7 @@ class BlockMerger:
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Numbers, block: Block) -> Numbers:
-        """Return the block in float64, as `[rows, *rest]`, in memory that the next block reuses."""
+        """Return a float64 copy of the block, `[rows, *rest]`, in memory that the next block overwrites."""
         work = self.workspace.take(block.elements)
         self.arrays.assign(work, raw)
         return self._shaped(work, block)
@@ -378,8 +390,8 @@ class BlockMerger:
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        # Copy the base's weight, because `work` changes in place and every formula needs the base's weight. A single
-        # formula needs no copy: `_order` puts it first, when `work` is still the base's weight.
+        # Copy the base's weight, because `work` changes in place and every formula needs the base's weight. With a
+        # single formula no copy is needed: `_order` puts the formula first, when `work` is still the base's weight.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:
@@ -402,7 +414,7 @@ class BlockMerger:
     def _fold_in_order(
         self, positions: Sequence[int], work: Numbers, original: Numbers, block: Block, *, replace: bool
     ) -> dict[int, float]:
-        """Apply several targets of one adapter, each to the result of the previous one."""
+        """Apply several updates of one adapter to a block, each to the result of the one before."""
         norms: dict[int, float] = {}
         changed = original * 1
         for position in positions:
@@ -426,7 +438,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """The planned updates whose order matters, as a list of indices for each adapter with several targets here."""
+        """For each adapter with several updates of this tensor whose order matters, a list of their indices."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
@@ -438,9 +450,9 @@ class BlockMerger:
 
     @cached_property
     def _order(self) -> list[int]:
-        """Indices of the planned updates whose order does not matter; those that are not plain sums come first.
+        """The indices of all other planned updates; updates that are not additive come first.
 
-        At weight 1, the first of them replaces the block, which avoids the rounding of W + (new - W).
+        The first update with weight 1 replaces the block, which avoids the rounding of W + (new - W).
         """
         apart = {position for positions in self._ordered for position in positions}
         return sorted(
@@ -454,7 +466,7 @@ class BlockMerger:
 
 
 def _tensor(array: Numbers) -> torch.Tensor:
-    """Return an array typed as a torch tensor, as formulas expect, although they also run on numpy arrays."""
+    """Cast an array to the type torch.Tensor for type checkers; formulas also run on numpy arrays."""
     return cast("torch.Tensor", array)
 
 
@@ -464,7 +476,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add weight * (new - W) to `view`; return the squared norm of this change."""
+    """Add weight * (new - W) to `view` (or replace it by `new`); return the squared norm of the change."""
     change = new - W
     flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)

@@ -1,7 +1,7 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
-A worker's memory does not grow with the model: it holds one input block, its float64 image and some output blocks. For
-a device, it holds `workers.DEPTH` of each.
+A worker's memory does not grow with the model: it contains one input block, a float64 copy of it, and some output
+blocks. With a device, it contains `workers.DEPTH` of each.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def execute(
     files: Sequence[OutputFile], stage: StagingDir, devices: Sequence[Arrays], progress: Progress | None, threads: int,
     *, link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
-    """Write every unfinished weight file into the stage; return the norms by file.
+    """Write every unfinished weight file into the stage; return the norms of changes, by file.
 
     Args:
         files: the files of the plan.
         stage: the folder to write them into.
-        devices: the array libraries to compute with; if there are several, they take files in turn.
+        devices: the array libraries to compute with; each of n libraries computes every nth file.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
-        link: write hard links to unchanged files of the base.
-        checksums: record checksums of the written bytes.
+        link: whether to write hard links to unchanged files of the base.
+        checksums: whether to record checksums of the written bytes.
 
     Raises:
         AdapterkitError: the first error of any worker; the others stop.
@@ -48,14 +48,14 @@ def execute(
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
     crew = _Scheduler(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
-    # Limit the BLAS to one thread: each worker keeps a core busy, and more threads would compete with other workers.
+    # Limit the BLAS to one thread, because each worker keeps a core busy.
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
 
 
 class _Scheduler:
-    """Worker threads on one queue of jobs per device, and one thread that makes complete files durable."""
+    """Worker threads with one queue of jobs per device, and one thread that flushes complete files to disk."""
 
     def __init__(
         self, stage: StagingDir, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
@@ -63,13 +63,14 @@ class _Scheduler:
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
         self.link, self.checksums = link, checksums
-        # Limit the queues: queueing a file's jobs creates the file at full size, so unlimited queues would create all
-        # files at once.
+        # Limit the queues. A file is created at full size when its jobs are queued, so unlimited queues would create
+        # all files at once.
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.withheld: deque[tuple[OpenFile, list[Job], int]] = deque()
-        # The first failure of any thread. Every loop checks it at least every 0.1 s, so that all threads end soon.
+        # The first error of any thread. Every loop checks this attribute at least every 0.1 s, so that all threads end
+        # soon.
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
@@ -83,7 +84,7 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # Send None last: it ends the finisher, so no worker may still be able to put a file.
+            # None ends the finisher. Send it after all workers have ended, because a worker could still send a file.
             _join(crew)
             self.written.put(None)
             _join([finisher])
@@ -109,7 +110,7 @@ class _Scheduler:
             self._report(progress)
 
     def _start(self, planned: OutputFile, device: int, progress: Progress | None) -> None:
-        """Queue all jobs of a file except the last, which `_release` queues."""
+        """Queue all jobs of a file except the last job, which `_release` queues."""
         file = OpenFile(planned, self.stage.parts / planned.name)
         create(file.path, planned)
         jobs = jobs_of(file)
@@ -122,7 +123,7 @@ class _Scheduler:
         self.withheld.append((file, jobs[-1:], device))
 
     def _release(self, progress: Progress | None) -> None:
-        """Queue the last job of the oldest file once all earlier files are durable.
+        """Queue the last job of the oldest file when all earlier files are flushed to disk.
 
         So an interrupted merge has at most one complete file that must be written again.
         """
@@ -133,7 +134,7 @@ class _Scheduler:
         file, last, device = self.withheld.popleft()
         with self.settled:
             self.unfinished += 1
-        if not last:  # A file without tensors has no jobs.
+        if not last:  # The file has no tensors and no jobs.
             self.written.put(file)
         for job in last:
             self._put(job, device, progress)
@@ -170,8 +171,8 @@ class _Scheduler:
             if job is None:
                 return
             made = hands.do(job)
-            # The callback runs when the bytes are in the file, mostly on the writer's thread. This worker takes its
-            # next job now.
+            # The callback runs when the bytes are in the file, mostly on the writer's thread. Meanwhile, this worker
+            # takes its next job.
             made.written.add_done_callback(partial(self._done, job, made))
 
     def _done(self, job: Job, made: Made, written: Future[None]) -> None:
@@ -191,7 +192,7 @@ class _Scheduler:
             self.written.put(job.file)
 
     def _finish(self) -> None:
-        # Use a separate thread: flushing a file to disk may take seconds, while the workers continue.
+        # Flush files in a separate thread, because a flush may take seconds and workers should continue.
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:

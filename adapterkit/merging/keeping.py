@@ -1,10 +1,11 @@
-"""Rounding that keeps what an adapter changes: merged weights are shifted until the grid holds the change.
+"""Adjust merged weights before quantization, so that the quantized weights keep the adapter's change.
 
-Rounding to the nearest loses a change D = M - W that is smaller than a step of the grid, although the numbers of a row
-could hold the change together. Let V be the right singular vectors of D: the directions of the inputs to which D
-responds. The result Q is the nearest to M among the matrices on the grid with (Q - M) V = 0. With Lagrange multipliers
-C, Q is M + C V^T, rounded to the nearest. Ascent finds C, row by row: the gradient is the part of the error along V.
-Only the scheme's own packing rounds, so the same code works for every scheme.
+Let W be the base's weight and M the merged weight. Rounding M to the nearest loses a change D = M - W that is smaller
+than a quantization step, although the elements of a row could represent the change together. Let V be the right
+singular vectors of D, the directions of the inputs to which D responds. The wanted matrix Q is, among the quantized
+matrices with (Q - M) V = 0, the one nearest to M. With Lagrange multipliers C, Q is M + C V^T rounded to the nearest. C
+is found by gradient ascent, row by row; the gradient is the part of the error along V. The code calls the scheme's
+packing to round, so it works for every scheme.
 """
 
 from __future__ import annotations
@@ -16,30 +17,32 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 DIRECTIONS = 64
-"""The largest number of directions kept for one weight."""
+"""The largest number of directions that are kept for one weight."""
 
 SHARE = 8
-"""The least number of inputs per direction: fewer inputs cannot hold all directions."""
+"""The least number of inputs per direction; with fewer inputs, not all directions can be kept."""
 
 WEAK = 1e-3
-"""Directions with a smaller singular value, relative to the largest, are left to rounding."""
+"""Directions whose singular value is smaller than this fraction of the largest are not kept."""
 
 ROUNDS = 24
-"""The largest number of times that a weight is packed."""
+"""How often a weight is packed at most."""
 
 ENOUGH = 0.02
-"""The search ends when every row's error along the directions is at most this part of its first error."""
+"""The search ends when every row's error along the directions is at most this fraction of the row's first error."""
 
 STILL, TURNED = 0.7, -0.2
-"""Part of a row's error that a step leaves: above the first number the error hardly changed, below the second it has
-turned round."""
+"""Thresholds for the ratio of a row's error after a step to the error before.
+
+Above the first number, the error hardly changed; below the second, it changed its sign.
+"""
 
 LONGER, SHORTER = 1.6, 0.6
-"""Factors of the next step in these two cases."""
+"""The factors by which the step is multiplied in these two cases."""
 
 
 def directions(D: Array, seed: int) -> Array:
-    """Return the directions of inputs to which a change responds, `[k, inputs]`: orthonormal rows in float64.
+    """Return the directions of the inputs to which a change responds, `[k, inputs]`, as orthonormal rows in float64.
 
     Args:
         D: the change, `[outputs, inputs]`, float64.
@@ -54,13 +57,13 @@ def directions(D: Array, seed: int) -> Array:
 
 
 def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Array:
-    """Return weights to pack instead of the merged ones, so that the packed weights hold the change.
+    """Return weights to pack instead of the merged weights, so that the packed weights keep the change.
 
     Args:
-        trip: a function that packs weights and returns the dequantized weights, `[experts, outputs, inputs]`.
+        trip: a function that packs weights `[experts, outputs, inputs]` and returns the dequantized result.
         merged: the merged weights, `[experts, outputs, inputs]`, float32.
-        directions: `[k, inputs]` for each expert, orthonormal rows; filled up with zero rows if an expert has fewer
-            than k.
+        directions: `[experts, k, inputs]`, orthonormal rows for each expert; an expert with fewer than k directions has
+            zero rows.
 
     Returns:
         float32, with the shape of `merged`; `merged` itself if no better weights were found.
@@ -78,8 +81,8 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
             break
         C = C - step * lost
         now = (trip(_shifted(M, C, Vh)) - M) @ V
-        # A shift below half a step of the grid changes nothing, so lengthen the step. If the error changes its sign,
-        # shorten it.
+        # Lengthen the step if the error stays the same: a shift below half a quantization step changes nothing. Shorten
+        # the step if the error changes its sign.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
@@ -87,13 +90,13 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         best, least = np.where(found < least, C, best), np.minimum(found, least)
         lost = now
     shifted = _shifted(M, best, Vh)
-    # Rows may share a scale, so the best shifts of single rows need not be the best together.
+    # Check the result: rows may share a scale, so the best shifts of single rows need not be the best together.
     together = np.linalg.norm((trip(shifted) - M) @ V)
     return shifted if together < np.linalg.norm(first) else merged
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:
-    """Return M + C V^T in float32. float64 makes the rounding independent of how a library orders the sum."""
+    """Return M + C V^T in float32, computed in float64, because libraries sum in different orders."""
     import numpy as np
 
     shifted: Array = (M + C @ Vh).astype(np.float32)

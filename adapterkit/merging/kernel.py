@@ -1,8 +1,8 @@
-"""The compiled inner loops of a merge: `native/merge.c` for base + B @ A, `native/normalize.c` for DoRA.
+"""Call the compiled inner loops of a merge: `native/merge.c` for base + B @ A, `native/normalize.c` for DoRA.
 
-Both loops round once, and are several times as fast as numpy's float64 path. Bounds on their errors prove that they
-give the same bits. `merge.c` computes in float32, and repeats an element in float64 if the bound does not decide its
-rounding. `normalize.c` computes in float64.
+Both loops round once, and are several times as fast as the float64 computation with numpy. Their results have the same
+bits as numpy's. `merge.c` computes in float32 with a bound of the error; if the bound leaves the rounding of an element
+open, it computes the element again in float64. `normalize.c` computes in float64.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from ..io.lazy import Array, DType
 
 WRITTEN = ("BF16", "F16")
-"""Element types that the loops write. A float32 output needs every sum in float64, where numpy is as fast."""
+"""The dtypes that the loops write.
+
+The dtype float32 is missing, because it needs every sum in float64, for which numpy is as fast.
+"""
 
 PANEL, FILLED, CHUNK = 16, 32, 16
 
 LEAST = 1 << 14
-"""Smallest number of elements in a block for which calling the library is worthwhile."""
+"""The smallest number of elements in a block for which a call of the library pays off."""
 
 
 class _Factors(ctypes.Structure):
@@ -55,12 +58,12 @@ class _Normalized(ctypes.Structure):
 
 
 def takes(source: DType, target: DType) -> bool:
-    """Whether the library is available and converts between these element types."""
+    """Whether the compiled library is available and supports these dtypes."""
     return source.name in native.KINDS and target.name in WRITTEN and native.loops() is not None
 
 
 class LowRankSum:
-    """A change `left @ right`, prepared once for all blocks of a tensor.
+    """A change `left @ right` of a tensor, prepared once for all blocks.
 
     Args:
         left: float64 `[rows, rank]`, with scaling and weight.
@@ -77,8 +80,8 @@ class LowRankSum:
             self._panels = _panels(right, padded, np.float32)
             self._left = np.ascontiguousarray(left, np.float32)
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # By the Cauchy-Schwarz inequality, sum_k w_k |b_k| |a_k| is at most the product of the norms of b and a, both
-        # weighted by w.
+        # Cauchy-Schwarz inequality: sum_k w_k |b_k| |a_k| is at most the product of the norms of b and a, both weighted
+        # by w.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -87,11 +90,11 @@ class LowRankSum:
         self._row_norm, self._column_norm = _double_bounds(rows, columns, rank)
 
     def write(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> float | None:
-        """Write raw + rows `start` to `stop` of the change into `out`, rounded once; both are flat.
+        """Write `raw` plus rows `start` to `stop` of the change into `out`, rounded once. Both arrays are flat.
 
         Returns:
-            0.0, because no change depends on the base. None if the rounding of an element is uncertain even in float64:
-            then numpy must compute the block, and `out` is undefined.
+            0.0, because the change does not depend on the base. None if the rounding of an element is uncertain even in
+            float64; `out` is then undefined, and numpy must compute the block.
         """
         loaded = cast("ctypes.CDLL", native.loops())
         factors = _Factors(
@@ -112,7 +115,7 @@ class LowRankSum:
 
 
 class NormalizedSum:
-    """An update m * V / |V| by rows, V = W + left @ right, prepared once for all blocks of a tensor.
+    """A DoRA m * V / |V| (per row, with V = W + left @ right) of a tensor, prepared once for all blocks.
 
     Args:
         magnitude: float64 m, `[rows]`.
@@ -134,11 +137,13 @@ class NormalizedSum:
         self._column_length = float(np.sqrt(columns @ columns)) * (1 + 1e-9)
 
     def write(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> float | None:
-        """Write rows `start` to `stop` of the new weight into `out`, rounded once. `raw` is the base; both are flat.
+        """Write rows `start` to `stop` of the new weight into `out`, rounded once. `raw` contains the base's rows.
+
+        Both are flat.
 
         Returns:
-            The squared norm of the change. None if the rounding of an element is uncertain, or a norm is zero, infinite
-            or out of range: then numpy must compute the block, and `out` is undefined.
+            The squared norm of the change. None if the rounding of an element is uncertain, or a row's norm is zero,
+            infinite or out of range; `out` is then undefined, and numpy must compute the block.
         """
         import numpy as np
 
@@ -163,7 +168,7 @@ class NormalizedSum:
 
 
 def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
-    """Return the columns in groups of 16, `[groups, rank, 16]`, filled up with zeros."""
+    """Return the columns in groups of 16, `[groups, rank, 16]`, padded with zeros."""
     import numpy as np
 
     rank, width = right.shape
@@ -173,12 +178,12 @@ def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
 
 
 def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array]:
-    """Return two arrays whose products bound the distance between two float64 sums of `rank` products in any order.
+    """Return two arrays whose products bound how much the order of a float64 sum of `rank` products can change it.
 
     Args:
-        rows: bounds for the norms of the left factor's rows.
-        columns: bounds for the norms of the right factor's columns.
-        rank: how many products an element has.
+        rows: upper bounds for the norms of the left factor's rows.
+        columns: upper bounds for the norms of the right factor's columns.
+        rank: the number of products in each sum.
     """
     import numpy as np
 
@@ -187,12 +192,12 @@ def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array
 
 
 def _roundings(rank: int) -> Array:
-    """Return an upper bound for the number of float32 roundings of each product b_k a_k in an element.
+    """Return, for each product b_k a_k of an element, an upper bound for the number of its float32 roundings.
 
-    Both factors are rounded; their product is rounded too, unless it is added in the same step. The product's sums are
-    rounded: one for each later product in its chunk of 16, and one for its own and each later chunk. One more rounding
-    covers two small errors: numpy's float64 sum, whose roundings are 2**-29 times as large, and the squares of all
-    these errors.
+    Both factors are rounded, and so is the product, unless a fused multiply-add adds it without rounding. Each sum that
+    contains the product is rounded: one for each later product in the same chunk of 16, and one for this chunk and each
+    later chunk. One more rounding covers two small errors: the roundings of numpy's float64 sum, which are 2**-29 times
+    as large, and the squares of all these errors.
     """
     import numpy as np
 
@@ -203,20 +208,22 @@ def _roundings(rank: int) -> Array:
 
 
 def _norms(factor: Array) -> Array:
-    """Return upper bounds for the norms of the rows; exactly zero for zero rows."""
+    """Return upper bounds for the norms of the rows, and exactly zero for zero rows."""
     import numpy as np
 
     norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # Bound tiny rows by their maximum: the squares of tiny numbers vanish, and a bound of zero would mean no change.
+    # Bound rows of tiny numbers by their maximum, because the squares underflow to zero, and a bound of zero would mean
+    # no change.
     tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
     return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
 
 
 def _upwards(norms: Array, factor: float) -> Array:
-    """Return norms times a factor as float32, rounded up; zero stays zero, and all other values stay away from zero."""
+    """Return norms times a factor as float32, rounded up; zero stays zero, and other values stay above zero."""
     import numpy as np
 
-    # Add a small number: the product of two bounds must not vanish in float32, or a sum near zero would look exact.
+    # Add a small number, because a product of two bounds must not underflow in float32; a sum near zero would then look
+    # exact.
     with np.errstate(over="ignore"):
         bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
     return bound

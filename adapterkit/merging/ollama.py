@@ -1,4 +1,4 @@
-"""Write a Modelfile that names a merged model, for `ollama create NAME -f FILE`; Ollama refuses adapters.
+"""Write a Modelfile for a merged model, for `ollama create NAME -f FILE`; Ollama does not accept adapters.
 
 Ollama reads the chat template and the tokenizer from the GGUF file, so the Modelfile needs only `FROM`:
 https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
@@ -30,7 +30,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
 
     Args:
         out: the merged model: a GGUF file, or a folder of 16-bit weights with its config.
-        overwrite: replace an existing Modelfile with other content.
+        overwrite: whether to replace an existing Modelfile with other content.
 
     Raises:
         Unsupported: Ollama cannot read the model: it is a single safetensors file, a GGUF model in several files, or
@@ -52,7 +52,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
         raise Unsupported("Ollama reads no quantized weights except in GGUF", path=path, cure=cure)
     if path.name != path.name.strip() or "\n" in path.name or "\r" in path.name:
         raise UsageError("a Modelfile cannot contain this name", path=path, cure="Give OUT another name")
-    # The path is relative to the Modelfile, so both can be moved together.
+    # Write a path relative to the Modelfile, so that both can be moved together.
     text = f"FROM ./{path.name}\n" if packed else "FROM .\n"
     there = modelfile_path(path)
     if there.exists() and there.read_bytes() != text.encode() and not overwrite:

@@ -1,4 +1,4 @@
-"""The options of a merge as one record, which the planner, the engines and the nodes of a cluster share."""
+"""The options of a merge as one object, for the planner, the engines and the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class MergeOptions:
     """The options of a merge as one value, for `plan` and `merge`; it replaces arguments of the same names.
 
     Attributes:
-        dtype: cast all floating tensors to this dtype, such as `"bf16"`; the base's own dtypes if not given.
-        shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
+        dtype: the dtype to which all floating-point tensors are cast, such as `"bf16"`; default: the base's dtypes.
+        shard_size: the largest size of an output file in bytes; default: the same files as the base.
         tied: which layers an update changes if the base ties its head to its embedding; see `merge`.
-        allow_partial: skip targets that the base does not have instead of refusing.
-        seed: round stochastically, with random draws from this seed.
+        allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
+        seed: the seed of stochastic rounding; default: round to the nearest.
         memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
-        link: write hard links to unchanged files of the base instead of copies.
-        checksums: compute a sha256 of each run of bytes while it is written.
+        link: whether to write hard links to unchanged files of the base instead of copies.
+        checksums: whether to compute a sha256 of the bytes while they are written.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
-        vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
+        vocab: `grow` or `keep`: what to do if an adapter was trained with more tokens than the base has; see `merge`.
         keep: `adapter` adjusts requantized weights, so that rounding does not lose the adapters' change; see `merge`.
         calibration: with `keep`, the file of activations to round by; see `merge`.
 
@@ -53,7 +53,9 @@ class MergeOptions:
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
-    """Return the options of a call, given as one value or by name; read the rules, and make `tied` canonical.
+    """Combine the options of a call, which are in a `MergeOptions` or given by name.
+
+    Read rules files, normalise `tied`.
 
     Raises:
         UsageError: an option is given twice, or `given` is not a `MergeOptions`.
@@ -71,11 +73,11 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
     return replace(found, tied=parse_tied(found.tied), rename=rule_texts(found.rename))
 
 
-# The memory that a merge may use, and the number of workers that fit into it.
+# Compute the memory that a merge may use, and the number of workers for which it suffices.
 
 
 def allowed(memory: int | None) -> int:
-    """Return the bytes that a merge may use: `memory`, or half of the free memory of the machine or container.
+    """Return the number of bytes that a merge may use: `memory`, or half of the machine's or container's free memory.
 
     Raises:
         UsageError: `memory` is not positive.
@@ -93,14 +95,14 @@ def most_workers() -> int:
 
 
 def workers_within(memory: int, each: int, tensor: str) -> int:
-    """Return how many workers of `each` bytes fit into `memory`, at most `most_workers()`.
+    """Return the number of workers: as many as fit into `memory` with `each` bytes, but at most `most_workers()`.
 
     Raises:
-        StorageError: not even one worker fits.
+        StorageError: the memory is too small for one worker.
     """
     if each > memory:
         raise StorageError(
-            f"the merge needs {each:,} bytes at a time, but {memory:,} are allowed", path=None, where=tensor,
+            f"the merge needs at least {each:,} bytes, but {memory:,} are allowed", path=None, where=tensor,
             cure="Allow more with memory=/--memory, or merge on a machine with more",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))
@@ -123,7 +125,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the free memory of the control group (version 2); a huge number if the process is not in one."""
+    """Return the free memory of the process's control group (version 2), or a huge number without a control group."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{word}").read_text().strip() for word in ("max", "current"))
         return max(int(limit) - int(used), 0)

@@ -1,4 +1,4 @@
-"""The plan of a merge as a value: the output files, their tensors, and the updates of each tensor."""
+"""The plan of a merge: the output files, their tensors, and the updates of each tensor."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from .arrays import Workspace
 
 BLOCK_ELEMENTS = 3 << 17
-"""Elements of a block, few enough that its float64 image (3 MB) stays in a core's cache."""
+"""The number of elements in a block; its float64 copy (3 MB) stays in a processor core's cache."""
 
 STEPS = 4
-"""Number of temporary arrays of a block's size that a formula of the weight needs in addition to the block."""
+"""The number of temporary arrays of a block's size that a formula needs in addition to the block."""
 
 
 class PackedRun(Protocol):
-    """A run of bytes of packed tensors that one worker computes or copies."""
+    """A part of a packed weight that one worker computes or copies: consecutive bytes of each of its stored tensors."""
 
     @property
     def places(self) -> Mapping[str, tuple[int, int]]:
-        """Stored tensor -> (offset of the run's first byte, number of bytes)."""
+        """A map from each stored tensor to (offset of the first byte, number of bytes)."""
         ...
 
     @property
@@ -49,16 +49,16 @@ class PackedRun(Protocol):
         ...
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Pass the bytes of each stored tensor to `write`, in order; return squared norms by position."""
+        """Pass the bytes of each stored tensor to `write`, in order; return squared norms of changes, by index."""
         ...
 
 
 class PackedPart(Protocol):
-    """Quantizes a packed weight again, or a stack of weights in one tensor, and computes all its stored tensors."""
+    """Quantizes a packed weight again (or several weights in one tensor) and computes all of its stored tensors."""
 
     @property
     def packed(self) -> Packed:
-        """The weight in its stored form, under the common name of its parts."""
+        """The stored weight, under the common name of its stored tensors."""
         ...
 
     @property
@@ -68,23 +68,24 @@ class PackedPart(Protocol):
 
     @property
     def held(self) -> int:
-        """The memory that the computation takes, in bytes."""
+        """The memory in bytes that the computation needs."""
         ...
 
     def runs(self) -> Sequence[PackedRun] | None:
-        """Return the runs of stored tensors that are computed separately; None if all are computed together."""
+        """Return the runs if parts of the weight can be computed separately, else None."""
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and squared norms by position."""
+        """Return the bytes of every stored tensor, and squared norms of changes, by index."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output, with the offset of its data in its file and the seed for stochastic rounding.
+    """One tensor of the output: its source, its planned updates, and the offset of its data in the file.
 
-    A tensor with a `part` belongs to a packed weight that is quantized again; all its parts are computed together.
+    A tensor with a `part` belongs to a packed weight that is quantized again; all tensors of the weight are computed
+    together.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFile:
-    """One weight file of the output; `whole` is the base's file if this is a copy of it, else None."""
+    """One weight file of the output. `whole` is the base's file if the output file is a copy of it, else None."""
 
     name: str
     header: bytes
@@ -135,21 +136,22 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All decisions of a merge, made before any weight is read.
+    """The plan of a merge, made before any weight is read.
 
     Attributes:
         base: the open base.
         sources: the adapters.
         files: the weight files of the output.
-        tied: the choice for weights that the base ties, see `parse_tied`; None if the adapters' files decide.
-        config_changes: keys of `config.json` with new values; None removes a key.
-        dtype: the dtype that all floating tensors are cast to, or None.
+        tied: the choice for tied weights, see `parse_tied`; None if the adapters' files decide.
+        config_changes: a map from keys of `config.json` to new values; a value None removes the key.
+        dtype: the dtype to which all floating-point tensors are cast, or None.
         seed: the seed for stochastic rounding; None rounds to nearest.
         memory: the most bytes to use, not counting what the imported libraries take.
         link: whether unchanged files of the base become hard links.
-        origin: the uri of the base if it came from a hub; the downloaded folder may be deleted before the report.
+        origin: the uri of the base if it came from a hub, because the downloaded folder may be deleted before the
+            report is made.
         checksums: whether checksums of the written bytes are recorded.
-        warnings: one sentence each.
+        warnings: a list of sentences.
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
@@ -194,13 +196,13 @@ class Plan:
         return sum(bool(output.folds) for output in self.outputs())
 
     def outputs(self) -> Iterator[Output]:
-        """Return all output tensors, file by file."""
+        """Return all output tensors, in the order of the files."""
         return (output for file in self.files for output in file.outputs)
 
     @property
     def digest(self) -> str:
-        """sha256 of everything that decides the output: base, adapters, options, and the version of the library."""
-        # Use size and time, which differ if a file was changed. A hash would have to read the whole base.
+        """A sha256 of everything on which the output depends: base, adapters, options, version of the library."""
+        # Use sizes and times of files, because a hash would have to read the whole base.
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
         head = [
@@ -211,8 +213,7 @@ class Plan:
             self.tied,
             dict(self.config_changes),
             self.seed,
-            # Include how weights are rounded, because no header says so, and a resumed run must round like the earlier
-            # run.
+            # Include how weights are rounded: no header shows it, and a resumed run must round like the earlier run.
             quantized_record(self.base),
         ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
@@ -220,12 +221,12 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a merge uses for blocks, float64 images, factors and write buffers, without imported libraries."""
+        """The number of bytes that the merge needs for blocks, float64 copies, factors and write buffers."""
         return self._largest[0] * self.workers
 
     @property
     def workers(self) -> int:
-        """The number of computing threads, limited by processors and memory.
+        """The number of computing threads: `most_workers()`, or fewer if the memory is too small.
 
         Raises:
             StorageError: the memory is too small for one thread.
@@ -237,15 +238,17 @@ class Plan:
         if self._held is None:
             known: dict[Hashable, int] = {}
             computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
-            # Cache the value, because a mixture of experts has 45,000 outputs; the dataclass is frozen.
+            # Cache the value in `__dict__`, because the dataclass is frozen; a mixture of experts has 45,000 outputs.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._held)
 
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return the record for the output; it has no paths and no times, so equal merges write equal bytes.
+        """Return the record that is stored in the output.
+
+        The record has no paths and no times, so that equal merges write equal bytes.
 
         Args:
-            digests: include the adapters' digests, which requires reading all of their tensors.
+            digests: whether to include the adapters' digests, for which all tensors of the adapters are read.
         """
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
@@ -262,8 +265,8 @@ class Plan:
         """Return the plan as plain data.
 
         Args:
-            digests: include the digests of the plan and of the adapters, which requires reading all tensors of the
-                adapters; otherwise they are null.
+            digests: whether to include the digests of the plan and of the adapters, for which all tensors of the
+                adapters are read. Otherwise the digests are null.
         """
         return {
             "base": str(self.base.root), "digest": self.digest if digests else None, "bytes": self.bytes,
@@ -274,7 +277,7 @@ class Plan:
 
 
 def _held(output: Output, known: dict[Hashable, int]) -> int:
-    """Return `_block_bytes`, computed once for all outputs with the same shapes and updates."""
+    """Return `_block_bytes` of an output, from the cache `known` if another output has the same shape and updates."""
     if output.part is not None:
         return output.part.held
     folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]

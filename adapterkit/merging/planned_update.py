@@ -1,4 +1,4 @@
-"""The change that one adapter makes to one stored tensor of a base."""
+"""Describe the change that one adapter makes to one stored tensor of a base."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight that a change of its bias depends on, as it is after all earlier updates.
+    """A weight on which a change of its bias depends, with all updates before that change.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the changes to the weight by earlier targets of the adapter.
-        updates: the target's updates in order, both of the weight and of the bias.
+        before: the planned updates of the weight by earlier targets of the same adapter.
+        updates: all updates of the target, of weight and bias, in order.
     """
 
     name: str
@@ -38,11 +38,11 @@ class PlannedUpdate:
     Attributes:
         target: the target, with its layout and rows.
         updates: the updates to apply, in order.
-        weight: the factor on the change.
+        weight: the factor by which the change is multiplied.
         source: the adapter's position in the merge.
         bias: whether the stored tensor is the target's bias instead of its weight.
-        shape: the stored tensor's shape, with fewer rows if the adapter was trained on its first rows only.
-        seen: the weight, if a change of its bias depends on it.
+        shape: the shape of the stored tensor, with fewer rows if the adapter was trained only on its first rows.
+        seen: the weight, if this is a change of a bias that depends on the weight.
     """
 
     target: Target
@@ -59,25 +59,25 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """The axis of the updates, `in` or `out`, that corresponds to the stored tensor's rows."""
+        """The axis of the updates, `in` or `out`, that is the stored tensor's first axis (after experts)."""
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
     def logical(self) -> tuple[int, ...]:
         """The shape of one weight in the updates' layout, `[out, in, *k]`."""
-        # Treat a bias or a vector as a weight with one input.
+        # A bias or a vector is like a weight with one input.
         first, second, *rest = self.shape[1:] if self.target.stacked else (*self.shape, 1)[: max(2, len(self.shape))]
         shape = (second, first, *rest) if self.axis == "in" else (first, second, *rest)
         return shape if self.target.rows is None else (self.target.rows[1] - self.target.rows[0], *shape[1:])
 
     @property
     def blockable(self) -> bool:
-        """Whether a block of stored rows can be computed without the other rows."""
+        """Whether some stored rows can be computed without the other rows."""
         return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 
 def factor_bytes(folds: Sequence[PlannedUpdate]) -> int:
-    """Return the memory that the factors of one weight's updates take during its merge."""
+    """Return the memory in bytes that the factors of a weight's updates need during its merge."""
     leaves = (leaf for fold in folds for update in fold.updates for leaf in update.tensors.values())
-    # Count factors of several adapters twice, because `compute.side_by_side` also holds them joined.
+    # Count the factors of several adapters twice, because `compute.side_by_side` also stores the joined factors.
     return sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(folds), 2)

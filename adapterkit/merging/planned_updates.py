@@ -1,4 +1,4 @@
-"""Bind the adapters of a merge to the base and sort their updates by stored tensor."""
+"""Bind the adapters of a merge to the base, and group their updates by stored tensor."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class AdapterSource:
         name: the name of its file or folder.
         given: the adapter as it was read.
         adapter: the adapter, bound to the base.
-        weight: the factor on its change.
-        missing: targets that the base does not have.
-        renamed: the first change of a prefix, as (removed, added).
-        rules: the rules that mapped the adapter's names to the base's.
+        weight: the factor by which its change is multiplied.
+        missing: the targets that the base does not have.
+        renamed: the first change of a prefix that mapped names, as (removed, added).
+        rules: the rules that mapped the adapter's names to names in the base.
     """
 
     name: str
@@ -51,16 +51,16 @@ class AdapterSource:
 
     @property
     def digest(self) -> str:
-        """The digest of the adapter as it was read; computed at first use, because it reads all tensors."""
+        """The digest of the adapter as it was read; computed when first used, because it requires all tensors."""
         if self._digest is None:
             object.__setattr__(self, "_digest", self.given.digest())
         return cast(str, self._digest)
 
     def record(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return plain data about the adapter; its base is given by the name on a hub, never by a local path.
+        """Return plain data about the adapter; its base is identified by the name on a hub, never by a local path.
 
         Args:
-            digests: include the digest; otherwise it is null, and no tensor is read.
+            digests: whether to include the digest, for which all tensors are read; otherwise the digest is null.
         """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
@@ -71,7 +71,7 @@ class AdapterSource:
         }  # fmt: skip
 
     def _names(self) -> dict[str, JsonValue]:
-        """Return the rules that changed names; empty if all names are already the base's."""
+        """Return the rules that changed names; empty if all names in the adapter are names in the base."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
@@ -83,10 +83,10 @@ class Bindings:
     Attributes:
         base: the base, with rows added if the vocabulary grows.
         sources: the bound adapters.
-        folds: output name -> the planned updates of that tensor.
-        names: output name -> the stored name of the tensor that the output is made from.
-        config_changes: keys of `config.json` with new values.
-        warnings: one sentence each.
+        folds: a map from output tensors to their planned updates.
+        names: a map from output tensors to the stored tensors of the base from which they are computed.
+        config_changes: a map from keys of `config.json` to new values.
+        warnings: a list of sentences.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
@@ -107,15 +107,15 @@ def folds_by_tensor(
     rename: Sequence[str] = (),
     vocab: str | None = None,
 ) -> Bindings:
-    """Bind the adapters and sort their updates by stored tensor.
+    """Bind the adapters to the base, and group their updates by stored tensor.
 
     Args:
         base: the base.
-        adapters: name, adapter and weight of each.
+        adapters: (name, adapter, weight) of each adapter.
         tied: the choice for tied weights, see `parse_tied`.
-        allow_partial: skip targets that the base does not have.
+        allow_partial: whether to skip targets that the base does not have.
         rename: the user's rules for names.
-        vocab: the choice for vocabularies that differ, see `Vocabulary`.
+        vocab: what to do if an adapter has more tokens than the base, see `Vocabulary`.
 
     Raises:
         AdapterkitError: an adapter does not fit the base.
@@ -123,12 +123,13 @@ def folds_by_tensor(
     tied = parse_tied(tied)
     config = base.config
     if isinstance(base, Dequantized) and base.scheme == "gguf" and not any(map(is_head, base.tensors)):
-        # Follow llama.cpp: without output.weight, it uses token_embd.weight as the head, whatever the config says.
+        # Follow llama.cpp, which ignores the config: without output.weight, it uses token_embd.weight as the head.
         config = {**(config or {}), "tie_word_embeddings": True}
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
-    # Parse the rules against all paths at once: a rule must match one of the adapters, not each of them.
+    # Check the rules against the targets of all adapters together, because a rule need not match a target of each
+    # adapter.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
     rules = parse_renames(rename, None if allow_partial else paths)
     sources, folds = [], dict[str, list[PlannedUpdate]]()
@@ -160,7 +161,7 @@ def folds_by_tensor(
     elif tied != MERGE:
         refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
-    # Look up weights again: a grown vocabulary has more rows than the weight had when the updates were sorted.
+    # Look up weights again, because a weight has more rows than before if the vocabulary grows.
     sorted_ = {name: tuple([_seen_in(base, fold) for fold in found]) for name, found in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
@@ -174,8 +175,8 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    This runs twice: before names are resolved, to fail early, and afterwards, because some methods depend on the base's
-    shapes.
+    The caller runs this twice: before names are resolved, to fail early, and again afterwards, because the kind of some
+    updates depends on the base's shapes.
     """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
@@ -186,7 +187,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
-    """Return a target's changes, by stored tensor; `before` are the adapter's earlier targets at the same weight."""
+    """Return (stored tensor, planned update) pairs for a target; `before` are earlier targets with the same weight."""
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:

@@ -1,7 +1,7 @@
-"""Make the plan of a merge from headers alone; the plan decides every byte of the output.
+"""Make the plan of a merge from the headers of files. Every byte of the output follows from the plan and the inputs.
 
-Output files hold output tensors in order. An output tensor is a stored tensor of the base with its planned updates.
-A tensor that has no updates and keeps its dtype is copied as bytes.
+The plan lists output files and, for each, its tensors in order. An output tensor is a stored tensor of the base with
+its planned updates. The bytes of a tensor without updates, whose dtype stays the same, are copied.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ def make_plan(
     adapters: Sequence[tuple[str, Adapter, float]],
     options: MergeOptions,
 ) -> Plan:
-    """Plan the merge of (name, adapter, weight) into a base; reads headers only.
+    """Plan the merge of (name, adapter, weight) tuples into a base; only headers are read.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: a method changes outputs or the context, not weights.
-        UsageError: a tied weight is changed and it is unclear how (see `tied`); options contradict each other.
+        UsageError: it is unknown which layers an update of a tied weight changes (see `tied`); or options contradict
+            each other.
         Unsupported: a target's weight has no floating-point dtype.
     """
     stage("planning from headers")
-    # Do not cast a GGUF output: `as_merged` has already set its types, which safetensors does not all have.
+    # Do not cast a GGUF output: `as_merged` has already chosen its types, some of which safetensors does not have.
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
     tied = parse_tied(options.tied)
     bound = folds_by_tensor(base, adapters, tied, options.allow_partial, rule_texts(options.rename), options.vocab)
@@ -58,7 +59,7 @@ def make_plan(
     changes |= config_changes(base)
     before = config_file(base)
     if cast is not None and before is not None:
-        # Use the key that the config has, because transformers renamed `torch_dtype` to `dtype`.
+        # Use the key in the config, because transformers renamed `torch_dtype` to `dtype`.
         key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
     parts: dict[str, Repacked | Stack] = {}
@@ -80,12 +81,12 @@ def make_plan(
         base, bound.sources, files, tied, changes, cast, options.seed, allowed(options.memory), options.link,
         uri, options.checksums, tuple(bound.warnings), vocabulary=bound.vocabulary,
     )  # fmt: skip
-    planned.workers  # noqa: B018 - raises if the memory is too small, before any work
+    planned.workers  # noqa: B018 - raises an error now if the memory is too small
     return planned
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index file of a sharded output (the base's own bytes if they still apply); None for a single file."""
+    """Return the index file of a sharded output, the base's own file if it still fits; None for a single file."""
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
@@ -113,12 +114,16 @@ def _files(
 
 
 def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
-    """Return the output file as a copy of a base file with its header; None if a tensor in it changes or is missing."""
+    """Return an output file that is a copy of a base file.
+
+    None if a tensor in the base's file changes or is dropped.
+    """
     spans = [output.source.span for output in outputs if output.copied]
     paths = {span.path for span in spans if span is not None}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
-    # The copy keeps the header. So the base's file must end with its last tensor, and hold only tensors of the output.
+    # The copy has the base file's header. So the file must end with its last tensor, and contain only tensors of the
+    # output.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
@@ -136,14 +141,17 @@ def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]]
 
 
 def is_gguf_output(base: Checkpoint) -> bool:
-    """Whether base and output are both GGUF files."""
+    """Whether the base is a GGUF file and the output will be one."""
     return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
 
 
 def _grouping(
     base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
-    """Yield (file name, tensor names in order, metadata) of each output file; by default, shard as the base does."""
+    """Yield (file name, tensor names in order, metadata) of each output file.
+
+    By default, the files are those of the base.
+    """
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
@@ -162,10 +170,13 @@ def _grouping(
 
 
 def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
-    """Return the base's files with their tensors, in order; tensors without a file go into `otherwise`."""
+    """Return a map from the base's files to their tensors, in order.
+
+    Tensors without a file are in the file `otherwise`.
+    """
     members: dict[Path, list[str]] = {file: [] for file in base.files}
-    # Group by id: tensors of one file share one Path object, and hashing a path costs as much as ten lookups by id. A
-    # mixture of experts has 45,000 tensors.
+    # Group by the id of the Path object, which all tensors of a file share: hashing a path takes as long as ten lookups
+    # by id, and a mixture of experts has 45,000 tensors.
     lists: dict[int, list[str]] = {}
     for name in names:
         home = base.home.get(name, otherwise)
@@ -210,13 +221,13 @@ def _dtype(name: str | None) -> DType | None:
 
 def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:
     if cast is None and isinstance(base, Dequantized) and stored in base.packed and tensor.dtype.name == "F32":
-        return DTYPES["BF16"]  # Schemes dequantize to float32, but the output must have 16 bits, see `quantized.WHY`.
+        return DTYPES["BF16"]  # Write 16 bits, although schemes dequantize to float32; see `quantized.WHY`.
     convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
     return cast if cast is not None and convertible else tensor.dtype
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    # Refuse F8_E8M0 too: it stores scales, has neither a sign nor 0, and so cannot hold a sum.
+    # Also refuse F8_E8M0: it is a type for scales without a sign and without 0, so it cannot represent a sum.
     if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight with dtype {tensor.dtype} cannot take an update", path=base.root, where=name,

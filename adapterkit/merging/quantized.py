@@ -1,4 +1,4 @@
-"""Quantized bases: the three ways to merge into one, and the record of the choice in the output."""
+"""Choose how to merge into a quantized base, in one of three ways, and record the choice in the output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WHY = {
     "original": "the change is added to the 16-bit weights from which the base was quantized. They are closer to "
     "the first model, but the adapter was not trained on them: its corrections of the quantization are added too",
 }
-"""Choice -> its effect and the reason to choose it, for the output's record."""
+"""A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
 
 EXPLAINED = (
     "Choose one: (1) quantized=/--quantized dequantize: merge into the dequantized weights, on which the adapter was "
@@ -41,7 +41,7 @@ EXPLAINED = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Original(Checkpoint):
-    """The 16-bit weights that are used instead of a quantized base.
+    """A base that a merge uses instead of a quantized base: the 16-bit weights from which that base was made.
 
     Attributes:
         scheme: the quantization scheme of the base.
@@ -56,7 +56,7 @@ SAVED = (
     "An adapter that was trained with load_in_4bit or load_in_8bit belongs to the quantized weights: save them with "
     "from_pretrained(..., quantization_config=...).save_pretrained(DIR), and merge into DIR"
 )
-"""Advice for those whose trainer quantized the base while loading it."""
+"""Advice for users whose trainer quantized the base while loading it."""
 
 KEPT = ("adapter",)
 """The values of the argument `keep`."""
@@ -66,20 +66,20 @@ def as_merged(
     base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None,
     keep: str | None = None, calibration: str | PathLike[str] | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Return the base as the merge reads it: as it is, dequantized, or the 16-bit weights that it was made from.
+    """Return the base that the merge reads: the base unchanged, the dequantized base, or the weights `onto`.
 
     Args:
         base: the base.
         quantized: the choice for a quantized base, a key of `WHY`.
-        onto: the 16-bit weights, for `original`.
-        dtype: the type of the output's matrices, if base and output are GGUF files.
-        keep: what rounding has to keep, one of `KEPT`.
-        calibration: the file of activations to round by.
+        onto: the 16-bit weights from which the base was made, for `original`.
+        dtype: the type of the matrices in the output, if base and output are GGUF files.
+        keep: what rounding shall keep, one of `KEPT`.
+        calibration: the file of activations with which weights are rounded.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
-        UsageError: an unknown choice, `onto` without `original`, `keep` without `requantize`, or
+        UsageError: the choice is unknown; or `onto` is given without `original`, `keep` without `requantize`, or
             `calibration` without `keep`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
@@ -91,7 +91,7 @@ def as_merged(
             why, cure="Choose --quantized original (quantized=) and give the weights by --onto (onto=), or omit both"
         )
     if keep is not None and keep not in KEPT:
-        raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
+        raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
         cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
         raise UsageError("a calibration requires rounding that keeps the adapter", where="calibration", cure=cure)
@@ -102,7 +102,7 @@ def as_merged(
             cure = f"Leave out --quantized (quantized=) and --onto (onto=). {SAVED}"
             raise UsageError(f"the base is not quantized, so {quantized} does not apply", path=base.root, cure=cure)
         return base
-    # Requantize GGUF bases by default: they are made for llama.cpp, which loads nothing else.
+    # Quantize GGUF bases again by default, because llama.cpp loads only GGUF files.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
         quantized = "requantize"
     if quantized is None:
@@ -129,14 +129,16 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
     cure = (
         "Name both, --quantized requantize --keep adapter (quantized='requantize', keep='adapter'), for a packed base"
     )
-    return UsageError("keep is for weights that are quantized again, and these are not", path=base.root, cure=cure)
+    return UsageError("keep applies only to weights that are quantized again", path=base.root, cure=cure)
 
 
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again.
+    """Return the base as the merge that wrote `merged` must have read it.
+
+    The base is dequantized; if `merged` is quantized, the result is quantized again.
 
     Raises:
-        UsageError: the merge was rounded by a calibration and none is given, or another calibration is given.
+        UsageError: the merge was rounded with a calibration, but no calibration or another one is given.
     """
     told = merge_record(merged).get("quantized")
     used = _calibration_of(told, calibration, merged)
@@ -155,7 +157,7 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Return the given calibration after comparing it with the merge's record; None if the record names none."""
+    """Check that the calibration is the one in the merge's record, and return it; None if the record has none."""
     said = told.get("calibration") if isinstance(told, dict) else None
     if said is None and given is None:
         return None
@@ -183,7 +185,7 @@ def _original(base: Dequantized, onto: Checkpoint) -> Original:
 
 
 def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
-    """Check that the 16-bit weights have the names and shapes of the base."""
+    """Check that the 16-bit weights have the base's names and shapes."""
     cure = "Give the weights that the base was quantized from"
     for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
         lost = sorted(set(one) - set(other))
@@ -196,7 +198,7 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json`: the quantization is removed, unless the output is quantized again."""
+    """Return the changes of `config.json`, which remove the quantization unless the output is quantized again."""
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")
@@ -205,7 +207,7 @@ def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
-    """Return the choice, its reason and the number of packed weights; None if the base is not quantized."""
+    """Return plain data for the record: the choice, its reason, the number of packed weights; None if not quantized."""
     if isinstance(base, Original):
         choice, weights = "original", base.weights
     elif isinstance(base, Dequantized):

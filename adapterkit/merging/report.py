@@ -1,4 +1,4 @@
-"""Run a plan to a finished output: weights, companion files, the output's record, and the report."""
+"""Run a plan: write the weights, the companion files and the output's record, and return a report."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ class Report:
     Attributes:
         out: the path of the output, or its uri on a hub.
         plan: the plan that was run.
-        norms: tensor -> Frobenius norm of each adapter's change, for the adapters that change it.
-        damage: name of each weight that was quantized again -> its `error` and `kept`, see `damage_of`.
-        resumed: names of files that an earlier, interrupted run had finished.
-        carried: names of the companion files: the base's, and an adapter's tokenizer if it was used.
-        left_out: files of the base that were not copied: its weights in other formats, a tokenizer that was replaced.
-        seconds: the time from the start of planning to the durable output.
+        norms: a map from each changed tensor to the Frobenius norms of the changes, by adapter.
+        damage: a map from each weight that was quantized again to its `error` and `kept`, see `damage_of`.
+        resumed: the names of the files that an earlier, interrupted run had finished.
+        carried: the names of the copied companion files: files of the base, and an adapter's tokenizer if it was
+            chosen.
+        left_out: the base's files that were not copied, such as weights in other formats or a replaced tokenizer.
+        seconds: the time in seconds from the start of planning until the output was flushed to disk.
         already: whether an earlier run wrote the same output from the same inputs, so that nothing was written.
     """
 
@@ -80,11 +81,11 @@ class Report:
 
 
 Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
-"""Writes the unfinished weight files of a plan into a stage; returns the norms by file."""
+"""A function that writes the unfinished weight files of a plan into a stage, and returns the norms by file."""
 
 
 def local(device: str) -> Engine:
-    """Return the engine that runs a plan on threads of this process."""
+    """Return an engine that runs a plan with threads of this process."""
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
@@ -100,18 +101,18 @@ def run_plan(
     plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool,
     *, placed: bool = False,
 ) -> Report:  # fmt: skip
-    """Run a plan and put the output at `out`; see `adapterkit.merge`.
+    """Run a plan and write the output to `out`; see `adapterkit.merge`.
 
     Args:
         plan: the plan.
         out: the path of the output.
-        engine: writes the weight files.
+        engine: a function that writes the weight files.
         progress: a function that is called with (bytes done, total bytes).
-        started: the time at which the work began, from `time.perf_counter`.
-        overwrite: replace an existing output.
-        placed: whether the weight files at `out` are sketches, and the real files are on a hub. Sketches take no space.
-            With `placed`, a finished output is recognised even if `overwrite` is set, and the stage is kept after any
-            error.
+        started: the time of `time.perf_counter` when the work began.
+        overwrite: whether to replace an existing output.
+        placed: whether the weight files at `out` are only sketches (sparse files with a header), because the real files
+            are on a hub. Then no disk space is needed, a finished output is recognised even if `overwrite` is set, and
+            the stage is kept after any error.
     """
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
@@ -128,18 +129,18 @@ def run_plan(
                 _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
-            # Keep the finished files, so that the same command resumes.
+            # Keep the finished files, so that the same command resumes the merge.
             raise
         except (AdapterkitError, OSError, MemoryError):
-            # Discard the stage on these errors. After an interrupt, which is not one of these errors, the stage stays
-            # for the next run.
+            # Delete the stage after these errors. An interrupt is not among them; the stage then stays for the next
+            # run.
             if not placed:
                 stage.discard()
             raise
 
 
 def _decided(plan: Plan) -> str:
-    """Return a digest of everything that decides the output folder: the plan, and the companion files."""
+    """Return a digest of everything on which the output folder depends: the plan, and the companion files."""
     copies = plan.companions.copies
     try:
         beside = [[name, *listed([file])] for file, name in copies]
@@ -149,7 +150,7 @@ def _decided(plan: Plan) -> str:
 
 
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
-    """Return the report of an earlier run whose output is in place and unchanged."""
+    """Return the report of an earlier run if its output is complete and unchanged; otherwise None."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -183,7 +184,7 @@ def _write(
 
 
 def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's figures into the norms of the changes, and each weight's damage from quantizing again."""
+    """Split the engine's norms into the norms of the changes, and the damage from quantizing weights again."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -211,7 +212,7 @@ def _carry(plan: Plan, out: Path) -> None:
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copy a file and flush it to disk, because the output must be durable before it is renamed into place."""
+    """Copy a file and flush it to disk, because the output must be on disk before it is renamed."""
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
@@ -237,7 +238,7 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
 
 
 def _digest_of(card: Path) -> str | None:
-    """Return the digest of the base's model card; a push uses it to recognise a copy of that card."""
+    """Return the digest of the base's model card, with which a push recognises a copy of this card."""
     return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 

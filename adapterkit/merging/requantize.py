@@ -1,7 +1,8 @@
-"""Quantize merged weights again by the scheme's formula, and measure how much of the change survives.
+"""Quantize merged weights again in the base's scheme, and measure how much of the change survives.
 
-If a scheme packs each row of a weight separately, several workers merge, pack and write it in runs of rows. Otherwise,
-one worker computes all stored tensors of a packed weight together. Packed weights that no adapter changes are copied.
+A packed weight is a quantized weight, which consists of several stored tensors, such as codes and scales. If a scheme
+packs each row separately, several workers merge, pack and write runs of rows of a weight. Otherwise, one worker
+computes all stored tensors of a weight together. Packed weights that no adapter changes are copied.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, Lazy
+from ..naming.binding import view
 from ..native import KINDS, loops
-from ..ops.at_base import view_of
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
@@ -32,16 +33,19 @@ if TYPE_CHECKING:
     from .planned_update import PlannedUpdate
 
 HELD = 1 << 24
-"""Largest number of elements of a merged weight to keep in memory; a larger one is merged again, block by block."""
+"""The largest number of elements of a merged weight that is kept in memory.
+
+A larger weight is merged anew when rows are requested.
+"""
 
 RUN = 1 << 22
-"""Number of elements of a weight that a worker takes at a time, if rows are packed separately."""
+"""The number of elements in a run of rows, if rows are packed separately."""
 
 KEPT_BYTES = 64
-"""Bytes per number of a weight whose change is kept: float64 for merged, shifted, packed weights and differences."""
+"""The number of bytes per element that `keep` needs: float64 for merged, shifted and packed weights and differences."""
 
 FEW_KINDS = 2
-"""Largest number of module kinds, such as `o_proj`, for which `keep` works well without activations."""
+"""The largest number of kinds of modules, such as `o_proj`, for which `keep` works well without activations."""
 
 WIDE = (
     "--keep adapter (keep='adapter') without activations may keep less than nearest rounding if an adapter changes "
@@ -50,23 +54,23 @@ WIDE = (
 """Warning for adapters that change more than `FEW_KINDS` kinds of module."""
 
 SQUARE_BYTES = 48
-"""Bytes for each pair of inputs of a weight that is rounded by activations: six square matrices in float64."""
+"""The number of bytes per pair of inputs, if a weight is rounded with activations: six square float64 matrices."""
 
 NORMS = 4
-"""The number of norms that measure quantizing: of the error, the merged weight, the change, the remaining change."""
+"""The number of norms that measure the damage from quantizing; `damage` lists them."""
 
 
 @dataclass(frozen=True, eq=False)
 class RepackedRun:
-    """Rows of a packed weight that are merged and packed again, or bytes of the weight to copy.
+    """A run of rows of a packed weight that is merged and packed again, or bytes of the weight that are copied.
 
     Attributes:
-        places: stored tensor -> (offset of the run's first byte, number of bytes); the last run includes the padding at
-            the end of the tensor.
+        places: a map from each stored tensor to (offset of the run's first byte, number of bytes); the last run
+            includes the padding at the end of the tensor.
         weight: the weight.
-        groups: the blocks of these rows, in groups of adjacent rows; empty if the bytes are copied.
-        at: the position of the weight's first planned update among all planned updates of the tensor.
-        count: the number of planned updates of the tensor.
+        groups: the blocks of these rows, in groups of adjacent blocks; empty if the bytes are copied.
+        at: the index of the weight's first planned update among all planned updates of the stored tensor.
+        count: the number of planned updates of the stored tensor.
         source: the bytes to copy, if there are no groups.
     """
 
@@ -78,19 +82,19 @@ class RepackedRun:
     source: Lazy | None = None
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Merge and pack the rows, and pass the bytes of each stored tensor to `write`, in order.
+        """Merge and pack the rows; pass the bytes of each stored tensor to `write`, in order.
 
         Returns:
-            The squared norms by position.
+            The squared norms by index: one for each planned update, then `NORMS` for the damage.
 
         Raises:
-            Malformed: a factor or a merged number is not finite.
+            Malformed: an element of a factor or of the merged weight is not finite.
         """
         import numpy as np
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # Norms that do not depend on the base cover the whole weight, so count them only once, in the first run.
+        # The norms that do not depend on the base are those of the whole weight, so count them only in the first run.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -120,12 +124,12 @@ class RepackedRun:
 
 
 def damage(merged: Array, old: Array, new: Array) -> Array:
-    """Return the squares of `NORMS` for some rows: new - merged, merged, merged - old and new - old.
+    """Return the squared norms, over some rows, of new - merged, merged, merged - old, and new - old.
 
     Args:
         merged: the merged rows.
-        old: the rows as they were stored before.
-        new: the rows as they are stored now, in the dtype of `old`.
+        old: the dequantized rows of the base.
+        new: the dequantized rows of the output, in the dtype of `old`.
     """
     import numpy as np
 
@@ -143,11 +147,11 @@ def damage(merged: Array, old: Array, new: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Repacked:
-    """One packed weight that is merged into and quantized again.
+    """A packed weight that is merged and quantized again.
 
     Attributes:
         base: the dequantized base.
-        packed: the weight in its stored form.
+        packed: the stored weight.
         folds: the planned updates of the weight.
     """
 
@@ -157,7 +161,7 @@ class Repacked:
 
     @cached_property
     def output(self) -> Output:
-        """The weight as a separate output, in the dtype that is packed."""
+        """The merged weight as an output tensor, in the dtype that packing expects."""
         packed = self.packed
         return Output(packed.name, DTYPES[packed.merged], packed.shape, 0, packed.lazy(), self.folds)
 
@@ -174,7 +178,7 @@ class Repacked:
 
     @property
     def keeps(self) -> bool:
-        """Whether rounding keeps the change. Numbers that are not packed are always rounded to the nearest."""
+        """Whether `keep` applies to this weight. Values that are not packed are always rounded to the nearest."""
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
@@ -185,7 +189,7 @@ class Repacked:
 
     @property
     def _held_by_rows(self) -> int:
-        """Rows before, during and after the merge, with the float64 images of a block."""
+        """The memory for the rows of a run before, during and after the merge, and for float64 copies of a block."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
         group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
@@ -193,7 +197,7 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the runs of its stored tensors; None if all tensors are computed together."""
+        """Return the runs of rows of the weight; None if all stored tensors are computed together."""
         if not self.apart:
             return None
         stored = self.base.stored.tensors
@@ -205,7 +209,11 @@ class Repacked:
     def runs_between(
         self, starts: Mapping[str, int], ends: Mapping[str, int], at: int, count: int
     ) -> Iterator[RepackedRun]:
-        """Yield the runs of its rows, given the location of its bytes in each stored tensor; see `RepackedRun`."""
+        """Yield the runs of rows.
+
+        `starts` and `ends` are the offsets of the weight's bytes in each stored tensor; for `at` and `count` see
+        `RepackedRun`.
+        """
         run: list[tuple[Block, ...]] = []
         total, width = math.prod(self.packed.shape[:-1]), self.packed.shape[-1]
         for group in self._groups():
@@ -221,7 +229,7 @@ class Repacked:
                 run = []
 
     def _groups(self) -> Iterator[tuple[Block, ...]]:
-        """Yield its blocks in the smallest groups whose rows are adjacent in the stored tensor."""
+        """Yield the weight's blocks in the smallest groups that can be packed separately."""
         group: list[Block] = []
         for block in blocks(self.output):
             group.append(block)
@@ -230,14 +238,15 @@ class Repacked:
                 group = []
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
-        """Return the first row of the packed weight in consecutive blocks, and the row after the last."""
-        # Convert rows: a block of stacked experts counts rows of one expert, and a convolution's block has longer rows.
+        """Return the packed weight's rows in consecutive blocks, as (first, end)."""
+        # Convert via elements: a block of a stack counts the rows of one expert, and the rows of a convolution are
+        # longer.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _held_whole(self) -> int:
-        """Bytes of the parts as read, of the new parts (twice their size), of the merged weight, and of temporaries."""
+        """The memory for the stored tensors, the new tensors (twice that), the merged weight, and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -246,10 +255,10 @@ class Repacked:
         return 3 * stored + 4 * min(count, HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every member, and squared norms: one per planned update, then one for each of `NORMS`.
+        """Return the bytes of every stored tensor, and squared norms: one per planned update, then `NORMS` of damage.
 
         Raises:
-            Malformed: a factor or a merged number is not finite.
+            Malformed: an element of a factor or of the merged weight is not finite.
             Unsupported: the scheme cannot quantize.
         """
         merged = _Merged(self.output, workspace)
@@ -261,7 +270,7 @@ class Repacked:
         return parts | kept, norms
 
     def _packed(self, rows: Callable[[int, int], Array]) -> tuple[dict[str, bytes], Packed]:
-        """Return the bytes of the stored tensors that change, and the weight that these tensors dequantize to."""
+        """Return the bytes of the stored tensors that change, and the dequantized result."""
         made = self.packed.pack(rows)
         parts = {name: self._bytes(name, array) for name, array in made.items()}
         return parts, self.base.unpacked_again(
@@ -269,7 +278,10 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return rows to pack instead of the merged ones, so that the packed rows hold the change; see `keeping`."""
+        """Return a function of the rows to pack instead of the merged rows, so that the change survives.
+
+        See `keeping`.
+        """
         import numpy as np
 
         from ..ops.resizing import seed_of
@@ -298,7 +310,10 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, found: Array) -> Array:
-        """Return the matrix to pack so that outputs for the calibration's activations change little; see `sweeping`."""
+        """Return a matrix to pack instead of M, so that outputs for the calibration's activations change little.
+
+        See `sweeping`.
+        """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
         def trip(matrix: Array) -> Array:
@@ -318,21 +333,21 @@ class Repacked:
         return next((each for each in found if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Return rows of the weight as `[experts, outputs, inputs]`, float32; one expert if they are not stacked."""
+        """Return rows of the weight as `[experts, outputs, inputs]` in float32; a weight without experts has one."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
-        seen = view_of(whole, self._whole_target(target, stacked))
+        seen = view(whole, self._whole_target(target, stacked))
         return seen.reshape(*seen.shape[:2], -1) if stacked else seen.reshape(1, len(seen), -1)
 
     def _rows(self, matrices: Array, target: Target) -> Array:
-        """Return matrices of `_matrices` as the rows of the weight."""
+        """Return the rows of the weight from the result of `_matrices`."""
         import numpy as np
 
         stacked = target.stacked and len(self.packed.shape) > 2
         whole = self._whole_target(target, stacked)
-        # A view swaps two axes, so the view of a view is the weight as stored.
-        form = view_of(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
-        back = view_of(matrices.reshape(form), whole)
+        # `view` swaps two axes, so applying it twice restores the stored order.
+        form = view(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
+        back = view(matrices.reshape(form), whole)
         rows: Array = np.ascontiguousarray(back)
         return rows.reshape(-1, rows.shape[-1])
 
@@ -367,19 +382,19 @@ class Repacked:
 
 
 def _wide(rows: Array) -> Array:
-    """Return numbers as float32 if they are integers or narrower floats."""
+    """Convert integers and floats of less than 32 bits to float32; return other arrays unchanged."""
     return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Consecutive weights in one stored tensor, such as the experts of a layer; some of them are changed."""
+    """Consecutive packed weights in one stored tensor, such as the experts of a layer; not all need be changed."""
 
     weights: tuple[Repacked, ...]
 
     @property
     def packed(self) -> Packed:
-        """The first weight, under the name of the stored tensor."""
+        """The first weight, with the name of the stored tensor."""
         first = self.weights[0].packed
         return replace(first, name=first.members[0])
 
@@ -394,7 +409,7 @@ class Stack:
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return runs like `Repacked.runs`; unchanged weights are runs to copy."""
+        """Return the runs of all weights as in `Repacked.runs`; an unchanged weight is one run that is copied."""
         changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
         return tuple(self._runs()) if all(weight.apart for weight in changed) else None
 
@@ -403,7 +418,7 @@ class Stack:
         for number, weight in enumerate(self.weights, 1):
             assert weight.packed.share is not None
             member, nbytes = self.packed.name, weight.packed.share.nbytes
-            # Include the padding that the stored tensor may have after its last weight.
+            # Include padding, which the stored tensor may have after its last weight.
             end = self.packed.written.nbytes if number == len(self.weights) else offset + nbytes
             if weight.folds or weight.packed.changes:
                 yield from weight.runs_between({member: offset}, {member: end}, at, len(self.folds))
@@ -412,7 +427,10 @@ class Stack:
             offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the same as `Repacked.compute`; the last `NORMS` are sums over all weights quantized again."""
+        """Like `Repacked.compute`.
+
+        The squared norms of the damage are summed over all weights that are quantized again.
+        """
         member, data, norms, squares = self.packed.name, bytearray(), dict[int, float](), [0.0] * NORMS
         at = 0
         for weight in self.weights:
@@ -425,13 +443,13 @@ class Stack:
             norms |= {at + fold: square for fold, square in found.items() if fold < count}
             squares = [square + found[count + number] for number, square in enumerate(squares)]
             at += count
-        # Add the padding that the stored tensor may have after its last weight.
+        # Add padding, which the stored tensor may have after its last weight.
         data += bytes(self.packed.written.nbytes - len(data))
         return {member: bytes(data)}, norms | {at + number: square for number, square in enumerate(squares)}
 
 
 class _Merged:
-    """A merged weight in float32, from which any rows can be requested."""
+    """A merged weight in float32, of which any rows can be requested."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -443,7 +461,7 @@ class _Merged:
         self._width = output.shape[-1]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows `start` to `stop` of the weight, viewed as `[rows, width]`."""
+        """Return rows `start` to `stop` of the weight in the shape `[rows, width]`."""
         import numpy as np
 
         if self._whole is not None:
@@ -462,7 +480,8 @@ class _Merged:
 
     @cached_property
     def _whole(self) -> Array | None:
-        # Merge once and keep the result if it fits: rows are requested at least twice, to pack and to measure them.
+        # Keep the merged weight if it is small enough, because rows are requested at least twice: to pack and to
+        # measure them.
         count = math.prod(self.output.shape)
         if count > HELD:
             return None
@@ -488,7 +507,7 @@ class _Merged:
         for fold, square in self.folder.compute(raw, target, block).items():
             if (
                 block.first not in self._seen
-            ):  # Count each block once, even if it is merged repeatedly, as in a large weight.
+            ):  # Count each block's norms once, because blocks of a large weight are merged repeatedly.
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
 
@@ -496,14 +515,15 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | Stack], frozenset[str]]:
-    """Replace packed weights by their stored tensors in the tables of a plan.
+    """Replace each packed weight by its stored tensors in the tables of a plan.
 
     Returns:
-        output name -> source tensor; output name -> planned updates, at the first member of a packed weight; output
-        name -> the packed weight to quantize again; the names of all members, which keep their dtypes.
+        four values: a map from output tensors to source tensors; a map from output tensors to planned updates, which
+        are at the first stored tensor of a packed weight; a map from output tensors to the packed weight that is
+        quantized again; and the names of all stored tensors of packed weights, whose dtypes do not change.
 
     Raises:
-        Unsupported: a packed weight would have to be written twice, or its scheme cannot quantize.
+        Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
     """
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
@@ -540,11 +560,11 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return a warning if `keep` needs activations that the calibration does not have.
+    """Return a warning if `keep` without activations may lose changes, or if the calibration lacks activations.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
-        ShapeMismatch: the calibration is of another model.
+        ShapeMismatch: the calibration was made with another model.
     """
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
@@ -575,12 +595,13 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:
-    """Return the error relative to the merged weight, and `kept`, the part of the change that survived.
+    """Return `error`, relative to the merged weight, and `kept`, the fraction of the change that survived.
 
-    `kept` is the projection of the remaining change on the intended change: 1 means that all is kept, 0 nothing.
+    `kept` is the projection of the actual change on the intended change, divided by its norm: 1 if the whole change
+    survived, 0 if nothing did.
     """
     error, merged, change, left = norms
-    # With R, M, W the new, the merged and the old weight, |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>. So the
-    # norms alone give the projection of R - W on M - W, and the weights need not be kept.
+    # R, M, W are the new, the merged and the old weight. From |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, the
+    # norms give the projection of R - W on M - W. So the weights need not be kept in memory.
     kept = (left**2 + change**2 - error**2) / (2 * change**2) if change else 1.0
     return {"error": error / merged if merged else 0.0, "kept": kept}

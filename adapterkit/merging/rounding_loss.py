@@ -1,8 +1,8 @@
-"""The remainder of a quantized merge: what quantization lost, as a LoRA to run together with the quantized model.
+"""Compute a LoRA of what quantization lost in a merge, to run together with the quantized model.
 
-Quantizing a merged weight again rounds it as coarsely as the base was rounded, which may lose most of a small change.
-The rounding error has structure, as the change has: a LoRA of small rank can hold a large part of the error. LQER
-(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does this for a whole model.
+Quantizing a merged weight again rounds it as coarsely as the base, which may lose most of a small change. The rounding
+error has a structure like the change, so that a LoRA of small rank can represent a large part of the error. LQER (Zhang
+et al. 2024, https://arxiv.org/abs/2402.02446) does the same for a whole model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..core.adapter import Adapter, BaseRef, Step, Target
 from ..errors import UsageError
 from ..io.computed import load
 from ..io.stages import stage
+from ..naming.binding import view
 from ..naming.binding.bases import identity_of
-from ..ops.at_base import view_of
 from ..ops.building import balanced, low_rank, result_type
 from ..ops.differences import frobenius, left
 from ..ops.lowering import Change
@@ -52,12 +52,12 @@ def remainder_of(
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return what quantizing a merge again lost; see `adapterkit.merging.remainder`.
+    """Return the LoRA; see `adapterkit.merging.remainder`.
 
     Args:
-        merged: the stored output of the merge.
-        base: the base, dequantized.
-        adapters: the name, adapter and weight of each.
+        merged: the output of the merge, with quantized weights.
+        base: the dequantized base.
+        adapters: (name, adapter, weight) of each adapter.
         rank: the rank of the result.
         allow_partial: as in the merge.
         rename: the rules for names.
@@ -99,20 +99,20 @@ def remainder_of(
 
 
 def _sides(output: Output) -> tuple[int, int]:
-    """Return one weight's number of outputs, and its number of inputs times kernel positions."""
+    """Return (outputs, inputs times kernel positions) of one weight."""
     out, *rest = output.folds[0].logical if output.folds[0].target.rows is None else output.shape
     return out, math.prod(rest)
 
 
 def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType) -> tuple[Target, Update, Cut]:
-    """Return the best LoRA of the exact merge minus the stored weight."""
+    """Return the best LoRA for the difference between the exact merge and the stored weight."""
     from ..ops.resizing import Cut, seed_of
     from ..ops.sketching import dominant
 
     given = output.folds[0].target
-    # Use the whole weight as the target, even if parts of a fused weight have their own targets.
+    # Use the whole weight as the target, even if the adapter targets the parts of a fused weight.
     target = Target(given.path, given.layout)
-    D = view_of(_exact(output) - load(stored.tensors[output.name]), target)
+    D = view(_exact(output) - load(stored.tensors[output.name]), target)
     shape = D.shape[1:] if target.stacked else D.shape
     weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
     decomposed = [dominant(one, criterion, seed_of(f"{target}:{e}")) for e, one in enumerate(weights)]
@@ -124,7 +124,7 @@ def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType
 
 
 def _exact(output: Output) -> Array:
-    """Return the exact merge of one tensor, rounded to float32."""
+    """Compute the exact merge of one tensor, rounded to float32."""
     import numpy as np
 
     arrays, whole = NumpyArrays(), np.empty(output.shape, np.float32)

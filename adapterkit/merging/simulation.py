@@ -1,8 +1,8 @@
-"""Simulate a merge on a cluster without shared disks: time, bytes and money, from its plan.
+"""Simulate a merge on a cluster without shared disks, to forecast time, transferred bytes and costs.
 
 Each task downloads the bytes of the base that its file needs, computes, and uploads its file. The tasks of a node share
-its link equally, in each direction. A worker plans the whole merge before its first task, and each node downloads the
-adapters once. Not simulated: the limits of the store, and nodes that differ or fail.
+its network link equally, in each direction. A worker plans the whole merge before its first task, and each node
+downloads the adapters once. The simulation ignores limits of the store, and nodes that differ or fail.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .cluster import spans_of
 from .planned import OutputFile, Plan
 
 SPEED = 1.2e9
-"""Bytes of merged bf16 weights that a task computes in a second, with two threads and a LoRA of rank 16."""
+"""Bytes of merged bf16 weights that a task computes per second, with two threads and a LoRA of rank 16."""
 
 START = 5.0
-"""Seconds from the start of a worker to its first task: imports, and the headers of the base."""
+"""Seconds from the start of a worker to its first task, for imports and for reading the base's headers."""
 
 TARGET = 1e-4
-"""Seconds for each target, in addition to `START`: every worker plans the whole merge."""
+"""Additional seconds per target, because every worker plans the whole merge."""
 
 DRIVER = 6.0
-"""Seconds that the driver takes before the first task and after the last one, apart from planning.
+"""Seconds that the driver needs before the first and after the last task, without planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """
@@ -34,15 +34,15 @@ DRIVER = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The time, the bytes and the money that a merge on a cluster is expected to take.
+    """The expected time, transferred bytes and costs of a merge on a cluster.
 
     Attributes:
         nodes: the number of nodes.
-        seconds: from the start of the command to the finished output.
-        downloaded, uploaded: bytes between the nodes and the store.
-        busy: the part of the time that the nodes' links carry bytes in the busier direction.
-        node_hours: nodes times hours.
-        cost: node hours times the price; None if no price was given.
+        seconds: the time from the start of the command to the finished output.
+        downloaded, uploaded: the bytes that nodes transfer from and to the store.
+        busy: the fraction of the time in which the nodes' links transfer bytes, in the busier direction.
+        node_hours: the number of nodes times the hours.
+        cost: node_hours times the price; None without a price.
     """
 
     nodes: int
@@ -65,7 +65,7 @@ class Forecast:
 
 @dataclass(slots=True)
 class _Task:
-    """One running task and its remaining phases (way, amount): way None is time, 0 a download, 1 an upload."""
+    """A running task and its remaining phases (kind, amount): None is time, 0 a download, 1 an upload."""
 
     node: int
     phases: deque[tuple[int | None, float]] = field(default_factory=deque)
@@ -75,17 +75,18 @@ def simulate(
     plan: Plan, nodes: int, *, bandwidth: float, price: float | None = None, tasks: int = 1, speed: float = SPEED,
     start: float | None = None, driver: float | None = None,
 ) -> Forecast:  # fmt: skip
-    """Simulate a merge with `engine="ray"` whose base, adapters and output are in a store.
+    """Forecast a merge with `engine="ray"` whose base, adapters and output are on a hub or in a store.
 
     Args:
         plan: the plan.
         nodes: the number of nodes.
-        bandwidth: bytes per second of each node's link, each way.
+        bandwidth: bytes per second of each node's link, in each direction.
         price: the price of a node for an hour, in any currency.
-        tasks: the number of tasks that a node runs at once: Ray starts one for each of its processors.
-        speed: bytes of merged weights that a task computes in a second.
-        start: seconds from the start of a worker to its first task; estimated from the number of targets if not given.
-        driver: seconds of the driver before and after all tasks; estimated from the number of targets if not given.
+        tasks: the number of tasks that a node runs at the same time.
+        speed: bytes of merged weights that a task computes per second.
+        start: seconds from the start of a worker to its first task; default: an estimate from the number of targets.
+        driver: seconds that the driver needs before and after all tasks; default: an estimate from the number of
+            targets.
 
     Raises:
         UsageError: a number is not positive.
@@ -116,7 +117,7 @@ def doubling(most: int) -> list[int]:
 
 
 def factors_of(plan: Plan) -> Iterator[int]:
-    """Yield the number of bytes of each tensor of the adapters, once."""
+    """Yield the number of bytes of each tensor in the adapters; each tensor is counted once."""
     seen: set[int] = set()
     for output in plan.outputs():
         for planned in output.folds:
@@ -127,7 +128,7 @@ def factors_of(plan: Plan) -> Iterator[int]:
 
 
 def _work(plan: Plan, file: OutputFile, speed: float) -> tuple[float, float, float]:
-    """Return the bytes to download, the seconds to compute, and the bytes to upload."""
+    """Return (bytes to download, seconds of computation, bytes to upload) for one file."""
     down = sum(span.nbytes for span in set(spans_of(file, plan.base)))
     return float(down), file.computed / speed, float(file.size)
 
@@ -137,7 +138,7 @@ def _run(
 ) -> float:
     """Return the seconds until the last task ends."""
     running: list[_Task] = []
-    # Ray spreads tasks: each goes to the node that runs the fewest.
+    # Like Ray, start each task on the node with the fewest running tasks.
     free = deque(node for _ in range(tasks) for node in range(nodes))
     fresh, seen = nodes * tasks, set[int]()
     now = 0.0
@@ -165,7 +166,7 @@ def _run(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return the rate of each task's present phase: its share of the link in bytes per second, or 1 for time."""
+    """Return the speed of each task's current phase: its share of the link in bytes per second, or 1 for time."""
     sharing: dict[tuple[int, int | None], int] = {}
     for task in running:
         key = task.node, task.phases[0][0]

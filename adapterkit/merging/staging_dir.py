@@ -1,7 +1,7 @@
-"""The stage of a merge: a hidden folder next to the output, in which the merge is built and resumed.
+"""Manage the stage of a merge: a hidden folder next to the output, in which the output is written and resumed.
 
-Finished files are in `out/`, their norms and checksums in `norms/`; everything else is unfinished and is written again.
-`io/staging.py` moves the output into place.
+Finished files are in `out/`, their norms and checksums in `norms/`. All other files are unfinished and will be written
+again. `io/staging.py` renames the complete output.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class StagingDir(Staging):
 
     Args:
         out: the path of the output.
-        digest: the digest of the plan; the stage of another plan is deleted.
-        files: names of the files that are kept if an earlier run finished them.
-        single: whether the output is the single file in the stage instead of the folder.
+        digest: the digest of the plan; a stage that was left by another plan is deleted.
+        files: the names of the plan's files; such files are kept if an earlier run finished them.
+        single: whether the output is a single file instead of a folder.
     """
 
     def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
@@ -65,7 +65,7 @@ class StagingDir(Staging):
 
     @property
     def was_completed(self) -> bool:
-        """Whether the output is in place and only the stage remains."""
+        """Whether an earlier run has moved the complete output to its path, but not deleted the stage."""
         return self.is_published and self._plan() == self.digest
 
     def finished(self, name: str) -> bool:
@@ -85,7 +85,7 @@ class StagingDir(Staging):
         return found
 
     def apart(self) -> StagingDir:
-        """Return the same stage with a separate folder for unfinished files, for one of several processes."""
+        """Return the same stage with a separate folder for unfinished files, for use by one of several processes."""
         stage = StagingDir(self.target, self.digest, self.files, single=self.single)
         stage.parts = self.parts / secrets.token_hex(8)
         stage.parts.mkdir()
@@ -94,7 +94,7 @@ class StagingDir(Staging):
     def finish(
         self, name: str, norms: Mapping[str, Sequence[float]], runs: Sequence[tuple[int, int, str]] = ()
     ) -> None:
-        """Make a file in `parts/` durable and move it to `out/`."""
+        """Flush a file in `parts/` to disk and move it to `out/`."""
         part = self.parts / name
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -105,21 +105,21 @@ class StagingDir(Staging):
         self, name: str, header: bytes, size: int, norms: Mapping[str, Sequence[float]],
         runs: Sequence[tuple[int, int, str]],
     ) -> None:  # fmt: skip
-        """Finish a file whose bytes are elsewhere: write a sparse file with its header."""
+        """Finish a file whose bytes are on a hub: write a sparse file of the same size with only the header."""
         with open(self.parts / name, "wb") as file:
             file.write(header)
             file.truncate(size)
         self.finish(name, norms, runs)
 
     def drop(self, name: str) -> None:
-        """Remove a finished file so that it is written again."""
+        """Remove a finished file, so that the next run writes it again."""
         (self.out / name).unlink(missing_ok=True)
 
     def link(self, name: str, file: Path) -> bool:
         """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
         try:
-            # Link to the target of a symbolic link. Hubs' caches consist of such links, and the output must not depend
-            # on a cache.
+            # If the file is a symbolic link, link to its target. Hubs' caches consist of symbolic links, and the output
+            # must not depend on a cache.
             os.link(file.resolve(), self.parts / name)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
@@ -129,13 +129,13 @@ class StagingDir(Staging):
         return True
 
     def publish_all(self, made_from: str | None = None) -> None:
-        """Make the whole output durable, rename it into place and remove the stage.
+        """Flush the whole output to disk, rename it to its path, and remove the stage.
 
         Args:
-            made_from: a digest of everything that decided the output, recorded for a later run.
+            made_from: a digest of everything on which the output depends, by which a later run recognises the output.
 
         Raises:
-            OSError: the output cannot be put in place; the previous output is restored.
+            OSError: the output cannot be renamed; the previous output is restored.
         """
         for folder, _, _ in os.walk(self.out):
             sync_folder(Path(folder))
@@ -147,19 +147,20 @@ class StagingDir(Staging):
             gone = [entry for entry in self.target.iterdir() if entry != self.folder]
         files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
         record = None if made_from is None else record_of(made_from, files)
-        # Pass durable=True to skip a second fsync: every file was flushed when it was written.
+        # Pass durable=True to skip a second fsync, because every file was flushed when it was written.
         self.publish(moves, gone, durable=True, record=record)
         self.discard()
 
     def discard(self, keep: Collection[str] = ()) -> None:
         """Remove the stage.
 
-        The file `plan` is removed last: if the process is killed before, the next run sees the merge as completed.
+        The file `plan` is removed last. If the process is killed earlier, the next run still recognises the completed
+        merge.
         """
         super().discard({"plan", *keep})
 
     def _files(self) -> dict[str, Path]:
-        """Return the files of an output folder by their names in the record."""
+        """Return a map from names in the record to the files of the output folder."""
         folder = Path() if self.inside else Path(self.target.name)
         return {str(folder / file.relative_to(self.out)): file for file in files_below(self.out)}
 

@@ -1,4 +1,4 @@
-"""Run a plan with a base on a hub: each base file is downloaded before its first use and deleted after its last."""
+"""Run a plan with a base on a hub, whose files are downloaded before their first use and deleted after their last."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def streamed_engine(device: str, base: StreamedBase) -> Engine:
-    """Return the engine that runs a plan on a streamed base, one output file at a time.
+    """Return an engine that runs a plan on a streamed base, one output file after another.
 
     Raises:
-        Unsupported: a tensor of the base is not one run of bytes in one file, such as a quantized weight.
+        Unsupported: a tensor of the base does not consist of consecutive bytes in one file, such as a quantized weight.
         AdapterkitError: as for `execute`, or a download fails.
     """
 
@@ -49,12 +49,12 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
 
 
 def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    """Return the device whose turn it is, as a list of one."""
+    """Return a list with device number `position`, modulo the number of devices."""
     return [devices[position % len(devices)]]
 
 
 def _sources(file: OutputFile) -> set[str]:
-    """Return the paths of the base files from which an output file is made."""
+    """Return the paths of the base's files that an output file needs."""
     found = set()
     for output in file.outputs:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]

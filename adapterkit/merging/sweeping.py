@@ -1,13 +1,14 @@
-"""Round by activations: round columns in turn, and let later columns compensate the rounding error.
+"""Round weights for given activations: round columns in blocks, and let later columns compensate the rounding error.
 
 The error to minimize is that of a layer's outputs for activations X: tr((Q - W) H (Q - W)^T) with H = X^T X. GPTQ
 (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error by the inverse of
 H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block, so the same code works
-for every scheme. A second pass rounds each block again to compensate the errors of all other blocks, and keeps the rows
-that improve. One pass is not enough, because a scale may change after some of its columns are rounded.
+for every scheme. Afterwards, each block is rounded a second time to compensate the errors of all other blocks; a row is
+changed only if its error decreases. The second round is needed because a scale may change after some of its columns
+were rounded.
 
-H also gives weight to the directions to which the adapter responds: the adapter's change is small relative to the
-weight, and would otherwise be lost first.
+H is increased in the directions to which the adapter responds. Otherwise the adapter's change would be lost first,
+because it is small relative to the weight.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 COLUMNS = 16
-"""Smallest number of columns that are rounded at a time."""
+"""The smallest number of columns in a block."""
 
 BLOCKS = 96
-"""Largest number of blocks of columns of a weight, which is packed twice for each block."""
+"""The largest number of blocks of a weight; the weight is packed twice for each block."""
 
 DAMPING = 0.01
-"""Part of the mean of H's diagonal that is added to the diagonal, because texts do not reach every direction."""
+"""The fraction of the mean of H's diagonal that is added to the diagonal: texts do not activate all directions."""
 
 ADAPTER = 10.0
 """Weight of the directions to which the adapter responds, in units of the mean of H's diagonal."""
 
 
 def weighting(inputs: Array, directions: Array) -> Array:
-    """Return H, `[width, width]`, float64: the mean of x x^T over inputs, damped, plus the adapter's directions.
+    """Return H `[width, width]`, float64: the mean of x x^T over inputs, plus damping, plus the adapter's directions.
 
     Args:
         inputs: activations, `[tokens, width]`, float64.
@@ -47,10 +48,10 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Return weights to pack instead of the merged ones, so that the outputs for the activations change less.
+    """Return weights to pack instead of the merged weights, so that outputs for the activations change less.
 
     Args:
-        trip: packs a weight and returns the dequantized numbers, `[outputs, inputs]`.
+        trip: a function that packs a weight `[outputs, inputs]` and returns the dequantized result.
         merged: the merged weight, `[outputs, inputs]`, float32.
         H: the result of `weighting`.
 
@@ -67,10 +68,13 @@ def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
 
 
 def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) -> Array:
-    """Round blocks of columns in turn, and move the error of each block to the columns that are not rounded yet."""
+    """Round the blocks of columns one after another.
+
+    Move the error of each block to the columns that are not rounded yet.
+    """
     import numpy as np
 
-    # Columns with the largest activations come first, while many columns are left to compensate their errors.
+    # Round the columns with the largest activations first, while many columns are left to compensate their errors.
     order = np.argsort(-np.diag(H), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
     W = merged.astype(np.float64)
@@ -86,9 +90,9 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 
 
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
-    """Round each block again to compensate the errors of the other blocks; keep the rows that improve.
+    """Round each block again to compensate the errors of the other blocks; keep only rows whose error decreases.
 
-    A change of scale rounds all its numbers again, so the first pass cannot know their final errors.
+    The first round cannot know the final errors, because a change of a scale rounds all elements with this scale again.
     """
     import numpy as np
 

@@ -1,7 +1,8 @@
-"""Tied weights in a merge: which layers each update changes, and whether the output has one tensor for all of them.
+"""Decide which layers each update changes if weights are tied, and whether the output keeps a single tensor.
 
-PEFT (0.21.2) attaches an update to the named module only, so a change at a tied embedding does not reach the head.
-Token rows are the exception: PEFT attaches them to both layers. `tied` overrides this, for all updates or by kind.
+PEFT (0.21.2) attaches an update only to the module that it names, so an update of a tied embedding does not change the
+head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides these rules, for all
+updates or by kind.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 Folds = dict[str, list[PlannedUpdate]]
-"""Name of a layer's weight -> its planned updates."""
+"""A map from the name of a layer's weight to its planned updates."""
 
 KINDS = ("rows", "embedding", "head", "replacement")
-"""Kinds of update for which `tied` can hold separate choices."""
+"""The kinds of updates for which `tied` may contain separate choices."""
 
 MERGE, UNTIE = "merge", "untie"
 
@@ -34,7 +35,7 @@ GRAMMAR = "merge, untie, or KIND=merge|untie with KIND one of rows, embedding, h
 
 
 def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
-    """Return the canonical text of a choice for tied weights; None if the adapters' files decide.
+    """Parse the option `tied`; return it as normalised text, or None if the adapters' files decide.
 
     Args:
         tied: `"merge"`, `"untie"`, `"rows=untie,embedding=merge"`, or a mapping of kinds to choices.
@@ -57,24 +58,25 @@ def settle_tie(
     tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
     config: Mapping[str, JsonValue] | None, warnings: list[str], rows: int,
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Assign every planned update to the output tensors that it changes.
+    """Move the planned updates of tied layers to the output tensors that they change.
 
     Args:
         tie: the base's tie.
-        folds: planned updates by the layer names that the adapters use; this function changes the keys to the names of
-            output tensors.
-        names: output name -> stored name; the head is added if the output gets a tensor for it.
+        folds: planned updates, by the adapters' names of layers. The function replaces these keys by names of output
+            tensors.
+        names: a map from output tensors to stored tensors. The function adds the head if the output gets a separate
+            head.
         adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
-        tied: the canonical text of the choice, see `parse_tied`.
+        tied: the result of `parse_tied`.
         config: the base's config.
-        warnings: a sentence is appended for each omitted update.
+        warnings: a list of sentences; the function adds one for each omitted update.
         rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        Changes of the config, which untie the head if that is needed.
+        The changes of the config, which untie the head if necessary.
 
     Raises:
-        UsageError: it is unknown which layers training changed, or one tensor would need two different changes.
+        UsageError: it is unknown which layers training changed; or two different changes would apply to one tensor.
     """
     own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
     if not own:
@@ -101,13 +103,12 @@ def settle_tie(
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
-    # Add each half's own table: BART's classes use `shared` only through the tie, and without the tie each half loads
-    # its own table.
+    # Write a separate table for encoder and decoder, because BART's classes without the tie do not load `shared`.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
-    # Add tied copies: transformers ties all tied tensors of a class or none, so without the tie BERT's head would look
-    # for its own bias.
+    # Write copies of the other tied tensors: transformers ties all tensors of a class or none. Without the tie, BERT's
+    # head loads a separate bias.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -116,14 +117,15 @@ def settle_tie(
 
 
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
-    """Refuse a change of an embedding that the decoder, in an encoder-decoder of two models, ties to its head.
+    """Refuse to change an embedding that the decoder's config ties to the head, in an encoder-decoder of two models.
 
-    TrOCR's published models are of this kind. The output would need a head whose name only the decoder's class knows.
+    TrOCR's published models are an example. The output would need a separate head, whose name only the decoder's class
+    knows.
 
     Args:
         folds: planned updates by the stored names.
         stored: names of the base's tensors.
-        config: the base's config, which contains the decoder's.
+        config: the base's config, which contains the decoder's config.
 
     Raises:
         UsageError: PEFT changed only the embedding, but a merge would change the head, too.
@@ -142,7 +144,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
 
 
 def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
-    """Whether PEFT trained rows at a head: its layer for token rows calls the head without a bias (PEFT 0.21.2)."""
+    """Whether PEFT trained token rows at a head: PEFT's layer for token rows ignores the head's bias (PEFT 0.21.2)."""
     return any(
         update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}
         for fold in head
@@ -151,25 +153,25 @@ def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bo
 
 
 def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
-    """Decide which updates of one adapter change each layer that reads a tied tensor; for merges and injections.
+    """Decide, for merges and injections, which updates of an adapter change each layer that shares a tied tensor.
 
     Args:
         tie: the base's tie.
-        own: the adapter's planned updates, by its own names for the layers.
-        adapter: the adapter; its lineage says which tool trained it.
-        tied: the canonical text of the choice, see `parse_tied`.
-        warnings: a sentence is appended for each omitted update.
+        own: the adapter's planned updates, by the adapter's names of the layers.
+        adapter: the adapter; its lineage records which tool trained it.
+        tied: the result of `parse_tied`.
+        warnings: a list of sentences; the function adds one for each omitted update.
 
     Returns:
-        For each name in `tie.layers`, the planned updates that change it, with the targets that the adapter names.
+        A map from each name in `tie.layers` to the planned updates of this layer, which keep the adapter's targets.
 
     Raises:
-        UsageError: neither `tied` nor the adapter's lineage decides, or the changes cannot share one tensor.
+        UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
     """
     if not own:
         return {}
     first = next(iter(own.values()))
-    # If all layers get the same change, all choices agree, and the training tool need not be known.
+    # If the adapter changes all layers in the same way, the training tool does not matter.
     if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
         return {layer: own[layer] for layer in tie.layers}
     choice = _Choice(tie, own, adapter, tied)
@@ -188,8 +190,8 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # Both halves of T5 use `shared`. The encoder of T5Gemma 2 uses the decoder's table, and PEFT adapts
-                # only the named one.
+                # In T5, encoder and decoder use `shared`. In T5Gemma 2, the encoder uses the decoder's table; PEFT
+                # adapts only the layer that the update names.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -200,7 +202,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Whether an update changes all layers that read the tied tensor (`merge`) or only the named layer (`untie`)."""
+    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or the named one (`untie`)."""
 
     tie: Tie
     own: Folds
@@ -211,7 +213,7 @@ class _Choice:
         """Return the choice for an update at the layer `name`.
 
         Raises:
-            UsageError: neither the caller nor the adapter's file decides.
+            UsageError: neither `tied` nor the adapter's file determines the choice.
         """
         kind = update.shared_as if update.shared_as != "layer" else "head" if name == self.tie.head else "embedding"
         if self.tied == MERGE:
@@ -230,7 +232,7 @@ class _Choice:
         return self._by_file(kind, name)
 
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
-        """Whether updates at a module that no layer calls (`shared` in T5 and BART) had no effect in training.
+        """Whether updates had no effect in training, because the model does not call their module, like `shared` in T5.
 
         PEFT replaces `shared` by its own layer, but the encoder and the decoder call their own embedding modules. Token
         rows are the exception: PEFT attaches them to every tied layer.
@@ -241,7 +243,7 @@ class _Choice:
         return not rows or self._has_rows(self.tie.head)
 
     def _by_file(self, kind: str, name: str) -> str:
-        """Return the choice of the tool that trained the adapter."""
+        """Return the choice that corresponds to the tool that trained the adapter."""
         tools = _tools(self.adapter.recipe)
         if kind == "rows" or tools == {"create"}:
             return UNTIE
@@ -257,7 +259,7 @@ class _Choice:
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:
                 raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is missing")
-            # PEFT looks for the names embed_tokens and lm_head only, so it does not tie `wte` and other names.
+            # PEFT ties only modules named embed_tokens and lm_head, not `wte` or other names.
             return MERGE if name.endswith("embed_tokens.weight") else UNTIE
         return UNTIE
 
@@ -271,13 +273,16 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice recorded by `extract`, which saw whether the tuned model had a separate head; else None."""
+    """Return the choice that `extract` recorded, depending on whether the tuned model had a separate head.
+
+    Else None.
+    """
     said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
-    """Return the formats in an adapter's lineage; `create` or `extract` if this library created the adapter."""
+    """Return the tools that made an adapter, from its lineage: names of formats, or `create` and `extract`."""
     found: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
@@ -291,17 +296,18 @@ def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
 
 
 def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
-    """Return one adapter's planned updates of one layer, without duplicates.
+    """Return an adapter's planned updates of one layer, without duplicates.
 
     Raises:
-        UsageError: the updates are not plain sums, so the result would depend on their order.
+        UsageError: the updates are not additive, so the result would depend on their order.
     """
     kept: list[PlannedUpdate] = []
     for fold in folds:
         if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
-            # Drop the base's weight, which PEFT saves next to the factors of an adapted embedding and an adapted head.
+            # Drop the copy of the base's weight that PEFT saves next to the factors of an adapted embedding and of an
+            # adapted head.
             fold = replace(fold, updates=fold.updates[1:])
         kept.append(fold)
     if len(kept) > 1 and not all(_without_start(fold).additive for fold in kept):
@@ -313,7 +319,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 
 
 def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, rows: int) -> list[PlannedUpdate]:
-    """Return the planned updates of an untied head, with the factor that the model applies only to a tied head."""
+    """Return the planned updates of an untied head, including the scale that the model applies only to a tied head."""
     if scale == 1:
         return head
     import numpy as np
@@ -328,7 +334,7 @@ def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, row
 
 
 def _equal(one: Sequence[PlannedUpdate], other: Sequence[PlannedUpdate]) -> bool:
-    """Whether two layers get the same changes."""
+    """Whether the planned updates of two layers are the same changes."""
     return one is other or (len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True)))
 
 
@@ -341,7 +347,7 @@ def same(one: PlannedUpdate, other: PlannedUpdate) -> bool:
 
 
 def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate) -> bool:
-    """Whether two updates, each in its target's layout, change a stored tensor in the same way."""
+    """Whether two updates, which may have different layouts, change a stored tensor in the same way."""
     import numpy as np
 
     if a.method != b.method or a.attributes != b.attributes or a.tensors.keys() != b.tensors.keys():
@@ -357,7 +363,10 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 
 
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
-    """Return (left, right) of W + left @ right in the stored layout, without scaling; None if there are no factors."""
+    """Return (left, right) of an update W + left @ right in the stored layout, without the scaling.
+
+    None without factors.
+    """
     from .arrays import NumpyArrays
 
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
@@ -383,7 +392,7 @@ def _bits(leaf: Leaf) -> Array:
 
 
 def _starts_alike(fold: PlannedUpdate, first: PlannedUpdate) -> bool:
-    """Whether `fold` and `first` begin with the same replacement, and `fold` has further updates."""
+    """Whether `fold` and `first` begin with the same replacement of the weight, and `fold` has further updates."""
     if len(fold.updates) < 2:
         return False
     one, other = fold.updates[0], first.updates[0]

@@ -1,4 +1,4 @@
-"""Recompute a merge block by block and compare it bit by bit with the files on disk."""
+"""Recompute a merge block by block, and compare the result bit by bit with the files on disk."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from .execute import Progress
 
 PIECE = 4 << 20
-"""Elements compared at a time."""
+"""The number of elements that are compared in one step."""
 
 NEAREST = 0.5001
-"""Distance in units in the last place; an element closer than this to the exact result counts as correctly rounded."""
+"""Elements within this distance of the exact result, in units in the last place, count as correctly rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class TensorDifference:
     Attributes:
         tensor: the name of the tensor.
         why: a description of the difference.
-        elements: the number of wrong elements, if they could be compared.
+        elements: the number of wrong elements, if elements could be compared.
         largest: the largest absolute error of an element.
     """
 
@@ -65,10 +65,10 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class BaseDifference:
-    """A base whose fingerprint differs from the recorded one.
+    """A record of another base: its fingerprint differs from the fingerprint of the given base.
 
     Attributes:
-        named_by: the adapter, or the file name of the merge's record.
+        named_by: what contains the fingerprint: the adapter, or the file name of the merge's record.
         expected: the recorded fingerprint.
         given: the fingerprint of the given base.
         how: `same architecture, other weights` or `other names or shapes of tensors`; empty if shapes are not recorded.
@@ -89,11 +89,11 @@ class Verification:
 
     Attributes:
         tensors: the number of tensors that were compared with the recomputed merge.
-        targets: the number of these tensors that adapters change.
-        differences: the tensors that differ; or the files that differ, if checksums were compared.
+        targets: how many of these tensors the adapters change.
+        differences: the tensors that differ; if checksums were compared, the files that differ.
         files: the number of files that were compared with their recorded checksums.
-        base: the records that name another base.
-        warnings: properties of the base that an adapter names but the given base does not have.
+        base: the records of another base.
+        warnings: sentences about differences between the given base and the base that an adapter records.
     """
 
     tensors: int
@@ -135,7 +135,7 @@ def compare(
     base_differences: Sequence[BaseDifference] = (),
     rename: tuple[str, ...] = (),
 ) -> Verification:
-    """Compare a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
+    """Compare a merged model with the recomputed merge of `adapters` into `base`; see `adapterkit.verify`."""
     stage("comparing every element")
     tied, vocab = recorded_choices(merged, base)
     options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
@@ -183,7 +183,7 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
 def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
-    """Return a difference for the merge's record and each adapter that names another base by its fingerprint."""
+    """Return a difference for each record (of the merge or of an adapter) whose base has another fingerprint."""
     found, given = [], fingerprint(base)
     record = merge_record(merged)
     recorded = record.get("base_fingerprint")
@@ -197,13 +197,13 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """Draw `sample` changed and `sample` unchanged tensors, differently in each call; None means all."""
+    """Draw `sample` changed and `sample` unchanged tensors, different ones in each call; None means all tensors."""
     if sample is None:
         return outputs
     if sample <= 0:
         raise UsageError(f"the sample has {sample} tensors", cure="Give a positive number")
     groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
-    # Do not use a seed, so that repeated verifications cover more and more tensors.
+    # Use no seed, so that repeated verifications cover more and more tensors.
     draw = random.SystemRandom().sample
     chosen = {o.name for group in groups for o in draw(group, min(sample, len(group)))}
     return [output for output in outputs if output.name in chosen]
@@ -214,12 +214,12 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return how a merge treated a tie and a larger vocabulary, by its record or, if it has none, by its output."""
+    """Return (`tied`, `vocab`), the choices of a merge, from its record or else from its output."""
     return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return how the merge treated a tie, by its record, or without one by the names in its output."""
+    """Return the merge's choice `tied`, from its record or else from the names in its output."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
@@ -228,7 +228,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return how the merge treated an adapter's larger vocabulary, from its record or else from its output's rows."""
+    """Return the merge's choice `vocab`, from its record or else from the numbers of rows in its output."""
     record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")
@@ -249,7 +249,7 @@ def _compare(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | 
 
 
 def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
-    """Compare one part of a packed weight bit by bit."""
+    """Compare one stored tensor of a packed weight bit by bit."""
     assert output.part is not None
     if (found.shape, found.dtype) != (output.shape, output.dtype):
         return TensorDifference(
@@ -297,8 +297,8 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
 def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
     """Return the absolute errors of the elements that are not correctly rounded.
 
-    If an exact result is halfway between two numbers, another library may round it to either, because its float64
-    result may differ in the last bits.
+    If the exact result is halfway between two numbers of the dtype, both count as correct, because another library's
+    float64 result may differ in the last bits.
     """
     import ml_dtypes
     import numpy as np
@@ -309,6 +309,6 @@ def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
     errors = np.abs(values - exact)
-    # Negate the comparison, so that a NaN counts as wrong.
+    # Negate the comparison so that a NaN counts as wrong.
     wrong: Array = errors[~(errors <= within * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))

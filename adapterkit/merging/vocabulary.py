@@ -1,7 +1,7 @@
-"""Merge adapters that were trained with more, or fewer, rows of the embedding and the head than the base has.
+"""Merge adapters whose embedding and head had more rows, or fewer rows, than the base has.
 
-`resize_token_embeddings` adds tokens before training, and the stored base lacks their rows. An adapter's file may hold
-them: PEFT saves the complete resized layers next to its factors.
+Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
+adapter's file may contain them: PEFT saves the complete resized layers next to the factors.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""A base counts as padded if the adapter lacks at most one of this many rows.
+"""If the adapter lacks at most one of this many rows of the base, the base's last rows count as padding.
 
-By their configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
+According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
 
 _BLOCK = 1 << 20
-"""Elements per step when rows are averaged."""
+"""The number of elements per step when the mean row is computed."""
 
 _ZEROS = "final_logits_bias"
-"""A bias over the vocabulary in BART and Marian, `[1, rows]`; transformers fills it with zeros."""
+"""The bias of BART's and Marian's logits, `[1, rows]`; transformers fills new elements with zeros."""
 
 
 def parse_vocab(vocab: str | None) -> str | None:
-    """Check a choice for vocabularies.
+    """Check and return the option `vocab`.
 
     Raises:
         UsageError: the choice is unknown.
@@ -56,17 +56,17 @@ def parse_vocab(vocab: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Use:
-    """The updates of one adapter at one tensor with an axis for the vocabulary.
+    """The updates of one adapter for one tensor whose rows are tokens of the vocabulary.
 
     Attributes:
-        position: the adapter's position in the merge.
+        position: the adapter's index among the merge's adapters.
         adapter: the adapter's name.
-        layer: the adapter's name for the tensor; for a tied head, this differs from the stored name.
+        layer: the name of the tensor in the adapter; for a tied head, it differs from the stored name.
         stored: the stored name of the tensor.
-        axis: the axis of the updates that corresponds to the vocabulary.
+        axis: the axis of the updates, `in` or `out`, that runs over the vocabulary.
         updates: the updates.
-        rows: the number of rows that the updates were made for; None if they are only rows of single tokens.
-        tokens: the ids of the tokens with single rows.
+        rows: the number of rows of the tensor in training; None if the updates are only rows of single tokens.
+        tokens: the ids of the tokens of which the adapter has single rows.
     """
 
     position: int
@@ -79,13 +79,13 @@ class _Use:
     tokens: tuple[int, ...]
 
     def given(self, start: int, stop: int) -> set[int]:
-        """Return the rows from `start` to `stop` whose values are in the adapter's file."""
+        """Return the row numbers from `start` to `stop` whose values the adapter's file contains."""
         whole = any(isinstance(update, Replacement) and update.changes_weight for update in self.updates)
         held = set(range(start, min(stop, self.rows or 0))) if whole else set()
         return held | {token for token in self.tokens if start <= token < stop}
 
     def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
-        """Yield (row, values) for each row in `given`, with the values at the start of training."""
+        """Yield (row number, values) for each row in `given`; the values are those at the start of training."""
         wanted = self.given(start, stop)
         for update in self.updates:
             if isinstance(update, Replacement) and update.weight is not None and start < (self.rows or 0):
@@ -113,8 +113,8 @@ class Vocabulary:
 
     Args:
         base: the base as the merge reads it.
-        aliases: names of tied layers -> the stored tensor.
-        choice: `grow`, `keep`, or None: grow if the adapters' files hold all new rows, and refuse otherwise.
+        aliases: a map from names of tied layers to the stored tensor.
+        choice: `grow`, `keep`, or None: grow if the adapters' files contain all new rows, and refuse otherwise.
     """
 
     def __init__(self, base: Checkpoint, aliases: Mapping[str, str], choice: str | None) -> None:
@@ -131,16 +131,17 @@ class Vocabulary:
     def settle(
         self, position: int, adapter: str, sites: Sequence[Site], shapes: Shapes
     ) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
-        """Match an adapter's vocabulary with the base's: cut the adapter's targets, or record the rows that it needs.
+        """Compare an adapter's numbers of rows with the base's: cut the adapter's updates, or note which rows it needs.
 
         Args:
             position: the adapter's position in the merge.
             adapter: the adapter's name.
-            sites: the locations of its targets in the base.
+            sites: the adapter's targets with their stored tensors.
             shapes: the shapes of the base's tensors, including tied names.
 
         Returns:
-            The sites, cut to the base's rows with `keep`; and the shapes, with the adapter's number of rows.
+            The sites, with updates cut to the base's rows if `choice` is `keep`; and the shapes, with the adapter's
+            numbers of rows.
 
         Raises:
             ShapeMismatch: the adapter has far fewer rows than the base.
@@ -152,7 +153,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:  # Binding these updates to the base's shape reports that they contradict each other.
+            if len(rows) > 1:  # Skip updates with contradicting numbers of rows; the check of shapes will report them.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -173,17 +174,17 @@ class Vocabulary:
         return sites, shapes
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a layer's weight or bias, with the number of rows that the adapter was made for."""
+        """Return the shape of a layer's weight or bias, with the number of rows that it had in training."""
         rows = self.made_for.get((position, layer))
         return (rows, *shape[1:]) if shape and rows is not None else shape
 
     def grown(self) -> Checkpoint:
-        """Return the base with the rows that the adapters need.
+        """Return the base, extended by the rows that the adapters need.
 
         Raises:
-            ShapeMismatch: no file holds some of the rows, and the choice is not `grow`.
-            UsageError: two adapters have different rows for one new token.
-            Unsupported: the base is quantized, and would have to be quantized again.
+            ShapeMismatch: some of the rows are in no adapter's file, and the choice is not `grow`.
+            UsageError: two adapters have different rows for the same new token.
+            Unsupported: the base would have to be quantized again.
         """
         for use in self.uses:
             rows, needed = self.tables[use.stored][0], self.made_for.get((use.position, use.layer), 0)
@@ -197,7 +198,8 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Grow all tables with the same number of rows: a separate head needs the rows of its embedding.
+        # Grow all tables that have the same number of rows, because a separate head needs as many rows as the
+        # embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
                 tensors[name] = self._grow(name, rows, needed)
@@ -208,7 +210,7 @@ class Vocabulary:
     def config_changes(
         self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """Return the changes of a config that set its vocabulary size to the grown size.
+        """Return the changes of the config that set the vocabulary size to the new number of rows.
 
         Args:
             config: the config of the base.
@@ -235,7 +237,7 @@ class Vocabulary:
         return found
 
     def record(self) -> dict[str, JsonValue] | None:
-        """Return plain data about a changed vocabulary; None if it is the base's."""
+        """Return plain data about the changed vocabulary; None if it is the base's vocabulary."""
         if self.sizes:
             rows, needed = next(iter(self.sizes.items()))
             return {"choice": GROW, "from": rows, "rows": needed, "filled": dict(self.filled)}
@@ -254,10 +256,10 @@ class Vocabulary:
         return None
 
     def _check_padded(self, adapter: str, layer: str, rows: int, made_for: int) -> None:
-        """Distinguish a padded vocabulary from another model's vocabulary.
+        """Warn if the base seems to have padding rows that the adapter lacks; refuse an adapter of another model.
 
         Raises:
-            ShapeMismatch: too many rows are missing for padding.
+            ShapeMismatch: the adapter lacks too many rows for padding.
         """
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
@@ -276,7 +278,7 @@ class Vocabulary:
         )
 
     def _growing(self, rows: int) -> list[str]:
-        """Return the names of the tensors that grow with a vocabulary of `rows` rows: tables, and biases of heads."""
+        """Return the names of the tensors that grow if the vocabulary has `rows` rows: tables, and biases of heads."""
         tables = [name for name, shape in self.tables.items() if shape[0] == rows]
         biases = [
             name for name, tensor in self.base.tensors.items()
@@ -296,7 +298,7 @@ class Vocabulary:
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # Use rows of the tied head for the embedding, too: a file may hold only the head's rows.
+        # Also use the rows of the tied head for the embedding, because a file may contain only the head's rows.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:
@@ -306,7 +308,7 @@ class Vocabulary:
             raise self._unknown(name, rows, needed, missing)
         who = " and ".join(dict.fromkeys(use.adapter for use in uses if use.given(rows, needed)))
         mean = (
-            f"the mean of the base's rows for {missing} of them, since no file holds their values at the start of "
+            f"the mean of the base's rows for {missing} of them, because no file has their values at the start of "
             "training (transformers draws them around that mean)"
         )
         self.filled[name] = " and ".join([*([f"from {who}"] if who else ()), *([mean] if missing else ())])
@@ -328,7 +330,7 @@ class Vocabulary:
             f"{_flag(KEEP)} drops the added tokens. "
         )
         if is_head(name):
-            # PEFT saves an embedding next to its factors, but never a head that it does not adapt, not even with
+            # PEFT saves an embedding next to the factors, but not a head without an adapter, not even with
             # save_embedding_layers=True.
             cure += (
                 "PEFT's files have a head's new rows only if the head is adapted too; the resized model has them: its "
@@ -339,7 +341,7 @@ class Vocabulary:
 
 
 def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int | None, tuple[int, ...]] | None:
-    """Return (rows, ids of tokens with single rows) if `axis` of the updates can be the vocabulary, else None."""
+    """Return (number of rows, ids of tokens with single rows) if `axis` can be the updates' vocabulary, else None."""
     rows: set[int] = set()
     tokens: list[int] = []
     for update in updates:
@@ -359,10 +361,10 @@ def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int |
 
 
 def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
-    """Cut the updates to the first rows of the vocabulary.
+    """Cut the updates to the first `rows` rows of the vocabulary.
 
     Raises:
-        NotMergeable: a method needs all rows of the weight at once.
+        NotMergeable: a method's formula needs all rows of the weight together.
     """
     found: list[Update] = []
     for update in use.updates:
@@ -386,7 +388,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
 
 
 def _without_tokens(update: Rows, tokens: Sequence[int], rows: int) -> Rows:
-    """Drop the rows of tokens that the base does not have; the result may be empty."""
+    """Drop the rows of tokens that the base does not have; the result may have no rows."""
     kept = [at for at, token in enumerate(tokens) if token < rows]
     index, values = as_lazy(update.index), as_lazy(update.values)
     parts = {
@@ -405,7 +407,7 @@ def _first(tensor: Lazy, axis: int, count: int) -> Lazy:
 
 
 def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> Lazy:
-    """Return a tensor with the bytes of `more()` appended; `more` is called once, when it is needed."""
+    """Return a tensor with the bytes of `more()` appended; `more` is called once, when the tensor is read."""
     size = tensor.dtype.itemsize
     own = tensor.nbytes // size
     more = cache(more)
@@ -422,13 +424,13 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> 
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """Return the new rows of a tensor in its dtype: rows from adapters, and the mean row for the rest."""
+    """Return the new rows of a tensor in its dtype: rows from the adapters' files, and the mean row for all others."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)
     if mean:
         table[:] = _mean(tensor)
-    for use in reversed(uses):  # Write the first use last, because it takes precedence.
+    for use in reversed(uses):  # Write the rows of the first use last, because they take precedence.
         for number, row in use.values(rows, needed):
             table[number - rows] = row.astype(np.float64)
     narrow = table if tensor.dtype.name == "F64" else table.astype(np.float32)
@@ -436,7 +438,7 @@ def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: boo
 
 
 def _mean(tensor: Lazy) -> Array:
-    """Return the mean row of a tensor in float64, reading `_BLOCK` elements at a time."""
+    """Return the mean row of a tensor in float64, reading `_BLOCK` elements per step."""
     import numpy as np
 
     rows, *rest = tensor.shape
@@ -451,10 +453,10 @@ def _mean(tensor: Lazy) -> Array:
 
 
 def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> None:
-    """Refuse adapters with different rows for one new token, because its id may stand for different tokens.
+    """Refuse adapters with different rows for the same new id, because the id may stand for different tokens.
 
     Raises:
-        UsageError: two adapters have different rows for one token.
+        UsageError: two adapters have different rows for the same token.
     """
     import numpy as np
 
@@ -474,4 +476,4 @@ def _flag(choice: str) -> str:
 
 
 _SIZES = ("vocab_size", "decoder_vocab_size")
-"""Keys of a config that hold the number of rows of the tables."""
+"""Keys of a config whose value is the vocabulary's number of rows."""

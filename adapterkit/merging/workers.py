@@ -1,4 +1,4 @@
-"""The workers of a merge: each takes jobs, which are runs of output bytes, and reads, computes and writes them."""
+"""The workers of a merge, which read, compute and write runs of output bytes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
     import torch
 
 RUN = 32 << 20
-"""Number of output bytes that a worker takes at a time."""
+"""The number of output bytes in a job."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A run of bytes of one output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
+    """Work on consecutive bytes of an output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
 
-    With `parts`, the job is one packed weight, whose parts may be anywhere in the file; with `run`, some of its rows.
+    With `parts`, the job is a packed weight, whose stored tensors may be anywhere in the file; with `run`, it is a run
+    of rows of a packed weight.
     """
 
     file: OpenFile
@@ -53,7 +54,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class OpenFile:
-    """An output file that is being written: unfinished jobs; norms by output, job and planned update; checksums."""
+    """An output file that is being written: the number of unfinished jobs, norms of finished jobs, and checksums."""
 
     plan: OutputFile
     path: Path
@@ -71,7 +72,7 @@ def create(path: Path, planned: OutputFile) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Allocate the blocks of a file, so that a full disk raises an error now; writing is also a third faster."""
+    """Allocate the disk blocks of a file, so that a full disk raises an error now. Writing then is a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
@@ -103,7 +104,10 @@ def jobs_of(file: OpenFile) -> list[Job]:
 
 
 def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
-    """Return the jobs of one packed weight; its norms are stored under the part that has the planned updates."""
+    """Return the jobs of one packed weight.
+
+    Its norms are stored under the stored tensor that has the planned updates.
+    """
     named = next((part for part in parts if part.folds), parts[0])
     assert named.part is not None
     runs = named.part.runs()
@@ -122,7 +126,7 @@ def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
 
 
 def _extend(jobs: list[Job], file: OpenFile, offset: int, nbytes: int, source: Lazy) -> None:
-    """Add the copy of a tensor; extend the previous copy if the bytes are adjacent in both files."""
+    """Add a job that copies a tensor, or extend the previous copy if the bytes are adjacent in both files."""
     span = source.span
     assert span is not None
     last = jobs[-1] if jobs and jobs[-1].output is None else None
@@ -145,11 +149,12 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Return the norms by output and planned update, summed in the order of the jobs, not of their completion."""
+    """Return the norms by output tensor and planned update, summed over the jobs in a fixed order."""
     found: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
-        # Sort first: sums of floats depend on their order, and the records of equal merges must have equal bytes.
+        # Sort by job, because a sum of floats depends on the order, and the records of equal merges must have equal
+        # bytes.
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square
@@ -158,37 +163,37 @@ def norms_of(file: OpenFile) -> Norms:
     return found
 
 
-# Pipelines move blocks from the disk to the computing device and back, one or several at a time.
+# Pipelines move blocks from the disk to the computing device and back.
 #
-# On the host, a block is computed in the memory that it was read into. A device gets its blocks through staging memory,
-# pinned for CUDA. It receives them on one stream, computes on a second and sends them back on a third, with `DEPTH`
-# blocks in flight. All torch devices share this code. On torch's CPU device the streams do nothing, and tests compare
-# the bytes with numpy's. The code has not been run on a GPU.
+# On the host, a block is computed in the memory into which it was read. A device gets blocks through staging memory,
+# which is pinned for CUDA. The device receives blocks on one stream, computes on a second stream, and sends blocks back
+# on a third stream, with `DEPTH` blocks in flight. All torch devices share this code. On torch's CPU device the streams
+# do nothing, and tests compare the bytes with numpy's bytes. The code has not been run on a GPU.
 
 
 DEPTH = 3
-"""Blocks in flight: one is sent to the device, one is computed, one is sent back."""
+"""The number of blocks in flight: one on the way to the device, one being computed, one on the way back."""
 
 Host = Callable[[Block, memoryview], None]
 Compute = Callable[[Block, Numbers, Numbers], None]
 
 
 class OutputSink(Protocol):
-    """A sink for the bytes of consecutive blocks."""
+    """Receives the bytes of consecutive blocks."""
 
     def room(self, nbytes: int) -> memoryview:
         """Return memory for the next `nbytes` bytes."""
         ...
 
     def filled(self, nbytes: int) -> None:
-        """Write the first `nbytes` bytes of that memory."""
+        """Write the first `nbytes` bytes of the memory from `room`."""
 
 
 class Pipeline(Protocol):
-    """The path of one worker's blocks through a device."""
+    """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context: loads and computations inside it finish before those of any later block begin."""
+        """Return a context; loads and computations inside the context finish before later blocks are computed."""
         ...
 
     def through(
@@ -207,12 +212,12 @@ class Pipeline(Protocol):
 
 
 def pipeline_for(arrays: Arrays) -> Pipeline:
-    """Return the pipeline of one worker."""
+    """Create the pipeline of one worker."""
     return DevicePipeline(arrays) if isinstance(arrays, TorchArrays) else HostPipeline(arrays)
 
 
 class HostPipeline:
-    """Computes one block at a time, from a reused buffer straight into the writer's memory."""
+    """Computes block after block, from a reused buffer directly into the writer's memory."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -238,13 +243,13 @@ def _grown(held: bytearray, nbytes: int) -> bytearray:
 
 
 class DevicePipeline:
-    """Keeps several blocks in flight, one per slot; a slot is reused once its block is passed to the writer."""
+    """Keeps several blocks in flight, each in a slot, which is reused after the block was passed to the writer."""
 
     def __init__(self, arrays: TorchArrays) -> None:
         self.torch, self.device = arrays.torch, arrays.device
         module = self.torch.get_device_module(self.device)
         self.streams: Any = module if hasattr(module, "Stream") else self.torch.cpu
-        # Use blocking copies on a device without streams, because nothing else would order them.
+        # Use blocking copies on a device without streams, because otherwise no order is guaranteed.
         self.has_streams = self.streams is not self.torch.cpu
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
@@ -260,7 +265,7 @@ class DevicePipeline:
             slot = self.slots[position % DEPTH]
             slot.finish(written)
             slot.start(block, source, target, read, compute)
-        # Finish the slots in turn, which is the order of their blocks.
+        # Finish the slots in the order of their blocks.
         for position in range(len(blocks), len(blocks) + DEPTH):
             self.slots[position % DEPTH].finish(written)
 
@@ -281,7 +286,7 @@ class _Slot:
         self.nbytes = 0
 
     def start(self, block: Block, source: DType, target: DType, read: Host, compute: Compute) -> None:
-        """Read a block and queue its transfers and its computation; does not wait if the device has streams."""
+        """Read a block, and queue its transfers and its computation; on a device with streams, do not wait for them."""
         pipeline, nbytes = self.pipeline, block.elements * source.itemsize
         self.nbytes = block.elements * target.itemsize
         self._make_room(nbytes, self.nbytes)
@@ -290,7 +295,7 @@ class _Slot:
             self.device_raw[:nbytes].copy_(self.host_raw[:nbytes], non_blocking=pipeline.has_streams)
             self.sent.record(pipeline.up)
         with pipeline.computing():
-            # Let the device wait instead of this thread, which reads the next block in the meantime.
+            # Let the device wait instead of this thread, so that the thread reads the next block meanwhile.
             pipeline.work.wait_event(self.sent)
             raw = self._over(self.device_raw, nbytes, source)
             out = self._over(self.device_result, self.nbytes, target)
@@ -304,7 +309,7 @@ class _Slot:
         self.pending = block
 
     def finish(self, written: OutputSink) -> None:
-        """Wait for the slot's block, if it has one, and pass it to the writer."""
+        """Wait for the slot's block, if the slot has one, and pass the block to the writer."""
         if self.pending is not None:
             self.fetched.synchronize()
             written.room(self.nbytes)[:] = _bytes(self.host_result, self.nbytes)
@@ -312,7 +317,7 @@ class _Slot:
             self.pending = None
 
     def _make_room(self, raw: int, result: int) -> None:
-        """Enlarge the memory to these numbers of bytes before and after the computation."""
+        """Enlarge the slot's memory to `raw` bytes of input and `result` bytes of output."""
         pipeline, pinned = self.pipeline, self.pipeline.device.type == "cuda"
         # Allocate device memory on the stream that first writes it. torch's allocator reuses freed memory in the order
         # of the allocating stream only, so another stream could still be using it.
@@ -333,7 +338,7 @@ def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
     return tensor.numpy().data[:nbytes]
 
 
-# A worker reads a job's bytes, computes them, and passes the result to its writer.
+# A worker reads the bytes of a job, computes the result, and passes it to the worker's writer.
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +357,7 @@ class Made:
 
 
 class Worker:
-    """One worker, with its open files, its pipeline and its writer."""
+    """A worker, with open files, a pipeline and a writer."""
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
@@ -360,7 +365,7 @@ class Worker:
         self._pipeline: Pipeline | None = None
 
     def do(self, job: Job) -> Made:
-        """Do one job; its bytes may still be on their way to the disk when this returns.
+        """Do one job. When the method returns, the job's bytes may not have reached the disk yet.
 
         Raises:
             Corrupt: an input file became shorter.
@@ -381,7 +386,7 @@ class Worker:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             if job.output is None or not job.output.folds:
                 raise
-            # numpy raises these errors for sizes that validation cannot exclude, such as a rank of 0.
+            # Catch numpy's errors for sizes that validation cannot exclude, such as a rank of 0.
             updates = [update for fold in job.output.folds for update in fold.updates]
             methods = " and ".join(dict.fromkeys(update.method for update in updates))
             why = f"the formula of {methods} cannot be computed for this weight ({error})"
@@ -402,7 +407,7 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """Copy bytes in the kernel; for a checksum, read them again from the page cache."""
+        """Let the kernel copy the bytes; for a checksum, read them again from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)
@@ -412,7 +417,8 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # Norms that do not depend on the base cover the whole tensor, so count them in one of its jobs only.
+            # Count norms that do not depend on the base in one job of the tensor only, because they cover the whole
+            # tensor.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:
@@ -430,7 +436,7 @@ class Worker:
         return norms if output.folds else {}, runs
 
     def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:
-        """Write a separate run of bytes, because the parts of a packed weight are apart in the file."""
+        """Write bytes at `offset`, because the stored tensors of a packed weight are not adjacent in the file."""
         self.writer.finish()
         self.writer.begin(str(job.file.path), offset)
         written = _Summed(self.writer, self.moved, job.file.summed)
@@ -438,7 +444,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write the bytes of the first stored tensor as they come, and the few bytes of the others last."""
+        """Write a run of rows of a packed weight: first the first stored tensor's bytes, then those of the others."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places
@@ -471,7 +477,7 @@ class Worker:
 
 
 class _Summed:
-    """A sink that passes bytes to the writer and hashes them on the way."""
+    """Passes bytes to the writer and also computes their sha256."""
 
     def __init__(self, writer: Writer, moved: Callable[[int], None], summed: bool) -> None:
         self.writer, self.moved = writer, moved
@@ -489,14 +495,14 @@ class _Summed:
         self.moved(nbytes)
 
     def write(self, data: bytes | bytearray) -> None:
-        """Copy the next bytes from other memory."""
+        """Write bytes that are in other memory."""
         for start in range(0, len(data), BUFFER):
             piece = data[start : start + BUFFER]
             self.room(len(piece))[:] = piece
             self.filled(len(piece))
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
-        """Return the checksum of all bytes that passed through, as one run of `nbytes` bytes at `offset`."""
+        """Return the checksum of all bytes as one run of `nbytes` bytes at `offset`."""
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 

@@ -1,4 +1,4 @@
-"""The methods, one module each. The file name is the key: `METHODS["lora"]` is the class `LoRA`."""
+"""Adapter methods, one per module: `METHODS["lora"]` is the class `LoRA` in `lora.py`."""
 
 from __future__ import annotations
 

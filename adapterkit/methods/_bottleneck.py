@@ -1,4 +1,4 @@
-"""The shared part of all bottleneck adapters: gate, norms and scale.  Not a method itself."""
+"""Base classes of bottleneck adapters: gate, norms and scale."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Sublayer(OutputUpdate):
             raise Unsupported(why, cure="Name the residual to read")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the change for the adapter's input."""
+        """Return the change for the adapter's input h."""
         raise AssertionError("each subclass defines it")
 
     def after(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the adapter's output after its optional norm."""
+        """Apply the adapter's output norm, if it has one."""
         return h
 
     def inside(self, x: Tensor, layer: Layer) -> Tensor:
@@ -57,14 +57,14 @@ class Sublayer(OutputUpdate):
         return self.after(change + skip, layer) if first else self.after(change, layer) + skip
 
     def read(self, hidden: Tensor, residual: Tensor | None, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Return the adapter's input and the input of its own skip connection."""
+        """Return (input of the adapter, input of the adapter's skip connection)."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden
         return read, {"true": hidden, "post_add": added, "false": read}[self.residual_before_ln]
 
 
 class Narrow(Sublayer):
-    """change = scaling * up(act(down(h))), multiplied by a gate if the adapter has one; a subclass defines `change`."""
+    """change = scaling * up(act(down(h))), times a gate if the adapter has one. Subclasses define `change`."""
 
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         ((), ("gate",), ("gate", "gate_bias")),
@@ -99,7 +99,7 @@ class Narrow(Sublayer):
         return change * shares
 
     def ungated(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the scaled change for the adapter's input."""
+        """Return the scaled change for the adapter's input, without the gate."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor
@@ -110,5 +110,5 @@ class Narrow(Sublayer):
 
 
 def biased(h: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
-    """Return a matrix product plus its bias, if it has one."""
+    """Return h plus the bias, or h if the bias is None."""
     return h if bias is None else h + layer.per_channel(bias)

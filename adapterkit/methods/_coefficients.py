@@ -1,4 +1,4 @@
-"""Methods that store some coefficients of a transform of the change, at random positions.  Base classes only."""
+"""Base class of methods that store some coefficients, at random positions, of a transform of the change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SEED = 777
-"""Seed for the positions of a new update. PEFT uses the same seed, so a PEFT file can express the positions."""
+"""The seed for the positions of a new update. PEFT has the same default, so PEFT files can express these positions."""
 
 
 class Coefficients(Additive):
@@ -22,7 +22,8 @@ class Coefficients(Additive):
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # Limit the size: it comes from two numbers in a file, so a damaged file could require any amount of memory.
+        # Limit the size, because it comes from two numbers in a file: a damaged file could require any amount of
+        # memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",

@@ -1,4 +1,4 @@
-"""AdapterHub's gates: one factor for each row of a batch, computed from the row's content.  Not a method itself.
+"""AdapterHub's gates: a factor for each row of a batch, computed from the row's input.
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577
 """
@@ -25,6 +25,6 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
 
-    A gate gives one factor for both, or separate factors for keys and values. The result is `[batch, 2, heads, n, d]`.
+    A gate computes one factor for keys and values, or a factor for each. The result is `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]

@@ -1,4 +1,4 @@
-"""Factors for a convolution in groups, as PEFT trains them: A reads all channels, B mixes within each group."""
+"""Base class of PEFT's LoRA for grouped convolutions: A reads all channels, B mixes within each group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AcrossGroups(OutputUpdate):
-    """A reads all `inputs`; B is a convolution in r / share groups. A subclass uses B @ A(x).  Not a method itself."""
+    """A is a convolution over all `inputs` channels, B a convolution in r / share groups. Subclasses use B @ A(x)."""
 
     acts_on = "the output, from the channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -56,7 +56,7 @@ class AcrossGroups(OutputUpdate):
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def read(self, x: Tensor, layer: Layer) -> Tensor:
-        """Return scaling * B @ A(x), which adds to the layer's output."""
+        """Return scaling * B @ A(x), which is added to the layer's output."""
         h = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
         return layer.mix(h, self.across()) * self.scaling
 

@@ -1,4 +1,4 @@
-"""Methods that replace a part of W by a low-rank product.  Base classes only."""
+"""Base class of methods that replace a part of W by a low-rank product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class InPlace(WeightUpdate):
-    """W' = W - taken(W) + scaling * B @ A; a subclass defines `taken`, the part to remove."""
+    """W' = W - taken(W) + scaling * B @ A. Subclasses define `taken`, the part of W that is removed."""
 
     linear_only = True
 
@@ -24,7 +24,7 @@ class InPlace(WeightUpdate):
         raise AssertionError("each method defines it")
 
     def left(self) -> Tensor:
-        """Return the left factor, which multiplies A."""
+        """Return the factor that is multiplied by A from the left: B, or B with a diagonal."""
         return self.B
 
     def new_weight(self, W: Tensor) -> Tensor:

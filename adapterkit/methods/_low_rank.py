@@ -1,4 +1,4 @@
-"""Methods with a pair of thin factors: W' = W + B @ A, with A and B computed from the fields and the shape."""
+"""Base class of methods whose change is a low-rank product B @ A, computed from the fields and the weight's shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LowRank(Additive):
-    """W' = W + B @ A; a subclass returns both factors from `pair`.  Not a method itself."""
+    """W' = W + B @ A. Subclasses compute both factors in `pair`."""
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return B `[out, r]` and A `[r, in * k]`, scaled, for a weight of `shape` = `[out, in, *k]`."""

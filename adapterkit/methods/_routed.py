@@ -1,7 +1,4 @@
-"""The shared part of routed methods, which mix low-rank changes with shares that depend on the input.
-
-Not a method itself.
-"""
+"""Base class of routed methods: sums of low-rank changes, weighted by shares that depend on the input."""
 
 from __future__ import annotations
 
@@ -42,6 +39,6 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def softmax_among(scores: Tensor, chosen: Tensor) -> Tensor:
-    """Return shares along the last axis: they add up to 1 over the chosen entries, and are 0 for the others."""
+    """Return shares along the last axis: a softmax over the chosen entries, and 0 for the others."""
     xp = namespace(scores)
     return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

@@ -1,8 +1,11 @@
-"""AdaMSS: low-rank changes of groups of rows, all on one input basis.  https://openreview.net/forum?id=8ZdWmpYxT0
+"""AdaMSS: low-rank changes of groups of rows, which share one basis of the inputs.
+
+https://openreview.net/forum?id=8ZdWmpYxT0
 
 The basis consists of the right singular vectors of W with the largest singular values. The groups come from k-means on
-the left singular vectors, as in PEFT. Each group has its own pair of factors: D[o] = B[o] @ A[g] @ basis, where g is
-the group of output o. The bias is treated as one more column of W; `basis_bias` is the basis's part for this column.
+the left singular vectors, as in PEFT. Each group has a pair of factors: D[o] = B[o] @ A[g] @ basis, where g is the
+group of output o. The bias counts as one more column of W; `basis_bias` is the column of the basis that corresponds to
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 GROUPS = 5
-"""Number of groups in a new update, as in PEFT."""
+"""The number of groups in a new update, as in PEFT."""
 
 
 class AdaMSS(LowRank):
@@ -43,7 +46,7 @@ class AdaMSS(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Create groups of consecutive rows, all of the same size; only PEFT computes groups by k-means."""
+        """Create groups of consecutive rows of equal size; unlike PEFT, do not compute groups by k-means."""
         groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
         rows = namespace(W).arange(len(W), device=W.device)
         return cls.from_fields(
@@ -66,12 +69,12 @@ class AdaMSS(LowRank):
         return y if d is None else y + layer.per_channel(d)
 
     def _placed(self) -> Tensor:
-        """Return B as `[out, g * w]`: a row's numbers are in the columns of its group."""
+        """Return B as `[out, g * w]`: the elements of a row are in the columns of its group."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         own = own[xp.astype(self.group, xp.int64)]
         return (own[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
 
     def _rows(self) -> Tensor:
-        """Return all A as `[g * w, r]`."""
+        """Return the A of all groups as `[g * w, r]`."""
         return self.A.reshape(-1, self.A.shape[2])

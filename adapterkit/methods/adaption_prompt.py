@@ -1,6 +1,6 @@
-"""LLaMA-Adapter: attention to a prompt, through a gate.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
+"""LLaMA-Adapter: gated attention to a prompt.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
 
-The target is an attention. Keys and values are the attention's own projections of P, without position encoding.
+The target is an attention module. Its key and value projections are applied to P, without position encoding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.
+"""Activated LoRA: y' = y + scaling * B @ A x, beginning with the last invocation in a row.
 
-Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.
-An invocation is a sequence of token numbers. Positions before a row's last invocation, and rows without an invocation,
-keep the base's output, so a cache computed by the base is valid for them.
+Greenewald et al. 2025, https://arxiv.org/abs/2504.12397. An invocation is a given sequence of token ids. Positions
+before the last invocation, and rows without an invocation, keep the base's output. So a cache that the base computed is
+valid for these positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ALoRA(Routed):
-    """y' = y + scaling * (B @ A x + bias) from the row's last invocation on; x is `[rows, tokens, in]`."""
+    """y' = y + scaling * (B @ A x + bias), beginning with a row's last invocation; x is `[rows, tokens, in]`."""
 
     paper = "https://arxiv.org/abs/2504.12397"
     acts_on = "the output after the invocation tokens only"
@@ -67,15 +67,18 @@ class ALoRA(Routed):
         return layer(x) + added
 
     def _active(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Return a mask of the positions of x from an invocation on; x holds the last tokens of the sequence."""
+        """Return a mask of the positions of x that do not precede the last invocation.
+
+        The input x contains the last tokens of the sequence.
+        """
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
             why = f"the layer's input is {list(x.shape)}, but the model reads {list(ids.shape)} tokens"
             raise UsageError(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        # Compute with positions, not sizes: in an exported graph, the length of a sequence is not known before the
-        # graph runs.
+        # Compute with arrays of positions instead of lengths, because the length of a sequence is unknown in an
+        # exported graph.
         own = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
         places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count

@@ -1,7 +1,7 @@
-"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x, shares by similarity to the experts' prototypes.
+"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x; shares depend on the experts' prototypes.
 
-Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input that its change stretches
-most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
+Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input direction that its change
+amplifies most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
 https://aclanthology.org/2025.acl-short.54), the mean of general experts has already been subtracted from each expert.
 """
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Arrow(Routed):
     """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
 
-    A router's own file holds an unused pair of factors and no experts. `tasks` is the number of experts that the router
-    needs. `general` is the number of general experts, whose mean is subtracted from the others.
+    The file of a router alone contains an unused pair of factors and no experts. `tasks` is the number of experts that
+    the router needs. `general` is the number of general experts, whose mean is subtracted from the other experts.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"

@@ -1,4 +1,6 @@
-"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.  Wang et al. 2025, https://arxiv.org/abs/2510.23346
+"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.
+
+Wang et al. 2025, https://arxiv.org/abs/2510.23346
 
 W' = W + scaling * B @ A. The block-diagonal factor stores only its n blocks. Each block of A reads 1/n of the inputs;
 each block of B writes 1/n of the outputs.
@@ -44,7 +46,7 @@ class BDLoRA(LowRank):
         B_blocks: int | None = None,
         **attributes: object,
     ) -> Self:
-        """Start with B = 0. `B_blocks=n` makes n blocks of B, `A_blocks=n` makes n of A; the default is 2 of B."""
+        """Start with B = 0. `B_blocks=n` divides B into n blocks, `A_blocks=n` divides A; default: `B_blocks=2`."""
         (out, in_), n = W.shape, int(A_blocks)
         m = int(B_blocks) if B_blocks is not None else 0 if n else 2
         if rank % (n or m) or (in_ % n if n else out % m):

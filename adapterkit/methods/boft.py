@@ -1,8 +1,8 @@
 """BOFT: a butterfly product of block rotations on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
 
-Factor i of m rotates blocks of b inputs that are not adjacent. Within every run of b * 2^i inputs, the factor first
-takes the even-numbered chunks of b / 2 inputs, then the odd-numbered ones. With a single factor, the inputs keep their
-order.
+Each of m factors rotates blocks of b inputs. Factor i first reorders the inputs: within every run of b * 2^i inputs,
+the even-numbered chunks of b / 2 inputs come first, then the odd-numbered chunks. With a single factor, the inputs are
+not reordered.
 """
 
 from __future__ import annotations
@@ -55,6 +55,6 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Return the positions 0 to `width` in a factor's order: in every `run`, even chunks first, then odd ones."""
+    """Return the numbers 0 to `width` in a factor's order: in every `run` first the even, then the odd chunks."""
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

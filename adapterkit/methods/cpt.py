@@ -1,6 +1,8 @@
-"""Context-aware prompt tuning: a bounded change of example tokens.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
+"""Context-aware prompt tuning: a bounded change of the embeddings of example tokens.
 
-PEFT's files store only the sum of tokens and change, so they are read as `prompt`, whose formula is the same.
+Blau et al. 2024, https://arxiv.org/abs/2410.17222
+
+PEFT's files store only the sum of the embeddings and the change, so they are read as the method `prompt`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CPT(ContextUpdate):
-    """Puts E + D * min(1, epsilon / |D|) in front of the embeddings of the input; |D| is taken per token."""
+    """Puts E + D * min(1, epsilon / |D|) in front of the embeddings of the input; |D| is the norm per token."""
 
     place = "embeddings"
     frozen = frozenset({"E", "epsilon"})

@@ -1,7 +1,7 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
-DEFT removes a subspace of the outputs from W and puts other content in its place. There are two forms. In one, Q is the
-orthonormal factor of P's QR decomposition, and `right` equals Q. In the other, Q is P, and `right` is relu(P). Without
+DEFT removes a subspace of the outputs from W, and replaces it by Q R. There are two forms. In the first, Q is the
+orthonormal factor of P's QR decomposition, and `right` equals Q. In the second, Q is P, and `right` is relu(P). Without
 R, DEFT only removes the subspace; this method is PaRa.
 """
 
@@ -35,7 +35,7 @@ class DEFT(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with R equal to what P removes from W, so that nothing changes before training."""
+        """Start with R equal to the part of W that P removes, so that nothing changes before training."""
         made = cls.from_fields(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
         _, right = made._projection()
         return made.replace(R=right.mT @ W / made.scaling)

@@ -1,7 +1,7 @@
 """DeLoRA: LoRA with the direction decoupled from the strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
 A row of A and a column of B form a pair. Each of the r pairs is normalised, and `strength` bounds the sum of all pairs.
-Each input is weighted by `w_norm`: the norm of the weight's column at the start of training.
+Each input is multiplied by `w_norm`, the norm of the weight's column at the start of training.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ class DeLoRA(LowRank):
 
 
 def _norm(factor: Tensor, axis: int) -> Tensor:
-    # Clip before taking the root, because the root's slope at 0 is infinite.
+    # Clip before taking the square root, because its slope at 0 is infinite.
     return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

@@ -23,7 +23,7 @@ class FourierFT(Coefficients):
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         xp = namespace(self.spectrum)
-        # Transform in at least 32 bits: no library has a 16-bit transform on the CPU.
+        # Transform in at least 32 bits, because no library has a 16-bit transform on the CPU.
         spectrum = xp.astype(self.spectrum, xp.result_type(self.spectrum.dtype, xp.float32))
         dense = scattered(spectrum, self.index[0] * shape[1] + self.index[1], shape)
         D: Tensor = self.scaling * xp.fft.ifftn(dense, axes=(0, 1)).real

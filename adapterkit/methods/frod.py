@@ -1,7 +1,7 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
 All layers of a kind share the invertible matrix V. W = U diag(c) V^T defines U and the vector c; U has columns of
-length 1. Training starts with l = c, and changes l and the few nonzero numbers of the sparse S.
+length 1. Training starts with l = c, and changes l and the few nonzero elements of the sparse S.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class FRoD(WeightUpdate):
 def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and l with W = U diag(l) V^T; a column of U has length 1, or 0 if its l is below 1e-12.
 
-    This is computed in float64 for every dtype. With less precision, columns whose length should be 0 would get a
-    direction, too.
+    The function computes in float64 for every dtype. With less precision, columns whose length should be 0 would get a
+    direction.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GatedLoRA(OutputUpdate):
-    """y' = y + share * B @ A x, one share for each row of a batch `[rows, ..., in]`."""
+    """y' = y + share * B @ A x, with one share for each row of a batch `[rows, ..., in]`."""
 
     linear_only = True
     paper = "https://arxiv.org/abs/2110.07577"

@@ -1,6 +1,8 @@
-"""A prefix of one attention, with gates on the attention's input.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
+"""A prefix of one attention module, multiplied by gates that depend on the module's input.
 
-AdapterHub uses this prefix in UniPELT. The prefix is either flat, or the stored output of a network.
+Mao et al. 2021, https://arxiv.org/abs/2110.07577
+
+AdapterHub uses this prefix in UniPELT. The prefix is trained directly, or it is the stored output of a network.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """An attention first attends to keys P[0, 0] and values P[0, 1], each multiplied by the gate of the row."""
+    """Puts keys P[0, 0] and values P[0, 1], times the gate of the row, before the attention's keys and values."""
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

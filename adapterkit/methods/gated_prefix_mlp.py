@@ -1,4 +1,4 @@
-"""A prefix of one attention with the MLP that computes it, and gates on the attention's input.
+"""A prefix of one attention module, computed by an MLP and multiplied by gates that depend on the module's input.
 
 AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """
@@ -36,7 +36,7 @@ class GatedPrefixMLP(PrefixMLP):
         return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
-        """Return None: the gates need the attention's input, so there is no prefix for the whole model."""
+        """Return None: gates need the attention's input, so no prefix can be computed for the whole model."""
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)

@@ -1,7 +1,7 @@
 """GLoRA: W' = W + W * A + B, b' = b + b * D + E + W @ C.  Chavan et al. 2023, https://arxiv.org/abs/2306.07967
 
-A, B, C, D and E are the supports. A search selects the form of each: a product of two factors (d, u), a vector, a
-constant, or absent.
+A, B, C, D and E are called supports. In training, a search selects the form of each support: a product of two factors
+(d, u), a vector, a constant, or none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class GLoRA(WeightUpdate):
-    """W' = W + W * A + B, b' = b + b * D + E + W @ C; at least one support is present, each in only one form."""
+    """W' = W + W * A + B, b' = b + b * D + E + W @ C.
+
+    At least one support is present, and each support has one form.
+    """
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -81,7 +84,7 @@ class GLoRA(WeightUpdate):
         return any(name[0] in supports for name in self.tensors)
 
     def _support(self, name: str) -> Tensor:
-        """Return one of the five supports; A, B and C are a matrix or a column."""
+        """Return one of the five supports; A, B and C are returned as a matrix or a column."""
         held = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
         return held[0] @ held[1] if len(held) == 2 else cast("Tensor", sum(vectors))

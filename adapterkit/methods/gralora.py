@@ -1,6 +1,9 @@
-"""GraLoRA: g x g blocks of the weight, each with its own LoRA.  Jung et al. 2025, https://arxiv.org/abs/2505.20355
+"""GraLoRA: a separate LoRA for each of g x g blocks of the weight.
 
-A slice of inputs has r = g * q ranks, q for each slice of outputs. The hybrid form adds a LoRA of the whole weight.
+Jung et al. 2025, https://arxiv.org/abs/2505.20355
+
+Each block has rank q, so that the g blocks of a slice of inputs have r = g * q ranks together. The hybrid form adds a
+LoRA of the whole weight.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """DoRA for a convolution in groups, as PEFT trains it: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are as in
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
-groups, so the change cannot be merged. n is the norm of each output's kernel over all channels: the change, plus W on
-the channels of the output's own group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A
-in the shape of W, where B' holds the numbers of B read row by row as `[out / groups, r]`. With one group, both equal
-the norm of DoRA.
+groups, so the change cannot be merged. n is, for each output, the norm over all channels of the change plus W, where W
+is zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A in
+the shape of W, where B' is B read row by row as `[out / groups, r]`. With one group, both are DoRA's norm.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GroupedDoRA(AcrossGroups):
-    """A reads all `inputs`; B has r / share groups; the sum is rescaled for each output."""
+    """A reads all `inputs` channels; B has r / share groups; each output is rescaled."""
 
     paper = "https://arxiv.org/abs/2402.09353"
     since: ClassVar[tuple[str, ...]] = ("1.1",)

@@ -1,10 +1,10 @@
 """LoRA across the groups of a convolution, as in PEFT: y' = y + scaling * (B @ A(x) + bias).
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403.
-A is a convolution without groups: it reads all channels. B mixes within groups: its first rows read the first channels
-of A(x), and so on. So each output depends on channels of other groups, which W `[out, in / groups, *k]` does not have.
-A LoRA that stays within the groups is `lora`, and can be merged. With `zero_padded`, A pads its input with zeros and is
-not dilated, whatever the layer does: PEFT gives A only the layer's kernel, stride and padding.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403. A is a convolution
+without groups: it reads all channels. B mixes within groups: the rows of the first group read the first channels of
+A(x), and so on. So each output depends on channels of other groups, which W `[out, in / groups, *k]` does not have. A
+LoRA that stays within the groups is `lora`, and can be merged. With `zero_padded`, A pads its input with zeros and has
+no dilation, even if the layer differs: PEFT copies only the layer's kernel size, stride and padding to A.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GroupedLoRA(AcrossGroups):
-    """A reads all `inputs`; B has r / share groups."""
+    """A reads all `inputs` channels; B has r / share groups."""
 
     paper = "https://arxiv.org/abs/2106.09685"
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}

@@ -1,6 +1,6 @@
 """HiRA: W' = W + W * (B @ A), element by element.  Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS
 
-The change can have full rank although B @ A has low rank. A convolution's A is its full-size kernel, as in LoRA.
+The change can have full rank although B @ A has low rank. For a convolution, A has the layer's kernel size, as in LoRA.
 """
 
 from __future__ import annotations

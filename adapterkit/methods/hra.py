@@ -1,7 +1,7 @@
 """HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
 
-W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. The strictest form first makes the vectors
-u orthogonal. The chain is then one reflection in the space that they span, independent of the basis.
+W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. In the strictest form, the vectors u are
+first made orthogonal. The chain then is a single reflection, which depends only on the space that the vectors span.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class HRA(WeightUpdate):
-    """Reflects W at each column of `u` in turn, or, with `gram_schmidt`, at all of them at once: W - 2 W @ U @ U^T."""
+    """Reflects W at the columns of `u` in sequence, or with `gram_schmidt` at all together: W - 2 W @ U @ U^T."""
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2405.17484"

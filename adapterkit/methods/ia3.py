@@ -1,6 +1,7 @@
 """IA3: W' = l * W on outputs, W' = W * l on inputs.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
 
-The output form scales keys and values, including the bias. The input form scales the input of a feed-forward layer.
+The output form, used for keys and values, also scales the bias. The input form scales the input of a feed-forward
+layer.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class IA3(WeightUpdate):
         return cls.from_fields(l=W.new_ones(len(W)), **attributes)
 
     @classmethod
-    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Mix the updates by the difference of each l from 1."""
+        """Combine updates by a weighted sum of the differences l - 1."""
         names = {name for update in updates for name in update.tensors}
         if len(names) > 1:
             return None

@@ -1,8 +1,8 @@
 """Invertible adapters: y1' = y1 + F(y2), y2' = y2 + G(y1').  Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
 The adapter is an additive coupling block (NICE, Dinh et al. 2014, https://arxiv.org/abs/1410.8516) after the
-embeddings. The inverse of the block comes before the output head. For the inverse, the target is the head and `reverse`
-is set.
+embeddings. Its inverse is applied before the output head; for the inverse, the target is the head, and `reverse` is
+set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Invertible(OutputUpdate):
-    """Applies f to the output, or the inverse of f to the input; F and G are two linear layers with an activation."""
+    """Applies the block to the output, or its inverse to the input.
+
+    F and G are two linear layers with an activation.
+    """
 
     paper = "https://arxiv.org/abs/2005.00052"
     fits: ClassVar[tuple[Rule, ...]] = (

@@ -30,7 +30,10 @@ class KaSA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with B = 0. The smallest singular values are already removed, as the method defines it."""
+        """Start with B = 0.
+
+        As in the paper, the update then removes the smallest singular values, so W' differs from W.
+        """
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
 

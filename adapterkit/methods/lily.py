@@ -1,9 +1,8 @@
 """Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, with shares from a router.
 
-Zhong et al. 2024, https://arxiv.org/abs/2407.09946.
-Layers of one kind share the matrices B, and neighbouring layers share A. The whole batch uses the same shares: the mean
-of the router's shares over all rows and tokens. So a row's output depends on the other rows of its batch. Each new
-update has its own B, unless the caller passes one to share.
+Zhong et al. 2024, https://arxiv.org/abs/2407.09946. Layers of one kind share the matrices B, and neighbouring layers
+share A. The whole batch has the same shares: the mean of the router's shares over all rows and tokens. So the output of
+a row depends on the other rows in the batch. A new update has a separate B, unless the caller passes a B to share.
 """
 
 from __future__ import annotations

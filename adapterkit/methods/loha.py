@@ -50,7 +50,11 @@ class LoHa(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors of rank r * r: column (i, j) of B is column i of w1_a times column j of w2_a; A likewise."""
+        """Return factors of rank r * r.
+
+        Column (i, j) of B is column i of w1_a times column j of w2_a; row (i, j) of A is row i of w1_b times row j of
+        w2_b.
+        """
         one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
         B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
         return B.reshape(len(B), -1), (one[:, None] * two[None]).reshape(-1, one.shape[-1])

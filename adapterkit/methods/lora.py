@@ -1,8 +1,8 @@
 """LoRA: W' = W + scaling * B @ A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
 `scaling` is alpha / r in the papers, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
-https://arxiv.org/abs/2312.03732). For a convolution, A is a convolution with the layer's kernel size, and B is a 1x1
-convolution after A.
+https://arxiv.org/abs/2312.03732). In a convolution, A is a convolution with the layer's kernel size, followed by B, a
+1x1 convolution.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LoRA(Additive):
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
-        # Do not reshape a matrix to its own shape: autograd would record one more operation.
+        # Do not reshape a matrix to the same shape, because autograd would record an additional operation.
         return self.B, self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1), self.scaling
 
     @property

@@ -1,7 +1,6 @@
 """LoRA-XS: W' = W + scaling * B @ R @ A.  Balazy et al. 2024, https://arxiv.org/abs/2405.17604
 
-A and B are fixed: they are the largest singular directions of W before training. Only the small R between them is
-trained.
+A and B consist of the first singular vectors of W before training, and stay fixed. Only the small matrix R is trained.
 """
 
 from __future__ import annotations

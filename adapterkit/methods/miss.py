@@ -1,6 +1,6 @@
 """MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-MiSS is the successor of Bone. Its mini form also repeats a narrower block over the outputs.
+MiSS is the successor of Bone. The mini form has a narrower block, which is also repeated over the outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MiSS(Additive):
-    """W'[o, i] = W[o, i] + block[i mod r, o], or + mini[i mod r, o mod m]; exactly one is present."""
+    """W'[o, i] = W[o, i] + block[i mod r, o], or W[o, i] + mini[i mod r, o mod m]; exactly one is present."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -63,6 +63,6 @@ class MiSS(Additive):
 
 
 def _repeated(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """Return a part of an infinite plane that is tiled with copies of a block."""
+    """Return a rectangle of an infinite plane that is tiled with copies of a block."""
     rows, columns = block.shape
     return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]

@@ -1,8 +1,8 @@
 """NOLA: LoRA whose A and B are sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. The spec defines a
-generator exactly, which computes the matrices from seeds, a few at a time. Matrices from a generator that cannot be
-reproduced are stored in `A_bases` and `B_bases`.
+W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. A generator that
+the specification defines exactly computes the matrices from seeds, a few after another. If another generator made the
+matrices, they are stored in `A_bases` and `B_bases`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class NOLA(LowRank):
-    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases come from seeds or are stored."""
+    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q).
+
+    The matrices are computed from seeds, or stored.
+    """
 
     paper = "https://arxiv.org/abs/2310.02556"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("seeds",), ("A_bases", "B_bases")),)
@@ -40,7 +43,10 @@ class NOLA(LowRank):
     def initial(
         cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, beta: int = 256, **attributes: object
     ) -> Self:
-        """Start with B = 0 and A as large as in a new LoRA; `beta` is the number of bases, 256 by default."""
+        """Start with B = 0, and A of the same magnitude as in a new LoRA.
+
+        `beta` is the number of matrices, default: 256.
+        """
         n = int(beta)
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
         seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)
@@ -61,5 +67,5 @@ class NOLA(LowRank):
 
 def _mixed(coefficients: Tensor, bases: Tensor | None) -> Tensor:
     assert bases is not None
-    # The size is given explicitly, because -1 is ambiguous if there are no bases.
+    # Pass the size explicitly, because -1 is ambiguous without matrices.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

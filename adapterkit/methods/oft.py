@@ -82,7 +82,7 @@ class OFT(WeightUpdate):
         return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Tensor) -> Tensor:
-        """Shrink Q if its norm exceeds the bound: block by block (COFT), or all blocks together (LyCORIS)."""
+        """Scale Q down if its norm exceeds the bound: each block alone (COFT), or all blocks together (LyCORIS)."""
         if self.coft:
             Q = shortened_blocks(Q, self.eps)
         return shortened(Q, (Q * Q).sum(), self.constraint, 1e-8) if self.constraint > 0 else Q

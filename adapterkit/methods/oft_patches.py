@@ -1,10 +1,10 @@
 """OFT on patches of a convolution's input, as PEFT trains it: y' = conv(rotated(x)).
 
-Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size, one at every
-position that lies inside the border. It rotates each patch by OFT's rotations, and adds up the patches where they
-overlap. Each patch is stored channel by channel, but PEFT reads it back as if it were stored position by position,
-which mixes up the numbers. PEFT's merge rotates the weight instead, which is a different function if there are two or
-more patches; that function is `oft`.
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size that lie inside
+the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. A patch is stored channel by
+channel, but PEFT reads it as if it were stored position by position, which mixes up the values. PEFT's merge rotates
+the weight instead, which is a different function if there are two or more patches; the merged function is the method
+`oft`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class OFTPatches(OutputUpdate):
-    """The layer with a changed input: the sum of the input's patches times blockdiag(R)."""
+    """Replaces the layer's input by the sum of the input's patches times blockdiag(R)."""
 
     paper = "https://arxiv.org/abs/2306.07280"
     acts_on = "the input, by overlapping patches"
@@ -59,7 +59,7 @@ class OFTPatches(OutputUpdate):
             raise Unsupported("the target is neither a linear layer nor a convolution", cure=cure)
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         given = x.shape[-3] if len(layer.shape) > 2 else channels
-        # In an exported graph, the size may be unknown. In a torch model, it is always an integer.
+        # Check only integers: in an exported graph, the size may be unknown.
         if isinstance(given, int) and given != channels:
             cure = "Merge it into the weight as method oft, which PEFT's own merge does, or remove this layer"
             why = f"the patches have {given} channels, but the convolution's groups have {channels}"
@@ -77,7 +77,10 @@ class OFTPatches(OutputUpdate):
         return layer(summed(_bordered(x, part, *place, high, wide) for part, place in zip(parts, places, strict=True)))
 
     def _mix(self, channels: int, places: int) -> Tensor:
-        """Return the matrix that mixes a patch position by position, as the rotations mix it channel by channel."""
+        """Return the matrix of the rotations for patches stored position by position.
+
+        The rotations expect patches stored channel by channel.
+        """
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
         count = channels * places // R.shape[-1]
@@ -87,12 +90,12 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """Return the two slices of an image that hold the numbers at position i, j of all its patches."""
+    """Return two slices of an image that select the values at position i, j of all patches."""
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
 def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
-    """Return an image of zeros with a part at the position from which the part was taken."""
+    """Return an image of zeros that contains `part` at the position from which `_within` selected it."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole: tuple[Any, ...] = (slice(None),) * (-1 - axis)

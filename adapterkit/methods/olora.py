@@ -1,7 +1,8 @@
 """OLoRA: LoRA in place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
 W' = W - scaling * Q' R' + scaling * B @ A, where Q' and R' are the first r columns of Q and rows of R in the thin QR
-decomposition W = Q R. A file with only A and B is complete, because the base determines Q' R' exactly, signs included.
+decomposition W = Q R. A file with only A and B is complete, because Q' R' can be computed exactly from the base,
+including signs.
 """
 
 from __future__ import annotations

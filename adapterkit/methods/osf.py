@@ -1,9 +1,9 @@
 """OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V, where T is the part of W with its smallest singular values, as many as S has. PEFT computes T
-from its base. If an adapter does not store T, it is computed in the same way, by torch's decomposition in float32.
-Adapters created here store T. PEFT's training avoids the directions of the remaining part; the formula does not depend
-on this.
+W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values, where S has r elements. PEFT computes
+T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's decomposition in
+float32. Adapters that adapterkit creates store T. In PEFT's training, gradients avoid the directions of the rest of W,
+which does not affect the formula.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class OSF(WeightUpdate):
 
 
 def _tail(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
+    """Return the r smallest singular values S `[r]` with their vectors U `[out, r]` and V `[r, in]`."""
     U, S, V = singular(W)
     kept = len(S) - r
     return U[:, kept:], S[kept:], V[kept:]

@@ -1,7 +1,6 @@
 """P-tuning: a prompt computed by a small network.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
-PEFT's files store the network's output, not the network, so they are read as `prompt`, which has the same formula for
-this output.
+PEFT's files store the output of the network instead of the network, so they are read as the method `prompt`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""P-tuning with its LSTM: a prompt computed by a recurrent network.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
+"""P-tuning with an LSTM: a prompt computed by a recurrent network.
+
+Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
 This is PEFT's `encoder_reparameterization_type="LSTM"`. PEFT's files store only the network's output, so they are read
 as `prompt`.
@@ -24,8 +26,8 @@ class PTuningLSTM(ContextUpdate):
     """Puts MLP(LSTM(E)) in front of the embeddings of the input.
 
     The LSTM reads the tokens in both directions, layer after layer; the MLP is two linear layers with a ReLU. In each
-    layer's tensors the first axis is the direction, forward and backward. Gates are rows, in the order of input,
-    forget, cell and output, as in torch.nn.LSTM.
+    layer's tensors, the first axis is the direction (forward, backward). Rows are ordered by gate: input, forget, cell,
+    output, as in torch.nn.LSTM.
     """
 
     place = "embeddings"
@@ -84,9 +86,9 @@ class PTuningLSTM(ContextUpdate):
         return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))
 
 
-# A recurrent layer over one sequence, step by step: Hochreiter and Schmidhuber's LSTM.  Not a method itself.
+# A recurrent layer, computed step by step over one sequence: Hochreiter and Schmidhuber's LSTM.
 #
-# Gates are rows of the weights, in the order of input, forget, cell and output, as in torch.nn.LSTM.
+# The rows of the weights are ordered by gate: input, forget, cell, output, as in torch.nn.LSTM.
 
 
 def both_ways(x: Tensor, weights: Tensor, hidden: Tensor, bias: Tensor, hidden_bias: Tensor) -> Tensor:

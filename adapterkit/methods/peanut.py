@@ -1,8 +1,10 @@
-"""PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network on the weight.  Zhong et al. 2024, https://arxiv.org/abs/2410.01870
+"""PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network on the weight.
 
-The network maps each column of W (an input's weights) to its change. A and f narrow it to r numbers. Encoders and
-decoders of the same width follow, and each decoder's output is added to the input of its encoder. B maps the r numbers
-to the change.
+Zhong et al. 2024, https://arxiv.org/abs/2410.01870
+
+The network maps each column of W (the weights of one input) to the change of this column. First, A and f reduce the
+column to r values. Encoders and decoders of width r follow; the input of each encoder is added to the output of the
+corresponding decoder. B maps the r values to the change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PiSSA: LoRA in place of the base's largest singular values.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
 
-W' = (W without its r largest singular values) + scaling * B @ A. A file with only A and B is complete, because the base
-determines the rest of W exactly, signs included.
+W' = (W without its r largest singular values) + scaling * B @ A. A file with only A and B is complete, because the
+removed part of W can be computed exactly from the base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PiSSA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with B and A as the removed components, so that nothing changes before training."""
+        """Start with the removed components as B and A, so that nothing changes before training."""
         made = cls.from_fields(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
         U, S, V = svd(W)
         root = (S[:rank] / made.scaling) ** 0.5

@@ -1,7 +1,7 @@
-"""Poly: y' = y + B @ A x / r, where A and B are mixtures of skills, with shares that were learned for the row's task.
+"""Poly: y' = y + B @ A x / r, where A and B are mixtures of skills; the shares are learned for each task.
 
 Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits it is multi-head routing, Caccia et al. 2023,
-https://arxiv.org/abs/2211.03831. In training, the papers sample shares around these values.
+https://arxiv.org/abs/2211.03831. In training, the papers sample the shares around their learned values.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Poly(Routed):
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
         if not r:
-            return layer(x)  # Rank 0: an empty sum divided by the rank 0 counts as 0 (R-10.13), so nothing changes.
+            return layer(x)  # For rank 0, the empty sum divided by 0 counts as 0 (R-10.13), so nothing changes.
         A: Tensor = (shares * self.A).sum(2).reshape(-1, splits * part, r)
         B: Tensor = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
         if x.ndim == 2:

@@ -1,7 +1,9 @@
-"""Prefix tuning: keys and values before the input's.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
+"""Prefix tuning: trained keys and values before the keys and values of the input.
+
+Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
 The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). It also covers prefixes
-that are stored as a network's output, as in PEFT's files.
+that a network computed and whose output is stored, as in PEFT's files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Prefix(ContextUpdate):
-    """Layer i first attends to keys P[j, 0] and values P[j, 1], j = i * step mod layers."""
+    """Puts keys P[j, 0] and values P[j, 1] before the keys and values of layer i, with j = i * step mod layers."""
 
     place = "past"
     paper = "https://arxiv.org/abs/2101.00190"

@@ -1,6 +1,7 @@
 """Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's files store its output, and are read as `prefix`.
+AdapterHub's files contain the network (`wte`, `control_trans`). PEFT's files contain its output, and are read as
+`prefix`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class PrefixMLP(ContextUpdate):
-    """Layer i first attends to keys P[i, 0] and values P[i, 1]; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
+    """Puts keys P[i, 0] and values P[i, 1] before those of layer i; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
 
-    W2 and b2 have the row order of one linear layer with `layers * 2 * heads * d` outputs.
+    W2 and b2 are those of a linear layer with `layers * 2 * heads * d` outputs, in this order.
     """
 
     place = "past"

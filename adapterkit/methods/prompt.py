@@ -1,6 +1,8 @@
-"""Prompt tuning: trained embeddings in front of the input's.  Lester et al. 2021, https://arxiv.org/abs/2104.08691
+"""Prompt tuning: trained embeddings before the embeddings of the input.
 
-The formula also covers P-tuning and CPT once their embeddings have been computed, as in PEFT's files.
+Lester et al. 2021, https://arxiv.org/abs/2104.08691
+
+The formula also covers P-tuning and CPT if their embeddings are stored, as in PEFT's files.
 """
 
 from __future__ import annotations
@@ -51,13 +53,13 @@ class Prompt(ContextUpdate):
 
 
 def tokens_of(W: Tensor, count: int, random: Random, index: Sequence[int] | None) -> Tensor:
-    """Return initial embeddings `[count, dim]`: those of the given tokens, repeated, or of randomly drawn tokens.
+    """Return initial embeddings `[count, dim]`, copied from the tokens `index` (repeated) or from random tokens.
 
     Args:
         W: the embedding's weight, `[dim, vocabulary]`.
         count: the number of embeddings.
         random: a function from a shape to random numbers between -1 and 1.
-        index: token numbers, or None to draw tokens.
+        index: token ids, or None to draw tokens at random.
     """
     if index is None:
         drawn = ((random((count,)) + 1) / 2 * W.shape[1]).tolist()

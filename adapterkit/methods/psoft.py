@@ -1,10 +1,10 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
 W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values: A = V^T and B = U S, or A =
-sqrt(S) V^T and B = U sqrt(S). PEFT stores only R and computes A and B from its base. The signs of singular vectors
-depend on the library that computes them, and the formula depends on these signs. So if A and B are not stored, they are
-computed as in PEFT: by torch's decomposition in float32 on the CPU, or, with `steps`, by torch's randomised
-decomposition. Adapters created here store A and B.
+sqrt(S) V^T and B = U sqrt(S). PEFT stores only R, and computes A and B from the base. The formula depends on the signs
+of the singular vectors, which depend on the library. So if A and B are not stored, adapterkit computes them as PEFT
+does: with torch's decomposition in float32 on the CPU or, if `steps` is set, with torch's randomised decomposition.
+Adapters that adapterkit creates store A and B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PSOFT(WeightUpdate):
-    """W' = W + B @ (b * R * a - I) @ A; R is a rotation of `pairs`, or free."""
+    """W' = W + B @ (b * R * a - I) @ A; R is a rotation with the parameters `pairs`, or any matrix."""
 
     linear_only = True
     frozen = frozenset({"A", "B"})
@@ -71,7 +71,7 @@ class PSOFT(WeightUpdate):
         return changed
 
     def _own(self, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """Compute A and B from W. `steps` is one more than the number of iterations; 0 is the exact decomposition."""
+        """Compute A and B from W. `steps` is 1 plus the number of iterations, or 0 for the exact decomposition."""
         if not self.steps:
             return _principal(W, r, self.symmetric)
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)

@@ -1,8 +1,8 @@
 """PVeRA: VeRA whose d is a distribution.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
 
-The first r rows of A and entries of d give the mean. The other rows and entries give the logarithm of the variance,
-from which training samples. This formula uses the mean. PEFT's merge does the same, and so does PEFT's forward unless
-sampling is on.
+The first r rows of A and the first r entries of d determine the mean. The other rows and entries determine the
+logarithm of the variance, with which training draws samples. This formula uses the mean, like PEFT's merge, and like
+PEFT's forward pass unless sampling is enabled.
 """
 
 from __future__ import annotations

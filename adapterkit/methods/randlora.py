@@ -1,9 +1,12 @@
-"""RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).  Albert et al. 2025, https://arxiv.org/abs/2502.00987
+"""RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).
 
-The bases B_j and A are random, fixed, and shared by all weights. There are n of them with n * r >= min(out, in), so
-their sum has full rank. A extends along the shorter side of the weight, B along the longer side. The sum is L @ S.
-Column j * r + k of L is column k of B_j. Row k * n + j of S is row k of A, times entry k of lam_j and elementwise
-gamma_j. So column i of L, which may be of another basis, pairs with row i of S, as in the authors' training code.
+Albert et al. 2025, https://arxiv.org/abs/2502.00987
+
+The bases B_j and A are random, fixed, and shared by all weights. There are n matrices B_j with n * r >= min(out, in),
+so the sum has full rank. A extends along the shorter side of the weight, B_j along the longer side. The sum is computed
+as L @ S. Column j * r + k of L is column k of B_j. Row k * n + j of S is row k of A, times entry k of lam_j, and
+multiplied elementwise by gamma_j. So column i of L and row i of S may belong to different j. The authors' training code
+has the same order.
 """
 
 from __future__ import annotations

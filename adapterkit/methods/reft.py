@@ -1,4 +1,6 @@
-"""ReFT: h' = h + R^T (act(S h + b) - R h) at chosen positions.  Wu et al. 2024, https://arxiv.org/abs/2404.03592
+"""ReFT: h' = h + R^T (act(S h + b) - R h) at the first and last positions.
+
+Wu et al. 2024, https://arxiv.org/abs/2404.03592
 
 In LoReFT, the rows of R are orthonormal (`orthogonality`). In NoReFT and DiReFT they need not be, and DiReFT does not
 subtract R h (`subtract_projection` is false).
@@ -88,7 +90,7 @@ class ReFT(OutputUpdate):
         return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
 
 
-# First and last positions of sequences, as ReFT counts them.  Not a method itself.
+# Change the first and last positions of sequences, as ReFT counts them.
 
 
 Law = Callable[["Tensor"], "Tensor"]
@@ -97,14 +99,14 @@ Law = Callable[["Tensor"], "Tensor"]
 def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
-    If the model's call has a mask `[rows, positions]`, each row's masked positions are not counted.
+    If the model's call has a mask `[rows, positions]`, masked positions of a row are not counted.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):
         changed: Tensor = _masked(y, mask, counts, first, last)
         return changed
     begin, end = counts
-    # Slice relative to the end: in an exported graph, the length of a sequence is not known before the graph runs.
+    # Slice relative to the end, because the length of a sequence is unknown in an exported graph.
     before = y[..., :-end, :] if end else y
     behind = y[..., -end:, :] if end else y[..., :0, :]
     parts = [first(before[..., :begin, :]), before[..., begin:, :], last(behind)]

@@ -1,4 +1,4 @@
-"""Replacement: W' = weight, b' = bias.  Whole parameters that were trained together with an adapter.
+"""Replacement: W' = weight, b' = bias, for whole parameters that were trained together with an adapter.
 
 The method covers PEFT's `modules_to_save` and `bias="all"`, LN tuning, https://arxiv.org/abs/2312.11420, and BitFit's
 biases, https://arxiv.org/abs/2106.10199
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Replacement(WeightUpdate):
-    """W' = weight, b' = bias; a parameter without a new value stays unchanged, and at least one has a new value."""
+    """W' = weight, b' = bias. At least one of the two is present; the other parameter stays unchanged if absent."""
 
     blocks = frozenset({"out"})
     shared_as = "replacement"
@@ -32,7 +32,7 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with a copy. `weight=False` or `bias=False` omits one of them: BitFit trains only biases."""
+        """Start with copies of W and b. `weight=False` or `bias=False` omits one; BitFit trains only biases."""
         held = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
@@ -41,10 +41,13 @@ class Replacement(WeightUpdate):
         return cls.from_fields(**wanted, **attributes)
 
     @classmethod
-    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Mix updates whose weights sum to 1; with any other sum, the result would depend on W."""
+        """Combine updates by a weighted sum.
+
+        The weights must sum to 1, because otherwise the result would depend on W.
+        """
         held: list[Mapping[str, Any]] = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
             return None

@@ -1,9 +1,9 @@
 """RoAd: rotates and scales the outputs in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
-Output i of the first half of a group is paired with output i of its second half. A 2x2 matrix maps each pair. In each
-row, the first angle and scale are for the output itself, the second for its partner. In variant 1, all four entries of
-the matrix share one angle and one scale. In variant 2, the two entries of a row share them. In variant 4, each entry
-has its own.
+Output i of the first half of a group is paired with output i of the second half, and each pair is multiplied by a 2x2
+matrix. In each row of the matrix, the first angle and scale apply to the output, the second to its partner. In variant
+1, all four entries of the matrix have the same angle and scale. In variant 2, the two entries of a row have the same
+angle and scale. In variant 4, each entry has a separate angle and scale.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RoAd(WeightUpdate):
     def _turned(self, Y: Tensor) -> Tensor:
         """Return R @ Y, for Y `[out, columns]`."""
         xp, half = namespace(Y), self.group // 2
-        # There is one value for each output or for each pair of outputs; variant 4 has two values for each output.
+        # Variant 1 has a value per pair of outputs, variant 2 a value per output, variant 4 two values per output.
         shape = (-1, 2, 2, half, 1) if self.variant == 4 else (-1, 1, self.variant, half, 1)
         first = (self.alpha * xp.cos(self.theta)).reshape(shape)[:, 0]
         second = (self.alpha * xp.sin(self.theta)).reshape(shape)[:, -1]

@@ -1,7 +1,8 @@
-"""Token rows: W'[:, index] = values. Only the embeddings of some tokens are trained.
+"""Token rows: W'[:, index] = values, new embeddings for some tokens.
 
-This is PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The stored tensor
-is the new row itself, not a difference. In the view `[out, in]` of an embedding, a token is an index on the `in` axis.
+This is PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
+`values` contains the new rows, not differences. With the axes `[out, in]` of updates, a token of an embedding is an
+index on the axis `in`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class Rows(WeightUpdate):
         super().check_against(shape)
 
     @classmethod
-    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Mix updates of the same tokens with weights that sum to 1, or of disjoint tokens with weight 1 each."""
+        """Combine updates of the same tokens with weights that sum to 1, or of different tokens with weights 1."""
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
             return None

@@ -1,9 +1,11 @@
-"""Shadow: a small network runs in parallel with the model, and each block uses the difference between the two.
+"""Shadow: a small network runs in parallel with the model.
 
-ShadowPEFT as in PEFT 0.21. Before block l: x' = x + alpha * up @ down @ (x - s). After it, with its output y:
-s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU between them. The first
-s is the small network's output for the same call, widened by `projection`. The network is a model of the base's class
-with few layers.
+Each block uses the difference between both hidden states.
+
+ShadowPEFT as in PEFT 0.21. The input x of a block becomes x' = x + alpha * up @ down @ (x - s). From the block's output
+y follows the next s: s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU
+between them. The first s is the small network's output for the same call, widened by `projection`. The network is a
+model of the base's class with few layers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Shadow(OutputUpdate):
-    """One block's part of the method, and the network that all blocks share."""
+    """The tensors of one block, and the small network, which all blocks share."""
 
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
     bound_to = "the classes of transformers"
@@ -57,7 +59,7 @@ class Shadow(OutputUpdate):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Return a map from name to shape of the network's tensors, which are concatenated in `network`."""
+        """Return a map from names to shapes of the network's tensors, which are concatenated in `network`."""
         lines = [line.split(" ") for line in self.names.splitlines()]
         if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
             raise Malformed("a line is not a name and a shape", where="names", cure="Write the adapter again")

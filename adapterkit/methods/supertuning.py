@@ -1,4 +1,6 @@
-"""Super-Tuning: W' = W + S, where S is nonzero at the weight's largest elements.  https://arxiv.org/abs/2607.09287
+"""Super-Tuning: W' = W + S, where S is nonzero only at the weight's largest elements.
+
+https://arxiv.org/abs/2607.09287
 
 Positions count the elements of the weight row by row. The hybrid form, Supra, also adds a LoRA: scaling * B @ A.
 """

@@ -1,7 +1,7 @@
 """Textual inversion: embeddings of new tokens.  Gal et al. 2022, https://arxiv.org/abs/2208.01618
 
-The target is an embedding. The base has no rows for the new tokens, so the update cannot be merged into it: the
-embedding and the tokenizer would have to grow.
+The target is an embedding. The base has no rows for the new tokens, so a merge would have to add rows to the embedding
+and tokens to the tokenizer. Therefore the update cannot be merged.
 """
 
 from __future__ import annotations

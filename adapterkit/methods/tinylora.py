@@ -1,7 +1,7 @@
 """TinyLoRA: W' = W + B @ (sum_i v[i] * P[i]) @ A.  "Learning to Reason in 13 Parameters", arXiv:2602.04118
 
-A and B are the weight's largest singular vectors, each multiplied by the root of its singular value. P is random. A, B
-and P are fixed. Only the few numbers of v are trained, and several layers may share them.
+A and B are the weight's first singular vectors, multiplied by the square roots of the singular values. P is random. A,
+B and P are fixed. Only the few values in v are trained; several layers may share one v.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 COUNT = 64
-"""Number of trained values in a new update."""
+"""The number of trained values in a new update."""
 
 
 class TinyLoRA(LowRank):
@@ -39,7 +39,7 @@ class TinyLoRA(LowRank):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
         root = S[:rank] ** 0.5
-        # Uniform numbers from -1 to 1 have a variance of 1/3; P should have 1 / r.
+        # Uniform numbers from -1 to 1 have the variance 1/3; scale them, because P should have the variance 1 / r.
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
         made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
         return cls.from_fields(**{**made, **attributes})

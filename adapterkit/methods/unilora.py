@@ -1,7 +1,7 @@
-"""Uni-LoRA: LoRA whose factors repeat the numbers of one shared vector.  Li et al. 2025, arXiv:2506.00799
+"""Uni-LoRA: LoRA whose factors repeat the elements of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
-Every element of A and B is an element of theta times a fixed scale. The scale is 1 / sqrt(n), where n counts the uses
-of this element of theta in all modules. With these scales, the map from theta to all factors is an isometry.
+Every element of A and B is an element of the vector theta times a fixed scale, 1 / sqrt(n), where n is how often this
+element of theta is used in all modules. With these scales, the map from theta to all factors is an isometry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 LENGTH = 256
-"""Length of theta in a new update."""
+"""The length of theta in a new update."""
 
 
 class UniLoRA(LowRank):
@@ -58,6 +58,6 @@ class UniLoRA(LowRank):
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)
-        # torch treats uint8 indices as masks, and supports no other small integers as indices.
+        # Convert indices to int64: torch treats uint8 indices as masks, and does not support other small integers.
         A, B = (xp.astype(indices, xp.int64) for indices in (self.indices_A, self.indices_B))
         return self.theta[B] * self.scales_B, self.theta[A] * self.scales_A

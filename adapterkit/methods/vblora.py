@@ -1,8 +1,8 @@
 """VB-LoRA: LoRA whose factors are composed from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
 
-Every piece of `b` numbers of a factor is a mixture of the bank's vectors. In training, the mixture has the vectors with
-the `topk` largest logits; a softmax over these logits gives their weights. After training, `indices` and `weights` give
-the mixture.
+Every `b` consecutive elements of a factor are a mixture of vectors in the bank. In training, the vectors with the
+`topk` largest logits are mixed, weighted by a softmax over these logits. After training, `indices` and `weights` are
+stored instead of the logits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return mixtures of the bank's vectors; an axis `b` replaces the last axis of the logits."""
+        """Return the mixtures of the bank's vectors, with the axis `b` instead of the logits' last axis."""
         xp = namespace(self.bank)
         if logits is not None:
             indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]

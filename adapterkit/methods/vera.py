@@ -1,7 +1,7 @@
 """VeRA: W' = W + diag(b) @ B @ diag(d) @ A.  Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454
 
-A and B are random, fixed, and shared by all weights. A and B are as large as the largest weight needs; every weight
-uses the first columns of A and the first rows of B. Only the vectors b and d belong to a single weight.
+A and B are random, fixed, and shared by all weights. A and B are large enough for the largest weight; each weight uses
+the first columns of A and the first rows of B. Each weight has separate vectors b and d.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
 The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
-are elements of the change itself. With a filter, the weight is padded at both ends. The padding is chosen such that the
-transform has the padded size once the filter's borders are cut off.
+are elements of the change. With a filter, both axes of the weight are padded at both ends, such that the transform has
+the padded size after the filter's borders are cut off.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # Upper right quarter: high frequencies along the rows' axis. Lower left quarter: along the other axis.
+        # The upper right quarter has the high frequencies along the rows' axis, the lower left quarter those along the
+        # other axis.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -57,7 +58,7 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Return whether each coefficient is in the second half of its padded axis, and where its filter's taps are."""
+    """Return whether each coefficient is in the second half of the padded axis, and its filter's positions."""
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2

@@ -1,7 +1,7 @@
-"""Weight normalisation: W' = magnitude * W / |W|, with norms of outputs or of inputs.
+"""Weight normalisation: W' = magnitude * W / |W|, with one norm per output or per input.
 
-Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. If it follows a LoHa, LoKr or LoRA at the same target, the
-two together are DoRA, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. After a LoHa, LoKr or LoRA at the same target, weight
+normalisation yields the DoRA that LyCORIS trains (https://arxiv.org/abs/2402.09353).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightNorm(WeightUpdate):
         return cls.from_fields(out=norm + eps, eps=eps, **attributes)
 
     def cuts(self, axis: str) -> bool:
-        """Whether the update can be split along an axis: only along the axis of the stored norms."""
+        """Whether the update can be split along an axis, which is possible only along the axis of the stored norms."""
         return axis == ("out" if self.into is None else "in")
 
     def new_weight(self, W: Tensor) -> Tensor:

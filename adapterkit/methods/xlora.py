@@ -1,7 +1,7 @@
 """X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from a classifier.
 
 Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the last layer's output for the same
-tokens without the adapter. One classifier serves all layers; all layers share its logits, or each layer has its own.
+tokens without the adapter. All layers have the same classifier, and share its logits or use separate logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class XLoRA(Routed):
-    """The classifier, at the whole model; or the classifier with its experts, at each layer that they change."""
+    """The classifier of the model and, at a changed layer, the layer's experts.
+
+    The update of the whole model contains only the classifier. The update of a layer contains both.
+    """
 
     paper = "https://arxiv.org/abs/2402.07148"
     acts_on = "each token by the base model's last hidden state"

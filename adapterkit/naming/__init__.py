@@ -1,1 +1,1 @@
-"""Names and layouts of bases, as data: how weights are stored where shapes do not show it, and which heads are tied."""
+"""Read data about model families: names of weights, layouts that shapes do not show, and tied heads."""

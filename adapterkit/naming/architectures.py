@@ -1,4 +1,6 @@
-"""Load architectures: each tool's names for the weights of a model family, and how the tools' layouts are related.
+"""Load architectures: each tool's names and layouts for the weights of a model family.
+
+A naming is the set of names that one tool (or hub) uses for a family's weights.
 
 Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` defines the format.
 Binding a base reads only the file of its family.
@@ -17,10 +19,13 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""The naming in which every weight is separate, under its hub name or else its key. GGUF files are read in it."""
+"""A naming without fused weights: each weight has its name on the hub, or else its key.
+
+GGUF files are read with this naming.
+"""
 
 STORED_AS = "stored_as"
-"""A key in the config that is made from a GGUF file's key-values. The value `gguf` selects the naming `WEIGHT`."""
+"""A key of the config that adapterkit builds for a GGUF file. Its value `gguf` selects the naming `WEIGHT`."""
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Fields of configs that state the number of experts in a layer."""
@@ -30,49 +35,54 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows that follow from rotary embeddings; `SHARED` lists the heads to which they can apply."""
+"""Orders of rows that depend on rotary embeddings.
+
+A `Place` with such an order also names one kind of heads, see `SHARED`.
+"""
 
 SHARED = ("query", "kv", "vision")
-"""The heads to which the rows of a place belong: those of queries, of keys and values, or of the vision tower."""
+"""Kinds of attention heads: query heads, key and value heads, or the heads of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
-"""Orders of rows that follow from the heads of linear attention."""
+"""Orders of rows that depend on the heads of linear attention."""
 
 SPLIT = ("latent", "linear_qkvz")
 """Ways to divide the rows of a weight between two tensors."""
 
 QKV = ("query", "key", "value")
-"""The weights in a fused projection, in the order of their rows."""
+"""The weights that a fused projection contains, in the order of their rows."""
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The name and the form under which one naming stores a weight.
+    """The name and layout of one weight in one naming: which tensor contains the weight, and in which rows.
 
     Attributes:
-        name: a template for the name of a module or parameter, with placeholders such as `{n}` for numbers; `{e}` is
-            an expert's number.
+        name: a template for the name of the tensor's module or of a parameter. Placeholders such as `{n}` stand for
+            numbers, `{e}` for an expert's number.
         stacked: whether all experts are in one tensor, along its first axis.
-        part: the index of the first run of rows that the weight has, among the tensor's `of` equal runs. None if the
-            weight is the whole tensor.
-        parts: the number of these runs that the weight covers.
+        part: the index of the weight's first run of rows, if the tensor consists of `of` equal runs. None if the weight
+            is the whole tensor.
+        parts: the number of runs that belong to the weight.
         of: the number of equal runs of rows in the tensor.
-        interleaved: whether the weight has every `of`-th row of the tensor, starting at row `part`, instead of runs.
+        interleaved: whether the weight has every `of`-th row of the tensor, starting at row `part`, instead of
+            consecutive rows.
         qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values; the base's heads
             determine the number of rows of each.
         groups: whether the rows are ordered by groups: the queries that share a key, then this key, then its value.
             Only with `qkv`.
-        half: 0 or 1 if two weights share one numbering of experts: this weight has the first or the second half of the
-            numbers.
-        flat: whether the tensor has only the axis of inputs; the weight then has one row.
-        transposed: whether the tensor is stored with inputs before outputs.
-        rows: the order of the rows. `rope` is Meta's order, in which rotated pairs of rows are adjacent. `qkv` has all
-            queries, then all keys, then all values of a fused weight that has them group by group. The README lists
-            the others.
-        heads: the heads to which the rows belong: `query`, `kv`, or those of the `vision` tower; only with `TURNED`.
+        half: for two weights whose experts are numbered together: 0 if this weight has the first half of the numbers, 1
+            if it has the second half.
+        flat: whether the tensor has shape `[in]`; the weight then has one row.
+        transposed: whether the tensor is stored as `[in, out]`.
+        rows: the order of the tensor's rows. `rope`: Meta's order, in which rotated pairs of rows are adjacent. `qkv`:
+            all queries, then all keys, then all values, although the family itself orders the fused weight by groups.
+            The README of spec/architectures lists the other orders.
+        heads: the kind of heads to which the rows belong, one of `SHARED`; only if `rows` is one of `TURNED`.
         columns: the order of the inputs, with the same values as `rows`.
-        beside: a template for the name of a second tensor, which has the rows that the first tensor lacks.
-        ratio: outputs per input of the tensor, if this ratio distinguishes two weights with the same name. For example,
-            the last block's modulation has fewer outputs than those of other blocks.
+        beside: a template for the name of a second tensor, which has the weight's remaining rows.
+        ratio: the tensor's number of outputs divided by its number of inputs. Only if this ratio distinguishes two
+            weights with the same name: the last block's modulation has fewer outputs than the other blocks'
+            modulations.
     """
 
     name: str
@@ -94,14 +104,16 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition on a base; if the base meets it, llama.cpp's converter writes a certain architecture of the family.
+    """A condition on a base's config.
+
+    It selects the `general.architecture` that llama.cpp's converter writes for the base.
 
     Attributes:
-        classes: the base meets the condition if the first of its config's `architectures` is in this list.
-        field: the base meets the condition if its config has this field.
-        only: for each field, the words that its list may contain. If given, the base must fit all of these fields and
-            `zero`.
-        zero: with `only`, a field that the base's config must lack or have as 0.
+        classes: the condition is met if the first entry of the config's `architectures` is in this list.
+        field: the condition is also met if the config has this field.
+        only: for each field, the words that the field's list may contain. If `only` is set, `classes` and `field` are
+            ignored: the condition is met if all listed fields and `zero` fit.
+        zero: with `only`, a field that the config must lack, or whose value must be 0.
     """
 
     classes: list[str] = []
@@ -110,7 +122,7 @@ class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zero: str = ""
 
     def holds(self, config: Mapping[str, object]) -> bool:
-        """Whether a base's config meets the condition."""
+        """Return whether a base's config meets the condition."""
         if self.only:
             listed = [(config.get(field), set(words)) for field, words in self.only.items()]
             return not config.get(self.zero) and all(
@@ -125,7 +137,7 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
     Attributes:
-        kind: `clip`, `t5` or `llm`, the kind of model that the encoder is.
+        kind: the kind of model: `clip`, `t5` or `llm`.
         comfyui: the encoder's name in ComfyUI; empty if ComfyUI does not have it.
         prefix: for an `llm`, the prefix of `layers.` in diffusers' names.
     """
@@ -136,33 +148,39 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The facts about a family that is part of a diffusers pipeline: its names, and how to recognise it.
+    """Facts about a family that is part of a diffusers pipeline.
+
+    The fields list names of the family, and properties by which a file's family is recognised.
 
     Attributes:
         component: the part of the pipeline: `unet`, `transformer` or `controlnet`.
         title: the family's name in messages; empty to use the name of its file.
         classes: the values of `_class_name` in configs of diffusers.
-        words: names of the family in the metadata of files, only letters and digits: `flux1`.
-        sd_scripts: whether sd-scripts trains the family; only such families can have OFT from sd-scripts.
-        kohya: the naming that sd-scripts and similar tools flatten into their keys.
-        distinctive: whether no language model has such names, so that names without a prefix show this part.
-        generic: whether the names allow any number of blocks; the family is then chosen only if no other fits.
-        unlikely: whether the family shares names with another family that has far more adapters. Then this family is
+        words: names that the metadata of files use for the family, reduced to letters and digits, such as `flux1`.
+        sd_scripts: whether sd-scripts trains the family; other families have no OFT adapters from sd-scripts.
+        kohya: the naming whose names sd-scripts and similar tools write with underscores for dots.
+        distinctive: whether no language model has this family's names. If so, the names identify the family even
+            without a prefix.
+        generic: whether the names fit any number of blocks; the family is then chosen only if no other family fits.
+        unlikely: whether the family shares names with another family that has far more adapters. This family is then
             chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
-            it.
-        no_inputs: input sizes that no weight of the family has, because they belong to other models' text encoders.
-        outputs: input size -> the output sizes of weights with such inputs in the published models.
+            this family.
+        no_inputs: input sizes that only the text encoders of other models have; no weight of this family has them.
+        outputs: a map from an input size to the output sizes of weights with that input size, in the published models.
         widths: input sizes of the blocks in the published models.
-        blocks: first word of names -> the number of blocks with such names in the largest published model.
-        ratios: weight -> its outputs divided by its inputs, or a list of these ratios if published models of the
-            `widths` differ.
-        encoders: the text encoders, by diffusers' names.
-        prefixes: part of the pipeline -> the prefix of kohya's keys, if it is not `lora_unet` or `lora_te`.
-        beside: module or prefix of names in another part of the pipeline -> the name in ComfyUI.
-        modules: part in `beside` -> templates of its modules' names, which kohya's keys flatten.
+        blocks: a map from the first word of names to the number of blocks with that first word, in the largest
+            published model.
+        ratios: a map from a weight to its number of outputs divided by its number of inputs; a list of ratios if the
+            published models differ.
+        encoders: a map from diffusers' names to the text encoders.
+        prefixes: a map from a part of the pipeline to the prefix of its keys in kohya's files, if the prefix is not
+            `lora_unet` or `lora_te`.
+        beside: a map from a module (or a prefix) in another part of the pipeline to the module's name in ComfyUI.
+        modules: a map from a part of the pipeline, as in `beside`, to templates of its modules' names. Kohya's keys are
+            these names with underscores for dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
-        header_alpha: whether an alpha in the header of a file without alphas counts for every module.
-        whole_norms: whether diffusers' loader accepts new scales for the norms of queries and keys.
+        header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.
+        whole_norms: whether diffusers' loader accepts new weights for the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -209,7 +227,10 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file in `namings`: a tool's names for the weights of families that have their own files."""
+    """The contents of one file in the folder `namings`.
+
+    The file has a tool's names for the weights of families that also have their own files.
+    """
 
     format: int
     naming: str
@@ -218,16 +239,16 @@ class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str] = []
 
     def places(self) -> dict[str, Place]:
-        """Return the place of each weight, by the weight's key."""
+        """Return a map from each weight's key to the weight's place."""
         return {key: Place(place) if isinstance(place, str) else place for key, place in self.weights.items()}
 
 
 class Architecture:
-    """The namings of one family; finds names in any of them.
+    """One family's file, with methods that look up names in every naming.
 
     Args:
         record: the contents of the family's file.
-        apart: whether `WEIGHT` is one of the namings.
+        apart: whether to add the naming `WEIGHT`.
     """
 
     def __init__(self, record: ArchitectureRecord, *, apart: bool = False) -> None:
@@ -243,7 +264,7 @@ class Architecture:
         return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
-        """Return the place of a weight in a naming; None if the naming does not have the weight."""
+        """Return the name and layout of a weight in a naming; None if the naming does not have the weight."""
         if naming == WEIGHT:
             hub = self.place(weight, "hub")
             return hub if hub is not None and hub == Place(hub.name) else Place(weight)
@@ -257,7 +278,10 @@ class Architecture:
         return Place(found) if isinstance(found, str) else found
 
     def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
-        """Return the weights that a naming stores under a name, with their places and the placeholders' numbers."""
+        """Return (weight, place, numbers) for each weight that a naming stores under `name`.
+
+        `numbers` replaces the placeholders.
+        """
         found = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
             numbers = _numbers(words, name.split("."))
@@ -266,7 +290,7 @@ class Architecture:
         return found
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """List the namings that may have a concrete name; the family's own naming comes last."""
+        """List the namings in which some name has the same shape as `name` (see `shape_of`); `WEIGHT` comes last."""
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))
@@ -311,13 +335,13 @@ def architecture_of(config: Mapping[str, object] | None) -> Architecture | None:
 
 
 def is_family(module: str) -> bool:
-    """Whether a word, such as `llama` or `blip_2`, is the name of a family with a file."""
+    """Return whether a family with this name, such as `llama` or `blip_2`, has a file."""
     return module in _modules()
 
 
 @cache
 def _modules() -> frozenset[str]:
-    """Return the names of the families' files, with underscores for dashes."""
+    """Return the names of the families' files without `.toml`, with underscores for dashes."""
     return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml"))
 
 
@@ -327,7 +351,8 @@ def _of_type(model_type: str) -> Architecture | None:
     if own.exists():
         return load(own)
     for file in sorted(folder().glob("*.toml")):
-        # Most families are named after their first model type. Search the others by reading only the start of files.
+        # Most families are named after their first model type. For other types, read only the start of each file, which
+        # lists them.
         listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
@@ -343,7 +368,7 @@ def expert_count(config: Mapping[str, object] | None) -> int:
 
 
 def of_gguf(name: str) -> list[Architecture]:
-    """List the families whose files llama.cpp's converter gives this `general.architecture`, sorted by name."""
+    """List the families for which llama.cpp's converter writes this `general.architecture`, sorted by family name."""
     quoted = f'"{name}"'
     return [
         _loaded(file)
@@ -353,7 +378,7 @@ def of_gguf(name: str) -> list[Architecture]:
 
 
 def gguf_architectures() -> list[str]:
-    """List every `general.architecture` of the families, sorted."""
+    """List every `general.architecture` that any family's file mentions, sorted."""
     found = (
         re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
     )
@@ -361,7 +386,7 @@ def gguf_architectures() -> list[str]:
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families in which one of these names, with any prefix, is a stack of experts."""
+    """Yield the families in which one of these names is a stack of experts; prefixes of names are ignored."""
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
@@ -378,9 +403,9 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families that have one of these names, with any prefix, in any naming.
+    """Yield the families that have one of these names in any naming; prefixes of names are ignored.
 
-    Only the ends of names after the last number are compared, such as `mlp.experts.gate_up_proj`.
+    The function compares only the part after the last number, such as `mlp.experts.gate_up_proj`.
     """
     tails = {shape_of(name).rpartition("#.")[2] for name in names}
     for file in sorted(folder().glob("*.toml")):
@@ -390,24 +415,24 @@ def with_names(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_naming(naming: str) -> Iterator[Architecture]:
-    """Yield the families that have places in one tool's naming."""
+    """Yield the families whose files contain names in this naming."""
     words = f"{naming} = ".encode()
     found = (file for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
     return (each for each in map(_loaded, found) if naming in each.namings)
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The facts at the start of a file for a part of a pipeline, before the weights."""
+    """The first tables of a pipeline family's file: everything before the table `[weights]`."""
 
     family: str
     pipeline: Pipeline
 
 
 def of_pipelines() -> Iterator[tuple[Head, str]]:
-    """Yield the families that are parts of diffusers pipelines: the head and the whole text of each file.
+    """Yield (head, whole text) of the file of each family that is part of a diffusers pipeline.
 
-    There are about thirty such files, and parsing all of these files takes longer than reading an adapter. The weights
-    are parsed only when `named` asks for them.
+    There are about thirty such files, and parsing all of them takes longer than reading an adapter. So this function
+    does not parse the tables of weights; `named` parses one whole file.
 
     Raises:
         Malformed: a file is damaged.
@@ -425,7 +450,7 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
 
 @cache
 def texts_of_models() -> tuple[str, ...]:
-    """Return the text of all other files: language models, and other models in transformers."""
+    """Return the texts of the files of all families that are not part of a pipeline: transformers' models."""
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
@@ -443,7 +468,7 @@ def _loaded(path: Path) -> Architecture:
 
 @cache
 def _head(file: Path) -> str:
-    """Return the start of a file, which has its lists of names."""
+    """Return the first 4 KiB of a file, which contain the lists of model types and architectures."""
     with file.open("rb") as stream:
         return stream.read(1 << 12).decode("utf-8", "replace")
 
@@ -454,10 +479,11 @@ def _files_with_stacks() -> tuple[Path, ...]:
 
 
 def load(path: Path) -> Architecture:
-    """Read a family's file and check it.
+    """Parse a family's file and check it.
 
     Raises:
-        Malformed: the file does not have the form that the README defines, or a naming is not one to one.
+        Malformed: the file does not follow the README of spec/architectures, or two weights have the same name and rows
+            in a naming.
     """
     record = decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):
@@ -472,25 +498,25 @@ def load(path: Path) -> Architecture:
 
 @cache
 def namings(where: Path | None = None) -> tuple[Naming, ...]:
-    """Load the namings that are stored in separate files: those of tools that support several families.
+    """Load the files of tools whose naming covers several families.
 
     Args:
         where: the folder of the files.
 
     Raises:
-        Malformed: a file does not have the form that the README defines.
+        Malformed: a file does not follow the README of spec/architectures.
     """
     files = sorted((where or folder() / "namings").glob("*.toml"))
     return tuple(decoded(file, Naming) for file in files)
 
 
 def namings_of(name: str) -> tuple[Naming, ...]:
-    """Return the files of one tool's naming; each file is for other model types."""
+    """Return all files of one tool's naming; each file covers different model types."""
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
 class Versioned(Protocol):
-    """A record in a file that states the version of its format."""
+    """A parsed file that states the version of its format."""
 
     @property
     def format(self) -> int:
@@ -502,7 +528,7 @@ _T = TypeVar("_T", bound=Versioned)
 
 
 def decoded(path: Path, kind: type[_T]) -> _T:
-    """Read one of the data files and check its version.
+    """Parse a data file and check its version.
 
     Raises:
         Malformed: the file is damaged, or has another version of the format.
@@ -518,7 +544,10 @@ def decoded(path: Path, kind: type[_T]) -> _T:
 
 
 def faults(record: ArchitectureRecord) -> Iterator[str]:
-    """Yield the faults of a file that its schema cannot detect; every naming must be one to one with the weights."""
+    """Yield a sentence for each error that the file's schema cannot detect.
+
+    For example, two weights may not have the same name and rows in one naming.
+    """
     if record.format != FORMAT:
         yield f"the file has format {record.format}; this version reads format {FORMAT}"
     architecture = Architecture(record)
@@ -533,7 +562,7 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
             runs: Iterable[int | str | None] = [place.qkv]
             if place.part is not None:
                 runs = range(place.part, place.part + place.parts)
-            name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs an input"
+            name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs per input"
             name = name if place.half is None else f"{name}, half {place.half} of the experts"
             held = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
             others = {taken.setdefault(each, weight) for each in held} - {weight}
@@ -581,7 +610,7 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
 
 @cache
 def folder() -> Path:
-    """Return the folder of the data files: next to this module if installed, in `spec` in a checkout."""
+    """Return the folder of the families' files: `data` next to this module, or `spec/architectures` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
 
@@ -591,7 +620,7 @@ def _shape_of_place(place: Place) -> str:
 
 
 def shape_of(name: str) -> str:
-    """Return a name with `#` for each word that is a number."""
+    """Return a name with `#` for each dotted part that is a number."""
     return _NUMBER.sub("#", name)
 
 
@@ -601,10 +630,11 @@ def fill(template: str, numbers: Mapping[str, str]) -> str:
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
-    """Return the number for each placeholder.
+    """Return a map from each placeholder to its number.
 
     Returns:
-        None if a word outside the placeholders differs, or a placeholder would get two numbers.
+        the map; None if another word of the name differs from the template, or the same placeholder would get two
+        numbers.
     """
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):

@@ -1,4 +1,4 @@
-"""Map names by the file of a base's family, which lists all namings, with fused, split and stacked weights."""
+"""Map names with the file of the base's family, which lists how every tool names, fuses and stacks weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .tables import without_prefix
 
 
 def by_family(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
-    """Map targets by the file of the base's family; return the targets that the file does not map.
+    """Map targets with the file of the base's family; return the targets that the file does not map.
 
     Raises:
-        TargetNotFound: two readings of a target's name fit.
+        TargetNotFound: a target's name can mean two different modules.
     """
     known = family_names(base, architecture)
     rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
@@ -31,7 +31,8 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
             placed.append((target, name, *next(iter(readings.items()))))
         else:
             rest.append((target, name))
-    # Check that removing prefixes makes no two targets equal: FLAVA has three encoders whose names DPT has only once.
+    # Do not map two targets to the same weight: FLAVA has three encoders, and without their prefixes their names are
+    # those of DPT's only encoder.
     uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
     uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
     for target, name, moves, used in placed:
@@ -47,12 +48,12 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
 
 
 def _spot(move: Move) -> tuple[str, PathPart | None, int | None]:
-    """Return the part of the base that a move writes: path, rows, slice of a stack."""
+    """Return the part of the base that a move writes: (path, rows, index in a stack)."""
     return move.path, move.into, move.slot
 
 
 def family_names(base: Names, architecture: Architecture) -> FamilyNames:
-    """Return the names of a family's file for a base; they are computed once for each base and family."""
+    """Return the `FamilyNames` of a base and a family, from the base's cache if possible."""
     known = base.families.get(architecture.family)
     if not isinstance(known, FamilyNames) or known.architecture is not architecture:
         known = base.families[architecture.family] = FamilyNames(base, architecture)
@@ -60,7 +61,7 @@ def family_names(base: Names, architecture: Architecture) -> FamilyNames:
 
 
 class FamilyNames:
-    """The names that a family's file implies for a base, with the base's own prefix."""
+    """The names that a family's file predicts for a base, with the prefix that the base's names have."""
 
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
@@ -68,8 +69,9 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # Search no prefix if the base has the exact names of one naming, because the search could find a wrong prefix.
-        # But in a class without a head, one part may have another prefix, like Dots 3's text model next to its towers.
+        # If the base has most names of one naming exactly, do not search prefixes of the other namings: the search
+        # could find a wrong prefix. In the naming that fits, one part may still need a prefix: in Dots 3's class
+        # without a head, the names of the text model lack a prefix, but those of the towers do not.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
@@ -77,11 +79,11 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return every distinct way to map a name, with its source and destination naming."""
+        """Return each distinct way to map a name to the base, with (naming of the name, naming of the base)."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
-        # Also try prefixes that the base lacks: a base that is one part of a model has names without the part's prefix,
-        # but its adapter may have the prefix.
+        # Also try the name with prefixes that the base lacks. If the base is one part of a model, its names lack the
+        # part's prefix, but the adapter's names may have the prefix.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
@@ -98,18 +100,21 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the module that holds the headless class inside other classes: `vit` for a ViT; empty for `model`.
+        """Return the name that the class without a head has inside the family's other classes: `vit` for a ViT.
 
-        `AutoModel` loads the headless class, so its adapters' names lack this word: `layers.0.attention.q_proj`.
+        Empty if this name, such as `model`, is not the name of a family.
+
+        `AutoModel` loads the class without a head, so names in an adapter for it lack this word:
+        `layers.0.attention.q_proj`.
         """
         firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
         return word if 2 * count > firsts.total() and is_family(word) else ""
 
     def loses_a_part(self, name: str, own: str) -> bool:
-        """Whether a removed prefix contained the only word that says which part of a model the name belongs to.
+        """Whether `own`, which is `name` without a prefix, lacks the only word that names a part of the model.
 
-        An ERNIE's `model.vision_tower.blocks.0` is not the `blocks.0` of Cosmos, whose family names the vision part
+        For example, ERNIE's `model.vision_tower.blocks.0` is not Cosmos's `blocks.0`: Cosmos calls its vision part
         `visual`.
         """
         if not name.endswith(own):
@@ -123,30 +128,33 @@ class FamilyNames:
 
     @cached_property
     def text_alone(self) -> bool:
-        """Whether the family is a text decoder: its file has a vocabulary, and names no other part of a model.
+        """Whether the family is only a text decoder: its file has a vocabulary, but no encoder, vision or audio part.
 
-        Gemma 3's text model has no vision tower, although names of the tower's layers also occur in its own layers.
+        Such a family must not match the layers of a vision tower, even if names are equal: Gemma 3's tower and its text
+        model share names.
         """
         return bool(self.architecture.record.vocabulary) and not self.modalities and "encoder" not in self.words
 
     @cached_property
     def modalities(self) -> frozenset[str]:
-        """Return those of vision, text and audio that the family's words mention."""
+        """Return the modalities (vision, text, audio) that words in the family's names mention."""
         return frozenset[str]().union(*(modalities_of(word) for word in self.words))
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Return the words of the family's names, in all namings."""
+        """Return the dotted parts of all names of the family, in all namings."""
         every = (self.architecture.templates(naming) for naming in self.architecture.namings)
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the prefix that names lack or add in the base; saving without a head drops a prefix.
+        """Find the change of prefix, as (removed, added), that maps most names of a naming to the base.
+
+        Saving a model without its head drops a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has exact names of the family. If so, no name of the base may begin with the
-                prefix, and all names in the naming that begin with it must exist in the base without the prefix.
+            in_part: whether the base has exact names of the family. If so, a prefix is removed only if the base has no
+                name with the prefix, and has all of the prefix's names without it.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -159,7 +167,7 @@ class FamilyNames:
         return best
 
     def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
-        """Whether the base has a whole part of a naming under another prefix, and nothing under the naming's own."""
+        """Whether the base has all names with the prefix `off` under `on`, and none of them under `off`."""
         part = [template for template in templates if template.startswith(off)]
         return bool(off) and all(
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
@@ -178,7 +186,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of the weight's experts in the base; for a stack, the number is from the base's config."""
+        """Return the number of experts: for a stack from the base's config, otherwise by counting names in the base."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -191,7 +199,10 @@ class FamilyNames:
 
 
 Found = tuple[str, Place, dict[str, str]]
-"""(key of a weight, its place in the naming of the name, the placeholders' numbers)."""
+"""(key of a weight, its `Place` in the naming of the searched name, numbers for the placeholders).
+
+See `Architecture.find`.
+"""
 
 
 def moves_to(
@@ -202,27 +213,27 @@ def moves_to(
     experts: Callable[[Place, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Return the places of a name's weights in another naming; None if that naming lacks one of the weights.
+    """Return where the weights of a name are in another naming; None if that naming lacks one of the weights.
 
     Args:
         architecture: the family.
         weights: the result of `Architecture.find` for the name.
         naming: the other naming.
-        path: returns a place's name, with numbers for its placeholders.
-        experts: returns the number of experts of a place's weight.
-        orders: whether to report rows in another order; False for callers that handle orders themselves.
+        path: a function of (place, numbers) that returns the place's name with the numbers filled in.
+        experts: a function of (place, numbers) that returns the number of experts.
+        orders: whether to record that the namings order rows differently; False for callers that reorder rows
+            themselves.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
         theirs = architecture.place(weight, naming)
         if theirs is None or (orders and (ours.beside or theirs.beside)):
-            return None  # Rows that are divided between two tensors cannot be moved together.
+            return None  # A weight whose rows are in two tensors cannot be mapped to one tensor.
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # The expert's number counts the experts of two weights together. Map it to the number in one of the two
-            # weights.
+            # The experts of two weights are numbered together. Compute the expert's number within its own weight.
             count = experts(theirs, numbers)
             own = int(numbers["{e}"]) - ours.half * count
             if not 0 <= own < count:
@@ -231,7 +242,7 @@ def moves_to(
         if ours.stacked and not theirs.stacked:
             count = experts(theirs, numbers)
             first = count * (theirs.half or 0)
-            # Replace the other placeholders once for all experts: a large model has tens of thousands of experts.
+            # Fill in the other placeholders once, not once per expert: a large model has tens of thousands of experts.
             each = path(theirs, {**numbers, "{e}": "{e}"})
             moves += [
                 Move(each.replace("{e}", str(first + expert)), take, into, expert=expert, turn=turn)
@@ -244,9 +255,11 @@ def moves_to(
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
-    """Find the places of a name in one of its family's namings, without a base; None if the naming lacks it.
+    """Find where the weights of a name are in another naming of the family, without a base.
 
-    The rows keep their order, because formats reorder rows for their files themselves.
+    None if the naming lacks them.
+
+    The result records no orders of rows, because each format reorders rows itself.
 
     Args:
         name: the name of a target.
@@ -255,7 +268,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
         experts: the number of experts in a stack with this name.
 
     Raises:
-        TargetNotFound: two readings of the name lead to different weights.
+        TargetNotFound: the name can mean two different weights.
     """
     found: dict[tuple[Move, ...], None] = {}
     for own in variants(name):
@@ -274,7 +287,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
-    """Join moves of parts that are adjacent on both sides, in one tensor."""
+    """Replace moves of all parts of one tensor by one move of the whole tensor, if both namings have the same parts."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
     plain = all(move.turn is None for move in moves)
@@ -284,7 +297,10 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def variants(name: str) -> Iterator[str]:
-    """Yield a name, then its forms in a class with another head or none: without prefixes, or with `model.` added."""
+    """Yield a name, then the name without its first words, then with `model.` added.
+
+    Such names occur in classes with another head or without a head.
+    """
     yield name
     words = name.split(".")
     for cut in range(1, min(len(words), 4)):
@@ -292,6 +308,6 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # Also remove the prefixes of a language model inside a larger model. Other first words are kept, because they may
-    # name a vision tower, whose layers have the same names.
+    # Also remove the prefix of a language model inside a larger model. Do not remove other words: they may name a
+    # vision tower, whose layers have the same names.
     yield from without_prefix(name)

@@ -1,4 +1,7 @@
-"""Map names by a change of prefixes. The change is proven if it maps every target with the prefix to the base."""
+"""Map names by exchanging a prefix.
+
+A change is accepted if it maps every target with the prefix to a name in the base.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from .parts import exchangeable, keeps_parts
 from .stored_names import Left, Names, swap, template_of
 
 Fits = Callable[[str, str], bool]
-"""A function of (name in the adapter, name in the base) that returns whether their shapes fit."""
+"""A function of (name in the adapter, name in the base) that returns whether the shapes of both fit."""
 
 
 def by_prefixes(
@@ -23,24 +26,24 @@ def by_prefixes(
 ) -> Left:
     """Map targets by changes of prefixes: one rule per prefix, which must map every target with this prefix.
 
-    If the base's family is known, the family's file lists the names of the model's parts, and `loses_a_part` says
-    whether a change removes such a name. Words of other families do not count: `model.text_model.` names a part of an
-    Idefics, but not of a LLaVA, which has `language_model.model.`.
+    A change must not remove the name of a part of the model, such as a vision tower. `loses_a_part` knows these names
+    for the base's family. Which words name a part depends on the family: `model.text_model.` is a part of an Idefics,
+    but LLaVA's text part is `language_model.model.`.
 
     Args:
         left: the targets that are not mapped yet.
         base: the names in the base.
-        resolution: the result, to which moves and rules are added.
-        partial: whether unmapped targets are allowed; the prefix that maps most of them is then enough.
-        fits: whether the shapes of a target and of a name in the base fit.
-        loses_a_part: a function of (name, changed name): whether the change removes the word for a part of the model;
+        resolution: the result; the function adds moves and rules to it.
+        partial: whether the base may lack some targets; if so, the prefix that maps the most targets is also accepted.
+        fits: a function that returns whether the shapes of a target and of a name in the base fit.
+        loses_a_part: a function of (name, changed name) that returns whether the change removes the name of a part;
             None if the family is unknown.
 
     Returns:
         the targets that are still not mapped.
 
     Raises:
-        TargetNotFound: several prefixes map all targets of a group.
+        TargetNotFound: several prefixes map all targets that share a prefix.
     """
     templates = _trials(left, base)
     if loses_a_part is not None:
@@ -48,16 +51,18 @@ def by_prefixes(
             name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # Try the shortest prefix first, because a longer common ending is better proof. So `decoder.layers` becomes
-    # `model.decoder.layers`, not `model.encoder.layers`, which would fit, too.
+    # Try to exchange the shortest prefix first, because the names then share a longer ending. So `decoder.layers`
+    # becomes `model.decoder.layers`, not `model.encoder.layers`, although both would fit.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
     )
-    # Exclude names of the base to which another target is already mapped: an encoder's layers are not the decoder's.
+    # Exclude names of the base to which another target is already mapped. Otherwise a decoder's layers could be mapped
+    # to the encoder.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, found = left, True
     while rest and found:
-        # A rule that maps targets can free a shorter prefix for others: after `model.text.`, `model.` may fit.
+        # Start over after each rule. With the targets of `model.text.` mapped, one change may fit all remaining targets
+        # of `model.`.
         found = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -83,15 +88,15 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """Return the prefix that replaces `off` and maps every target of a group; None if there is none.
+    """Return the prefix to put in the place of `off`, so that every target of a group is mapped; None if none does.
 
     Raises:
         TargetNotFound: several prefixes map the whole group.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
-        # Also try a change of a shorter prefix. VibeVoice has two towers with the same names and shapes, `acoustic.`
-        # and `semantic.`. Removing `model.` maps `model.acoustic.` to the right one.
+        # Also try to change only the first words of the prefix. VibeVoice has two towers with the same names and
+        # shapes, `acoustic.` and `semantic.`; only removing `model.` from `model.acoustic.` leads to the right tower.
         full += [
             on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
         ]
@@ -117,9 +122,12 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the candidate that only drops or adds words, if it keeps words of `off` that all other candidates lose.
+    """Return the only candidate that differs from `off` just by added or just by dropped words.
 
-    Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, not `video_tower.`.
+    The candidate must also keep words of `off` that every other candidate lacks. Otherwise the list is empty.
+
+    Video-LLaVA has two towers of the same shape: `image_tower.vision_model.` becomes `image_tower.`, not
+    `video_tower.`.
     """
     words = off.split(".")[:-1]
     kept = {on: [word for word in words if word in on.split(".")] for on in candidates}
@@ -133,7 +141,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """Return, for each possible replacement of a prefix, the number of a group's targets that it maps."""
+    """Return a map from each possible replacement of a prefix to the number of targets that the replacement maps."""
     ours = sorted({template_of(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:
@@ -142,7 +150,7 @@ def _tried(
 
 
 def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
-    """Map a group's targets by a change of prefixes; return the targets of `rest` that are still not mapped."""
+    """Map a group's targets by replacing `off` with `on`; return the targets of `rest` that are still not mapped."""
     placed = 0
     for target, name in group:
         if _lands(target, name, off, on, base, taken):
@@ -155,7 +163,10 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
-    """Return the changes of prefixes to try by template; a number in a prefix must be the same in all names."""
+    """Return a map from each template to the changes of prefix to try.
+
+    A number in a prefix must be the same in all names.
+    """
     names: dict[str, list[str]] = {}
     for _, name in left:
         names.setdefault(template_of(name), []).append(name)
@@ -176,10 +187,10 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 
 
 def ends(template: str, base: Names) -> set[tuple[str, str]]:
-    """Return the changes of prefixes that turn a template into one of the base, with the longest common ending.
+    """Return the changes of prefix, as (removed, added), that turn a template into a template of the base.
 
-    Such a change contains no layer number and keeps the word before the first number: it renames the module that
-    contains the layers, but not the layers.
+    A change adds no layer number and keeps the word before the first number: `layers.#` is not renamed, only the
+    modules around it.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
@@ -189,7 +200,7 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
         for shape in base.endings.get(end, ()):
             on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
             off = "".join(f"{word}." for word in words[:cut])
-            # The base may be a part of a model, such as one layer, whose names then have no prefix.
+            # Allow a change without an added prefix: the base may be a part of a model, such as a single layer.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
                 found.add((off, on))

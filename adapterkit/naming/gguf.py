@@ -1,7 +1,7 @@
-"""Find the family of a GGUF file, and map the order of the file's rows to the family's own weights.
+"""Find the family of a GGUF file, and compute how the file's rows are ordered relative to the hub's weights.
 
-Names and orders of rows are data: the naming `gguf` in spec/architectures, which `tools/foreign/architectures` measures
-by converting tiny models with llama.cpp. A tensor without a place in this naming is refused, never guessed.
+Names and orders of rows are data: the naming `gguf` in spec/architectures. `tools/foreign/architectures` measures this
+data by converting tiny models with llama.cpp. A tensor that the data lacks is refused.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ ARCHITECTURE = "general.architecture"
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
     """Find the family of a model or adapter file.
 
-    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family with most
-    of the file's names is chosen; among equals, the one with the fewest weights that GGUF lacks, and then the one with
-    the fewest names that the file lacks.
+    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family that knows
+    the most of the file's names is chosen. If several families know equally many, the family with the fewest weights
+    without a GGUF name is chosen, and then the family with the fewest names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.
@@ -71,20 +71,26 @@ def is_projector(values: Mapping[str, object]) -> bool:
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
-    """Return (key, place, numbers) of a module's only weight; None if the family lists none or several."""
+    """Return (key, place, numbers) of the weight in a GGUF module.
+
+    None if the module has several weights or is unknown.
+    """
     found = family.find(module, NAMING)
     return found[0] if len(found) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""Fused tensor -> its parts, in the order in which llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` join them.
+"""A map from each tensor that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` write to its parts, in order.
 
-Each part's rows have the order of a separate tensor; gate and up of experts are joined expert by expert.
+Inside a part, rows have the same order as in a separate tensor. Gate and up are joined for each expert.
 """
 
 
 def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
-    """Return `place_of` for each part of a tensor that the converter fused; empty for any other tensor."""
+    """Return the result of `place_of` for each part of a tensor that the converter fused.
+
+    Empty for any other tensor.
+    """
     stem, _, leaf = module.rpartition(".")
     found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
     return [each for each in found if each is not None] if None not in found else []
@@ -100,7 +106,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
         name: the file's `general.architecture`.
 
     Raises:
-        Unsupported: the key-values do not state the numbers of rows, or these do not add up to `rows`.
+        Unsupported: the key-values do not state the numbers of rows, or the numbers do not add up to `rows`.
     """
     if module.endswith("ffn_gate_up_exps"):
         return [rows // 2, rows // 2]
@@ -114,7 +120,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
 
 
 def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
-    """Return the order in which row i of the file is row `order[i]` of the weight; None if both have the same order.
+    """Return `order`: row i of the file is row `order[i]` of the weight. None if both have the same order.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -142,7 +148,7 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
 
 
 def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows | None:
-    """Return the order in which column i of the file is column `order[i]` of the weight; None if the order is the same.
+    """Return `order`: column i of the file is column `order[i]` of the weight. None if both have the same order.
 
     Raises:
         ShapeMismatch, Unsupported: see `row_order`.
@@ -153,16 +159,17 @@ def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows |
 def rows_apart(
     place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """Return the rows that each of two tensors has of one weight, in the tensors' order.
+    """Return which rows of a weight each of two tensors has, if the weight's rows are divided between both tensors.
 
     Args:
-        place: the place of the weight.
+        place: the weight's name and layout in GGUF.
         shapes: the shapes of the two tensors.
-        heads: returns the model's heads; called only if they are needed.
+        heads: a function that returns the model's heads; it is called only if needed.
         where: the tensor, for errors.
 
     Returns:
-        the rows of both; whether the heads' matrices are transposed in the first tensor; the width of a row.
+        the rows of the first tensor and those of the second; whether the first tensor has each head's matrix
+        transposed; the width of a row.
 
     Raises:
         Unsupported: the two tensors do not fit each other.
@@ -185,7 +192,7 @@ def _linear(heads: Heads, where: str) -> LinearHeads:
 
 
 def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
-    """Return the heads stated in a model file's key-values.
+    """Read the numbers of heads from a model file's key-values.
 
     Raises:
         Unsupported: the key-values do not state a number of heads that holds for all layers.
@@ -200,14 +207,17 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
     linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
     if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
-        linear[3] //= linear[1]  # The key-value counts the rows of all value heads together.
+        linear[3] //= linear[1]  # This key-value is the number of rows of all value heads together.
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def _in_attention(count: object) -> object:
-    """Return the number of heads of all layers with attention. Hybrid models list one per layer, 0 for none."""
+    """Return the number of heads of a layer with attention.
+
+    Hybrid models list a number per layer, 0 for a layer without attention.
+    """
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
 
@@ -220,7 +230,7 @@ def name_for(config: Mapping[str, object] | None) -> tuple[str, Architecture]:
 
     Raises:
         UsageError: the base has no config.
-        Unsupported: llama.cpp's converter does not support the family, as far as known.
+        Unsupported: llama.cpp's converter is not known to support the family.
     """
     from .architectures import architecture_of, named
 

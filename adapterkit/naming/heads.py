@@ -1,7 +1,7 @@
-"""Compute the orders in which formats store rows that belong to attention heads.
+"""Compute the orders in which file formats store the rows of attention heads.
 
-An order is a list of row numbers: row i of the format's tensor is row `order[i]` of the base's. Rows are outputs: the
-rows of B, of a magnitude, or of a bias.
+An order is an array of row numbers: row i of the format's tensor is row `order[i]` of the base's tensor. A row is one
+output of the layer: a row of a weight or of LoRA's B, or an element of a magnitude or bias.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LARGEST = 1 << 24
 LINEAR_FIELDS = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
-"""The config fields that state the heads of a linear attention."""
+"""The config fields that state the numbers and widths of the heads of linear attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearHeads:
-    """The heads of a linear attention: the numbers of key and value heads, and their widths."""
+    """The numbers of key heads and value heads of linear attention, and the width of each kind."""
 
     keys: int
     values: int
@@ -37,15 +37,15 @@ class LinearHeads:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The numbers of query heads and of key and value heads, and the width of each.
+    """The numbers of attention heads in a model, and the width of a head.
 
     Attributes:
         query: the number of query heads.
-        kv: the number of key and value heads.
+        kv: the number of key heads, which equals the number of value heads.
         dim: the number of rows of a head.
-        linear: the heads of an additional linear attention, or None.
-        rotary: the number of a head's rows that a rotary embedding rotates; 0 if unknown.
-        vision: the number of heads of the vision tower; 0 if there is none.
+        linear: the heads of linear attention, if some layers use linear attention; otherwise None.
+        rotary: the number of rows per head that the rotary embedding rotates; 0 if unknown.
+        vision: the number of heads of the vision tower; 0 if the model has no vision tower.
     """
 
     query: int
@@ -57,16 +57,17 @@ class Heads:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Return the numbers of rows of q, k and v."""
+        """Return the numbers of rows of the query, key and value projections."""
         return self.query * self.dim, self.kv * self.dim, self.kv * self.dim
 
 
 def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
-    """Return the heads of a base, from its config.
+    """Read the numbers of heads from a base's config.
 
     Args:
-        config: a config from transformers; if it contains configs of several models, the language model's counts.
-        where: the tensor or file that needs the heads, for messages.
+        config: a config in transformers' form; if it contains the configs of several models, the language model's
+            config is used.
+        where: the tensor or file that needs the heads, for error messages.
 
     Raises:
         UsageError: there is no config, or it does not state the heads.
@@ -77,7 +78,8 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     inner = config.get("text_config")
     own = inner if isinstance(inner, dict) else config
     query = _count(own, ("num_attention_heads", "n_head", "n_heads"), where)
-    # Check multi_query: Falcon's config has num_kv_heads = num_attention_heads even if all heads share one key.
+    # Check multi_query first: if it is set, all heads share one key, but Falcon's config still has num_kv_heads =
+    # num_attention_heads.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
     fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
     kv = 1 if one else _count(own, fields, where, _shared(own, query, where))
@@ -94,10 +96,10 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:
-    """Return the number of key heads for configs whose blocks state the query heads per key head (Nemotron NAS).
+    """Return the number of key heads if the config states the query heads per key head of each block (Nemotron NAS).
 
     Raises:
-        Unsupported: the blocks differ.
+        Unsupported: the blocks have different numbers of query heads per key head.
     """
     blocks = config.get("block_configs")
     attentions = [b.get("attention") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
@@ -110,12 +112,15 @@ def _shared(config: Mapping[str, object], query: int, where: str) -> int:
 
 
 def linear_of(config: Mapping[str, object]) -> LinearHeads | None:
-    """Return the heads of a base's linear attention, from its config; None if it has no linear attention."""
+    """Read the heads of linear attention from a base's config; return None if the base has no linear attention."""
     return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
 
 
 def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
-    """Return the heads of a linear attention; None if a number is invalid, or `values` is not a multiple of `keys`."""
+    """Check the numbers and return `LinearHeads`.
+
+    None if a number is invalid or `values` is not a multiple of `keys`.
+    """
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
@@ -134,7 +139,7 @@ def _count(config: Mapping[str, object], names: tuple[str, ...], where: str, def
 
 
 def sharing(heads: Heads, which: str | None, where: str) -> int:
-    """Return the number of heads to which a projection's rows belong: queries, keys and values, or the vision tower's.
+    """Return the number of heads of the kind `which`, one of `query`, `kv` and `vision`.
 
     Raises:
         UsageError: the number of the vision tower's heads is unknown.
@@ -150,9 +155,9 @@ def sharing(heads: Heads, which: str | None, where: str) -> int:
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:
-    """Return Meta's order, in which the two rows that a rotary embedding rotates together are adjacent.
+    """Return Meta's order of rows, in which two rows that are rotated together are adjacent.
 
-    In transformers' order, the first halves of a head come before the second halves.
+    In transformers' order, row i of a head's first half is rotated together with row i of the second half.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -166,10 +171,10 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 
 
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
-    """Return llama.cpp's order of queries and keys, for M-RoPE models whose rotation pairs adjacent rows.
+    """Return llama.cpp's order of query and key rows, for M-RoPE models in which adjacent rows are rotated together.
 
-    llama.cpp's kernel rotates a row of the first half with a row of the second half. So each head has its even rotated
-    rows first, then its odd rotated rows, and then the rows that are not rotated.
+    llama.cpp's kernel rotates a row of the first half together with a row of the second half. So the file has, for each
+    head, the even rotated rows, then the odd rotated rows, then the rows that are not rotated.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -186,7 +191,7 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
 
 def by_group(heads: Heads) -> Rows:
-    """Return Megatron's order of q, k and v in one weight: for each group its queries, then its key, then its value."""
+    """Return Megatron's order of fused queries, keys and values: for each group its queries, its key, its value."""
     import numpy as np
 
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
@@ -195,7 +200,7 @@ def by_group(heads: Heads) -> Rows:
 
 
 def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of the rows that belong to the value heads of a linear attention.
+    """Return llama.cpp's order of the rows of a linear attention's value heads.
 
     In transformers, the value heads that share a key are adjacent. llama.cpp stores the first value head of each key,
     then the second value head of each key, and so on, because ggml repeats keys in this order (llama.cpp #19468).
@@ -212,7 +217,7 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of a linear attention's queries, keys and values; only the values are reordered."""
+    """Return llama.cpp's order of linear attention's fused queries, keys and values; only the values are reordered."""
     import numpy as np
 
     values = heads.values * heads.value_dim
@@ -223,7 +228,7 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Return the rows of queries, keys and values, and the rows of gates, in a weight that is ordered by key heads.
+    """Return the rows of queries, keys and values, and the rows of gates, in a weight ordered by key heads.
 
     For each key head, transformers stores its query, its key, its values and their gates (Qwen3-Next's
     `in_proj_qkvz`).
@@ -239,7 +244,7 @@ def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
 
 
 def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
-    """Return the rows of keys and the rows of values in a weight that is ordered by heads, as in DeepSeek's MLA."""
+    """Return the rows of keys and the rows of values in a weight ordered by heads, as in DeepSeek's MLA."""
     import numpy as np
 
     rows = np.arange(heads * (keys + values)).reshape(heads, -1)

@@ -1,7 +1,8 @@
 """Translate names of image and video models between namings, and name the parts of their pipelines.
 
-The names are data, `spec/architectures/*.toml`. `diffusers` is diffusers' naming. `native` is the naming of the model's
-authors as ComfyUI loads it (LDM, BFL, Stability). A file may have further namings.
+The names are data, `spec/architectures/*.toml`. The naming `diffusers` has diffusers' names. The naming `native` has
+the names of the model's authors (LDM, BFL, Stability), which ComfyUI also loads. A family's file may have further
+namings.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from .pieces import Piece, Run, merged
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""Means the naming that sd-scripts flattens into its keys; the family's file states which naming that is."""
+"""Stands for the naming whose names sd-scripts writes with underscores for dots.
+
+The family's file states which naming this is.
+"""
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps: `native` in most families, otherwise a separate naming that extends `native`."""
+"""The naming of ComfyUI's key maps: `native` in most families, in the others a separate naming based on `native`."""
 
 FUSED = "diffusers_fused"
 """diffusers' naming after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight in this naming."""
@@ -32,8 +36,8 @@ class ImageFamily:
     """A family that is part of a diffusers pipeline.
 
     Args:
-        head: the facts at the start of its file.
-        text: the whole text of its file.
+        head: the tables of the family's file before `[weights]`.
+        text: the whole text of the family's file.
     """
 
     def __init__(self, head: Head, text: str) -> None:
@@ -51,7 +55,7 @@ class ImageFamily:
         return architectures.named(self.name)
 
     def __contains__(self, path: object) -> bool:
-        """Whether the family has a module with this name in one of its namings."""
+        """Whether the family has a module with this name, in any naming."""
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
@@ -69,18 +73,21 @@ class ImageFamily:
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """Return all names of a part of the pipeline that lies inside the authors' model."""
+        """Return the module names of another part of the pipeline that the authors' model file also contains."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
 
     def unflattened(self, flat: str, naming: str) -> list[str]:
-        """List the names in a naming that `flat`, with underscores for dots, may mean."""
+        """List the dotted names in a naming that equal `flat` if dots are written as underscores."""
         return self.names(naming).unflattened(flat) if self.may_have(flat) else []
 
     def may_have(self, name: str) -> bool:
-        """Whether the file contains the words of a name, dotted or flattened; this avoids parsing most files."""
-        # Replace the numbers, so that one cached result serves all blocks of a model.
+        """Whether the family's file contains all words of a dotted or flattened name.
+
+        This check avoids parsing most files.
+        """
+        # Cache results without block numbers, so that all blocks of a model share one result.
         wanted = shape(name)
         if wanted not in self._words:
             self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
@@ -91,7 +98,7 @@ class ImageFamily:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """Return the naming that `kohya` or `comfyui` means for this family, or any other naming unchanged."""
+        """Return the naming for which `kohya` or `comfyui` stands in this family; return any other naming unchanged."""
         if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
@@ -109,13 +116,13 @@ class ImageFamily:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """Find a naming that has all of these names, trying `preferred` first; empty if no naming has them."""
+        """Return a naming that has all of these names, if possible `preferred`; empty if no naming has all."""
         preferred = self.wanted(preferred)
         order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Return the rows of a module in another naming; empty if that naming lacks some of the rows.
+        """Return where the rows of a module are in another naming; empty if that naming lacks some of the rows.
 
         Args:
             path: the module's name.
@@ -136,8 +143,11 @@ class ImageFamily:
         return found if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List the possible ratios of a module's outputs to its inputs; empty if the file does not state them."""
-        # Cache the ratios by name without block numbers, because readers ask for every block.
+        """List the possible values of a module's outputs divided by its inputs.
+
+        Empty if the family's file states none.
+        """
+        # Cache the ratios by name without block numbers, because callers need the ratios for every block.
         kind = alike(path, self.literal)
         if kind not in self._ratios:
             self._ratios[kind] = self._ratios_of(path)
@@ -154,7 +164,7 @@ class ImageFamily:
 
 
 def _pattern(template: str) -> str:
-    """Turn a template of an architecture into a pattern, with `#` for its placeholders."""
+    """Replace the placeholders of a template by `#`."""
     return architectures.HOLE.sub("#", template)
 
 
@@ -166,21 +176,22 @@ def _run(place: Place) -> Run:
 
 @cache
 def families() -> tuple[ImageFamily, ...]:
-    """List the families whose names are known, generic ones last."""
+    """List the families with a file; families whose names fit any number of blocks come last."""
     found = [ImageFamily(head, text) for head, text in architectures.of_pipelines()]
     return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
-    """List the families to which a whole U-Net or transformer may belong, given its tensors' names in any naming.
+    """List the families to which a whole U-Net or transformer may belong, given the names of its tensors in any naming.
 
-    A family fits if it has all modules of the model. It also fits if it has more of them than every other family and
-    more than half of all, and no other family has any of the rest. This is needed because published checkpoints also
-    have learned tokens and small networks, which no file lists.
+    A family fits if its file lists all modules of the model. If no file does, a family fits if its file lists more of
+    the modules than every other file, and more than half. The remaining modules must then be in no file: published
+    checkpoints also have learned tokens and small networks, which no file lists.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
-    # Use only names with the denoiser's prefix: a checkpoint for ComfyUI also has text encoders and a VAE.
+    # If some names have the denoiser's prefix, use only these: a checkpoint for ComfyUI also has text encoders and a
+    # VAE.
     inside = prefixed or [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in _DENOISERS]
     modules = {name.rpartition(".")[0] for name in inside if name.endswith((".weight", ".bias", ".scale"))}
     whole = [family for family in families() if modules and all(name in family for name in modules)]
@@ -197,10 +208,11 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether modules' names look more like those of image, video and audio models than like those of other models.
+    """Whether module names look like those of image, video and audio models rather than other models.
 
-    This is for models without a file. The last two words of each name, such as `attn.to_q`, are counted in the files
-    of pipelines and in all other files, because the audio tower of a language model may have a `to_q`, too.
+    Use this for models whose family has no file. The function counts the files that contain the last two words of each
+    name, such as `attn.to_q`: once in the files of pipelines, once in all other files. One match is not enough, because
+    the audio tower of a language model may also have a `to_q`.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()
@@ -210,7 +222,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
 @cache
 def encoders() -> dict[str, PatternNames]:
-    """Return the names of the text encoders' modules, which are the same in all pipelines."""
+    """Return the module names of text encoders by kind (`clip`, `t5`, `llm`); they are the same in all pipelines."""
     llm = ("llama", "qwen3", "gemma2")
     blocks = {
         _pattern(weight).removeprefix("model.")
@@ -239,7 +251,7 @@ def encoders() -> dict[str, PatternNames]:
 
 
 LLM_PREFIXES = ("", "model.", "model.language_model.")
-"""Possible prefixes of `layers.` in a language model used as a text encoder: its backbone, or the whole model."""
+"""Possible prefixes of `layers.` in a language model that is a text encoder, saved with or without its head."""
 
 
 def encoder_kind(rest: str) -> str:
@@ -248,20 +260,26 @@ def encoder_kind(rest: str) -> str:
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
-"""Second names of tensors that the architecture files list under only one name."""
+"""Further names of tensors; the architecture files list only one name of each tensor."""
 
 
 @lru_cache(maxsize=8)
 def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
-    """List the families that have all of these modules, in any naming; cached, because several readers ask for them."""
-    # Compare words first: a file that lacks a word of a name need not be parsed.
+    """List the families that have all of these modules, in any naming.
+
+    Cached for the several format readers that call it.
+    """
+    # Compare words first, because a file that lacks a word of a name need not be parsed.
     shapes = {shape(name) for name in names}
     likely = [family for family in families() if all(map(family.may_have, shapes))]
     return tuple(family for family in likely if family.has_all(names))
 
 
 def families_with(names: Collection[str]) -> list[ImageFamily]:
-    """List the published families that have all of these modules, in any naming; empty if `names` is empty."""
+    """List the families that have all of these modules, in any naming, without generic families.
+
+    Empty if `names` is empty.
+    """
     return [family for family in families_of_names(frozenset(names)) if names and not family.facts.generic]
 
 
@@ -293,7 +311,7 @@ ROOTS = {
         for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b", "byt5_small")
     },
 }
-"""A map from the first words of names to the part of the pipeline; `denoiser` is the U-Net or the transformer."""
+"""A map from prefixes of names to parts of the pipeline; `denoiser` stands for the U-Net or the transformer."""
 
 PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 """The parts of pipelines, by diffusers' names."""
@@ -301,25 +319,31 @@ PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 
 @cache
 def beside() -> dict[str, str]:
-    """Map ComfyUI's names, or prefixes, of modules outside the denoiser to diffusers' names."""
+    """Return a map from ComfyUI's names (or prefixes) of modules outside the denoiser to diffusers' names."""
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 
 def in_other_words(path: str, words: Mapping[str, str]) -> str:
-    """Replace the prefix of a path by the map `words`; return an empty string if the path has none of its prefixes."""
+    """Replace the prefix of a path according to the map `words`.
+
+    Return an empty string if no prefix in the map fits.
+    """
     found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
     return words[found] + path[len(found) :] if found else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into its pipeline part, with the dot or empty, and the name inside this part."""
+    """Split a path into a prefix from `ROOTS` with its dot (empty if there is none) and the rest."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
 
 @lru_cache(maxsize=1 << 16)
 def component_of(path: str) -> str | None:
-    """Return the pipeline part of a dotted path, from its prefix or the families' tables; None if unknown."""
+    """Return the part of the pipeline to which a dotted path belongs, from its prefix or the families' files.
+
+    None if unknown.
+    """
     root, rest = rooted(path)
     if root:
         component = ROOTS[root[:-1]]
@@ -337,12 +361,12 @@ def denoiser_of(paths: Iterable[str]) -> str:
 
 
 def is_xl(paths: Collection[str]) -> bool:
-    """Whether names of a U-Net's modules, in either naming, belong to Stable Diffusion XL."""
+    """Whether these module names of a U-Net, in any naming, show that it is Stable Diffusion XL."""
     return _only("sdxl", "sd", paths)
 
 
 def is_not_xl(paths: Collection[str]) -> bool:
-    """Whether names of a U-Net's modules, in either naming, belong to Stable Diffusion 1 or 2."""
+    """Whether these module names of a U-Net, in any naming, show that it is Stable Diffusion 1 or 2."""
     return _only("sd", "sdxl", paths)
 
 

@@ -1,8 +1,8 @@
 """List the weights that a base stores as [in, out], by the `model_type` of its config.
 
-Only facts that shapes do not show are listed: a square weight looks the same in both layouts. Sources: `Conv1D` in
-transformers' modelling files of these families; for experts stored as `[expert, in, out]`, the places that are
-`transposed` in spec/architectures.
+The list is needed for square weights, whose shape does not show the layout. Sources: `Conv1D` in transformers'
+modelling files of these families; for experts stored as `[expert, in, out]`, the entries with `transposed` in
+spec/architectures.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ IN_OUT = {
     "clvp": ("*.mlp.c_fc", "*.mlp.c_proj"),
     "clvp_decoder": _CONV1D,
 }
-"""Globs of targets that are stored as [in, out], by model_type."""
+"""For each model_type, globs of the targets that are stored as [in, out]."""
 
 
 def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
-    """Whether the base stores this target as [in, out]; None if no weight of its family is known to be stored so."""
+    """Whether the base stores this target as [in, out]; None if the family is not in the list."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
@@ -38,7 +38,7 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """Return the names of transposed tensors, each from the layer's number on."""
+    """Return the names of a family's tensors with `transposed`, shortened to the part after the layer's number."""
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

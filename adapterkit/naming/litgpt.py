@@ -1,4 +1,4 @@
-"""litgpt's module names, from spec/architectures/namings, and the settings that enable LoRA for each module."""
+"""Provide litgpt's module names (from spec/architectures/namings) and the settings that enable LoRA for each module."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ QKV = "attn.qkv"
 
 @cache
 def parts() -> dict[str, str]:
-    """Return `query`, `key` and `value` -> our template of the weight that each adapts, in the order of rows."""
+    """Return a map from `query`, `key` and `value` to our template for that projection, in the order of rows."""
     return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
 
 
 @cache
 def table() -> NameTable:
-    """Return the table of our templates and litgpt's, for modules with one weight that may have LoRA."""
+    """Return the table of names for litgpt's modules that may have LoRA, without fused projections."""
     places = namings_of("litgpt")[0].places()
     found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
     return NameTable(found | {"lm_head": "lm_head"})
@@ -36,5 +36,5 @@ _KEY = re.compile(r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:f
 
 
 def is_litgpt(keys: Collection[str]) -> bool:
-    """Whether all keys are litgpt's."""
+    """Whether all keys have the form of litgpt's keys."""
     return any(key.startswith("transformer.h.") for key in keys) and all(_KEY.fullmatch(key) for key in keys)

@@ -1,4 +1,4 @@
-"""Names of Megatron's layers, and the weights of transformers that these layers fuse.
+"""Provide the names of Megatron's adapter modules, each with the transformers weights that its layer contains.
 
 Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's adapter_mixins.py.
 """
@@ -11,17 +11,20 @@ from functools import cache
 from .architectures import namings_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""Rows are ordered by groups of heads: for each group its queries, its key, its value."""
+"""The parts of a fused projection, whose rows are ordered by groups: for each group its queries, its key, its value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-"""Gate comes before up, the order of a single tensor-parallel rank."""
+"""The parts of a fused MLP projection: gate before up, as on a single tensor-parallel rank."""
 
 
 @cache
 def bridge() -> dict[str, tuple[str, ...]]:
-    """Map adapter modules inside a layer to our modules inside a layer, for Megatron-Bridge and NeMo 2.
+    """Return a map from Megatron-Bridge's and NeMo 2's adapter modules to our modules.
 
-    Canonical LoRA has a pair of factors for each part of a fused weight, named after the first word of the part's name.
+    Names are relative to the layer.
+
+    Canonical LoRA has factors for each part of a fused weight. Their module is named after the part: `adapter_q` for
+    `q_proj`.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -46,9 +49,9 @@ NEMO = {
     _MLP + "lora_unfused_hto4h_adapter.up_adapter": GATE_UP[1:],
     _MLP + "lora_4htoh_adapter": ("mlp.down_proj",),
 }
-"""A map from adapter modules inside a layer to our modules inside a layer, for NeMo 1."""
+"""A map from NeMo 1's adapter modules to our modules; names are relative to the layer."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""Matches a module's name; prefixes differ because each wrapper around a model adds a prefix."""
+"""Matches a module's name with any prefix, because each wrapper around a model adds a prefix."""
 
 OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")

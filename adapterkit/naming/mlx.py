@@ -1,8 +1,10 @@
-"""Translate names between MLX-LM's models and a hub: mostly experts, which MLX stores in one stack.
+"""Translate names between MLX-LM's models and the models on a hub.
 
-The names are data, the naming `mlx` in spec/architectures. MLX-LM's folders do not name their family. Without a base,
-all families with a name are tried. They must agree on names of experts. Other names stay unchanged if the families
-differ.
+Most differences are experts, which MLX-LM stacks.
+
+The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the base.
+Without a base, all families that have a name are tried. These families must agree on names of experts; other names stay
+unchanged if the families disagree.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find a target's parts in MLX-LM's model; None if the name is the same as on a hub.
+    """Find where a target's weights are in MLX-LM's model; None if the name is the same as on a hub.
 
     Args:
         name: the target's name, in any naming of its family.
@@ -27,13 +29,16 @@ def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tupl
         experts: the number of experts in a stack with this name.
 
     Raises:
-        UsageError: the families with this name differ, and no config shows which is meant.
+        UsageError: several families have this name but different names in MLX-LM, and `config` names no family.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find a hub's parts of a module in MLX-LM's model, expert by expert; see `to_mlx` for the arguments."""
+    """Find the hub's names of the weights (and single experts) in a module of MLX-LM's model.
+
+    The arguments are those of `to_mlx`.
+    """
     return _translated(name, config, experts, WEIGHT)
 
 
@@ -45,7 +50,7 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
         if naming == WEIGHT and not there:
             continue
         same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
-        # Keep the name if a hub fuses weights in the same tensor as MLX-LM, such as queries, keys and values.
+        # Keep the name if the hub's model fuses the same weights as MLX-LM, such as queries, keys and values.
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             found.setdefault(moves, each.family)
@@ -62,9 +67,9 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families that may have a name, without those in which MLX-LM and hubs use the same name.
+    """Return the families that have this name and in which MLX-LM's name differs from the hub's.
 
-    When translating from MLX's names, families whose experts are stacked on hubs are omitted, because they have no
+    When translating to the hub's names, prefer families whose experts are separate on hubs, because only these have
     names for single experts.
     """
     shapes = [shape_of(own) for own in variants(name)]
@@ -78,10 +83,11 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
-    """Whether every family with a weight of this name states that MLX-LM's model lacks the weight.
+    """Whether MLX-LM's models lack the weight with this name, according to every family that has the name.
 
-    DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. The
-    layers of Prism's packs are rotated. Muse Spark's fused queries, keys, values and gates have unequal sizes.
+    DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. Other
+    examples: the layers in Prism's packs are rotated, and the parts of Muse Spark's fused queries, keys, values and
+    gates have unequal sizes.
     """
     family = _family(config)
     found = [
@@ -95,7 +101,7 @@ def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
 
 
 def _on_hub(family: Architecture, name: str) -> bool:
-    """Whether a hub stores the weights of a module of MLX-LM's model under separate names."""
+    """Whether the hub's model has separate names for the weights that MLX-LM stores in one module."""
     places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
     return all(place is not None and place.of is None and not place.stacked for place in places)
 
@@ -109,13 +115,16 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 
 
 def _common() -> Iterator[Architecture]:
-    """Yield MLX-LM's families, except those whose experts' names mean something else in other families."""
+    """Yield the families of MLX-LM, except those marked `rare`.
+
+    In a rare family, experts have names that other families use for other weights.
+    """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
 
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
-    """List the families, each with the templates of all names that MLX-LM changes."""
+    """List (family, templates); the templates are the names, in every naming, of the weights that MLX-LM renames."""
     found = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same(each, weight)]
@@ -126,7 +135,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """List the templates of names that are the same in MLX-LM and on a hub for some family."""
+    """List the templates of all names that, in some family, are the same in MLX-LM and on a hub."""
     return frozenset(
         _shape(Place(weight)) if place is None else _shape(place)
         for each in _common()

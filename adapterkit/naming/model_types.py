@@ -1,7 +1,7 @@
-"""Compare the model named by an adapter with the models in a base.
+"""Compare the model that an adapter records with the models that a base contains.
 
-PEFT names a module of transformers, such as `gemma3`, and a class in it. A base's config names its own model type and
-those of its parts. `spec/architectures/model_types` states the module of each model type.
+PEFT records a Python module of transformers, such as `gemma3`, and a class in the module. A base's config has a model
+type for the whole model and one for each part. `spec/architectures/model_types` maps model types to modules.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: the version of the file's format.
-        modules: the module of each model type.
-        parts: for each class that is only a part of its module's model, the model types of that part.
-        sources: where the facts come from.
+        modules: a map from each model type to transformers' Python module.
+        parts: for each class that implements only a part of a model, the model types of that part.
+        sources: where the data comes from.
     """
 
     format: int
@@ -33,7 +33,7 @@ class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def table() -> ModelTypeTable:
-    """Load the facts about transformers' models.
+    """Load the table of transformers' models.
 
     Raises:
         Malformed: the file is damaged.
@@ -42,9 +42,9 @@ def table() -> ModelTypeTable:
 
 
 def module_of(name: str) -> str | None:
-    """Return the module of a model type, or of a module's own name; None if both are unknown.
+    """Return transformers' module for `name`, which is a model type or a module; None if the name is unknown.
 
-    A family that transformers does not have, for example from a user's own file, is its own module.
+    For a family that only has a file, such as a user's own file, the module is the family's name.
     """
     word = name.lower().replace("-", "_")
     found = table().modules.get(name) or _by_word().get(word)
@@ -63,7 +63,11 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts() -> frozenset[str]:
-    """List the model types of parts: those of parts' classes, and all that differ from their module's name."""
+    """List the model types of parts of models.
+
+    These are the types listed for the classes of parts, and the types whose name differs from their module, if the
+    module is also a model type.
+    """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
     beside = {name for name, module in modules.items() if module in whole and name.replace("-", "_") != module}
@@ -71,9 +75,10 @@ def _parts() -> frozenset[str]:
 
 
 def models_of(config: Mapping[str, object]) -> dict[str, bool]:
-    """Map the model types of a base and of its parts to whether each belongs to the whole base.
+    """Return a map from each model type in a base's config to True for the whole model, or False for a part.
 
-    For a GGUF file, these are all model types that llama.cpp's converter writes with its `general.architecture`.
+    For a GGUF file, the map has every model type for which llama.cpp's converter writes the file's
+    `general.architecture`.
     """
     found: dict[str, bool] = {}
     if isinstance(architecture := config.get(ARCHITECTURE), str):
@@ -82,28 +87,29 @@ def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     if isinstance(model_type := config.get("model_type"), str) and model_type:
         found[model_type] = True
     for part in config.values():
-        # Parts are mostly in `text_config` and similar fields; an encoder-decoder has `encoder` and `decoder`.
+        # The configs of parts are mostly in fields such as `text_config`; an encoder-decoder has `encoder` and
+        # `decoder`.
         if isinstance(part, Mapping):
             found |= {name: False for name in models_of(part) if name not in found}
     return found
 
 
 def has_model(given: Mapping[str, bool], module: str, trained_class: str | None) -> bool:
-    """Whether a base has the model on which an adapter was trained, as far as the names of models show it.
+    """Whether a base contains the model on which an adapter was trained, judged by model types.
 
     Args:
-        given: the base's models, from `models_of`.
-        module: the module of the class on which the adapter was trained.
-        trained_class: this class, if the adapter names it.
+        given: the result of `models_of` for the base.
+        module: transformers' module with the class on which the adapter was trained.
+        trained_class: the name of the class, if the adapter records it.
     """
     types = table().parts.get(trained_class or "")
     there = {name: whole for name, whole in given.items() if module_of(name) == module}
     if trained_class is None:
         return bool(there)
     if types is None:
-        # Ignore parts with their own classes: an adapter of the whole AudioFlamingo 3 does not fit MusicFlamingo, which
-        # has only its audio encoder. But an adapter of the whole Gemma 3 may fit its text model alone.
+        # The adapter was trained on a whole model. Do not accept a base that only has a part in common: MusicFlamingo
+        # contains AudioFlamingo 3's audio encoder. But an adapter of the whole Gemma 3 may fit the text model alone.
         return any(whole or name not in _parts() for name, whole in there.items())
-    # Accept whole models, which have all parts of their module. But Parakeet models with different heads are not parts
-    # of each other.
+    # The adapter was trained on a part. Accept whole models, because they contain all parts of their module. But
+    # Parakeet models with different heads are not parts of each other.
     return any(name in types or (whole and name not in _parts()) for name, whole in there.items())

@@ -1,4 +1,4 @@
-"""The result of mapping names: where a base has each part of a target, and the rules that found it."""
+"""Describe the result of mapping names: where each target's parts are in the base, and which rules were used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .architectures import QKV, Place
 
 
 class PathPart(NamedTuple):
-    """The rows of a fused weight that belong to one of its parts.
+    """Some rows of a fused weight: the rows of one of its parts.
 
     Attributes:
         number: the number of the part, counted from 0.
         of: the number of equal parts.
-        interleaved: whether the part has every `of`-th row, starting at row `number`, instead of one run of rows.
-        heads: whether the parts are all queries, all keys and all values, whose sizes depend on the base's heads.
+        interleaved: whether the part consists of every `of`-th row, starting at row `number`, instead of consecutive
+            rows.
+        heads: whether the three parts are queries, keys and values; their sizes depend on the base's numbers of heads.
         groups: whether rows are ordered by groups: the queries that share a key, the key, the value. Only with `heads`.
     """
 
@@ -30,16 +31,17 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The destination of one part of a target in the base.
+    """The location in the base of one part of a target.
 
     Attributes:
         path: the name in the base.
-        take: the part of the target's rows that moves; None for all rows.
-        into: the part of the destination's rows that these rows become; None for all rows.
-        expert: if the target is a stack, the index of the slice that moves; None for the whole target.
-        slot: if the destination is a stack, the index of its slice; None for the whole destination.
-        turn: two places without names: the first has the order of rows in the adapter, the second the order in the
-            base. None if the orders are the same.
+        take: the rows of the target that belong to this part; None for all rows.
+        into: the rows of the base's weight that correspond to them; None for all rows.
+        expert: if the target is a stack but the base has single experts: the expert's index in the target. Otherwise
+            None.
+        slot: if the base has a stack but the target is a single expert: the expert's index in the base. Otherwise None.
+        turn: the order of rows in the adapter and the order in the base, as two `Place` objects without names. None if
+            the orders are equal.
     """
 
     path: str
@@ -51,17 +53,17 @@ class Move:
 
     @property
     def plain(self) -> bool:
-        """Whether the move only changes the name."""
+        """Whether only the name differs."""
         return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule that was used.
+    """A rule that mapped names, for reports.
 
     Attributes:
         kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
-        text: the rule in words; empty for `exact`.
+        text: a text that describes the rule; empty for `exact`.
         targets: the number of targets that the rule mapped.
     """
 
@@ -75,13 +77,13 @@ class Rule:
 
 @dataclass(slots=True)
 class Resolution:
-    """The map from an adapter to a base.
+    """The result of mapping an adapter's names to a base.
 
     Attributes:
-        moves: the destinations of a target's parts, by the name in the adapter.
-        missing: the names that the base does not have.
+        moves: a map from each name in the adapter to the parts' destinations in the base.
+        missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
-        prefixes: the changes of prefixes among the rules, as (removed, added).
+        prefixes: the changes of prefix that were used, as (removed, added).
     """
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Resolution:
 
 
 def part_of(place: Place) -> PathPart | None:
-    """Return the part of a tensor that a place describes; None for the whole tensor."""
+    """Return which rows of a tensor belong to the weight with this `Place`; None for all rows."""
     if place.qkv is not None:
         return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
@@ -100,9 +102,12 @@ def part_of(place: Place) -> PathPart | None:
 
 
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
-    """Return the error for a target with several readings; it names the readings, and the option that selects one."""
+    """Return an error for a name that can mean several names in the base.
+
+    The error lists them and the option that selects one.
+    """
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
-        f"the name has several readings in the base: {shown}", where=target,
+        f"the name can mean several modules of the base: {shown}", where=target,
         cure=f"Choose one with --rename '{target}={sorted(readings)[0]}' (rename=), or with a shorter prefix",
     )  # fmt: skip

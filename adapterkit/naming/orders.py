@@ -1,7 +1,7 @@
 """Sort modules in the order in which a model declares them, by the `model_type` of its config.
 
-Checkpoints are sorted by name and do not record this order. Tools that number modules, or draw random values module by
-module, depend on it. Source: the modelling files of transformers.
+Tools that number modules, or draw random values module by module, depend on this order. Safetensors files do not record
+it, because their tensors are sorted by name. Source: the modelling files of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
-    """List a base's tensors in the order in which its model declares them; empty if its files do not keep the order."""
+    """List a base's tensors in the order in which the model declares them.
+
+    Empty unless the base is a single torch file.
+    """
     one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
     return tuple(base.tensors) if base is not None and one else ()
 
@@ -27,14 +30,14 @@ TORCH = frozenset({".bin", ".pt", ".pth"})
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The ends of modules' paths in order: before the layers, inside each layer, and after the layers."""
+    """The order of a model's modules: endings of paths before the layers, inside each layer, and after the layers."""
 
     before: tuple[str, ...]
     inside: tuple[str, ...]
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """Return the sort key of a path; None if the path has none of these ends."""
+        """Return the sort key of a path; None if the path has none of these endings."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):
@@ -89,8 +92,7 @@ def in_order(
     Args:
         paths: the paths of modules.
         config: the base's config; its `model_type` may be in the table.
-        declared: the names of the base's tensors in the order of a state dict, see `declared_by`; empty for safetensors
-            files, which do not keep the order.
+        declared: the result of `declared_by` for the base. If not empty, it is used instead of the table.
     """
     if len(paths) == 1:
         return list(paths)

@@ -1,4 +1,4 @@
-"""Find the part of a model that a prefix names: a vision tower is not a language model, an encoder not a decoder."""
+"""Find which part of a model a prefix names, so that a vision tower is not mapped to a language model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""Parts of models that may have the same shapes, with the words that name them in prefixes."""
+"""Kinds of parts -> part -> words in prefixes that name the part. Parts of one kind may have the same shapes."""
 
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
@@ -24,20 +24,20 @@ _KIND = {
 
 
 def modalities_of(name: str) -> set[str]:
-    """Return those of vision, text and audio that a name mentions."""
+    """Return the modalities (vision, text, audio) that a name mentions."""
     return parts_of("modality", name)
 
 
 def parts_of(kind: str, name: str) -> set[str]:
-    """Return which parts of models, of one kind in `_KINDS`, a name mentions."""
+    """Return the parts of one kind in `_KINDS` that a name mentions."""
     return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == kind}
 
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether prefix `on` may replace `off`: their last words differ, and they do not name two different parts.
+    """Whether prefix `on` may replace `off`: the last words differ, and the prefixes do not name different parts.
 
-    `roberta.` is not another name of `bert.`, a vision tower is not a language model, and an encoder is not a decoder.
+    For example, `roberta.` may not replace `bert.`, and an encoder's prefix may not replace a decoder's.
     """
     ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
     if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
@@ -46,8 +46,8 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
-    # `model.vision_tower.encoder.` is not `model.`, which is the text part. But a second word of a tower may be
-    # dropped: `model.video_tower.vision_model.` is `model.video_tower.`.
+    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the text part. But a further word of a
+    # tower's prefix may be dropped: `model.video_tower.` may replace `model.video_tower.vision_model.`.
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False
@@ -55,7 +55,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether a change of prefixes only adds words, only drops words, or exchanges words that name no part."""
+    """Whether `on` only lacks words of `off`, or else lacks no word of `off` but `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)

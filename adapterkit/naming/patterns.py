@@ -1,6 +1,6 @@
-"""Describe module names as dotted patterns, with `#` for a number, and find the possible meanings of flattened names.
+"""Describe module names as dotted patterns with `#` for numbers, and restore the dots of flattened names.
 
-kohya and LyCORIS write every dot as an underscore; only a list of the existing names can undo that.
+kohya and LyCORIS write every dot as an underscore. Only a list of the existing names can undo this flattening.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
-"""Matches a number between separators, but not the 1 of `attn1`."""
+"""Matches a number between two dots or underscores, but not the 1 of `attn1`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatternNames:
-    """The names of one family of models in one naming; made by `names_of`."""
+    """The names of a family's modules in one naming; create instances with `names_of`."""
 
     patterns: frozenset[str]
     by_dots: dict[str, tuple[str, ...]] = field(repr=False)
@@ -29,16 +29,16 @@ class PatternNames:
         """List the patterns that fit a dotted name."""
         wanted = shape(name)
         candidates = self.by_dots.get(wanted, ())
-        # A pattern without literal numbers fits every name with its shape.
+        # A pattern without literal numbers fits every name of the same shape; others need a comparison of the numbers.
         return [each for each in candidates if each == wanted or fill(each, numbers(each, name)) == name]
 
     @property
     def literal(self) -> set[str]:
-        """Return the numbers in the patterns themselves, such as the 0 of `to_out.0`."""
+        """Return the literal numbers in the patterns, such as the 0 of `to_out.0`."""
         return {number for pattern in self.patterns for number in _NUMBER.findall(pattern)}
 
     def unflattened(self, flat: str) -> list[str]:
-        """List the dotted names that `flat`, with underscores for dots, may mean: none, one or several."""
+        """List the dotted names that equal `flat` if dots are written as underscores; there may be several."""
         found: dict[str, None] = {}
         for pattern in self.by_underscores.get(shape(flat), ()):
             name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
@@ -48,7 +48,7 @@ class PatternNames:
 
 
 def names_of(patterns: Iterable[str]) -> PatternNames:
-    """Return the names that patterns describe."""
+    """Build a `PatternNames` from patterns."""
     dots: dict[str, list[str]] = {}
     underscores: dict[str, list[str]] = {}
     kept = dict.fromkeys(patterns)
@@ -67,11 +67,13 @@ def shape(name: str) -> str:
 
 
 def alike(name: str, literal: Collection[str]) -> str:
-    """Replace the numbers in a name with `#`, except `literal` ones; names with equal results fit the same patterns.
+    """Replace the numbers in a name with `#`, except those in `literal`.
+
+    Names with equal results fit the same patterns.
 
     Args:
         name: the name, dotted or flattened.
-        literal: the numbers that patterns contain themselves.
+        literal: the literal numbers in the patterns.
     """
     return _NUMBER.sub(lambda found: found[0] if found[0] in literal else "#", name)
 
@@ -82,7 +84,7 @@ def flatten(name: str) -> str:
 
 
 def numbers(pattern: str, name: str) -> list[str]:
-    """Return the numbers in `name` at the positions of `#` in `pattern`; everywhere else, both must be equal."""
+    """Return the numbers in `name` at the positions of `#` in `pattern`. Elsewhere, the two must be equal."""
     words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
 

@@ -1,4 +1,4 @@
-"""Map rows of weights in one naming to rows in another naming, counted in equal parts of a fused weight."""
+"""Describe which rows of a fused weight in one naming are which rows in another naming."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive rows of a weight, counted in equal parts of all its rows.
+    """Consecutive rows of a weight.
+
+    The weight is divided into `of` equal parts, and the rows are parts `start` to `stop`.
 
     Attributes:
-        start: the number of the first part.
-        stop: the number after the last part.
-        of: the number of parts in the weight.
+        start: the index of the first part.
+        stop: the index after the last part.
+        of: the number of equal parts of the whole weight.
     """
 
     start: int = 0
@@ -36,8 +38,8 @@ class Piece:
 
     Attributes:
         path: the module in the other naming.
-        here: the rows in the first naming.
-        there: the rows in the other naming.
+        here: the rows in the module of the first naming.
+        there: the rows in `path`.
     """
 
     path: str

@@ -1,10 +1,10 @@
-"""Parse and apply the user's rules for names: `FROM=TO`, dotted names with placeholders such as `{n}` for numbers.
+"""Parse and apply the user's rules for names. A rule is `FROM=TO`, two dotted names with placeholders such as `{n}`.
 
 Every operation accepts the same rules. A rule `@FILE` reads rules from a file, one per line; blank lines and lines that
 start with `#` are skipped.
 
 A rule `family:NAME` selects a family's file for a base whose config names no family. The rules `rows:by_head` and
-`rows:by_part` state how a base orders the rows of fused queries, keys and values, if that is unknown.
+`rows:by_part` state how a base orders the rows of fused queries, keys and values, if files do not show the order.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One rule. It renames names that are FROM or begin with FROM and a dot; the rest of a name stays unchanged.
+    """One parsed rule. It replaces FROM in names that equal FROM or begin with FROM and a dot.
 
     Attributes:
         text: the rule as the user wrote it.
         pattern: a regular expression for names, with a group for each placeholder and a group for the rest of the name.
         to: the replacement for FROM, with placeholders.
-        family: the model type, if the rule only names the base's family; otherwise empty.
-        rows: `by_head` or `by_part`, if the rule only states the order of rows of fused projections; otherwise empty.
+        family: the model type in a rule `family:NAME`; otherwise empty.
+        rows: `by_head` or `by_part` in a rule `rows:...`; otherwise empty.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Rename:
     rows: str = ""
 
     def apply(self, name: str) -> str | None:
-        """Return the renamed name; None if the rule does not match."""
+        """Return the new name; None if the rule does not match."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
@@ -67,7 +67,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """Return the rules as plain text that replaces rules files, because plans and records must not depend on files.
+    """Return the text of each rule, with the contents of rules files: plans and records must not depend on files.
 
     Raises:
         StorageError, Malformed: see `read_rules`.
@@ -80,12 +80,13 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
     Args:
         rename: one rule or several, each `FROM=TO`, `@FILE` or `family:NAME`. An empty FROM puts TO before every name;
-            an empty TO removes FROM. Parsed rules are returned unchanged, and not checked against `names`.
+            an empty TO removes FROM. Rules that are already parsed are returned unchanged, without the check against
+            `names`.
         names: the names to rename; None skips the check that every rule matches one of them.
 
     Raises:
-        UsageError: a rule has no `=` or more than one, characters that names cannot have, or a placeholder only in TO;
-            or a family has no file.
+        UsageError: a rule does not have exactly one `=`, or has a character that names cannot have, or a placeholder
+            only in TO; or a rule names a family without a file.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -115,7 +116,7 @@ def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
 
 
 def family_of(rules: Sequence[Rename]) -> Architecture | None:
-    """Return the base's family that the rules name; None if they name none."""
+    """Return the family that a rule `family:NAME` names; None if there is no such rule."""
     return next((architecture_of({"model_type": rule.family}) for rule in rules if rule.family), None)
 
 
@@ -179,7 +180,10 @@ def _parse(rule: str) -> Rename:
 
 
 BY_HEAD, BY_PART = "by_head", "by_part"
-"""Orders of rows: each head's query, key and value side by side; or all queries, then all keys, then all values."""
+"""Orders of rows. By head: each head's query, key and value side by side.
+
+By part: all queries, all keys, all values.
+"""
 
 _FAMILY, _ROWS = "family:", "rows:"
 _NOTHING = re.compile(r"(?!)")

@@ -1,8 +1,8 @@
-"""Map the names of an adapter to those of a base; the map is proven by names and shapes, never guessed.
+"""Map the names in an adapter to the names in a base.
 
 For each target the resolver tries, in this order: a rule of the user; the exact name; the name without words that
-wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. The resolver
-refuses a name if two readings fit.
+wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. If a name can
+mean two modules of the base, the resolver raises an error instead of guessing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def resolve(
     partial: bool = False,
     fits: Fits = lambda *_: True,
 ) -> Resolution:
-    """Map an adapter's names to a base's.
+    """Map the names in an adapter to the names in a base.
 
     Args:
         targets: the names in the adapter.
@@ -35,13 +35,14 @@ def resolve(
         architecture: the architecture of the base's family, if a file describes it.
         renames: the user's rules; the first rule that matches a name is used.
         partial: whether targets that the base does not have are allowed.
-        fits: whether the shapes of a target and of a name in the base fit; called if names leave several readings.
+        fits: a function that returns whether the shapes of a target and of a name in the base fit; called if several
+            names are possible.
 
     Returns:
-        the moves of all targets that the base has.
+        where each target is in the base; `missing` lists the targets that the base lacks.
 
     Raises:
-        TargetNotFound: two readings of a target's name fit.
+        TargetNotFound: a target's name can mean two different modules.
     """
     inside = base.without_wrappers
     if inside is not None:
@@ -64,8 +65,8 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
     if architecture is not None:
-        # Map targets with only a bias by the family's file: in Jev's heads, the bias is `proj.bias`, but the weight
-        # `weight`.
+        # If the base has only a bias under a name, map the target with the family's file. In Jev's heads, the bias is
+        # stored as `proj.bias`, but the weight as `weight`.
         halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
         left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
@@ -111,7 +112,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
-    """Remove wrappers' words from names, and map the targets whose shortened names the base has."""
+    """Remove words that wrappers inserted into names, and map the targets whose shortened names are in the base."""
     perhaps = WRAPPERS | PERHAPS
     if not any(word in name for _, name in left for word in perhaps):
         return left
@@ -134,9 +135,9 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _of_modules(left: Left) -> Left:
-    """Replace the name of a module's weight with the module's name, which the other rules and the files use.
+    """Replace the name of a weight with the name of its module, which the other rules and the families' files use.
 
-    PEFT's `target_parameters=["mlp.gate.weight"]` means the weight of a router, which is `block_sparse_moe.gate` in
+    PEFT's `target_parameters=["mlp.gate.weight"]` is the weight of a router, whose module is `block_sparse_moe.gate` in
     Mixtral's files.
     """
     return [(target, name.removesuffix(".weight")) for target, name in left]

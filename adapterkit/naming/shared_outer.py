@@ -1,4 +1,4 @@
-"""Recognise keys of adapters whose experts share their outer factors, in the form of SGLang and Megatron-Bridge.
+"""Recognise SGLang's and Megatron-Bridge's form of adapters whose experts share the outer LoRA factors.
 
 Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
 export of such adapters (#5588, #6076).
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from ..io.safetensors import Entry
 
 INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Modules whose inputs are the hidden states; the experts share A."""
+"""Modules whose inputs are the hidden states; their experts share A."""
 
 OUTER = ("down_proj", "w2")
-"""Modules whose outputs are the hidden states; the experts share B."""
+"""Modules whose outputs are the hidden states; their experts share B."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches a stack with the factors of all experts."""
+"""Matches the key of a stack with the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches one expert's module; the factor that the experts share may be in a stack."""
+"""Matches the key of one expert's factor; the factor that the experts share may be in a stack."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
-    """Whether a file's keys and shapes have this form: the experts' factors are stacked in tensors with three axes."""
-    # Check shapes first: they exclude nearly every file, and counting axes is faster than parsing 90,000 keys.
+    """Whether a file's keys and shapes have this form: tensors with three axes contain the factors of the experts."""
+    # Check shapes first: counting axes excludes nearly every other file, and is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)
 

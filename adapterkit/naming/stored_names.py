@@ -1,4 +1,4 @@
-"""The names in a base, as they are stored, and their templates."""
+"""Index the names in a base: paths, templates with `#` for numbers, and endings of templates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Words that torch.compile, FSDP, activation checkpointing and Fabric insert into paths; models never use them."""
 
 PERHAPS = frozenset({"module", "default"})
-"""Words of DistributedDataParallel and of adapters' names that a model may also use."""
+"""Words that DistributedDataParallel and adapters insert into paths, but which models also use."""
 
 Left = list[tuple[str, str]]
-"""(target, its name after the rules so far) for targets that are not mapped yet."""
+"""(target, name) of each target that is not mapped yet; the name is the target's name after the rules so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,10 @@ class Names:
 
     Attributes:
         paths: the dotted paths of modules with a weight or a bias, and of parameters.
-        outer: the paths of all modules, for the targets in `anywhere`.
-        anywhere: the targets that may be any module.
-        families: results of `by_family` for this base by family, cached for the next call.
-        experts: the number of experts in a layer, from the base's config; 0 if it does not state it.
+        outer: the paths of all modules, with or without own tensors, to which the targets in `anywhere` can be mapped.
+        anywhere: the targets that may be any module, with or without own tensors.
+        families: a cache of `FamilyNames` objects, by family.
+        experts: the number of experts in a layer, from the base's config; 0 if unknown.
     """
 
     paths: Collection[str]
@@ -38,21 +38,21 @@ class Names:
     experts: int = 0
 
     def has(self, path: str, target: str) -> bool:
-        """Whether the base has a path that this target may have."""
+        """Whether the base has the path, and the target may have this path."""
         return path in (self.outer if target in self.anywhere else self.paths)
 
     def lacks_weight(self, path: str) -> bool:
-        """Whether a base has a module's bias, but not its weight."""
+        """Whether the base has the bias of module `path`, but not its weight."""
         return f"{path}.bias" in self.paths and f"{path}.weight" not in self.paths
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Map each template to one name that fits the template: `layers.#.mlp` to `layers.0.mlp`."""
+        """Return a map from each template to one name that fits it, such as `layers.#.mlp` to `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
-        # Substitute in one string with all names: one substitution for each of the 90,000 names of a large model takes
-        # three times as long.
+        # Join all names into one string for the substitution: a call for each of the 90,000 names of a large model
+        # takes three times as long.
         templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
-        if len(templates) != len(names):  # Fall back to single names: a name has a line break, or there are no names.
+        if len(templates) != len(names):  # There are no names, or a name has a line break: substitute in each name.
             templates = [template_of(name) for name in names]
         examples = dict(zip(templates, names, strict=True))
         examples.update((shape_of(name), name) for name in (*self.paths, *self.outer) if "." not in name)
@@ -60,7 +60,7 @@ class Names:
 
     @cached_property
     def endings(self) -> dict[str, list[str]]:
-        """Map each end of a template to the templates with this end."""
+        """Return a map from each ending of a template to all templates with this ending."""
         ends: dict[str, list[str]] = {}
         for template in self.templates:
             words = template.split(".")
@@ -70,13 +70,15 @@ class Names:
 
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
-        """Return the names without wrappers' words, and a map from short to full names; None if no name has one.
+        """Return the names without the words of wrappers, and a map from short to full names.
 
-        State dicts that were saved inside FSDP or torch.compile have such words. A PEFT model's has `base_layer`.
+        None if no name has such a word.
+
+        FSDP and torch.compile add such words to the names in a state dict, and PEFT adds `base_layer`.
         """
         off = WRAPPERS | {"base_layer"}
-        # Search each word in one string: searching in each of the 90,000 names of a large mixture of experts takes 40
-        # times as long.
+        # Join all names into one string for the search: searching each of the 90,000 names of a large mixture of
+        # experts takes 40 times as long.
         text = "\n".join(self.paths)
         if not any(word in text for word in off):
             return None
@@ -92,7 +94,7 @@ class Names:
 
 
 _NUMBERS = re.compile(r"\.(?:0|[1-9][0-9]{0,8})(?=[.\n]|\Z)")
-"""Matches numbers in names, except a number as the first word, which names a part of a pipeline."""
+"""Matches numbers in names. A number as the first word does not match, because it names a part of a pipeline."""
 
 
 def template_of(name: str) -> str:
@@ -101,5 +103,5 @@ def template_of(name: str) -> str:
 
 
 def swap(name: str, off: str, on: str) -> str:
-    """Replace one prefix of a name with another; a name without the prefix is unchanged."""
+    """Replace the prefix `off` of a name with `on`; return a name without the prefix unchanged."""
     return on + name[len(off) :] if name.startswith(off) else name

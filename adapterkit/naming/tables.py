@@ -1,7 +1,7 @@
-"""Translate names in both directions by tables of template pairs, never by guessing.
+"""Translate names in both directions with tables of template pairs.
 
 A template is a dotted name in which `{n}` stands for a number, as in `model.layers.{n}.self_attn.q_proj`, and `{e}` for
-the number of an expert. A table is one to one, so that each direction is the inverse of the other.
+the number of an expert. A table is one to one, so that a name translated there and back is unchanged.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import cached_property
 from ..errors import TargetNotFound, nearest
 
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
-"""Prefixes of the language model's weight names in multimodal bases."""
+"""Prefixes that multimodal bases put before the names of their language model."""
 
 
 class NameTable:
-    """A one-to-one table of our names and a tool's names.
+    """A one-to-one table between our names and a tool's names.
 
     Args:
         pairs: a map from our templates to the tool's templates; both have the same placeholders.
@@ -28,11 +28,11 @@ class NameTable:
         assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
 
     def there(self, own: str) -> str | None:
-        """Return the tool's name for our name; None if the table does not have it."""
+        """Return the tool's name for our name; None if the table does not have our name."""
         return _translate(own, self._there)
 
     def back(self, foreign: str) -> str | None:
-        """Return our name for a tool's name; None if the table does not have it."""
+        """Return our name for a tool's name; None if the table does not have the tool's name."""
         return _translate(foreign, self._back)
 
     @cached_property
@@ -45,12 +45,12 @@ class NameTable:
 
 
 class TableNames:
-    """The names of one base in one tool's format.
+    """A `NameTable` applied to one base, whose names may have a prefix that the table lacks.
 
     Args:
         table: the table of the base's family.
-        modules: the base's own names, if known. Then only names in the base are returned, and a prefix that the table
-            lacks, such as `language_model.`, is found.
+        modules: the base's names, if known. If given, `back` returns only names in the base, with a prefix such as
+            `language_model.` if the base has it.
     """
 
     def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
@@ -64,14 +64,14 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(own)
 
     def there(self, own: str) -> str | None:
-        """Return the tool's name for our name, ignoring a prefix; None if the table has no such name."""
+        """Return the tool's name for our name, which may have a prefix; None if the table does not have the name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
 
     def back(self, foreign: str) -> str:
         """Return our name for a tool's name.
 
         Raises:
-            TargetNotFound: there is no such name, or the base has several.
+            TargetNotFound: the table does not have the name, or not exactly one module of the base has it.
         """
         if self.walked is None:
             own = self.table.back(foreign)
@@ -88,7 +88,7 @@ class TableNames:
 
 
 def without_prefix(name: str) -> Iterable[str]:
-    """Yield the name, and the name without each prefix that a language model's names may have."""
+    """Yield the name, and the name without each prefix in `PREFIXES` with which it begins."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):

@@ -1,8 +1,8 @@
-"""Find tied weights: layers that use one stored tensor, such as an output head and the input embeddings.
+"""Find tied weights: an output head and input embeddings that use the same tensor.
 
-A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes.
-`spec/architectures/ties` lists the ties of transformers' classes. If a base's config names no such class, the names of
-its tensors decide.
+A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. `spec/architectures/ties`
+lists the ties of transformers' classes. If a base's config names none of these classes, the names of the stored tensors
+decide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
 )  # fmt: skip
 _ONLY_HEADS = tuple(name for name in HEADS if name != "output")
-"""Names that only heads have."""
+"""Names that only output heads have; other layers may also be named `output`."""
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
 
@@ -33,30 +33,30 @@ _HEAD_OF = {
     "gpt_neox": "embed_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
 }  # fmt: skip
-"""The name of the head, by model_type, if it is not `lm_head`."""
+"""The name of the output head by model_type; the head of all other types is `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-"""Endings of class names; classes with these names have a head over the vocabulary."""
+"""Endings of the names of classes that have an output head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Endings of class names; classes with these names have no such head, but their configs have `tie_word_embeddings`."""
+"""Endings of the names of classes without such a head; their configs may still have `tie_word_embeddings`."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
-"""Model types that multiply the head's input by `d_model ** -0.5`, unless the config states that it is not tied."""
+"""Model types that multiply the head's input by `d_model ** -0.5` if head and embeddings are tied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Layers that use one tensor.
+    """A tensor that the output head and the input embeddings share.
 
     Attributes:
         stored: the tensor's name on disk: the embedding's name, or `shared`, which no layer of the model has.
-        inputs: the names of the input embeddings that use the tensor: `(stored,)`, or those of an encoder and a
+        inputs: the names of the input embeddings that use the tensor: `(stored,)`, or the embeddings of encoder and
             decoder.
         head: the name of the output head's weight.
-        apart: whether the head's weight is also on disk, although the config ties the head.
-        beside: (name, stored name) of further tensors that transformers ties along with the head, such as the bias of
-            BERT's head.
+        apart: whether the files also contain the head's weight, although the config ties the head.
+        beside: (name, stored name) of further tensors that transformers ties together with the head, such as the bias
+            of BERT's head.
     """
 
     stored: str
@@ -67,12 +67,12 @@ class Tie:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Return all names of the tensor in the model; the head's name is last."""
+        """Return all names of the tensor in the model, the head's name last."""
         return (*self.inputs, self.head)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Return a map from each name that is not on disk to the name that is."""
+        """Return a map from each name that is not in the files to the stored name."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
@@ -81,7 +81,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
     """Find the tie between a base's head and its input embeddings; None if they are not tied.
 
     Args:
-        names: the stored tensors.
+        names: the stored tensors, by name.
         config: the base's `config.json`.
     """
     pairs = _pairs_of(config)
@@ -92,7 +92,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
         if len(embeddings) != 1:
             return None
         stored = embeddings[0]
-    # Compare shapes, because other layers may be named `output`, too; only a head has the embedding's shape.
+    # Compare shapes, because other layers may also be named `output`; only the head has the shape of the embedding.
     shape = getattr(names[stored], "shape", None)
     heads = [
         name for name in names
@@ -100,7 +100,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
     ]  # fmt: skip
     # The head of Llama 3.2 Vision has fewer rows than the embedding, so the head is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
-    # Ignore `tie_word_embeddings` of CSM: it concerns the embeddings of two decoders, not a head.
+    # Return None for CSM: its `tie_word_embeddings` ties the embeddings of two decoders, not a head.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
         return None
     if not _says_tied(config, apart, head is not None) or len(heads) > 1:
@@ -116,10 +116,10 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Return a map from other names of a tied tensor to its stored name; empty if nothing is tied.
+    """Return a map from the other names of a tied tensor to its stored name; empty if no tensor is tied.
 
-    The result is cached for each base. Callers need the aliases for every target. Searching all names each time would
-    take time that grows with the square of the base's size.
+    The result is cached for each base. Without a cache, time would grow with the square of the base's size, because
+    callers need the aliases for every target.
     """
     if base not in _ALIASES:
         tie = find_tie(base.tensors, base.config)
@@ -131,27 +131,27 @@ _ALIASES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 
 
 def says_untied(config: Mapping[str, object] | None) -> bool:
-    """Whether a config states explicitly that head and embeddings are two tensors."""
+    """Whether a config states explicitly that head and embeddings are not tied."""
     return _explicit(config or {}) is False
 
 
 def says_tied(config: Mapping[str, object] | None) -> bool:
-    """Whether a config states explicitly that head and embeddings are one tensor."""
+    """Whether a config states explicitly that head and embeddings are tied."""
     return _explicit(config or {}) is True
 
 
 def ties_by_default(config: Mapping[str, object]) -> bool:
-    """Whether head and embeddings are one tensor by a base's config, or else by the default of its model type."""
+    """Whether head and embeddings are tied, according to the config, or else the default of the model type."""
     explicit = _explicit(config)
     return config.get("model_type") in table().defaults if explicit is None else explicit is True
 
 
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
-    """Return the tie of layers that share their values in a live model or in a graph.
+    """Return the `Tie` of layers that share a tensor in a live model or in an ONNX graph.
 
     Args:
-        stored: the name of the embedding that an adapter names.
-        inputs: the names of the embeddings that share the values.
+        stored: the name of the embedding in the adapter.
+        inputs: the names of the embeddings that share the tensor.
         head: the name of the head's weight.
     """
     return Tie(stored, tuple(inputs), head, apart=True)
@@ -168,7 +168,7 @@ def is_head(name: str) -> bool:
 
 
 def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the config changes that give the head a tensor of its own."""
+    """Return the changes of the config that untie the head from the embeddings."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -179,15 +179,15 @@ def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 
 
 def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the config changes that keep the head tied; empty if the config or the family's default ties it."""
+    """Return the changes of the config that keep the head tied; empty if no change is needed."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
 def untied_scale(config: Mapping[str, object] | None) -> float:
-    """Return the factor on an untied head's weight that makes the model compute the same as with the tied head.
+    """Return the factor by which the head's weight must be multiplied when the head is untied.
 
-    T5 and similar models scale the head's input only if their config states that the head is tied.
+    T5 and similar models scale the head's input only if the head is tied. The factor replaces this scale.
     """
     width = (config or {}).get("d_model")
     if str((config or {}).get("model_type")) not in _SCALED or not isinstance(width, int) or width < 1:
@@ -196,7 +196,7 @@ def untied_scale(config: Mapping[str, object] | None) -> float:
 
 
 def _inputs(stored: str) -> tuple[str, ...]:
-    """List the input embeddings that use a tensor; encoder-decoder models share one `shared` table in both halves."""
+    """List the input embeddings that use a tensor; the tensor `shared` is used by encoder and decoder."""
     prefix, _, name = stored.removesuffix(".weight").rpartition(".")
     if name != "shared":
         return (stored,)
@@ -204,12 +204,12 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the weights that are one tensor: all of several `inputs`, or else the stored tensor and its input."""
+    """List the embeddings that share the tensor: `inputs` if there are several, else the stored name and the input."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 
 class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Classes that tie the same weights.
+    """Model classes that tie the same weights.
 
     Attributes:
         pairs: a map from the second name of a parameter to the parameter.
@@ -225,9 +225,9 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: the version of the file's format.
-        defaults: the model types whose head is tied if config.json does not say whether it is.
+        defaults: the model types whose head is tied if config.json does not state `tie_word_embeddings`.
         ties: the ties of each class.
-        sources: where the facts come from.
+        sources: where the data comes from.
     """
 
     format: int
@@ -252,14 +252,17 @@ def _by_class() -> Mapping[str, dict[str, str]]:
 
 
 def _pairs_of(config: Mapping[str, object] | None) -> Mapping[str, str]:
-    """Return the ties of a base's class, with names in the live model; empty if its config names no known class."""
+    """Return the ties of a base's class, as pairs of names in the live model; empty if the class is unknown."""
     listed = (config or {}).get("architectures")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return next((_by_class()[name] for name in names if name in _by_class()), {})
 
 
 def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the names of a head and of the embedding that it uses, from all pairs that a class ties."""
+    """Return the names of the tied head and embedding among the pairs that a class ties.
+
+    None if there is no single pair.
+    """
     found = []
     for one, other in pairs.items():
         if one.endswith(".weight") and (_is(other, HEADS) or _is(one, HEADS) or "embed" not in one):
@@ -268,7 +271,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:
-    """Return the stored name of a live model's weight; None if the base does not have it."""
+    """Return the stored name of a weight of the live model; None if the base does not store the weight."""
     family = architecture_of(config)
     place = None
     if family is not None and name.removesuffix(".weight") in family.record.weights:
@@ -278,7 +281,7 @@ def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, obje
 
 
 def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
-    """Whether the config, or else the family's default, ties the head; a head without a stored weight must be tied."""
+    """Whether the head is tied: by the config, or by the model type's default, or because its weight is not stored."""
     if config is None:
         return False
     listed = config.get("architectures")
@@ -308,7 +311,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _of_another_shape(head: str, stored: str, names: Mapping[str, object]) -> bool:
-    """Whether a base stores a head that is a matrix with another shape than the embeddings, but the same dtype."""
+    """Whether a base stores a head with the same dtype as the embeddings, but another shape."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
     alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)

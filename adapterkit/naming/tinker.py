@@ -1,4 +1,4 @@
-"""Names that differ between Tinker's adapters and PEFT's.
+"""Translate names in Tinker's adapters that differ from PEFT's names.
 
 Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
 """
@@ -12,7 +12,7 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
 }
-"""Our template for one expert's module -> Tinker's template for the stack."""
+"""A map from our template for a single expert's module to Tinker's template for the stack."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 
@@ -21,9 +21,9 @@ _MARKS = tuple(
     for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
     for factor in "AB"
 )
-"""Ends of keys that only Tinker's files have."""
+"""Endings of keys that occur only in Tinker's files."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:
-    """Whether keys have a form that only Tinker uses."""
+    """Whether some keys occur only in Tinker's files."""
     return any(key.endswith(_MARKS) for key in keys)

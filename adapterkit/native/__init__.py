@@ -22,10 +22,10 @@ OFF = "ADAPTERKIT_KERNEL"
 """The environment variable that disables the library, by the value `off`."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
-"""Element type -> its number in the library."""
+"""A map from each element type to its code in the library."""
 
 MOST_LANES = 16
-"""Largest number of elements that a merge computes at a time: 16 on processors with AVX-512, 8 on all others."""
+"""Largest number of elements that one step of a merge computes: 16 on processors with AVX-512, 8 on all others."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double

@@ -1,6 +1,6 @@
-/* Random drops of the entries of changes, for DARE and DELLA. The loop does what `ops/dropping.py` does with numpy, but in
- * one pass over each row while it is in the L1 cache. It uses the same random words and comparisons, and one
- * product and one quotient for each entry, so it gives the same bits. */
+/* Drops random entries of changes, for DARE and DELLA. The loop computes the same as `ops/dropping.py` with numpy, but
+ * works on one row after the other, which stays in the L1 cache. The loop uses the same random words and comparisons,
+ * and one product and one quotient for each entry, so the result has the same bits. */
 
 #include <stdlib.h>
 
@@ -8,10 +8,10 @@
 
 enum { PER_COUNT = 8, DIGITS = 256, BITS = 11, PARTS = 1 << BITS };
 
-/* A row is first sorted by 22 bits: 16 octaves below its largest magnitude, each divided into 2^18 parts. */
+/* A row is first sorted by 22 bits of each magnitude: 16 octaves below the largest, each divided into 2^18 parts. */
 enum { OCTAVES = 16, MANTISSA = 52, LEADING = 34, PASSES = 2 };
 
-/* Largest number of moves of keys by one position, per column; after more moves, the keys are sorted by all bits. */
+/* Largest number of swaps of neighbouring keys per column; if more are needed, the keys are sorted by all bits. */
 enum { MOVES = 4 };
 
 /* Computes Philox4x64-10 (Salmon et al. 2011) for one counter: eight words of 32 bits, low words first. */
@@ -40,7 +40,7 @@ static void stream(uint64_t key, uint64_t first, int64_t count, uint32_t *words)
   uint64_t block = first / PER_COUNT;
   int64_t skipped = (int64_t)(first % PER_COUNT), done = 0;
   if (skipped) {
-    philox(++block, key, some); /* numpy counts before it draws */
+    philox(++block, key, some); /* numpy increments the counter before it draws */
     for (int64_t i = skipped; i < PER_COUNT && done < count; i++) words[done++] = some[i];
   }
   for (; done + PER_COUNT <= count; done += PER_COUNT) philox(++block, key, words + done);
@@ -82,8 +82,9 @@ static inline uint64_t leading(uint64_t key, uint64_t least) {
 }
 
 /* Sorts the magnitudes of a row, with the column in the last bits of each key; equal magnitudes keep the order of their
- * columns. Two passes by leading bits leave few keys out of order, so moving these rarely causes a misprediction.
- * This takes half the time of sorting small buckets, and of numpy's sort. Returns the sorted keys. */
+ * columns. Two sorts by leading bits leave few keys out of order, so moving these keys rarely causes a branch
+ * misprediction. This takes half the time of sorting small buckets, and half the time of numpy's sort. Returns the
+ * sorted keys. */
 static uint64_t *sort_row(const double *D, int64_t columns, Row *row) {
   uint64_t largest = 0, *from = row->keys, *to = row->sorted;
   for (int64_t j = 0; j < columns; j++) {

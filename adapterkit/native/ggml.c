@@ -1,6 +1,6 @@
-/* ggml's block types, from float32 to bytes and back. The loops do the same float32 operations as `io/ggml_blocks.py`
- * and `io/ggml_k_blocks.py`, in numpy's order, so they give the same bits. They are compiled without fused operations,
- * which round once where numpy rounds twice.
+/* Converts float32 to the bytes of ggml's block types, and back. The loops do the same float32 operations as
+ * `io/ggml_blocks.py` and `io/ggml_k_blocks.py`, in numpy's order, so they give the same bits. They are compiled
+ * without fused operations, which round once where numpy rounds twice.
  *
  * numpy computes whole arrays at each step; here, a few blocks go through all steps while they are in the cache. If the
  * bits depend on numpy's order of elements, as for NaN and for the sign of zero, the call returns 1 and numpy computes
@@ -15,10 +15,10 @@
 
 enum { TOGETHER = 16, LONGEST = 32, STRETCHES = 6, PLAIN = 32, BLOCK = 256 };
 
-/* ggml's numbers of the types. */
+/* The numbers by which ggml identifies the types. */
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* Leave larger numbers to numpy: their squares overflow, and then numpy's order of comparisons decides. */
+/* numpy computes blocks with larger values: their squares overflow, and numpy's order of comparisons decides. */
 static const float LARGEST = 1e15f;
 
 static const float stretches[STRETCHES] = {-0.6f, -0.3f, 0.0f, 0.3f, 0.6f, 0.9f};
@@ -88,7 +88,7 @@ INLINE int encode_plain(int bits, int offset, const float *x, uint8_t *out) {
       plus |= x[k] == 0.0f && !signbit(x[k]);
       minus |= x[k] == 0.0f && signbit(x[k]);
     }
-    /* Leave mixed zeros to numpy, whose order of comparisons decides which zero is the smallest. */
+    /* numpy computes blocks with both zeros, because its order of comparisons decides which zero is the smallest. */
     if (least == 0.0f && plus && minus) return 1;
     scale = (most - least) / (float)((1 << bits) - 1);
   } else {
@@ -139,7 +139,7 @@ INLINE void decode_plain(int bits, int offset, const uint8_t *from, float *x) {
     for (int k = 0; k < PLAIN; k++) x[k] += least;
 }
 
-/* k-quants: blocks of 256 numbers in runs of `size`, 16 or 32. Sixteen runs are processed at a time, as columns. */
+/* k-quants: blocks of 256 numbers in runs of `size`, 16 or 32. Sixteen runs are processed together, as columns. */
 
 /* Sixteen columns as two vectors. With arrays of single numbers, the sums below would not stay in registers. */
 typedef floats Columns[LONGEST][2];
@@ -218,8 +218,8 @@ INLINE void with_least(const Columns own, int size, float most, floats *scale, f
   }
 }
 
-/* Computes the stored unit of `count` non-negative values, and the values as multiples of it; returns 1 if numpy has to
- * decide. */
+/* Computes the stored unit of `count` non-negative values, and the values as multiples of this unit. Returns 1 if numpy
+ * must compute them. */
 INLINE int whole(const float *values, int count, float most, float *unit, float *times) {
   float largest = values[0];
   int signs = 0;
@@ -271,7 +271,7 @@ INLINE void joined(const uint8_t *q, int shift, int mask, int step, int run, uin
     }
 }
 
-/* Encodes sixteen columns: one block of sixteen runs or two blocks of eight. Returns 1 if numpy has to encode them. */
+/* Encodes sixteen columns: one block of sixteen runs or two blocks of eight. Returns 1 if numpy must encode them. */
 INLINE int encode_k(int kind, const float *x, uint8_t *out) {
   const int size = kind == Q4_K || kind == Q5_K ? 32 : 16;
   Columns own;
@@ -432,7 +432,7 @@ INLINE void decode(int kind, int bits, int offset, const uint8_t *from, int64_t 
   DO(Q4_0, 4, 0) DO(Q4_1, 4, 1) DO(Q5_0, 5, 0) DO(Q5_1, 5, 1) DO(Q8_0, 8, 0) \
   DO(Q2_K, 0, 0) DO(Q3_K, 0, 0) DO(Q4_K, 0, 0) DO(Q5_K, 0, 0) DO(Q6_K, 0, 0)
 
-/* Encodes whole blocks of `size` bytes; returns 1 if numpy has to encode them, and then `out` is incomplete. */
+/* Encodes whole blocks of `size` bytes. Returns 1 if numpy must encode them; `out` is then incomplete. */
 API int32_t adapterkit_ggml_encode(int32_t kind, const float *x, int64_t blocks, uint8_t *out, int64_t size) {
   const int64_t count = blocks * (kind < Q2_K ? PLAIN : BLOCK);
   int large = 0;

@@ -60,7 +60,7 @@ INLINE floats widened(int kind, const void *from) {
 #endif
 }
 
-/* Rounds to nearest. Ties of bfloat16 go away from zero, which does not matter: `settled` never passes a tie. */
+/* Rounds to nearest. Ties of bfloat16 go away from zero, which does not matter: `settled` accepts no tie. */
 INLINE halves narrowed(int kind, floats values) {
 #if defined(LANES_512)
   if (kind == F16) return (halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -1,13 +1,14 @@
-/* The inner loop of a merge: reads a block of a weight, adds a low-rank change, rounds once, writes.
+/* The inner loop of a merge: reads a block of a weight, adds a low-rank change, rounds once, and writes the result.
  *
- * The sum is formed in float32 with a bound on its error. An element is settled if the lower and the upper bound round
- * to the same output: rounding is monotonic, so the float64 sum between them rounds to the same. The other elements,
- * about one in a thousand, are summed again in float64, also with a bound. Elements that are still open are counted,
- * and the caller computes their block with numpy. So the bits equal those of numpy's float64 path, in whatever order
- * the compiler adds.
+ * Each sum is computed in float32, with a bound on its error. An element is called settled if the sum minus the bound
+ * and the sum plus the bound round to the same output. Rounding is monotonic, so the float64 sum, which is between the
+ * two, rounds to the same output. The other elements, about one in a thousand, are called open. They are summed again
+ * in float64, also with a bound. Elements that are still open are counted, and the caller computes their block with
+ * numpy. So the result has the bits of numpy's float64 code, whatever the order in which the compiler adds.
  *
- * Plain C with the vector types of GCC and Clang, no headers of Python: one library serves all versions of Python.
- * On x86-64 this file is compiled twice: with AVX2, and with LANES_512 for processors that have AVX-512.
+ * This file is plain C with the vector types of GCC and Clang, and includes no headers of Python. So one library serves
+ * all versions of Python. On x86-64 this file is compiled twice: with AVX2, and with LANES_512 for processors that have
+ * AVX-512.
  */
 
 #include <fenv.h>
@@ -24,8 +25,9 @@
 typedef double doubles __attribute__((vector_size(32)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 
-/* The number of rows of a tile, whose sums fill the registers; the last rows of a block are computed three or one at a
- * time. A tile is two vectors wide. Columns of the right factor are stored in panels of 16, and padded to 32. */
+/* TALL is the number of rows of a tile: their sums fill the registers. The last rows of a block are computed in tiles
+ * of three rows or of one row. A tile is two vectors wide. Columns of the right factor are stored in panels of 16, and
+ * padded to 32. */
 enum { WIDE = 2 * LANES, PANEL = 16, SHORT = 3, CHUNK = 16 };
 #if defined(LANES_512)
 enum { TALL = 7 };
@@ -34,7 +36,7 @@ enum { TALL = 6 };
 #endif
 enum { VERSION = 11 };
 
-/* Bytes of the right factor that are used at a time; they stay in a core's L2 cache for all rows. */
+/* The right factor is used in strips of this many bytes: a strip stays in a core's L2 cache for all rows. */
 enum { STRIP = 192 << 10 };
 
 /* One factor pair, as `merging/kernel.py` prepares it. */
@@ -44,7 +46,7 @@ typedef struct {
   const float *row_bound;    /* [rows]; row_bound[i] * column_bound[j] is at least the error of element i, j */
   const float *column_bound; /* [width], padded with zeros like the panels */
   const double *left64;      /* [rows, rank] */
-  const double *right64;     /* [width, rank]: transposed, so that a column is one run of memory */
+  const double *right64;     /* [width, rank]: transposed, so that a column is contiguous */
   const double *row_norm;    /* [rows]; row_norm[i] * column_norm[j] bounds the float64 error in the same way */
   const double *column_norm; /* [width] */
   int64_t rank;
@@ -92,7 +94,7 @@ static int settle(int from, int to, const void *weight, uint16_t *out, int64_t a
   return low != high || value != value;
 }
 
-/* Settles the marked elements of a tile. Never inlined, so that the main sums keep the registers. */
+/* Sums the marked elements of a tile in float64. Never inlined, so that the main sums keep the registers. */
 static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall, words (*differ)[2],
                                                            const char *weight, uint16_t *out, int64_t stride,
                                                            const Factors *f, int64_t i, int64_t j, int64_t columns) {
@@ -109,13 +111,14 @@ static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall,
   return open;
 }
 
-/* A tile of `tall` rows and WIDE columns. `weight` and `out` begin at its first element, as do `left` and `panel`. */
+/* Computes a tile of `tall` rows and WIDE columns. All pointers (`weight`, `out`, `left`, `panel`) refer to its
+ * start. */
 INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
   const int size = from == F32 ? 4 : 2;
   const int64_t rank = f->rank;
-  /* The second vector is the other half of the panel, or all of the next one. */
+  /* The second vector is the other half of the panel, or all of the next panel. */
   const float *second = panel + (LANES < PANEL ? LANES : PANEL * rank);
   floats sum[TALL][2] = {{{0}}}, part[TALL][2];
   /* Add up sums of at most CHUNK products, so that the bound grows with CHUNK + rank / CHUNK, not with the rank. */
@@ -127,7 +130,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
       floats right0 = *(const loose_floats *)(panel + PANEL * k);
       floats right1 = *(const loose_floats *)(second + PANEL * k);
 #if defined(LANES_512)
-      /* Keep both in registers. Compilers would load them again for each row, and the loads would limit the speed. */
+      /* Keep both vectors in registers. Compilers would load them again for each row, which would limit the speed. */
       __asm__("" : "+v"(right0), "+v"(right1));
 #endif
 #pragma GCC unroll 12
@@ -173,7 +176,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
 }
 
-/* Computes a tile at the right edge in a separate buffer, because the rows of the weight end within its columns. */
+/* Computes a tile at the right edge in a separate buffer, because the tile is wider than the rest of the weight. */
 INLINE int64_t edge(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
@@ -234,16 +237,16 @@ static int has_512(void) {
 #endif
 }
 
-/* Read by all files that are compiled twice. */
+/* All files that are compiled twice read this variable. */
 int adapterkit_used_lanes = LANES;
 
-/* Sets how many numbers `adapterkit_add` computes at a time, at most `most`; returns how many. */
+/* Sets the number of elements per vector in `adapterkit_add`, at most `most`; returns this number. */
 API int32_t adapterkit_lanes(int32_t most) {
   adapterkit_used_lanes = most >= 2 * LANES && has_512() ? 2 * LANES : LANES;
   return adapterkit_used_lanes;
 }
 
-/* The version of the library, for `native/__init__.py`; 0 if the processor lacks what the library was compiled for. */
+/* Returns the library's version, for `native/__init__.py`; 0 if the processor lacks instructions that it uses. */
 API int32_t adapterkit_runs(void) {
 #if defined(__x86_64__)
   /* Do not use __builtin_cpu_supports: it needs a runtime library that not every compiler has. */
@@ -262,7 +265,7 @@ API int32_t adapterkit_runs(void) {
 #if !defined(LANES_512)
 API
 #endif
-/* Writes `weight + left @ right` to `out`, both `[rows, width]`; returns how many elements are not settled. */
+/* Writes `weight + left @ right` to `out`, both `[rows, width]`; returns the number of open elements. */
 int64_t ADD(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
             const Factors *f) {
 #if defined(__x86_64__) && !defined(LANES_512)

@@ -1,11 +1,11 @@
 /* The inner loop of a DoRA merge: reads rows of a weight, adds a low-rank change, scales each row to its magnitude,
- * rounds once, writes.
+ * rounds once, and writes the result.
  *
  * The norm of a row must be known before its first element can be written. So the rows of a tile are summed in float64
- * into memory that stays in a core's cache, and a second pass over this memory scales and rounds. Every float64 result
- * has a bound on its distance from numpy's, whose sums have another order. An element is settled if both ends of its
- * interval round to the same output. The few others are counted, and the caller computes their block with numpy, so
- * the bits equal those of numpy's path.
+ * into memory that stays in a core's cache; then a second loop over this memory scales and rounds. numpy adds in
+ * another order, so every float64 result has a bound on its distance from numpy's result. An element is settled if the
+ * result minus the bound and the result plus the bound round to the same output. The few other elements, called open,
+ * are counted, and the caller computes their block with numpy. So the bits equal those of numpy's code.
  *
  * On x86-64 this file is compiled twice, like merge.c.
  */
@@ -48,7 +48,8 @@ INLINE double summed(doubles values) {
   return total;
 }
 
-/* A vector of float32 as two of float64, and back. Written out where compilers would go by memory. */
+/* Convert a vector of float32 to two of float64, and back. Where compilers would go through memory, intrinsics are
+ * used. */
 INLINE void parts_of(floats values, doubles out[2]) {
 #if defined(LANES_512)
   out[0] = (doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)values));
@@ -83,13 +84,13 @@ INLINE void read_panel(int from, const char *weight, doubles out[PARTS]) {
     parts_of(widened(from, weight + part * HALF * (from == F32 ? 4 : 2)), out + part);
 }
 
-/* Whether the rounded value is an infinity or a NaN, which are left to numpy. */
+/* Whether the rounded value is an infinity or a NaN; numpy computes these. */
 INLINE int strange(int to, uint16_t bits) {
   const uint16_t exponent = to == BF16 ? 0x7f80 : 0x7c00;
   return (bits & exponent) == exponent;
 }
 
-/* Rounds one value, known within `error`; returns 1 if the rounding is open. */
+/* Rounds one value that has an error of at most `error`; returns 1 if the rounding is open. */
 INLINE int settle(int to, double value, double error, uint16_t *out) {
   uint16_t low = rounded(to, value - error), high = rounded(to, value + error);
   /* Without an error, value - 0 and value + 0 would differ in the sign of a zero. */
@@ -108,7 +109,7 @@ INLINE int64_t round_panel(int to, const doubles value[PARTS], const doubles err
     doubles below[2], above[2];
 #pragma GCC unroll 2
     for (int b = 0; b < 2; b++) {
-      /* Wider by a rounding of float32: a value whose nearest float32 is a tie is then always among the doubtful. */
+      /* Widen the interval by one float32 rounding: then a value whose nearest float32 is a tie is always open. */
       doubles reach = error[part + b] + magnitudes(value[part + b]) * 0x1p-23;
       below[b] = value[part + b] - reach;
       above[b] = value[part + b] + reach;
@@ -166,14 +167,15 @@ INLINE void sum_rows(int from, int tall, const char *weight, int64_t width, int6
   for (int a = 0; a < tall; a++) squares[a] = summed(total[a]);
 }
 
-/* Scales one summed row, rounds and writes it; returns how many elements are open, or -1 if its norm is out of range. */
+/* Scales one summed row, rounds and writes it; returns how many elements are open, or -1 if its norm is out of
+ * range. */
 INLINE int64_t write_row(int from, int to, const char *weight, uint16_t *out, int64_t width, double magnitude,
                          double squares, double row_norm, const Normalized *n, const double *row, double *change) {
   const int size = from == F32 ? 4 : 2;
-  /* Outside of this range squares lose digits or overflow. A NaN is outside, too. */
+  /* Outside of this range, squares lose digits or overflow. A NaN is outside of it, too. */
   if (!(squares > 0x1p-700 && squares < 0x1p700)) return -1;
   double norm = sqrt(squares), scale = magnitude / norm;
-  /* The norm's relative error: that of V's elements, of summing `width` squares in any order, of root and quotient. */
+  /* The norm's relative error: from V's elements, from summing `width` squares in any order, from root and quotient. */
   double relative = row_norm * n->column_length / norm + (double)(width + 64) * 0x1p-52;
   double of_row = fabs(scale) * row_norm;
   doubles moved = {0};
@@ -247,7 +249,7 @@ int64_t NORMALIZE(int32_t from, int32_t to, const char *weight, uint16_t *out, i
 #if defined(__x86_64__) && !defined(LANES_512)
   if (adapterkit_used_lanes > LANES) return adapterkit_normalize_512(from, to, weight, out, rows, width, n);
 #endif
-  /* Another library may have made this thread flush small numbers to zero, which the bounds do not know. */
+  /* Disable flushing of small numbers to zero, which another library may have enabled; the bounds do not cover it. */
   fenv_t before;
   fegetenv(&before);
   fesetenv(FE_DFL_ENV);

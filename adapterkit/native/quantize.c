@@ -22,9 +22,10 @@ INLINE void pack_indices(const flags *above, const uint8_t *order, uint8_t *pack
 #endif
 }
 
-/* Divides each block of `size` finite numbers by its largest, and writes the indices of the nearest levels, two per byte,
- * the first in the high half. `middles` are the 15 midpoints between ascending levels; `order` maps each level to its
- * stored index. `size` is a multiple of 16. Returns 1 if float32 has no reciprocal of a block's largest number.
+/* Divides each block of `size` finite numbers by its largest magnitude, and writes the indices of the nearest levels,
+ * two per byte, the first in the high half. `middles` are the 15 midpoints between ascending levels; `order` maps each
+ * level to its stored index. `size` is a multiple of 16. Returns 1 if float32 has no reciprocal of a block's largest
+ * number.
  */
 API int32_t adapterkit_levels(const float *values, int64_t blocks, int64_t size, const float *middles,
                               const uint8_t *order, uint8_t *packed, float *largest) {
@@ -113,9 +114,9 @@ INLINE double on_grid(const float *values, int64_t size, float scale, int32_t ze
   return sum;
 }
 
-/* Computes integers from `low` to `high` for groups of `size` finite numbers. Of two scales and zero points, each group
- * uses the one with the smaller error, or the first if both are equal. `second` says which. Returns 1 if `size` is too
- * large.
+/* Computes integers from `low` to `high` for groups of `size` finite numbers. Each group has two candidates for scale
+ * and zero point, and uses the one with the smaller error, or the first if the errors are equal. `second` receives the
+ * choice. Returns 1 if `size` is too large.
  */
 API int32_t adapterkit_grids(const float *values, int64_t groups, int64_t size, const float *const scales[2],
                              const int32_t *const zeros[2], float low, float high, int32_t *q, uint8_t *second) {
@@ -130,7 +131,8 @@ API int32_t adapterkit_grids(const float *values, int64_t groups, int64_t size, 
   return 0;
 }
 
-/* Computes the codes of the nearest 4-bit floats (a sign, two exponent bits, one mantissa bit); ties go to even codes. */
+/* Computes the codes of the nearest 4-bit floats (a sign, two exponent bits, one mantissa bit); ties go to even
+ * codes. */
 API void adapterkit_e2m1(const float *values, int64_t count, uint8_t *q) {
   static const float middles[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
   for (int64_t k = 0; k < count; k++) {

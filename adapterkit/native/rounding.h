@@ -1,5 +1,6 @@
-/* Rounding of sums with a bound on their error: an element is settled if both ends of its interval round to the same
- * output. Rounding is monotonic, so the exact sum between them rounds to the same. */
+/* Rounds sums with a bound on their error. An element is settled if the sum minus the bound and the sum plus the bound
+ * round to the same output. Rounding is monotonic, so the exact sum, which is between the two, rounds to this
+ * output. */
 
 #pragma once
 
@@ -21,7 +22,7 @@ INLINE uint16_t rounded(int kind, double value) {
   uint32_t bits;
   memcpy(&bits, &near, 4);
   if (kind == BF16) return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  /* Rounding to odd makes the second rounding harmless: an inexact float32 is never a tie of float16, and it stays on
+  /* Rounding to odd makes the second rounding harmless: an inexact float32 is never a tie of float16, and stays on
    * the side of each tie where the float64 value is. Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819 */
   if (isfinite(near) && (double)near != value) bits = (bits - (fabs((double)near) > fabs(value))) | 1u;
   floats lanes = {0};

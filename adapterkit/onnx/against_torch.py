@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""A 16-bit difference may be this many times torch's rounding error, because the graph rounds as much as torch does."""
+"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error: the graph rounds,
+too."""
 
 Tree = TypeVar("Tree")
 
@@ -42,10 +43,10 @@ def compared(
     Args:
         model: the torch model.
         examples: pairs of positional and named arguments.
-        out: the graph.
+        out: the path of the graph.
         session: a session of the graph; the loaded adapters stay loaded.
-        runs: name of an adapter -> its `Run`; the name None stands for the run without an adapter.
-        judged: False to return even a difference that is too large, without an error.
+        runs: a map from each adapter's name to its `Run`; the key None is the run without an adapter.
+        judged: False to return a difference that is too large instead of raising an error.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -83,13 +84,13 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
+    """Return the largest difference between onnxruntime and ONNX's reference; None if the latter cannot run `out`."""
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 
 
 def told_by(session: Session, example: Example, adapter: str | None = None) -> list[Array]:
-    """Return a session's outputs for a torch model's arguments."""
+    """Run the session on a torch model's arguments, and return the outputs."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """The output channels `start` to `stop` of a layer, for an update of these rows of a fused weight."""
+    """A view of some output channels of a layer, for an update of the same rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -46,7 +46,7 @@ class Slice:
         return self.cut(self.layer(x), self.rows)
 
     def cut(self, y: Value, rows: slice) -> Value:
-        """Return some channels of an output."""
+        """Return the channels `rows` of an output."""
         return y[(..., rows, *[slice(None)] * (-self.channel - 1))]
 
     @property
@@ -63,7 +63,7 @@ class Slice:
         return None if b is None else b[self.rows]
 
     def around(self, y: Value, part: Value) -> Value:
-        """Return the whole output with these channels replaced."""
+        """Return the output `y` of the whole layer with this slice's channels replaced by `part`."""
         from .values import concatenated
 
         out = self.layer.shape[0]
@@ -93,8 +93,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # A channel that the norm scales to 0 cannot be restored. Any factor works, because `around` scales the
-            # channel to 0 again.
+            # If a channel's scale is 0, the norm has removed the channel's values. Divide such a channel by 1: `around`
+            # multiplies the channel by 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -144,7 +144,7 @@ class Turned:
         return self.layer.op(x, w.swapaxes(0, 1))
 
     def mix(self, h: Value, w: Value) -> Value:
-        raise Unsayable("a mix of channels behind a turned weight")
+        raise Unsayable("the update mixes channels, and the layer's weight is transposed")
 
 
 TargetView = Layer | Ended | Normed | Slice | Turned
@@ -152,7 +152,7 @@ TargetView = Layer | Ended | Normed | Slice | Turned
 
 
 def known_weight(layer: TargetView) -> Value:
-    """Return the weight of a target.
+    """Return a target's weight.
 
     Raises:
         Unsayable: the target is a module without a weight.
@@ -163,18 +163,18 @@ def known_weight(layer: TargetView) -> Value:
     return weight
 
 
-# Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target.
-
-
 def attach(
     found: Sequence[Found], building: Building, slots: Slots | RowSlots | None = None, words: CallWords | None = None
 ) -> None:
-    """Insert the nodes of every target. If a node has several targets, each is a range of rows of the node's weight.
+    """Insert the nodes of every target.
+
+    If one node has several targets, each target is a range of rows of the node's weight.
 
     Args:
         found: the targets.
         building: collects the changes to the model.
-        slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store constants.
+        slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store the tensors as
+            constants.
         words: the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
@@ -192,7 +192,7 @@ def attach(
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the layer at a spot. If the layer is inside a fused attention node, split the node first."""
+    """Split a fused attention node, and return the spot of the projection inside; return any other spot unchanged."""
     if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
@@ -209,7 +209,7 @@ def _attach(
     layer.call = words.at(layer)
     core: Layer | Ended | Normed = layer
     if place.norm is not None:
-        assert isinstance(layer, Layer)  # `_layer` refuses other targets with a folded norm.
+        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises if a norm is folded.
         core = Normed(layer, place.norm)
     seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
@@ -220,7 +220,7 @@ def _attach(
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     if spot is not None and spot.kind.inside:
-        assert isinstance(layer, Layer)  # `refuse_outputs` refuses updates that need an outlet.
+        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises for such nodes.
         _change_inside(given, seen, layer, place, slots, spot)
         return
     try:
@@ -268,7 +268,7 @@ def _change_inside(
 
 
 def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | None:
-    """Return the update if nodes can compute its new weight and bias; otherwise None."""
+    """Return the update if nodes can compute the layer's new weight and bias; otherwise None."""
     before = len(branch.nodes)
     try:
         chain = Composed(cast("FormulaLayer", seen), update)
@@ -283,7 +283,7 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
 
-    Nodes that are added for layers inside such a block read the block's state.
+    Attach these blocks first, because nodes that are added for layers inside a block read the block's state.
 
     Raises:
         Unsupported: such a target is inside a subgraph.
@@ -302,7 +302,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
 
 
 def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
-    """Return the target with the interface that formulas use."""
+    """Return the object through which formulas use a target."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
@@ -378,7 +378,7 @@ def _wide(leaf: Leaf) -> Array:
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
     """Return the update if nodes can express its formula; otherwise, an equal dense update for this weight."""
-    # Try the formula, and always remove the nodes that it appended.
+    # Try the formula, and always remove the nodes that the trial appended.
     if isinstance(update, OutputUpdate):
         return update
     before = len(branch.nodes)
@@ -407,7 +407,7 @@ def _slotted(
 
 
 def _worked_out(update: Update, layer: TargetView) -> Update:
-    """Apply the update to a known weight in float64, with one rounding; return an added or a replaced weight."""
+    """Compute an update of a known weight in float64; return the change or the new weight, rounded once."""
     held = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
@@ -440,13 +440,13 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: compute the change of the output and add it to the layer's output. An update without effect then keeps
-            every bit.
+        added: True to compute the change of the output and add the change to the layer's output. An update without
+            effect then keeps every bit.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
-    # The type hints of formulas name tensors; graph values have the same operators.
+    # Formulas are typed for tensors; graph values support the same operators.
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
@@ -462,7 +462,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -
 
 
 def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
-    """Replace a layer's output, and its input if the update moved that; remove nodes that nothing reads any more."""
+    """Replace a layer's output, and its input if the update changes the input; remove nodes that become unused."""
     last = layer.end.producer()
     if isinstance(layer, Ended) and layer.moved is not None:
         graph = None if layer.node is None else layer.node.graph

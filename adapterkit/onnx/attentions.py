@@ -1,6 +1,6 @@
 """Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before those of the
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before the columns of the
 computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
 values go before the computed values. The prefix is not part of any cache.
 """
@@ -59,7 +59,7 @@ class AttentionNodes:
         """The number of heads.
 
         Raises:
-            Unsupported: the graph does not show it.
+            Unsupported: the graph does not show the number of heads.
         """
         return self._size(1)
 
@@ -68,7 +68,7 @@ class AttentionNodes:
         """The size of each head's values.
 
         Raises:
-            Unsupported: the graph does not show it.
+            Unsupported: the graph does not show the size.
         """
         return self._size(3)
 
@@ -87,7 +87,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module has no single softmax of scores, or it adds a position bias to the scores.
+        Unsupported: the module does not have exactly one softmax of scores, or it adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -95,7 +95,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     way = _way_back(found[0].inputs[0]) if len(found) == 1 else None
     mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
     if way is None or mixed is None:
-        raise Unsupported("the graph does not have exactly one softmax of scores there", where=where, cure=_EXPORT)
+        raise Unsupported("the module does not have exactly one softmax of scores", where=where, cure=_EXPORT)
     return AttentionNodes(module, found[0], way[0], mixed, way[1])
 
 
@@ -103,8 +103,8 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: the number or the size of a prefix's heads differs from that of the keys.
-        And what `attention_at` raises.
+        ShapeMismatch: a prefix has another number or size of heads than the keys.
+        Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
@@ -129,7 +129,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
 
 def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
-    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
+    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for query heads that share them."""
 
     def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)
@@ -161,7 +161,7 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by these ones repeats it for each row of the call."""
+    """Return ones `[rows, heads, 1, 1]`; a constant times these ones is repeated for each row of the batch."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -187,7 +187,7 @@ def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Walk back from the softmax's input to the product of queries and keys; return it and the factors on the way."""
+    """Return the node that multiplies queries by keys, and the factors between that node and the softmax's input."""
     node = None if value is None else value.producer()
     if node is None:
         return None

@@ -28,7 +28,7 @@ FREE = 1 << 40
 
 
 class Building:
-    """The additions to one model. Each key becomes one tensor, which all readers share.
+    """The nodes and tensors to add to one model. Each key becomes one tensor, which all nodes that need it share.
 
     Args:
         model: the model that is being changed.
@@ -61,7 +61,7 @@ class Building:
         return name
 
     def tensor(self, key: Hashable, wanted: str, make: Callable[[], Array]) -> ir.Value:
-        """Return the initializer made from `key`. `settle` registers it with the graph if a node reads it."""
+        """Return the initializer for `key`, created once. `settle` registers it with the graph if a node reads it."""
         if key not in self.tensors:
             array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
             name = self.name(wanted)
@@ -120,7 +120,7 @@ class Branch:
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
         dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
-        """Append a node, and return its output at `position`, the only one that is read."""
+        """Append a node, and return its output number `position`, which is the only output that other nodes read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
         # Omit a shape with a size of FREE or more: this stands for an open size and must not be written to the file.
@@ -156,7 +156,7 @@ KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueez
 
 
 def element_type(value: ir.Value | None) -> Dtype:
-    """Return a value's numpy dtype. If the graph does not give one, look at the producers; if none has one, float32."""
+    """Return a value's numpy dtype: from the graph, or else from the nodes that produce the value, or else float32."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if held is not None and held not in _UNKNOWN:
@@ -252,7 +252,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """Return the nodes that read a value, without those of the branch."""
+    """Return the nodes that read a value, except the nodes of the branch."""
     own = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in own]
 

@@ -1,7 +1,7 @@
-"""Inputs of the model's call that formulas read, and the last layer's output without the adapter.
+"""Provide the inputs of the model's call that formulas read, such as the token ids or the last layer's original output.
 
-If the graph has a past, formulas that read all tokens get them from an extra input for the past's tokens, followed by
-the tokens of the call; see tokens.py.
+A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. Then the graph gets an
+extra input for the cached tokens, and the formula reads both; see tokens.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
-# The copy reads the same stored tensors. The cached past was computed with the adapter, so the copy computes from the
-# past's tokens instead of the cache.
+# The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
+# computes from the tokens of the past instead of the cache.
 
 
 WORD = "hidden_states"
@@ -59,9 +59,10 @@ def first_pass(words: CallWords, told: str | None) -> ir.Value:
             the head that computes `logits`.
 
     Raises:
-        UsageError: the graph has no such value, or none was named and the graph does not show which one it is.
+        UsageError: the graph has no value named `told`; or `told` is None, and the graph does not show which value is
+            the last layer's output.
         Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
-            it.
+            the past.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, told), Branch(building, _NAME)
@@ -76,14 +77,14 @@ def first_pass(words: CallWords, told: str | None) -> ir.Value:
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Return replacements for the graph's inputs: all tokens at once, and an empty past."""
+    """Return replacements for the graph's inputs: all tokens together, and an empty cache."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
     assert ids is not None
     for value in words.building.model.graph.inputs:
         if value not in copies and value not in (ids, positions, mask) and not value.is_initializer():
-            why = f"the first pass needs the input {value.name} for all tokens, and the past does not include it"
+            why = f"the first pass needs the input {value.name} for all tokens, but the past contains no values for it"
             raise Unsupported(why, cure="Export the model without past keys and values")
     copies[ids] = _like(tokens, ids, branch)
     if positions is not None:
@@ -93,7 +94,7 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
 
 
 def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
-    """Return a past `[rows, heads, positions, width]` cut to zero positions."""
+    """Return cached keys or values, `[rows, heads, positions, width]`, cut to zero positions."""
     zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
     empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
     empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
@@ -150,7 +151,7 @@ class CallWords:
     Args:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
-        told: for an input, the name of a graph value; `task_ids` may also be a number: the task of all rows.
+        told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
         config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
 
     Raises:
@@ -164,7 +165,8 @@ class CallWords:
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # Add all inputs of the call, if a side network or a first pass reads them.
+        # Ask for all inputs of the call if an update needs a side network or a first pass, because these read all
+        # inputs.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
@@ -183,7 +185,7 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A sentence about the new inputs, which every run needs."""
+        """A sentence that names the inputs added to the graph, which every run must pass."""
         said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
         return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
 
@@ -192,7 +194,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `told` may give another name for it."""
+        """Return the graph input for an input of the call, or None; `told` may give another name for the input."""
         name = self.told.get(word, word)
         if not isinstance(name, str):
             return None
@@ -271,7 +273,7 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's positions; all ones if the graph's mask also covers e.g. a past."""
+        """Return the mask of the layer's positions; all ones if the graph's mask has another size, e.g. with a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
@@ -282,7 +284,7 @@ class Heard:
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
     def _alike(self, value: ir.Value, own: Value) -> ir.Value:
-        """Return a boolean scalar of the graph: whether two matrices have the same sizes at run time."""
+        """Return a boolean scalar of the graph: True if two matrices have the same sizes at run time."""
         node = self.layer.branch.node
         sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))

@@ -24,10 +24,10 @@ from .operands import attribute, numbers, shape_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """The tensor to replace behind a constant operand.
+    """The stored tensor that a node reads, directly or through transpositions.
 
     Attributes:
-        value: the stored tensor; the operand itself if other nodes than transpositions are between the two.
+        value: the stored tensor; the node's operand if other operators than transpositions compute the operand.
         turned: True if the operand has the first two axes of `value` swapped.
         chain: the nodes from the stored tensor to the operand.
     """
@@ -44,7 +44,7 @@ def stored_behind(operand: ir.Value) -> Stored:
 
 
 def unturned(operand: ir.Value) -> Stored:
-    """Return the value behind an operand's transpositions, stored or computed."""
+    """Return the value before an operand's transpositions; the value may be stored or computed."""
     value, turned, chain = operand, False, list[ir.Node]()
     while value.const_value is None:
         node = value.producer()
@@ -77,8 +77,8 @@ class StoredChange:
     """A stored tensor that the merge computes.
 
     Attributes:
-        where: the target, for errors.
-        source: the old numbers.
+        where: the target, for error messages.
+        source: the tensor before the merge.
         folds: the updates, converted to the axis order of the stored tensor.
     """
 
@@ -91,7 +91,7 @@ class StoredChange:
         return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
 
     def array(self) -> Array:
-        """Compute the numbers in memory."""
+        """Compute the whole tensor in memory."""
         output = self.output(0)
         out: Array = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
@@ -112,7 +112,7 @@ def lazy_of(value: ir.Value) -> Lazy:
 
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Return a lazy tensor for readers of blocks; the first read computes the whole tensor."""
+    """Return a lazy tensor that can be read in blocks; the first read computes the whole tensor."""
     held = _Once(make)
     return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
@@ -180,7 +180,7 @@ class Changed(ir.LazyTensor):
 
 
 Fresh = dict[Hashable, ir.Value]
-"""Key made from the sources of a new tensor -> the new tensor of the merge."""
+"""A map from the sources of a changed tensor to the tensor's new initializer."""
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
@@ -195,7 +195,7 @@ def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, 
 
 
 def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
-    """Register a new tensor. If nothing reads the old one any more, `settle` later gives its name to the new one."""
+    """Register a new tensor. If no node reads the old tensor any more, `settle` later moves its name to the new one."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
@@ -225,10 +225,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove old tensors that nothing reads any more; give their names, which tools rely on, to the new tensors."""
+    """Remove old tensors that no node reads any more; give their names, which tools rely on, to the new tensors."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        # If two layers shared `old`, each has a new tensor, and the first one has taken the name already.
+        # If two layers shared `old`, each has a new tensor. Only the first of the new tensors gets the name.
         stored = {} if graph is None else graph.initializers
         lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():

@@ -1,4 +1,4 @@
-"""Check a written graph: run it in onnxruntime, and compare it with the same change made another way."""
+"""Check a written graph: run it in onnxruntime, and compare it with a graph that was changed by another method."""
 
 from __future__ import annotations
 
@@ -39,19 +39,21 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 SMALL = 1 << 25
-"""Largest model to run, in bytes, data files included."""
+"""Size in bytes of the largest model that the reference implementation runs, data files included."""
 
 FEW = 1 << 16
-"""Most input numbers to run on."""
+"""Largest number of input elements on which the reference implementation runs."""
 
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
+"""Operators that quantize their inputs. A difference in the last bit of an input can become a whole quantization
+step."""
 
 LAST_BITS = 1e-6
 """Largest accepted relative difference between a recurrent layer with stored weights and one with computed weights."""
 
 STEP = 1e-2
-"""Largest accepted relative difference between an integer operator and the same operator in floats: a few steps."""
+"""Largest accepted relative difference between an integer operator and the same operator in floats: a few rounding
+steps."""
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -105,7 +107,7 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
-        # The kind V is that of bfloat16 and float8 from ml_dtypes.
+        # ml_dtypes gives bfloat16 and float8 the kind V.
         if a.dtype.kind not in "fV":
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
@@ -162,7 +164,7 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the graph that an injection wrote with the original graph with merged weights.
+    """Compare a graph that an injection wrote with a copy of the original graph whose weights are merged.
 
     Args:
         model: the original graph.
@@ -172,8 +174,8 @@ def checked_injection(
         beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds only that file, as a
             user does, and so finds unfilled slots. The graph with empty slots is also compared with the original graph.
         given: inputs to run on, by name.
-        alone: True if there is no second way to make the change, as for attention prefixes; then only the run itself is
-            checked.
+        alone: True if no other method can make the same change, as for attention prefixes. Then the check only runs the
+            graph.
         tying: the choices for tied layers, as for the injection.
         by_rows: True if the slots are stacks of adapters. Then the check also runs a batch with the adapter in one row
             only.
@@ -193,14 +195,14 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Without the new tokens, or with a given past, context changes nothing.
+    if not adapter.updates:  # Context changes nothing in a run without new tokens, or with a past.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
-            # A floating-point layer does not round what a quantizer of activations rounds.
+            # Dequantize only if the graph rounds no activations: after dequantizing, a layer would not round them.
             rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
             packed = None if rough else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
@@ -220,7 +222,7 @@ def _compared_by_rows(
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
-        Unsupported: the graph does not run on a made-up batch, so it stays unknown whether the first axis is the batch.
+        Unsupported: the graph does not run on a batch of two, so it is unknown whether the first axis is the batch.
     """
     stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
     why = "no inputs"
@@ -241,7 +243,7 @@ def _compared_by_rows(
             return max(first, second)
         why = "no output has rows that the adapter changes"
     cure = "Export the graph with an open batch size, or inject with --mode slots (mode='slots')"
-    raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
+    raise Unsupported(f"the graph does not run on a batch of two ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
@@ -269,11 +271,11 @@ def checked_merge(
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
     beside: Sequence[Found] = (),
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the merged graph with the original graph with the adapter injected.
+    """Compare the merged graph with an injection of the adapter into the original graph.
 
-    If packed weights were dequantized, the check dequantizes those of the original, too. If weights were requantized,
-    the difference includes the requantization error, so a difference is reported but does not fail the check. A change
-    beside a packed weight is compared with the same change in the dequantized weight.
+    If packed weights were dequantized, the check also dequantizes the original's packed weights. If weights were
+    requantized, the difference includes the requantization error, so a difference is reported but does not fail the
+    check. A change beside a packed weight is compared with the same change in the dequantized weight.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -321,7 +323,7 @@ def _checked_beside(
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    if not rough:  # A floating-point layer does not round what a quantizer of activations rounds.
+    if not rough:  # After dequantizing, a layer would not round its activations.
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
             other = inline(source.model)
@@ -332,8 +334,8 @@ def _checked_beside(
 def _exact(model: ir.Model) -> bool:
     """Whether layers with packed weights compute in floating point in a session with default options.
 
-    onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
-    `accuracy_level` allows rounding.
+    onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and the inputs of a MatMulNBits
+    whose `accuracy_level` allows rounding.
     """
     return not any(
         node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
@@ -378,7 +380,7 @@ def _run_both(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs on the same inputs: the given ones, or made-up inputs of the first sizes that work.
+    """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes that work.
 
     Args:
         wanted: a graph that must compute the same; None to only run `out`.
@@ -412,7 +414,7 @@ def _run_both(
             continue
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
-            why = "the graph runs, but there is no second way to make this change and compare"
+            why = "the graph runs; its outputs were not compared, because no other method can make this change"
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged and not exact:
@@ -483,7 +485,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
     other = {name: ~feeds[name]}
     try:
         results = _session(wanted, bare).run(None, {**feeds, **other})
-    except Exception:  # onnxruntime's errors have no common base class; sizes may only fit one branch.
+    except Exception:  # onnxruntime's errors have no common base class; the sizes may fit only one branch.
         return None
     try:
         got = _session(str(out), bare).run(None, {**both, **other})
@@ -536,7 +538,7 @@ def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
 def _of_new_inputs(
     session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
 ) -> Feeds:
-    """Return given values, or zeros, for inputs that only the written graph has, such as the task of each row."""
+    """Return `given` values, or zeros, for inputs that only the written graph has, such as the task of each row."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
@@ -578,7 +580,7 @@ def _computes_narrow(model: bytes) -> bool:
 def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
-    why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
+    why = f"the graph differs by {difference:.3g} of its largest output from a graph that was changed by another method"
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTokens:
-    """Graph values that separate new tokens from those of the vocabulary.
+    """Graph values that separate new tokens from the tokens of the vocabulary.
 
     Attributes:
         ids: the token ids.
@@ -59,12 +59,14 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     """Add nodes that separate an embedding's known tokens from new tokens; `more` holds the vectors of the new tokens.
 
     Raises:
-        ShapeMismatch: the vectors have another size.
+        ShapeMismatch: the vectors' size differs from the embedding's.
     """
     # A layer's weight is [out, in]: for an embedding, `in` is the number of tokens.
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
-        raise ShapeMismatch(f"made for {more.shape[-1]} channels, and the embedding has {dim}", where=str(target))
+        raise ShapeMismatch(
+            f"the vectors have {more.shape[-1]} channels, and the embedding has {dim}", where=str(target)
+        )
     layer = Gather(spot.node, branch)
     ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
     made = ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
@@ -76,7 +78,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
     vectors = branch.node("Gather", [table, row], {"axis": 0}, layer.dtype, None)
-    return NewTokens(ids, new, known, vectors, f"tokens {count} to {count + len(more) - 1} are the new ones")
+    return NewTokens(ids, new, known, vectors, f"the new tokens have the ids {count} to {count + len(more) - 1}")
 
 
 def read_by(node: ir.Node) -> str | None:
@@ -86,11 +88,13 @@ def read_by(node: ir.Node) -> str | None:
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """Insert new tokens after a module of several embeddings; the positions of other tokens do not count them.
+    """Insert new tokens after a module of several embeddings.
+
+    The positions of other tokens do not count the new tokens.
 
     Raises:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
-        ShapeMismatch: the vectors have another size.
+        ShapeMismatch: the vectors' size differs from the embedding's.
         Unsupported: the graph does not show how positions are counted, or it has a past, whose positions would count
             the new tokens.
     """
@@ -105,10 +109,10 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot follow the embeddings of a decoder, whose past goes on without them"
+        why = "new tokens cannot be added to a decoder with a past, whose positions would count them"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
-        why = "the module does not look up positions that the graph counts itself"
+        why = "the graph does not compute the positions that the module looks up"
         raise Unsupported(why, where=where, cure="Attach it to the torch model")
     end = module.given(more.shape[-1], where)
     before([tokens[0].node], new.ids, new.known, branch)
@@ -116,7 +120,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
         _uncounted(node, new, end, module, branch)
     behind(end, new.instead_of(end, branch), branch)
     branch.close()
-    return f"{new.said}, which positions of the others do not count"
+    return f"{new.said}; the positions of other tokens do not count the new tokens"
 
 
 def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, branch: Branch) -> None:
@@ -126,7 +130,8 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # Make the batch size of positions open: before, all rows of a batch shared one row; now each has its own.
+    # Make the batch size of positions open: before, all rows of a batch shared one row of positions; now each has its
+    # own.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)
@@ -147,7 +152,7 @@ def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Bui
     Raises:
         TargetNotFound: there is no such module.
         Unsupported: the module is not an attention like Llama's or GPT-2's.
-        ShapeMismatch: a prompt has another width.
+        ShapeMismatch: a prompt's width differs from the attention's.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
@@ -176,7 +181,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
             found[name] = spot.kind(spot.node, branch)
     if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
         why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
-        raise Unsupported(why, where=str(target), cure="Choose the attentions of such a model")
+        raise Unsupported(why, where=str(target), cure="Target the attentions of such a model")
     return found
 
 
@@ -224,12 +229,12 @@ def _of_heads(array: Array, heads: int, d: int) -> Array:
 # Context of the whole model: soft prompts and new tokens at the embedding, prefixes as the initial past.
 # A soft prompt becomes new token ids after the vocabulary, like the tokens of textual inversion. To use the prompt,
 # begin an input with these ids, and extend the mask and the positions to cover them. If a module computes positions
-# itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and values, for
-# a batch of one; the mask must cover the prefix.
+# itself, these positions do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and
+# values, for a batch of one; the mask must cover the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
-"""The places of context updates (`ContextUpdate.place`) that a graph can have."""
+"""The values of `ContextUpdate.place` that a graph supports."""
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""Suffixes of weight files; an export only writes those in `GRAPHS`."""
+"""Suffixes of weight files. An export writes no weight files except those in `GRAPHS`."""
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -57,7 +57,7 @@ CARRIED = (
     "sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "normalizer.json",
 )  # fmt: skip
-"""Config, tokenizer and processor files that are copied along."""
+"""Config, tokenizer and processor files that are copied next to the graph."""
 
 GRAPHS = ("model.onnx", *FILES)
 """Names of the graphs that an export of a folder writes: one graph, or the parts of a model."""
@@ -76,7 +76,7 @@ OWNS = frozenset(
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless `overwrite` is set, an export wrote the folder, and it has no other weights.
+    """Refuse an existing folder unless `overwrite` is set, and an export wrote the folder and all weight files in it.
 
     Raises:
         StorageError: the folder exists and may not be replaced, or its parent folder does not exist.
@@ -88,7 +88,7 @@ def check_folder(target: Path, overwrite: bool) -> None:
     if not overwrite:
         cure = "Write to another path, or pass --overwrite (in Python overwrite=True)"
         raise StorageError("already there", path=target, cure=cure)
-    cure = "Remove it yourself, or write beside"
+    cure = "Remove the folder yourself, or write to another path"
     if not any((target / name).is_file() for name in GRAPHS):
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
     # Refuse a folder with other weights: it is another model, which an export must not replace.
@@ -211,7 +211,7 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return stored tensors that may equal a tensor of the graph: by name, or for tied weights, by shape."""
+    """Return stored tensors that may equal a graph's tensor: by name or, for tied weights, by shape."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
@@ -254,8 +254,8 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
 
 
 # Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
-# onnxruntime runs the written graph on the example inputs. The outputs are compared with those of the torch model with
-# injected adapters: merged weights, nodes and slots must all give the same numbers.
+# onnxruntime runs the written graph on the example inputs. The outputs are compared with the outputs of the torch model
+# with injected adapters: merged weights, nodes and slots must all give the same numbers.
 
 
 if TYPE_CHECKING:
@@ -297,11 +297,11 @@ def export(
         args: an example of its positional arguments.
         out: the file to write. If there are more than 64 MB of numbers, they go into a data file, `out` with `.data`
             appended.
-        adapter: one adapter, several, or a mapping from names to adapters. They apply together, except with `slots`:
-            then each one gets its own file.
+        adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
+            each adapter gets a separate file.
         mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes that compute
-            them; `slots` makes their tensors optional inputs of the graph and writes `.onnx_adapter` files beside the
-            graph.
+            the adapters' formulas; `slots` makes the adapters' tensors optional inputs of the graph and writes
+            `.onnx_adapter` files beside the graph.
         kwargs: an example of its named arguments.
         input_names: names of the graph's inputs.
         output_names: names of its outputs.
@@ -324,7 +324,8 @@ def export(
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
         NotMergeable: an adapter changes more than weights, or a weight is tied.
         Unsupported: torch cannot export the model, or a layer cannot take a method.
-        CheckFailed: the graph computes something else. Then no file is left at `out`.
+        CheckFailed: the graph's outputs differ from torch's by more than rounding explains. Then no file is left at
+            `out`.
     """
     from ..torch.inject import config_of_model
 
@@ -380,7 +381,7 @@ def export(
 def _own_parts(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return, by name, the part of each adapter whose targets a graph has, if any, and the targets that it lacks."""
+    """Return two maps by adapter name: the updates whose targets the graph has, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     own = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return own, {name: lost for name, (_, lost) in split.items()}
@@ -405,7 +406,7 @@ def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
     """Run the model once before it is traced: some formulas create a network in the first call, which cannot be traced.
 
     Raises:
-        Unsupported: the formula cannot handle such a call.
+        Unsupported: a formula cannot run in such a call.
     """
     try:
         outputs_of(model, args, kwargs)
@@ -504,12 +505,14 @@ def _check_weights(quantize: str | None, share: object) -> None:
     if quantize is not None and share is not None:
         cure = "Omit one: --quantize (quantize=) or --share-weights (share_weights=, share=)"
         raise UsageError(
-            "packed weights cannot be shared, because they are not those of the base's files", where="share", cure=cure
+            "packed weights cannot be shared, because they differ from the weights in the base's files",
+            where="share",
+            cure=cure,
         )
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the path of the adapter file for a graph's slots; that of a part of a model includes the part's name."""
+    """Return the path of the adapter file for a graph's slots; the name of a model's part becomes part of the path."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 

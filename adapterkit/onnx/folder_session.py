@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .reading import Base, Source
 
 ENDS = ("generation_config.json", "config.json")
-"""Config files that give the first and the last token of a text; the first file that gives a token is used."""
+"""Config files with the ids of the first and the last token of a text; the first file that has an id is used."""
 
 
 class FolderSession:
@@ -110,7 +110,7 @@ class FolderSession:
         return there
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
-        """Return, for each graph with slots for some of an adapter's targets, that part of the adapter."""
+        """Return, for each graph, the part of an adapter whose targets have slots in that graph."""
         held: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:
@@ -148,7 +148,7 @@ class FolderSession:
 
         Raises:
             UsageError: there is no such graph, or no adapter of this name is loaded.
-            And what `Session.run` raises.
+            Also the errors of `Session.run`.
         """
         if part not in self.parts:
             cure = nearest(part, self.parts) or f"The graphs are {', '.join(self.parts)}"
@@ -176,7 +176,7 @@ class FolderSession:
 
         Raises:
             UsageError: the folder is not an encoder-decoder, or no config gives the first token.
-            And what `run` raises.
+            Also the errors of `run`.
         """
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)

@@ -177,7 +177,9 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
         model = json.loads(read_input(file).decode("utf-8"))["model"]
         sections = {key: model[key] for key in GENAI if isinstance(model.get(key), dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Malformed(f"not a config of onnxruntime-genai ({error})", path=file, cure="Build it again") from None
+        raise Malformed(
+            f"not a config of onnxruntime-genai ({error})", path=file, cure="Build the model again"
+        ) from None
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 
@@ -230,9 +232,9 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     """Give each graph the updates whose targets it has.
 
     Raises:
-        TargetNotFound: no graph has any target; or no graph has one of them, and `allow_partial` is not set.
+        TargetNotFound: no graph has any of the targets; or a target is in no graph, and `allow_partial` is not set.
         Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is inside a node
-            that holds all experts of a layer.
+            with all experts of a layer.
     """
     rest, context = parted(adapter)
     if context and len(parts) > 1:
@@ -319,8 +321,8 @@ def inject_folder(
     """Attach an adapter to the graphs of a folder; calls `injecting.inject` once for each graph.
 
     Raises:
-        TargetNotFound: no graph has a target, and `allow_partial` is not set.
-        And what `inject` raises.
+        TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
+        Also the errors of `inject`.
     """
     parts, (whole,), base = _read(folder, [adapter], base_weights, rename)
     division = divided(parts, whole, base, allow_partial)
@@ -342,8 +344,8 @@ def merge_folder(
     """Fold adapters into the graphs of a folder; calls `merging.merge` once for each graph.
 
     Raises:
-        TargetNotFound: no graph has a target, and `allow_partial` is not set.
-        And what `merge` raises.
+        TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
+        Also the errors of `merge`.
     """
     parts, read, base = _read(folder, adapters, base_weights, rename)
     divisions = [divided(parts, one, base, allow_partial) for one in read]
@@ -419,7 +421,7 @@ def placed_folder(
     out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
     overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a scratch folder; when the block ends, its files replace those of `out`, and unrelated files stay.
+    """Yield a scratch folder; when the block ends, its files replace the files of `out`, and unrelated files stay.
 
     Raises:
         UsageError: `out` is the model's own folder.

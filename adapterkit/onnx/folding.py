@@ -1,7 +1,8 @@
 """Fold updates into the weights of the layers that an adapter names; all other layers keep their weights.
 
-Layers may share a stored tensor, because it is tied or because the exporter stored equal tensors once. Then the changed
-layer gets its own copy, and the others keep the old tensor. Changes are computed in float64 and rounded once.
+Layers may share a stored tensor, because the layers are tied or because the exporter stored equal tensors once. Then
+the changed layer gets a separate copy, and the others keep the old tensor. Changes are computed in float64 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ def fold(
         folds: pairs of a target and its adapter's weight in the merge.
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
-        damage: a dictionary to which the error of each requantized weight is added, by target. If the change was
-            attached beside the weight instead, the error is added all the same.
+        damage: a dictionary that gets, for each target, the error of quantizing its changed weight again, even if the
+            change is attached beside the weight instead.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             `MOST_LOST` of it.
-        beside: a list to which the targets are added whose change must be attached beside a packed weight; None to
-            attach no change.
+        beside: a list that gets the targets whose changes the caller must attach beside a packed weight; None to attach
+            no change.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -111,7 +112,7 @@ class Folding:
 
     @property
     def name(self) -> str:
-        """The target, for errors."""
+        """The target's name, for error messages."""
         return str(self.at[0][0].asked)
 
     @property
@@ -220,7 +221,7 @@ class Folding:
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
-        """Return a tensor that replaces an old one, in the same dtype; it is computed as a whole."""
+        """Return a tensor that replaces an old one, in the same dtype; the new tensor is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -321,7 +322,7 @@ def wide(update: Update) -> Update:
 
 
 def seen_by(W: Array, spot: Spot) -> Array:
-    """Convert a weight from a node's axis order to that of formulas, or back."""
+    """Convert a weight from a node's axis order to the axis order of formulas, or back."""
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 

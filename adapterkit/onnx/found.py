@@ -1,6 +1,6 @@
-"""Types for what is found in a graph: layers, norms folded into layers, and an adapter's targets.
+"""Types for layers of a graph, norms that are folded into layers, and the positions of an adapter's targets.
 
-`resolving` finds them, with the help of `heads`, `norms`, `matching`, `packed` and `tying`.
+The module `resolving` creates these objects, with the help of `heads`, `norms`, `matching`, `packed` and `tying`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""The ways to find a name, in order: the exporter's module scopes; the exporter's note of a folded parameter; the name
-of the stored tensor; the name of the node; the head counts of the attention that reads a packed layer; a weight with
-equal values; equal rows of a weight that packs several layers; the weight with the nearest values."""
+"""The methods that find a layer's name, in the order in which they are tried: the exporter's module scopes; the
+exporter's metadata about a folded parameter; the name of the stored tensor; the name of the node; the head counts of
+the attention that reads a packed layer; a base weight with equal values; equal rows of a weight that packs several
+layers; the base weight with the nearest values."""
 
 NEAR = 0.15
-"""Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the base's weight."""
+"""Largest relative distance, in the Frobenius norm, between a base weight and its rounded copy in the graph."""
 
 APART = 3.0
-"""The second nearest weight must be this many times as far away as the nearest."""
+"""The second nearest base weight must be this many times as far away as the nearest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +39,8 @@ class Spot:
     Attributes:
         node: the node.
         kind: the kind of layer.
-        names: method, one of `METHODS` -> the names that it found for the weight in the base, ending with `.weight`.
+        names: for each method in `METHODS`, the names that the method found for the weight in the base, ending with
+            `.weight`.
         shape: the weight's shape as formulas see it, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
         rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
@@ -53,11 +55,11 @@ class Spot:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""Name of a weight -> the method that found the name, and the layers with that weight."""
+"""A map from each weight's name to the method that found the name, and the layers with that weight."""
 
 
 def distance(W: Array, spot: Spot) -> float | None:
-    """Return the relative distance of a layer's weight, transposed or not, from a weight; None if the shapes differ."""
+    """Return the relative distance between W and a layer's weight or its transpose; None if the shapes differ."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None

@@ -30,7 +30,7 @@ PACKED = "qkv_proj"
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
-    """Split updates whose layer is several separate layers in the graph.
+    """Split the updates of a layer that the graph stores as several separate layers.
 
     Args:
         adapter: the adapter.
@@ -77,10 +77,10 @@ def in_packed(target: Target, names: Collection[str]) -> Target:
 BETWEEN = {
     "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Cast", "Transpose", "Identity",
 }  # fmt: skip
-"""Operators that may be between a packed layer's part and its attention, because they keep the part's meaning."""
+"""Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of these operators in a row."""
+"""Largest number of such operators in a row."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:

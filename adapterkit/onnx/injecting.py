@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with its experts; unchanged if it does not need any.
+    """Return the adapter with the experts that its router selects from; unchanged if the adapter needs no experts.
 
     Raises:
-        Unsupported: the router's logits are in the order of the torch model's modules, which a graph does not show. And
-        what `adapterkit/torch/experts.py` raises.
+        Unsupported: the router's logits are in the order of the torch model's modules, which a graph does not show.
+        Also the errors of `with_experts` in `adapterkit/torch/experts.py`.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
         return adapter
@@ -59,12 +59,9 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
 
 def _no_order() -> NoReturn:
-    why = "the classifier has logits for each layer, and their order is that of the torch model's modules"
+    why = "the classifier's logits are in the order of the torch model's modules, which a graph does not show"
     cure = "Inject the adapter into the torch model, and write it with its experts"
     raise Unsupported(why, where="(model): xlora", cure=cure)
-
-
-# Inject an adapter into a graph: add nodes beside the adapted layers, and keep the model's weights unchanged.
 
 
 ORIGINAL = "adapterkit.original"
@@ -125,12 +122,12 @@ def inject(
 
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
-        ShapeMismatch: a shape does not fit.
+        ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer cannot have an update of this method.
         Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
-        UsageError: it is unknown which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs. Then no
-            file is left at `out`.
+        UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
+        CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
+            base differs. Then no file is left at `out`.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
@@ -151,9 +148,7 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = (
-            "Inject it with --mode constant (mode='constant'): a run without its tokens, or with a past, is the base's"
-        )
+        cure = "Inject it with --mode constant (mode='constant'): without its tokens, or with a past, nothing changes"
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
@@ -193,12 +188,12 @@ def _beside(out: Path, adapter: Source) -> Path:
     """Return the path of the adapter file of a graph with slots.
 
     Raises:
-        UsageError: this is the path of the model, or of the file that the adapter is read from.
+        UsageError: the path is that of the model, or of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)
     if file == out or (source is not None and source.exists() and file.exists() and source.samefile(file)):
-        why = "the adapter for its slots would be written over it"
+        why = "the adapter file for the graph's slots would replace this file"
         raise UsageError(why, path=file, cure="Give the output another name: -o OUT.onnx, out=")
     return file
 

@@ -1,4 +1,4 @@
-"""Change the weight of a node by nodes before it, if nodes after it cannot change its output.
+"""Change a node's weight by nodes before the node, if nodes after the node cannot express the change of its output.
 
 A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
 changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
@@ -39,18 +39,18 @@ def refuse_outputs(place: Found, op_type: str) -> None:
 
 
 def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequence[Update], spot: Spot) -> None:
-    """Make a node read the changed weight and bias; insert the nodes that compute them before it.
+    """Insert nodes that compute the changed weight and bias, and make the layer's node read the results.
 
     Args:
         layer: the node's layer.
         seen: the layer as the updates see it, e.g. some of its rows.
         place: the target.
         updates: the updates, with graph values in place of tensors.
-        spot: the layer's place in the graph.
+        spot: the layer's position in the graph.
 
     Raises:
-        Unsupported: an update changes a bias, but the node has none, or the target is a range of rows or has a folded
-            norm.
+        Unsupported: an update changes a bias, but the node has no bias, the target is a range of rows, or a norm is
+            folded into the layer.
     """
     branch, chain = layer.branch, seen
     for update in updates:

@@ -32,7 +32,7 @@ class IntegerLayer(Layer):
         parts: the positions of the weight, its scale and its zero point.
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
-        out: the positions of the output's scale and zero point; None if the output is floats.
+        out: the positions of the output's scale and zero point; None if the output is floating-point.
         vector: the position of the bias.
         floating: the kind of layer that computes the same with a float weight.
     """
@@ -60,7 +60,7 @@ class IntegerLayer(Layer):
 
     @classmethod
     def axis(cls, node: ir.Node) -> int:
-        """Return the axis of the weight's outputs, along which its scales may differ."""
+        """Return the axis of the weight's output channels, which may have different scales."""
         return len(cls.held_shape(node)) - 1 if cls.turns(node) else 0
 
     @classmethod
@@ -170,7 +170,7 @@ class IntegerLayer(Layer):
 
 
 class QLinearMatMul(IntegerLayer):
-    """A product of integers, written by static quantization."""
+    """A product of integer matrices, written by static quantization."""
 
     op_type = "QLinearMatMul"
     position, parts, out = 3, (3, 4, 5), (6, 7)
@@ -205,14 +205,14 @@ class QLinearConv(IntegerLayer, Conv):
 
 
 class DynamicQuantizeMatMul(IntegerLayer):
-    """`x @ W`, where the node rounds x; onnxruntime writes it when it optimizes dynamic quantization."""
+    """`x @ W`, where the node quantizes x; onnxruntime's optimizer writes this operator for dynamic quantization."""
 
     op_type, domain = "DynamicQuantizeMatMul", OWN
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """A `DynamicQuantizeMatMul` for a rounded input that several layers share."""
+    """A `DynamicQuantizeMatMul` for a quantized input that several layers share."""
 
     op_type, domain = "MatMulIntegerToFloat", OWN
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6

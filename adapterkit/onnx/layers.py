@@ -21,8 +21,8 @@ from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
 BEFORE = "adapterkit.weight"
-"""Start of a node's metadata key, which ends with the position of a computed input; its value names the base's
-tensor."""
+"""Prefix of a metadata key of a node. The key ends with the position of a computed input; the key's value is the name
+of the base's tensor."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
@@ -57,7 +57,7 @@ class Layer:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: the possible numbers of axes of the weight.
-        inside: True if the output is not a function of `x @ W` alone. Then nodes after this one cannot express a
+        inside: True if the output is not a function of `x @ W` alone. Then nodes after this node cannot express a
             change, and nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
@@ -111,7 +111,7 @@ class Layer:
 
     @classmethod
     def operand_of(cls, node: ir.Node) -> ir.Value:
-        """Return the weight as the node's input.
+        """Return the node's input that is the weight.
 
         Raises:
             Malformed: the node has no weight, although its operator requires one.
@@ -140,7 +140,7 @@ class Layer:
 
     @property
     def operand(self) -> ir.Value:
-        """The weight as the node's input."""
+        """The node's input that is the weight."""
         return self.operand_of(self.node)
 
     @property
@@ -163,7 +163,7 @@ class Layer:
     def weight(self) -> Value:
         shape, read = self.held_shape(self.node), self.node.inputs[self.position]
         if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
-            # Continue from the weight that the nodes of another target compute, e.g. of other rows.
+            # If nodes of another target already change the weight, e.g. other rows, continue from their result.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.
@@ -590,7 +590,7 @@ class Attention(Layer):
 
 
 class FusedGemm(Gemm):
-    """A Gemm with a fused activation, as in saved optimized sessions."""
+    """A Gemm with a fused activation, as in graphs that onnxruntime optimized and saved."""
 
     op_type = "FusedGemm"
     inside = True
@@ -601,7 +601,7 @@ class FusedGemm(Gemm):
 
 
 class FusedConv(Conv):
-    """A Conv with a fused sum and activation, as in saved optimized sessions."""
+    """A Conv with a fused sum and activation, as in graphs that onnxruntime optimized and saved."""
 
     op_type = "FusedConv"
     inside = True
@@ -670,10 +670,10 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.
 
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""Operator -> for each of ONNX's gates, its position in torch's order."""
+"""A map from each operator to the positions of ONNX's gates in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""Operator -> for each of torch's gates, its position in ONNX's order."""
+"""A map from each operator to the positions of torch's gates in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 

@@ -26,8 +26,8 @@ class Place:
     """A layer of a graph, with all nodes that call it.
 
     Attributes:
-        target: the name of the layer for an adapter; None if the graph does not show a name.
-        spots: the layer at each of its nodes.
+        target: the layer's name, to be used as an adapter's target; None if the graph does not show a name.
+        spots: one spot for each node that calls the layer.
         method: how the name was found, one of `METHODS`; None if no name was found.
         confidence: 1 minus the relative distance from the base's weight; 1 if the layer was not compared with a weight.
         note: why no node was found.
@@ -57,8 +57,8 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
     Args:
         model: an ONNX file, or an in-memory model.
-        base_weights: the weights that the graph was exported from. If given, each matrix is looked for in the graph, by
-            name and by values; layers found by name are compared with the matrix.
+        base_weights: the weights that the graph was exported from. If passed, each of these matrices is searched in the
+            graph, by name and by values; a layer that was found by name is compared with its matrix.
 
     Returns:
         the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
@@ -92,7 +92,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """Return a layer's best name, and the method that found the name: a module's weight, else the name of a tensor."""
+    """Return a layer's name and the method that found it; prefer the name of a module's weight to a tensor's name."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
     own = [(method, name) for method, name in said if not NUMBERED.match(name)]

@@ -1,8 +1,8 @@
 """Find layers by the values of their weights, if a graph has lost the names, and compare layers with the base.
 
-A layer with equal values is certain. If there is none, as in quantized graphs, the nearest weight of the same shape is
-accepted, provided that this weight is close and all others are far. A quantized copy of a weight is within `NEAR`; a
-weight of another checkpoint of the same network is not.
+A layer whose weight equals a base weight is a certain match. If no weight is equal, as in quantized graphs, the nearest
+weight of the same shape is accepted, provided that this weight is close and all others are far. A quantized copy of a
+weight is within `NEAR`; a weight of another checkpoint of the same network is not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         error: the error that the search by name raised.
 
     Raises:
-        TargetNotFound: no layer has a target's numbers, or several different layers are about equally near.
+        TargetNotFound: no layer has the values of a target's weight, or several different layers are about equally
+            near.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     bound = find_sites(adapter, shapes, partial=False, config=base.config)
@@ -57,7 +58,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         method, found = nearest(W, spots, str(asked))
         twin = _twin(base, site.weight, W) if len(found) > 1 else None
         if twin is not None:
-            why = f"{len(found)} nodes have this weight, and {twin} of the base has the same numbers"
+            why = f"{len(found)} nodes have this weight, and {twin} of the base has the same values"
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, found)
     return known
@@ -67,7 +68,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
     """Compare layers that were found by name with the base's weights; return the layers, with any folded norms.
 
     Raises:
-        TargetNotFound: a layer holds other numbers than the base.
+        TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
         Unsupported: a norm may be folded into a layer whose weight the base lacks.
     """
     compared = []
@@ -89,10 +90,10 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
 
 
 def _compare_rows(place: Found, W: Array) -> None:
-    """Head counts assign rows of a packed layer to a target: compare these rows with the base's weight.
+    """Compare the rows of a packed layer that head counts assign to a target with the base's weight.
 
     Raises:
-        TargetNotFound: the rows differ from the base's weight by more than quantizers round.
+        TargetNotFound: the rows differ from the base's weight by more than quantization explains.
     """
     for spot in place.spots:
         held = spot.kind.held(spot.node).astype(np.float32)
@@ -100,7 +101,7 @@ def _compare_rows(place: Found, W: Array) -> None:
         part = held[slice(*spot.rows)] if spot.rows else held
         far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
         if far > NEAR:
-            why = f"its rows of the packed layer hold other numbers (a distance of {far:.2f})"
+            why = f"its rows of the packed layer hold other values than the base (a distance of {far:.2f})"
             cure = "Is this the base that the graph was exported from?"
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
@@ -114,10 +115,10 @@ def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
 
 
 def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
-    """Return how the layers that store a weight were found, and the layers.
+    """Return the method that found the layers with a weight, and these layers.
 
     Raises:
-        TargetNotFound: no layer stores the weight, or several layers may.
+        TargetNotFound: no layer stores the weight, or several layers may store it.
     """
     # Group nodes that share a stored weight: together, they are one candidate.
     by_weight: dict[Any, list[Spot]] = {}

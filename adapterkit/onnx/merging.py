@@ -83,14 +83,14 @@ def merge(
 
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
-        ShapeMismatch: a shape does not fit.
+        ShapeMismatch: the shape of a tensor does not fit its layer.
         NotMergeable: an update changes something else than weights.
         Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
             unknown; or the merge cannot be attached beside the weight.
         Malformed: the file is not a model, or a result does not fit its dtype.
-        UsageError: it is unknown which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs. Then no
-            file is left at `out`.
+        UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
+        CheckFailed: the written graph does not compute what injected adapters compute, or `strict_base` is set and the
+            base differs. Then no file is left at `out`.
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")

@@ -62,7 +62,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve links; return the file, which must be in the model's folder or in that of the resolved model file."""
+    """Resolve links; refuse a file outside of the model's folder and of the folder that the model's link leads to."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
@@ -171,7 +171,6 @@ def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTen
     )
 
 
-# Open model files without reading their external data, check them, and write them completely or not at all.
 # A rewritten model shares the external data of the original: it refers to the same bytes, and only the new tensors are
 # written, to a small data file.
 
@@ -183,7 +182,7 @@ APART = 1 << 26
 """The tensors of an export with more bytes than this are written to a data file beside the model."""
 
 STAYS = "adapterkit.stays"
-"""Marks a tensor that stays in its file while all other tensors are rewritten."""
+"""Metadata key of a tensor that stays in its file while all other tensors are rewritten."""
 
 LIMIT = 2**31 - 2**20
 """Largest model file in bytes: protobuf is limited to 2 GB."""
@@ -197,7 +196,7 @@ class GraphSource:
         model: the model.
         path: the model's file; None for an in-memory model.
         data: the files with the model's external data.
-        original: the bytes of the model's file, or those that would be written for an in-memory model.
+        original: the bytes of the model's file; for an in-memory model, the bytes that saving would write.
     """
 
     model: ir.Model
@@ -280,12 +279,12 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         raise
     except Exception as error:  # The converter raises RuntimeError and others.
         first = first_line(error)
-        why = f"the model has operator set {version}, and no way to {OPSET} ({first})"
+        why = f"the model's operator set {version} cannot be converted to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
 
 
 def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
-    """Turn tensors with external data into inputs; return name -> the tensor, and whether it was already an input.
+    """Turn tensors with external data into inputs; return, by name, the tensor and whether it was already an input.
 
     ONNX's converter of operator sets would drop the references to data files. It needs the values of small tensors,
     e.g. the sizes of a Reshape, so these are loaded.
@@ -308,7 +307,7 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
 
 
 def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
-    """Turn these inputs of a converted model into tensors with external data again."""
+    """Turn the inputs in `outside` back into tensors with external data, after the conversion of a model."""
     named = {value.name: value for value in model.graph.inputs}
     for name, (tensor, was_input) in outside.items():
         value = named[name]
@@ -337,7 +336,7 @@ def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Val
 
     Args:
         model: the model.
-        source: the model that it was made from, as opened.
+        source: the opened model that the new model was made from.
         out: the file to write, inside a `placing` block.
         fresh: values whose tensors are new.
 
@@ -372,7 +371,7 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model with changed tensors, with only a few blocks in memory at a time; see `save`.
+    """Write a model with changed tensors, with only a few blocks in memory; see `save`.
 
     If the model has external data, or if `apart` is set, all tensors that a node reads are written to one new data
     file.
@@ -421,8 +420,8 @@ def placing(
 
     Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
     of `out`, the model is written in place: it can only run beside these files, because onnx and onnxruntime do not
-    follow links to them. The old file at `out` is then kept in the staging folder. It is restored after an error; if
-    the process was killed, the next run restores it.
+    follow links to them. The old file at `out` is then kept in the staging folder. The old file is restored after an
+    error; if the process was killed, the next run restores the file.
 
     Args:
         out: the model's destination.

@@ -20,7 +20,7 @@ CLASSES = "pkg.torch.onnx.class_hierarchy"
 """Metadata key of a node for the classes of the modules around it."""
 
 _LIST = 1 << 16
-"""Longest list, in characters; a list in an untrusted file may have any length."""
+"""Longest list that is parsed, in characters; a list in an untrusted file may have any length."""
 
 
 def listed(text: str | None) -> list[str]:
@@ -57,13 +57,13 @@ def dotted(path: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Module:
-    """A module's part of a graph.
+    """The part of a graph that computes one module.
 
     Attributes:
         path: the module's name in the graph.
         nodes: the module's nodes, in order.
         entering: floating-point values from outside that the module reads.
-        leaving: floating-point values of the module that are read outside.
+        leaving: floating-point values of the module that nodes outside read.
     """
 
     path: str
@@ -137,7 +137,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
-    # Only names by torch's older exporter, which start with a slash, contain modules.
+    # Only names by torch's older exporter contain modules; such names start with a slash.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))

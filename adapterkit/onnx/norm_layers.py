@@ -185,7 +185,7 @@ def norms_at(
 
     Raises:
         ShapeMismatch: an update does not fit a norm's channels.
-        TargetNotFound: a norm holds other numbers than the base's.
+        TargetNotFound: a norm holds other values than the base.
         Unsupported: the vector may be `1 + weight`, and no base is given to verify it; or it is `1 + weight`.
     """
     wanted = [
@@ -239,5 +239,5 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
         if np.allclose(held, 1 + stored, rtol=1e-2, atol=1e-3):
             cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
             raise Unsupported("the graph stores this norm as 1 + weight", where=str(target), cure=cure)
-        why = "the norm of this name has other numbers than the base's"
+        why = "the norm of this name holds other values than the base"
         raise TargetNotFound(why, where=str(target), cure="Is this the base that the graph was exported from?")

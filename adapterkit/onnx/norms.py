@@ -34,7 +34,7 @@ ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which weight files do not store: first torch's default, then the one of models from
+"""Candidates for `eps`, which weight files do not store: first torch's default, then the value of models from
 TensorFlow."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
@@ -42,12 +42,12 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the number of groups of a transposed convolution; 1 for other layers, with all outputs on one axis."""
+    """Return the number of groups of a transposed convolution; 1 for layers that have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
-    """Refuse layers that may have a folded norm, if there are no base weights to verify it.
+    """Refuse layers that may have a folded norm, if there are no base weights to verify the norm.
 
     Raises:
         Unsupported: the graph has signs of a folded norm.
@@ -61,7 +61,7 @@ def refuse_folded(found: Sequence[Found]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether a node computes a batch normalisation, alone or with other things; the exporter's metadata says so."""
+    """Whether the exporter's metadata names a batch normalisation for a node, alone or with other operations."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -108,7 +108,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate norm of the base with one `eps`, and the distance of the graph's weight and bias to it."""
+    """A candidate for a folded norm: a norm of the base with one `eps`, and its distance from the graph's weight."""
 
     name: str
     scale: Array
@@ -159,7 +159,7 @@ def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
     if scaled:
         how = "those of the base, each channel times a factor that no batch normalisation of the base has"
         cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
-    raise TargetNotFound(f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure)
+    raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
 
 
 def _own_bias(base: Checkpoint, weight: str) -> Array | None:

@@ -1,10 +1,10 @@
 """Slots for updates whose own tensors cannot be slots. The slots hold factors, scales and a bias.
 
-Some updates have no tensors that leave the base unchanged, or their formula cannot be written as nodes while the
-tensors are unknown: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces
-a weight. If the weight is known, each becomes a change of the weight (usually low-rank), a scale of the outputs and a
-change of the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the
-weights, but the graph's defaults stay small.
+Slots need default values that leave the base unchanged, and a formula that nodes can compute. Some updates lack one of
+these: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces a weight. For
+a known weight, such an update becomes a change of the weight (usually low-rank), a scale of the outputs and a change of
+the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the weights, but the
+graph's defaults stay small.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def worked_out(
 
     Raises:
         TargetNotFound: the graph has no such layer.
-        Unsupported: the target has several updates. The factors of the second would depend on the weight that the first
-            one changed.
+        Unsupported: the target has several updates. The factors of the second update would depend on the weight that
+            the first update changed.
     """
     from ..io.checkpoint import opened as opened_base
     from .resolving import by_name, resolve, spots_of

@@ -50,7 +50,7 @@ def numbers(value: ir.Value) -> Array:
     """Return the numbers of a constant value, computed by ONNX's reference implementation.
 
     Raises:
-        Malformed: the nodes that compute it do not fit their inputs.
+        Malformed: the nodes that compute the value have invalid inputs.
     """
     if value.const_value is not None:
         return value.const_value.numpy()
@@ -71,7 +71,7 @@ def numbers(value: ir.Value) -> Array:
 
 
 def held_apart(value: ir.Value) -> ir.Value:
-    """Copy a constant value and the nodes that compute it, so that it can be computed after the graph has changed."""
+    """Copy a constant value and the nodes that compute it, so that later changes of the graph do not affect it."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
@@ -83,7 +83,7 @@ def held_apart(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the graph input behind a value, looking through casts and reshapes; None if the value is computed."""
+    """Return the graph input that a value equals, except for casts and reshapes; None if the value is computed."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):
@@ -122,7 +122,7 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Return a node's attribute, or the default. A default of None stands for a list of integers.
+    """Return a node's attribute, or the default. A default of None means that the attribute is a list of integers.
 
     Raises:
         Malformed: the attribute has another type than the default.

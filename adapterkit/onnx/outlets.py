@@ -1,4 +1,4 @@
-"""Output sites: the values of a graph that are a target's output, residual and norm, for output updates.
+"""Find output sites: graph values that are a target's output, the residual added to it, and the norm of the sum.
 
 Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
 blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
@@ -41,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, whose node has an output.
+        end: the target's output; None for a layer, whose node has the output.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.
@@ -69,7 +69,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     placed = [update for update in outer if update.placed]
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        cure = "Give each update its own adapter, or change the order"
+        cure = "Put each update into a separate adapter, or change the order"
         raise Unsupported("the updates of one target have different residuals", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
@@ -100,7 +100,7 @@ def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
 def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
     module = module_at(model, _beside(target, path), where)
     if module.read is None or len(module.leaving) != 1:
-        why = f"the module {module.path} is not a function of one value"
+        why = f"the module {module.path} does not read one value and return one value"
         raise Unsupported(why, where=where, cure="Correct the update's `norm`")
     return Norm(module.read, module.nodes, module.leaving[0])
 
@@ -111,7 +111,7 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _own(module: Module, end: ir.Value) -> Outlet | None:
-    """If a module adds a residual at its end, and perhaps normalises the sum, return its site; otherwise None."""
+    """Return the output site of a module that adds a residual at its end, and may normalise the sum; else None."""
     found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(found) != 1:
         return None
@@ -127,7 +127,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether a node adds an outside value (input number `at`), used only here, to a value of the module itself."""
+    """Whether an Add adds its input `at`, an outside value that is read only here, to a value of the module."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -140,7 +140,7 @@ class Ended:
 
     Args:
         outlet: the target's output site.
-        branch: nodes are appended to it.
+        branch: collects the nodes that formulas append.
         layer: the layer; None for a module.
     """
 
@@ -161,7 +161,7 @@ class Ended:
 
     @property
     def moved(self) -> Value | None:
-        """The input with which a formula calls the module; None if it is the module's own input."""
+        """The input with which a formula calls the module; None if the formula uses the module's original input."""
         return None if self.asked is self.x else self.asked
 
     @property
@@ -186,7 +186,7 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("the output of a module for another input is unknown")
+            raise Unsayable("a graph does not contain a module's output for another input")
         if self.asked is not None and self.asked is not x:
             raise Unsayable("a module has one output, and the formula calls it with two inputs")
         self.asked = x

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PackedNumbers(Grouped):
-    """A weight as `[rows, columns]`, in groups of columns."""
+    """A packed weight as `[rows, columns]`; each group of columns in a row has a scale and a zero point."""
 
     q: Array
     zero: Array | int
@@ -79,7 +79,7 @@ class Seen:
         shape: the tensor's shape.
         scale: the stored scales: a single one, one per channel, or one per block.
         axis: the axis along which the scales differ.
-        block: how many numbers along the axis share a scale; 0 for a scale per channel.
+        block: the number of entries along the axis that share a scale; 0 for a scale per channel.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ class Seen:
         return np.broadcast_to(small.reshape(-1, 1), (self.scale.size, 1))
 
     def small(self, wide: Array | int, like: Array) -> Array:
-        """Convert `[rows, groups]` back to the stored form of `like`."""
+        """Convert `[rows, groups]` back to the shape and dtype of the stored tensor `like`."""
         if isinstance(wide, int):
             return like
         if not self.block:
@@ -133,7 +133,7 @@ class Seen:
 def numbers_in(
     node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
 ) -> PackedNumbers:
-    """Return packed numbers of integers `[rows, columns]`, and zero points and scales `[rows, groups]`."""
+    """Combine integers `[rows, columns]` with zero points and scales `[rows, groups]` to packed numbers."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -166,7 +166,7 @@ def joined_bits(rows: Array, bits: int) -> Array:
 
 
 class FusedMatMul(MatMul):
-    """`x @ W` with fused transpositions, as in saved optimized sessions."""
+    """`x @ W` with fused transpositions, as in graphs that onnxruntime optimized and saved."""
 
     op_type = "FusedMatMul"
 
@@ -183,7 +183,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # Use this operator and not a Transpose: a Transpose needs the number of axes, which saved sessions omit.
+        # Use this operator and not a Transpose: a Transpose needs the number of axes, which such graphs omit.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -334,7 +334,7 @@ def unpacked(rows: Array, bits: int) -> Array:
 
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by them."""
+    """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by these scales."""
     found = _scaled(node)
     assert found is not None
     mul = found[0].producer()
@@ -368,7 +368,7 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""Choice of a merge for a packed weight -> its meaning."""
+"""A map from each choice for a packed weight in a merge to the choice's meaning."""
 
 EXPLAINED = (
     "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
@@ -378,13 +378,14 @@ EXPLAINED = (
 )
 
 KEEPING = {
-    "float": "keep each packed weight as it is, and the change beside it as factors of floating point",
+    "float": "keep each packed weight unchanged, and the change beside it as floating-point factors",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""Choice of a merge for the change of a packed weight -> its meaning."""
+"""A map from each choice for the change of a packed weight in a merge to the choice's meaning."""
 
 MOST_LOST = 0.05
-"""The largest fraction of a change that quantizing again may lose; by default, other changes are attached."""
+"""The largest fraction of a change that quantizing again may lose. By default, a change that would lose more is
+attached beside the weight."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -434,7 +435,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
-    """Return the dequantized weight, computed when it is written; layers with one packed weight share the result."""
+    """Return the dequantized weight, which is computed when written; layers with one packed weight share the result."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
@@ -512,7 +513,7 @@ class Packing:
     Attributes:
         stored: the stored tensor, and whether the layer reads it transposed.
         shape: the stored weight's shape.
-        numbers: the integers, zero points and scales, as rows.
+        numbers: the weight as rows of integers, with their zero points and scales.
         rows: a function that converts a weight in its stored axis order to rows.
         put: a function that replaces the layer's integers, zero points and scales.
     """
@@ -695,7 +696,7 @@ def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array)
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # Use the content as key: layers that shared the old tensor share the new one, too, if their values are equal.
+    # Use the content as key, so that layers that shared the old tensor share the new tensor if their values are equal.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

@@ -77,9 +77,9 @@ def export_factory(
         options: more arguments of `export`; for an argument that is None, the function's value is used.
 
     Raises:
-        UsageError: there is no such function, or it returns something of another form.
+        UsageError: there is no such function, or the function returns something else.
         ShapeMismatch: the weights do not fit the module.
-        And what `export` raises; `out` is left unchanged.
+        Also the errors of `export`; then `out` is left unchanged.
     """
     target = Path(path_text(out))
     check_folder(target, overwrite)
@@ -174,8 +174,9 @@ def export_pretrained(
         UsageError: an argument is invalid, or transformers is not installed.
         StorageError: `out` exists, or cannot be written.
         Malformed: transformers cannot load the folder.
-        Unsupported: the kind of model is unknown, or the model needs its own code or a kernel to download.
-        And what `export` raises; `out` is left unchanged.
+        Unsupported: the kind of model is unknown, or the model needs code from its folder or a kernel that must be
+            downloaded.
+        Also the errors of `export`; then `out` is left unchanged.
     """
     source, target = located(model), Path(path_text(out))
     given, kind = dtype, dtype_named(dtype)
@@ -244,13 +245,13 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
                 cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Only check: each graph has only some targets, so no export of one graph finds a missing one.
+        pass  # Only check: each graph has only some of the targets, so its export cannot detect missing ones.
 
 
 def _whole(
     reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
 ) -> GraphReport:  # fmt: skip
-    """Return one report of all parts, with a warning about targets that no graph has because no output needs them."""
+    """Return one report of all parts; warn about targets that are in no graph, because no output needs them."""
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
         at

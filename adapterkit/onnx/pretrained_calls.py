@@ -83,7 +83,7 @@ class PretrainedModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExportWords:
-    """A model's call.
+    """The description of a model's call, for an export.
 
     Attributes:
         module: a wrapper that takes positional tensors and returns tensors.
@@ -101,7 +101,7 @@ class ExportWords:
 
 
 def words_of(model: PretrainedModel, source: Path) -> ExportWords:
-    """Return a description of a model's call, found from its class and the signature of `forward`.
+    """Describe a model's call, from the model's class and the signature of `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
@@ -137,7 +137,7 @@ def _encoder(model: PretrainedModel) -> ExportWords:
 
     def example(batch: int, length: int) -> tuple[Tensor, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        # Hide one position, so that the check covers padding.
+        # Mask out one position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
         kind = torch.zeros_like(mask)
         kind[:, length // 2 :] = 1
@@ -178,7 +178,7 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
 
     def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        # Hide one position of the past, so that the check covers left padding.
+        # Mask out one position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         # Use a random past instead of zeros, so that the outputs depend on it.

@@ -107,7 +107,7 @@ def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> t
     rng = torch.Generator().manual_seed(batch)
     if main in MASKED:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide one position, so that the check covers padding.
+        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Mask out one position, so that the check covers padding.
         return tokens(model, batch, length), mask
     # Whisper's second convolution halves the number of frames.
     frames = (model.config.num_mel_bins, 2 * model.config.max_source_positions) if main == "input_features" else (0, 0)
@@ -188,7 +188,7 @@ def _decoder(
     model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
     masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Return a description of the decoder's call: for the first token, or with a past.
+    """Describe the decoder's call: for the first token, or with a past.
 
     With a past, the decoder does not read the encoder's output, whose keys and values are in the past.
     """
@@ -309,7 +309,7 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
     def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide one position, so that the check covers padding.
+        mask[0, : int(batch > 1 and past > 0)] = 0  # Mask out one position, so that the check covers padding.
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         embedded = torch.randn(batch, length, width, generator=rng).to(kind)
         held = [

@@ -1,4 +1,4 @@
-"""Find an execution provider that works. onnxruntime also lists unusable ones, and silently uses another."""
+"""Find an execution provider that works: onnxruntime also lists broken providers, and then silently uses another."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def runs_on(provider: str) -> bool:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
     except Exception:  # onnxruntime's errors have no common base class.
         return False
-    # Compare the provider, because onnxruntime may fall back to the CPU without an error.
+    # Check which provider the session uses, because onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 

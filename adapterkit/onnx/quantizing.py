@@ -1,9 +1,9 @@
 """Quantize an exported graph by onnxruntime's quantizers, and measure the error of its weights.
 
 Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input in
-blocks of 32; if it did not, it would unpack whole weights for each token. Dynamic quantization is not used: it rounds
-the whole input with one scale, and models with a few large activations would lose most of their precision. Adapters
-that are attached as nodes or slots stay in floating point.
+blocks of 32; otherwise, onnxruntime would unpack whole weights for each token. Dynamic quantization is not used: it
+rounds the whole input with one scale, and models with a few large activations would lose most of their precision.
+Adapters that are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -182,7 +182,7 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 
 
 def as_floats(packed: Path, out: Path) -> None:
-    """Write a graph with dequantized weights, to compare it with the packed one."""
+    """Write a graph with dequantized weights, to compare this graph with the packed graph."""
     model = opened(packed).model
     building, made = Building(model), Fresh()
     for spot in spots_of(model):

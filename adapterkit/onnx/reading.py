@@ -48,7 +48,7 @@ def name_of(adapter: Source) -> str:
 
 
 def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
-    """Return a warning for each adapter that names another base; an empty tuple if no base is given.
+    """Return a warning for each adapter that names another base than `base`; an empty tuple if `base` is None.
 
     Raises:
         CheckFailed: there would be a warning, and `strict` is set.

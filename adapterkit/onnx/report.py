@@ -23,7 +23,7 @@ class GraphReport:
         files: all written files.
         found: the layers of each target.
         difference: the largest difference that the check found; None if the check did not run.
-        note: why the check did not run; for an adapter with context, how to use it.
+        note: why the check did not run; for an adapter with context, how to use the context.
         damage: for each target with a requantized weight, `error` (relative to the merged weight) and `kept` (the
             fraction of the change that is left).
         reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;

@@ -62,7 +62,6 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
     return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
 
 
-# Resolve an adapter's targets to nodes of a graph.
 # Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
 # without a name are found by the values of their weights. Nothing is guessed.
 
@@ -88,10 +87,10 @@ def resolve(
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished; the error gives
             the nearest names.
-        ShapeMismatch: a shape does not fit.
+        ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a graph cannot have such a target; or a norm may be folded into a layer, and no base is given to
             verify it.
-        UsageError: it is unknown which of several tied layers an update changes.
+        UsageError: layers are tied, and neither the adapter nor `tying` shows which of these layers an update changes.
     """
     stage("finding the targets in the graph")
     from .tying import Tying, with_tied
@@ -278,7 +277,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Return module path in node names -> the additional prefix that the names of the module's parameters have.
+    """Map each module path in node names to the additional prefix that the names of the module's parameters have.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
     node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
@@ -356,7 +355,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights, each with the first method that found the name, and its layers."""
+    """Return all names of weights; each with the first method that found the name, and the layers with that weight."""
     known: Known = {}
     spots = [*spots, *in_heads(spots)]
     for method in METHODS:
@@ -401,7 +400,7 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
     except TargetNotFound as error:
         if base is None:
-            cure = f"{error.cure}; to find layers by their numbers, pass the base: --base-weights DIR (base_weights=)"
+            cure = f"{error.cure}; to find layers by their values, pass the base: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
         from .matching import by_values
 
@@ -410,8 +409,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 
 
 BUILDER_NAMES = (("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"))
-"""Pairs of a graph's and an adapter's name: onnxruntime-genai's builder calls every attention `attn`, and every router
-of experts `moe.router`."""
+"""Pairs of names for the same layer, first the graph's: onnxruntime-genai's builder calls every attention `attn`, and
+every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
@@ -424,7 +423,7 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return the adapter's name -> the graph's name for weights of attentions and routers that differ in a word."""
+    """Map the adapter's names of weights of attentions and routers to the graph's names, if one part differs."""
     found: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)

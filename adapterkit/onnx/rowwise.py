@@ -150,7 +150,7 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         worked_out = ir.from_proto(proto)
-    except Exception:  # ONNX's errors have no common base class. Without shapes, the check decides.
+    except Exception:  # ONNX's errors have no common base class. Without shapes, only the later check finds errors.
         return {}
     outputs = (out for node in worked_out.graph for out in node.outputs)
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
@@ -176,7 +176,7 @@ def stacked(
 
     Args:
         names: the adapter of each row; None for the base.
-        loaded: for each adapter, slot -> a stack of one adapter.
+        loaded: for each adapter, a map from slots to stacks of this one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

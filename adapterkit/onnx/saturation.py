@@ -1,7 +1,7 @@
 """Count values that static quantization clips because its ranges were calibrated without the adapter.
 
 A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, they are
-clipped, and nothing in the graph shows it. So this module runs both graphs and counts the clipped values.
+clipped, and nothing in the graph shows the clipping. So this module runs both graphs and counts the clipped values.
 """
 
 from __future__ import annotations

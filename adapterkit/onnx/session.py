@@ -47,7 +47,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
         ShapeMismatch: the tensor has another dtype or shape.
     """
     if name not in slots:
-        cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
+        cure = nearest(name, slots) or ("Is it an adapter for this model?" if slots else "Export the model with slots")
         raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
@@ -109,7 +109,6 @@ MOST_NAMED = 4
 _MADE = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
-# Run a model with slots in onnxruntime: load the model once, and swap adapters between runs.
 # Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
 # reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore a `LoraAdapter`. If two adapters
 # set the same slot, onnxruntime silently uses the first one. From Python, a `LoraAdapter` stays in CPU memory.
@@ -244,13 +243,13 @@ class Session:
                 text, a language model only needs `input_ids`: by default, the past is empty, no token is masked, and
                 positions count up.
             adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
-                model by `inject` with `mode="rows"`, a list with a name or None for each row of the batch. None runs
-                the bare model, bit for bit.
+                model that `inject` wrote with `mode="rows"`, a list with a name or None for each row of the batch. None
+                runs the bare model, bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
             UsageError: an input is missing, unknown or of another dtype; or no adapter of this name is loaded.
-            ShapeMismatch: the shape of an input does not fit.
+            ShapeMismatch: an input has another shape than the model declares.
             Unsupported: two adapters use the same slot, or a weighted adapter's method has no scaling.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
@@ -271,7 +270,7 @@ class Session:
         if both := sorted(feeds.keys() & chosen.keys()):
             cure = "Omit the input or the adapter"
             raise Unsupported(
-                "the slot is fed as an input, and held by the adapter", path=self._path, where=both[0], cure=cure
+                "the slot is set twice: by an input and by the adapter", path=self._path, where=both[0], cure=cure
             )
         feeds = self._neutral | feeds | chosen
         try:
@@ -302,7 +301,7 @@ class Session:
         Raises:
             UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
                 hides the last token.
-            And what `run` raises.
+            Also the errors of `run`.
         """
         past = [name for name in self.inputs if name.startswith(PAST)]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
@@ -368,7 +367,7 @@ class Session:
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # If the mask has padding, the caller must give positions, because they may begin at any number.
+                # If the mask has padding, the caller must pass the positions, because they may begin at any number.
                 made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return made
 
@@ -452,7 +451,7 @@ class Session:
         """Return the stacked slots for a batch with an adapter for each row.
 
         Raises:
-            UsageError: the model has no stacked slots, or the batch has another size.
+            UsageError: the model has no stacked slots, or the batch has another size than `names`.
         """
         if not self._by_rows:
             cure = "Inject with --mode rows (mode='rows'), or run the rows of each adapter separately"
@@ -515,7 +514,8 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     mask = np.atleast_2d(np.asarray(attention_mask, np.int64))
     if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
         why = (
-            f"the mask has shape {list(mask.shape)} or other numbers than 0 and 1; the tokens have {list(tokens.shape)}"
+            f"the mask has shape {list(mask.shape)}, or values other than 0 and 1; "
+            f"the tokens have shape {list(tokens.shape)}"
         )
         raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():

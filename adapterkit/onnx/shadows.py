@@ -52,7 +52,7 @@ Fixed = tuple[int, int] | None
 
 
 class Shadows:
-    """The state that blocks pass on.
+    """The state of Shadow's side network, which each block passes to the next block.
 
     Args:
         words: the inputs of the model's call.
@@ -106,14 +106,14 @@ class Shadows:
 
 
 class State:
-    """The state as one block reads it and passes it on; see `OutputUpdate`."""
+    """The network's state as one block reads it and passes it on; see `OutputUpdate`."""
 
     def __init__(self, shadows: Shadows, heard: Heard) -> None:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block. If its width is that of the block's input, it takes the input's sizes."""
+        """Return the state before the block. If its width is that of the block's input, declare the input's sizes."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -210,7 +210,7 @@ def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     known = {*found.values(), *past.values(), *words.made.values()}
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
-            why = f"the graph's input {value.name} is not an input of the network beside the model"
+            why = f"the graph's input {value.name} is not an input of the side network"
             cure = f"Say which input it is, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
             raise Unsupported(why, cure=cure)
     return _tokens(update, heard, found, bool(past)) | _beside(heard, found)

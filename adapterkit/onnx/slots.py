@@ -49,11 +49,11 @@ RECORD = "adapterkit.slots"
 """Metadata key of a model for the list of each target's slots."""
 
 REQUIRED = "adapterkit.required"
-"""Metadata key of a model whose slots are required inputs. Value: slot -> the number that fills it without an
-adapter."""
+"""Metadata key of a model whose slots are required inputs. The key's value maps each slot to the number that fills the
+slot without an adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size is fixed: the size is that of the base's layer, or equal in all layers."""
+"""Axes whose size is fixed: the size comes from the base's layer, or is equal in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ class Slot:
 
     Attributes:
         value: the input; it is also an initializer of the graph.
-        shape: the sizes of the slot; an open size is a number from `FREE` on.
+        shape: the sizes of the slot; a number of at least `FREE` stands for an open size.
         dtype: the dtype of the slot.
     """
 
@@ -78,7 +78,7 @@ class SlotUpdate:
     Attributes:
         method: the update's method.
         attributes: the update's attributes that are constants in the graph's nodes.
-        fields: field of the update -> name of its slot.
+        fields: a map from each of the update's fields to the name of the field's slot.
     """
 
     method: str
@@ -154,19 +154,19 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
 
 
 def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonValue]:
-    """Return an update's attributes without a slot, as values that JSON stores without change."""
+    """Return the attributes of an update that have no slot, as values that JSON stores without change."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
     return values
 
 
 def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return attributes that are constants in a graph's nodes; an empty dictionary for computed factors."""
+    """Return attributes that are constants in a graph's nodes; an empty dictionary for slots of computed factors."""
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Return by name the inputs of a graph that adapters fill: optional inputs, or required ones (mode `inputs`)."""
+    """Return the graph inputs that adapters fill, by name: optional inputs, or required inputs (mode `inputs`)."""
     held = {*model.graph.initializers, *fills_of(model.metadata_props)}
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
 
@@ -193,11 +193,11 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots with which the graph computes the base; open sizes are 1.
+    """Return tensors for required slots with which the graph computes the same as the base; open sizes are 1.
 
     Args:
-        fills: slot -> the number that fills it; see `fills_of`.
-        declared: slot -> its sizes and its numpy dtype.
+        fills: a map from each slot to the number that fills the slot; see `fills_of`.
+        declared: a map from each slot to its sizes and its numpy dtype.
     """
     return {
         name: np.full([size if isinstance(size, int) else 1 for size in declared[name][0]], fill, declared[name][1])
@@ -239,7 +239,7 @@ class Slots:
             position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: the update has no values with which it changes nothing, or its formula reads the model's
+            Unsupported: no values of the tensors make the update change nothing, or its formula reads the model's
                 inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
@@ -256,7 +256,7 @@ class Slots:
         return self._values(update, layer, key)
 
     def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
-        """Return slots for factors computed from an update and the base's weight; None if it has no such factors."""
+        """Return slots for factors computed from an update and the base's weight; None without such factors."""
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
@@ -299,7 +299,7 @@ class Slots:
         self.building.model.metadata_props[REQUIRED] = json.dumps(fills, separators=(",", ":"))
 
     def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
-        """Return field -> slot."""
+        """Return a map from each field of the update to its slot."""
         # Fix the shapes for a Conv, because OpenVINO does not run a Conv with an open number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
@@ -347,7 +347,8 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. A default of size 0 has no number; with another size, zeros fill it.
+        # Record the number that fills the default. An empty default contains no number: at another size, fill it with
+        # 0.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -377,7 +378,7 @@ def _neutral(
         # Try size 1 as well, because some formulas cannot handle empty tensors.
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
-    why = f"no tensors of {update.method} leave the base as it is"
+    why = f"no tensors of {update.method} leave the base unchanged"
     raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
 
 
@@ -487,7 +488,7 @@ def write_adapter(
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format, by
-    the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` loads it, too.
+    the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` also loads such a file.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -506,7 +507,7 @@ def write_adapter(
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates that a graph has slots for, and the targets that it lacks.
+    """Split an adapter into the updates that a graph has slots for, and the targets that have no slots.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
@@ -540,7 +541,7 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> P
 def _fitted(
     model: Model, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Return the adapter split like the graph's layers, slot -> array, and field -> slot for each update."""
+    """Return the adapter, split like the graph's layers; each slot's array; and each update's slots by field."""
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
@@ -592,7 +593,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
 
 
 def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """Return the record of a target, or of its rows: each part of a fused weight has a record of its own."""
+    """Return the record of a target. Each part of a fused weight has a separate record, which is found by its rows."""
     for name, record in records:
         if name.rows == target.rows:
             return record
@@ -605,7 +606,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 def _paired(
     updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Pair updates with their slots. The updates must be in the record's order, but may be fewer."""
+    """Pair updates with their slots. There may be fewer updates than in the record, but in the same order."""
     pairs, left = [], list(record.updates)
     for update in updates:
         while left and left[0].method != update.method:
@@ -631,7 +632,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's tensors to `feeds`, by the names of their slots; return field -> slot."""
+    """Add an update's tensors to `feeds`, by the names of their slots; return a map from fields to slots."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:
@@ -695,7 +696,8 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = (
-            f"shape {list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
+            f"the shape is {list(array.shape)}, and the slot's is "
+            f"{[size if isinstance(size, int) else 'any' for size in declared]}"
         )
         cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)

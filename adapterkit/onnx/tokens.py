@@ -1,4 +1,4 @@
-"""The tokens of a sequence in a graph: the inputs with tokens, all tokens of past and call, and their positions.
+"""Find the token ids of the call and of the past in a graph, and the positions of all tokens.
 
 The cache does not have the past's tokens, so the graph gets a new input for them. With this input, formulas that read
 all tokens give the same results for the call's tokens as a run without a past.
@@ -30,14 +30,14 @@ class Call(Protocol):
 
     Attributes:
         building: the model.
-        made: name -> an input that was added to the graph.
+        made: a map from names to inputs that were added to the graph.
     """
 
     building: Building
     made: dict[str, ir.Value]
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call; None if there is none."""
+        """Return the graph input for an input of the call; None if the graph has no such input."""
 
     def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
         """Add an integer input to the graph, once per name."""
@@ -48,7 +48,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """Return the inputs for the past: (layer, `key` or `value`) -> input."""
+    """Return the graph's inputs for the past, by the layer's number and `key` or `value`."""
     found: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
@@ -87,7 +87,9 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
 
 
 def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
-    """Return the positions of all tokens, `[rows, positions]`. Those of the past count up to the call's first one.
+    """Return the positions of all tokens, `[rows, positions]`.
+
+    The past's positions count up to the call's first position.
 
     Args:
         words: the inputs of the call, after `every_token` was called.

@@ -34,11 +34,11 @@ def traced(
         model: the module, in evaluation mode.
         args: an example of its positional arguments.
         kwargs: an example of its named arguments.
-        inside: if the module is a wrapper, the attribute that holds the model; it is removed from names.
+        inside: if the module is a wrapper, the attribute that holds the model; the attribute is removed from names.
         options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:
-        Unsupported: torch cannot export it.
+        Unsupported: torch cannot export the module.
     """
     stage("tracing the model")
     import torch

@@ -42,7 +42,7 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
     Some graphs declare sizes as open but run with one value only: the head size in onnxruntime-genai's graphs;
-    channels, height and width in those of image models.
+    channels, height and width in the graphs of image models.
     """
     if graph is None:
         return {}

@@ -65,9 +65,9 @@ def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], t
         tying: the caller's choice, and the base's config.
 
     Raises:
-        UsageError: it is unknown which of the tied layers an update changes.
+        UsageError: neither the adapter nor the caller's choice shows which of the tied layers an update changes.
     """
-    # Trust the config, because equal numbers alone do not prove a tie.
+    # Trust the config, because equal values alone do not prove a tie.
     if says_untied(tying.config):
         return list(found)
     for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):
@@ -164,7 +164,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
-    """Return each layer's nodes, by the name of its weight for the adapter, or else in the graph."""
+    """Return the nodes of each layer, by the adapter's name for the layer's weight, or else by the graph's name."""
     nodes = {spot.node for spot in spots}
     found: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1

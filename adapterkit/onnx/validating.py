@@ -33,7 +33,7 @@ _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Field of a tensor proto -> the types whose numbers it stores; `int32_data` stores all other types."""
+"""Field of a tensor proto -> the types whose numbers the field stores; `int32_data` stores all other types."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
@@ -52,7 +52,7 @@ def check_model(proto: ModelProto, path: Path | None) -> None:
         path: its file, for errors.
 
     Raises:
-        Malformed: the model has a fault; the error gives the node or tensor of the first one.
+        Malformed: the model has a fault; the error gives the node or tensor of the first fault.
     """
     opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
     _check_graph(proto.graph, opsets, frozenset(), path, 0)
@@ -78,7 +78,7 @@ def _check_graph(
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
     inside = {name for node in graph.node for name in node.output if name}
-    # Allow subgraphs to read any of these names, whatever the order of nodes, because runtimes sort them.
+    # Allow subgraphs to read any of these names, whatever the order of nodes, because runtimes sort the nodes.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:

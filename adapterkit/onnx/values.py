@@ -33,7 +33,7 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula uses an operation that has no node. If all values are known, numpy can still compute the result."""
+    """A formula needs an operation that no node computes. If all values are known, numpy can still compute it."""
 
 
 class OpenSize(int):
@@ -545,7 +545,7 @@ class Value:
         """Return the tensor's numbers.
 
         Raises:
-            Unsayable: they depend on the graph's inputs.
+            Unsayable: the numbers depend on the graph's inputs.
         """
         if self.known is None:
             raise Unsayable("a number is not known before the graph runs")
@@ -589,7 +589,7 @@ class Value:
         dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
         more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes the output in numpy, without the inputs in `more`."""
+        """Append a node and return its output. `f` computes the output in numpy from `inputs`, but not from `more`."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
@@ -762,7 +762,7 @@ class Value:
 
 
 def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
-    """Return an update whose formulas compute with numpy arrays or graph values, which `f` returns for its tensors."""
+    """Return an update whose formulas compute with the arrays or graph values that `f` returns for its tensors."""
     return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 

@@ -1,6 +1,6 @@
-"""Arithmetic on adapters: sums, changes of rank, extraction from tuned models, and comparison, on factors if possible.
+"""Compute with adapters: sum, change ranks, extract from tuned models, and compare, on low-rank factors if possible.
 
-Every operation takes adapters (or their paths) and returns an adapter; none changes its inputs, and none prints.
+Operations take adapters or their paths. They change no inputs and print nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exact algebra of adapters: scale, negate, add, subtract, average and stack, on low-rank factors where possible."""
+"""Scale, negate, add, subtract, average and stack adapters exactly, on low-rank factors if possible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Join low-rank updates into one LoRA, and sum the others to one dense difference; `stacking` keeps the others."""
+    """Join low-rank updates into one LoRA, and sum all other updates to one dense difference.
+
+    With `stacking`, the other updates are not summed but kept as a list.
+    """
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
     for update, weight in terms:
@@ -42,8 +45,8 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     made: list[Update] = []
     if thin:
-        # Beyond the rank of the weight, joined factors only take space, so the sum is cut to that rank, without loss.
-        # Stacking keeps them all, because it must not compute anything.
+        # If the ranks add up to more than the weight's smaller side, cut the sum to this side; the cut loses nothing.
+        # Stacking joins the factors without a cut, because stacking must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
@@ -58,7 +61,7 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
-    # Factors whose rank reaches a side of the weight would take more space than a dense difference.
+    # Factors of a rank as large as a side of the weight would take more space than a dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -69,7 +72,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Join factors into one LoRA without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
-    # One scaling for all factors: the largest, so that no ratio to it overflows.
+    # Use the largest scaling for the joined factors, so that no ratio of scalings overflows.
     scaling = max(factors, key=abs) or 1.0
     ratios = [factor / scaling for factor in factors]
     lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
@@ -81,7 +84,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Compute the sum and cut it to the rank of the weight, for factors whose ranks add up to more."""
+    """Compute the sum of LoRAs whose ranks add up to more than the weight's smaller side, and cut it to this side."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
@@ -99,7 +102,8 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
     experts = changes[0].experts
     lead = () if experts is None else (experts,)
     if any(change.changes_weight for change in changes):
-        # Computed lazily, because dense differences of all targets together are as large as the model.
+        # Compute the difference when it is read, because the dense differences of all targets are as large as the
+        # model.
         fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
     if any(change.changes_bias for change in changes):
         fields["d"] = computed((*lead, place.shape[0]), kind, lambda: _biases(changes))
@@ -107,7 +111,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes, with experts stacked. Memory holds the sum and one change at a time."""
+    """Return the sum of changes, with experts stacked. Memory contains the sum and one further change."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -123,10 +127,11 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. A sum is defined as the merge of several adapters: W' = W + sum_i weight_i * (f_i(W) - W).
+# The public operations. The sum of adapters changes a weight as a merge of these adapters does: W' = W + sum_i weight_i
+# * (f_i(W) - W).
 #
-# Low-rank factors are joined, so ranks add up and nothing is computed before it is read. PEFT's "linear" sums all A and
-# all B separately instead, which adds products B_i @ A_j of different adapters.
+# Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
+# separately, so its result also contains products B_i @ A_j of different adapters.
 
 
 def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
@@ -139,7 +144,7 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
 
     Raises:
         NotMergeable: a method does not change weights.
-        UsageError: a method needs the weights and no base was given; the factor is not finite.
+        UsageError: a method needs the base's weights, but no base was given; or the factor is not finite.
     """
     _check_weights([factor], 1)
     (read,), found = places([adapter], base=base)
@@ -159,21 +164,21 @@ def add(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the exact sum of adapters: ranks add up, to at most the weight's; changes without factors become dense.
+    """Return the exact sum of adapters. The ranks of LoRAs add up; changes without low-rank factors become dense.
 
     Args:
         adapters: adapters or their paths, of any methods, ranks and targets.
-        weights: one factor per adapter; 1 for each when not given.
-        base: resolves names and layouts, and gives the weights to methods that need them.
-        disjoint: allow adapters that share no target.
+        weights: one factor per adapter; default: 1.
+        base: the base. Names and layouts are resolved against the base, and some methods need its weights.
+        disjoint: whether to allow adapters that have no target in common.
 
     Returns:
-        an adapter. A target that only one adapter changes keeps its method; each other target has a LoRA, a dense
-        difference or both.
+        the sum. A target that only one adapter changes keeps its method; any other target has a LoRA, a dense
+        difference, or both.
 
     Raises:
-        UsageError: weights do not match the adapters; no common targets; a method needs the weights and no base was
-            given.
+        UsageError: the number of weights differs from the number of adapters; the adapters have no target in common; or
+            a method needs the base's weights, but no base was given.
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for different weights.
     """
@@ -192,7 +197,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the weighted mean of adapters. An adapter that lacks a target counts as a change of zero there. See `add`.
+    """Return the weighted mean of adapters; an adapter counts as zero at targets that it lacks. See `add`.
 
     Raises:
         UsageError: the weights sum to 0.
@@ -200,7 +205,7 @@ def average(
     chosen = _checked(weights, adapters)
     whole = math.fsum(chosen)
     if whole == 0:
-        raise UsageError("the weights sum to 0", cure="Choose weights with a sum, or add")
+        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use add")
     return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
 
 
@@ -211,9 +216,9 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computing anything: ranks add up without limit, and other updates are kept side by side.
+    """Join adapters without computing anything: ranks add up without a limit, updates without factors stay separate.
 
-    The result is the same function as that of `add`. Prompts and other contexts are concatenated.
+    The result computes the same function as the result of `add`. Prompts and other contexts are concatenated.
 
     Raises:
         AdapterkitError: as for `add`.
@@ -230,7 +235,7 @@ def _combined(
 
 
 def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
-    """Return the sum at one target."""
+    """Return the sum of several adapters' updates at one target."""
     try:
         parts = [_parted(updates, weight) for updates, weight in zip(place.updates, weights, strict=True) if updates]
         heads = [(head, weight) for head, _, weight in parts if head]
@@ -242,7 +247,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split updates after the last one that is not additive. The updates after that one do not depend on the weight."""
+    """Split updates into (all up to the last non-additive update, the additive updates after it, weight)."""
     last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
     return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
 
@@ -250,15 +255,18 @@ def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Mix updates that are not additive; return the mixture's updates, and those that became additive at the base."""
+    """Combine updates that are not additive.
+
+    Return combined updates, and updates that were made additive at the base.
+    """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
     updates, weights = [head for head, _ in heads], [weight for _, weight in heads]
     every = [update for head in updates for update in head]
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
-    # Refuse what can never be summed, then try a mixture of one method, which needs no base, and only then require the
-    # base.
+    # First refuse updates that can never be summed. Then try to combine updates of the same method, which needs no
+    # base. Only then require the base.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)
@@ -271,7 +279,10 @@ def _mixed(
 
 
 def _mixture(place: AlignedPlace, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
-    """Return one update of the common method, if all share one and it can hold the mixture; else None."""
+    """Return the weighted sum as one update, or None.
+
+    The sum is one update if all updates have the same method and the method can express the sum.
+    """
     methods = {type(update) for head in updates for update in head}
     if len(methods) > 1 or any(len(head) > 1 for head in updates):
         return None
@@ -288,7 +299,7 @@ def _stored(values: Array, kind: DType) -> Lazy:
 
 
 def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
-    """Scale one adapter's additive updates, keeping each method that can be scaled."""
+    """Scale one adapter's additive updates; keep their methods if the methods have a scaling."""
     made: list[Update] = []
     for update, weight in terms:
         scaled = update if weight == 1 else update.scaled(weight)
@@ -298,7 +309,7 @@ def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
 
 def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
     if isinstance(adapters, (str, Adapter)):
-        raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
+        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     _check_weights(chosen, len(adapters))
     return chosen

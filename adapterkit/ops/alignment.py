@@ -1,4 +1,4 @@
-"""Align several adapters by target."""
+"""Read several adapters and collect their updates target by target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AlignedPlace:
-    """One target of several adapters.
+    """The updates of several adapters at one target.
 
     Attributes:
         target: the target.
@@ -50,26 +50,27 @@ class AlignedPlace:
 
     @cached_property
     def shape(self) -> Shape:
-        """One weight's shape `[out, in, *k]`, from the base or the updates; `[out]` if only a bias changes.
+        """The shape of the weight (of one expert if stacked), `[out, in, *k]`; `[out]` if only a bias changes.
 
         Raises:
             ShapeMismatch: the adapters were made for different weights.
-            UsageError: neither the base nor the updates tell the shape.
+            UsageError: neither the base nor the updates show the shape.
         """
         known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
-            raise UsageError("only the base knows the shape of this weight", where=str(self.target), cure=_BASE)
+            raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in found) for found in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
-            # Some methods store only the product of a convolution's inner axes, so compare sizes instead of axes.
+            # Compare the numbers of elements, because some methods store only the product of a convolution's input and
+            # kernel sizes.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
                 why = f"the adapters were made for weights of {list(longest)} and of {list(shape)}"
                 raise ShapeMismatch(why, where=str(self.target), cure="Combine adapters of one base only")
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
-        """Return each adapter's change times the adapter's weight; None for an adapter without updates of this target.
+        """Return each adapter's change, multiplied by the adapter's weight; None for an adapter without this target.
 
         Raises:
             AdapterkitError: an update is not additive; see `at_base.additive`.
@@ -84,9 +85,12 @@ class AlignedPlace:
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
-    """Yield the adapters' changes of the weight, or of each expert's weight; None for an adapter without one."""
+    """Yield a tuple of the adapters' changes, once for a single weight, or once per expert.
+
+    None for an adapter without a change.
+    """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # A generator is truthy, so the loop runs if any adapter changes the weight. It ends when the generators end.
+    # Generators are truthy, so the loop runs if any adapter changes the weight. The loop ends with the generators.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -103,19 +107,19 @@ def places(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> tuple[list[Adapter], list[AlignedPlace]]:
-    """Read adapters, bind them to the base if there is one, and align them by target.
+    """Read adapters, bind them to the base if there is one, and collect their updates target by target.
 
     Args:
         adapters: adapters or their paths.
-        base: the base whose names and layouts all adapters get, and whose weights some methods need.
-        lower: a participle for error messages, such as `"combined"`. If given, every update is made additive or
-            refused.
-        disjoint: allow adapters that share no target.
+        base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
+        lower: a participle for error messages, such as `"combined"`. If given, updates are made additive, or refused if
+            that is impossible.
+        disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
-        strict_base: refuse a base other than the one that an adapter names.
+        strict_base: whether to refuse a base that differs from the base that an adapter records.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
+        CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         UsageError: there is no adapter, two of them have no target in common, or they belong to different image models.
         ShapeMismatch: adapters disagree about how the base stores a weight.
         NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
@@ -147,7 +151,7 @@ def places(
 
 
 def source_adapter(source: Source, base: Base | None) -> Adapter:
-    """Return the adapter, reading it from a path if needed, validated."""
+    """Return an adapter after validation; read it first if `source` is a path."""
     if isinstance(source, Adapter):
         source.validate()
         return source
@@ -163,7 +167,7 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters without a common target. They usually belong to one model whose modules they name differently."""
+    """Refuse adapters without a common target; usually, these adapters name the same modules differently."""
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}
@@ -182,7 +186,7 @@ def _check_layouts(adapters: Sequence[Adapter]) -> None:
         for target in adapter.updates:
             other = said.setdefault((target.path, target.rows), target)
             if other.layout != target.layout:
-                why = f"one adapter says the base stores it [{other.layout}], another [{target.layout}]"
+                why = f"one adapter assumes that the base stores [{other.layout}], another assumes [{target.layout}]"
                 raise ShapeMismatch(why, where=str(target), cure=_BASE)
 
 

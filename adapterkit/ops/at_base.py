@@ -1,13 +1,13 @@
-"""Turn a formula of the weight into its difference at a base, W' - W: a dense update, computed when it is read.
+"""Convert an update whose formula depends on the weight into its difference W' - W at a given base.
 
-Additive updates can be summed without a base. Other updates of weights can only be summed at a given base. Updates of
-outputs or contexts cannot be summed.
+The difference is a dense update, which is computed when it is read. Additive updates can be summed without a base,
+other updates of weights only after this conversion. Updates of outputs or contexts cannot be summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive, Update
@@ -17,7 +17,7 @@ from ..io.checkpoint import opened
 from ..io.computed import computed, load
 from ..io.lazy import DTYPES
 from ..methods.dense import Dense
-from ..naming.binding import bind
+from ..naming.binding import bind, view
 from ..naming.binding.fitting import viewed
 from ..naming.ties import aliases
 from .lowering import loaded, part
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from ..io.lazy import Lazy, Shape
     from ..naming.binding import Site
     from .lowering import Base
-
-A = TypeVar("A")
-"""A numpy array or torch tensor."""
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
@@ -45,16 +42,16 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
-    """Return the adapter with only additive updates. Every other update of a weight becomes its difference at the base.
+    """Return the adapter with only additive updates; replace every other update by its difference at the base.
 
     Args:
         adapter: the adapter, bound to the base if there is one.
-        base: the base that holds W.
+        base: the base with the weight W.
         doing: a participle for messages, such as `"added"`.
 
     Raises:
         NotMergeable: a method does not change weights.
-        UsageError: a method needs W and no base was given.
+        UsageError: a method's formula depends on W, but no base was given.
     """
     if all(isinstance(update, Additive) for _, update in adapter):
         return adapter
@@ -67,30 +64,30 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
 
 
 class Weights:
-    """The weights and biases of a base at bound targets, with the axes that formulas expect."""
+    """Read the weights and biases of a base at an adapter's targets, with the axes that formulas expect."""
 
     def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
         self.base = opened(base)
         self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
 
     def at(self, target: Target, expert: int | None, bias: bool) -> Array:
-        """Return a weight `[out, in * k]` or a bias `[out]` in float64. If experts are stacked, it belongs to `expert`.
+        """Return a weight `[out, in * k]` or a bias `[out]` in float64; of a stack, return the slice of `expert`.
 
         Raises:
             UsageError: the base has no bias at this target.
-            Malformed: the tensor holds a NaN or an infinity.
+            Malformed: the tensor contains a NaN or an infinity.
         """
         site = self.sites[target]
         stored = site.bias if bias else site.weight
         if stored is None:
-            raise UsageError("the base has no bias here", where=str(target), cure="Choose another method")
-        W: Array = view_of(load(_tensor(self.base, stored)), target, bias)
+            raise UsageError("the base has no bias for this target", where=str(target), cure="Choose another method")
+        W: Array = view(load(_tensor(self.base, stored)), target, bias)
         one = W if expert is None else W[expert]
         return one if bias else one.reshape(len(one), -1)
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Check that an update changes weights. Without a base, also check that it does not need the base's weights."""
+    """Check that an update changes weights and, without a base, that its formula does not depend on the weight."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
@@ -101,7 +98,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace the updates up to the last one that needs W by their difference, computed when it is read."""
+    """Replace all updates up to the last non-additive update by one dense difference, computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -112,14 +109,15 @@ def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
         if stored is not None and changing:
             W = _tensor(base, stored)
             shape = _seen(W.shape, site.target, bias)
-            # float32 holds the difference of 16-bit weights; a base in float64 keeps its precision.
+            # float32 is precise enough for differences of 16-bit and 32-bit weights; for a base in float64, use
+            # float64.
             wide = DTYPES["F64" if W.dtype.name == "F64" else "F32"]
             fields[name] = computed(shape, wide, _difference(site, needing, base, stored, bias))
     return (Dense(**fields), *rest)  # type: ignore[arg-type]
 
 
 def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
-    """Return the shape of a stored tensor in the target's view, with the axis of experts."""
+    """Return a stored tensor's shape with the axes of `view`."""
     axis = len(shape) - 1 if bias else int(target.stacked)
     seen = shape if bias else viewed(shape, target)
     assert seen is not None
@@ -133,7 +131,7 @@ def _difference(
     def make() -> Array:
         import numpy as np
 
-        W = view_of(load(_tensor(base, stored)), site.target, bias)
+        W = view(load(_tensor(base, stored)), site.target, bias)
         ready = [loaded(update, site.target) for update in updates]
         if bias and any(update.bias_sees_weight for update in ready):
             ready = _settled(ready, site, base)
@@ -146,12 +144,15 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Return updates with computed changes of the bias; each gets the weight as the earlier updates left it."""
+    """Resolve updates whose change of the bias depends on the weight.
+
+    Each update gets the weight after the earlier updates.
+    """
     import numpy as np
 
     assert site.weight is not None
-    # Formulas are written for torch tensors, and also run on numpy arrays.
-    W: Any = view_of(load(_tensor(base, site.weight)), site.target)
+    # Formulas are typed for torch tensors, but also run on numpy arrays.
+    W: Any = view(load(_tensor(base, site.weight)), site.target)
     done = []
     for update in updates:
         done.append(update.settled_at(W, site.target.stacked))
@@ -170,22 +171,6 @@ def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> A
     return W
 
 
-def view_of(W: A, target: Target, bias: bool = False) -> A:
-    """View a stored numpy or torch tensor as the target's updates see it, without a copy."""
-    view: Any = W
-    if bias:
-        view = view if target.rows is None else view[..., slice(*target.rows)]
-        return cast(A, view)
-    if target.layout == "in out *k":
-        view = view.swapaxes(0, 1)
-    elif target.layout == "e in out *k":
-        view = view.swapaxes(1, 2)
-    if target.rows is not None:
-        rows = slice(*target.rows)
-        view = view[:, rows] if target.stacked else view[rows]
-    return cast(A, view)
-
-
 def _tensor(base: Checkpoint, name: str) -> Lazy:
-    """Return a stored tensor by its name, or by the name of a tied head."""
+    """Return a stored tensor; `name` may also be the name of a tied head."""
     return base.tensors[aliases(base).get(name, name)]

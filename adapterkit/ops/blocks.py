@@ -1,7 +1,8 @@
-"""Read the changes of one weight by several adapters in blocks of rows; each pass forms all products again.
+"""Iterate over the changes that several adapters make to one weight, in blocks of rows.
 
-A product of rank 16 for 4096 x 4096 takes 0.02 s and 134 MB in float64, so eight of them take a gigabyte. Formulas that
-need every entry read the blocks two or three times, and hold one block at a time.
+The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
+take a gigabyte. Formulas that need every entry therefore iterate over blocks, two or three times. Each iteration
+computes all products again, and memory contains one block.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 ENTRIES = 1 << 18
-"""Entries of all changes in a block: 2 MB in float64, so that the temporaries of a formula stay in caches."""
+"""The number of entries in a block, over all changes. A formula's temporary arrays of 2 MB (float64) fit in caches."""
 
 
 class Blocks:
     """The changes of one weight, side by side.
 
-    Iteration yields `(rows, changes)`: a slice of rows, and the changes in them, float64 `[T, rows, columns]`. The
-    array may be modified; the next block overwrites it.
+    Iteration yields `(rows, changes)`: a slice of rows, and the changes of these rows as float64 `[T, rows, columns]`.
+    Callers may modify the array; the next block overwrites it.
 
     Attributes:
         shape: the shape of one change, `[out, in * k]`; a bias has one row.
@@ -41,7 +42,7 @@ class Blocks:
 
     @classmethod
     def of(cls, changes: Array) -> Blocks:
-        """Return blocks of the changes of a bias, `[T, out]`, as one row each."""
+        """Return the blocks for changes of a bias, `[T, out]`; each change becomes a matrix with one row."""
         return cls([_whole(change[None]) for change in changes])
 
     def __iter__(self) -> Iterator[tuple[slice, Array]]:
@@ -57,15 +58,18 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Return entries at random positions, the same in each change, `[T, n]`; all if the changes are small."""
+        """Return entries at random positions, equal for all changes, as `[T, n]`.
+
+        Return all entries if the changes are small.
+        """
         import numpy as np
 
         out, columns = self.shape
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed is fine, because the sample only affects the time. Only the drawn entries of a product are
-        # computed, n operations per rank; rows are not formed.
+        # A fixed seed is enough, because the sample affects only the time. Compute only the drawn entries of a product,
+        # which takes n operations per rank.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         found = np.empty((self.count, count))
@@ -78,12 +82,13 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """Compute series of numbers from the changes, and return the k-th largest numbers of each series.
+        """Compute series of values from the changes, and return the k-th largest value of each series.
 
         Args:
-            key: a function of changes `[T, ...]`; its result holds one series per index of the first axis.
-            wanted: functions of a series' length and its number of nonzero values that return k; `each` per series.
-            each: how many numbers to find per series.
+            key: a function of changes `[T, ...]`; its result has one series per index of the first axis.
+            wanted: functions of (length of the series, number of its nonzero values) that return k; `each` functions
+                per series.
+            each: the number of values to find per series.
         """
         import numpy as np
 

@@ -1,4 +1,4 @@
-"""Build results: updates from computed factors and sums, and adapters with the lineages of several adapters."""
+"""Build updates from computed arrays, and adapters whose lineage contains the lineages of several adapters."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType,
     hold: Hold = held,
 ) -> LoRA:  # fmt: skip
-    """Return a LoRA of B `[out, r]` and A `[r, in * k]`, one pair per stacked expert, padded with zeros to one rank.
+    """Build a LoRA from B `[out, r]` and A `[r, in * k]`.
+
+    Experts' pairs are padded with zeros to one rank and stacked.
 
     Args:
         target: the target of the LoRA.
         shape: the shape of one weight, `[out, in, *k]`.
-        pairs: (B, A) of each weight.
+        pairs: (B, A) of the weight, or of each expert's weight.
         bias: the change of the bias, `[out]` or `[e, out]`, or None.
         dtype: the type to store.
-        hold: a function that keeps a computed tensor.
+        hold: a function that stores a computed array as a tensor of the update.
     """
     import numpy as np
 
-    # At least 1, because formats and PEFT have no LoRA of rank 0.
+    # Use at least rank 1, because PEFT and file formats have no LoRA of rank 0.
     rank = max(1, *(len(A) for _, A in pairs))
     B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
     A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
@@ -50,7 +52,10 @@ def low_rank(
 def dense(
     target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
 ) -> Dense:
-    """Return a dense update from differences of the weights, `[out, in * k]` each, and of the bias; None: no change."""
+    """Build a dense update from the differences of the weights, `[out, in * k]` each, and of the bias.
+
+    None means no change.
+    """
     import numpy as np
 
     D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
@@ -60,7 +65,7 @@ def dense(
 
 
 def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
-    """Return B and A from a singular value decomposition, with the singular values shared evenly."""
+    """Return B = U sqrt(S) and A = sqrt(S) Vh."""
     root = S**0.5
     return U * root, root[:, None] * Vh
 
@@ -69,7 +74,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
     """Return the dtype of computed results: `dtype` if given, else float64 if any tensor has it, else float32.
 
     Raises:
-        Unsupported: there is no floating type of that name.
+        Unsupported: `dtype` is not the name of a floating type.
     """
     from ..io.lazy import dtype_of
 
@@ -86,7 +91,10 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 def of_several(
     adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
 ) -> Adapter:
-    """Return an adapter made of several, with their common base, if any; its first step contains their lineages."""
+    """Return an adapter whose lineage is a step `op` that contains the lineages of `adapters`.
+
+    The result names a base if all adapters name the same base.
+    """
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
     lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]
@@ -95,7 +103,7 @@ def of_several(
     if carried:
         args |= {METADATA: carried}
     families = {family for adapter in adapters for family in model_types_of(adapter)}
-    # A result cannot belong to two families of models.
+    # Record a family only if all adapters agree, because a result cannot belong to two families.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})

@@ -1,4 +1,4 @@
-"""Collect statistics over all targets before computing any result: thresholds of whole adapters, majority signs."""
+"""Collect statistics over all targets of an adapter, such as thresholds, before any result is computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Census:
-    """Counts and sums of each adapter's changes over all targets.
+    """Statistics of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether formulas run only to feed the census; their results are then ignored.
-        partial: whether samples come from a few targets only.
-        majority: the sign that most entries of all targets have, 1 or -1; computed at first use.
+        counting: whether formulas currently run only to collect statistics; their results are then ignored.
+        partial: whether samples come only from some targets.
+        majority: the elected sign that is more frequent over all targets, 1 or -1; computed when it is first used.
     """
 
     def __init__(self) -> None:
@@ -34,13 +34,13 @@ class Census:
         self._majority: int | None = None
 
     def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
-        """Fill the census.
+        """Collect the statistics.
 
         Args:
-            once: a function that runs the formula at all targets, or at a few of them if its argument is True; it is
-                called with False about twice per stage.
-            stages: the number of searches in sequence, each of which uses the result of the previous search; 0 if only
-                sums are needed.
+            once: a function of one bool that runs the formula at a few targets (True) or at all targets (False). The
+                function is called with False about twice per stage.
+            stages: the number of searches for thresholds that must run one after another, because each search uses the
+                previous result; 0 if only sums are needed.
         """
         self.counting = True
         for _ in range(stages):
@@ -61,14 +61,14 @@ class Census:
         wanted: Sequence[Callable[[int, int], int]],
         key: Callable[[Array], Array] | None = None,
     ) -> None:
-        """Feed the changes of one weight into series that continue over all weights.
+        """Add the values of one weight's changes to series that run over all weights.
 
         Args:
             series: the names of the series, such as the index of an adapter.
             blocks: the changes.
-            wanted: for each series, how many of the largest values to keep, as a function of the number of values and
-                the number of nonzero values.
-            key: a function of changes `[T, ...]` that returns one series per index of the first axis; default: the
+            wanted: for each series, a function of (number of values, number of nonzero values) that returns how many of
+                the largest values to keep.
+            key: a function from changes `[T, ...]` to values, one series per index of the first axis; default:
                 magnitudes.
         """
         import numpy as np
@@ -90,7 +90,7 @@ class Census:
                 selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
 
     def threshold(self, series: Hashable) -> float:
-        """Return the smallest kept number of a series; infinity if none is kept."""
+        """Return the smallest value of a series that is kept; infinity if no value is kept."""
         found = self._selections[series].found
         assert found is not None
         return found.value
@@ -100,26 +100,26 @@ class Census:
         return series in self._selections and self._selections[series].found is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Add to a sum over all targets."""
+        """Add a value to the sum `name` over all targets."""
         if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value
 
     def sum_of(self, name: Hashable) -> float:
-        """Return a sum over all targets."""
+        """Return the sum `name` over all targets."""
         return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
-        """Set the function that runs at all targets to compute `majority`; few combinations need it."""
+        """Set the function that runs the formula at all targets to compute `majority`."""
         self._vote = vote
 
     @property
     def voting(self) -> bool:
-        """Whether formulas run only for `add_votes`."""
+        """Whether formulas currently run only to call `add_votes`."""
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """Add one weight's sum of elected signs to the vote."""
+        """Add the sum of one weight's elected signs."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -129,8 +129,8 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
-                # The vote uses the thresholds, which are known by now. It runs once, and other threads wait for its
-                # result.
+                # The vote uses the thresholds, which have been computed before. One thread runs the vote; the others
+                # wait for the result.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)

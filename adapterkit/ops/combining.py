@@ -1,4 +1,4 @@
-"""Combine several adapters into one by any of the combiners; this module checks and resolves the arguments."""
+"""Combine several adapters into one with a method in `COMBINERS`; this module checks and resolves the arguments."""
 
 from __future__ import annotations
 
@@ -51,48 +51,53 @@ def combine(
     """Combine several adapters into one.
 
     Args:
-        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter that lacks a target is
-            ignored there.
+        adapters: adapters or their paths, of any additive methods, ranks and targets. At each target, the adapters that
+            lack the target are ignored.
         method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
-        weights: one per adapter, 1 if not given. A weight is a number, a list of numbers from the first layer to the
-            last, or a mapping from globs of targets to numbers or lists. The first matching glob counts; without a
-            match the weight is 1.
-        base: the base, which resolves names and layouts, and gives the weights to methods and combiners that need them.
-        rank: cut the result to this rank, target by target. The result is the best approximation, or close to it for
-            large matrices without low-rank factors. `"fit"`: cut only results without low-rank factors, to the largest
-            rank of the inputs, so that every result is a LoRA; other results keep the sum of the ranks.
-        dtype: the dtype of computed results; when not given, float64 if any tensor has it, else float32.
+        weights: one weight per adapter; default: 1. A weight is a number, a list of numbers from the first layer to the
+            last, or a mapping from globs of targets to numbers or lists. The first glob that matches a target is used;
+            if none matches, the weight is 1.
+        base: the base. Names and layouts are resolved against the base, and some methods need its weights.
+        rank: the rank to which the result is cut at each target. The cut is the best approximation of this rank; for
+            large matrices without low-rank factors, it is nearly the best. `"fit"` cuts only results without low-rank
+            factors, to the largest rank of the inputs. Every result is then a LoRA; results with low-rank factors keep
+            the sum of the ranks.
+        dtype: the dtype of computed results; default: float64 if any tensor is float64, else float32.
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`: use that tool's method names and defaults.
-        data: samples or scores, for methods that need them; `COMBINERS[name].data` says what it must be.
-        each: parameters of single adapters, one mapping per adapter: `[{"density": 0.5}, {}]`.
-        disjoint: allow adapters that share no target.
-        rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
-            used.
-        strict_base: refuse a base other than the one that an adapter names.
-        workers: the number of targets to compute at a time; one per processor if not given, at most 16. Together the
-            workers hold at most 256 MB, or one target's result. The result does not depend on the number of workers.
-            Methods with `data` use one worker.
-        report: called with a `Cut` for each target whose result was cut to a rank; it holds the norms of result and
-            error.
-        before: called before any work with the outline of the result: its targets, methods, shapes and dtypes, without
-            readable tensors. An error that it raises, such as `Unrepresentable` of a format, ends the combination.
-        progress: called with (bytes of finished targets, total bytes), counting weights as float32.
-        parameters: parameters of the method; each may be given in the same forms as a weight.
+        data: a function that provides samples or scores, for methods that need them; see `COMBINERS[name].data`.
+            `TextData` makes the function from texts.
+        each: parameters that apply to one adapter only, one mapping per adapter, such as `[{"density": 0.5}, {}]`.
+        disjoint: whether to allow adapters that have no target in common.
+        rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters. The first rule that matches a target's
+            name is used.
+        strict_base: whether to refuse a base that differs from the base that an adapter records.
+        workers: the number of targets to compute in parallel; default: one per processor, at most 16. All workers
+            together use at most 256 MB, or as much as one target's result. The result does not depend on the number of
+            workers. Methods with `data` use one worker.
+        report: a function that is called with a `Cut` for each target whose result was cut to a rank. The `Cut`
+            contains the norms of the result and of the error.
+        before: a function that is called before any computation, with an adapter that has the targets, methods, shapes
+            and dtypes of the result, but no readable tensors. If the function raises an error, such as a format's
+            `Unrepresentable`, the combination stops.
+        progress: a function that is called with (bytes of finished targets, total bytes). The bytes are those of the
+            weights in float32.
+        parameters: parameters of the method. Each may be a value, a list over the layers, or a mapping from globs, like
+            a weight.
 
     Returns:
-        an adapter of LoRA updates if the method works on factors, else of dense differences that are computed when
-        read. A result that is zero although the changes are not, or too small for its dtype, is named in `warnings` of
-        the lineage's last step.
+        the combined adapter: LoRA updates if the method works on factors, else dense differences that are computed when
+        they are read. If a target's result is zero although its changes are not, or is too small for its dtype, the
+        last step of the lineage lists the target in `warnings`.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
+        CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         Unsupported: the method or the tool in `compat` is unknown.
         UsageError: weights, parameters or data do not fit; the adapters have no target in common; the rank is larger
             than possible.
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for different weights.
-        Malformed: a tensor holds a NaN or an infinity.
+        Malformed: a tensor contains a NaN or an infinity.
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
         raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
@@ -100,20 +105,21 @@ def combine(
     values |= parameters
     peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
-    # For combiners that make factors of a rank, such as `ctm`, `rank` is a parameter and does not cut the result.
+    # For combiners that compute factors of a given rank, such as `ctm`, `rank` is a parameter of the method and cuts
+    # nothing.
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
-    # One value of each setting is enough to find invalid parameters before any adapter is read.
+    # Check one value of each setting, to find invalid parameters before any adapter is read.
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # A plain sum keeps updates unchanged. If the sum is cut to a rank, it is computed from the changes, like any other
-    # result.
+    # Without a cut, a plain sum joins the updates without computing products. With a cut, the sum is computed like any
+    # other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
     read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
-    _check_rank(rank, found)
+    check_rank(rank, found)
     fallback = max((number for adapter in given for number in adapter.ranks), default=None)
     stage(f"combining {len(read)} adapters by {name}")
     asked = Asked(name, values, weights, each, found, len(read))
@@ -131,7 +137,7 @@ def combine(
     }  # fmt: skip
     said = {key: value for key, value in said.items() if value not in (None, [])}
     if before is not None:
-        # With the lineage of the result, because formats look there for the kind of model it belongs to.
+        # Give the outline the lineage of the result, because formats read the family of the model from the lineage.
         before(of_several(read, work.outline(), "combine", **said))
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
@@ -141,7 +147,7 @@ def combine(
 
 
 def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:
-    """Check that the method can use the arguments; see `combine`."""
+    """Check that the method accepts the arguments; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one adapter")
@@ -150,17 +156,24 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
         raise UsageError(f"{name} takes {counts} adapters, not {len(adapters)}", cure="Choose another method")
     if cls.data is not None and not callable(data):
-        raise UsageError(f"{name} needs data", where="data", cure=f"data= must be {cls.data}")
+        texts = "Name texts with --data FILE and --base BASE, or pass" if cls.learns is not None else "Pass"
+        raise UsageError(f"{name} needs data", where="data", cure=f"{texts} data=, {cls.data}")
     if cls.data is None and data is not None:
-        raise UsageError(f"{name} does not use data", where="data", cure="Leave data= out, or choose another method")
+        raise UsageError(
+            f"{name} does not use data", where="data", cure="Omit --data (data=), or choose another method"
+        )
     if cls.based and base is None:
         raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass base=/--base")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Pass a seed from 0 on")
 
 
-def _check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
-    """Check that a weight can have the rank."""
+def check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
+    """Check that at least one weight is large enough for the rank.
+
+    Raises:
+        UsageError: no weight can have the rank, and it is neither None nor `FIT`.
+    """
     if rank is None or rank == FIT:
         return
     most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)

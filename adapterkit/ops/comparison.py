@@ -1,7 +1,7 @@
-"""Compare two adapters: whether they are the same function of a base, and how their changes relate.
+"""Compare two adapters: whether both make the same change, and how similar their changes are.
 
-Norms, angles and subspaces come from small cores by QR of the factors. Only the signs of single elements need the
-products, which are formed a few rows at a time.
+Norms, angles and subspaces are computed from small cores, after a QR decomposition of the factors. Only the comparison
+of single elements multiplies the factors, a few rows per step.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from .lowering import Base
 
 PIECE = 1 << 15
-"""Elements per step when single elements are compared: few enough to stay in a core's cache."""
+"""The number of elements per step when single elements are compared; this many fit in a processor core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """How the changes of two adapters at one target compare. Unknown figures are None.
+    """The comparison of two adapters at one target. Figures that could not be computed are None.
 
     Attributes:
         target: the target.
-        bits: whether methods, attributes and the bytes of all tensors are the same.
-        equal: whether both make the same change within the tolerance; None if that depends on a base.
+        bits: whether methods, settings and the bytes of all tensors are equal.
+        equal: whether both adapters make the same change within the tolerance; None if only a base could show that.
         relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
         norm_a: Frobenius norm of the first change, of weight and bias.
         norm_b: Frobenius norm of the second change.
         effective_rank_a: exponential of the entropy of the singular values of the first weight's change (Roy and
             Vetterli 2007); the mean over stacked experts.
-                effective_rank_b: the same for the second weight's change.
-        cosine: cosine of the angle between the two changes of weight and bias, seen as vectors.
-        overlap_out: the part of the smaller output space that lies in the larger one, 0 to 1; the mean over experts.
-        overlap_in: the same for input spaces.
-        sign_conflict: the share of different signs among the weight's elements that both change.
-        interference: the share of the summed absolute changes of the weight that cancels when the two changes are
-            added.
+        effective_rank_b: the effective rank of the second weight's change.
+        cosine: cosine of the angle between the two changes, where weight and bias together are one vector.
+        overlap_out: how much of the smaller output space lies in the larger output space, from 0 to 1; the mean over
+            stacked experts.
+        overlap_in: the same for the input spaces.
+        sign_conflict: among the weight's elements that both adapters change, the share with different signs.
+        interference: the share of the changes that cancels when both are added: 1 - sum|a + b| / (sum|a| + sum|b|).
     """
 
     target: str
@@ -78,14 +78,14 @@ class Likeness:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two adapters compared.
+    """The comparison of two adapters.
 
     Attributes:
         targets: one entry per target of either adapter.
         relative_error: the norm of the difference over all targets, relative to the norm of the larger adapter; None if
-            a target's is unknown.
+            the norm is unknown at a target.
         cosine: the cosine of the angle between the changes of all targets together.
-        tolerance: the largest relative error at which changes count as the same.
+        tolerance: the largest relative error at which two changes count as equal.
     """
 
     targets: tuple[Likeness, ...]
@@ -104,7 +104,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool | None:
-        """Whether the two are the same function of a base; None if that depends on the base."""
+        """Whether both adapters make the same change at every target; None if only a base could show that."""
         said = [each.equal for each in self.targets]
         return False if False in said else None if None in said else True
 
@@ -124,17 +124,18 @@ def compare(
     Args:
         one: an adapter or its path.
         other: the other adapter or its path.
-        base: the base, which resolves names and layouts, and gives the weights to methods that need them.
-        tolerance: the largest relative error at which changes count as the same.
-        signs: also compare single elements, for which both changes must be formed.
-        rename: rules for names of both, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base other than the one that an adapter names.
+        base: the base. Names and layouts are resolved against the base, and some methods need its weights.
+        tolerance: the largest relative error at which two changes count as equal.
+        signs: whether to compare single elements as well, which takes the time to compute both full changes.
+        rename: rules for the names in both adapters, each `FROM=TO` or `@FILE`; the first rule that matches a target's
+            name is used.
+        strict_base: whether to refuse a base that differs from the base that an adapter records.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
-        UsageError: the adapters have no target in common, or only the base knows a shape.
+        CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
+        UsageError: the adapters have no target in common, or a shape is unknown without a base.
         ShapeMismatch: the adapters were made for different weights.
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
     stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
@@ -155,7 +156,7 @@ def compare(
 
 
 def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
-    """Whether updates are equal to the last bit: methods, values, and bytes of tensors."""
+    """Whether updates are equal bit by bit: methods, settings, and the bytes of all tensors."""
     if _outline(one) != _outline(other):
         return False
     pairs = [(u.tensors[name], v.tensors[name]) for u, v in zip(one, other, strict=True) for name in u.tensors]
@@ -177,7 +178,8 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # The update does not change weights, or needs a base. Equal fields still mean the same function.
+        # An update does not change weights, or needs a base. The adapters still are equal if all of their fields are
+        # equal.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
@@ -189,7 +191,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:
-    """Return the place with only additive updates; other updates become differences at the place's base.
+    """Replace updates that are not additive by their differences at the base.
 
     Raises:
         AdapterkitError: see `at_base.additive`.
@@ -209,7 +211,7 @@ def _only(adapter: Adapter) -> tuple[Update, ...]:
 
 
 def _same_numbers(place: AlignedPlace) -> bool:
-    """Whether updates have the same methods and attributes, and tensors with the same numbers in any dtypes."""
+    """Whether updates have the same methods and settings, and tensors with equal values in any dtypes."""
     one, other = place.updates
     if _outline(one) != _outline(other):
         return False
@@ -224,7 +226,7 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
     narrow = wide([leaf for update in place.all_updates for leaf in update.tensors.values()]).name == "F32"
     weights = [_weight(pair, signs, narrow) for pair in side_by_side(changes)]
     totals = [math.fsum(each[i] for each in weights) + extra for i, extra in enumerate(_of_biases(biases))]
-    # The difference of two equal products can be rounding noise; equal bytes have none.
+    # Set the squared distance to zero for equal bytes, because it may be rounding noise.
     if bits:
         totals[3] = 0.0
     for i, value in enumerate(totals):
@@ -242,7 +244,11 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 
 
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
-    """Return squared norms, inner product, squared distance, effective ranks, overlaps, and sums over elements."""
+    """Return the figures of one weight as a list of twelve.
+
+    In order: both squared norms, the inner product, the squared distance, both effective ranks, both overlaps, and the
+    four sums of `_elements`.
+    """
     one, other = pair
     if one is None or other is None:
         alone = one or other
@@ -270,13 +276,13 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Count elements that both change, and opposite signs among them; sum the absolute values of changes and sum.
+    """Return (elements that both change, such elements with opposite signs, sum|a| + sum|b|, sum|a + b|).
 
     Args:
         one: the first change.
         other: the second change.
-        narrow: whether the factors have 32 bits or less. Products are then formed in float32, in half the time; only
-            elements that are pure rounding can get a wrong sign, and the shares agree to 1e-6.
+        narrow: whether the factors have at most 32 bits. Products are then computed in float32, in half the time. Only
+            elements that are pure rounding noise can get a wrong sign, and the resulting shares agree to 1e-6.
     """
     import numpy as np
 
@@ -293,7 +299,10 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 
 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
-    """Return two changes in float32, times a common power of two; None if one is too small relative to the other."""
+    """Return both changes in float32, times a common power of two.
+
+    None if one change is much smaller than the other.
+    """
     import numpy as np
 
     sizes = [_largest(delta) for delta in (one, other)]
@@ -310,18 +319,18 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
 
 
 def _largest(delta: Delta) -> float:
-    """Return a bound on the magnitude of the elements."""
+    """Return an upper bound of the magnitudes of a change's elements."""
     import numpy as np
 
     def largest(array: Array) -> float:
-        return float(np.abs(array).max(initial=0.0))  # A damaged file may hold tensors without elements.
+        return float(np.abs(array).max(initial=0.0))  # A damaged file may contain tensors without elements.
 
     product = largest(delta.B) * largest(delta.A) * delta.rank
     return product + (0.0 if delta.rest is None else largest(delta.rest))
 
 
 def _rows(delta: Delta) -> Iterator[Array]:
-    """Yield the change a few rows at a time, in arrays that may be overwritten."""
+    """Yield blocks of a few rows of the change; callers may overwrite them."""
     step = max(1, PIECE // max(delta.shape[1], 1))
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
@@ -335,7 +344,7 @@ def _spectrum(core: Array) -> Array:
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:
-    """Return orthonormal columns spanning the outputs, singular values, and orthonormal columns spanning the inputs."""
+    """Return orthonormal bases of a core's outputs and inputs, and between them the singular values."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -352,7 +361,7 @@ def effective_rank(S: Array) -> float:
 
 
 def _overlap(one: Array, other: Array) -> float | None:
-    """Return the mean squared cosine of the principal angles between two spans."""
+    """Return the mean squared cosine of the principal angles between the spans of two orthonormal bases."""
     smaller = min(one.shape[1], other.shape[1])
     return float(((one.T @ other) ** 2).sum()) / smaller if smaller else None
 

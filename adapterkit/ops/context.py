@@ -1,4 +1,4 @@
-"""The context of a formula: the weight and target that it computes, its random numbers, and shared counts."""
+"""The context in which a combiner's formula runs: the target, random numbers, and statistics over all targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 PER_COUNT = 8
-"""32-bit words that Philox4x64 makes from one value of its counter."""
+"""The number of 32-bit words that Philox4x64 generates from one counter value."""
 
 
 def _no_base() -> Array:
@@ -27,21 +27,21 @@ def _no_base() -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FormulaContext:
-    """One weight, or one bias, of one target.
+    """The context of a formula for one weight or one bias.
 
     Attributes:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
-        present: positions of the adapters that have a change here, in the list of all adapters.
-        part: the part of the target: `weight`, `bias`, or `weight 3` for one of stacked experts.
+        present: indices of the adapters that change this weight or bias, in the list of all adapters.
+        part: the part of the target: `weight` or `bias`, for a stacked expert with its number, such as `weight 3`.
         seed: the seed of all random numbers.
-        overrides: parameters of single adapters, by position in the list of all adapters.
-        scalings: the scaling of each present adapter with a single pair of factors; None for other adapters.
-        census: counts over all targets; complete, or being collected.
-        asks: the argument `data=`, for methods that need it.
-        depth: from 0 in the first layer to 1 in the last; None for targets outside numbered layers.
-        learned: the coefficients of this target, for methods that learn them.
-        base: returns the base's weight `[out, in * k]` or bias `[out]` here.
+        overrides: parameters that apply to one adapter only, by index in the list of all adapters.
+        scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.
+        census: statistics over all targets, complete or being collected.
+        asks: the function `data`, for methods that need it.
+        depth: the depth of the target, 0 in the first layer and 1 in the last; None outside numbered layers.
+        learned: the learned coefficients of this target, for methods that learn coefficients.
+        base: a function that returns the base's weight `[out, in * k]` or bias `[out]`.
     """
 
     target: Target
@@ -58,19 +58,20 @@ class FormulaContext:
     base: Callable[[], Array] = _no_base
 
     def each(self, method: Combiner, name: str) -> list[Any]:
-        """Return the values of a parameter, one per present adapter."""
+        """Return the value of a parameter for each present adapter."""
         own = [self.overrides[t] if self.overrides else {} for t in self.present]
         return [values.get(name, getattr(method, name)) for values in own]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and position.
+        """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and index.
 
-        Number n of an adapter is 32-bit word n of Philox4x64-10, low words first, divided by 2^32; the key is a hash.
+        An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32; see `key` for
+        the key.
 
         Args:
             t: the index of the adapter in `present`.
             shape: the shape of the result.
-            first: the index of the first number in the adapter's stream.
+            first: the index n of the first number to return.
         """
         import math
 
@@ -78,13 +79,13 @@ class FormulaContext:
 
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
-        # A counter-based stream can start anywhere, which blocks need. numpy's takes 2 ns for each number, a tenth of
-        # the time of Philox written with arrays of integers.
+        # Use a counter-based generator, which can start at any index, because blocks start anywhere. numpy's Philox
+        # takes 2 ns per number, a tenth of the time of Philox written with numpy's integer arrays.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)
 
     def key(self, t: int) -> int:
-        """Return the key of the random numbers of present adapter t, 64 bits."""
+        """Return the 64-bit key of Philox for present adapter t, a hash of seed, target, part and index."""
         words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")

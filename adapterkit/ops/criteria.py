@@ -1,4 +1,4 @@
-"""Criteria for the part of a change to keep: a rank, a share of energy, an error, or kohya's three rules."""
+"""Choose how many singular values to keep: by a rank, a share of energy, an error, or one of kohya's rules."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One criterion for what to keep; an empty one keeps all. With one of kohya's rules, `rank` is an upper limit.
+    """A criterion for how many singular values to keep. Without any field, it keeps all.
+
+    Only one field may be set, except that `rank` may be set with one of kohya's rules; it is then an upper limit.
 
     Attributes:
         rank: the number of singular values to keep.
         energy: the share of the squared Frobenius norm to keep, up to 1.
-        error: the largest Frobenius norm to drop, relative to the change.
+        error: the largest Frobenius norm to drop, relative to the norm of the change.
         frobenius: the largest Frobenius norm to drop.
         sv_ratio: kohya's rule: keep singular values above the largest one divided by this number.
         sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
         sv_fro: kohya's rule: the least share of the Frobenius norm to keep; `energy` is its square.
-        scope: `target`: each weight separately. `all`: the largest singular values of all weights; `rank` is then the
-            mean rank, and energy, error and frobenius apply to the adapter as a whole.
+        scope: `target`: apply the criterion to each weight separately. `all`: keep the largest singular values among
+            all weights; `rank` is then the mean rank, and energy, error and frobenius apply to the whole adapter.
     """
 
     rank: int | None = None
@@ -75,7 +77,7 @@ class Criterion:
                 raise UsageError(f"{name} {value} is not a number from 0", where=name, cure="Choose another")
 
     def record(self) -> dict[str, float]:
-        """Return the chosen values, for a lineage."""
+        """Return the fields that are set, for a lineage."""
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
             "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,
@@ -87,26 +89,28 @@ class Criterion:
         return any(value is not None for value in (self.sv_ratio, self.sv_cumulative, self.sv_fro))
 
     def keeps_all(self, small: int) -> bool:
-        """Whether a matrix with the smaller side `small` must be kept exactly."""
+        """Whether the criterion keeps all singular values of a matrix whose smaller side is `small`."""
         if self._by_values:
             return (self.rank or small) >= small and 1 in (self.sv_cumulative, self.sv_fro)
         return (self.rank or 0) >= small or self.energy == 1 or 0 in (self.error, self.frobenius)
 
     def check_possible(self, most: int) -> None:
-        """Check that a weight can have the rank.
+        """Check that at least one weight is large enough for the rank.
 
         Raises:
-            UsageError: the rank is above `most`, the largest that is possible.
+            UsageError: the rank is larger than `most`, the largest possible rank.
         """
         if self.rank is not None and self.rank > most:
             why = f"the rank is {self.rank}, but the weights have at most rank {most}"
             raise UsageError(why, where="rank", cure=f"Choose a rank up to {most}")
 
     def counts(self, spectra: Sequence[Array], norms: Sequence[float]) -> list[int]:
-        """Return how many singular values of each weight to keep: at least one each, or one in total in scope `all`.
+        """Return how many singular values of each weight to keep.
+
+        At least one is kept: of each weight in scope `target`, of one weight in scope `all`.
 
         Args:
-            spectra: singular values of each weight, largest first; all of them, or the first ones.
+            spectra: the singular values of each weight, or only the largest ones, largest first.
             norms: Frobenius norms of the weights' changes.
         """
         if self.scope == "target":
@@ -115,17 +119,20 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
-        # A stable sort makes every platform keep the same ones of equal singular values.
+        # Use a stable sort, so that of several equal singular values every platform keeps the same.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
 
     def reached(self, S: Array, norm: float) -> bool:
-        """Whether the known singular values, which may be only the first ones, are enough for the criterion."""
+        """Whether the known singular values, possibly not all, are enough to meet the criterion."""
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
-        """Return the smallest sufficient number of singular values; the number of all plus `beyond` if none is."""
+        """Return the smallest number of singular values that meets the criterion.
+
+        If S is too short, return len(S) + `beyond`.
+        """
         if self._by_values:
             count = self._of_values(S, norm, beyond)
             return count if self.rank is None else min(count, self.rank)
@@ -138,9 +145,11 @@ class Criterion:
         return enough[0] if enough else len(S) + beyond
 
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
-        """Return how many singular values kohya keeps, at least 1; all + `beyond` if that depends on unknown ones.
+        """Return how many singular values kohya keeps, at least 1.
 
-        From resize_lora.py of https://github.com/kohya-ss/sd-scripts.
+        If the number depends on values that S lacks, return len(S) + `beyond`.
+
+        The rules are those of resize_lora.py in https://github.com/kohya-ss/sd-scripts.
         """
         import numpy as np
 
@@ -165,12 +174,12 @@ class Criterion:
 
 
 def _left_out(S: Array, norm: float) -> list[float]:
-    """Return the Frobenius norms that are dropped if 0, 1, ... singular values are kept."""
+    """Return a list whose item i is the Frobenius norm that is dropped if i singular values are kept."""
     import numpy as np
 
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # A difference of squares below this limit is rounding noise: the known singular values are all.
+    # Set a difference of squares to zero if it is only rounding noise; S then contains all singular values.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

@@ -1,4 +1,4 @@
-"""Subtract tensors of two models in dtypes wide enough that small changes are not rounded away."""
+"""Subtract tensors of two models in a dtype wide enough for small changes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 PIECE = 64 << 20
-"""Bytes of a table that are compared in one step."""
+"""The number of bytes of a table that are compared in one step."""
 
 CACHED = 1 << 15
-"""Numbers in each step of a sum, few enough to stay in a core's cache."""
+"""The number of values in each step of a sum; this many fit in a processor core's cache."""
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
@@ -28,22 +28,21 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
         name: the name of the weight, for messages.
         tuned: the weight of the tuned model.
         base: the weight of the base, with the same shape.
-        exact: return float64 if float32 would round any element.
+        exact: whether to return float64 if float32 would round any element.
 
     Raises:
-        Malformed: one of them holds a NaN or an infinity.
+        Malformed: one of the two tensors contains a NaN or an infinity.
     """
     import numpy as np
 
     one, other = floats_of(tuned), floats_of(base)
-    # The check for rounding below needs the tuned weight again. Without this check, the difference overwrites the
-    # weight.
+    # Keep the tuned weight if the check for rounding below needs it; otherwise overwrite it with the difference.
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):
             check_finite(tensor, name)
-    # By Dekker 1971, subtracting the rounded difference from the larger operand is exact, so equality proves that
-    # nothing was rounded. Which operand is larger differs by element, so both are tried.
+    # Dekker 1971: subtracting the rounded difference from the larger operand is exact. So if the result equals the
+    # other operand, the difference was not rounded. Try both operands, because either may be the larger one.
     if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
         return D
     wide: Array = one.astype(np.float64) - other
@@ -77,7 +76,7 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """Return the number of rows of the base's table; the tuned table may have more.
 
     Raises:
-        ShapeMismatch: the shapes differ in another way.
+        ShapeMismatch: the shapes differ in more than additional rows of the tuned table.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
@@ -87,10 +86,10 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
 
 
 def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
-    """Return the indices of the base's rows that changed, and the square of the Frobenius norm of their change.
+    """Return the indices of the changed rows among the base's rows, and the squared Frobenius norm of their change.
 
     Raises:
-        Malformed: one of them holds a NaN or an infinity.
+        Malformed: one of the two tables contains a NaN or an infinity.
     """
     import numpy as np
 
@@ -111,7 +110,7 @@ def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
 
 
 def _piece(tensor: Lazy, start: int, stop: int) -> Array:
-    """Return some rows of a table in float64; if the table is contiguous in its file, other rows are not read."""
+    """Return some rows of a table in float64; read only these rows if the table is contiguous in its file."""
     import numpy as np
 
     rows, width = tensor.shape
@@ -127,12 +126,12 @@ def _piece(tensor: Lazy, start: int, stop: int) -> Array:
 
 
 def floats_of(tensor: Lazy) -> Array:
-    """Return the numbers of a tensor in float32, or in float64 if that is its dtype."""
+    """Return the values of a tensor in float64 if its dtype is wider than 32 bits, else in float32."""
     import numpy as np
 
     values = tensor.numpy()
     if tensor.dtype.name == "BF16":
-        # bf16 is the upper half of a float32, so its bits are shifted into place.
+        # Shift the bits of bf16 by 16, because bf16 is the upper half of a float32.
         wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
         return wide
     return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)
@@ -140,11 +139,11 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Name the target in errors of the block, and replace LAPACK's errors by typed errors."""
+    """Add the target's name to errors in a `with` block, and replace LAPACK's errors by typed errors."""
     import numpy as np
 
     try:
-        # Storing a result and decomposing it raise an error for numbers that are too large for a float.
+        # Ignore overflows here; storing or decomposing a result raises an error for numbers that are too large.
         with np.errstate(over="ignore", invalid="ignore"):
             yield
     except np.linalg.LinAlgError:

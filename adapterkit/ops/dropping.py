@@ -1,7 +1,10 @@
-"""Drop entries at random in a compiled loop, in place; `combiners/_entrywise.py` does the same with numpy.
+"""Drop entries of changes at random, in place, in a compiled loop.
 
-With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096, most of it for sorting rows and
-drawing numbers in passes over arrays. The loop does everything on one row at a time, with the same bits.
+`combiners/_entrywise.py` does the same with numpy.
+
+With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time is spent on sorting
+rows and drawing numbers, each with several steps over whole arrays. The loop does all steps row by row, and its results
+are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Chance:
 
     Attributes:
         least: the probability of the smallest entry of a row, or of all entries.
-        spread: how much larger the probability is for the largest entry of a row.
+        spread: the difference between the probabilities of the largest and the smallest entry of a row.
     """
 
     least: float
@@ -37,12 +40,12 @@ def compiled_drop(
     """Return a function that drops entries of a block in place, or None if numpy must do it.
 
     Args:
-        chances: the probabilities, one for each change; None for a change that is kept whole.
-        at: the context, with the random numbers.
+        chances: the probabilities for each change; None for a change whose entries are all kept.
+        at: the context of the formula, which draws the random numbers.
         inverse: whether kept entries are divided by their probability.
 
     Returns:
-        a function of changes `[T, rows, columns]` and of the slice of their rows, which returns the changes.
+        a function of (changes `[T, rows, columns]`, slice of these rows), which modifies and returns the changes.
     """
     library = loops()
     if library is None:
@@ -55,7 +58,8 @@ def compiled_drop(
         for t, chance, key in drawn:
             D = changes[t]
             slope = chance.spread / max(columns - 1, 1)
-            # The stream starts at the block's first entry, so the result does not depend on how blocks are cut.
+            # Draw from the position of the block's first entry on, so that the result does not depend on the sizes of
+            # blocks.
             if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
                 raise MemoryError
         return changes

@@ -43,19 +43,20 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""Cut results without low-rank factors to the largest rank of the inputs, and keep all other results exact."""
+"""The value of `rank` that cuts only results without low-rank factors, to the largest rank of the inputs."""
 
 
 SAMPLED = 16
-"""Targets to sample for a first guess of a threshold over all of them; a bad guess only costs time."""
+"""The number of targets to sample for the first estimate of a threshold; a bad estimate only costs time."""
 
 
 class Evaluation:
-    """Evaluate the formula at all targets, several at a time.
+    """Evaluates a combiner's formula at all targets, several in parallel.
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
-        notes: a line for each target whose result is too small for its dtype, or is zero although the changes are not.
+        notes: a sentence for each target whose result is too small for its dtype, or is zero although the changes are
+            not.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Evaluation:
         return made
 
     def outline(self) -> dict[Target, tuple[Update, ...]]:
-        """Return the result's targets, methods, shapes and dtypes before it is computed. Its tensors cannot be read.
+        """Return updates with the methods, shapes and dtypes of the result, without computing it.
 
-        The ranks are upper bounds.
+        The tensors cannot be read.
+
+        Ranks are upper bounds.
         """
         return blank({place.target: self._outline_at(place) for place in self.found})
 
@@ -105,8 +108,8 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        # A result that may not be low rank is outlined as dense, so that a format without dense updates asks for a cut.
-        # The cut does not change results that turn out to be low rank.
+        # If the result may lack low-rank factors, outline it as dense. A format without dense updates then refuses it,
+        # and the error asks for a cut. The cut does not change results that have low-rank factors.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
@@ -118,13 +121,14 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return the weights if the result is a plain sum that needs no computing, else None."""
+        """Return the adapters' factors if the result is a plain sum of updates that needs no computing, else None."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
-        # Spool only the final result: a method that learns weights computes and frees hundreds of trial results.
+        # Write only the final result to a temporary file: a method that learns weights computes and frees hundreds of
+        # trial results.
         self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
@@ -146,14 +150,14 @@ class Evaluation:
                 self.progress(done, total)
 
     def _cost(self, place: AlignedPlace) -> int:
-        """Estimate the bytes that computing a target takes: blocks or factors, and the result if it is held."""
+        """Estimate the memory in bytes that the computation of a target needs."""
         out, columns = place.shape[0], math.prod(place.shape[1:])
         if self.rank is not None and self.asked.method(place.target).dense:
             return out * columns * self.dtype.itemsize + (32 << 20)
         return 24 * (out + columns) * sum(self._ranks(place))
 
     def _ranks(self, place: AlignedPlace) -> list[int]:
-        """Return the rank of each adapter's LoRA updates at a target."""
+        """Return, for each adapter, the sum of the ranks of its LoRA updates at a target."""
         found = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
@@ -163,7 +167,7 @@ class Evaluation:
 
     def _count(self) -> None:
         if self.asked.varies:
-            why = "a setting that is counted over the whole adapter cannot differ between targets"
+            why = "a setting that applies to the whole adapter cannot differ between targets"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
@@ -171,8 +175,8 @@ class Evaluation:
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
     def _pass(self, census: Census, few: bool = False) -> None:
-        """Run the formula at all targets, or at a few of them, to feed a census."""
-        # Every n-th target, because magnitudes change along the depth of a model.
+        """Run the formula at all targets, or at a few targets, to collect statistics."""
+        # Choose every n-th target, because magnitudes change with the depth in a model.
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: AlignedPlace) -> None:
@@ -217,8 +221,8 @@ class Evaluation:
         sizes = [_size(X) for d in made or () for X in (d.B, d.A, d.rest) if X is not None]
         small = max(sizes, default=0.0) < kind.smallest_subnormal
         if found and not small:
-            return  # Return early for most results, without loading the changes again.
-        # A bound on the entries can prove, without forming a product, that all of them are too small.
+            return  # Most results return here, without loading the changes again.
+        # Use an upper bound of the entries, which needs no product of factors, to prove that all entries are too small.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -236,7 +240,10 @@ class Evaluation:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
 
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
-        """Return a dense difference that is computed when read, because all together take the memory of a model."""
+        """Return a dense difference that is computed when it is read.
+
+        All differences together are as large as the model.
+        """
         from ..io.computed import computed, rounded
 
         first = next(change for change in changes if change is not None)
@@ -247,7 +254,7 @@ class Evaluation:
         def make() -> Array:
             import numpy as np
 
-            # Narrower dtypes are computed in float32 and rounded once, when the result is stored.
+            # Compute results of 16 bits in float32, and round once when the result is stored.
             kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
             D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
             with errors_at(place.target), one_blas_thread():
@@ -262,7 +269,7 @@ class Evaluation:
     def _standings(
         self, place: AlignedPlace, changes: Sequence[Change | None], census: Census | None = None
     ) -> Iterator[tuple[Combiner, FormulaContext, list[Delta]]]:
-        """Yield the combiner, its context and the changes for the weight, or for each expert's weight."""
+        """Yield (combiner, context, changes) for the weight, or for each expert's weight of a stack."""
         method = self.asked.method(place.target)
         for number, row in enumerate(side_by_side(changes)):
             present = tuple(t for t, delta in enumerate(row) if delta is not None)
@@ -300,7 +307,7 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return the result at the requested rank, its norm before the cut, and the norm of what the cut lost."""
+        """Return the combined change, cut to the requested rank; its norm before the cut; and the norm of the error."""
         from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
@@ -323,20 +330,20 @@ class Evaluation:
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
     def _held(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Array | None:
-        """Return the result of one weight as an array; None if it exceeds `MEMORY`."""
+        """Return the combined change of one weight as an array; None if the array would exceed `MEMORY`."""
         import numpy as np
 
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
         if out * columns * size > MEMORY:
             return None
-        # Small results are held in float64, because LAPACK decomposes them exactly.
+        # Keep small results in float64, because LAPACK decomposes these exactly.
         kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
         D = np.empty((out, columns), kind)
         self._into(D, method, place, at, deltas)
         return D
 
     def _rank_of(self, deltas: Sequence[Delta]) -> int:
-        """Return the rank to cut to at one weight."""
+        """Return the rank to which the combined change of one weight is cut."""
         if isinstance(self.rank, int):
             return min(self.rank, *deltas[0].shape)
         largest = max((each.rank for each in deltas if each.rest is None), default=0)
@@ -364,7 +371,7 @@ class Evaluation:
         return np.stack(made) if place.target.stacked else made[0]
 
     def _stored(self, place: AlignedPlace, found: Sequence[Delta] | None, bias: Array | None) -> Update:
-        """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
+        """Return the combined change as an update: a LoRA if that takes less space, else a dense difference."""
         hold = self.hold
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype, hold)
@@ -406,13 +413,13 @@ class Evaluation:
         return [w * float(c) for w, c in zip(weights, self.learned[target], strict=True)]
 
     def _trial(self, read: Sequence[Adapter], method: Learned) -> WeightTrial:
-        """Return the functions by which a learning combiner evaluates coefficients with its own formula."""
+        """Return the functions with which a learning combiner evaluates coefficients."""
         import numpy as np
 
         by_target = {place.target: place for place in self.found}
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
-            # Compute trials with `self.learned` set, so that they run the same code as the final result.
+            # Set `self.learned`, so that a trial runs the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
@@ -434,7 +441,7 @@ class Evaluation:
         data = self.data
         if data is None or not method.sequential:
             return data
-        # A view of the finished targets that grows, so that nothing is copied for each target.
+        # Give the caller a view of the growing dict of finished targets, so that no dict is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
 
@@ -447,23 +454,25 @@ def _size(X: Array) -> float:
 
 
 def _bound(delta: Delta) -> float:
-    """Return a bound on the magnitudes of a change."""
+    """Return an upper bound of the magnitudes of a change's entries."""
     rest = 0.0 if delta.rest is None else _size(delta.rest)
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
 
 
 def _wide(rank: int, shape: Shape) -> bool:
-    """Whether factors of a rank take much more space than the weight `[out, in, *k]`, so a dense update is stored."""
+    """Whether factors of this rank take more than twice the space of the weight `[out, in, *k]`."""
     out, columns = shape[0], math.prod(shape[1:])
     return rank * (out + columns) > 2 * out * columns
 
 
 def _small(place: AlignedPlace, bound: float, dtype: str) -> str:
-    return f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) holds them"
+    return (
+        f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) can represent them"
+    )
 
 
 def _bytes(place: AlignedPlace) -> int:
-    """Return the size of a target's weight in float32, as a measure of work."""
+    """Return the size of a target's weight in float32, for reports of progress."""
     return 4 * math.prod(place.shape)
 
 
@@ -472,12 +481,12 @@ def _approximation(found: Decomposition, norm: float, lost: float) -> tuple[Delt
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A, cut to the rank of the weight if they have a larger one."""
+    """Return B and A; if their rank is larger than the weight's smaller side, cut it without loss."""
     from .lowrank import svd
 
     return (delta.B, delta.A) if delta.rank <= min(delta.shape) else balanced(*svd(delta))
 
 
 def _scaling(updates: Sequence[Update]) -> float | None:
-    """Return the scaling of an adapter's single update at a target; None if it has several or no scaling."""
+    """Return the scaling of an adapter's only update at a target; None for several updates, or without a scaling."""
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None

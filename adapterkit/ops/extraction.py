@@ -1,8 +1,8 @@
-"""Extract the changes of fine-tuning as an adapter, tensor by tensor, with one tensor per worker in memory.
+"""Extract an adapter from a base and a tuned model, tensor by tensor; each worker has one tensor in memory.
 
-Matrices become LoRA of a given rank or error. Differences are computed in float32 or wider, because subtracting in 16
-bits loses most of a small change. Other tensors (norms, biases) are stored whole; token embeddings store their changed
-and new rows.
+The difference of a matrix becomes a LoRA of a given rank or error. Differences are computed in float32 or float64,
+because a subtraction in 16 bits loses most of a small change. Other tensors (norms, biases) are stored whole. For token
+embeddings, changed and new rows are stored.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
+from ..naming.binding import view
 from ..naming.binding.bases import check_tuned, identity_of
 from ..naming.binding.fitting import paths_of
 from ..naming.layouts import stored_in_out
@@ -32,7 +33,6 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import resolve
 from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
-from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
@@ -76,44 +76,45 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is kept at full rank. Merging then restores the tuned weights,
-    exactly if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
+    A matrix whose smaller side is at most the rank is stored at full rank. A merge then restores the tuned weights,
+    exactly if they have at most 32 bits. An energy of 1 or an error of 0 stores every matrix at full rank.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
         base: the weights that the model was tuned from.
         rank: the rank of the factors of each changed matrix.
         energy: the least share of each change's squared Frobenius norm to keep.
-        error: the largest relative Frobenius error.
-        scope: `target`: each matrix separately. `all`: keep the largest singular values among all matrices. Energy and
-            error then apply to the whole model, and rank is the mean rank. Only for `lora`. Matrices with too small a
-            change get no update. All factors are held in memory.
-        targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
-        embeddings: `rows`: store changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
-            table like any matrix if no token is new.
-        method: the method for changed matrices: `lora`; `dora`, the norm of each row and a LoRA of its direction;
-            `loha`, a Hadamard product of two products of the rank, closer than a LoRA; `lokr`, the nearest Kronecker
-            product, with `rank` for w2; or `shira`, the largest entries, as many as a LoRA of the rank has numbers. All
-            except `lora` are for linear layers only.
-        dtype: the dtype of the factors; float32 if not given, or the exact dtype for factors of full rank.
-        workers: tensors to extract at a time; one per processor if not given, at most 16. Each takes about four times
-            its size in float32.
-        report: called with a `Cut` for each changed target.
-        progress: called with (bytes of finished tuned weights, total bytes).
-        rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Names of another version
-            of transformers and similar ones are resolved without rules if that is unambiguous.
-        strict_base: refuse a base other than the one that the record of the tuned model's merge names.
+        error: the largest Frobenius error relative to each change's norm.
+        scope: `target`: apply the criterion to each matrix separately. `all`: keep the largest singular values among
+            all matrices; energy and error then apply to the whole model, and rank is the mean rank. `all` is only for
+            the method `lora`. It needs all factors in memory, and matrices with small changes may get no update.
+        targets: globs of the dotted paths to extract; empty for all. Other weights count as unchanged.
+        embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
+            the table like any matrix, unless it has new tokens.
+        method: the method for changed matrices. `lora`. `dora`: the norm of each row, and a LoRA of the direction.
+            `loha`: a Hadamard product of two products of this rank, closer than a LoRA. `lokr`: the nearest Kronecker
+            product, whose second factor is cut to `rank`. `shira`: the largest entries, as many as a LoRA of this rank
+            has numbers. All except `lora` are for linear layers only.
+        dtype: the dtype of the factors; default: float32, or float64 for full-rank factors if that is needed to be
+            exact.
+        workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
+            about four times its tensor's size in float32.
+        report: a function that is called with a `Cut` for each changed target.
+        progress: a function that is called with (bytes of finished tuned weights, total bytes).
+        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. Without rules,
+            names of another version of transformers and similar names are mapped if that is unambiguous.
+        strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
-        LoRA, whole parameters and token rows by target, in the order of the tuned files.
+        an adapter of LoRAs, whole parameters and token rows, in the order of the tuned files.
 
     Raises:
-        CheckFailed: the base is not the one that the tuned weights were merged from, and `strict_base` is set.
-        UsageError: not exactly one of rank, energy and error is given, or it is out of range; or nothing changed.
+        CheckFailed: the tuned weights were merged from another base, and `strict_base` is set.
+        UsageError: not exactly one of rank, energy and error is given; its value is out of range; or no weight changed.
         Unsupported: the method is unknown, or it cannot express a convolution or stacked experts.
         TargetNotFound: one model has a weight that the other lacks.
         ShapeMismatch: a weight has another shape, apart from rows of new tokens.
-        Malformed: a changed weight holds a NaN or an infinity.
+        Malformed: a changed weight contains a NaN or an infinity.
     """
     stage("decomposing the changes")
     criterion = Criterion(rank, energy, error, scope=scope)
@@ -145,7 +146,7 @@ def extract(
                     if report is not None:
                         report(cut)
                     continue
-                # Replacements come first, as PEFT applies them.
+                # Put replacements first, in the order in which PEFT applies updates.
                 both = (*updates.get(target, ()), update)
                 updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
                 if report is not None:
@@ -166,7 +167,7 @@ def extract(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Extraction:
-    """One extraction: two models, and the options for their difference."""
+    """The two models and the options of one extraction."""
 
     tuned: Checkpoint
     base: Checkpoint
@@ -175,27 +176,29 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """Decompositions of the weights by `_key`, cut together; None if each is cut separately."""
+    """For scope `all`: the cut decomposition of each weight, by `_key`. None in scope `target`."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """A map from the name of a head that the base ties (the tuned model may store it) to its stored embedding."""
+        """A map from the name of the base's tied head to the stored embedding; the tuned model may store both."""
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return which tied layers the changes apply to, for the lineage; empty if the base ties no head.
+        """Return arguments for the lineage, which state whether a change of a tied embedding also changes the head.
 
-        A tuned model with one tensor for both layers changed both.
+        Empty if no weights are tied.
+
+        If the tuned model stores a separate head, the head is untied; otherwise the change applies to both layers.
         """
         tie = find_tie(self.base.tensors, self.base.config)
         return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}
 
     def names(self, globs: tuple[str, ...]) -> list[str]:
-        """Return the names of the tuned tensors to extract, file by file.
+        """Return the names of the tuned tensors to extract, in the order of the files.
 
         Raises:
-            TargetNotFound: a model lacks a weight of the other; a glob matches nothing.
-            UsageError: the rank is above that of all weights.
+            TargetNotFound: one model lacks a weight of the other model; or a glob matches no weight.
+            UsageError: the rank is larger than the smaller side of every weight.
         """
         known = {*self.base.tensors, *self.aliases}
         for name, holder in [(n, "base") for n in self.tuned.tensors if n not in known] + [
@@ -214,7 +217,10 @@ class _Extraction:
         return names
 
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
-        """Decompose all matrices, and keep the largest singular values of all of them that the criterion needs."""
+        """Decompose all matrices.
+
+        Keep the largest singular values among all matrices, as many as the criterion requires.
+        """
         every = [name for name in names if self._is_matrix(name)]
         found: dict[str, Decomposition] = {}
         norms: dict[str, float] = {}
@@ -230,8 +236,8 @@ class _Extraction:
             counts = self.criterion.counts([found[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: found[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # If all known values of a weight are kept, the weight may have unknown values above the smallest kept
-            # value.
+            # If all computed singular values of a weight are kept, further values may exceed the smallest kept value:
+            # compute more.
             begun = {}
             for key in keys:
                 U, S, Vh = found[key]
@@ -244,7 +250,7 @@ class _Extraction:
         return {key: first(found[key], len(S)) for key, S in kept.items()}
 
     def _decomposed(self, name: str, criterion: Criterion) -> list[tuple[str, float, Decomposition]]:
-        """Return key, norm and decomposition of the weights of a tensor."""
+        """Return (key, norm, decomposition) of each weight of a tensor."""
         changed = self._difference(name, exact=False)
         found = []
         for e, D in enumerate([] if changed is None else _weights(*changed)):
@@ -254,27 +260,30 @@ class _Extraction:
         return found
 
     def _is_matrix(self, name: str) -> bool:
-        """Whether the difference of a tensor becomes factors."""
+        """Whether a tensor's difference is stored as low-rank factors."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         rows = (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape
         return not rows and tuned.dtype.floating and base.dtype.floating and len(tuned.shape) > 1
 
     def _difference(self, name: str, *, exact: bool) -> tuple[Target, Array] | None:
-        """Return the target of a tensor and its difference in the target's layout; None if nothing changed."""
+        """Return a tensor's target and its difference in the target's layout; None if the tensor did not change."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         target = self._target(name, len(tuned.shape))
-        D = view_of(difference(name, tuned, base, exact=exact), target)
+        D = view(difference(name, tuned, base, exact=exact), target)
         return (target, D) if D.any() else None
 
     def changes(self, name: str) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield the update of one tensor, or nothing if it did not change; the update is None if no rank remains."""
+        """Yield (target, update, cut) of a tensor, or nothing if it did not change.
+
+        The update is None if its rank is 0.
+        """
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
             yield from self._rows(name, tuned, base)
         elif not (tuned.dtype.floating and base.dtype.floating):
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
                 kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
-                why = f"its numbers are {kinds} and changed; only changes of real numbers can be extracted"
+                why = f"the tensor changed, but its dtype is {kinds}; only floating-point tensors can be extracted"
                 cure = "Name the targets to extract by targets=/--target"
                 raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:
@@ -286,12 +295,12 @@ class _Extraction:
         """Return the target of a tensor, with the layout of the base."""
         path = _path(name)
         in_out = stored_in_out(path, self.base.config) or is_embedding(name)
-        # If the parameter has three axes and is not a module's weight, it holds one matrix per expert.
+        # A parameter with three axes that is not a module's `weight` contains one matrix per expert.
         stack = "e " if rank == 3 and path == name else ""
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
     def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield a replacement of a whole parameter, with the bytes of the tuned model."""
+        """Yield a replacement of the whole parameter by the tuned model's tensor."""
         field = "bias" if name.endswith(".bias") else "weight"
         layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
         target = Target(_path(name), layout)
@@ -307,7 +316,7 @@ class _Extraction:
             return
         target, D = changed
         if self.method == "dora":
-            yield self._directed(target, D, view_of(floats_of(base), target))
+            yield self._directed(target, D, view(floats_of(base), target))
             return
         if self.method != "lora":
             yield self._formed(target, D)
@@ -326,7 +335,7 @@ class _Extraction:
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
-        """Return a DoRA: the norms of the tuned rows, and a LoRA of the change of their directions."""
+        """Return a DoRA: the norms of the tuned rows, and a LoRA of the change of the rows' directions."""
         import numpy as np
 
         if D.ndim > 2:
@@ -340,8 +349,8 @@ class _Extraction:
         kind = result_type([], self.dtype)
         B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
-        # Cutting and rounding the factors changes the norms of the rows, by which DoRA divides. So the error is
-        # measured with DoRA's own formula and the stored numbers.
+        # Compute the error with DoRA's formula and the stored values, because DoRA divides by the norms of rows, which
+        # the cut and the rounding change.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
@@ -359,7 +368,10 @@ class _Extraction:
         return target, update, cut
 
     def _pair(self, D: Array, name: str, key: str) -> tuple[Array, Array]:
-        """Return B and A of one difference; at full rank, one of them is the difference itself, so nothing is lost."""
+        """Return B and A of one difference.
+
+        At full rank, use the difference and an identity, so that nothing is lost.
+        """
         import numpy as np
 
         if self.shared is not None:
@@ -392,12 +404,12 @@ class _Extraction:
 
 
 def _key(name: str, expert: int) -> str:
-    """Return the name of one weight of a tensor, which has several for stacked experts."""
+    """Return a key for a weight: the tensor's name and the expert's number."""
     return f"{name}\n{expert}"
 
 
 def _weights(target: Target, D: Array) -> list[Array]:
-    """Return the weights of a difference, `[out, in * k]`: one, or one for each stacked expert."""
+    """Split a difference into matrices `[out, in * k]`, one for each stacked expert."""
     return [one.reshape(len(one), -1) for one in (D if target.stacked else [D])]
 
 
@@ -406,7 +418,7 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
     Raises:
         TargetNotFound: a name is ambiguous, or a rule matches no name.
-        UsageError: two tensors would get one name.
+        UsageError: two tensors would get the same name.
     """
     known = {*base.tensors, *aliases(base)}
     paths = list(dict.fromkeys(map(_path, tuned.tensors)))
@@ -435,25 +447,28 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
 
 def _path(name: str) -> str:
-    """Return the target path of a stored tensor: the path of its module, or its own for a bare parameter."""
+    """Return the target path of a stored tensor: the module's path, or for a bare parameter the tensor's name."""
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 
 
 def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
-    """Return float64 if a difference of full rank has that dtype, which must be kept; else float32."""
+    """Return float64 if a full-rank pair contains a float64 difference, else float32."""
     exact = any(B.dtype == A.dtype == "float64" and len(A) in (len(B), A.shape[1]) for B, A in pairs)
     return DTYPES["F64" if exact else "F32"]
 
 
 def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the metadata in the headers of a tuned model's files as an argument of the lineage; empty if none."""
+    """Return the metadata in the headers of the tuned model's files as an argument of a lineage step.
+
+    Empty if there is none.
+    """
     pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
     found = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
     return {METADATA: found} if found else {}
 
 
 def _reference(base: Checkpoint) -> BaseRef:
-    """Return the reference to the base."""
+    """Return the base's identity, to record in the adapter."""
     config = base.config
     digest = None if config is None else config_hash(config)
     return BaseRef(id=str((config or {}).get("_name_or_path") or base.root.name), config_hash=digest)

@@ -1,4 +1,4 @@
-"""Approximate the difference of a matrix by other methods than LoRA: LoHa, LoKr and SHiRA."""
+"""Approximate a matrix's difference by LoHa, LoKr or SHiRA."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 
 SWEEPS = 12
-"""Rounds of alternating least squares over the four factors of a Hadamard product."""
+"""The number of rounds of alternating least squares over the four factors of a LoHa."""
 
 RIDGE = 1e-9
-"""Relative regularization of least squares, so that singular systems can be solved."""
+"""The relative regularization of least squares, which makes singular systems solvable."""
 
 
 def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Approximate `D [out, in]` by a Hadamard product of two low-rank products, closer than a LoRA of that rank.
+    """Approximate `D [out, in]` by a Hadamard product of two low-rank products.
 
-    Alternating least squares starts from the best LoRA times ones. With three factors fixed, the rows of the fourth
-    solve small linear systems, and no step increases the error. The best approximation has no closed formula.
+    There is no closed formula for the best approximation. Alternating least squares starts from the best LoRA times a
+    matrix of ones. With three factors fixed, each row of the fourth factor is the solution of a small linear system. No
+    step increases the error, so the result is closer to D than the LoRA.
 
     Raises:
-        UsageError: the criterion is an energy or an error, which no rank guarantees.
+        UsageError: the criterion is an energy or an error; only a rank is accepted.
     """
     import numpy as np
 
@@ -46,8 +47,8 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     D = D.astype(np.float64, copy=False)
     a, b = balanced(*dominant(D, Criterion(rank=rank), seed))
     c, d = np.zeros((len(D), rank)), np.random.default_rng(seed).standard_normal((rank, D.shape[1]))
-    # The second product starts as all ones. Its other directions are random with weight zero, so that least squares
-    # can use them.
+    # The second product is initially all ones. Its other directions are random and have weight zero; least squares can
+    # then give them a weight.
     c[:, 0], d[0] = 1.0, 1.0
     for _ in range(SWEEPS):
         c = _least_squares(D, a @ b, d)
@@ -60,7 +61,7 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def _least_squares(D: Array, H: Array, R: Array) -> Array:
-    """Return L `[m, r]` with the least |D - (L @ R) * H|, row by row; R is `[r, n]`."""
+    """Return the L `[m, r]` that minimises |D - (L @ R) * H|, with R `[r, n]`."""
     import numpy as np
 
     r = len(R)
@@ -72,13 +73,14 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Return the Kronecker product nearest to `D [out, in]`, with LyCORIS's split of the sides; `rank` is w2's.
+    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2, whose shapes LyCORIS's rule determines.
 
-    If each block of D is one row of a matrix, the result is the first singular pair of that matrix: Van Loan and
-    Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is cut to the rank.
+    Divide D into blocks of the shape of w2, and make each block a row of a matrix. w1 and w2 are the first singular
+    vectors of this matrix: Van Loan and Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is
+    cut to the rank.
 
     Raises:
-        UsageError: the criterion is an energy or an error, which no rank guarantees.
+        UsageError: the criterion is an energy or an error; only a rank is accepted.
     """
     rank = _rank(criterion, "Kronecker product")
     (a, m), (c, n) = (even_split(side) for side in D.shape)
@@ -94,7 +96,10 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
-    """Keep the largest entries of `D [out, in]`: as many numbers as a LoRA of the rank has, or the criterion needs."""
+    """Keep the largest entries of `D [out, in]`.
+
+    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise as many as the criterion requires.
+    """
     import numpy as np
 
     flat = D.reshape(-1)

@@ -1,6 +1,6 @@
-"""Lower updates to changes of weights: a pair of low-rank factors if there is one, else a dense array.
+"""Convert updates to changes of weights: low-rank factors if the method has them, else a dense array.
 
-All arithmetic on adapters uses these changes, as float64 numpy arrays.
+All arithmetic on adapters uses these changes, which are float64 numpy arrays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Delta:
     """A change of one weight: D = B @ A + rest, all float64.
 
     Attributes:
-        B: `[out, r]`; r is at most the smaller side per update, and 0 without a low-rank part.
+        B: `[out, r]`. r is 0 without low-rank factors; each update contributes at most the weight's smaller side.
         A: `[r, in * k]`.
         rest: `[out, in * k]`, or None if D = B @ A.
     """
@@ -49,12 +49,12 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """The inner size of B @ A, without the rest."""
+        """The inner size r of B @ A."""
         return len(self.A)
 
     def dense(self) -> Array:
-        """Return D `[out, in * k]`; without factors this is `rest` itself, so callers must not modify it."""
-        # numpy fills a product of inner size 0 with zeros, which took a twentieth of the time of `knots_ties`.
+        """Return D `[out, in * k]`. Callers must not modify it, because without factors it is the array `rest`."""
+        # Skip the product if its inner size is 0: filling it with zeros took a twentieth of the time of `knots_ties`.
         if self.rest is not None and not self.rank:
             return self.rest
         product: Array = self.B @ self.A
@@ -66,13 +66,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """The change of one adapter at one target, not yet read: the sum of its additive updates times a weight.
+    """The change that one adapter makes to one target, a weighted sum of additive updates.
+
+    The methods read the tensors when they are called.
 
     Attributes:
         target: the target.
         shape: the shape of one weight, `[out, in, *k]`.
         updates: the terms of the sum.
-        weight: the factor of the sum.
+        weight: the factor by which the sum is multiplied.
     """
 
     target: Target
@@ -90,28 +92,31 @@ class Change:
 
     @property
     def experts(self) -> int | None:
-        """The number of stacked weights; None if the target is a single weight."""
+        """The number of stacked experts; None if the target is not stacked."""
         return int(self.updates[0].dims(True)["e"]) if self.target.stacked else None  # type: ignore[arg-type]
 
     def deltas(self) -> Iterator[Delta]:
         """Yield the change of the weight, or of each stacked expert in order.
 
         Raises:
-            Malformed: a tensor holds a NaN or an infinity.
+            Malformed: a tensor contains a NaN or an infinity.
         """
-        # Tensors of a stack are read once for all of its experts.
+        # Read the tensors of a stack once for all experts.
         changing = [loaded(update, self.target) for update in self.updates if update.changes_weight]
         for expert in (None,) if self.experts is None else range(self.experts):
             yield _sum([_delta(part(update, expert), self.shape, self.weight) for update in changing])
 
     def bias(self) -> Array | None:
-        """Return the change of the bias, `[out]` or `[e, out]`; None if it does not change."""
+        """Return the change of the bias, `[out]` or `[e, out]`; None if the bias does not change."""
         changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
         terms = [self.weight * self._bias_of(update) for update in changing]
         return summed(terms) if terms else None
 
     def _bias_of(self, update: Additive) -> Array:
-        """Return one update's change of the bias; stacked experts one by one, because formulas handle one weight."""
+        """Return one update's change of the bias.
+
+        Loop over stacked experts, because formulas accept a single weight.
+        """
         import numpy as np
 
         if self.experts is None:
@@ -124,7 +129,7 @@ def loaded(update: U, target: Target) -> U:
     """Return an update with its tensors as float64 numpy arrays.
 
     Raises:
-        Malformed: a tensor holds a NaN or an infinity; the message names target, method and field.
+        Malformed: a tensor contains a NaN or an infinity; the message names target, method and field.
     """
     tensors = {}
     for name, leaf in update.tensors.items():
@@ -144,9 +149,9 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
     cure = "The file is damaged, or the adapter does not belong to this base"
     try:
         return _formed(update, shape, weight)
-    except IndexError as error:  # Positions in a file that were not checked against their axes.
+    except IndexError as error:  # The file's positions were not checked before.
         raise Malformed(f"{update.method}: a position is outside the weight ({error})", cure=cure) from None
-    except ValueError as error:  # Some updates do not state the shape of their weight.
+    except ValueError as error:  # The update does not record its weight's shape.
         raise ShapeMismatch(f"{update.method}: not made for a weight of {list(shape)} ({error})", cure=cure) from None
 
 
@@ -157,8 +162,8 @@ def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
-        # If the rank exceeds a side of the matrix, factors cost more than the matrix: use the matrix and an identity as
-        # factors.
+        # If the rank exceeds a side of the matrix, factors take more space than the matrix. Use the matrix and an
+        # identity as factors.
         if len(A) > min(out, columns):
             D, identity = B @ A, np.eye(min(out, columns))
             B, A = (D, identity) if columns < out else (identity, D)

@@ -1,7 +1,7 @@
-"""Algebra of low-rank products, by QR of the factors and decompositions of small cores.
+"""Compute with low-rank products without forming them: QR of the factors, then decompositions of small matrices.
 
-B @ A of rank r is never formed. With thin QR, B = Q_B R_B and A^T = Q_A R_A, it equals Q_B (R_B R_A^T) Q_A^T. So its
-norms, angles and singular values are those of the small matrix in the middle.
+With the QR decompositions B = Q_B R_B and A^T = Q_A R_A, the product B @ A equals Q_B (R_B R_A^T) Q_A^T. So B @ A has
+the norm and the singular values of the r x r matrix R_B R_A^T, its core.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 
 TALL = 4
-"""Matrices with at least this many rows per column are made orthonormal by their Gram matrix."""
+"""Matrices with at least this many rows per column are orthonormalized with their Gram matrix instead of QR."""
 
 INDEPENDENT = 1e-11
-"""The largest distance of the second Gram matrix from the identity; it allows condition numbers up to 200."""
+"""The largest allowed distance between the second Gram matrix and the identity.
+
+It allows condition numbers up to 200.
+"""
 
 CONDITION = 1e3
-"""The largest condition number, in the Frobenius norm, for which one round computes R to 1e-11."""
+"""The largest condition number (in the Frobenius norm) for which one Cholesky decomposition computes R to 1e-11."""
 
 TINY_SQUARE = 1e-200
-"""Squared norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
+"""Squared column norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +50,7 @@ class Core:
 
 
 def core(deltas: Sequence[Delta]) -> Core:
-    """Return changes with low-rank factors in coordinates that are common to all of them."""
+    """Return the `Core` of several changes with low-rank factors."""
     import numpy as np
 
     left, R_B = orthonormal(np.hstack([delta.B for delta in deltas]))
@@ -56,7 +59,7 @@ def core(deltas: Sequence[Delta]) -> Core:
 
 
 def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ...]:
-    """Return each change in the coordinates of R_B and R_A."""
+    """Return the core of each change from the triangles R_B and R_A of the concatenated factors."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -65,7 +68,7 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
 
 def spans(deltas: Sequence[Delta]) -> list[slice]:
-    """Return the columns of each change in the concatenation of their factors."""
+    """Return which columns of the concatenated B (rows of the concatenated A) belong to each change."""
     import numpy as np
 
     ends = np.cumsum([delta.rank for delta in deltas])
@@ -73,10 +76,10 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return the changes side by side, `[p, sum of ranks]`, each times an orthonormal basis of its row space.
+    """Return the changes side by side, `[p, sum of ranks]`, each multiplied by an orthonormal basis of its row space.
 
-    The result has the left singular vectors of the changes themselves, in the coordinates of R, the triangle of their
-    concatenated B.
+    R is the triangle of the QR decomposition of the concatenated B. The left singular vectors of the result are those
+    of [D_1 .. D_T], in the coordinates of R.
     """
     import numpy as np
 
@@ -88,7 +91,7 @@ def images(deltas: Sequence[Delta], R: Array) -> Array:
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
-    """Return only the cores, `[p, q]` each, which suffice for norms, angles and singular values."""
+    """Return the cores, `[p, q]` each, without bases; they suffice for norms, angles and singular values."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
@@ -101,8 +104,8 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 def orthonormal(X: Array) -> tuple[Array, Array]:
     """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
 
-    Two rounds of Cholesky decomposition of the Gram matrix (Yamamoto et al. 2015) take a third of the time of QR. They
-    are exact to rounding if the columns are far from linearly dependent; otherwise QR is used.
+    Two rounds of Cholesky decomposition of the Gram matrix (Yamamoto et al. 2015) take a third of the time of QR. The
+    two rounds are exact to rounding if the columns are far from linearly dependent; otherwise QR is used.
     """
     import numpy as np
 
@@ -112,8 +115,8 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     L, sizes = found
     Q = X @ (np.linalg.inv(L).T / sizes[:, None])
     G = Q.T @ Q
-    # After one round, G differs from the identity by rounding times the squared condition number: a large difference
-    # means nearly dependent columns.
+    # G differs from the identity by the rounding error times the squared condition number. So a large difference means
+    # that columns are nearly dependent.
     if np.abs(G - np.eye(n)).max() > INDEPENDENT:
         return _plain_qr(X)
     second = np.linalg.cholesky(G)
@@ -121,7 +124,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
 
 
 def triangle(X: Array) -> Array:
-    """Return R of the decomposition without computing Q."""
+    """Return R of the QR decomposition without computing Q."""
     import numpy as np
 
     found = _cholesky(X)
@@ -134,7 +137,10 @@ def triangle(X: Array) -> Array:
 
 
 def _cholesky(X: Array) -> tuple[Array, Array] | None:
-    """Return L and the column norms; L L^T is the Gram matrix of the normalized columns. None if QR is better."""
+    """Return (L, norms of the columns), where L L^T is the Gram matrix of the normalized columns.
+
+    None if QR is better.
+    """
     import numpy as np
 
     m, n = X.shape
@@ -145,7 +151,7 @@ def _cholesky(X: Array) -> tuple[Array, Array] | None:
     squares = G.diagonal()
     if not TINY_SQUARE < squares.min() <= squares.max() < 1 / TINY_SQUARE:
         return None
-    # Columns are scaled to norm 1, because factors of several adapters may differ much in size.
+    # Scale columns to norm 1, because the factors of several adapters may differ much in magnitude.
     sizes = np.sqrt(squares)
     try:
         return np.linalg.cholesky(G / sizes / sizes[:, None]), sizes
@@ -161,7 +167,7 @@ def _plain_qr(X: Array) -> tuple[Array, Array]:
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
-    """Like `core`, but for changes that may be dense; then the coordinates are those of the weight itself."""
+    """Return the `Core` of changes that may be dense. If one is dense, the bases are identities."""
     import numpy as np
 
     if all(delta.rest is None for delta in deltas):
@@ -171,14 +177,14 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
 
 
 def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return the cores after checking that their numbers are finite; otherwise decompositions do not converge.
+    """Check that cores are finite, because decompositions do not converge otherwise; return the cores.
 
     Raises:
         Malformed: the factors are so large that their product overflows.
     """
     import numpy as np
 
-    # Callers compute squared norms, so the squares must be finite too.
+    # Check the squares, because callers compute squared norms.
     with np.errstate(over="ignore", invalid="ignore"):
         if all(math.isfinite((one * one).sum()) for one in found):
             return found
@@ -203,7 +209,7 @@ def norm(delta: Delta) -> float:
 
 
 def distance(one: Delta, other: Delta) -> float:
-    """Return the Frobenius norm of the difference, exact to rounding even if the two are nearly equal."""
+    """Return the Frobenius norm of the difference of two changes, exact to rounding even if they are nearly equal."""
     if one.rest is not None or other.rest is not None:
         return _size(one.dense() - other.dense())
     first, second = cores([one, other])

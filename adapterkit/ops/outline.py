@@ -1,4 +1,4 @@
-"""Outline a combination before it is computed, so that a format can refuse it early."""
+"""Describe a combination's result before it is computed, so that a format can refuse the result early."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def unread(leaf: Leaf) -> Lazy:
-    """Return a tensor of the same shape and dtype that cannot be read."""
+    """Return a placeholder with the tensor's shape and dtype, which cannot be read."""
     known = as_lazy(leaf)
     return unknown(known.shape, known.dtype)
 
 
 def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
-    """Return a tensor that is not computed yet and cannot be read."""
+    """Return a placeholder for a tensor that is not computed yet; it cannot be read."""
 
     def fetch() -> Buffer:
         raise NotComputed
@@ -32,24 +32,25 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
 
 
 def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-    """Return the same updates without readable tensors."""
+    """Replace all tensors of the updates by placeholders that cannot be read."""
     return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
 
 
 def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
-    """Check that a format can hold a result; writers check that before they read any tensor.
+    """Check that a format can store a result, before the result is computed.
 
     Args:
-        outline: the adapter with its lineage and `blank` updates.
-        write: a function that writes an adapter to a temporary folder.
+        outline: an adapter with the result's lineage, and updates from `blank`.
+        write: a function that writes an adapter to a temporary folder. Writers check updates before they read any
+            tensor.
         what: the format and the method, for messages.
 
     Raises:
-        Unrepresentable: the format cannot hold some updates; the message names the first.
+        Unrepresentable: the format cannot store some updates; the message names the first.
     """
     try:
         write(outline)
-    # The writer accepted the outline and then tried to read a tensor.
+    # The writer accepted the outline: it tried to read a tensor.
     except NotComputed:
         return
     except Unrepresentable as error:

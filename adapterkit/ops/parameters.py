@@ -1,7 +1,7 @@
-"""Check the weights and parameters of a combination, resolve them per target, and translate other tools' names.
+"""Check the weights and parameters of a combination, resolve their values per target, and translate other tools' names.
 
-A parameter may be a value, a list that is interpolated from the first layer to the last, or a mapping from globs of
-target paths to values or lists; the first glob that matches counts.
+A parameter may be a value, or a list that is interpolated from the first layer to the last. It may also be a mapping
+from globs of target paths to values or lists; the first glob that matches a target is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .combiners._combiner import Value
 
     Setting = Value | Sequence[float] | Mapping[str, "Setting"]
-    """A value, a list over the layers, or a mapping of globs to either."""
+    """A value, a list over the layers, or a mapping from globs to values or lists."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -51,13 +51,13 @@ class Depths:
         """
         layer = self.layers[str(target)]
         if layer is None:
-            why = "a list of numbers for a target that is in no numbered layer"
+            why = "a list over the layers does not apply to a target outside numbered layers"
             raise UsageError(why, where=str(target), cure="Give a mapping of globs, with a number for such targets")
         return layer / self.last if self.last else 0.0
 
 
 def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value) -> Value:
-    """Return the value of a setting at a target; `otherwise` if no glob matches."""
+    """Return the value of a setting at a target; return `otherwise` if the setting is a mapping and no glob matches."""
     if isinstance(setting, Mapping):
         for glob, value in setting.items():
             if fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob):
@@ -69,24 +69,26 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value
 
 
 def plain(setting: Setting, where: str) -> Setting:
-    """Return a setting as plain data.
+    """Check a setting's type and return it as plain data.
 
     Raises:
-        UsageError: it has another type.
+        UsageError: the setting has another type.
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
-            raise UsageError(
-                "a mapping must be of globs to values", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}'
-            )
+            raise UsageError("a mapping must have globs as keys", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}')
         return {glob: plain(value, where) for glob, value in setting.items()}
     if isinstance(setting, (list, tuple)):
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if not setting or len(numbers) < len(setting):
-            raise UsageError("a list must be of numbers, for the first layer to the last", where=where, cure="Give one")
+            raise UsageError(
+                "a list must contain numbers, from the first layer to the last", where=where, cure="Give one"
+            )
         return [float(value) for value in setting]
     if setting is not None and not isinstance(setting, (bool, int, float, str)):
-        raise UsageError(f"{type(setting).__name__} is no value", where=where, cure="Give a number, list or mapping")
+        raise UsageError(
+            f"a setting cannot have type {type(setting).__name__}", where=where, cure="Give a number, list or mapping"
+        )
     return setting
 
 
@@ -96,7 +98,7 @@ def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None
         return
     for glob in setting:
         if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
-            cure = f"Its targets are called like {targets[0].path}"
+            cure = f"The name of a target is, for example, {targets[0].path}"
             raise UsageError(f"no target fits {glob!r}", where=where, cure=cure)
 
 
@@ -112,7 +114,7 @@ def _layer(target: Target) -> int | None:
     return None if found is None else int(found.group(1))
 
 
-# Other tools' names of methods, with the combiner and the parameters that reproduce each.
+# Names of methods in other tools, each with the combiner and the parameters that reproduce it.
 
 
 Known = Mapping[str, tuple[str, Mapping[str, str | bool]]]
@@ -130,7 +132,7 @@ PEFT: Known = {
     "dare_ties_svd": ("dare_ties", {"rank": "largest"}),
     "magnitude_prune_svd": ("magnitude_prune", {"rank": "largest"}),
 }
-"""`combination_type` of PEFT's `add_weighted_adapter`."""
+"""A map from PEFT's `combination_type` (in `add_weighted_adapter`) to the combiner and its parameters."""
 
 MERGEKIT: Known = {
     "linear": ("linear", {}),
@@ -154,19 +156,19 @@ MERGEKIT: Known = {
     "ramplus_tl": ("ramplus_tl", {}),
     "arcee_fusion": ("arcee_fusion", {}),
 }
-"""`merge_method` of mergekit, applied to differences from a base."""
+"""A map from mergekit's `merge_method`, applied to differences from a base, to the combiner and its parameters."""
 
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
 
 def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Setting]]:
-    """Resolve the name of a method to a combiner and its parameters.
+    """Return the combiner's name and the parameters for the name of a method.
 
     Args:
         name: the method's name in the peer library (`compat`), a name in `COMBINERS`, or a joined name such as
             `knots_ties`.
         compat: the peer library, or None.
-        count: the number of adapters; PEFT treats every method as `linear` for a single one.
+        count: the number of adapters; with a single adapter, PEFT treats every method as `linear`.
 
     Raises:
         Unsupported: the peer is unknown.
@@ -175,7 +177,7 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     from .combiners import COMBINERS
 
     if compat is not None:
-        # PEFT takes a single adapter as `linear` before it looks at the combination type.
+        # With a single adapter, PEFT uses `linear` and ignores the combination type.
         return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
     plug, _, rest = name.partition("_")
     if name not in COMBINERS and plug in COMBINERS and rest in COMBINERS and COMBINERS[plug].plug:
@@ -187,11 +189,11 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
     from .combiners import COMBINERS
 
     if compat not in PEERS:
-        raise Unsupported(f"no way of {compat!r} is known", cure=f"Known: {', '.join(PEERS)}")
+        raise Unsupported(f"the peer library {compat!r} is unknown", cure=f"Known: {', '.join(PEERS)}")
     known = PEERS[compat]
     if name not in known:
         cure = nearest(name, known) or f"Known: {', '.join(known)}"
-        raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)
+        raise UsageError(f"{compat} has no method {name!r}", where="compat", cure=cure)
     method, values = known[name]
     inner = COMBINERS[str(values["then"])] if "then" in values else COMBINERS[method]
     return method, {**inner.compat.get(compat, {}), **values}
@@ -200,9 +202,9 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
 def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tuple[int | None, float]:
     """Return the rank to which PEFT cuts a combination, and the factor by which it multiplies the result.
 
-    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. If that
-    config has `use_rslora`, the scaling is alpha / sqrt(rank) instead, and the result is sqrt(rank) times as large
-    (PEFT 0.21.2). The same factor is used here, because a model in PEFT computes with it.
+    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. But if
+    the first adapter's config has `use_rslora`, the scaling is alpha / sqrt(rank), and PEFT's result is sqrt(rank)
+    times as large (PEFT 0.21.2). adapterkit applies the same factor, to reproduce PEFT's result.
 
     Args:
         name: the combination type.
@@ -210,7 +212,7 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
         rank: the requested rank, or None.
 
     Returns:
-        the rank to cut to, or None; and the factor.
+        (the rank to which the result is cut, or None; the factor).
     """
     ranks = [_rank(adapter) for adapter in adapters]
     is_cut = name.endswith("svd") and len(adapters) > 1
@@ -220,30 +222,30 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
 
 
 def _config(adapter: Adapter) -> Mapping[str, Any]:
-    """Return the PEFT config that an adapter was read with, which may hold `use_rslora`; empty for other formats."""
+    """Return the config of an adapter that was read from PEFT's files; empty for other formats."""
     foreign = adapter.foreign
     config = foreign.data.get("config") if foreign is not None and foreign.format == "peft" else None
     return config if isinstance(config, Mapping) else {}
 
 
 def _rank(adapter: Adapter) -> int:
-    """Return the rank that PEFT allocates for an adapter: the largest in its config."""
+    """Return the largest rank in an adapter's PEFT config, which is the rank that PEFT allocates."""
     config = _config(adapter)
     pattern = config.get("rank_pattern")
     told = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     return max([rank for rank in told if isinstance(rank, int)], default=max(adapter.ranks, default=1))
 
 
-# The arguments of one combination, checked, and their values at each target.
+# Check the arguments of a combination, and look up their values at each target.
 
 
 class Asked:
-    """The weights and parameters of one combination.
+    """The checked weights and parameters of one combination.
 
     Attributes:
-        weights: one setting per adapter.
-        each: parameters of single adapters, one mapping per adapter.
-        targets: all targets.
+        weights: the weight of each adapter, as a setting.
+        each: parameters that apply to one adapter only, one mapping per adapter.
+        targets: all targets of the combination.
         varies: whether a parameter may differ between targets.
     """
 
@@ -266,38 +268,42 @@ class Asked:
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 
     def _own(self, each: Sequence[Mapping[str, Setting]], count: int) -> list[dict[str, Setting]]:
-        """Check the parameters of single adapters."""
+        """Check the parameters that apply to one adapter only."""
         if each and len(each) != count:
             raise UsageError(
-                f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
+                f"the list has parameters of {len(each)} adapters, but there are {count} adapters",
+                where="each",
+                cure="Give one mapping each",
             )
         if not all(isinstance(own, Mapping) for own in each):
-            raise UsageError("parameters of an adapter are a mapping", where="each", cure='Such as {"density": 0.5}')
+            raise UsageError(
+                "the parameters of an adapter must be a mapping", where="each", cure='Such as {"density": 0.5}'
+            )
         cls = COMBINERS[self.name]
         if cls.plug is not None:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
         for key in {key for own in each for key in own} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
-            raise UsageError(f"{key!r} is not of single adapters", where="each", cure=f"Such parameters: {known}")
+            raise UsageError(f"{key!r} cannot differ between adapters", where="each", cure=f"Such parameters: {known}")
         return [{key: _each_checked(cls, key, plain(value, key)) for key, value in own.items()} for own in each]
 
     def method(self, target: Target) -> Combiner:
         return made(COMBINERS[self.name], self._at(target))
 
     def _at(self, target: Target) -> dict[str, Value]:
-        """Return the given parameters with their values at a target."""
+        """Return the parameters that the caller set, with their values at a target."""
         own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
         return {key: value for key, value in own.items() if value is not None}
 
     @property
     def counts(self) -> bool:
-        """Whether any target, with the parameters of any adapter, needs counts over whole adapters first."""
+        """Whether the formula needs statistics of whole adapters (a `Census`) at some target."""
         targets = self.targets if self.varies else self.targets[:1]
         values = [(self._at(target), own) for target in targets for own in self.each_at(target) or [{}]]
         return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
 
     def each_at(self, target: Target) -> list[dict[str, JsonValue]]:
-        """The parameters of single adapters, as they are at a target."""
+        """Return the values of `each` at a target."""
         return [
             {
                 key: found
@@ -312,7 +318,7 @@ class Asked:
         numbers: list[float] = []
         for weight in found:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UsageError(f"weight {weight!r} is no finite number", where=str(target), cure="Give a number")
+                raise UsageError(f"weight {weight!r} is not a finite number", where=str(target), cure="Give a number")
             numbers.append(float(weight))
         return numbers
 
@@ -321,7 +327,7 @@ class Asked:
 
 
 def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
-    """Check a parameter of a single adapter; check every number in a list or a mapping."""
+    """Check a parameter that applies to one adapter only; in a list or a mapping, check every value."""
     if isinstance(value, Mapping):
         return {glob: _each_checked(cls, key, inner) for glob, inner in value.items()}
     if isinstance(value, list):
@@ -330,7 +336,7 @@ def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
 
 
 def one_of(value: Setting, key: str) -> Value:
-    """Return one value of a setting, for checking the combiner before the targets are known."""
+    """Return some value of a setting, to check the combiner's parameters before the targets are known."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]

@@ -1,9 +1,9 @@
-"""Compute results ahead on a pool of threads, in order, and limit the BLAS to one thread in the meantime.
+"""Compute results in advance on a pool of threads, and limit the BLAS library to one thread meanwhile.
 
-A BLAS library starts one thread per processor for each product. For low-rank factors that gains nothing: TSV on 224
-targets of 4096 x 4096 takes 33 s with one BLAS thread, 37 s with two, and over 240 s with two while another program
-uses one of the cores, because BLAS threads spin while they wait for each other. A pool that computes each target with
-one BLAS thread avoids that.
+A BLAS library starts one thread per processor for each product, which gains nothing for low-rank factors. TSV on 224
+targets of 4096 x 4096 takes 33 s with one BLAS thread, and 37 s with two. With two threads, and another program on one
+of the cores, it takes over 240 s, because BLAS threads spin while they wait for each other. So a pool computes several
+targets in parallel, each with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MEMORY = 256 << 20
-"""Bytes that the workers of a pool may hold together, unless a single item needs more."""
+"""The number of bytes that all workers of a pool may use together, unless a single item needs more."""
 
 
 @contextmanager
@@ -33,14 +33,17 @@ def ahead(
     workers: int,
     cost: Callable[[Item], int] | None = None,
 ) -> Iterator[Iterator[Result]]:
-    """Yield an iterator over the results of `work` in the order of the items; later items are computed ahead.
+    """Yield an iterator over the results of `work`, in the order of the items.
+
+    Worker threads compute them in advance.
 
     Args:
-        work: computes the result of an item; an error is raised when the result is requested.
+        work: a function that computes the result of an item. Its errors are raised when the iterator reaches the
+            result.
         items: the items.
-        workers: the number of threads, and of results that may wait.
-        cost: a function that returns the bytes an item holds while it is computed. The sum over running items stays
-            below `MEMORY`; an item that needs more than that runs alone.
+        workers: the number of threads, and the largest number of finished results that wait to be taken.
+        cost: a function that returns the number of bytes that the computation of an item needs. The sum over running
+            items is at most `MEMORY`; an item that needs more runs alone.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -71,7 +74,7 @@ def most_workers() -> int:
 
 
 class _Budget:
-    """A number of bytes that threads share; a thread waits until enough are free."""
+    """A number of bytes that threads share. A thread that needs bytes waits until enough are free."""
 
     def __init__(self, total: int) -> None:
         self.total, self.used, self.changed = total, 0, Condition()
@@ -79,7 +82,7 @@ class _Budget:
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
         with self.changed:
-            # An item that exceeds the whole budget runs when no other does; otherwise it would wait forever.
+            # An item that exceeds the whole budget runs when no other item runs; otherwise it would wait forever.
             self.changed.wait_for(lambda: self.used == 0 or self.used + count <= self.total)
             self.used += count
         try:
@@ -92,15 +95,15 @@ class _Budget:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit the BLAS of the whole process to one thread within the block."""
-    # Import numpy first, because threadpoolctl limits only libraries that are already loaded. When numpy was imported
-    # inside the block, `diff` of 126 small targets took 16 s of processor time instead of 1.3 s.
+    """Limit the BLAS library of the whole process to one thread, inside a `with` block."""
+    # Import numpy first, because threadpoolctl limits only libraries that are already loaded. When numpy was first
+    # imported inside the block, `diff` of 126 small targets took 16 s of processor time instead of 1.3 s.
     import numpy as np  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # threadpoolctl sets a process-wide number and later restores the previous one. With two nested or overlapping
-    # blocks, the second would save the limit 1, and could restore this 1 last and for good. So the first block sets the
-    # limit, and the last block to end restores it.
+    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. If blocks
+    # overlap, the second block would save 1 as the previous limit, and might restore it last. So only the first block
+    # sets the limit, and the last block that ends restores the previous limit.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -1,4 +1,4 @@
-"""Read recipes: YAML files, close to mergekit's, that say what to combine and how.
+"""Read recipes: YAML files, similar to mergekit's, that list adapters, a method and its parameters.
 
     merge_method: ties
     models:
@@ -12,8 +12,8 @@
     compat: mergekit                   # mergekit's defaults instead of the papers'
 
 A value may be a number, a list over the layers, a mapping from globs to numbers or lists, or mergekit's list of
-`{filter, value}`. mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if every
-layer keeps its place.
+`{filter, value}`. mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if no layer
+moves to another position.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ SPELLINGS = {
     "tol": "tolerance",
     "normalize_weights": "normalize",
 }
-"""A map from mergekit's names of parameters to ours, if they differ."""
+"""A map from mergekit's names of parameters to ours, for names that differ."""
 
 FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
     "rescale": ("rescale", "norm", "none"),
 }
-"""A map from mergekit's switches to our parameter and its values for true and for false."""
+"""A map from mergekit's switches to (our parameter, its value for true, its value for false)."""
 
 _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
 DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswap"}
-"""mergekit's methods for which a model that is the base itself changes nothing."""
+"""mergekit's methods that combine differences from the base; a listed model that is the base then changes nothing."""
 
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
-"""A map from mergekit's switches to its methods that read them; others ignore them (mergekit 0.1.5)."""
+"""A map from mergekit's switches to the methods that use them; other methods ignore them (mergekit 0.1.5)."""
 
 ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are not parameters of a method; they have their own keys or options."""
+"""Arguments of `combine` that are not parameters of a method; recipes have other keys for them, or none."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
-"""A map from mergekit's parameters to the values with which they have no effect here."""
+"""A map from mergekit's parameters to values that are accepted because they have no effect on the result."""
 
 TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
@@ -69,7 +69,7 @@ TOP = (
 )  # fmt: skip
 REFUSED: Mapping[str, tuple[str, str]] = {
     "modules": (
-        "merging parts of a model separately", "Write one recipe for each part, with adapters that hold that part",
+        "merging parts of a model separately", "Write one recipe for each part, with adapters of only that part",
     ),
     "genome": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
     "tasks": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
@@ -77,10 +77,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Write slices, or models"),
 }  # fmt: skip
-"""A map from keys of mergekit's files for other tasks than a combination to the task and the remedy."""
+"""A map from keys that only other files of mergekit have to (the purpose of such a file, what to do instead)."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
-"""Keys with text values; YAML reads `on` and `1e3` as other types."""
+"""Keys whose value must be text. The type is checked, because YAML reads `on` and `1e3` as other types."""
 
 MODEL = ("model", "adapter", "parameters")
 SLICE = ("sources", "parameters", "base_model")
@@ -89,16 +89,16 @@ SOURCE = ("model", "adapter", "parameters", "layer_range")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The arguments of `combine` from a recipe.
+    """A parsed recipe, as arguments of `combine`.
 
     Attributes:
         adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
-        places: the key in the file that names each adapter.
+        places: for each adapter, the key in the file that names it.
         tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
             tokenizer.
-        notes: one line for each part of the file that a combination of adapters does not need.
-        layers: the total number of layers in the file's slices; None without slices.
+        notes: a sentence for each part of the file that is not used.
+        layers: the number of layers that the file's slices cover; None without slices.
     """
 
     adapters: tuple[str, ...]
@@ -126,7 +126,7 @@ class Recipe:
 
 @places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
-    """Read a recipe from a file; its relative paths start at the working directory, as on the command line.
+    """Read a recipe from a file; relative paths in it are relative to the working directory, as on the command line.
 
     Raises:
         Malformed: the file is not YAML, or not a recipe.
@@ -157,7 +157,7 @@ def recipe(found: object, path: Path | None = None) -> Recipe:
     if "merge_method" not in top or not models:
         raise Malformed("needs merge_method and a list of models", path=path, cure="See adapterkit combine --help")
     switches = _switches(top["merge_method"], top.get("compat"))
-    if top["merge_method"] == "slerp":  # base_model says which of the two models comes first.
+    if top["merge_method"] == "slerp":  # base_model names the first of the two models.
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
@@ -181,7 +181,7 @@ def recipe(found: object, path: Path | None = None) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """An entry of the list of models: its key in the file, the model it names, and its parameters by slice."""
+    """An entry in the list of models: its key in the file, the model's name, and the parameters in each slice."""
 
     place: str
     name: str
@@ -189,7 +189,7 @@ class _Model:
 
 
 def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models, and the layers of each slice if the file has slices."""
+    """Return the models, and the layer range of each slice (empty if the file has no slices)."""
     if "slices" in top:
         if "models" in top or "adapters" in top:
             cure = "Remove one of them"
@@ -207,7 +207,7 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
 
 
 def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models of slices that keep every layer in its place: all models in each slice, ranges in sequence.
+    """Return the models and layer ranges of slices, if each slice has all models and ranges are in sequence.
 
     Raises:
         UsageError: a slice moves layers, so the result would not fit an adapter's base.
@@ -238,7 +238,7 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
         for j, source in enumerate(read):
             if i == 0:
                 parameters.append([])
-            # A source's own parameters override those of its slice.
+            # The parameters of a source override the parameters of its slice.
             both = {**(one.get("parameters") or {}), **(source.get("parameters") or {})}
             parameters[j].append((f"{where}.sources[{j}].parameters", both))
     places = [f"slices[0].sources[{j}]" for j in range(len(names))]
@@ -268,7 +268,8 @@ def _named_base(
 ) -> tuple[str | None, list[str | None], list[str]]:
     """Return the base, each model's adapter (None for a model that is the base), and notes.
 
-    `base+lora` names both. A model that is the base itself changes nothing, but some recipes of mergekit list it.
+    An entry `base+lora` names both the base and an adapter. Some recipes of mergekit list the base as a model, although
+    it changes nothing.
     """
     said, notes = top.get("base_model"), list[str]()
     names: list[str | None] = []
@@ -294,7 +295,7 @@ def _named_base(
             "Name the same base in every model and in base_model",
         )
         raise UsageError(
-            f"{differing} is another base than {said or next(iter(bases))}", where=where, path=path, cure=cure
+            f"the base {differing} differs from the base {said or next(iter(bases))}", where=where, path=path, cure=cure
         )
     method, needed = top["merge_method"], _is_based(top)
     if said is not None and said in names and len(names) > 1:
@@ -303,7 +304,8 @@ def _named_base(
         if method not in DIFFERENCES:
             cure = "Remove the base from models, and divide the other weights by the sum of all, including the base's"
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
-        # The other models stand for their differences from the base, and the base's difference from itself is zero.
+        # Drop the base from the models: these methods combine differences from the base, and the base's own difference
+        # is zero.
         names = [None if name == said else name for name in names]
     base = said if said is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
@@ -324,7 +326,10 @@ def _is_based(top: Mapping[str, Any]) -> bool:
 def _own(
     models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
 ) -> list[dict[str, JsonValue]]:
-    """Return each model's parameters; if they differ between slices, as a mapping of globs of layers."""
+    """Return each model's parameters.
+
+    A parameter that differs between slices becomes a mapping from globs of layers.
+    """
     made = []
     for model in models:
         parts = [_translated(found, where, switches, path) for where, found in model.parameters]
@@ -348,7 +353,7 @@ def _own(
 
 
 def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
-    """Return the source of the tokenizer for a merge by this recipe: `base`, a folder, or None."""
+    """Return where a merge takes the tokenizer from: `base`, a folder, or None."""
     if "tokenizer" in top and "tokenizer_source" in top:
         cure = "Remove tokenizer_source"
         raise UsageError(
@@ -395,7 +400,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
 
 
 def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
-    """Return parameters under adapterkit's names."""
+    """Translate names of parameters to adapterkit's names."""
     if found is None:
         return {}
     if not isinstance(found, Mapping):
@@ -406,7 +411,7 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
             continue
-        # mergekit ignores a switch that the method does not read; do the same.
+        # Ignore a switch that the method does not use, like mergekit.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:
@@ -417,9 +422,9 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
 
 
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
-    """Return the boolean parameters of the method (True) and the switches of mergekit that it ignores (False).
+    """Return a map to True for the method's boolean parameters, and to False for switches that the method ignores.
 
-    mergekit accepts `normalize` and `rescale` for any method; methods that do not read them ignore them.
+    mergekit accepts `normalize` and `rescale` for every method, although some methods ignore them.
     """
     from .combiners import COMBINERS
     from .parameters import resolved
@@ -442,7 +447,10 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
 
 
 def _filtered(value: object, where: str, path: Path | None) -> Any:
-    """Turn mergekit's list of `{filter, value}` into a mapping of globs; a filter matches any part of a name."""
+    """Convert mergekit's list of `{filter, value}` to a mapping from globs to values.
+
+    A filter matches any part of a name.
+    """
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
     made: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
+"""Reduce the ranks of adapters, by QR decompositions of the factors and the SVD of a small core.
 
 The product of the first r singular values and vectors has the smallest Frobenius error of all products of rank r
 (Eckart and Young 1936).
@@ -41,15 +41,16 @@ PROMOTE = "Convert it to LoRA by --promote (ak.ops.promote), with --base (base=)
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The effect of a rank cut on the change of one target.
+    """The effect of a rank reduction on one target.
 
     Attributes:
         target: the target.
-        method: the method of the new update; empty if nothing remains.
-        before: the rank of the old factors; without factors, the smaller side of the weight.
-        rank: the rank of the new factors; None if the change is kept whole.
-        norm: the Frobenius norm of the old change.
-        error: the Frobenius norm of the loss, rounding of the new factors included.
+        method: the method of the new update; empty if the target has no update any more.
+        before: the rank before; for a change without factors, the smaller side of the weight.
+        rank: the new rank; None if the change was not cut.
+        norm: the Frobenius norm of the change before.
+        error: the Frobenius norm of the difference between the old and the new change, including the rounding of the
+            new factors.
     """
 
     target: str
@@ -61,7 +62,7 @@ class Cut:
 
     @property
     def relative(self) -> float:
-        """The error relative to the norm."""
+        """The error divided by the norm."""
         return self.error / self.norm if self.norm else 0.0
 
     def record(self) -> dict[str, JsonValue]:
@@ -88,11 +89,11 @@ def resize(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """Cut each change with low-rank factors to a LoRA of a smaller rank, and keep everything else unchanged.
+    """Cut each change with low-rank factors to a LoRA of a smaller rank; keep all other updates unchanged.
 
     Args:
-        adapter: an adapter or its path; several low-rank updates of one target become one.
-        rank: the rank to keep; targets with a smaller rank keep theirs.
+        adapter: an adapter or its path. Several low-rank updates of one target are joined into one.
+        rank: the new rank; targets with a smaller rank keep their rank.
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
         frobenius: the largest Frobenius error.
@@ -100,17 +101,18 @@ def resize(
             three rules, `rank` is an upper limit.
         sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
         sv_fro: kohya's rule: the least share of the Frobenius norm to keep.
-        scope: `target`: each target separately. `all`: the largest singular values of the whole adapter; `rank` is then
-            the mean rank, and a target that gets none is dropped.
-        base: the base, which resolves names and gives shapes that the adapter does not contain.
-        dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
-        report: called with a `Cut` for each changed target.
-        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base other than the one that the adapter names.
+        scope: `target`: apply the criterion to each target separately. `all`: keep the largest singular values of the
+            whole adapter. `rank` is then the mean rank, and targets without any kept singular value are dropped.
+        base: the base, to resolve names, and for shapes that the adapter does not contain.
+        dtype: the dtype of the new factors; default: float64 if any factor is float64, else float32.
+        report: a function that is called with a `Cut` for each changed target.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
+        strict_base: whether to refuse a base that differs from the base that the adapter records.
 
     Raises:
-        CheckFailed: the base is not the one that the adapter names, and `strict_base` is set.
-        UsageError: not exactly one criterion is given, or it is out of range; the rank is above that of all weights.
+        CheckFailed: the base differs from the base that the adapter records, and `strict_base` is set.
+        UsageError: not exactly one criterion is given; its value is out of range; or the rank is larger than the
+            smaller side of every weight.
     """
     stage("decomposing the updates")
     criterion = Criterion(rank, energy, error, frobenius, sv_ratio, sv_cumulative, sv_fro, scope)
@@ -132,27 +134,28 @@ def promote(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """Turn every change of a matrix into a LoRA, whatever its method.
+    """Convert every change of a matrix, of any method, to a LoRA.
 
-    Without a criterion, the change is exact to rounding: methods with low-rank factors become a LoRA of their rank, and
-    others become a LoRA of the rank of their change.
+    Without a criterion, the LoRA is exact to rounding. Its rank is that of the method's low-rank factors, or for
+    methods without such factors the rank of the difference.
 
     Args:
         adapter: an adapter or its path.
-        rank: the rank to keep.
+        rank: the rank of the new LoRA.
         energy: as for `resize`.
         error: as for `resize`.
         frobenius: as for `resize`.
         scope: as for `resize`.
-        base: the base, for methods that need its weights; without it, their updates are kept unchanged.
-        dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
-        report: called with a `Cut` for each changed target.
-        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base other than the one that the adapter names.
+        base: the base, for methods that need its weights. Without a base, the updates of these methods are kept
+            unchanged.
+        dtype: the dtype of the new factors; default: float64 if any factor is float64, else float32.
+        report: a function that is called with a `Cut` for each changed target.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
+        strict_base: whether to refuse a base that differs from the base that the adapter records.
 
     Raises:
-        CheckFailed: the base is not the one that the adapter names, and `strict_base` is set.
-        UsageError: more than one criterion is given, or it is out of range.
+        CheckFailed: the base differs from the base that the adapter records, and `strict_base` is set.
+        UsageError: more than one criterion is given, or its value is out of range.
         NotMergeable: a base is given, and a method does not change weights.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope=scope)
@@ -162,7 +165,7 @@ def promote(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One target: updates to keep, and updates that become one LoRA, with the decomposed change of each weight."""
+    """The work on one target: the updates to keep unchanged, and the decomposed change that becomes a LoRA."""
 
     place: AlignedPlace
     kept: tuple[Update, ...]
@@ -172,9 +175,9 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """One weight's change: the change, its decomposition up to the kept part, its norm, and the norm of the cut part.
+    """One weight's change, the kept part of its decomposition, the norm of the change, the norm of the dropped part.
 
-    `cut` is None if only the kept part was computed.
+    `cut`, the norm of the dropped part, is None if only the kept part was computed.
     """
 
     delta: Delta
@@ -187,7 +190,10 @@ class _Weight:
         return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
 
     def lost(self, made: Delta) -> float:
-        """Return the distance to the stored factors; cut and kept parts are orthogonal, so their squares add up."""
+        """Return the distance between the change and the stored factors.
+
+        The dropped and the kept part are orthogonal, so their squared errors add up.
+        """
         if self.cut is None:
             return distance(self.delta, made)
         return math.hypot(self.cut, distance(Delta(*balanced(*self.found)), made))
@@ -204,8 +210,8 @@ def _resized(
     cuts: list[Cut] = []
     updates: dict[Target, tuple[Update, ...]] = {}
     thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
-    # BLAS threads do not speed up work on factors, and they spin while another program uses their core: a FLUX LoRA
-    # took 30 s of processor time next to other work. Whole matrices are decomposed with all threads.
+    # Use one BLAS thread for factors: more threads are not faster, and they spin while another program uses their core.
+    # A FLUX LoRA then took 30 s of processor time. Decompose whole matrices with all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, made in _made(found, criterion, kind, every, cuts):
             if made:
@@ -221,7 +227,10 @@ def _resized(
 def _made(
     found: Sequence[AlignedPlace], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
 ) -> Iterator[tuple[AlignedPlace, tuple[Update, ...]]]:
-    """Yield the new updates of each place; scope `all` keeps all factors in memory until the ranks are known."""
+    """Yield (place, new updates) for each target.
+
+    In scope `all`, keep all factors in memory until the ranks are known.
+    """
     parts: Iterator[_Part | None] = (_part(place, criterion, every) for place in found)
     if criterion.scope == "all":
         parts = iter(_rationed(list(parts), criterion))
@@ -233,10 +242,13 @@ def _made(
 
 
 def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | None:
-    """Decompose the change of a place, and cut it in scope `target`; None if there is nothing to change."""
+    """Decompose the change of one target, and in scope `target` also cut it.
+
+    Return None if the updates stay unchanged.
+    """
     updates = place.updates[0]
     own = _own(place, every)
-    # Without a criterion, a single LoRA stays as it is.
+    # Without a criterion, a single LoRA stays unchanged.
     if not own or (not criterion.record() and len(own) == 1 and isinstance(own[0], LoRA)):
         return None
     change = Change(place.target, place.shape, tuple(own))
@@ -246,9 +258,9 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | Non
 
 
 def _own(place: AlignedPlace, every: bool) -> list[Additive]:
-    """Return the additive updates of a matrix that follow the last other update.
+    """Return the additive updates of a matrix that follow its last non-additive update.
 
-    The last other update may depend on the updates before it, so these are left as they are.
+    Earlier updates stay unchanged, because the non-additive update may depend on them.
     """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
@@ -266,13 +278,13 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Wei
     whole = _Weight(delta, found, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
-    # Dense changes often have a lower rank than their sides allow, so cut singular values that are rounding noise.
+    # Drop singular values that are rounding noise, because the rank of a dense change is often smaller than its sides.
     least = S[:1] * 1e-15 * max(delta.shape)
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 
 
 def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | None]:
-    """Cut all parts to the largest singular values among all of them."""
+    """Keep the largest singular values among all targets."""
     every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts
@@ -281,7 +293,7 @@ def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | N
 
 
 def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
-    """Return the kept updates and the new LoRA, which is omitted if it has no rank and changes no bias."""
+    """Return the unchanged updates and the new LoRA; omit the LoRA if its rank is 0 and it changes no bias."""
     place, bias = part.place, part.change.bias()
     rank = max(len(weight.found[1]) for weight in part.weights)
     before = max(w.delta.rank if w.delta.rest is None else min(w.delta.shape) for w in part.weights)
@@ -304,7 +316,7 @@ def _check_rank(criterion: Criterion, found: Sequence[AlignedPlace], every: bool
 
 
 def _relative(cuts: Sequence[Cut]) -> float:
-    """Return the error over all targets, relative to the norm of their changes."""
+    """Return the error over all targets, divided by the norm of all changes."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
 
@@ -314,7 +326,7 @@ def _size(S: Array) -> float:
 
 
 def seed_of(name: str) -> int:
-    """Return a seed for the random vectors of one target; it does not depend on the order of the targets."""
+    """Return a seed for one target's random vectors, which does not depend on the order of the targets."""
     import zlib
 
     return zlib.crc32(name.encode())

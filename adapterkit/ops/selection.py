@@ -1,9 +1,10 @@
-"""Find the exact k-th largest of more numbers than fit into memory, in a few passes.
+"""Find the exact k-th largest of more values than fit into memory, by reading all values a few times.
 
-A sample gives an interval that contains the number, except with a probability of 1e-8. A pass counts the numbers above
-the interval and keeps the numbers inside. If too many are inside, the pass counts them in bins by their leading bits,
-and one bin becomes the next interval. (The bits of positive doubles have the same order as the doubles.) A bad sample
-only costs time: if the interval does not contain the wanted number, the range next to the interval is searched.
+First, an interval is estimated from a sample; with a probability of 1 - 1e-8, it contains the wanted value. Then all
+values are read. Values above the interval are counted, and values inside are kept in memory. If too many are inside,
+they are counted in bins instead, by their leading bits, and one bin becomes the next interval. (Positive doubles and
+their bits, read as integers, have the same order.) A bad sample only costs time: if the wanted value is outside the
+interval, the adjacent range is searched next.
 """
 
 from __future__ import annotations
@@ -20,36 +21,39 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 HELD = 1 << 19
-"""The largest number of values of one series to keep in memory."""
+"""The largest number of values of a series that are kept in memory."""
 
 BINS = 1 << 16
-"""The number of bins of an interval with more values than `HELD`."""
+"""The number of bins for an interval with more than `HELD` values."""
 
 SHARE = 256
-"""In tensors with more entries than `WHOLE`, one of this many numbers is sampled."""
+"""In tensors with more than `WHOLE` entries, one of this many entries is sampled."""
 
 WHOLE = 1 << 12
-"""Tensors with at most this many entries are sampled whole."""
+"""In tensors with at most this many entries, all entries are sampled."""
 
 DEVIATIONS = 6.0
-"""Half the width of the interval around the sample's estimate, in standard deviations."""
+"""Half of the width of the first interval, in standard deviations of the estimate."""
 
 WIDER = 1.25
-"""Factor that widens the interval to both sides if only a few targets were sampled: layers differ in magnitude."""
+"""The factor by which both ends of the interval are moved if only a few targets were sampled.
+
+The interval must be wider because magnitudes differ between layers.
+"""
 
 LARGEST = 0x7FEFFFFFFFFFFFFF
-"""The bits of the largest double."""
+"""The bits of the largest double, as an integer."""
 
 
 @dataclass(slots=True, eq=False)
 class Selected:
-    """One number of a series.
+    """The k-th largest value of a series.
 
     Attributes:
-        value: the k-th largest number; infinity if k is 0, the smallest number if k is at least the count of all.
-        above: how many numbers are larger.
-        equal: how many numbers are equal to `value`.
-        total: how many numbers there are.
+        value: the k-th largest value; infinity if k is 0, the smallest value if k is at least the number of values.
+        above: the number of larger values in the series.
+        equal: the number of values that equal `value`.
+        total: the number of values in the series.
     """
 
     value: float
@@ -60,12 +64,15 @@ class Selected:
 
 @dataclass(slots=True, eq=False)
 class Selection:
-    """The search for one number of a series that is fed in pieces, with the same numbers in each pass.
+    """The search for the k-th largest value of a series.
+
+    The caller passes all values of the series to `feed`, piece by piece, between `begin` and `end`, and repeats this
+    until `found` is set.
 
     Attributes:
-        wanted: a function of the number of values and of nonzero values that returns k.
-        partial: whether the samples come from a part of the series, whose magnitudes may differ from the rest.
-        found: the result; None as long as another pass is needed.
+        wanted: a function of (number of values, number of nonzero values) that returns k.
+        partial: whether only a part of the series was sampled, whose magnitudes may differ from the rest.
+        found: the result; None until the search is finished.
     """
 
     wanted: Callable[[int, int], int]
@@ -84,37 +91,41 @@ class Selection:
     _lock: Any = field(default_factory=Lock)
 
     def sample(self, values: Array, of: int) -> None:
-        """Add a sample before the first pass: `values`, drawn from `of` numbers."""
+        """Add `values`, a sample of `of` values of the series; call this before `begin`."""
         with self._lock:
             self._samples.append((values, of / max(values.size, 1)))
 
     def begin(self) -> None:
-        """Start a pass."""
+        """Start to read the series."""
         import numpy as np
 
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # If the interval is a single number, such as the zero of a sparse change, count the values in it without
-        # keeping them.
+        # If the interval is a single number, such as the zero of a sparse change, count the values without keeping
+        # them.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= HELD else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
-        """Add numbers to the pass, none of them negative; threads may call this at the same time."""
+        """Pass some values of the series, which must not be negative.
+
+        Several threads may call this at the same time.
+        """
         import numpy as np
 
         lo, hi = _double(self._lo), _double(self._hi)
         larger = values > hi
         above = int(np.count_nonzero(larger))
-        # `larger` implies `values >= lo`, so xor selects the numbers from lo to hi.
+        # `larger` implies `values >= lo`, so xor selects the values from lo to hi.
         inside = values[(values >= lo) ^ larger] if above else values[values >= lo]
         bins = None
         if self._bins is not None:
             places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
             bins = np.bincount(places.astype(np.int64), minlength=BINS)
-        nonzero = int(np.count_nonzero(values != 0))  # This takes a third of the time of counting floats.
+        # Compare first, because counting booleans takes a third of the time of counting floats.
+        nonzero = int(np.count_nonzero(values != 0))
         with self._lock:
             self._total += values.size
             self._nonzero += nonzero
@@ -126,7 +137,7 @@ class Selection:
                 self._values.append(inside)
 
     def end(self) -> None:
-        """Finish a pass: set `found`, or the next interval."""
+        """Finish reading the series: set `found`, or choose the next interval."""
         import numpy as np
 
         k = min(self.wanted(self._total, self._nonzero), self._total)
@@ -161,12 +172,12 @@ class Selection:
         return max((self._hi - self._lo + 1).bit_length() - BINS.bit_length() + 1, 0)
 
     def _interval(self, lo: int, hi: int, expected: float) -> None:
-        if lo > hi:  # An infinity is above all intervals, and a NaN is in none.
+        if lo > hi:  # The values contain an infinity, which is above every interval, or a NaN, which is in none.
             raise too_large()
         self._lo, self._hi, self._expected = lo, hi, expected
 
     def _guess(self) -> None:
-        """Set the first interval from the samples; a sampled number stands for its share of the piece it comes from."""
+        """Estimate the first interval from the samples; each sample represents several values of its tensor."""
         import numpy as np
 
         values = np.concatenate([v for v, _ in self._samples])
@@ -201,7 +212,7 @@ def _double(bits: int) -> float:
 
 
 def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
-    """Call `once`, which feeds all numbers, until every selection has its result."""
+    """Call `once`, which passes all values to the selections, until every selection has its result."""
     while open_ := [each for each in selections if each.found is None]:
         for each in open_:
             each.begin()

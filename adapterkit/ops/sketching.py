@@ -1,16 +1,16 @@
 """Compute the first singular values of a large matrix by a randomized sketch with an error bound, or exactly.
 
 The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
-https://doi.org/10.1137/090771806. A bound on the best factors of the same rank shows that the error is close to the
+https://doi.org/10.1137/090771806. A bound on the first k singular values of D shows that the error is close to the
 smallest possible error. With the basis Q and R = D - Q Q^T D, the sum of the first k squared singular values of D is at
-most that of Q^T D plus the smaller of
+most this sum for Q^T D, plus the smaller of
 
 - k times the largest squared singular value of R (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
 - the amounts by which that square exceeds each squared singular value of Q^T D, plus the first k singular values of
   R D^T Q (the same for D D^T).
 
-Powers of R^T R on random vectors bound the largest square (Dixon 1983, https://doi.org/10.1137/0720053). The bound
-fails with a probability of at most 1e-8.
+Powers of R^T R, applied to random vectors, bound the largest squared singular value of R (Dixon 1983,
+https://doi.org/10.1137/0720053). This bound is wrong with a probability of at most 1e-8.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     Decomposition = tuple[Array, Array, Array]
 
 SMALL = 384
-"""Matrices whose smaller side is at most this are decomposed exactly."""
+"""Matrices whose smaller side is at most this number are decomposed exactly."""
 
 GUESS = 32
-"""The first guess of the rank if only an energy or an error is given."""
+"""The first rank that is tried if only an energy or an error is given."""
 
 EXCESS = 0.02
-"""The allowed relative excess over the smallest possible error."""
+"""By how much the error may exceed the smallest possible error, relative to that error."""
 
 EXACT = 1e-6
-"""A relative error that counts as zero: the error of a low-rank change with rounding noise."""
+"""A relative error below this number counts as zero; a low-rank change with rounding noise has such an error."""
 
 DEPENDENT = 1e-9
-"""Eigenvalues of a Gram matrix below this fraction of the largest are too close to its rounding noise."""
+"""Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue are too close to rounding noise."""
 
 TESTS = 8
 POWERS = 24
@@ -54,12 +54,12 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
     Args:
         D: `[m, n]`, float32 or float64.
-        criterion: the criterion; its scope is this matrix.
+        criterion: the criterion, which is applied to this matrix alone.
         seed: the seed of the random vectors.
 
     Returns:
-        factors whose Frobenius error is at most 1 + EXCESS times that of the best factors of that rank, except with a
-        probability of 1e-8.
+        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most 1 + EXCESS times the error of
+        the best factors of the same rank.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.
@@ -71,8 +71,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
-    # Try a cheap sketch, then a better one. If neither is good enough, a given rank is computed exactly; for an energy
-    # or an error, the guess is doubled as long as a sketch is cheaper than the exact decomposition.
+    # Try a cheap sketch, then a better sketch. If neither is good enough and a rank is given, decompose D exactly. For
+    # an energy or an error, double the rank and try again, as long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, found = _sketch(D, min(width, small), rounds, random)
@@ -88,7 +88,7 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
-    """Return the first singular values and vectors of a matrix, exactly if it is small, else close to the best.
+    """Return the first singular values and vectors of a matrix: exact if the matrix is small, else approximate.
 
     Args:
         D: `[m, n]`, float32 or float64.
@@ -96,7 +96,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
         seed: the seed of the random vectors.
 
     Returns:
-        the decomposition, the Frobenius norm of the matrix, and that of the error.
+        the decomposition, the Frobenius norm of the matrix, and the Frobenius norm of the error.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.
@@ -118,7 +118,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Like `approximated`, for a matrix too large for memory; `rows` yields its blocks and is called six times."""
+    """Like `approximated`, for a matrix too large for memory. `rows`, which is called six times, yields its blocks."""
     import numpy as np
 
     m, n = shape
@@ -132,7 +132,7 @@ def streamed(
         return result
 
     def under(Q: Array) -> tuple[Array, float]:
-        """Return Q^T @ D, and the square of D's norm."""
+        """Return Q^T @ D and the squared norm of D."""
         result, square = np.zeros((Q.shape[1], n)), 0.0
         for span, part in rows():
             result += Q[span].T @ part
@@ -151,7 +151,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of what these singular values leave out; call `measure` if a difference of squares is inexact."""
+    """Return the norm of the part beyond the singular values S; call `measure` if the formula is too inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -176,8 +176,8 @@ def _by_gram(D: Array) -> Decomposition:
         U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
-    # Compute singular values as norms of projections, because small eigenvalues are rounding noise. Then the product of
-    # the three factors equals D up to rounding.
+    # Compute singular values as norms of projections instead of from eigenvalues, because small eigenvalues are
+    # rounding noise. The product of the three factors then equals D up to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
@@ -185,7 +185,7 @@ def _by_gram(D: Array) -> Decomposition:
 
 
 def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> tuple[Array, Array, Decomposition]:
-    """Return a basis Q `[m, width]` of most of the range, Q^T D, and the decomposition of D's projection on Q."""
+    """Return a basis Q `[m, width]` of D's main directions, Q^T D, and the decomposition of Q Q^T D."""
     import numpy as np
 
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
@@ -197,11 +197,11 @@ def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> t
 
 
 def _basis(block: Array) -> Array:
-    """Return orthonormal columns with the same span, by the Gram matrix (Stathopoulos and Wu 2002)."""
+    """Return orthonormal columns with the same span, computed from the Gram matrix (Stathopoulos and Wu 2002)."""
     import numpy as np
 
-    # The Gram matrix is much faster than QR, but useless if columns are nearly dependent. The eigenvalues show whether
-    # they are.
+    # The Gram matrix is much faster than QR, but inexact if columns are nearly dependent. The eigenvalues show whether
+    # columns are nearly dependent.
     wide = block.astype(np.float64, copy=False)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     if squares[0] <= DEPENDENT * squares[-1]:
@@ -213,7 +213,7 @@ def _basis(block: Array) -> Array:
 def _good(
     D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether no factors of rank `count` can have a much smaller error than the first `count` vectors of `found`."""
+    """Whether the error of the first `count` vectors of `found` is provably close to the smallest possible error."""
     U, S, Vh = first(found, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
@@ -228,7 +228,7 @@ def _good(
 
 
 def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
-    """Return the sum of the first `count` singular values of R D^T Q, which mixes Q's span with the rest."""
+    """Return the sum of the first `count` singular values of R D^T Q."""
     import numpy as np
 
     block = D @ rows.T
@@ -237,7 +237,7 @@ def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
 
 
 def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterator[float]:
-    """Yield bounds on the largest squared singular value of R = D - Q Q^T D, each tighter than the previous one."""
+    """Yield upper bounds of the largest squared singular value of R = D - Q Q^T D, each tighter than the one before."""
     import numpy as np
 
     x = random.standard_normal((D.shape[1], TESTS), dtype=np.float32).astype(D.dtype)
@@ -251,7 +251,7 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         if size == 0:
             yield 0.0
             return
-        # Powers are kept as a logarithm and the vectors at norm 1, so neither overflows.
+        # Keep the growth as a logarithm, and scale the vectors to norm 1, so that neither overflows.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)

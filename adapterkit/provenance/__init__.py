@@ -1,4 +1,4 @@
-"""Document the origin of an adapter or a model: signatures that others can check, and bills of materials."""
+"""Document the origin of an adapter or a model with signatures and bills of materials."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
-This module writes the JSON itself, because `cyclonedx-python-lib` does not support model cards, the core of an ML-BOM.
+This module writes the JSON without `cyclonedx-python-lib`, which does not support model cards, the core of an ML-BOM.
 The tests validate every document with that library's copy of the official schema. The same files give the same bytes:
-by default there is no serial number, and the time is omitted unless SOURCE_DATE_EPOCH gives it.
+by default, the document has no serial number, and no time unless SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from ..core.licence_terms import (
     Licence,
     Part,
     called,
+    choices,
     conflicts,
+    is_expression,
     licence_at,
     metadata,
     parts_of,
+    spdx_expression_of,
     spdx_of,
     terms_of,
 )
@@ -45,7 +48,7 @@ from .statement import statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
-"""The environment variable of reproducible builds: the document's time, in seconds since 1970."""
+"""The environment variable with the document's time, in seconds since 1970; a standard of reproducible builds."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -76,7 +79,8 @@ class Bom:
         Args:
             out: the file.
             overwrite: replace an existing file.
-            made_from: a digest of the inputs, stored with the document so that a later run recognises it.
+            made_from: a digest of the inputs. It is stored with the document, so that a later run with the same inputs
+                recognises the document.
 
         Raises:
             StorageError: the file exists or cannot be written.
@@ -100,7 +104,7 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     Returns:
         A CycloneDX 1.6 document: the model with the SHA-256 of every file, the licences, base and adapters as
-        ancestors, and a model card with the facts from the files.
+        ancestors, and a model card with the values in the files.
 
     Raises:
         StorageError: the path does not exist or cannot be read.
@@ -164,10 +168,11 @@ def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, o
 
 
 def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
-    """Return the parts that have licences: base and adapters of a merge, or the adapter or model itself."""
+    """Return the parts whose licences apply: base and adapters of a merge, or the adapter or model at the path."""
     parts = parts_of(told.get("made_from") or {})
     if told.get("kind") == "merged" and parts:
-        # A merge copies the base's model card; if the card here names another licence, it was written for this model.
+        # A merge copies the base's model card. A card with a licence that differs from the base's was written for the
+        # merged model.
         own = licence_at(root)
         return parts if not own or own in [licence for _, licence in parts] else [("the model", own), *parts]
     own = licence_at(root)
@@ -175,10 +180,11 @@ def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
 
 
 def _asks(parts: list[Part]) -> Iterator[tuple[str, str]]:
-    for name, licence in parts:
-        terms = terms_of(licence)
-        if terms is not None:
-            yield name, f"{called(licence)} {terms.asks}"
+    for name, whole in parts:
+        for licence in dict.fromkeys(called(each) for some in choices(whole) for each in some):
+            terms = terms_of({"license": licence}) or terms_of(whole)
+            if terms is not None:
+                yield name, f"{licence} {terms.asks}"
 
 
 def _ancestors(told: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
@@ -221,7 +227,7 @@ def _model(
     repo, version = (address[1], address[2] or revision) if address is not None else (name, revision)
     purl = None
     if is_repo(repo):
-        # The purl type `huggingface` allows only a commit as the version.
+        # Add the revision only if it is a commit: purls of type `huggingface` allow no other version.
         commit = f"@{version}" if version is not None and _COMMIT.fullmatch(version) else ""
         purl = f"pkg:huggingface/{repo}{commit}"
     return _filled({
@@ -231,7 +237,9 @@ def _model(
 
 
 def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
+    if len(licences) == 1 and is_expression(licences[0]) and (expression := spdx_expression_of(licences[0])):
+        return [{"expression": expression}]
     for licence in licences:
         identifier = spdx_of(licence)
         entry = {"id": identifier} if identifier else {"name": called(licence)}
@@ -260,7 +268,7 @@ def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
 
 
 def _card(root: Path) -> Mapping[str, object]:
-    """Return the metadata of the model card, or nothing for a merge, whose card is a copy of the base's card."""
+    """Return the metadata of the model card; {} for a merge, whose card is a copy of the base's card."""
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
     try:

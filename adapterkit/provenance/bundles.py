@@ -1,8 +1,8 @@
-"""Read signature files strictly: Sigstore bundles, as OpenSSF model signing writes them.
+"""Read signature files strictly: the Sigstore bundles that OpenSSF model signing writes.
 
-The signature covers only the payload. Most tools read the rest of the file leniently: they ignore unknown keys and the
-unused bits of base64, so different files can pass as the same signature. This reader accepts only known keys and
-canonical base64. A changed bit is therefore found either here or by the cryptographic check.
+The signature covers only the payload of the file. Most tools ignore unknown keys and unused bits of base64 in the rest
+of the file, so several different files are accepted as the same signature. This reader accepts only known keys and
+canonical base64. So either this reader or the cryptographic check refuses a file with any changed bit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LARGEST = 64 << 20
 """The largest size of a signature file, in bytes. A manifest has about 200 bytes per signed file."""
 
 PREDICATE = "adapterkit"
-"""The key of adapterkit's statement in the predicate; by the specification of model signing, verifiers ignore unknown
-keys."""
+"""The key in the signed predicate for adapterkit's statement of the lineage. According to the specification of model
+signing, verifiers ignore unknown keys."""
 
 _PLAIN = {
     "": {"mediaType", "verificationMaterial", "dsseEnvelope"},
@@ -35,7 +35,7 @@ _PLAIN = {
     "dsseEnvelope": {"payload", "payloadType", "signatures"},
     "dsseEnvelope.signatures": {"sig", "keyid"},
 }
-"""Path in the bundle -> the keys allowed there, for signatures by a key or a certificate."""
+"""Path in the bundle -> the keys that are allowed at this path, for signatures by a key or a certificate."""
 
 _EXTRA = {"verificationMaterial.publicKey": {"rawBytes", "keyDetails"}}
 """Keys that model-signing wrote before 1.0, and that its verifier ignores."""
@@ -45,10 +45,10 @@ _BASE64 = {"payload", "sig", "rawBytes"}
 
 @dataclass(frozen=True, slots=True)
 class SignatureBundle:
-    """A signature file.
+    """The content of a signature file.
 
     Attributes:
-        path: the file.
+        path: the path of the file.
         kind: `key`, `certificate` or `sigstore`.
         key: the sha256 of the public key that the file names, or None.
         payload: the signed payload, an in-toto statement.

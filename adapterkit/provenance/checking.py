@@ -1,4 +1,4 @@
-"""Check a signature: the expected signer made it, and no file was changed, added or removed since."""
+"""Check that a signature is by the expected signer, and that no file was changed, added or removed since."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SignatureCheck:
-    """A valid signature.
+    """The result of checking a valid signature.
 
     Attributes:
         path: the file or folder.
@@ -67,7 +67,7 @@ def check_signature(
     identity: str | None = None,
     issuer: str | None = None,
 ) -> SignatureCheck:
-    """Check the signature of an adapter or a model, as `sign` and OpenSSF model signing write it.
+    """Check a signature of an adapter or a model, made by `sign` or by OpenSSF model signing.
 
     Args:
         path: the folder, or the file.
@@ -78,12 +78,12 @@ def check_signature(
         issuer: the OpenID provider of the identity, such as `https://accounts.google.com`.
 
     Returns:
-        The number of files, and the signed statement. An invalid signature raises an error.
+        The result, with the number of files and the signed statement. An invalid signature raises an error.
 
     Raises:
         Corrupt: a file was changed, added or removed, or the signature was changed or made with another key.
         StorageError: a path does not exist or cannot be read.
-        UsageError: not exactly one of key, certificates and identity is given, or the signature is of another kind.
+        UsageError: not exactly one of `key`, `trust` and `identity` is set, or the signature is of another kind.
         Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
@@ -113,9 +113,10 @@ def check_signature(
 def other_base(
     statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
 ) -> dict[str, str] | None:
-    """If a signed statement names another base, return the recorded and the given fingerprint; otherwise return None.
+    """Compare a base with the base in a signed statement; return None if the fingerprints are equal.
 
-    The entry `how` says how the given base relates to the recorded one, if the statement records shapes.
+    If the fingerprints differ, return a record with both. If the statement also has a digest of the shapes, the entry
+    `how` states whether the two bases have the same architecture.
 
     Raises:
         UsageError: the statement has no fingerprint to compare with.
@@ -141,7 +142,7 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         why = "the signature is not valid: it does not cover this link to a folder"
         raise Corrupt(why, path=linked[0], cure=DISTRUST)
     config.set_hashing_config(_hashing(root, bundle))
-    # Silence the warning that model-signing prints for signatures of its first versions, which name no key.
+    # Silence a warning of model-signing about signatures of its first versions, which do not name a key.
     silent = contextlib.redirect_stdout(io.StringIO()) if bundle.key is None else contextlib.nullcontext()
     try:
         with silent:
@@ -150,22 +151,22 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         raise storage_error(error, error.filename or root) from error
     except ImportError:
         raise
-    except Exception as error:  # Any error of these packages means that the signature is not valid.
+    except Exception as error:  # Treat any error of these packages as an invalid signature.
         raise Corrupt(f"the signature is not valid: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
 def _hashing(root: Path, bundle: SignatureBundle) -> Any:
-    """Return a hashing config with the signer's settings that excludes the signature file.
+    """Return a hashing config with the same settings as the signer's, but without the signature file.
 
-    The settings may come from the signature file: model-signing first checks that they are signed, and other settings
-    would give other digests.
+    It is safe to use the settings in the signature file: they are signed, model-signing checks the signature first, and
+    other settings would give other digests.
     """
     told = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     hashing = model_signing("hashing").Config()
-    # model-signing writes the name of the digest but expects the name of the algorithm.
+    # Convert the name of the digest, which model-signing writes, to the name of the algorithm, which it expects.
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
-    # Always follow links to files: the caches of hubs consist of links, and the content is compared anyway.
+    # Follow links to files: the caches of hubs consist of links, and the content of the files is compared.
     names = {"hashing_algorithm": algorithm, "allow_symlinks": True}
     try:
         if args.get("method") == "shards":
@@ -182,13 +183,13 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
 _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
-"""Digests in the messages of model-signing. Their quotes are escaped if the bytes contain both kinds of quotes."""
+"""Matches digests in the messages of model-signing. If a digest contains both kinds of quotes, quotes are escaped."""
 
 
 def _why(error: Exception) -> str:
     """Return the reason in one line, without the digests, which model-signing prints as unreadable Python bytes."""
     told = first_line(error)
-    if told == "InvalidSignature":  # This error of cryptography has no message.
+    if told == "InvalidSignature":  # Write a message for this error of cryptography, which has none.
         return "it was made with another key, or was changed"
     told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
     try:

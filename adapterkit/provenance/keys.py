@@ -1,4 +1,4 @@
-"""Check keys and certificates and hand them to OpenSSF model signing; no message ever shows their content."""
+"""Check keys and certificates, and pass them to OpenSSF model signing. No message shows their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
 """The environment variable with the password of an encrypted private key."""
 
 LARGEST = 1 << 20
-"""The number of bytes to read, at most, from a file of keys or certificates."""
+"""The most bytes to read from a file of keys or certificates."""
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """The elliptic curves that model signing supports: P-256, P-384 and P-521."""
@@ -60,7 +60,8 @@ def signer(
         raise Unsupported(why, path=key, cure=cure)
     for each in (certificate, *chain):
         _certificates(Path(each))
-    # Pass the certificate itself instead of an empty chain, which model-signing refuses; verifiers see no difference.
+    # If the chain is empty, pass the certificate as the chain: model-signing refuses an empty chain, and verifiers
+    # accept a chain with only the certificate.
     above = [str(each) for each in chain] or [str(certificate)]
     try:
         return config.use_certificate_signer(
@@ -75,7 +76,7 @@ def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str
     """Return a verifying config of model-signing with a public key, or with the certificates to trust.
 
     Raises:
-        Malformed: the file holds no public key or certificate.
+        Malformed: the file does not contain a public key or a certificate.
         Unsupported: the key is of another kind, or model-signing is not installed.
     """
     config = model_signing("verifying").Config()
@@ -92,7 +93,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path)
-    # Never pass on the messages of cryptography: no part of a key may reach a log.
+    # Do not include the messages of cryptography: no part of a key may reach a log.
     if b"ENCRYPTED" in data and password is None:
         cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
         raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)

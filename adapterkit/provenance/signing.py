@@ -1,7 +1,7 @@
 """Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
-The signature is a Sigstore bundle that `model_signing verify` can also check. Its predicate has an additional key with
-the statement of `statement.py`. The signature covers this key, but the verifier of model signing ignores it.
+The signature is a Sigstore bundle, which `model_signing verify` can check too. The signed predicate has an additional
+key with the statement of `statement.py`. The signature covers this key, but other verifiers ignore the key.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
-"""Files that are not signed because model signing omits them by default and would refuse signatures that cover them."""
+"""Files that are not signed: model signing omits them by default, and would refuse a signature that covers them."""
 
 
 NOTES = (NOTE, ".cache/huggingface")
-"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that a download of the
-signed files passes the check."""
+"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that the check accepts a
+download of the signed files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,19 @@ def sign(
         chain: the certificates between `certificate` and the trusted root.
         sigstore: sign with an OpenID Connect identity instead of a key. This needs a network, and writes the identity
             to a public log.
-        identity_token: with `sigstore`, the identity token; if None, the environment's token (in CI), or the token of a
-            browser login.
+        identity_token: with `sigstore`, the identity token; if None, the token in the environment (in CI), or the token
+            from a login in a browser.
         allow_symlinks: sign the targets of links, as in the cache of a hub, instead of refusing links.
         overwrite: replace an existing signature file.
-        made_from: a digest of the inputs, stored with the signature so that a later run recognises it.
+        made_from: a digest of the inputs. It is stored with the signature, so that a later run with the same inputs
+            recognises the signature.
 
     Raises:
         StorageError: `path` does not exist, or `out` exists.
-        UsageError: neither or both of `key` and `sigstore` are given, or the password of an encrypted key is missing.
-        Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
+        UsageError: neither or both of `key` and `sigstore` are set, the password of an encrypted key is missing, or the
+            folder has no files.
+        Malformed, Unsupported: the key is invalid or of another kind, a file's name is not UTF-8, or `model-signing` is
+            not installed.
         NetworkError: sigstore cannot be reached, or refuses to sign.
 
     Example:
@@ -117,6 +120,7 @@ def sign(
     root = settled(Path(path))
     place = signature_file(Path(path)) if out is None else Path(out)
     files = files_of(root, place)
+    _check_names(root, files)
     check_free(place, overwrite)
     check_inputs([place], files)
     config = _sigstore(identity_token) if key is None else signer(key, password, certificate, chain)
@@ -138,11 +142,11 @@ def signature_file(path: Path) -> Path:
 
 
 def files_of(root: Path, signature: Path) -> list[Path]:
-    """Return the files that a signature covers.
+    """Return the files to sign.
 
     Args:
         root: the file or folder.
-        signature: the signature file, which is not covered.
+        signature: the signature file, which is not signed.
 
     Raises:
         StorageError: `root` does not exist.
@@ -155,17 +159,29 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     return sorted(each for each in found if not _below(each.relative_to(root), left_out))
 
 
+def _check_names(root: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder without files, and names that a statement in JSON cannot hold."""
+    if not files:
+        why = "there is no file to sign"
+        raise UsageError(why, path=root, cure="Name the folder or the file of the adapter or the model")
+    for file in files:
+        try:
+            file.relative_to(root).as_posix().encode()
+        except UnicodeEncodeError:
+            raise Unsupported("the file's name is not UTF-8", path=ascii(str(file)), cure="Rename the file") from None
+
+
 def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
     return any(PurePosixPath(file.as_posix()).is_relative_to(name) for name in names)
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """Return the existing files of git and of downloads, which signatures do not cover."""
+    """Return the files of git and of downloads in the folder, which are not signed."""
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
 def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, JsonValue]) -> Any:
-    """Return model-signing's payload, with the digests of all files, and add the statement to its predicate."""
+    """Return model-signing's payload with the digests of all files, and with the statement added to the predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
     if linked := linked_folders(root):
@@ -185,7 +201,7 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[st
 
 
 def settled(root: Path) -> Path:
-    """Return the target of a path that is a link: model-signing refuses links."""
+    """Return the path; if it is a link, return the target of the link, because model-signing refuses links."""
     return root.resolve() if root.is_symlink() else root
 
 
@@ -208,7 +224,7 @@ def _within(file: Path, root: Path) -> bool:
 
 def _signed(config: Any, payload: Any, sigstore: bool) -> str:
     try:
-        # Use the private signer: the public `Config.sign` makes its own payload, without a statement.
+        # Use the private signer: the public `Config.sign` creates a payload without a statement.
         bundle = config._signer.sign(payload).bundle
         text: str = bundle.to_json()
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Make a signature's statement of how the signed files were made; it is signed in addition to the digests.
+"""Write the statement about the origin of the signed files, which is signed together with their digests.
 
-The statement is a copy of the records in the files: an adapter's lineage, or the record of a merge. The signature
-therefore names base, adapters and weights, and nobody can change these names unnoticed.
+The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
+covers the names of base and adapters, and the weights of the adapters.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 VERSION = 1
-"""The version of the statement's fields."""
+"""The version of the statement's format."""
 
 _EXACT = 1 << 53
 """Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
 
 _OF_FILES = ("written", "norms")
-"""Parts of a merge's record that the statement omits: they describe bytes, which the signed digests already cover."""
+"""Parts of a merge's record that the statement omits, because they describe bytes, which the signed digests cover."""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return what the files at `path` record about their origin, as plain JSON.
+    """Return the records of the files at `path` about their origin, as plain JSON.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -57,7 +57,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Sign the bytes anyway: reading may only need an option, for example alpha if the file does not state it.
+        # Sign a file that cannot be read: reading may only require an option, for example alpha.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -98,12 +98,12 @@ def _original(path: Path) -> dict[str, JsonValue]:
         model = onnx.load(path, load_external_data=False)
         note = next((each.value for each in model.metadata_props if each.key == ORIGINAL), None)
         return {} if note is None else {"original_sha256": json.loads(note)["sha256"]}
-    except Exception as error:  # Sign the bytes even if the graph or its metadata is damaged (protobuf's DecodeError).
+    except Exception as error:  # Sign the file even if the graph or its metadata is damaged (protobuf's DecodeError).
         return {"unread": first_line(error)}
 
 
 def _without_metadata(args: object) -> object:
-    """Remove the metadata of training tools, which can be megabytes; the files that contain it are signed anyway."""
+    """Remove the metadata of training tools, which can take megabytes, and is in files that are signed anyway."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args

@@ -1,7 +1,8 @@
-"""Quantization schemes, one module each, and quantized bases. Each scheme reads the packed weights of its bases.
+"""Read quantized bases. Each quantization scheme has one module, which reads the weights that the scheme packed.
 
-A packed weight becomes a lazy tensor, which reads runs of rows and returns the same numbers as the scheme's own
-library. So a merge does not need to know how the weight is stored.
+A packed weight consists of several stored tensors, such as codes and scales. It is offered as a lazy tensor, which
+reads runs of rows and returns the same values as the scheme's own library. So a merge does not need to know how the
+weight is stored.
 """
 
 from __future__ import annotations
@@ -35,27 +36,29 @@ __all__ = [
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
-"""Files that tools write next to a config, and that only describe packed weights."""
+"""Files next to a config that only describe packed weights."""
 
 COMFYUI = "_quantization_metadata"
-"""Header key under which ComfyUI's files may give the format of each module."""
+"""The header key under which ComfyUI's files may list each module's format."""
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-"""Element types of unpacked weights. If a base has no other types, no scheme is imported."""
+"""The dtypes of unquantized weights. If a base has only these dtypes, no scheme is imported."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dequantized(Checkpoint):
-    """A quantized base with dequantized weights. Its `tensors` and `home` list the weights, not the stored parts.
+    """A quantized base, as a checkpoint of dequantized weights.
+
+    `tensors` and `home` list the weights, not the stored tensors.
 
     Attributes:
         scheme: the name of the scheme that packed the base.
-        packed: name -> packed weight.
-        stored: the base as it is stored.
+        packed: a map from names of weights to packed weights.
+        stored: the quantized base.
         packs: True if merged weights will be quantized again.
         keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None rounds to the
-            nearest numbers.
-        calibration: recorded inputs of the targets, for that rounding; None if there are none.
+            nearest.
+        calibration: the recorded inputs of the targets with which weights are rounded; None to round without inputs.
     """
 
     scheme: str = ""
@@ -67,12 +70,12 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """Return the stored tensors as they will be written; packed weights are packed again."""
+        """Return the tensors of the output, in which packed weights have their new sizes."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """Return a packed weight with other stored parts, which are read like the parts of the base."""
+        """Return a packed weight that is read from new stored tensors instead of the base's."""
         own = weight.with_parts(parts)
         if own is not None:
             return own
@@ -82,7 +85,7 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
-    """Return the config.json next to a base's weights; None for a GGUF file, whose config is made from key-values."""
+    """Return the config.json next to a base's weights; None for a GGUF file, whose config is built from key-values."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
@@ -104,10 +107,10 @@ def is_quantized(base: Checkpoint) -> bool:
 
 
 def detect(base: Checkpoint) -> str:
-    """Return the name of the only scheme that recognises the base, judging by headers and config.
+    """Return the name of the scheme that recognises the base by its headers and config.
 
     Raises:
-        Unsupported: no known scheme matches, or several do.
+        Unsupported: no scheme recognises the base, or several do.
     """
     found = [name for name in SCHEMES if SCHEMES[name]().detect(base)]
     if len(found) == 1:
@@ -125,15 +128,15 @@ ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
 
 
 def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
-    """Return the base with every packed weight dequantized, lazily.
+    """Return the base with all weights dequantized when they are read.
 
     Args:
         base: a quantized base.
         packs: True if merged weights will be quantized again.
 
     Raises:
-        Unsupported: no scheme, or more than one, recognises the base.
-        Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
+        Unsupported: no scheme recognises the base, or several do.
+        Malformed, ShapeMismatch: stored tensors of a packed weight are missing, damaged or do not fit together.
     """
     name = detect(base)
     packed = {weight.name: weight for weight in SCHEMES[name]().find(base)}
@@ -164,7 +167,7 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
 
 
 def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return a file's metadata without the entries of torchao and ComfyUI about each tensor."""
+    """Return a file's metadata without torchao's and ComfyUI's entries about single tensors."""
     torchao = "tensor_names" in metadata
     kept = {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
     return {key: value for key, value in kept.items() if key != COMFYUI}

@@ -1,7 +1,7 @@
-"""Read calibration files: the inputs of each target while the model read texts, in one safetensors file.
+"""Read calibration files: safetensors files with the inputs of each target, recorded while the model read texts.
 
-`adapterkit.gating.calibrate` runs the model and writes the file. Merging only reads it, one target at a time. Targets
-that read the same tensor, such as queries, keys and values, share one tensor of the file.
+`adapterkit.gating.calibrate` runs the model and writes the file. A merge reads the inputs of one target after another.
+Targets with the same input, such as the query, key and value projections, share one tensor in the file.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The inputs of targets in one run of a base with adapters.
+    """The inputs of targets, recorded in a run of a base with adapters.
 
     Attributes:
         path: the file.
         digest: the sha256 of the file.
-        made_from: what the activations were computed from, as `adapterkit.gating.calibrate` recorded it.
-        tensors: path of the first target that reads an input -> the values of this input, `[tokens, width]`.
-        shared: path of each target -> path in `tensors`.
+        made_from: the base, adapters and texts of the run, as `adapterkit.gating.calibrate` recorded them.
+        tensors: a map from the first target with an input to the values of this input, `[tokens, width]`.
+        shared: a map from each target to the key of its input in `tensors`.
     """
 
     path: Path

@@ -1,6 +1,6 @@
-"""NVFP4: w = e2m1 * scale * second, with an 8-bit float scale for every 16 numbers and one second scale per tensor.
+"""NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 values and a second scale per tensor.
 
-Two tools write this format: one stores the second scale itself, the other stores the inverse.
+Two tools write this format. One stores the second scale, the other its inverse.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 GROUP = 16
 TOP, MOST = 6.0, 448.0
-"""The largest 4-bit float, and the largest scale."""
+"""The largest 4-bit float, and the largest 8-bit scale."""
 
 
 @dataclass(frozen=True, eq=False)
 class Float4(Packed):
-    """A weight with two numbers in each byte; the first number is in the low half."""
+    """A weight with two values in each byte, the first in the low half."""
 
     stored: Lazy
     scale: Lazy
@@ -56,7 +56,10 @@ class Float4(Packed):
         return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Keep the second scale, which fused layers share; compute a new one only if a number is too large for it."""
+        """Keep the second scale, because fused layers share it.
+
+        Compute a new second scale only if a value is too large.
+        """
         import numpy as np
 
         second = finite(numbers(self.second), self.members[2])
@@ -85,8 +88,8 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
     Args:
         base: the quantized base.
         module: the path of the module.
-        names: the last parts of the names of three tensors: packed numbers, scales, and the second scale.
-        divide: True if the second scale is a divisor.
+        names: the endings of the names of three tensors: packed values, scales, and the second scale.
+        divide: True if the tool stores the inverse of the second scale.
     """
     name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
     stored = part_of(base, name, members[0], ("U8",))

@@ -1,4 +1,4 @@
-"""Weights of 8-bit floats with one scale per tensor, row or block; several schemes store such weights."""
+"""Read and write weights of 8-bit floats with one scale per tensor, row or block, which several schemes use."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True, eq=False)
 class ScaledFloat8(Rowwise):
-    """w = q * scale. A block of `block` (rows, columns) has one scale; `grid` is the shape of one expert's scales.
+    """w = q * scale, with one scale per block of size `block` (rows, columns).
 
-    `experts` is 1 if all experts share a single scale.
+    `grid` is the shape of one expert's scales.
+
+    `experts` is 1 if all experts share one grid of scales.
     """
 
     stored: Lazy
@@ -36,7 +38,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # Look the numbers up in a table of all 256 values: this takes a third of the time of a cast.
+        # Look the values up in a table of 256 values, which takes a third of the time of a cast.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -72,7 +74,7 @@ class ScaledFloat8(Rowwise):
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of rows that share no scale with other rows; no run spans two experts."""
+        """Yield runs of rows, within one expert, that share no scale with other rows."""
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -82,7 +84,10 @@ class ScaledFloat8(Rowwise):
                 yield start, min(start + step, first + height)
 
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
-        """Return a run's q and scales. A scale is the block's largest magnitude / the largest 8-bit float."""
+        """Quantize a run of rows: return q and scales.
+
+        A scale is the block's largest magnitude / the largest 8-bit float.
+        """
         import ml_dtypes
         import numpy as np
 
@@ -103,7 +108,7 @@ class ScaledFloat8(Rowwise):
 
 
 def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield runs of rows to read at a time: whole blocks of rows, or parts of a large block."""
+    """Yield runs of rows to read in one step: whole blocks of rows, or parts of a large block."""
     most = max(1, STEP // max(width, 1))
     step = most // block * block or most
     for first in range(start, stop, step):
@@ -119,8 +124,11 @@ def _largest(values: Array, block: tuple[int, int]) -> Array:
 
 
 def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
-    """Return scales in their stored form, and as float32; powers of two are rounded up."""
-    # Round up: with a scale that is rounded down, the largest number could exceed the range of the 8-bit floats.
+    """Return scales in their stored dtype and, rounded to this dtype, in float32.
+
+    Scales that are powers of two are rounded up.
+    """
+    # Round up, because with a smaller scale the largest value could exceed the range of the 8-bit floats.
     import numpy as np
 
     if stored.dtype.name in ("U8", "F8_E8M0"):
@@ -133,7 +141,7 @@ def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
 def scaled(
     base: Checkpoint, name: str, scale_name: str, block: tuple[int, int] | None, others: tuple[str, ...] = ()
 ) -> ScaledFloat8:
-    """Return the packed weight of a stored tensor and its scales.
+    """Return the packed weight that consists of a stored tensor and its scales.
 
     Raises:
         ShapeMismatch: the scales do not form a grid over the weight.
@@ -152,7 +160,7 @@ def scaled(
 
 
 def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Return the block size (rows, columns), the shape of one expert's grid of scales, and the number of grids."""
+    """Return (block size (rows, columns), shape of one expert's scales, number of experts with scales)."""
     *lead, height, width = weight
     experts = math.prod(lead)
     if math.prod(scale) == 1:
@@ -176,7 +184,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
 
 
 def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
-    """Return rows of a grid of scales in float32; bytes are exponents of two."""
+    """Return rows of a grid of scales in float32; a scale that is stored as a byte is an exponent of two."""
     import numpy as np
 
     found = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)

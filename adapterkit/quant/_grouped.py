@@ -1,8 +1,8 @@
-"""Integers in groups of columns: w = (q - zero) * scale, with one zero point and one scale per row and group.
+"""Read and write integers in groups of columns: w = (q - zero) * scale, with one zero and scale per row and group.
 
-When a weight is quantized again, q = round(w / scale) + zero. There are two candidates for a group's scale: the old
-scale, which a search chose when the base was quantized, and a new scale from the group's smallest and largest number.
-The candidate with the smaller squared error is used.
+When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale: the base's
+scale, which a search had chosen, and a new scale from the group's smallest and largest value. The scale with the
+smaller squared error is used.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from ._scheme import Array, Merged
 
 BITS = (2, 4, 8)
-"""Bit widths for which no number spans two words."""
+"""Bit widths at which no value spans two 32-bit words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grouped(Packed):
-    """A packed weight of integers; a subclass reads the integers, zero points and scales of rows.
+    """A packed weight of integers. Subclasses read the integers, zero points and scales.
 
     Attributes:
-        bits: the width of each number.
+        bits: the number of bits of each integer.
         groups: the number of groups of columns.
-        index: the group of each column, if columns were reordered; None if each group is a run of adjacent columns.
+        index: the group of each column, if columns were reordered; None if the columns of each group are adjacent.
     """
 
     groups: int
     index: Lazy | None
     bits: int
     granule: ClassVar[int] = 1
-    """Number of rows that share a word."""
+    """The number of rows that share a word."""
 
     @abstractmethod
     def whole(self, start: int, stop: int) -> Array:
@@ -62,7 +62,7 @@ class Grouped(Packed):
 
     @property
     def span(self) -> tuple[int, int]:
-        """The smallest and the largest q."""
+        """The smallest and the largest possible q."""
         return 0, (1 << self.bits) - 1
 
     @property
@@ -72,11 +72,14 @@ class Grouped(Packed):
 
     @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        """Return the stored parts of some rows: q, the zero points if the format stores them, and the scales."""
+        """Convert q, zero points and scales of some rows to their stored forms.
+
+        Omit zero points that are not stored.
+        """
 
     @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
-        """Return the stored tensors, joined from the parts of all runs of rows."""
+        """Return the stored tensors by name, joined from the results of `parts` for all runs of rows."""
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np
@@ -99,7 +102,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Do the same as `_better` for rows whose groups are runs of adjacent columns."""
+        """Quantize rows like `_better`, if groups have equal sizes and columns are ordered by group."""
         import numpy as np
 
         found = _by_library(ordered, own, fresh, self.span)
@@ -112,14 +115,14 @@ class Grouped(Packed):
         return q, *found[1:]
 
     def _fixed_zero(self) -> int | None:
-        """Return the common zero point if the weight is quantized symmetrically, else None."""
+        """Return the zero point of all groups if it is the same, as in symmetric quantization; else None."""
         zeros = self.zeros(0, self.shape[0])
         if isinstance(zeros, int):
             return zeros
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
     def _fresh(self, least: Array, most: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Return scales and zero points from the smallest number of each group (at most 0) and the largest."""
+        """Compute scales and zero points from the smallest value (at most 0) and the largest value of each group."""
         import numpy as np
 
         low, high = self.span
@@ -156,7 +159,7 @@ class Grouped(Packed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
-    """Rows quantized by one choice of scales and zero points, with the squared error of each row and group."""
+    """Rows quantized with one candidate for scales and zero points, and the squared error of each row and group."""
 
     q: Array
     zeros: Array
@@ -165,7 +168,7 @@ class _Grid:
 
 
 def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
-    """Return q, zero points and scales; in each group, those of the choice with the smaller error."""
+    """Return q, zero points and scales, taken for each group from the candidate with the smaller error."""
     import numpy as np
 
     other_wins = other.errors < one.errors
@@ -175,7 +178,7 @@ def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
 
 
 def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
-    """Return the smallest number of each row and group (at most 0), and the largest (at least 0)."""
+    """Return the smallest value (at most 0) and the largest value (at least 0) of each row and group."""
     import numpy as np
 
     least, most = (np.zeros((groups, len(values)), np.float32) for _ in range(2))
@@ -185,7 +188,7 @@ def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
 
 
 def _runs_of(at: Array, groups: int) -> Array | slice | None:
-    """If all groups have the same size, return the columns in the order of their groups; otherwise None."""
+    """Return the columns in the order of their groups if all groups have the same size, else None."""
     import numpy as np
 
     counts = np.bincount(at, minlength=groups)
@@ -197,7 +200,7 @@ def _runs_of(at: Array, groups: int) -> Array | slice | None:
 def _by_library(
     ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], span: tuple[int, int]
 ) -> tuple[Array, Array, Array] | None:
-    """Return q, zero points and scales by the compiled loop; None if the loop does not support these numbers."""
+    """Compute q, zero points and scales with the compiled loop; return None if the loop does not support the input."""
     import numpy as np
 
     loaded = loops()
@@ -218,7 +221,7 @@ def _by_library(
 
 
 def words(q: Array, bits: int) -> Array:
-    """Pack numbers of `bits` bits into 32-bit words along the last axis, lowest bits first, zero-padded; int32."""
+    """Pack integers of `bits` bits into int32 words along the last axis, lowest bits first, padded with zeros."""
     import numpy as np
 
     per = 32 // bits
@@ -229,7 +232,7 @@ def words(q: Array, bits: int) -> Array:
 
 
 def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
-    """Unpack unsigned numbers of `bits` bits from 32-bit words along the last axis, lowest bits first; int32."""
+    """Unpack unsigned integers of `bits` bits (to int32) from 32-bit words along the last axis, lowest bits first."""
     import numpy as np
 
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -238,7 +241,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read a whole stored tensor: even one row of the weight needs all of it, because that row is a column of it."""
+    """Read a whole stored tensor, because each row of the weight is a column of the tensor."""
     import numpy as np
 
     return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)

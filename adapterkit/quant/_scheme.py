@@ -30,14 +30,14 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 @dataclass(frozen=True, eq=False)
 class Packed(ABC):
-    """One weight in a scheme's stored form; a scheme's subclass reads its rows.
+    """A packed weight: one weight that a scheme stores as one or several tensors. Each scheme has a subclass.
 
     Attributes:
         name: the weight's name in the unquantized base.
         shape: the weight's shape in the unquantized base.
         dtype: the dtype to which the scheme's library dequantizes.
-        members: the names of the stored tensors that make up the weight; in lists, the weight takes the place of the
-            first one.
+        members: the names of the stored tensors of the weight. In lists of tensors, the weight is at the position of
+            the first.
     """
 
     name: str
@@ -47,30 +47,30 @@ class Packed(ABC):
 
     @property
     def merged(self) -> str:
-        """The dtype of the numbers that `pack` takes."""
+        """The dtype of the merged values that `pack` expects."""
         return "F32"
 
     @property
     def changes(self) -> bool:
-        """Whether the weight is written in another form than the stored one, even without a merged change."""
+        """Whether the weight is written in another type than the stored type, even if no adapter changes it."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """If the weight `changes`: the member in the form in which it will be written; only its size can be read.
+        """If the weight `changes`: the stored tensor as it will be written, of which only the size is known.
 
         Raises:
-            Unsupported: the scheme has only one form.
+            Unsupported: the scheme has only one type.
         """
-        raise Unsupported("the scheme has no other form to write the weight in", where=self.name, cure=NO_PACKING)
+        raise Unsupported("the scheme cannot write the weight in another type", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:
-        """If several weights share a member: this weight's bytes, as they will be written; otherwise None."""
+        """If several weights share a stored tensor: this weight's bytes as they will be written; otherwise None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return the weight with other stored parts; None if only the scheme can make it, from the whole base."""
+        """Return the weight read from new stored tensors; None if only the scheme's `find` can create the weight."""
         return None
 
     @abstractmethod
@@ -82,14 +82,14 @@ class Packed(ABC):
         """
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Quantize other numbers in place of this weight's, by the scheme's own formula.
+        """Quantize new values for this weight with the scheme's formula.
 
         Args:
             merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called several
                 times for the same rows.
 
         Returns:
-            The members that change, in their stored dtypes and shapes.
+            The stored tensors that change, in their stored dtypes and shapes.
 
         Raises:
             Unsupported: quantizing to this scheme is not implemented.
@@ -114,20 +114,20 @@ class Packed(ABC):
 
 
 class Rowwise(Packed):
-    """A weight whose rows may be packed separately, so that a run of rows can be merged, packed and written alone."""
+    """A packed weight of which a run of rows can be merged, packed and written without the other rows."""
 
     @property
     @abstractmethod
     def apart(self) -> bool:
-        """Whether this weight's rows may be packed separately."""
+        """Whether runs of this weight's rows can be packed separately."""
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether each member that changes can be cut before this row: all earlier rows are stored first."""
+        """Whether a run may begin at this row: all earlier rows precede it in each stored tensor that changes."""
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return the offset of a row's first byte in each member that changes, as it will be written.
+        """Return the offset of a row's first byte in each stored tensor that changes, as it will be written.
 
         Args:
             row: the number of the row; `closed` is true for it.
@@ -135,7 +135,9 @@ class Rowwise(Packed):
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize rows from `start` on; return their bytes in each member that changes. `closed` holds at both ends.
+        """Quantize rows from `start` on; return their bytes in each stored tensor that changes.
+
+        `closed` must be true for the first row and for the row after the last.
 
         Args:
             start: the number of the first row.
@@ -144,17 +146,18 @@ class Rowwise(Packed):
 
     @abstractmethod
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        """Return the numbers of rows that `pack_rows` packed, `[rows, width]`, of the same dtype as `rows`."""
+        """Return the dequantized values, `[rows, width]`, of rows that `pack_rows` packed, in the dtype of `rows`."""
 
 
 class Scheme:
-    """A way to pack weights as integers or 8-bit floats. A base with neither, and without a config, is unquantized.
+    """A quantization scheme, which packs weights as integers or 8-bit floats.
 
-    Write a subclass in its own module; the module's name is the scheme's name.
+    Define each subclass in a separate module; the module's name is the scheme's name. A base without a config, and
+    without integer or 8-bit float tensors, counts as unquantized.
 
     Class attributes:
-        url: a description of the layout.
-        description: one line for tables.
+        url: the address of a description of the layout.
+        description: a line for tables.
         oracle: the library that uses the format; tests compare the dequantization with this library.
     """
 
@@ -163,7 +166,7 @@ class Scheme:
     oracle: ClassVar[str] = ""
 
     def detect(self, base: Checkpoint) -> bool:
-        """Whether this scheme packed the base, judging by headers and config only."""
+        """Whether this scheme packed the base, as far as headers and config show."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
@@ -225,7 +228,7 @@ def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -
 
 
 def expect(shape: Shape, wanted: Shape, name: str) -> None:
-    """Check the shape of a part of a packed weight.
+    """Check the shape of a packed weight's stored tensor.
 
     Raises:
         ShapeMismatch: the shape differs.
@@ -235,7 +238,7 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
-    """Read a run of a stored tensor's elements, flat, in a dtype for arithmetic."""
+    """Read some consecutive elements of a stored tensor, flat, in a dtype for arithmetic."""
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -269,7 +272,7 @@ def finite(scales: Array, name: str) -> Array:
 
 
 def nibbles(packed: Array, *, high_first: bool = False) -> Array:
-    """Split bytes into their halves along the last axis, which becomes twice as long."""
+    """Split each byte into two 4-bit values along the last axis, which becomes twice as long."""
     import numpy as np
 
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
@@ -277,11 +280,14 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""How many numbers are quantized at a time: few enough to stay in a core's cache."""
+"""The number of values that are quantized in one step; this many fit in a processor core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield runs of rows to quantize at a time; all runs except the last are multiples of `granule`."""
+    """Yield runs of rows to quantize in one step.
+
+    The number of rows is a multiple of `granule`, except in the last run.
+    """
     rows = math.prod(shape[:-1])
     step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
     for start in range(0, rows, step):
@@ -313,13 +319,13 @@ def nearest_e2m1(values: Array) -> Array:
 
 
 def halves(q: Array, *, high_first: bool = False) -> Array:
-    """Pack pairs of 4-bit numbers along the last axis (of even length) into bytes; the inverse of `nibbles`."""
+    """Pack pairs of 4-bit values along the last axis (of even length) into bytes; the inverse of `nibbles`."""
     first, second = q[..., 0::2], q[..., 1::2]
     return (first << 4 | second) if high_first else (first | second << 4)
 
 
 def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
-    """Join the pieces of several parts, each part along its own axis."""
+    """Join pieces of several arrays, each array along its axis in `axes`."""
     import numpy as np
 
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]

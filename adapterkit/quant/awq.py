@@ -1,6 +1,6 @@
-"""AWQ: w[out, in] = (q - zero) * scale by groups of inputs, as AutoAWQ's GEMM layout stores it.
+"""AWQ in AutoAWQ's GEMM layout: w[out, in] = (q - zero) * scale, by groups of inputs.
 
-Lin et al. 2023, arXiv:2306.00978. A word holds eight outputs in the order 0 2 4 6 1 3 5 7.
+Lin et al. 2023, arXiv:2306.00978. A 32-bit word contains eight outputs, in the order 0 2 4 6 1 3 5 7.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ._scheme import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Position in a word for each of eight outputs."""
+"""The position in a word of each of eight outputs."""
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""Output at each position of a word."""
+"""The output at each position of a word."""
 
 
 class Awq(Scheme):
@@ -74,7 +74,7 @@ class _Words(Grouped):
 
 
 def _outputs(stored: Lazy, start: int, stop: int) -> Array:
-    """Unpack outputs `start` to `stop` from words, `[outputs, rows of the stored tensor]`."""
+    """Unpack outputs `start` to `stop` from words; return `[outputs, rows of the stored tensor]`."""
     first = start // 8
     held = whole(stored)[:, first : -(-stop // 8)].copy()
     ordered = unpacked(held, 4).reshape(*held.shape, 8)[..., PLACES].reshape(held.shape[0], -1)
@@ -82,7 +82,7 @@ def _outputs(stored: Lazy, start: int, stop: int) -> Array:
 
 
 def _in_words(numbers: Array) -> Array:
-    """Pack numbers `[outputs, columns]` into words `[columns, outputs/8]`."""
+    """Pack integers `[outputs, columns]` into words `[columns, outputs/8]`."""
     eights = numbers.T.reshape(numbers.shape[1], -1, 8)
     return words(eights[..., ORDER].reshape(numbers.shape[1], -1), 4)
 

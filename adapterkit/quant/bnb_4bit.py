@@ -1,10 +1,10 @@
-"""bitsandbytes' nf4 and fp4, with or without double quantization: sixteen levels, scaled by each block's maximum.
+"""bitsandbytes' nf4 and fp4, with or without double quantization: sixteen levels times the block's largest magnitude.
 
-w = code[q] * absmax[block]. Blocks are runs of the flat weight. Two weights share a byte; the first one is in its high
-half. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
-arXiv:2305.14314
+w = code[q] * absmax[block]. A block consists of consecutive elements of the flat weight. Two elements share a byte, the
+first in the high half. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et
+al. 2023, QLoRA, arXiv:2305.14314
 
-When a weight is quantized again, q is the level nearest to w / absmax. The quantization of absmax keeps its offset.
+When a weight is quantized again, q is the index of the level nearest to w / absmax, and `offset` stays the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LARGEST_STATE = 1 << 16
 
 
 class Bnb4bit(Scheme):
-    """`<weight>` as bytes; next to it `.absmax`, `.quant_map`, `.nested_*` and the state, JSON text stored as bytes."""
+    """`<weight>` in bytes, with `.absmax`, `.quant_map`, `.nested_*`, and a state, which is JSON text in bytes."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
@@ -62,7 +62,7 @@ class Bnb4bit(Scheme):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """The scales of blocks: floats, or with double quantization, bytes that index a table, with scales of their own."""
+    """The scales of blocks: floats, or with double quantization indices of a table, which have scales (`above`)."""
 
     stored: Lazy
     name: str
@@ -72,7 +72,7 @@ class _Blocks:
     offset: float = 0.0
 
     def of(self, first: int, stop: int) -> Array:
-        """Return the scales of blocks `first` to `stop`, float32."""
+        """Return the scales of blocks `first` to `stop` in float32."""
         import numpy as np
 
         values = numbers(self.stored, first, stop - first)
@@ -89,7 +89,7 @@ class _Blocks:
         return np.repeat(self.of(start, end), self.size)[first - start * self.size :][: stop - first]
 
     def pack(self, scales: Array) -> dict[str, Array]:
-        """Return the stored parts for other scales."""
+        """Quantize new scales; return the new stored tensors by name."""
         import numpy as np
 
         if self.table is None or self.above is None:
@@ -100,13 +100,13 @@ class _Blocks:
         return {self.name: q, self.above.name: largest}
 
     def places(self, block: int) -> dict[str, int]:
-        """Return the first byte of a block's scale in each stored part."""
+        """Return the offset of a block's scale in each stored tensor, in bytes."""
         if self.above is None:
             return {self.name: 4 * block}
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return the same scales with other bytes in the stored parts."""
+        """Return scales that are read from the stored tensors in `parts` instead."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
@@ -147,7 +147,7 @@ class _Levels(Rowwise):
 
     @cached_property
     def _granule(self) -> int:
-        """The smallest number of elements that fills whole bytes, whole blocks, and whole blocks of scales."""
+        """The smallest number of elements that are whole bytes, whole blocks, and whole blocks of scales."""
         return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
 
     def closed(self, row: int) -> bool:
@@ -184,7 +184,7 @@ class _Levels(Rowwise):
 
 
 def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Do the same as `quantized`, with two indices per byte, the first in the high half."""
+    """Like `quantized`, but pack two indices into each byte, the first in the high half."""
     import numpy as np
 
     found = _by_library(values, levels, size)
@@ -195,7 +195,10 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Divide each block of `size` by its largest magnitude; return the nearest levels' indices and the magnitudes."""
+    """Divide each block of `size` values by its largest magnitude.
+
+    Return the indices of the nearest levels, and the magnitudes.
+    """
     import numpy as np
 
     found = _by_library(values, levels, size)
@@ -217,7 +220,10 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Return the result of `packed_levels`, or for 256 levels of `quantized`; None if no loop supports the input."""
+    """Compute `packed_levels` (`quantized` for 256 levels) with a compiled loop.
+
+    Return None if no loop supports the input.
+    """
     import numpy as np
 
     whole = len(levels) == 256 or (len(levels) == 16 and not (len(values) % size or size % 16))
@@ -234,7 +240,7 @@ def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] 
     else:
         found, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
     arrays = (array.ctypes.data for array in (middles, places, found, largest))
-    # Return None if the loop fails: the reciprocal of a block's largest number may overflow float32.
+    # The loop fails if the reciprocal of a block's largest magnitude overflows float32.
     return None if function(given.ctypes.data, count, size, *arrays) else (found, largest)
 
 
@@ -245,7 +251,7 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     shape, size = tuple(state["shape"]), state["blocksize"]
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
-        raise ShapeMismatch(f"{stored.nbytes} bytes do not hold {count} weights of 4 bits", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{stored.nbytes} bytes are not {count} values of 4 bits", where=name, cure=DAMAGED)
     stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")
@@ -258,7 +264,7 @@ BYTES = BY_TORCH["uint8"]
 
 
 class QuantState(TypedDict):
-    """The JSON next to a packed weight, after `_fault` found no fault."""
+    """The JSON state of a packed weight, after `_fault` has checked it."""
 
     shape: list[int]
     blocksize: int
@@ -268,7 +274,7 @@ class QuantState(TypedDict):
 
 
 def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tuple[_Blocks, tuple[str, ...]]:
-    """Return the scales of a weight, and the names of the tensors that hold them."""
+    """Return the scales of a weight, and the names of the tensors in which they are stored."""
     key, size = f"{name}.absmax", state["blocksize"]
     nested = state.get("nested_blocksize")
     stored = part_of(base, name, key, ("F32",) if nested is None else ("U8",))

@@ -1,4 +1,7 @@
-"""bitsandbytes' int8: w = q * SCB[row] / 127; SCB is the row's maximum.  Dettmers et al. 2022, arXiv:2208.07339"""
+"""bitsandbytes' int8: w = q * SCB[row] / 127; SCB is the row's largest magnitude.
+
+Dettmers et al. 2022, arXiv:2208.07339
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ ONE_127TH = 7.874015718698502e-3
 
 
 class BnbInt8(Scheme):
-    """`<module>.weight` in int8, `<module>.SCB` in float32. Outlier columns are found at run time and not stored."""
+    """`<module>.weight` in int8, `<module>.SCB` in float32.
+
+    Outlier columns are not stored, because bitsandbytes finds them at run time.
+    """
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
     description = "bitsandbytes LLM.int8(): rows of integers with one scale each"

@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor writes it: integers (packed or not), 8-bit floats, and NVFP4.
+"""compressed-tensors, which llm-compressor writes: integers (packed or not), 8-bit floats, and NVFP4.
 
 w = (q - zero) * scale. Packed integers are stored with an offset of half their range.
 """
@@ -76,7 +76,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of bytes, or of words that hold `bits`-bit integers with an offset of half their range."""
+    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers, which have an offset of half their range."""
 
     stored: Lazy
     scale: Lazy
@@ -133,7 +133,7 @@ class _Whole(Grouped):
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> Array:
-        """Return rows of a tensor that has one number per row and group, or a single number."""
+        """Return rows of a tensor that has one value per row and group, or a single value."""
         import numpy as np
 
         if stored.nbytes == stored.dtype.itemsize:

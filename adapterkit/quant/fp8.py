@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Scales of a layer's inputs; only fp8 arithmetic uses them."""
+"""Endings of scales of a layer's inputs, which only fp8 arithmetic uses."""
 
 COMFYUI = "scale_weight"
-"""ComfyUI's name of a scale, next to the weight: `<module>.scale_weight`. Some weights have no scale."""
+"""ComfyUI's name of a weight's scale, `<module>.scale_weight`. Some weights have no scale."""
 
 LAYOUT = "comfy_quant"
-"""ComfyUI's newer files give each module's format: `<module>.comfy_quant` holds the bytes of a JSON object."""
+"""The tensor with a module's format in ComfyUI's newer files, `<module>.comfy_quant`: a JSON object as bytes."""
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """ComfyUI's formats that are plain 8-bit floats with a scale; the others reorder the scales for ComfyUI's kernels."""
@@ -71,11 +71,11 @@ def _of_comfyui(base: Checkpoint) -> bool:
 
 
 def _check_layouts(base: Checkpoint) -> None:
-    """Check that this scheme can read ComfyUI's own format of each module.
+    """Check that this scheme can read each module's ComfyUI format.
 
     Raises:
-        Unsupported: this scheme cannot read a module's format. Weights of such a format have the same names and must
-            not be read as fp8.
+        Unsupported: this scheme cannot read a module's format. Such weights must not be read as fp8, although their
+            names are the same.
         Malformed: the format is not a JSON object.
     """
     for name, tensor in base.tensors.items():
@@ -86,7 +86,7 @@ def _check_layouts(base: Checkpoint) -> None:
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise Malformed("the tensor does not hold a JSON object", path=base.root, where=name, cure=DAMAGED)
+            raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if said.get("format") not in FORMATS:
             why = (
                 f"the module has ComfyUI's format {said.get('format')!r}, whose scales are in the order of its kernels"

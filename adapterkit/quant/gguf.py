@@ -1,6 +1,6 @@
-"""GGUF models, as llama.cpp stores them: each weight is one tensor of ggml blocks, or is split into two tensors.
+"""Read and write llama.cpp's GGUF models. A weight is one tensor of ggml blocks, or is split into two tensors.
 
-A merge writes a new GGUF file, in which key-values and all tensors that no adapter changes keep their bytes.
+A merge writes a new GGUF file with the same key-values. Tensors that no adapter changes keep their bytes.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ if TYPE_CHECKING:
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""ComfyUI-GGUF's key for the original shape of a tensor that is stored in rows of 256 numbers; its name follows."""
+"""The prefix of ComfyUI-GGUF's keys for the original shapes of tensors that are stored in rows of 256 values."""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order.
+    """A GGUF model in one file, or in several `-00001-of-0000N.gguf`.
 
-    Image and video models of ComfyUI-GGUF and stable-diffusion.cpp have the same names and rows as their safetensors
-    files; stable-diffusion.cpp does not write the architecture at all.
+    `general.architecture` determines names and row order.
+
+    Image and video models from ComfyUI-GGUF and stable-diffusion.cpp have the names and row orders of the original
+    safetensors files. stable-diffusion.cpp does not write the architecture.
     """
 
     url = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
@@ -73,7 +75,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the model type of the family, which is used to resolve adapters' names."""
+        """Return a config with the family's model type, with which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -90,7 +92,7 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """Maps a model's tensors to weights, by the model's key-values and the family's names.
+    """Maps the tensors of a model to weights, with the key-values and the names of the model's family.
 
     Raises:
         Unsupported: the file is neither a language model nor a known denoiser, or no family has its architecture.
@@ -115,7 +117,7 @@ class _Contents:
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
-        """Return the weights whose rows are in two tensors of known types, and the names of these tensors."""
+        """Return the weights whose rows are in two tensors, and the names of these tensors."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         found: list[GgufSplit] = []
@@ -145,9 +147,10 @@ class _Contents:
         return found, {member for weight in found for member in weight.members}
 
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
-        """Yield a tensor's weight under its name in the base, or one weight per expert that is stacked in it.
+        """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
-        A tensor that the family does not list keeps its name in the GGUF file, so no target matches it.
+        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, which no target
+        matches.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -155,7 +158,7 @@ class _Contents:
             yield self._as_it_is(name, kind, file, stored)
             return
         found = place_of(self.family, module) if leaf else None
-        # A single tensor of a pair is not enough: the weight cannot be assembled without the other one.
+        # The other tensor of the pair is missing, so the weight cannot be assembled.
         if found is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
@@ -184,7 +187,7 @@ class _Contents:
         )  # fmt: skip
 
     def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
-        """Return a denoiser's tensor under its own name, in the shape before the conversion to GGUF."""
+        """Return a denoiser's tensor with its name, in the shape that it had before the conversion to GGUF."""
         shape, dtype = file.shapes[name], DTYPES["F32"]
         said = self.said.get(ORIGINAL_SHAPE + name)
         own = tuple(said) if isinstance(said, list) and all(type(size) is int for size in said) else shape
@@ -222,23 +225,23 @@ class _Contents:
 
 
 def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """Return the shape of a stack of matrices when it is viewed as one matrix with all their rows."""
+    """Return the shape of a stack of matrices, viewed as one matrix with the rows of all matrices."""
     return (math.prod(shape) // width, width)
 
 
 def _module(name: str) -> tuple[str, str]:
-    """Split a tensor's name into (module, `.weight` or `.bias`); other names have an empty second part."""
+    """Split a tensor's name into (module, `.weight` or `.bias`); the second part is empty for other names."""
     module, dot, leaf = name.rpartition(".")
     return (module, dot + leaf) if leaf in ("weight", "bias") else (name, "")
 
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Rowwise):
-    """A weight in rows of blocks. `kind` is the stored type, `new` the type to write.
+    """A weight stored as rows of ggml blocks. `kind` is the stored type, `new` the type to write.
 
-    Row i of the tensor is row `order[i]` of the weight, and column i is column `columns[i]` of the weight. If `shared`
-    is not 0, the member consists of that many rows from several weights, one after the other, and `stored` has the
-    bytes of this weight.
+    Row i of the tensor is row `order[i]` of the weight, and column i is column `columns[i]` of the weight. If several
+    weights share the tensor, one after the other, `shared` is the number of rows of the whole tensor (otherwise 0), and
+    `stored` contains only this weight's bytes.
     """
 
     stored: Lazy
@@ -259,7 +262,7 @@ class _Tensor(Rowwise):
 
     @property
     def written(self) -> Lazy:
-        """The tensor in the form in which it will be written; only its size can be read."""
+        """The tensor as it will be written, of which only the size is known."""
         if self.new == self.kind and not self.shared:
             return self.stored
         shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape
@@ -283,8 +286,7 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # Read up to four times as many rows as needed in a single read: this is cheaper than one read for each run of
-        # rows.
+        # Read up to four times as many rows as needed in one read, which is faster than one read per run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
@@ -298,7 +300,7 @@ class _Tensor(Rowwise):
 
     @property
     def _places(self) -> Array:
-        """The tensor's row for each row of the weight; for a vector, the position of each number."""
+        """For each row of the weight (for a vector: each element), its position in the tensor."""
         import numpy as np
 
         return np.argsort(np.asarray(self.order), kind="stable")
@@ -343,7 +345,10 @@ class _Tensor(Rowwise):
         return found
 
     def _within(self, start: int, count: int) -> Array:
-        """Return the order of a run of rows, counted from its first row; `closed` holds at both ends."""
+        """Return the order of a run of rows, relative to its first row.
+
+        A run contains whole groups of reordered rows.
+        """
         import numpy as np
 
         return np.asarray(self.order)[start : start + count] - start
@@ -362,7 +367,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight, e.g. of a small convolution, that is stored in rows of 256 because its own rows do not fill blocks."""
+    """A weight that is stored in rows of 256 values because its rows do not fill blocks: a small convolution."""
 
     tensor: _Tensor
 
@@ -403,7 +408,7 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base, so that every matrix will be written in another type; vectors and routers stay unchanged.
+    """Return the base, set to write all matrices in another type; vectors and routers keep their types.
 
     Raises:
         UsageError: the type is unknown.
@@ -432,7 +437,7 @@ def _retyped(weight: Packed, kind: str) -> Packed:
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """Return the base, so that each tensor will be written in the type that it has in `merged`."""
+    """Return the base, set to write each tensor in the type that it has in `merged`."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -444,15 +449,15 @@ def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
 
 
 def header(base: Dequantized, file: str | PathLike[str]) -> bytes:
-    """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
+    """Return the header of an output file: the base's header, with changed types and offsets."""
     tensors = (each.tensor if isinstance(each, _Reshaped) else each for each in base.packed.values())
     kinds = {tensor.members[0]: tensor.new for tensor in tensors if isinstance(tensor, _Tensor)}
     return read_model(file).header(kinds)
 
 
-# A weight whose rows a GGUF file stores in two tensors, such as DeepSeek's `kv_b_proj` and Qwen3-Next's `in_proj_qkvz`.
+# Weights whose rows a GGUF file stores in two tensors, such as DeepSeek's `kv_b_proj` and Qwen3-Next's `in_proj_qkvz`.
 #
-# Both tensors are read and written in their own types; `--dtype` does not change them.
+# Each of the two tensors is written in its stored type; `--dtype` does not change the types.
 
 
 def read_rows(stored: Lazy, kind: str, width: int, start: int, stop: int) -> Array:
@@ -462,14 +467,14 @@ def read_rows(stored: Lazy, kind: str, width: int, start: int, stop: int) -> Arr
 
 
 def decoded_rows(kind: str, width: int, data: Array) -> Array:
-    """Decode bytes in ggml's type `kind` to rows of `width` numbers in float32."""
+    """Decode bytes in ggml's type `kind` to rows of `width` float32 values."""
     if kind in BLOCKS:
         return decoded(kind, data).reshape(-1, width)
     return cast("Array", data.view(DTYPES[kind].array).astype("f4").reshape(-1, width))
 
 
 def write_rows(kind: str, rows: Array) -> bytes:
-    """Return the bytes of rows in ggml's type `kind`; for a plain type, the rows are in that type or in float32."""
+    """Encode rows in ggml's type `kind`; for a plain type, the rows are in this type or in float32."""
     return encoded(kind, rows) if kind in BLOCKS else bytes(rows.astype(DTYPES[kind].array).tobytes())
 
 
@@ -481,9 +486,9 @@ class GgufPiece:
         member: the tensor's name in the file.
         stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
-        shape: [rows, width]; [heads, width, rows of a head] if the tensor is `turned`.
-        places: the weight's row for each row of the tensor; for a turned tensor, head by head.
-        turned: True if each head's matrix is transposed, as llama.cpp needs for the keys in MLA.
+        shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
+        places: for each row of the tensor, its row in the weight; if `turned` is set, head by head.
+        turned: True if each head's matrix is transposed, which llama.cpp needs for the keys in MLA.
     """
 
     member: str
@@ -494,7 +499,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return the wanted rows, whose numbers are in ascending order, as float32 [rows, width]."""
+        """Return the rows with the ascending numbers `wanted`, as float32 [rows, width]."""
         import numpy as np
 
         if not self.turned:
@@ -506,7 +511,7 @@ class GgufPiece:
         return cast("Array", np.concatenate(whole)[wanted - int(heads[0]) * each])
 
     def pack(self, merged: Merged) -> Array:
-        """Return the tensor's new bytes, from the numbers that `merged` returns for the weight's rows."""
+        """Return the tensor's new bytes; `merged` returns rows of the merged weight."""
         import numpy as np
 
         data = bytearray()
@@ -526,13 +531,13 @@ class GgufPiece:
 
 @dataclass(frozen=True, eq=False)
 class GgufSplit(Packed):
-    """A weight in two tensors; the `pieces` together contain each of its rows once."""
+    """A weight that is stored in two tensors, the `pieces`; each row is in one of them."""
 
     pieces: tuple[GgufPiece, ...]
 
     @property
     def merged(self) -> str:
-        # Use float32 unless both tensors have the same plain type: otherwise numbers would be rounded twice.
+        # Use float32 unless both tensors have the same plain type, because values would otherwise be rounded twice.
         (kind, *others) = {piece.kind for piece in self.pieces}
         return "F32" if others or kind in BLOCKS else kind
 

@@ -1,7 +1,7 @@
-"""GPTQ: w[out, in] = (q - (zero + 1)) * scale by groups of inputs, as AutoGPTQ and GPTQModel store it.
+"""GPTQ, as in AutoGPTQ and GPTQModel: w[out, in] = (q - (zero + 1)) * scale, by groups of inputs.
 
-Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves; the older format stores zero points
-minus 1.
+Frantar et al. 2022, arXiv:2210.17323. The older format stores zero points minus 1; format 2 stores the zero points, so
+its formula has no + 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Gptq(Scheme):
-    """`qweight` `[in/n, out]`, `qzeros` `[groups, out/n]` in words of n; `scales` `[groups, out]`, `g_idx` `[in]`."""
+    """`qweight` `[in/n, out]` and `qzeros` `[groups, out/n]` with n integers per word.
+
+    `scales` `[groups, out]`, `g_idx` `[in]`.
+    """
 
     url = "https://github.com/ModelCloud/GPTQModel"
     description = "GPTQ of 2, 4 or 8 bits, with or without reordered columns"

@@ -1,7 +1,7 @@
-"""HQQ: w = (q - zero) * scale by groups, with each operation rounded to the compute dtype, as in hqq.
+"""HQQ: w = (q - zero) * scale, by groups; as in hqq, each operation is rounded to the compute dtype.
 
-Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. An optimization chooses the scales,
-so quantizing again is not implemented.
+Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. HQQ chooses scales by an
+optimization, so quantizing again is not implemented.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
-"""Bit width -> numbers per byte; for 3 bits, numbers per 32-bit word."""
+"""A map from bit widths to values per byte; for 3 bits, values per 32-bit word."""
 LARGEST_TEXT = 64
 STATE = (
     "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float",
@@ -65,7 +65,7 @@ class _Groups(Packed):
         return np.asarray(values.reshape(-1, self.shape[-1])[start:stop])
 
     def _unpacked(self) -> Array:
-        """Return q as `[groups, size]` or `[size, groups]`; the first rows are in the highest bits."""
+        """Unpack q to `[groups, size]` or `[size, groups]`; the first rows are in the highest bits of the bytes."""
         import numpy as np
 
         words, per = whole(self.stored), PER[self.bits]

@@ -1,8 +1,8 @@
-"""MXFP4, as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), with one scale per 32 numbers.
+"""MXFP4, for gpt-oss's experts: w = e2m1 * 2^(scale - 127), with one scale per 32 values.
 
-In OCP Microscaling Formats 1.0, a block's scale is a quarter of the largest power of two not above the block's largest
-number. If twice this scale loses less, a merge uses twice this scale. Numbers are packed along the inputs; unpacked,
-the experts are `[e, in, out]`.
+In OCP Microscaling Formats 1.0, a block's scale is a quarter of the largest power of two that does not exceed the
+block's largest magnitude. A merge doubles this scale if the error is then smaller. Values are packed along the inputs;
+the unpacked experts are `[e, in, out]`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUP = 32
 
 
 class Mxfp4(Scheme):
-    """`<weight>_blocks` `[e, out, in/32, 16]`, the first number in the low half of a byte, and `<weight>_scales`."""
+    """`<weight>_blocks` `[e, out, in/32, 16]`, the first value of a byte in its low half; and `<weight>_scales`."""
 
     url = "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf"
     description = "MXFP4: experts of 4-bit floats with powers of two as scales (gpt-oss)"
@@ -84,7 +84,8 @@ class _Experts(Rowwise):
         return True
 
     def closed(self, row: int) -> bool:
-        # Only whole experts are closed: the file stores an expert output by output, but the weight's rows are inputs.
+        # Runs must consist of whole experts: the file stores an expert output by output, but the weight's rows are
+        # inputs.
         return row % self.shape[1] == 0
 
     def places(self, row: int) -> dict[str, int]:
@@ -122,9 +123,9 @@ class _Experts(Rowwise):
 def quantized(values: Array) -> tuple[Array, Array]:
     """Quantize `[inputs, outputs]` to blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`.
 
-    With the exponent of the standard's formula, scaled numbers above 6 are cut off. If the next larger exponent has a
-    smaller squared error, that one is used. Without this rule, a small change can cut off a quarter of a block's
-    largest number: if it falls just below a power of two, the exponent shrinks.
+    With the exponent of the standard's formula, scaled values above 6 are clipped. The next larger exponent is used if
+    its squared error is smaller. Otherwise a small change could clip a block's largest magnitude by a quarter: when the
+    magnitude falls just below a power of two, the standard's exponent is smaller by 1.
     """
     import numpy as np
 
@@ -138,7 +139,7 @@ def quantized(values: Array) -> tuple[Array, Array]:
 
 
 def _on(groups: Array, exponents: Array) -> tuple[Array, Array]:
-    """Return the codes of groups with these exponents, and the squared error of each group."""
+    """Quantize groups with the given exponents; return the codes, and the squared error of each group."""
     import numpy as np
 
     scaled = np.ldexp(groups, -exponents[..., None])

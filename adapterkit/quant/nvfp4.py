@@ -1,4 +1,4 @@
-"""NVFP4, as NVIDIA's ModelOpt stores it: w = e2m1 * scale * second scale.
+"""NVFP4 from NVIDIA's ModelOpt: w = e2m1 * scale * second scale.
 
 NVIDIA 2025, Pretraining Large Language Models with NVFP4, arXiv:2509.25149, section 2
 """
@@ -18,7 +18,7 @@ PARTS = ("weight", "weight_scale", "weight_scale_2")
 
 
 class Nvfp4(Scheme):
-    """`weight` in bytes `[out, in/2]`, `weight_scale` `[out, in/16]`, `weight_scale_2`, one number."""
+    """`weight` in bytes `[out, in/2]`, `weight_scale` `[out, in/16]`, and the single value `weight_scale_2`."""
 
     url = "https://github.com/NVIDIA/Model-Optimizer"
     description = "NVFP4 of ModelOpt: 4-bit floats, 8-bit scales for 16 numbers, one scale for all"

@@ -1,8 +1,8 @@
-"""torchao in its safetensors layout: integers with w = (q - zero) * scale by groups, or 8-bit floats.
+"""torchao's safetensors layout: integers with w = (q - zero) * scale, by groups, or 8-bit floats.
 
-A file's metadata gives each tensor's class in JSON. The parts are `<module>._weight_qdata`, `_scale` and `_zero_point`.
-Layouts for a single kernel (Int4Tensor and its tiled forms) are refused by name. `.bin` files of torchao's classes are
-refused too, because reading them would run torchao's code.
+A file's metadata contains each tensor's torchao class, in JSON. A weight is stored as `<module>._weight_qdata`,
+`_scale` and `_zero_point`. Layouts for a certain kernel (Int4Tensor and its tiled forms) are refused, and the error
+names them. `.bin` files with torchao's classes are also refused, because reading them would run torchao's code.
 """
 
 from __future__ import annotations

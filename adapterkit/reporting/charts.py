@@ -1,9 +1,9 @@
 """Charts: Vega-Lite specifications of the measurements, and their SVG and PNG.
 
 vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
-only the drawings. A chart library would add 0.9 MB of script, which mail readers, notebooks on hubs and pages with a
-strict content security policy do not run. Text is drawn in `currentColor`, so that one drawing suits light and dark
-pages.
+only the drawings, and no chart library. The library would add 0.9 MB of script, which mail readers, notebooks on hubs
+and pages with a strict content security policy do not run. Text is drawn in `currentColor`, so that a drawing suits
+both light and dark pages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .measuring import Effect, Measurements, Relation
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
-"""Colours of adapters: most colour-blind readers can tell them apart; the contrast is 3 on white and on black."""
+"""The colours of adapters. Most colour-blind readers can distinguish them; the contrast is 3 on white and black."""
 
 FLAGGED, PLAIN = "#e4572e", "#8a94a6"
 
@@ -50,11 +50,11 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One picture.
+    """A picture of a report.
 
     Attributes:
-        name: the name of its file: lower-case words with hyphens.
-        group: the heading under which it appears.
+        name: the name of the picture's file without extension: lower-case words with hyphens.
+        group: the heading above the picture on the page.
         title: the text above the picture.
         caption: an explanation of how to read the picture.
         spec: the Vega-Lite specification.
@@ -68,7 +68,7 @@ class Chart:
 
 
 def charts(measured: Measurements) -> list[Chart]:
-    """Return the pictures for which the measurements have numbers, in the order of a page."""
+    """Return the pictures that can be drawn from the measurements, in the order of the page."""
     return [chart for draw in (_norms, _spectra, _ranks, _values, _base, _likeness, _conflict, _merged)
             for chart in draw(measured)]  # fmt: skip
 
@@ -80,8 +80,8 @@ def svg(chart: Chart) -> str:
         Unsupported: the package vl-convert-python is not installed.
     """
     drawn: str = _drawing().vegalite_to_svg({**chart.spec, "config": CONFIG})
-    # Rename ids: Vega numbers clip paths and gradients through all drawings. With Vega's ids, the same chart would
-    # differ from run to run, and drawings of several runs in one page would have equal ids.
+    # Rename ids: Vega numbers the clip paths and gradients of all drawings of a process in one sequence. The same chart
+    # would have other ids in each run, and drawings from several runs in one page would have equal ids.
     for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', drawn))):
         drawn = re.sub(rf'(\bid="|url\(#){name}(?="|\))', rf"\g<1>{chart.name}-{number}", drawn)
     return drawn
@@ -99,7 +99,7 @@ def png(chart: Chart, scale: float = 2.0) -> bytes:
 
 
 def inline(chart: Chart) -> str:
-    """Return a chart as SVG for use inside a page: a single image for screen readers, with ids that are unique.
+    """Return a chart as SVG for use inside a page: screen readers treat it as one image, and its ids are unique.
 
     Raises:
         Unsupported: the package vl-convert-python is not installed.
@@ -109,7 +109,7 @@ def inline(chart: Chart) -> str:
         text = re.sub(noise, "", text)
     text = re.sub(r"(?<=\d\.\d\d)\d+", "", text)
     text = re.sub(r' aria-label="[^"]*(axis|legend)[^"]*"', "", text)
-    # Move the marks' labels: a screen reader sees the drawing as one image. `page.js` shows the labels as tooltips.
+    # Rename the labels of the marks, so that screen readers do not read them; `page.js` shows them as tooltips.
     text = text.replace(' aria-label="', ' data-tip="')
     label = _escaped(f"{chart.title}. {chart.caption}")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
@@ -136,7 +136,7 @@ def _slug(text: str) -> str:
 
 
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
-    """Return the endings of a chart's name and title for one adapter; both are empty if there is only one adapter."""
+    """Return what to append to a chart's name and title for an adapter; empty if the report has only one adapter."""
     if len(measured.names) == 1:
         return "", ""
     return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"
@@ -177,7 +177,7 @@ def _map(
     *, domain: tuple[float, float] | None = None, middle: float | None = None, scheme: str = "viridis",
     reverse: bool = False, root: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Return a map of a number by layer and module."""
+    """Return a chart with layers as rows and modules as columns, where the colour shows a number."""
     found: dict[tuple[str, str], list[E]] = defaultdict(list)
     order: dict[str, Any] = {}
     for each in effects:
@@ -193,7 +193,7 @@ def _map(
             number = together(numbers)
             where = measured.cells[here[0].target].title
             values.append({"layer": layer, "module": module, "value": number, "label": f"{where}: {label(number)}"})
-    # Colour by the root of a norm, so that small changes are visible next to one that is 20 times as large.
+    # Map the root of a norm to the colour, so that small changes are visible next to a change 20 times as large.
     scale: dict[str, Any] = {"scheme": scheme, "reverse": reverse, **({"type": "sqrt"} if root else {})}
     if domain is not None and domain[1] > domain[0]:
         scale["domain"] = list(domain)
@@ -252,8 +252,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
             },
         }  # fmt: skip
         caption = (
-            f"One line per target, for up to {LINES} targets. A line that falls at once is a change in one direction; "
-            f"it is flagged if that direction holds more than {percent(SPIKE)} of the squared norm."
+            f"One line per target, for up to {LINES} targets. If a line drops right after its first point, the change "
+            f"has one direction; it is flagged if this direction has more than {percent(SPIKE)} of the squared norm."
         )
         yield Chart(f"spectra{end}", "How it changes it", f"Singular values{of}", caption, spec)
 
@@ -261,7 +261,7 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""Number of an adapter's spectra that are drawn: first spikes, then the largest changes, then others, evenly spaced."""
+"""The most spectra that are drawn for an adapter: first spikes, then the largest changes, then evenly spaced others."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
@@ -309,15 +309,15 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
             "color": points["encoding"]["color"] if several else {"value": FLAGGED},
         },
     }
-    if several:  # Each adapter has ranks of its own.
+    if several:  # The ranks differ between adapters.
         stored["encoding"]["yOffset"] = points["encoding"]["yOffset"]
     spec = {
         "data": {"values": values}, "width": 340, "height": {"step": 22 if not several else 9},
         "layer": [points, stored],
     }  # fmt: skip
     caption = (
-        "One point a target: exponential of the entropy of its singular values. The upright mark is the stored "
-        "rank. Points far left of it say that a smaller rank would do."
+        "Each point is a target, at the exponential of the entropy of its singular values. The vertical line is the "
+        "stored rank. If the points are far left of the line, a smaller rank is enough."
     )
     yield Chart("ranks", "How it changes it", "Effective rank against rank", caption, spec)
 
@@ -395,9 +395,9 @@ def _base(measured: Measurements) -> Iterator[Chart]:
                 domain=(0.0, 10.0),
             )  # fmt: skip
             caption = (
-                "Among the first ten singular vectors of the tuned weight: the number of vectors unlike all of the "
-                "base's (cosine under 0.6). They are associated with forgetting. Computed for the largest changes, on "
-                "weights whose decomposition is quick."
+                "The number of intruders among the first ten singular vectors of the tuned weight: vectors whose "
+                "cosine with each singular vector of the base is under 0.6. Intruders are associated with forgetting. "
+                "Computed for the largest changes, if the decomposition is fast."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
@@ -460,8 +460,8 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             "share", domain=(0.0, 1.0), middle=0.5, scheme="redblue", reverse=True,
         )  # fmt: skip
         caption = (
-            "Share of the elements that two adapters move in opposite directions; if there are several pairs, the "
-            "largest share. Unrelated changes have one half, which is white. Red means conflict."
+            "Share of the elements that two adapters move in opposite directions; with several pairs of adapters, the "
+            "largest share. For unrelated changes, the share is one half, which is white. Red means conflict."
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:
@@ -471,12 +471,12 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             "cancelled", domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
         count = len(measured.names)
-        # Sums of n independent numbers grow with the root of n, the sums of their absolute values with n.
+        # The sum of n independent numbers grows with the root of n; the sum of their absolute values grows with n.
         usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            f"Share of the absolute changes that cancel, entry by entry, when all are added. {count} unrelated "
-            f"adapters cancel {usual} and still do their work, since their changes point in different directions. More "
-            "than that: they work against each other."
+            f"Share of the absolute changes that cancels when the changes are added, entry by entry. In {count} "
+            f"unrelated adapters, {usual} cancels, but each adapter still works, because the changes have different "
+            "directions. If more cancels, the adapters work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 
@@ -491,6 +491,6 @@ def _merged(measured: Measurements) -> Iterator[Chart]:
         domain=(low, max(1.0, *(each.value for each in found))),
     )  # fmt: skip
     caption = (
-        "Share of the change that the merged weights contain along the change's own direction. 100 % is all of it."
+        "Share of the change that the merged weights contain, measured along the change. 100 % is the whole change."
     )
     yield Chart("kept", "In the merged model", "Change kept by the merged model", caption, spec)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 WAYS = {
     "native": "stores it natively",
     "LoRA": "stores it exactly, as a LoRA",
-    "dense": "stores it as a difference of weights; needs the base",
+    "dense": "stores it as a weight difference; needs the base",
     "nearest": "stores the nearest LoRA, and reports the error",
 }
-"""How a format can store an adapter, the best way first."""
+"""The ways in which a format can store an adapter -> their descriptions, the best way first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Facts:
 
     Attributes:
         name: the adapter's name in the report.
-        path: the path that the adapter was read from; None for an adapter in memory.
-        format: the format that the adapter was read from, or None.
+        path: the path from which the adapter was read; None for an adapter in memory.
+        format: the format of the source file, or None.
         base: the base that the adapter names.
         methods: method -> number of updates.
         ranks: rank -> number of updates; updates without a rank are omitted.
@@ -46,13 +46,13 @@ class Facts:
         parameters: the number of parameters; a tensor that updates share counts once.
         bytes: the size of the adapter's tensors.
         dtypes: dtype -> number of tensors.
-        licence: the identifier in the model card next to the adapter, or None.
+        licence: the identifier of the licence in the model card next to the adapter, or None.
         triggers: the trigger words.
         lineage: the steps that produced the adapter, as plain data.
-        formats: format -> how this format can store the adapter, as a key of `WAYS`; formats that cannot store it are
-            omitted.
-        loaders: whether each known tool loads the file unchanged: `title`, `loads` (yes, part or no) and `why`. Only
-            for files of image models.
+        formats: format -> the way in which this format can store the adapter, a key of `WAYS`. Formats that cannot
+            store the adapter are omitted.
+        loaders: for each known tool, a record with `title`, `loads` (yes, part or no: whether the tool loads the file
+            unchanged) and `why`. Only for files of image models.
     """
 
     name: str
@@ -82,7 +82,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
     Args:
         adapter: the adapter.
         name: its name in the report.
-        path: the path that the adapter was read from; a model card there gives the licence.
+        path: the path from which the adapter was read; a model card at this path states the licence.
     """
     from ..core.licence_terms import licence_at
 
@@ -117,7 +117,7 @@ def _loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str, str]
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:
-    """Return format -> how it can hold an adapter, judged by the adapter's methods and kind of model."""
+    """Return, for each format, the way in which it can store the adapter, judged by methods and kind of model."""
     from ..formats import FORMATS
     from ..methods import METHODS
     from ..naming.image import component_of
@@ -137,7 +137,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
 
 
 def way(entry: type[Format], method: type[Update]) -> str | None:
-    """Return how a format can store a method, a key of `WAYS`; None if it cannot."""
+    """Return the way in which a format can store a method, a key of `WAYS`; None if the format cannot store it."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"
     if method.kind not in ("additive", "weight") or "lora" not in entry.methods:

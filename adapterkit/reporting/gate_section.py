@@ -1,4 +1,4 @@
-"""The section of a report's page that shows a gate: the checks against limits, and where models begin to differ."""
+"""The section of a report's page about a gate: the checks against limits, and the first modules that differ."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..gating.result import AdapterEffect, GateCheck, KeptEffect
 from ..io.inputs import read_input
 from ..io.strict_json import check_size, load_json
 
-CURE = "Give what adapterkit gate ... --json printed, by --gate FILE (gate=)"
+CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
 
 RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
 
 MOST_MODULES = 40
-"""The largest number of modules shown for each model: first those with a fault, each group in running order."""
+"""The most modules that are shown for a model: first modules with a fault, then others, each in running order."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ class GateFigures(msgspec.Struct, frozen=True):
 
 
 def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
-    """Return the figures of a gate, from its record or from the file that holds it.
+    """Return the figures of a gate from its result, its record, or a file with the record.
 
     Raises:
         Malformed: the file is not JSON, or not the record of a gate.
@@ -59,7 +59,7 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
         except (ValueError, RecursionError) as error:
             raise Malformed(f"not valid JSON ({error})", path=path, cure=CURE) from None
     elif not isinstance(source, Mapping):
-        why = f"{shown(source)} of type {type(source).__name__} where a gate belongs"
+        why = f"{shown(source)} of type {type(source).__name__} is not the result of a gate"
         raise UsageError(why, where="gate", cure=CURE)
     kind = told.get("kind") if isinstance(told, Mapping) else None
     if kind != "gate":
@@ -71,7 +71,7 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
 
 
 def gate_section(gate: GateFigures) -> str:
-    """Return the inside of the section, as HTML."""
+    """Return the content of the section, as HTML."""
     made = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
     where = ", ".join(each for each in (gate.device, gate.dtype, f"seed {gate.seed}") if each)
     parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(made)} ({escape(where)}).</p>']
@@ -107,9 +107,9 @@ def _modules(kept: KeptEffect) -> list[str]:
         return []
     several = sorted(found, key=lambda part: not part.fault)[:MOST_MODULES]
     first = next((part.module for part in kept.parts if part.fault), None)
-    told = f"It parts first at {first}." if first is not None else "It parts nowhere from the base with adapters."
+    told = f"The first wrong module is {first}." if first is not None else "No module is wrong."
     left = len(found) - len(several)
-    more = f" {left:,} modules more are in the gate's record." if left else ""
+    more = f" The gate's record has {left:,} further modules." if left else ""
     rows = [
         (part.module, part.scale, part.error, part.fault or ("rounding alone" if part.rounded else ""))
         for part in several

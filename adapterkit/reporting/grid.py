@@ -1,4 +1,4 @@
-"""Rows and columns for pictures: the layer and the module of each target, derived from the names alone.
+"""Rows and columns for pictures: find the layer and the module of each target, only from the names.
 
 A number in a name counts layers if it varies between targets whose names are otherwise equal. So `ff.net.0` is part of
 a module's name if every layer has a `net.0`, and `layers.0` is a layer if another target is in `layers.1`.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
-"""A number after one of these words counts experts. A picture sums over experts, because 256 columns would not fit."""
+"""A number after one of these words counts experts. Pictures show sums over experts: 256 columns would not fit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,10 +19,10 @@ class Cell:
     """A target's row and column in a picture.
 
     Attributes:
-        order: a key that sorts layers by number: 2 before 10.
+        order: a key for sorting, by which layer 2 comes before layer 10.
         layer: the name of the row: `11`, or the whole path if layers have different parents; empty for targets outside
             all layers.
-        module: the name of the column: `self_attn.q_proj`, with `*` for an expert's number.
+        module: the name of the column, such as `self_attn.q_proj`, with `*` in place of an expert's number.
     """
 
     order: tuple[str | int, ...]
@@ -45,7 +45,8 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
         paths: dotted paths of targets, in the names of one model.
     """
     split = {path: tuple(_NUMBER.split(path)) for path in dict.fromkeys(paths)}
-    # Process each shape once: a large mixture of experts has 45,000 paths and a dozen shapes.
+    # Process all paths with the same text between the numbers at once: a large mixture of experts has 45,000 paths, but
+    # only a dozen such texts.
     numbers: dict[tuple[str, ...], list[set[str]]] = {}
     for parts in split.values():
         values = numbers.setdefault(parts[::2], [set() for _ in parts[1::2]])
@@ -65,7 +66,7 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
 
 
 def natural(text: str) -> tuple[str | int, ...]:
-    """Return a key that sorts numbers inside names by value."""
+    """Return a key for sorting names, by which numbers in names are compared as numbers."""
     parts = re.split(r"(\d+)", text)
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
 
@@ -75,18 +76,18 @@ ORDER = ("qkv", "q", "k", "v", "kv", "o", "out", "attn", "dense", "gate", "w1", 
 
 
 def reading_order(module: str) -> tuple[str | int, ...]:
-    """Return a key that sorts modules in a block's order: queries, keys, values, output, then the feed-forward part."""
+    """Return a key for sorting modules: queries, keys, values, output, then the feed-forward part."""
     parts = re.split(r"[._]", module.rpartition(".")[2])
     places = [ORDER.index(part) for part in parts if part in ORDER]
     return (min(places, default=len(ORDER)), *natural(module))
 
 
 _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
-"""Matches a number that is a whole part of a name."""
+"""Matches a number between dots (or at either end) in a name."""
 
 
 def _word_before(text: str) -> str:
-    """Return the last part of the text before a number: `layers` for `model.layers.`."""
+    """Return the last word of the text before a number: `layers` for `model.layers.`."""
     return text[:-1].rpartition(".")[2]
 
 
@@ -102,7 +103,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
         for at, values in enumerate(columns)
         if shape[at]
         and _word_before(shape[at]) not in EXPERTS
-        # Skip a number at the end, which is a place in a sequence: `blocks.3.mlp.0` and `blocks.3.mlp.2` are one layer.
+        # Skip a number at the end, an index in a Sequential: `blocks.3.mlp.0` and `blocks.3.mlp.2` are in one layer.
         and not (at > 0 and shape[at + 1] == "")
     ]
     several = {_word_before(shape[at]) for shape, at, values in places if len(values) > 1}
@@ -111,9 +112,9 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
 
 
 def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
-    """Return the index at which to divide paths with this text around their numbers, and the indices of expert numbers.
+    """Divide similar paths into layer and module: return the index of the division, and the indices of expert numbers.
 
-    An index refers to a path's parts, which are text and numbers in turn.
+    An index refers to the parts of a path, which are alternately text and numbers.
     """
     words = [_word_before(text) for text in shape[:-1]]
     stop = 2 + 2 * max((at for at, word in enumerate(words) if word and word in counted), default=-1)
@@ -121,7 +122,7 @@ def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
 
 
 def _divided(parts: Sequence[str], stop: int, experts: Sequence[int]) -> tuple[str, str]:
-    """Return the path up to the last number that counts layers, and the rest with `*` for an expert's number."""
+    """Return the layer (the path up to the last layer number), and the module, with `*` for an expert's number."""
     rest = [*parts]
     for at in experts:
         rest[at] = "*"
@@ -134,7 +135,7 @@ def _parent(layer: str) -> str:
 
 
 def _short(modules: set[str]) -> dict[str, str]:
-    """Return module name -> short name: its last part, if no other module ends in this part."""
+    """Return a short name for each module: the last part of its name, if no other module ends in this part."""
     found = {}
     ends = [module.rpartition(".")[2] for module in modules]
     for module in modules:

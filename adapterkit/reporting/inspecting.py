@@ -1,6 +1,6 @@
-"""Describe an adapter, a base or a graph as plain data, from headers.
+"""Describe an adapter, a base or a graph as plain data.
 
-Only measuring the change of each layer reads more than headers.
+Only headers are read, unless the change of each layer is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """The content of a file or a folder.
+    """The description of a file or a folder.
 
     Attributes:
         kind: `adapter`, `base` or `graph`.
@@ -46,7 +46,7 @@ class Inspection:
 
     @property
     def totals(self) -> Mapping[str, JsonValue]:
-        """Counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
+        """The counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
         found: Mapping[str, JsonValue] = self.data.get("totals", {})
         return found
 
@@ -111,12 +111,12 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
 
 
 def graph_file(src: str) -> str | None:
-    """Return the ONNX file that a path refers to: the file itself, or the only graph in a folder without weights."""
+    """Return the ONNX file at a path: the path itself, or the only graph in a folder without weights; else None."""
     if src.lower().endswith(".onnx"):
         return src
     try:
         names = sorted(os.listdir(src))
-    except (OSError, ValueError):  # The name is an address or not a folder.
+    except (OSError, ValueError):  # The name is an address, or does not name a folder.
         return None
     graphs = [name for name in names if name.lower().endswith(".onnx")]
     alone = len(graphs) == 1 and not any(name.lower().endswith(_WEIGHTS) for name in names)
@@ -124,19 +124,19 @@ def graph_file(src: str) -> str | None:
 
 
 def graph_folder(src: str) -> str | None:
-    """Return a folder of graphs as optimum and onnxruntime-genai write it; None for a file or a folder with weights."""
+    """Return the path of a folder of graphs, from optimum or onnxruntime-genai; None for anything else."""
     try:
         names = [name for name in os.listdir(src) if not name.startswith(".")]
         inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
         below = [one for name in inner for one in os.listdir(os.path.join(src, name))]
-    except (OSError, ValueError):  # The name is an address or not a folder.
+    except (OSError, ValueError):  # The name is an address, or does not name a folder.
         return None
     graphs = any(name.lower().endswith(".onnx") for name in (*names, *below))
     return src if graphs and not any(name.lower().endswith(_WEIGHTS) for name in names) else None
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-"""File extensions of weights; if a folder has weights, its graph is not the main content."""
+"""File extensions of weights. A folder with weights is described as a base, even if it also has a graph."""
 
 
 def inspected(
@@ -182,7 +182,7 @@ def inspected(
             name = format or detect(path)
             adapter = read(path, name, base, compat=compat, **reading)
         except (TargetNotFound, UnknownFormat, UsageError) as error:
-            # Show a file that lacks its alpha as far as possible; an option that does not fit is still an error.
+            # Describe a file without alpha as far as possible, but raise an error for an option that does not fit.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
             told = base is not None or layers or reading
@@ -210,9 +210,9 @@ def outline_of(path: Path, name: str | None, compat: str | None, error: Exceptio
 
     Args:
         path: the file or folder.
-        name: its format; detected if absent.
-        compat: another interpretation of the adapter, for which outlines do not exist.
-        error: the error from reading it.
+        name: the adapter's format; detected if absent.
+        compat: another interpretation of the adapter; the result is then None.
+        error: the error from reading the adapter.
     """
     from ..errors import AdapterkitError
     from ..formats import detect, outline
@@ -234,19 +234,20 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 
 def _licence(path: Path) -> dict[str, JsonValue]:
-    """Return the licence in the model card, and what it requires of derived works beyond notices."""
-    from ..core.licence_terms import licence_at, spdx_of, terms_of
+    """Return the licence in the model card, and its requirements for derived works, except for notices."""
+    from ..core.licence_terms import choices, is_expression, licence_at, spdx_expression_of, spdx_of, terms_of
 
     found = licence_at(path)
-    terms = terms_of(found)
-    asks = None if terms is None or terms.plain else terms.asks
-    return {"licence": found.get("license"), "licence_spdx": spdx_of(found), "licence_asks": asks}
+    asked = (terms_of(each) for each in choices(found)[0])
+    asks = "; ".join(dict.fromkeys(terms.asks for terms in asked if terms is not None and not terms.plain)) or None
+    identifier = spdx_expression_of(found) if is_expression(found) else spdx_of(found)
+    return {"licence": found.get("license"), "licence_spdx": identifier, "licence_asks": asks}
 
 
 def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
-    """Return how much each layer is changed: one record per layer, in order."""
+    """Return the norms of the changes: one record per layer, in the order of layers."""
     from ..io.checkpoint import opened
     from .measuring import measure
 
@@ -272,7 +273,7 @@ def _layers(
 
 
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the rules that map the adapter's names to the base's names, or the reason why there are none."""
+    """Return the rules that map the adapter's names to the base's names, or the reason why the adapter does not fit."""
     from ..errors import AdapterkitError
     from ..naming.binding.tables import name_map
 
@@ -284,7 +285,7 @@ def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: 
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether any format recognises `path`; True for a missing path, so that reading it raises the error."""
+    """Whether any format recognises `path`. True for a missing path, so that the caller reads it and gets the error."""
     from ..formats import recognised
 
     return not path.exists() or bool(recognised(path))
@@ -313,11 +314,11 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
 
 
 _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
-"""Formats of image models; for adapters in other formats, families of image models are not searched."""
+"""Formats of image models. For adapters in other formats, the families of image models are not tried."""
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Return for each tool whether it loads the file unchanged."""
+    """Return a record for each tool: whether the tool loads the file unchanged."""
     from dataclasses import asdict
 
     from ..loaders import loaders_of
@@ -326,7 +327,7 @@ def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
 
 
 def _families(adapter: Adapter) -> list[str]:
-    """Return the families of image and video models that the adapter may belong to."""
+    """Return the families of image and video models to which the adapter may belong."""
     from ..formats._image.deciding import candidates, denoiser_targets, origin_of
     from ..naming.image import component_of
 
@@ -340,7 +341,7 @@ def _families(adapter: Adapter) -> list[str]:
 
 
 def _without_alpha(adapter: Adapter) -> int:
-    """Return the number of modules in the file without alpha; 0 if alpha does not determine the scaling."""
+    """Return the number of modules in the file that lack alpha; 0 if the scaling does not depend on alpha."""
     foreign = adapter.foreign
     if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
         return len(adapter.updates)
@@ -353,7 +354,7 @@ def _without_alpha(adapter: Adapter) -> int:
 def _unresolved_record(
     modules: Mapping[str, Mapping[str, Lazy | Entry]], src: str, error: Exception
 ) -> dict[str, JsonValue]:
-    """Return the record of an adapter with only its keys known: the base is missing, or the format unknown."""
+    """Return the record of an adapter that cannot be read: the base is missing, or the format is unknown."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
@@ -363,7 +364,7 @@ def _unresolved_record(
 
 
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
-    """Return one update as plain data. Updates of the same form differ only in the name; `shared` caches the rest."""
+    """Return an update as plain data. Updates of the same form differ only in the name: `shared` caches the rest."""
     form = target.layout, target.rows, update.form
     if form not in shared:
         from ..io.lazy import dtype_of
@@ -410,9 +411,9 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
 
 
 def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the tensors of a base, and facts about its model that are not in its config.
+    """Return a record for each tensor of a base, and values about the model from the header of a GGUF file.
 
-    The blocks of a GGUF file are bytes; its header has the shape and type of each weight.
+    A lazy tensor of a quantized GGUF weight is only bytes, so its shape and type are read from the header.
     """
     from ..io.gguf_file import read_model
     from ..io.magic_bytes import is_gguf
@@ -435,7 +436,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the scheme of a quantized base, and how many parameters its packed weights stand for."""
+    """Return the scheme of a quantized base, and the number of parameters before quantization."""
     from ..errors import AdapterkitError
     from ..quant import dequantized, is_quantized
 
@@ -463,10 +464,10 @@ def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
 
 
 _DENOISER = 8_000
-"""More tensors than any published U-Net or transformer has, including text encoders and VAE."""
+"""A base with more tensors is not an image model: no published U-Net or transformer has so many, with all its parts."""
 
 _GGUF = {"architecture": "general.architecture", "name": "general.name"}
-"""Field of the record -> key of a GGUF file."""
+"""Field of the record -> key in the header of a GGUF file."""
 
 
 def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -474,7 +475,7 @@ def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
-    """Return the number of tensors with each shape and element type."""
+    """Count the tensors with the same shape and element type."""
     from collections import Counter
 
     from ..io.lazy import dtype_of
@@ -483,7 +484,7 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
 
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
-    """Return the numbers of elements and bytes in the tensors that `_counted` counts."""
+    """Return the total numbers of elements and bytes for the result of `_counted`."""
     from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]

@@ -1,9 +1,10 @@
-"""Compute the numbers of a report; each is a field with a definition. This module writes no sentences or pictures.
+"""Compute the numbers of a report. Each number is a field with a definition.
 
 The change B @ A of two thin factors is never formed. QR of the factors and a decomposition of the small core give
-U S V^T. Norms, products and subspaces of several adapters are small products of these. Signs and values of single
-elements come from a block of `SIDE` rows and columns that are evenly spread over the weight. The block is small enough
-to form, and its 25,600 elements give a share to within 0.3 percentage points.
+U S V^T. Norms, inner products and subspaces of several adapters are computed from small products of these factors.
+Signs and values of single elements are measured in a block: the elements at `SIDE` rows and columns that are evenly
+spread over the weight. The block is small enough to form. A share that is estimated from its 25,600 elements has an
+error of 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -36,31 +37,31 @@ if TYPE_CHECKING:
     from ..ops.lowering import Change, Delta
 
 SIDE = 160
-"""Number of rows and columns in the block of elements that is formed."""
+"""The number of rows and columns of the block of elements that is measured."""
 
 SHOWN = 64
-"""Number of a target's singular values that are kept."""
+"""The number of singular values that are stored for a target."""
 
 LARGEST_EXACT = 1024
-"""Largest smaller side for which a dense change is decomposed; a larger one takes more than a second."""
+"""A dense change is decomposed only if its smaller side is at most this: a larger one takes over a second."""
 
 EXPERTS = 8
-"""Number of experts in a stack whose elements and base weights are measured; norms and ranks cover all experts."""
+"""Elements and base weights are measured for this many experts of a stack; norms and ranks for all experts."""
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-"""Quantiles of the elements' values that are kept."""
+"""The quantiles of the elements' values that are stored."""
 
 INTRUDING, INTRUDER_COSINE = 10, 0.6
-"""Number of a tuned weight's first singular vectors that are checked, and the largest cosine of an intruder: a vector
-whose cosine with each singular vector of the base is lower (Shuttleworth et al. 2024, arXiv:2410.21228)."""
+"""The first ten singular vectors of a tuned weight are checked. A vector is an intruder if its cosine with each
+singular vector of the base is lower than 0.6 (Shuttleworth et al. 2024, arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Limit for the sum of (smaller side squared x larger side) over the weights that are decomposed to find intruders.
-This amount takes 3 s, and is enough for 15 weights of 576 x 576. The weights with the largest changes come first, and
-the verdict says how many were checked."""
+"""Limit for the work of finding intruders: the sum of (smaller side squared x larger side) over all decomposed weights.
+This work takes 3 s, and is enough for 15 weights of 576 x 576. The weights with the largest changes come first, and the
+verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""Size of one progress step of the decompositions; it takes about as long as all other numbers of a target."""
+"""This much work of decompositions counts as one step of progress; all other work for a target is one step too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +69,20 @@ class Effect:
     """The change by one adapter at one target. A number that was not measured is None.
 
     Attributes:
-        adapter: the position of the adapter.
+        adapter: the index of the adapter.
         target: the target, as a dotted path with the rows of a slice.
-        method: the methods of its updates, joined by ` + `.
+        method: the methods of the target's updates, joined by ` + `.
         shape: the shape of the weight, `[out, in, *k]`.
         rank: the inner size of the stored factors; None for a dense change.
         scaling: the scaling of a LoRA; None for other methods.
-        norm: the Frobenius norm of the change of the weight; for stacked experts, over all experts together.
+        norm: the Frobenius norm of the change of the weight; for stacked experts, of the whole stack.
         bias_norm: the norm of the change of the bias.
         spectrum: the first `SHOWN` singular values, largest first; for stacked experts, those of the expert that
             changes most.
         effective_rank: exponential of the entropy of the singular values (Roy and Vetterli 2007), mean over experts.
-        rank_99: the number of singular values that hold 99 % of the squared norm; the largest over the experts.
+        rank_99: the number of singular values with 99 % of the squared norm; for stacked experts, the largest number.
         quantiles: values of the change at `QUANTILES`, in the measured block.
-        peak: the largest element of the block relative to the root mean square of the block.
+        peak: the largest element of the measured block, relative to the root mean square of the block.
         relative: `norm` relative to the norm of the base's weight.
         intruders: the number of intruders among the first ten singular vectors of the tuned weight.
         why: the reason why the change was not measured, in words; `code` is the error's code.
@@ -107,7 +108,7 @@ class Effect:
 
     @property
     def spike(self) -> float | None:
-        """Share of the squared norm in the first singular value."""
+        """The share of the squared norm in the first singular value."""
         if not self.spectrum or not self.norm or self.rank_99 is None:
             return None
         return min(1.0, self.spectrum[0] ** 2 / math.fsum(value * value for value in self.spectrum))
@@ -115,19 +116,19 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How the changes of two adapters at one target relate to each other.
+    """A comparison of the changes that two adapters make at one target.
 
     Attributes:
-        first: the position of one adapter.
-        second: the position of the other adapter.
+        first: the index of one adapter.
+        second: the index of the other adapter.
         target: the target.
         product: the sum of the products of the elements of both changes.
         cosine: the cosine of the angle between the changes as vectors; None if one of them is zero.
-        overlap_out: the share of the smaller of the two output spans that lies in the other, 0 to 1.
-        overlap_in: the share of the smaller of the two input spans that lies in the other, 0 to 1.
-        sign_conflict: among the elements of the block that both adapters change, the share with opposite signs; 0.5 for
-            unrelated changes.
-        interference: the share of the sum of absolute changes in the block that is lost when both are added; 0.29 for
+        overlap_out: the share of the smaller output subspace that lies in the larger output subspace, 0 to 1.
+        overlap_in: the share of the smaller input subspace that lies in the larger input subspace, 0 to 1.
+        sign_conflict: the share of elements with opposite signs, among the elements of the block that both adapters
+            change; 0.5 for unrelated changes.
+        interference: the share of the absolute values in the block that cancels when both changes are added; 0.29 for
             two unrelated changes of equal size.
     """
 
@@ -148,10 +149,11 @@ class MergedShare:
 
     Attributes:
         target: the target.
-        kept: the part of the change, along its own direction, that the merged weight contains: 1 is all of it, 0
-            nothing.
+        kept: the part of the change that the merged weight contains, measured along the change: 1 is the whole change,
+            0 no change.
         error: the norm of (merged weight - exact sum), relative to the norm of the change.
-        rounded: `kept` of the exact sum after one rounding to the merged model's dtype; 1 for dtypes over 16 bits.
+        rounded: the value of `kept` for a perfect merge, which rounds the exact sum once to the merged model's dtype; 1
+            for dtypes over 16 bits.
         dtype: the dtype of the merged weight, such as `BF16`.
     """
 
@@ -168,13 +170,13 @@ class Measurements:
 
     Attributes:
         names: the names of the adapters, in order.
-        cells: target -> its row and column in the pictures.
+        cells: target -> the row and the column of the target in the pictures.
         effects: one entry per adapter and target.
-        relations: one entry per target and pair of adapters that both change its weight.
-        together: target -> share of the absolute changes that is lost when all adapters are added.
-        merged: one entry per target, if a merged model was given.
-        bases: statements of adapters about their base that contradict the given base.
-        base_why: why the adapters do not fit the given base, which is then not used; None otherwise.
+        relations: one entry per target and pair of adapters that both change the target's weight.
+        together: target -> the share of the absolute values that cancels when all changes are added.
+        merged: one entry per target, if a merged model was passed.
+        bases: sentences about adapters whose files name a base other than `base`.
+        base_why: the reason why the adapters do not fit `base`, which is then not used; None if they fit.
     """
 
     names: tuple[str, ...]
@@ -223,11 +225,11 @@ class Measurements:
         return self._norms[adapter]
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Return the cosine of two adapters over all targets; None if they share none, or one changes nothing."""
+        """Return the cosine of two adapters over all targets; None if they share no target, or one changes nothing."""
         return self._cosines.get((min(first, second), max(first, second)))
 
     def mean(self, first: int, second: int, name: str) -> float | None:
-        """Return the mean over the common targets of a number in `Relation`."""
+        """Return the mean of a field of `Relation` over the common targets of two adapters."""
         found = self._pairs.get((min(first, second), max(first, second)), [])
         known = [value for each in found if (value := getattr(each, name)) is not None]
         return math.fsum(known) / len(known) if known else None
@@ -271,15 +273,15 @@ def measure(
     merged: Checkpoint | None = None, weights: Sequence[float] | None = None, rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> Measurements:  # fmt: skip
-    """Measure adapters, and how they relate to each other, to their base and to the model they were merged into.
+    """Measure adapters, and compare them with each other, with their base and with the merged model.
 
     Args:
         adapters: the adapters.
         names: one name per adapter.
-        base: the base of the adapters, not quantized or seen through `quant.dequantized`. If the adapters do not fit,
-            the base is not used, and `base_why` says why.
-        merged: the model that the adapters were merged into; needs `base`.
-        weights: the weights in that merge; 1 each if None.
+        base: the base of the adapters, not quantized, or the result of `quant.dequantized`. If the adapters do not fit,
+            the base is not used, and `base_why` states the reason.
+        merged: the model into which the adapters were merged; needs `base`.
+        weights: the weights of the adapters in the merge; 1 each if None.
         rename: rules for names; see `adapterkit.ops.compare`.
         progress: a function that is called with (units done, total units) of work.
 
@@ -300,13 +302,14 @@ def measure(
             raise
         base_why, base, merged = str(error), None, None
         read, found = places(adapters, disjoint=True, rename=rename)
-    # On such small factors, a second BLAS thread gains nothing, and its busy waiting slows other programs.
+    # Use one BLAS thread: the factors are so small that a second thread gains nothing, and its busy waiting slows other
+    # programs.
     with files_kept_open(), one_blas_thread():
         return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(progress)
 
 
 class _Measuring:
-    """One run over all targets."""
+    """Measure all targets, one after the other, and collect the numbers."""
 
     def __init__(
         self, names: Sequence[str], found: Sequence[AlignedPlace], base: Checkpoint | None, merged: Checkpoint | None,
@@ -322,7 +325,7 @@ class _Measuring:
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
         places = len(self.found)
-        # Guess the cost of decompositions for the progress bar: it is known only once all changes are measured.
+        # Guess the work of the decompositions for the progress bar, which is known only after all changes are measured.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
         for at, place in enumerate(self.found):
             self._at(place)
@@ -377,7 +380,7 @@ class _Measuring:
             self.merged.append(after.merged(target))
 
     def _change(self, place: AlignedPlace, adapter: int, updates: tuple[Update, ...]) -> Change | None:
-        """Return the change that one adapter adds. If it cannot be computed, record why and return None."""
+        """Return the change that an adapter adds. If the change cannot be computed, record the reason; return None."""
         try:
             alone = lowered(AlignedPlace(place.target, (updates,), place.base))
             (change,) = alone.changes()
@@ -437,7 +440,7 @@ def _methods(updates: Sequence[Update]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One change of one weight: either U `[out, r]`, S `[r]`, V `[in * k, r]` with orthonormal U and V, or dense."""
+    """An adapter's change of a weight: U `[out, r]`, S `[r]`, V `[in * k, r]` with orthonormal U and V, or dense."""
 
     delta: Delta
     U: Array | None
@@ -473,7 +476,7 @@ class _Part:
         return float((values * values).sum())
 
     def block(self) -> Array:
-        """The elements of the change in `SIDE` evenly spread rows and columns."""
+        """The elements of the change at `SIDE` rows and columns, which are evenly spread."""
         rows, columns = (spread(size) for size in self.shape)
         B, A, rest = self.delta.B[rows], self.delta.A[:, columns], self.delta.rest
         product: Array = B @ A
@@ -481,14 +484,14 @@ class _Part:
 
 
 def spread(size: int) -> Array:
-    """Return at most `SIDE` positions on an axis of the given size, evenly spread."""
+    """Return at most `SIDE` evenly spread positions on an axis of length `size`."""
     import numpy as np
 
     return np.unique(np.linspace(0, size - 1, min(size, SIDE)).round().astype(int))
 
 
 class _Sum:
-    """Sums for one adapter at one target, over its experts."""
+    """Sums over the experts of a target, for one adapter."""
 
     def __init__(self) -> None:
         self.square, self.base, self.largest = 0.0, 0.0, -1.0
@@ -530,7 +533,7 @@ class _Sum:
 
 
 def rank_of(S: Array, share: float) -> int:
-    """Return the number of singular values, largest first, that hold a share of the squared norm."""
+    """Return the smallest number of singular values with at least this share of the squared norm."""
     import numpy as np
 
     if not len(S):
@@ -551,7 +554,7 @@ def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
 
 
 class _PairSum:
-    """Sums for two adapters at one target, over its experts."""
+    """Sums over the experts of a target, for two adapters."""
 
     def __init__(self) -> None:
         self.product, self.first, self.second = 0.0, 0.0, 0.0
@@ -601,7 +604,7 @@ def _dense(part: _Part) -> Array:
 
 
 class _Lost:
-    """The share of absolute changes that is lost when they are added."""
+    """Compute the share of the absolute values that cancels when changes are added."""
 
     def __init__(self) -> None:
         self.moved, self.left = 0.0, 0.0
@@ -629,7 +632,8 @@ class _MergedSum:
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
-        # Even an exact merge rounds each sum once, so small changes of large weights vanish.
+        # Compute the change that a perfect merge keeps: it rounds each sum once, so small changes of large weights
+        # vanish.
         narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
         self.rounded += float((asked * narrow).sum())
 
@@ -639,7 +643,7 @@ class _MergedSum:
 
 
 def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
-    """Return the targets that change most, as many as `INTRUDER_BUDGET` allows, with their cost in `INTRUDER_UNIT`."""
+    """Return the targets with the largest changes, up to `INTRUDER_BUDGET`, each with its cost in `INTRUDER_UNIT`."""
     stacked = {str(place.target) for place in found if place.target.stacked}
     chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
     for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
@@ -656,7 +660,7 @@ def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> l
 def _intruders(
     chosen: Sequence[tuple[Effect, int]], found: Sequence[AlignedPlace], base: Weights
 ) -> Iterator[int]:  # fmt: skip
-    """Yield the number of intruder dimensions for each effect."""
+    """Yield the number of intruders for each of the chosen targets."""
     by_name = {str(place.target): place for place in found}
     directions: dict[str, Array] = {}
     for effect, _ in chosen:
@@ -671,7 +675,7 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first left singular vectors by the smaller Gram matrix, in 1/6 of a full decomposition's time."""
+    """Return the first left singular vectors, from the smaller Gram matrix: 1/6 of the time of a full decomposition."""
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)

@@ -1,8 +1,8 @@
-"""The page of a report: one HTML file that loads no scripts or styles from elsewhere.
+"""The page of a report: one HTML file that does not load any other file.
 
 The page is complete without scripts: the drawings are SVG, the table is an HTML table. `page.js` adds search, sorting,
 tooltips on the drawings and the switch between light and dark. All text from files is escaped, so a name in an adapter
-cannot put markup into the page. A policy in the page's head forbids the browser to load anything.
+cannot add markup to the page. A content security policy in the page's head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from .report import AdapterReport
 
 MOST_ROWS = 2000
-"""The largest number of rows in the table of targets: 45,000 rows would make a page of 10 MB. The table shows the
-largest changes; the record has all rows."""
+"""The most rows in the table of targets, because 45,000 rows would make a page of 10 MB. The table shows the largest
+changes; the record has all rows."""
 
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
 HIDDEN = ("metadata", "of", "base_fingerprint")
-"""Arguments of lineage steps that are shown elsewhere, or are too long for a line."""
+"""Arguments of lineage steps that the page omits: another part shows them, or they are too long for a line."""
 
 
 def page(report: AdapterReport) -> str:
@@ -82,7 +82,7 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return the HTML for a notebook: verdicts and drawings, no scripts, and no styles that affect other cells."""
+    """Return HTML for a notebook: verdicts and drawings, without scripts and styles that would affect other cells."""
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
@@ -194,7 +194,7 @@ def _cell(text: str, kind: str = "") -> str:
 
 
 def _scrolled(table: str, label: str) -> str:
-    """Return a table in a frame that scrolls sideways, with the mouse or the keyboard."""
+    """Return a table in a frame that can be scrolled sideways with the mouse or the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
@@ -222,13 +222,13 @@ COLUMNS: Mapping[str, Any] = {
     "kept": lambda each, report: report.kept.get(each.target),
     "note": lambda each, _: each.why,
 }
-"""Heading -> function that returns the value in a row; columns without any value are omitted."""
+"""Heading of a column -> function that returns the value of a cell. Columns without any value are omitted."""
 
 SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _Rows:
-    """The data that the columns read."""
+    """The data of a row, which the functions in `COLUMNS` read."""
 
     def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts
@@ -291,7 +291,7 @@ def _lineage(found: Sequence[Facts]) -> str:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
-    """Return the steps of a lineage as nested lists, the newest first; each step is made from the one below it."""
+    """Return the steps of a lineage as nested lists, the newest step first; below each step is the step before it."""
     if not steps:
         return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
     *before, last = steps
@@ -342,8 +342,8 @@ def _formats(found: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>Formats that can hold the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
-        f"checks names of modules and a format's other limits.</p>{table}"
+        "<p>Formats that can store the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
+        f"also checks names of modules and the other limits of a format.</p>{table}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Create the report on adapters, show it in notebooks, and write it as a page and as pictures."""
+"""Create a report about adapters, show it in notebooks, and write it as a page and as pictures."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class AdapterReport:
     """A report about adapters. Notebooks display it.
 
     Attributes:
-        facts: facts from the headers, one entry per adapter.
-        measured: all numbers.
+        facts: the values from the headers, one entry per adapter.
+        measured: all measured numbers.
         verdicts: sentences about the numbers, faults first.
         base: the name of the base, or None.
         merged: the name of the merged model, or None.
-        seconds: how long measuring took.
+        seconds: the duration of the measurements.
         gate: the figures of a gate, or None.
     """
 
@@ -77,11 +77,12 @@ class AdapterReport:
         Args:
             out: the file.
             overwrite: replace an existing file.
-            made_from: a digest of everything that decides the page; it is stored for a later run, see `io.staging`.
+            made_from: a digest of everything that determines the page. The digest is stored with the page, so that a
+                later run can skip the work; see `io.staging`.
 
         Raises:
             StorageError: `out` exists, or cannot be written.
-            UsageError: the name of `out` has the suffix of another kind of file.
+            UsageError: the name of `out` has the suffix of a file type other than HTML.
             Unsupported: the package that draws charts is not installed.
         """
         from ..io.staging import check_free, staged
@@ -141,9 +142,9 @@ def made(
     Args:
         adapters: the adapters.
         names: the adapters' names in the report, all different.
-        paths: the path that each adapter was read from; None for an adapter in memory.
-        base: the adapters' base.
-        merged: the model that the adapters were merged into; needs `base`.
+        paths: the path from which each adapter was read; None for an adapter in memory.
+        base: the base of the adapters.
+        merged: the model into which the adapters were merged; needs `base`.
         rename: rules for names of targets.
         progress: a function that is called with (units done, total units) of work.
         gate: the figures of a gate, shown in a separate section.
@@ -168,14 +169,14 @@ def made(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """Return the checkpoint with quantized weights replaced by the numbers that they encode."""
+    """Return the checkpoint with its quantized weights dequantized."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base
 
 
 def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
-    """Return the weights of the adapters in a merge, from the merge's own record."""
+    """Return the weights of the adapters in a merge, from the record that the merge wrote."""
     if merged is None:
         return None
     from ..naming.binding.bases import merge_record

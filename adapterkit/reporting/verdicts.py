@@ -1,7 +1,7 @@
 """Verdicts: plain sentences about the measurements. Each rule is one entry of `RULES`: a code, a level and a function.
 
-Thresholds are constants in this file. A rule yields one sentence per fault. At most `MOST` sentences are shown,
-followed by the number of the others. A clean adapter gets no sentences except those of level `note`.
+Thresholds are constants in this file. A rule yields one sentence per fault. For each rule, at most `MOST` sentences are
+shown, followed by the number of further sentences. A clean adapter gets only sentences of level `note`.
 """
 
 from __future__ import annotations
@@ -21,62 +21,65 @@ if TYPE_CHECKING:
 LEVELS = ("fault", "warning", "note")
 
 MOST = 5
-"""Most sentences that are shown for one rule."""
+"""The most sentences that are shown for a rule."""
 
 HELD = 0.25
-"""A target, layer or module is named if it has this share of an adapter's squared norm; see also `TIMES`."""
+"""A sentence names a target, layer or module if it has at least this share of an adapter's squared norm, and the
+condition of `TIMES` is met."""
 
 TIMES = 4
-"""A target, layer or module is named only if its share is this many times the share it would have if all were equal."""
+"""A sentence names a target, layer or module only if its share of the squared norm is at least this many times the
+average share."""
 
 SCALED = 3.0
-"""Ratio between a layer's norm and the norm expected from its neighbours."""
+"""A layer is out of scale if the ratio of its norms to those of its neighbours is above this, or below the inverse."""
 
 DEAD = 1e-6
-"""Norm relative to the median over targets with the same module; below it, a target changes nothing."""
+"""A target is dead if its norm, relative to the median of the same module in all layers, is below this."""
 
 SPIKE = 0.9
-"""Share of the squared norm in one singular value; above it, a change of rank 4 or more is a rank-1 spike."""
+"""A change of rank 4 or more is a rank-1 spike if one singular value has more than this share of the squared norm."""
 
 WIDE = 0.35
-"""Effective rank relative to the stored rank; below it, the rank is mostly unused."""
+"""The rank is mostly unused if the effective rank, relative to the stored rank, is below this."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Limits of the cosine of two changes: below the first they oppose each other, above the second they are similar, above
-the third they are equal except for a factor."""
+"""Limits of the cosine of two changes. Below the first limit, the changes oppose each other. Above the second limit,
+the changes are similar. Above the third limit, they are equal except for a factor."""
 
 CONFLICT = 0.6
-"""Share of elements that are moved in opposite directions; unrelated changes have 0.5."""
+"""Two adapters conflict if they move more than this share of elements in opposite directions; 0.5 if unrelated."""
 
 LOST = 0.5
-"""Share of the absolute changes that is lost in a sum; two unrelated changes lose 0.29, eight at most 0.65."""
+"""A sum loses too much if more than this share of the absolute values cancels. Two unrelated changes lose 0.29, eight
+unrelated changes at most 0.65."""
 
 LOUDER = 4.0
-"""Ratio of the norms of two adapters; above it, the smaller one hardly matters in a plain sum."""
+"""If the ratio of two adapters' norms is above this, the smaller adapter hardly matters in a plain sum."""
 
 LARGE = 0.5
-"""Norm of a change relative to the base's weight; above it, the weight is mostly new."""
+"""If the norm of a change, relative to the norm of the base's weight, is above this, the weight is mostly replaced."""
 
 PEAK = 40.0
-"""Largest element relative to the root mean square; above it, the element is an outlier."""
+"""An element is an outlier if it is more than this many times the root mean square."""
 
 SCALING = (1 / 64, 64.0)
-"""Range of plausible scalings of a LoRA; outside of it, a file's alpha is most likely wrong."""
+"""The smallest and largest plausible scaling of a LoRA; with another scaling, the file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Limits for a merged model. A change whose kept share is below the first counts as partly lost; below the second, as
-not merged. An error above the third is larger than the change itself."""
+"""Limits for a merged model. If it contains less of a change than the first limit, the change counts as partly lost;
+less than the second limit, as not merged. The third limit is for the error relative to the change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One sentence.
+    """A sentence about the measurements.
 
     Attributes:
-        code: the rule's code.
+        code: the code of the rule.
         level: `fault` for something broken, `warning` for something probably unintended, `note` for useful information.
         text: the sentence.
-        adapter: the position of the adapter that the sentence is about, or None.
+        adapter: the index of the adapter that the sentence is about, or None.
         target: the target that the sentence is about, or None.
     """
 
@@ -95,7 +98,7 @@ class Findings:
     facts: Sequence[Facts]
 
     def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
-        """Yield position, name and measured effects of every adapter; the name of a single adapter is empty."""
+        """Yield index, name and measured effects of each adapter; the name is empty if the report has one adapter."""
         alone = len(self.facts) == 1
         for at, facts in enumerate(self.facts):
             yield at, "" if alone else f"{facts.name}: ", self.measured.of(at)
@@ -263,7 +266,7 @@ def _times(ratio: float) -> str:
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
     """Return the ratio of a layer's norms to those of neighbouring layers; None if only some targets stand out.
 
-    If only one target stands out, the layer is not out of scale: all of its targets must stand out.
+    A layer is out of scale only if all of its targets stand out.
     """
     order = [*layers]
     at = order.index(layer)
@@ -291,7 +294,7 @@ def _concentrated(findings: Findings) -> Found:
         for effect in sorted(effects, key=lambda each: -(each.norm or 0.0)):
             share = (effect.norm or 0.0) ** 2 / total
             if share >= max(HELD, TIMES / len(effects)):
-                text = f"{name}{findings.title(effect.target)} holds {percent(share)} of the change."
+                text = f"{name}{findings.title(effect.target)} has {percent(share)} of the change."
                 yield text, at, effect.target
 
 
@@ -305,7 +308,7 @@ def _in_layers(findings: Findings) -> Found:
         for word, found in (("first", groups[:third]), ("last", groups[-third:])):
             share = math.fsum(map(_energy, found)) / total
             if share > 0.5:
-                yield f"{name}the {word} third of the layers holds {percent(share)} of the change.", at, None
+                yield f"{name}the {word} third of the layers has {percent(share)} of the change.", at, None
 
 
 def _in_modules(findings: Findings) -> Found:
@@ -316,7 +319,7 @@ def _in_modules(findings: Findings) -> Found:
         for module, found in modules.items():
             share, part = _energy(found) / total, len(found) / len(effects)
             if share > 0.5 and share > 2 * part and len(found) > 1:
-                yield f"{name}{module} holds {percent(share)} of the change, over all layers.", at, None
+                yield f"{name}{module} has {percent(share)} of the change, summed over all layers.", at, None
 
 
 def _spikes(findings: Findings) -> Found:
@@ -324,11 +327,11 @@ def _spikes(findings: Findings) -> Found:
         several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
         found = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
         if len(found) > 3 and len(found) > len(effects) / 2:
-            yield f"{name}{len(found):,} of {len(effects):,} targets are changes of rank 1 in effect.", at, None
+            yield f"{name}{len(found):,} of {len(effects):,} targets have changes of rank 1, in practice.", at, None
             continue
         for effect in found:
             share, rank = percent(effect.spike or 0.0), effect.rank or "full"
-            how = f"{share} of its change lies in one direction of the {rank} it has"
+            how = f"{share} of its change lies in one direction, but its rank is {rank}"
             yield f"{name}{findings.title(effect.target)} is a rank-1 spike: {how}.", at, effect.target
 
 
@@ -342,7 +345,7 @@ def _unused_rank(findings: Findings) -> Found:
         used = statistics.median((effect.effective_rank or 0.0) / (effect.rank or 1) for effect in ranked)
         if used < WIDE:
             rank, needed = max(e.rank or 0 for e in ranked), max(e.rank_99 or 0 for e in ranked)
-            text = f"{name}most of the rank is unused: the effective rank is {percent(used)} of it in the middle."
+            text = f"{name}most of the rank is unused: the median effective rank is {percent(used)} of the stored rank."
             if needed < rank:
                 text += f" Rank {needed} of {rank} keeps 99 % of every change: adapterkit resize --rank {needed}."
             yield text, at, None
@@ -370,11 +373,11 @@ def _scalings(findings: Findings) -> Found:
 
 
 def _gaps(findings: Findings) -> Found:
-    """Yield the layers that lack a target which nearly all other layers of their kind have."""
+    """Yield a sentence for layers that lack a target, although nearly all similar layers have this target."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
-        # Compare only layers with similar names: in a U-Net, layers of the blocks and of the middle differ in modules.
+        # Compare only layers with similar names: in a U-Net, the blocks and the middle have different modules.
         kinds: dict[str, list[str]] = defaultdict(list)
         for layer in _by_layer(findings, here):
             kinds[re.sub(r"\d+", "#", layer)].append(layer)
@@ -384,7 +387,11 @@ def _gaps(findings: Findings) -> Found:
                 missing = [layer for layer in layers if layer not in there]
                 if effects and len(layers) >= 6 and missing and len(missing) <= max(1, len(layers) // 8):
                     word = "layer" if len(missing) == 1 else "layers"
-                    yield f"{name}{module} is missing in {word} {', '.join(missing)}; all others have it.", at, None
+                    yield (
+                        f"{name}{module} is missing in {word} {', '.join(missing)}; all other layers have it.",
+                        at,
+                        None,
+                    )
 
 
 def _peaks(findings: Findings) -> Found:
@@ -426,7 +433,7 @@ def _no_intruders(findings: Findings) -> Found:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """Return a phrase that says how many weights were decomposed: all, or only those that change most."""
+    """Return a phrase with the number of weights that were decomposed: all, or only those with the largest changes."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
     return many if len(looked) == len(effects) else f"the {many} examined, which change most of {len(effects):,}"
 
@@ -455,7 +462,7 @@ def _opposed(findings: Findings) -> Found:
 
 
 def _conflicts(findings: Findings) -> Found:
-    """Yield the targets where two adapters pull in opposite directions, although their total changes do not."""
+    """Yield a sentence for each target where two adapters oppose each other, although their total changes do not."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -471,7 +478,7 @@ def _conflicts(findings: Findings) -> Found:
 def _interfering(findings: Findings) -> Found:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
-        # Name only targets far above 0.29, the loss of two unrelated changes of equal size.
+        # Name only targets with a loss far above 0.29, the loss of two unrelated changes of equal size.
         worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
         for share, target in worst:
             text = f"A plain sum loses {percent(share)} of the absolute changes at {findings.title(target)}."
@@ -492,11 +499,14 @@ def _alike(findings: Findings) -> Found:
     for a, b, both in findings.pairs():
         cosine = findings.measured.cosine(a, b)
         if cosine is not None and ALIKE <= cosine < SAME:
-            yield f"{both} do much the same: their cosine is {cosine:.2f}.", None, None
+            yield f"{both} are very similar: their cosine is {cosine:.2f}.", None, None
 
 
 def _sharing(findings: Findings) -> Found:
-    """Yield pairs of adapters that share a subspace but are not alike: each overwrites what the other learned."""
+    """Yield a sentence for each pair of adapters that uses the same subspace for different changes.
+
+    Each of these adapters overwrites what the other one learned.
+    """
     measured = findings.measured
     for a, b, both in findings.pairs():
         cosine = measured.cosine(a, b)
@@ -504,12 +514,15 @@ def _sharing(findings: Findings) -> Found:
         if cosine is None or out is None or into is None or abs(cosine) >= ALIKE:
             continue
         if min(out, into) > 0.5 and not _fills(measured.of(a)) and not _fills(measured.of(b)):
-            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) differently."
+            text = (
+                f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) for different "
+                "changes."
+            )
             yield text, None, None
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether most changes span so much of their weights that any two of them overlap."""
+    """Whether the ranks of most changes are so large that any two changes of these weights overlap."""
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 
@@ -537,26 +550,26 @@ def _merged(findings: Findings) -> Found:
     kept = {each.target: each.kept for each in merged}
     nothing = [target for target, share in kept.items() if abs(share) < NOTHING]
     if len(nothing) == len(findings.measured.merged):
-        yield "The merged model holds nothing of the change: it is the base.", None, None
+        yield "The merged model contains nothing of the change: it equals the base.", None, None
         return
     for target in nothing:
-        yield f"The merged model holds nothing of the change at {findings.title(target)}.", None, target
+        yield f"The merged model contains nothing of the change at {findings.title(target)}.", None, target
     other = [each for each in merged if abs(each.kept) >= NOTHING and not KEPT <= each.kept <= 2 - KEPT]
     if other:
         farthest = max(other, key=lambda each: abs(each.kept - 1))
-        text = f"the merged model holds {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
+        text = f"the merged model contains {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
         total = len(findings.measured.merged)
-        more = f"; {len(other):,} of {total:,} targets are off by more than {percent(1 - KEPT)}" if other[1:] else ""
+        more = f"; {len(other):,} of {total:,} targets differ by more than {percent(1 - KEPT)}" if other[1:] else ""
         yield f"{text}{more}.", None, farthest.target
 
 
 def _is_rounding(share: MergedShare) -> bool:
-    """Whether the part of the change that a merged model lacks is no more than one rounding to its dtype loses."""
+    """Whether rounding to the merged model's dtype explains the part of the change that the merged model lacks."""
     return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
 
 
 def _merged_narrow(findings: Findings) -> Found:
-    """Yield a verdict if changes are so small next to their weights that the merged model's dtype loses them."""
+    """Yield a sentence if rounding to the merged model's dtype removes changes that are small next to the weights."""
     found = [each for each in findings.measured.merged if _is_rounding(each)]
     if found:
         least = min(found, key=lambda each: each.kept)
@@ -570,7 +583,7 @@ def _merged_narrow(findings: Findings) -> Found:
 
 
 def _merged_noise(findings: Findings) -> Found:
-    """Yield a verdict if the rounding of the merged weights is as large as the change."""
+    """Yield a sentence if the rounding error of the merged weights is as large as the change."""
     noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
     if noisy:
         worst = max(noisy, key=lambda each: each.error)
@@ -583,7 +596,9 @@ def _merged_well(findings: Findings) -> Found:
     merged = findings.measured.merged
     if merged and all(abs(each.kept - 1) <= 1 - KEPT for each in merged):
         worst, error = min(each.kept for each in merged), max(each.error for each in merged)
-        text = f"The merged model holds the change: at least {percent(worst)} of it at each of {len(merged):,} targets"
+        text = (
+            f"The merged model contains the change: at least {percent(worst)} of it at each of {len(merged):,} targets"
+        )
         yield f"{text}, with an error of {percent(error)} at most.", None, None
 
 
@@ -647,4 +662,4 @@ RULES = (
     VerdictRule("independent", "note", _independent),
     VerdictRule("merged-well", "note", _merged_well),
 )
-"""All rules, in the order in which their sentences are shown within a level."""
+"""All rules. Within each level, sentences are shown in this order."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
-"""The severities, lowest first. By default, `medium` and above fail a scan."""
+"""The severities, lowest first. By default, a scan fails with a finding of `medium` severity or higher."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -23,7 +23,7 @@ class ScanRule:
         name: the stable name, which is the `ruleId` in SARIF.
         severity: one of `SEVERITIES`.
         title: a short description.
-        why: a sentence that says why such a finding matters.
+        why: a sentence with the reason why the finding matters.
     """
 
     name: str
@@ -72,14 +72,14 @@ _EVERY = (
         "Two tools can load two different adapters from the same folder.",
     ),
     ScanRule(
-        "link", "high", "a link that leaves the folder", "A program that reads it reads another file of this machine."
+        "link", "high", "a link that leaves the folder", "A program that follows it reads another file of this machine."
     ),
     ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them over whole weights."),
     ScanRule(
         "foreign-bits",
         "medium",
-        "a few numbers with more bits than the dtype of training has",
-        "Most numbers of the tensor are exact in 16 bits, a few are not: these were changed after training.",
+        "a few numbers that need more bits than the training dtype",
+        "Most numbers of the tensor are exact in 16 bits, a few are not: these few were changed after training.",
     ),
     ScanRule(
         "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
@@ -147,7 +147,7 @@ class Scan:
         source: the scanned file, folder or address.
         findings: the findings, the most severe first.
         files: the number of scanned files.
-        unread: files and parts that could not be scanned, each with the reason.
+        unread: files, and parts of files, that could not be scanned, each with the reason.
     """
 
     source: str

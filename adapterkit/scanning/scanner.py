@@ -12,7 +12,7 @@ from ..formats import read, recognised
 from ..io.checkpoint import opened
 from ..io.locations import check_exists, located, path_text
 from ..io.stages import stage
-from .files import in_folder
+from .files import WEIGHTS, in_folder
 from .findings import Finding, Scan, ordered
 from .values import in_adapter
 
@@ -27,13 +27,13 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
     Args:
         source: a file, a folder, or an address on a hub, whose files are downloaded first.
-        base: the base, whose weights are compared with the norms of the changes; None skips this rule.
+        base: the base, to compare the norms of the changes with the norms of its weights; None skips this rule.
 
     Returns:
-        The findings, the most severe first. Findings are evidence, not proof, and their absence proves nothing.
+        The findings, the most severe first. Findings are evidence, not proof. A scan without findings proves nothing.
 
     Raises:
-        StorageError: the source does not exist or cannot be read.
+        StorageError: the source or the base does not exist or cannot be read.
         NetworkError: the hub cannot be reached.
 
     Example:
@@ -44,21 +44,37 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
     text = path_text(source)
     root = located(text)
     check_exists(root, text)
-    files = _files(root)
     unread: list[str] = []
+    files = _files(root, unread)
+    checkpoint = None if base is None else opened(base)
     findings = list(in_folder(root, files, unread))
-    with suppress(AdapterkitError):
-        if recognised(root):
-            findings += _adapter(root, base, unread)
+    for adapter in _adapters(root, files, unread):
+        findings += _adapter(adapter, checkpoint, unread)
     return Scan(public(text), ordered(findings), len(files), tuple(unread))
 
 
-def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: list[str]) -> list[Finding]:
-    """Return findings in the adapter itself.
+def _adapters(root: Path, files: list[Path], unread: list[str]) -> list[Path]:
+    """Return the adapter at a path, or the adapters in its subfolders."""
+    if _recognised(root):
+        return [root]
+    folders = dict.fromkeys(file.parent for file in files if file.name.endswith(WEIGHTS) and file.parent != root)
+    found = [folder for folder in folders if _recognised(folder)]
+    if not found and any(file.name.endswith(WEIGHTS) for file in files):
+        unread.append(f"{root.name}: its targets and values: no adapter is recognised")
+    return found
 
-    List an adapter that cannot be read in `unread`, because other tools may be able to read it.
+
+def _recognised(path: Path) -> bool:
+    with suppress(AdapterkitError):
+        return bool(recognised(path))
+    return False
+
+
+def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> list[Finding]:
+    """Return findings about the targets and values of an adapter.
+
+    An adapter that cannot be read is added to `unread`, because other tools may be able to read it.
     """
-    checkpoint = None if base is None else opened(base)
     try:
         adapter = read(root, base=checkpoint)
     except AdapterkitError as error:
@@ -69,14 +85,16 @@ def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: 
     return list(in_adapter(adapter, file, checkpoint, unread))
 
 
-def _files(root: Path) -> list[Path]:
-    """Return at most `MOST_FILES` files. Links to folders are not followed."""
+def _files(root: Path, unread: list[str]) -> list[Path]:
+    """Return at most `MOST_FILES` files. Links to folders are not followed, and git's own files are left out."""
     if not root.is_dir():
         return [root]
     found: list[Path] = []
     for path in sorted(root.rglob("*")):
-        if ".git" in path.parts or len(found) >= MOST_FILES:
+        if path.relative_to(root).parts[0] == ".git" or (path.is_dir() and not path.is_symlink()):
             continue
-        if path.is_symlink() or path.is_file():
-            found.append(path)
+        if len(found) >= MOST_FILES:
+            unread.append(f"{root.name}: only its first {MOST_FILES:,} files were scanned")
+            break
+        found.append(path)
     return found

@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from ..ops.lowering import Delta
 
 FEW_EXPERTS = 0.1
-"""An adapter is reported if it trains at most this share of a layer's experts."""
+"""An adapter is reported if it changes at most this share of a layer's experts."""
 
 SPIKE, SPIKE_RANK = 0.995, 4
-"""A change of at least rank 4 is suspicious if one direction has more than this share of its energy."""
+"""A change of rank 4 or more is suspicious if one direction has more than this share of its energy (squared norm)."""
 
 STRONGER = 5.0
-"""A change is suspiciously strong if its norm is this many times the median of the same module in other layers."""
+"""A change is suspicious if its norm is this many times the median norm of the same module in other layers."""
 
 MOST_OF_ALL = 0.8
 """A target is reported if it has more than this share of the energy of all targets."""
 
 ENOUGH = 8
-"""The smallest number of targets or experts for which such comparisons are made."""
+"""Targets or experts are compared with each other only if their number is at least this."""
 
 FOREIGN = 0.005
-"""A tensor counts as trained in 16 bits if at most this share of its numbers needs more bits. These numbers are
-reported."""
+"""A tensor counts as trained in 16 bits if at most this share of its numbers needs more bits. The numbers that need
+more bits are reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -88,7 +88,7 @@ def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Itera
 
 
 def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
-    """Report a float32 tensor of which nearly all numbers, but not all, are exact in 16 bits."""
+    """Yield a finding for a float32 tensor in which nearly all numbers, but not all, are exact in 16 bits."""
     import numpy as np
 
     tensor = as_lazy(leaf)
@@ -97,7 +97,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # Trained in bfloat16: the check below would report numbers too small for float16.
+        return  # Exact in bfloat16. Do not test float16, which lacks small numbers.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):
@@ -107,7 +107,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
 
 
 def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Report spectra and norms of changes that can be computed without a base; list all others as unread."""
+    """Yield findings about spectra and norms of changes; changes that need the base are listed as unread."""
     from ..ops.alignment import places
     from ..ops.lowrank import svd
 
@@ -148,7 +148,7 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         others = sorted(kinds[_NUMBER.sub(".#", name)])
         median = others[len(others) // 2]
         strong = len(others) >= 3 and norms[name] > STRONGER * median
-        # A change in one direction is suspicious only if at most a quarter of all changes have one direction.
+        # Report changes with a dominant direction only if at most a quarter of all changes have one.
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
             evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"

@@ -1,4 +1,4 @@
-"""The file in which a search saves its trials, in JSON Lines; the first line describes the search."""
+"""Save the trials of a search in a JSON Lines file, whose first line describes the search."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """A file of trials: reads the trials of an earlier run, and appends each new trial in a single write.
+    """A file of trials. It reads the trials of an earlier run, and appends each new trial with a single write.
 
     Args:
         path: the file; None keeps trials only in memory.
-        searched: everything that decides the trials, such as adapters, data, methods and seed. The first line of the
+        searched: everything on which the trials depend, such as adapters, data, methods and seed. The first line of the
             file must have the same values.
-        overwrite: start again if the file belongs to another search.
+        overwrite: whether to start again if the file belongs to another search.
 
     Raises:
         UsageError: the file belongs to another search.
-        Malformed: the file does not hold trials of a search.
+        Malformed: the file does not contain trials of a search.
         StorageError: the file is not readable or writable.
     """
 
@@ -40,11 +40,10 @@ class Journal:
         if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
             if not overwrite:
                 cure = "Name another file, delete this one, or start again with --overwrite (overwrite=True)"
-                raise UsageError("the file holds trials of another search", path=path, cure=cure)
+                raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop the last line if it is incomplete, because the run was killed while writing this line. The trial is
-        # repeated.
+        # Drop an incomplete last line: the run was killed while writing it. Its trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
@@ -73,7 +72,7 @@ def _parsed(line: str, path: Path, at: int) -> object:
         found: object = json.loads(line)
         return found
     except (ValueError, RecursionError):
-        why = "the file does not hold trials of a search"
+        why = "the file does not contain trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None
 
 

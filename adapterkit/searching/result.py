@@ -1,4 +1,4 @@
-"""The result of a search: its trials, the best trial, and a recipe that repeats the best trial."""
+"""The result of a search: all trials, the best trial, and a recipe that repeats the best trial."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Trial:
         method: the combiner.
         weights: one weight per adapter.
         parameters: the parameters of the method that differ from their defaults.
-        loss: the score, lower is better; None if the trial failed.
-        refused: the reason why the trial has no score.
+        loss: the loss, which should be low; None if the trial failed.
+        refused: the error because of which the trial has no loss.
     """
 
     number: int
@@ -63,8 +63,8 @@ class Search:
         base: the name of the base, or None.
         seed: the seed of the search, and of methods that use random numbers.
         rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
-            inputs.
-        resumed: the number of trials from an earlier run.
+            adapters.
+        resumed: the number of trials that were read from an earlier run.
     """
 
     adapters: tuple[str, ...]
@@ -76,7 +76,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss; among equal losses, the first."""
+        """The trial with the lowest loss; the first of several trials with equal loss."""
         return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
     @property

@@ -1,12 +1,12 @@
 """Search for the combination with the lowest loss.
 
 Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and the caller's start
-combinations. Then Optuna's TPE sampler proposes each trial from the earlier ones.
+combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
 
 TPE was chosen by measurement, on eight problems whose optimum is known. Each problem has two adapters, three methods
-and a density. After 50 trials, six results were within 2 percent of the optimal change's squared norm, and the worst
-within 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but stays with the first good method. It
-missed three of the eight optima by 5 to 26 percent.
+and a density. After 50 trials, the error of six results was within 2 percent of the optimal change's squared norm, and
+the worst error within 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave the
+first good method. It missed three of the eight optima by 5 to 26 percent.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -28,13 +28,14 @@ from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unsupported, UsageError
 from ..io.checkpoint import fingerprint, opened
 from ..io.stages import detail, stage
-from ..ops.alignment import source_adapter
+from ..ops.alignment import places, source_adapter
 from ..ops.combiners import COMBINERS
-from ..ops.combining import combine
+from ..ops.combining import check_rank, combine
 from ..ops.parameters import resolved
 from .journal import Journal
 from .result import Search, Trial
 from .starting import combinations
+from .text_data import LiveBase, cross_entropy
 
 if TYPE_CHECKING:
     from ..ops.alignment import Source
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     Score = Callable[[Adapter], float]
 
 METHODS = ("linear", "ties", "tsv", "knots_ties")
-"""The methods to try by default: they are cheap, differ from each other, and need neither data nor base weights."""
+"""The methods to try by default. They are fast and different, and need neither data nor the base's weights."""
 
 DENSITY = (0.05, 1.0)
 """The bounds of the parameter `density`, for methods that have it."""
@@ -54,7 +55,7 @@ MOST = 1.5
 """The largest weight to try."""
 
 COUNT, LENGTH = 64, 256
-"""The largest number of texts, and of tokens in each text, so that a trial with a small model takes seconds."""
+"""The largest number of texts, and of tokens per text; a trial with a small model then takes seconds."""
 
 
 def search(
@@ -76,28 +77,29 @@ def search(
 ) -> Search:
     """Find the method, weights and parameters whose combination has the lowest loss.
 
-    Each trial combines the adapters in factor space and scores the result attached to the base; no merged model is
-    written.
+    Each trial combines the adapters and scores the result, attached to the base; no merged model is written.
 
     Args:
         adapters: adapters or their paths, of any additive methods.
-        data: a file of texts, one per line, or JSON Lines with a field `text`; the score is the mean loss per token of
-            the base with the combination attached. Instead of a file, a function that takes the combined adapter and
+        data: a file of texts, one per line, or JSON Lines with a field `text`. The loss is then the mean loss per token
+            of the base with the combination attached. `data` may also be a function that gets the combined adapter and
             returns a loss.
-        base: a folder with a transformers language model. Texts require it. With a function, the base is optional: it
-            resolves names and supplies weights to methods that need them.
-        methods: combiners to choose from; if None, `METHODS` and those of `start`.
+        base: a folder with a transformers language model, which is required for texts. With a function, it is optional:
+            names are resolved against the base, and some methods need its weights.
+        methods: the methods to choose from; default: `METHODS` and the methods in `start`.
         budget: the number of trials, including those of earlier runs in `trials`.
-        tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is always
-            searched if a method has it.
-        most: the largest weight to try; the smallest is 0.
-        rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
-        start: combinations to try first, such as the best rows of a table. The result is at least as good as these.
-            Each is (method, weights, parameters), the name of a method (at weight 1), or the path of a recipe that
-            names the same adapters. If `methods` is given, their methods must be in it.
+        tune: a map from parameters of the methods that are also searched to bounds, such as `{"scale": (0.2, 2)}`. The
+            parameter `density` is always searched.
+        most: the largest weight to try; the smallest weight is 0.
+        rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
+            adapters.
+        start: combinations to try first, such as the best rows of a table. The result is at least as good as these
+            combinations. A combination is (method, weights, parameters), the name of a method (with all weights 1), or
+            the path of a recipe that names the same adapters. If `methods` is given, it must contain their methods.
         seed: the seed of the search, and of methods that use random numbers.
-        trials: a file that records the trials. The same search resumes from it, and a finished search is not repeated.
-        overwrite: start again if the file belongs to another search.
+        trials: the path of a file in which the trials are saved. The same search continues from this file, and repeats
+            no trial.
+        overwrite: whether to start again if the file belongs to another search.
         device: the device on which texts are scored: `auto`, `cpu` or `cuda:N`.
         progress: a function that is called with (trials made, budget).
 
@@ -106,7 +108,7 @@ def search(
 
     Raises:
         UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
-            parameter is unknown, a method needs data of its own, a recipe names other adapters or has settings that a
+            parameter is unknown, a method needs its own `data`, a recipe names other adapters or has settings that a
             trial cannot repeat, texts are given without a base, or no trial could be scored.
         Malformed: a file in `start` is not a recipe.
         Unsupported: Optuna is not installed.
@@ -128,6 +130,8 @@ def search(
         cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
+    # A sum keeps its rank, so a wrong rank would only show in later trials, which a search is allowed to skip.
+    check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
         {
@@ -159,7 +163,7 @@ def _called(source: Source, at: int) -> str:
 
 
 def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:
-    """Check that every method can be tried with these adapters."""
+    """Check that every method works with these adapters, without data."""
     for name in methods:
         cls = COMBINERS[resolved(name, None, count)[0]]
         least, largest = cls.takes
@@ -168,28 +172,22 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
             raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
         if cls.data is not None:
             why = f"{name} needs data of its own to learn from"
-            raise UsageError(why, where="methods", cure="Omit it, or use combine with data=")
+            raise UsageError(
+                why, where="methods", cure="Omit it from --method (methods=), or use combine with --data (data=)"
+            )
         if cls.based and base is None:
             raise UsageError(f"{name} needs the base", where="methods", cure="Name it at --base (base=)")
     return tuple(dict.fromkeys(methods))
 
 
 def _identity(data: object) -> str | None:
-    """Return a digest of the texts; None for a function, which is assumed to be the same in every run."""
+    """Return a digest of the texts; None for a function, which is assumed to be the same when a search continues."""
     if callable(data):
         return None
     from ..io.inputs import read_input
     from ..io.locations import located
 
     return hashlib.sha256(read_input(located(cast("str", data)))).hexdigest()
-
-
-def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
-    if base is None:
-        raise UsageError(
-            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
-        )
-    return TextScore(base, data, device, seed)
 
 
 def _tried(
@@ -203,8 +201,8 @@ def _tried(
         made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
         loss = float(score(made))
     except AdapterkitError as error:
-        # Raise an error of the first trial, because all other trials would fail in the same way. After a later error,
-        # the search continues without that trial.
+        # Raise an error in the first trial, because all other trials would fail in the same way. After an error in a
+        # later trial, continue the search.
         if number == 0:
             raise
         refused = str(error)
@@ -216,13 +214,13 @@ def _tried(
 
 
 class Space:
-    """The space of a search: a method, a weight for each adapter, and parameters of the methods.
+    """The combinations among which a search chooses: method, a weight for each adapter, parameters of the methods.
 
     Args:
         methods: combiners.
         count: the number of adapters.
         most: the largest weight.
-        tune: more parameters, with their bounds.
+        tune: a map from further parameters to bounds.
 
     Raises:
         UsageError: no method has such a parameter, or bounds do not form an interval.
@@ -252,7 +250,10 @@ class Space:
             )
 
     def _holders(self, method: str) -> dict[str, type[Combiner]]:
-        """Return each parameter of a method with its combiner; `knots_ties` has the parameters of two combiners."""
+        """Return a map from a method's parameters to the combiners that have them.
+
+        `knots_ties` consists of two combiners.
+        """
         name, values = resolved(method, None, self.count)
         found = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
         then = str(values.get("then") or "")
@@ -288,12 +289,12 @@ class Space:
         return made
 
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
-        """Return the sampler's proposal after these trials."""
+        """Return the combination that the sampler proposes after these trials."""
         with _optuna() as optuna:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials whose method is not in `methods`: such methods are only tried at the start.
+            # Skip trials whose method is not in `methods`; such methods are tried only at the start.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -303,8 +304,8 @@ class Space:
         return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
-        # Give every trial a value for every parameter, because the sampler models only parameters that all trials have.
-        # If the method lacks a parameter, or the trial did not set the parameter, use the default.
+        # Set every parameter in every trial, because the sampler models only parameters that all trials have. Use the
+        # default if the trial's method lacks the parameter, or the trial did not set it.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
@@ -322,58 +323,31 @@ class Space:
         return optuna.trial.create_trial(params=values, distributions=ranges, value=trial.loss)
 
 
-class TextScore:
-    """A function that returns the loss of an adapter: the mean over all tokens except the first of each text, in nats.
-
-    Args:
-        base: a folder with a transformers language model and its tokenizer; it is loaded once.
-        data: a file of texts.
-        device: the device to run on.
-        seed: the seed that selects texts if the file has more than `COUNT`.
+def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
+    """Return a function that computes the loss of an adapter on texts: the mean in nats over all predicted tokens.
 
     Raises:
-        UsageError: the model does not predict tokens, or the file contains no texts.
+        UsageError: no base is given, the model does not predict tokens, or the file contains no texts.
         StorageError, Malformed: a file cannot be read.
     """
+    if base is None:
+        raise UsageError(
+            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
+        )
+    live = LiveBase(base, device)
+    live.check_predicts()
+    feeds = live.feeds(data, COUNT, LENGTH, seed)
 
-    def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
-        from ..gating.inputs import inputs_for, texts_of
-        from ..gating.models import device_of, load
-        from ..torch.pretrained import check_transformers
+    def score(adapter: Adapter) -> float:
+        with live.attached(adapter):
+            return live.mean(feeds, cross_entropy)
 
-        checkpoint = opened(base)
-        check_transformers(checkpoint.root, "scoring texts")
-        texts = texts_of(data)
-        self.checkpoint, self.device = checkpoint, device_of(device)
-        self.model: Any = load(checkpoint, "float32", self.device)
-        if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
-            why = "the model does not predict tokens, so texts have no loss"
-            raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
-        self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
-
-    def __call__(self, adapter: Adapter) -> float:
-        """Return the loss of the base with the adapter attached."""
-        import torch
-
-        from ..torch.inject import inject
-
-        handle = inject(self.model, adapter.load(self.device), name="trial")
-        total, count = 0.0, 0
-        try:
-            with torch.no_grad():
-                for feed in self.inputs.feeds:
-                    ids = feed["input_ids"].to(self.device)
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-                    count += ids.shape[1] - 1
-        finally:
-            handle.remove()
-        return total / count
+    return score
 
 
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Yield Optuna without its log and without the warning that its samplers are experimental."""
+    """Yield the module Optuna, without its log and its warning that samplers are experimental."""
     try:
         import optuna
     except ImportError:

@@ -1,4 +1,4 @@
-"""Start combinations of a search, given as a tuple, the name of a method, or a recipe."""
+"""Read the combinations with which a search starts: tuples, names of methods, or recipes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Combination: TypeAlias = tuple[str, Sequence[float], Mapping[str, float | str]]
 """A method, one weight per adapter, and parameters of the method."""
 
 Start: TypeAlias = Combination | str | PathLike[str]
-"""A combination, the name of a method (at weight 1), or the path of a recipe."""
+"""A combination, the name of a method (with all weights 1), or the path of a recipe."""
 
 
 def combinations(
     start: Sequence[Start], names: Sequence[str], *, seed: int, rank: int | str | None, base: str | None
 ) -> list[Combination]:
-    """Return the start combinations as methods, weights and parameters.
+    """Convert the start combinations to (method, weights, parameters).
 
     Args:
         start: the start combinations that the caller gave.
@@ -57,7 +57,7 @@ def _checked(given: Sequence[object]) -> Combination:
     """Return a combination from a sequence of a method, weights and parameters.
 
     Raises:
-        UsageError: the sequence is anything else.
+        UsageError: the sequence does not have this form.
     """
     kinds = (str, Sequence, Mapping)
     if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
@@ -67,7 +67,7 @@ def _checked(given: Sequence[object]) -> Combination:
 
 
 def is_method(name: str) -> bool:
-    """Whether a name is that of a combiner, alone or with a plug-in's name in front, as in `knots_ties`."""
+    """Whether a name is the name of a combiner, or of a plug-in followed by a combiner, as in `knots_ties`."""
     return resolved(name, None)[0] in COMBINERS
 
 
@@ -94,7 +94,7 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
 
 
 def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
-    """Return the position in the recipe of each adapter of the search."""
+    """Return, for each adapter of the search, its index in the recipe."""
     left = list(range(len(recipe.adapters)))
     order: list[int] = []
     for name in names:

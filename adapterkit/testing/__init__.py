@@ -8,9 +8,9 @@ the subclass:
     class TestAcme(FormatTests):
         format = "acme"
 
-Each class says in its docstring what the package must provide. The tests compare results with data that do not come
-from the addition: a float64 formula, the shapes of the original adapter, or the bytes before a change. They need pytest
-(`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
+The docstring of each class lists what the package must provide. The tests compare the results of the addition with data
+from another source: a float64 formula, the shapes of the original adapter, or the bytes before a change. The tests need
+pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
 
 The entry points:
 

@@ -24,7 +24,7 @@ class CombinerTests:
 
     Attributes:
         combiner: the name of the combiner.
-        parameters: values of its required parameters.
+        parameters: values for the required parameters of the combiner.
         count: the number of adapters to combine.
     """
 
@@ -34,7 +34,7 @@ class CombinerTests:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
+        # If a test does not apply, set it to None: pytest then does not collect the test, and does not show a skip.
         if cls.combined is CombinerTests.combined:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
@@ -45,7 +45,7 @@ class CombinerTests:
         return {}
 
     def combined(self, changes: list[Array], weights: list[float]) -> Array:
-        """Return the combined change of one weight, in float64 numpy, without using the combiner's class.
+        """Return the combined change of a weight in float64 numpy, without using the combiner's class.
 
         Args:
             changes: dense changes `[out, in]`, one per adapter.
@@ -57,7 +57,7 @@ class CombinerTests:
         raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 
     def adapters(self) -> list[Adapter]:
-        """Return the adapters to combine: rank-2 LoRAs at two targets, in float64 to avoid rounding."""
+        """Return the adapters to combine: LoRAs of rank 2 at two targets, in float64 to avoid rounding."""
         made = []
         for number in range(self.count):
             updates = {}
@@ -75,7 +75,7 @@ class CombinerTests:
     def test_it_says_where_it_is_from(self) -> None:
         assert self.combiner not in COMBINERS.refused(), COMBINERS.refused()[self.combiner]
         cls = COMBINERS[self.combiner]
-        assert cls.title, "set `title` to the combiner's name in print"
+        assert cls.title, "set `title` to the name of the combiner in papers"
         assert cls.paper, "set `paper` to the source of the formula"
         for name, field in cls.parameters().items():
             assert field.metadata["meaning"], f"set the meaning of the parameter {name}"

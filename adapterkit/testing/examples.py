@@ -1,4 +1,4 @@
-"""Create updates with random numbers from a method's own shape strings."""
+"""Create updates with random numbers; the shapes come from the shape strings of the method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
     """Return an update of a linear layer with random numbers in all trained tensors.
 
-    The update is made by the method's `initial`. Random numbers are then added to its trained tensors, because a fresh
+    The method's `initial` creates the update. Then random numbers are added to its trained tensors, because a new
     update changes nothing.
 
     Args:
@@ -53,5 +53,5 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
 
 
 def adapter_of(update: Update, *paths: str) -> Adapter:
-    """Return an adapter with the same update at each of these targets."""
+    """Return an adapter with the same update at each of the targets."""
     return Adapter({Target(path): (update,) for path in paths})

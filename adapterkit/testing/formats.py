@@ -21,7 +21,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""Every format in use lacks at least one of these methods."""
+"""Methods for a test of refusals: every known format lacks at least one of these methods."""
 
 
 class FormatTests:
@@ -29,10 +29,10 @@ class FormatTests:
 
     Attributes:
         format: the name of the format.
-        targets: linear layers of one base that the format can name: path -> (outputs, inputs).
-        file: the name of a file or folder in the format; if empty, `Format.file` or `adapter`.
-        on_loss: the `on_loss` of `write` for a scaling that the format cannot store.
-        needs_base: True if the format's files can only be read with the base; writing always gets the base.
+        targets: linear layers of a base that the format can name: path -> (outputs, inputs).
+        file: the name for a file or folder in the format; if empty, `Format.file` or `adapter`.
+        on_loss: the argument `on_loss` of `write` for a scaling that the format cannot store.
+        needs_base: True if the format's files can only be read with the base. The base is always passed to `write`.
     """
 
     format: ClassVar[str] = ""
@@ -46,7 +46,7 @@ class FormatTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
-        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
+        # If a test does not apply, set it to None: pytest then does not collect the test.
         if "lora" not in methods:
             cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
         if methods.issuperset(_STRANGE):
@@ -71,9 +71,9 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """Return an adapter with one update of a method at every target; None if the method has no `initial`.
+        """Return an adapter with one update of a method at every target, with different numbers at each target.
 
-        The numbers differ between targets.
+        None if the method has no `initial`.
         """
         cls: Any = METHODS[method]
         if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
@@ -85,7 +85,7 @@ class FormatTests:
             try:
                 updates[Target(path)] = (example(method, out=out, inputs=inputs, seed=seed, **more),)
             except (AdapterkitError, TypeError, ValueError):
-                return None  # The method needs sizes or tensors that these general tests do not know.
+                return None  # Skip the method: it needs sizes or tensors that these general tests do not know.
         return Adapter(updates)
 
     def test_it_is_one_class_in_a_module_of_its_name(self) -> None:
@@ -114,7 +114,7 @@ class FormatTests:
             except Unrepresentable:
                 if method == "lora":
                     raise
-                continue  # The format supports the method only for other layers, or with other attributes.
+                continue  # Skip the method: the format supports it only for other layers, or with other attributes.
             tried += 1
             assert detect(path) == self.format, f"a file written with {method} is detected as another format"
             self._compare(method, adapter, self._read(path, base), base)
@@ -166,7 +166,7 @@ class FormatTests:
         assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
 
     def test_other_files_are_not_its_own(self, tmp_path: Path) -> None:
-        """`sniff` returns False for files of other formats, and raises nothing."""
+        """`sniff` returns False for files of other formats, and does not raise an error."""
         own = FORMATS[self.format]()
         strangers = {
             "empty": b"", "zeros": bytes(64), "text": b"hello\n", "json": b'{"a": [1, 2]}', "noise": bytes(range(256)),
@@ -201,7 +201,7 @@ class FormatTests:
         read(path, self.format, base).check_values()
 
     def _read(self, path: Path, base: Path | None) -> Adapter:
-        """Read with the base, if the format or this adapter needs it."""
+        """Read an adapter; pass the base if the format or the adapter needs the base."""
         try:
             return read(path, self.format, base if self.needs_base else None)
         except UsageError:
@@ -218,7 +218,7 @@ class FormatTests:
         return next(name for name in sorted(methods) if self.adapter(name) is not None)
 
     def _bottleneck(self) -> Adapter:
-        """Return an adapter whose update does not change a weight; most formats do not support it."""
+        """Return an adapter with an update that does not change a weight, which most formats do not support."""
         import torch
 
         cls: Any = METHODS["bottleneck"]

@@ -26,7 +26,7 @@ class HubTests:
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """Return a URI that the tests may write to, on a server that a fixture starts."""
+        """Return a URI to which the tests may write, on a server that a fixture starts."""
         raise Unsupported("the tests of a hub need a server", cure="Define `address` in the test class")
 
     @pytest.fixture

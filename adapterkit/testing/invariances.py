@@ -1,4 +1,4 @@
-"""Measure whether the result of a combiner depends on more than the combined changes, and the rank of the result."""
+"""Measure the rank of a combiner's result, and whether the result depends on more than the combined changes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""The factor that makes changes small; it is a power of two, which does not affect rounding."""
+"""The factor that makes changes small: a power of two, which does not affect rounding."""
 
 SAME = 1e-6
-"""Results count as equal if their difference, relative to the largest entry, is at most this number."""
+"""Results count as equal if their difference, relative to the largest entry, is at most this."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
-    """Return the properties of the input, as keys of `GUISES`, that influence the result although they should not.
+    """Return the properties of the input that change the result although the combined changes stay the same.
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters to compare; a difference in one set is enough.
+        draws: the number of random sets of adapters to compare. A property is returned if it changes one result.
         options: further arguments of `adapterkit.combine`.
     """
     found = set()
@@ -46,7 +46,7 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return a bound of the result's rank for adapters of equal rank: `one's` rank, the `sum` of ranks, or `more`."""
+    """Return a bound of the result's rank: `one's` (the rank of one adapter), the `sum` of the ranks, or `more`."""
     import numpy as np
 
     given = _adapters(name, 0)
@@ -58,7 +58,7 @@ def rank_of_result(name: str, **options: Any) -> str:
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
-    """Return an adapter with the same change in other factors."""
+    """Return an adapter with the same changes, but with other factors."""
     import numpy as np
 
     R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
@@ -73,7 +73,7 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""Property -> a function that changes this property of the adapters or the seed but not the combined changes."""
+"""Property -> a function that changes this property of the adapters, or the seed, but keeps their changes."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
@@ -89,7 +89,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return the change in float64, computed from the factors if the update has factors."""
+    """Return the change of an update in float64; if the update has factors, compute it from them."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]

@@ -36,7 +36,7 @@ class MethodTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         method: Any = METHODS[cls.method] if cls.method in METHODS else None  # noqa: SIM401 - `get` raises
-        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
+        # If a test does not apply, set it to None: pytest then does not collect the test, and does not show a skip.
         if cls.change is MethodTests.change:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if method is not None and method.kind not in ("additive", "weight"):
@@ -47,14 +47,14 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """Return an update that changes a linear layer. Tests of a method without `initial` must override this."""
+        """Return an update that changes a linear layer. Tests of a method without `initial` override this function."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Array) -> Array:
         """Return the change W' - W that `update()` makes to a weight W, in float64 numpy.
 
-        Implement the paper's formula here without the method's class. If a subclass defines this function, the method's
-        class is compared with it.
+        A subclass may implement the paper's formula here, without using the method's class. Then the method's class is
+        compared with this formula.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 
@@ -102,7 +102,7 @@ class MethodTests:
         assert np.abs(expected).max() > 1e-6, "the example changes nothing"
 
     def test_numpy_and_torch_compute_the_same(self) -> None:
-        """Compare numpy with torch: a merge computes in numpy, a live model in torch."""
+        """Compare the result of numpy with that of torch: a merge computes in numpy, a live model in torch."""
         import numpy as np
         import torch
 

@@ -31,8 +31,8 @@ class SchemeTests:
         """Write a base that is quantized with this scheme into `folder`, and return its dequantized weights.
 
         Returns:
-            The name of each quantized weight -> its values, a numpy array `[out, in]`, dequantized by the library that
-            wrote it.
+            The name of each quantized weight -> a numpy array `[out, in]` with the values that the scheme's library
+            dequantizes.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 

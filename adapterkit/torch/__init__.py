@@ -1,4 +1,4 @@
-"""Adapters in live torch models: `inject` attaches one, `create` makes one to train, `route` picks one for each row.
+"""Adapters in live torch models: `inject` attaches an adapter, `create` makes one, `route` picks one for each row.
 
 `compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the B of a LoRA.
 `TrainerCallback` makes transformers' Trainer save and resume an adapter.

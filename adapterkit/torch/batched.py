@@ -1,21 +1,21 @@
 """Run many adapters in one batch: run the base layer once, gather each row's factors, and add two batched products.
 
-This module serves additive updates that reduce to a pair of thin factors (`Additive.thin`); routing.py runs all other
-updates once for each group of rows. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
+This module runs additive updates that reduce to a pair of low-rank factors (`Additive.thin`). All other updates run
+once for each group of rows, in routing.py. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
 (https://arxiv.org/abs/2311.03285) use the same idea.
 
-One tensor holds the factors of all adapters at a layer, padded to the highest rank. Its last slot is zeros, for rows
-without an adapter. The slots of the rows are a tensor too (`Route.table`), so torch.compile sees the same graph for all
-routings.
+One tensor, the stack, holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one
+slot of the stack. The last slot is zeros, for rows without an adapter. Another tensor (`Route.table`) holds the slot
+number of each row, so torch.compile sees the same graph for all routings.
 
-Frozen adapters are stacked once and the stack is kept, so their factors are in memory twice. Before each use, the stack
-is compared with the tensors it was made from: their identity, their address and torch's count of in-place changes. The
-comparison misses only writes through `tensor.data` into a buffer of a frozen adapter. Trained adapters are stacked in
-each forward.
+The stack of frozen adapters is kept between forwards, so their factors are in memory twice. Before each use, the
+stack's source tensors are checked for changes: their identity, their address and torch's count of in-place changes. The
+check misses only writes through `tensor.data` into a buffer of a frozen adapter. The factors of trained adapters are
+stacked in each forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
 the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
-with `bmm`. Both ways return y in its original dtype.
+with `bmm`. In both cases, the layer's output keeps its dtype.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class FactorStack:
     """The factors of several adapters at one layer.
 
     Attributes:
-        switches: the adapters' switches, in the order of the slots. The last slot has no switch; it is zeros.
+        switches: the on/off switches of the adapters, in the order of the slots. The last slot, of zeros, has no
+            switch.
         A: `[slots, r, in * k]`, padded with zeros to the highest rank r.
         B: `[slots, r, out]`, multiplied by the adapters' weights and scalings.
         bias: `[slots, out]`, or None if no adapter changes the bias.
@@ -90,7 +91,7 @@ class FactorStack:
         return self.is_unchanged()
 
     def is_unchanged(self) -> bool:
-        """Whether the model still holds the stack's source tensors and nobody has written into them."""
+        """Whether the model still holds the stack's source tensors, and no code has written into them."""
         # With 50 adapters this compares 300 values in each layer and forward, so whole lists are compared, not single
         # values.
         tensors = self.tensors
@@ -133,15 +134,16 @@ class KeptStacks:
 def _dtype_of(like: Tensor) -> torch.dtype:
     """Return the dtype for a stack at a layer with the dtype of `like`.
 
-    Compilers fuse products of 16-bit tensors by themselves; without a compiler, such products are computed in float32.
+    Compiled code keeps a 16-bit dtype, because compilers fuse the products. Without a compiler, the products are
+    computed in float32.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
 
 def rank_of(part: Part, layer: Layer) -> int:
-    """Return the rank of a part's factors at a layer, or 0 if the part is not a pair of thin factors there.
+    """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
-    Factors are not thin if their products cost more than the layer itself (LoHa with a high rank).
+    High-rank factors do not count if their products cost more than the layer itself, as for some LoHa.
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
@@ -153,7 +155,7 @@ def rank_of(part: Part, layer: Layer) -> int:
 
 @torch.no_grad()
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
-    """Return the rank of an update's factors at a layer of this shape, or None if it has no factors.
+    """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
     The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
     model has thousands of layers, but few shapes.
@@ -175,17 +177,17 @@ def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
 
 _RANKS: dict[Hashable, int | None] = {}
 MOST_RANKS = 4096
-"""The number of ranks that are cached at the same time."""
+"""The largest number of ranks in the cache."""
 
 
 def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks) -> Tensor:
-    """Run a layer once and add the change of its adapter to each row.
+    """Run a layer once, and add to each row the change by that row's adapter.
 
     Args:
         layer: the layer.
-        parts: the parts of all thin adapters attached to the layer.
+        parts: the parts of all adapters with low-rank factors at the layer.
         route: the adapter of each row.
-        scope: the scope that says which adapters are on.
+        scope: the scope that shows which adapters are on.
         x: the layer's input.
         kept: the store in which the hook keeps its stack.
 
@@ -224,7 +226,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 def add_to_rows(
     layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Do the work of `add_by_row` for a layer that is a matrix product, given its stack and places.
+    """Run a layer that is a matrix product, and add each row's change, from the slots of a stack.
 
     Args:
         layer: the layer.
@@ -260,12 +262,12 @@ class Places:
     """The slots of a stack that a route's rows use.
 
     Attributes:
-        token: `SETTINGS.token` as it was before the adapters were asked whether they act.
-        active: the scope's switches at that time.
+        token: the value of `SETTINGS.token` before the adapters' switches were read.
+        active: the scope's `active` at the same time.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
-        padded: `[used * most]`, the rows of each used slot; a shorter list repeats its first row up to the longest
-            length. None if these are all rows in order.
+        padded: `[used * most]`, the rows of each used slot; a slot with fewer than `most` rows repeats its first row.
+            None if the result would be all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.
@@ -347,7 +349,7 @@ class RowPlan:
         self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
 
     def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return the layer's output, or None if the plan does not apply, or was not made for this route."""
+        """Return the layer's output, or None if the plan no longer applies or was made for another route."""
         places = route.plans.get(self.place)
         token, held = SETTINGS.token, self.module._parameters
         if (
@@ -381,7 +383,7 @@ def _is_frozen(part: Part) -> bool:
 def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
     """Stack the factors of parts in order, padding the ranks with zeros to the highest."""
     leaves = _leaves(parts) if keep else None
-    # Training could not use a stack that was made in inference mode.
+    # Stack outside of inference mode: a later training forward could not use tensors made in inference mode.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():
         like = like.new_empty(0, dtype=_dtype_of(like))
         pairs = [_pair(layer, part, like) for part in parts]
@@ -399,7 +401,7 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> F
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
-    """Return the tensors of parts, or None if a tensor needs a gradient, or may change without being noticed."""
+    """Return the tensors of parts, or None if a tensor needs a gradient or may change unnoticed."""
     leaves = [leaf for part in parts for fields in part.bound.leaves for leaf in fields.values()]
     for leaf in leaves:
         tensor = leaf.module._buffers.get(leaf.name)
@@ -419,7 +421,7 @@ def factors_of(update: Additive, layer: Layer, like: Tensor) -> tuple[Tensor, Te
 
 
 def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return A `[r, in * k]`, B^T `[r, out]` and the bias of all a part's updates, times the part's weight."""
+    """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias; B^T and the bias include the part's weight."""
     all_A, all_B, bias = [], [], None
     for update in part.updates:
         assert isinstance(update, Additive)
@@ -505,8 +507,8 @@ def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: 
 def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """Apply all adapters' factors as one pair, whose rank is the sum of their ranks; a mask selects each row's factors.
 
-    Convolutions and embeddings need this, because they are not matrix products. Their A is small compared with their
-    output.
+    Convolutions and embeddings need this function, because they are not matrix products. The additional work is small,
+    because A is small compared with the layer's output.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]
@@ -536,7 +538,7 @@ def add_gathered(
         B: `[slots, r, out]`, padded with zeros to the highest rank.
         index: `[rows]`, the slot of each row.
         ranks: `[slots]`, the rank of each slot, at most r; 0 for slots that change nothing.
-        fresh: whether nobody else holds y, so that the sum may overwrite it.
+        fresh: whether no other code holds y, so that the sum may overwrite y.
     """
     if takes_kernel(y, x, A, B):
         from .kernels import add_by_kernel

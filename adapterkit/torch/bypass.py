@@ -1,24 +1,24 @@
-"""Detect a forward that computes with a module's weight and never calls the module, so that its adapter does not act.
+"""Detect a forward that computes with a module's weight but never calls the module, so that its adapter does not act.
 
 Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains, Unsloth's decoding
 reads the weights of all projections, and kernels from a hub read the weights of a whole MLP. PEFT does not detect such
 a bypass.
 
-No forward declares in advance which weights it will read, and which ones it reads may change with every call (training
-or decoding, with or without labels). So a module with an adapter keeps its parameters in a dictionary that records
-reads: `module.weight` ends in `_parameters["weight"]`. If a weight was read while the model ran, and the module was not
-called before the end, the adapter was bypassed. A call of the module itself is not slowed down, because the hook looks
-up the weight with `dict.get`.
+A forward does not declare which weights it will read, and each call may read other weights (training or decoding, with
+or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads: the attribute
+`module.weight` is looked up as `_parameters["weight"]`. If a weight was read while the model ran, but the module was
+not called before the model's forward ended, the adapter was bypassed. Calls of the module itself are not slowed down,
+because the hook reads the weight with `dict.get`, which does not record.
 
-If another tool puts a forward on a block after the injection, this forward may use earlier copies of the weights, and
-then it reads no weight. So the next call of such a block is watched: if it calls none of the modules with an adapter, a
-warning says so. The bypass is not an error, because it may be intended (an ablation).
+If another tool replaces a block's forward after the injection, the new forward may use earlier copies of the weights,
+and then no read is recorded. So the next call of such a block is watched: if this call runs none of the modules with an
+adapter, a warning says so. The bypass is not an error, because it may be intended (an ablation).
 
-Compiled code reads parameters without using any dictionary, and its graph does not record which module a weight came
-from. So the compiler is watched while it traces: if it traces a call of a block, but none of a module with an adapter
-inside the block, a warning says so, unless that module ran before. This is not an error, because the block may compute
-the same result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of
-the same structure is not traced again: run such a model once without `torch.compile`.
+Compiled code reads parameters without any dictionary, and its graph does not record the module of a weight. So the
+compiler is watched while it traces: if it traces a call of a block, but no call of a module with an adapter inside the
+block, a warning says so, unless that module ran before. This is not an error, because the block may compute the same
+result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of the same
+structure is not traced again: run such a model once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def watch_reads(hook: Hook) -> None:
     `embedding.weight`, in PEFT's models too, and an adapter of the embedding is not meant to change such a head.
     """
     held = hook.module.__dict__
-    # DeepSpeed's ZeRO puts its own dictionary there, which loads parameters on access.
+    # Do not replace a dictionary of DeepSpeed's ZeRO, which loads parameters on access.
     if type(held[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
     if type(held[PARAMETERS]) is dict:
@@ -100,7 +100,7 @@ def unwatch_reads(hook: Hook) -> None:
 class Calls:
     """Record the reads and calls of modules with adapters during one forward of a model, in one thread.
 
-    Calls by other threads do not count: they compute other inputs, and say nothing about this forward.
+    Calls by other threads do not count: they compute other inputs, so they are not part of this forward.
 
     Args:
         hooks: the hooks at those modules.
@@ -187,7 +187,7 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
         Unsupported: a module's weight was read, and the module was not called.
     """
     found = _LOCAL.calls
-    while found is not None and found.hooks is not hooks:  # A forward inside this one raised.
+    while found is not None and found.hooks is not hooks:  # A forward inside this one raised an error.
         found = found.outer
     if found is None:
         return
@@ -197,7 +197,7 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """Return the name of the function that reads an attribute of a module, or None if it does not compute with it.
+    """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
 
     torch moves and gathers parameters, and accelerate loads parameters of modules that may never be called. Neither
     computes with them outside a forward.
@@ -217,7 +217,7 @@ _MOVERS = ("torch", "accelerate", __name__.split(".")[0])
 
 @cache
 def _asks_only(code: CodeType, at: int) -> bool:
-    """Whether the instruction after an offset does not read values: it reads a property, or compares with None."""
+    """Whether the instruction after an offset only reads a property of the tensor, or compares the tensor with None."""
     behind = next((each for each in dis.get_instructions(code) if each.offset > at), None)
     if behind is None:
         return False
@@ -230,7 +230,7 @@ _FACTS = frozenset(
     ("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "is_meta", "requires_grad",
      "is_floating_point", "element_size", "itemsize", "get_device")
 )  # fmt: skip
-"""Tensor attributes that do not depend on its values: T5 reads `self.wo.weight.dtype` before it calls `wo`."""
+"""Attributes of a tensor that do not depend on its values: T5 reads `self.wo.weight.dtype` before it calls `wo`."""
 
 
 def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], told: set[int]) -> None:
@@ -254,7 +254,7 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], to
 
 
 class Block:
-    """A module whose forward runs modules with adapters, and the forward that it had when it was last looked at.
+    """A module whose forward runs modules with adapters, and the forward that it had at the last look.
 
     Args:
         module: the module.

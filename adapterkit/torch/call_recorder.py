@@ -1,4 +1,4 @@
-"""Keep a model call's arguments for formulas that need them: token ids, tasks of rows, the output of a first pass.
+"""Keep a model call's arguments for formulas: token ids, the tasks of rows, the hidden states without the adapter.
 
 A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call ends. In
 training, it keeps the arguments until the next call, because checkpointed blocks run again in the backward pass. An
@@ -35,7 +35,7 @@ class KeyValueCache(Protocol):
 
 
 class Recording(threading.local):
-    """One thread's arguments of a call, and its Shadow networks, because functional_call exchanges their parameters."""
+    """One thread's arguments of a call, and its own Shadow networks: functional_call exchanges their parameters."""
 
     def __init__(self) -> None:
         self.words: Mapping[str, object] = {}
@@ -57,7 +57,7 @@ class CallRecorder:
         self.seen: Any = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        # Token ids by cache belong to calls in progress; a copy starts without any.
+        # A copy starts without the token ids of caches, because these ids belong to the original's calls in progress.
         return {**self.__dict__, "seen": None, "last": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -67,7 +67,8 @@ class CallRecorder:
         """Return the inputs of the call in progress."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # A checkpointed block runs again in the backward pass; on CUDA that happens in one of autograd's threads.
+            # In a backward pass, return the last call's inputs: a checkpointed block runs again there, on CUDA in
+            # another thread.
             words = self.last
         return dict(words)
 
@@ -113,7 +114,11 @@ def run_recorded(
     module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., object],
     passes: bool, scope: Scope, args: Sequence[object], kwargs: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run the model's forward and record its arguments; `passes` forwards all of them, for context that reads them."""
+    """Run the model's forward and record its arguments.
+
+    An argument that only the updates ask for is not passed on, unless `passes` is set because the model's context reads
+    the argument.
+    """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
     kept = kwargs if passes else {name: value for name, value in kwargs.items() if name not in asked}

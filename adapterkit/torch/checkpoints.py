@@ -118,7 +118,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """Return the frame of a running function by its module's name and its own name, or None if it is not running."""
+    """Return the frame of a running function, by the names of its module and the function; None if it does not run."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
@@ -132,7 +132,7 @@ def _load(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy an adapter's tensors out of a state dict, if it has any, and report keys that do not fit as torch does."""
+    """Copy an adapter's tensors from a state dict, if it has any, and report wrong keys in the same way as torch."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])

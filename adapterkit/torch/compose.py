@@ -39,7 +39,7 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """Return an adapter that applies the given adapters in sequence: each sees the layer as the earlier ones change it.
+    """Return an adapter that applies adapters in sequence: each sees the layer as the earlier adapters change it.
 
     At one target, changes of weights are added, and virtual tokens are concatenated.
     """
@@ -54,7 +54,7 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
     """Return an adapter whose layer outputs are the weighted mean of the outputs under each given adapter.
 
     The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
-    target, the unchanged layer takes its place in the mean.
+    target, the output of the unchanged layer is used for this adapter.
 
     Args:
         adapters: adapters with additive and output updates.
@@ -182,7 +182,9 @@ def _blocks(
     for target in targets:
         found = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in found for update in each):
-            raise Unsupported(f"a block {name!r} cannot hold context", where=str(target), cure="Stack those adapters")
+            raise Unsupported(
+                f"a block {name!r} cannot contain context", where=str(target), cure="Stack those adapters"
+            )
         updates[target] = (made(tuple(map(_one, found)), target),)
     return _composed(name, updates)
 
@@ -239,7 +241,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # The attributes say where the residual and the norm are; `check` refuses children with different places.
+        # Use the last child's attributes: `check` refuses children whose residual and norm are in different places.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -322,7 +324,7 @@ class ComposedBlock(OutputUpdate):
 
 
 class Chain(ComposedBlock):
-    """Apply the children in sequence: each sees the layer as the earlier ones change it."""
+    """Apply the children in sequence: each sees the layer as the earlier children change it."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.composed_layer import Composed
@@ -351,7 +353,7 @@ class SplitBlock(ComposedBlock):
     def check(self) -> None:
         super().check()
         if self.asks:
-            why = "a formula that reads the model's call cannot run on some of the positions"
+            why = "a formula that reads the model's call cannot run on only a part of the positions"
             raise Unsupported(why, cure="Leave this adapter out of split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
@@ -361,7 +363,7 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # Blocks and formulas of outputs never ask for the weight, which `Positions` does not have.
+            # Blocks and formulas of outputs never read the weight, which `Positions` does not have.
             values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)

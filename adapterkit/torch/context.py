@@ -120,7 +120,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """Return the module that takes past keys and values: in a classifier that is the model inside it."""
+    """Return the module that takes past keys and values: in a classifier, this is the inner model."""
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
     return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
@@ -143,7 +143,7 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
     """Attach tokens that follow a model's embeddings.
 
-    If nothing else embeds the model's input, the tokens go in front of the input.
+    If no other module embeds the model's input, the tokens go in front of the input.
     """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:
@@ -201,7 +201,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with its prefixes, and add the output of its attention over prompts."""
+    """Run an attention with its prefixes; if it has prompts, add the attention over the prompts to its output."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward
@@ -355,7 +355,8 @@ class ContextCall:
         out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
             raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
-        # A caller that did not want a cache must not get one: it would continue with the cache and repeat its tokens.
+        # A caller that did not want a cache must not get one, or it would continue with the cache and repeat its
+        # tokens.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out
@@ -382,7 +383,7 @@ class ContextCall:
             self.words["decoder_input_ids"] = ids
         tokens: Any = ids if embeds is None else embeds
         if tokens is None:
-            raise Unsupported("the call brings no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
+            raise Unsupported("the call has no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
         self.batch = int(tokens.shape[0])
         return int(tokens.shape[1])
 
@@ -412,7 +413,7 @@ class ContextCall:
         self.words[self.cache_word] = cache
 
     def _met(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the call's embeddings, or of those that its token ids will get.
+        """Return the device and dtype of the call's embeddings, or of the embeddings that its token ids will get.
 
         Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
         layerwise casting).
@@ -456,7 +457,7 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
     fronts = present([update.embeddings() for update in updates])
     given = words.get("inputs_embeds") if words.get("input_ids") is None else words.get("input_ids")
     if given is None:
-        raise Unsupported("the call brings no tokens", cure="Pass input_ids or inputs_embeds")
+        raise Unsupported("the call has no tokens", cure="Pass input_ids or inputs_embeds")
     extra = sum(front.shape[-2] for front in fronts)
     embeds = _joined(module, fronts, words, "")
     mask = extended(words.get("attention_mask"), extra, embeds.shape[1])

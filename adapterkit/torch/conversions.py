@@ -31,7 +31,7 @@ class Conversion:
 
     Args:
         module: the module.
-        is_leaf: a function that says whether a parameter or buffer of this name belongs to an adapter.
+        is_leaf: a function that returns whether a parameter or buffer of this name belongs to an adapter.
     """
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
@@ -90,7 +90,7 @@ def casts_layerwise(module: nn.Module) -> bool:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype that diffusers casts the module's weights to for each forward, or None if it does not."""
+    """Return the dtype to which diffusers casts the module's weights for each forward, or None without such casts."""
     hooks = module.__dict__.get("_diffusers_hook")
     found: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
     return found

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 Choice = str | re.Pattern[str] | type[nn.Module]
-"""One choice of targets: a glob, "re:" and a regular expression, a compiled one, a module class, or "all-linear"."""
+"""One choice of targets: a glob, "re:" with a regular expression, a compiled one, a module class, or "all-linear"."""
 
 
 def create(
@@ -77,9 +77,9 @@ def create(
             given.
         rank: the inner size, for methods that have one; the number of virtual tokens, for methods that add context.
         alpha: scaling times rank. If not given, the scaling is `scaling=`, or 1.
-        rank_pattern: regular expression -> rank of the targets that it matches. The expression must match the whole
-            name, or its end after a dot. The first match counts.
-        alpha_pattern: regular expression -> alpha, matched as in `rank_pattern`.
+        rank_pattern: a map from regular expressions to the ranks of the targets that match. An expression must match
+            the whole name, or its end after a dot. The first match counts.
+        alpha_pattern: a map from regular expressions to alphas, matched as in `rank_pattern`.
         use_rslora: divide alpha by the square root of the rank.
         init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
             steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
@@ -234,7 +234,7 @@ def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[obje
 
 
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
-    """Redistribute ranks as EVA does: directions that explain more of their layer's variance get them first.
+    """Redistribute ranks as EVA does: directions that explain more of their layer's variance get a rank first.
 
     The sum of all ranks stays the same. A layer gets at most rho times its rank. Its alpha changes with its rank, so
     its scaling stays the same. Layers that get no rank are omitted.
@@ -270,7 +270,7 @@ def _started(
 
 
 def _own(leaf: object) -> Tensor:
-    """Copy a leaf to its own memory in a file's axis order, so that training starts as if it came from a file."""
+    """Copy a tensor to new memory in the axis order of files, so that training starts as if it came from a file."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -358,9 +358,10 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
-    """Return zeros as the weight of a module without one; its last inner weight gives the output channels.
+    """Return a square matrix of zeros in place of the weight of a module that has none.
 
-    Embeddings are used only if nothing else has a weight, because they may be biases on positions.
+    The last weight inside the module gives the number of output channels. Embeddings are used only if nothing else has
+    a weight, because they may be position biases.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
@@ -372,7 +373,7 @@ def _as_if_square(module: nn.Module, path: str) -> Tensor:
 
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
-    """Return the bias of a module, or the one that belongs to a parameter, as `in_proj_bias` to `in_proj_weight`."""
+    """Return the bias of a module, or the bias that belongs to a parameter, as `in_proj_bias` to `in_proj_weight`."""
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)

@@ -54,13 +54,13 @@ def dropout_of(adapter: Adapter) -> float:
 def dropped_change(
     layer: Layer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
 ) -> Tensor | float:
-    """Return the sum of the changes of updates in order, without the base, each computed from its own dropped input.
+    """Return the sum of the changes of updates, without the base; each change has its own dropout of the input.
 
     Args:
         layer: the layer without the updates.
         updates: the updates, in order of application. An update without trained tensors gets the input without dropout.
         x: the layer's input; token ids are not dropped.
-        p: the probability that an input number is set to 0; the other numbers are divided by 1 - p.
+        p: the probability that an input element is set to 0; the other elements are divided by 1 - p.
         live: a function that moves an update to the layer's device and dtype.
     """
     change: Tensor | float = 0.0
@@ -87,7 +87,7 @@ def dropped_change(
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
     """Return 1 for each row that is kept, as PEFT's LoHa and LoKr draw them.
 
-    Each of PEFT's layers draws one number before these.
+    Draw and discard one number first, as each of PEFT's layers does.
     """
     torch.rand(1)
     kept = (torch.rand(count) > p).float()
@@ -105,7 +105,7 @@ def _without_blocks(update: Update, p: float) -> Update:
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):
-            continue  # A single block that is shared by all is always kept.
+            continue  # A single block that all rotations share is always kept.
         factor = None if factors is None else int(torch.randint(0, leaf.shape[factors], (1,)))
         count = leaf.shape[blocks]
         dropped = torch.arange(count) < int(p * count)

@@ -1,8 +1,8 @@
 """Run a module's forward with other values for some of its parameters, buffers and modules.
 
-Another thread may run the same module at the same time, with other adapters or none. So the usual way is a replica,
-which other threads do not see. A forward that is bound to the module itself, or traced by a compiler, needs the module
-itself with its values exchanged.
+Another thread may run the same module at the same time, with other adapters or none. So the values are usually put into
+a replica of the module, which other threads do not see. If a forward is bound to the module itself, or traced by a
+compiler, the values of the module itself must be exchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a module with the same state except some attributes, which are given by path.
+    """Return a copy that shares a module's state, except for the attributes that `values` replaces by path.
 
     Other threads continue to use the module itself.
     """
@@ -31,14 +31,14 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
     if inner:
         children = {child: replica(getattr(module, child), own) for child, own in inner.items()}
         made.__dict__["_modules"] = {**module._modules, **children}
-    if isinstance(module, nn.RNNBase):  # An RNN reads its parameters from a list of its own.
+    if isinstance(module, nn.RNNBase):  # An RNN reads its parameters from a separate list.
         made.__dict__["_flat_weights"] = [getattr(made, name) for name in module._flat_weights_names]
     return made
 
 
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
-    """Give the module itself other values inside the `with`.
+    """Put values into the module itself for the `with` block.
 
     An instance attribute hides the parameter of that name. Compilers before torch 2.13 cannot trace that an attribute
     is deleted afterwards; for them, the parameter itself is exchanged.
@@ -58,7 +58,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
         for own, name, present, before in reversed(placed):
-            # A layer without a bias holds None as its parameter, which must stay.
+            # Restore an existing entry even if its value is None: a layer without a bias has such an entry.
             if present:
                 own[name] = before
             else:
@@ -66,7 +66,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(held: nn.Module, name: str) -> dict[str, object]:
-    """Return the dictionary of a module in which to place a value under a name."""
+    """Return the module's dictionary that must get a value of this name."""
     if torch.compiler.is_compiling():
         for own in (held._parameters, held._buffers, held._modules):
             if name in own:

@@ -19,7 +19,7 @@ from ..methods.lora import LoRA
 from ..methods.xlora import XLoRA
 
 Pairs = Mapping[str, LoRA]
-"""Path -> one expert's LoRA at this path, with its tensors loaded."""
+"""A map from paths to one expert's LoRA at each path, with its tensors loaded."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
@@ -54,7 +54,7 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
         router, *others = found
         if others:
             why = "there are other updates at the router's target"
-            raise Unsupported(why, where=str(target), cure="Give each its own adapter")
+            raise Unsupported(why, where=str(target), cure="Put each update into a separate adapter")
         if isinstance(router, XLoRA):
             updates |= _of_classifier(names, router, pairs)
         else:
@@ -133,7 +133,7 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
-    """Stack the experts' factors at a path; pad smaller and absent ones with zeros."""
+    """Stack the experts' factors at a path; pad smaller and missing factors with zeros."""
     found = [expert.get(path) for expert in experts]
     present = [pair for pair in found if pair is not None]
     sizes = {(pair.A.shape[1], pair.B.shape[0]) for pair in present}

@@ -69,7 +69,7 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""Each hook with its parts that are merged."""
+"""Pairs of a hook and those of its parts that are merged."""
 
 KEEPS = ("copy", "recompute")
 """The choices for what `merge_` keeps."""
@@ -79,15 +79,16 @@ _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(eq=False)
 class Merged:
-    """A parameter that a merge changed, with what is needed to restore its bits from before.
+    """A parameter that a merge changed, with the data that restores the bits from before the merge.
 
     Attributes:
         parameter: the parameter.
-        before: its bits from before the merge, or None if they are recomputed.
-        places: the flat positions where recomputing gives other bits.
-        values: the bits from before at these positions.
-        checksum: the checksum of the bits from before.
-        after: the checksum of the merged bits, if `before` is kept: torch does not count changes through `.data`.
+        before: the bits from before the merge, or None if they are recomputed.
+        places: the flat positions where recomputing gives other bits than before the merge.
+        values: the bits from before the merge at these positions.
+        checksum: the checksum of the bits from before the merge.
+        after: the checksum of the merged bits if `before` is kept, because torch does not count changes through
+            `.data`.
         version: torch's count of the parameter's in-place changes after the merge.
         dtype: the dtype of the parameter, if its bits are recomputed.
         stack: the merges into the parameter that can be undone, in order; all merges into one parameter hold the same
@@ -145,7 +146,7 @@ class Merged:
             self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
-        """Keep only the positions where the recomputed bits differ, if that takes less memory.
+        """Keep only the positions where recomputing gives other bits, if these positions take less memory than a copy.
 
         Args:
             again: the result of subtracting the change.
@@ -158,7 +159,7 @@ class Merged:
             self.before = None
 
     def restored(self, again: Tensor) -> Tensor | None:
-        """Return the bits from before as a tensor, or None if the checksum does not match.
+        """Return the bits from before the merge as a tensor, or None if the checksum does not match.
 
         Args:
             again: the result of subtracting the change.
@@ -183,7 +184,7 @@ def _checksum(bits: Tensor) -> tuple[int, int]:
 
 
 _MERGES: Any = WeakIdKeyDictionary()
-"""Parameter -> the merges into it that can be undone, in order."""
+"""A map from each parameter to the merges into it that can be undone, in order."""
 
 
 class Memory:
@@ -212,7 +213,7 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield all parameters by name: a tied one under each module that has it, a module with two names once."""
+    """Yield all parameters by name: a tied one once for each of its modules, but a module with two names only once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -257,7 +258,7 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
-    """Return each changed parameter with its bits from before, or None if recomputing gives other bits."""
+    """Return each changed parameter with the bits from before the merge; None if recomputing gives other bits."""
     found: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
@@ -291,7 +292,7 @@ def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
 
 
 def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
-    """Copy the bits from before into their parameters."""
+    """Copy the bits from before the merge into their parameters."""
     for each, value in found:
         if value is not None:
             each.parameter.copy_(value)
@@ -300,10 +301,10 @@ def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module, and redo it if that fails halfway.
 
-    Holding the bits from before the merge for all modules at once would take the memory of a second model, and holding
-    the merged bits the memory of a third. So as soon as a parameter has its earlier bits back, their copy is replaced
-    by the merged bits. If the bits from before were recomputed, nothing is kept: the same sums give the merged bits
-    again.
+    Keeping the bits from before the merge for all modules at once would take the memory of a second model, and keeping
+    the merged bits would take the memory of a third. So as soon as a parameter has its earlier bits back, their copy is
+    replaced by a copy of the merged bits. If the earlier bits were recomputed, nothing is kept: the same sums give the
+    merged bits again.
     """
 
     def __init__(self) -> None:
@@ -312,7 +313,7 @@ class Unmerging:
         self._current: list[tuple[Merged, Tensor | None]] = []
 
     def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
-        """Restore a module's parameters to their bits from before.
+        """Restore the bits from before the merge in a module's parameters.
 
         Returns False, without any change, if these bits cannot be recomputed.
         """
@@ -322,7 +323,7 @@ class Unmerging:
         kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
         self._current = [(each, value) for each, value, _ in kept]
         restore(found)
-        # An interrupt cannot happen between the two halves of such a statement.
+        # Assign both attributes in one statement: an interrupt cannot happen between its two assignments.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
             for each, _, _ in kept:
@@ -332,7 +333,7 @@ class Unmerging:
         return True
 
     def undo(self) -> None:
-        """Give all parameters their merged bits back."""
+        """Put the merged bits back into all parameters."""
         restore(self._current)
         for hook, parts in self._summed:
             fold(hook, parts)
@@ -342,7 +343,7 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, found: Folded) -> Folded:
-    """Return a model's hooks and parts; for layers that share a parameter, only those of one layer.
+    """Return a model's hooks and parts; for layers that share a parameter, only the hook and parts of one layer.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.

@@ -1,7 +1,8 @@
 """The forward that replaces a module's own forward while adapters are attached to it.
 
-A `ForwardHook` is stored in the module's `__dict__` and holds the parts of all adapters there. For each call it chooses
-how to run them: by a cached plan, row by row, as formulas over the layer, or with the module's parameters exchanged.
+A `ForwardHook` is stored in the module's `__dict__`. It holds the parts (`parts.Part`) of all adapters at the module.
+For each call, the hook chooses how to run the parts: by a cached plan, row by row, as formulas over the layer, or with
+the module's parameters exchanged.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class ForwardHook:
         self.call_recorders: list[CallRecorder] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
-        self.ranks: dict[Part, int] = {}  # 0 means that the part is not a pair of thin factors.
+        self.ranks: dict[Part, int] = {}  # 0 means that the part has no low-rank factors.
         self.kept = KeptStacks()
         self.bare = False  # There are only updates of weights: no contexts, recorders or output sites.
-        self.plain = False  # All parts are thin, and the layer is an nn.Linear that runs its class's forward.
+        self.plain = False  # All parts have low-rank factors; the layer is an nn.Linear with its class's forward.
         self.switched: tuple[Switch, ...] = ()  # The switches of the parts.
         self.recalled: tuple[Switch, ...] = ()  # The switches of the parts and contexts.
         # The model that adapters were injected into. If the module alone is copied, the copy stores its parameters
@@ -80,7 +81,7 @@ class ForwardHook:
         self.copied: Mapping[str, Tensor | None] | None = None
         self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
         self.probe: ForwardProbe | None = None
-        self.known: object = None  # Another tool's forward that replaced this one and was seen to call it.
+        self.known: object = None  # Another tool's forward that replaced this one, and is known to call it.
         self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
@@ -115,7 +116,7 @@ class ForwardHook:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Compute the rank here, not at the first forward: compiled code would guard on whether it is known.
+            # Compute the rank here, not at the first forward: compiled code would guard on whether the rank is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
@@ -182,7 +183,7 @@ class ForwardHook:
         if self.probe is not None:
             self.probe.stop()
         slot = slot_of(self.module, self)
-        if slot is None:  # Another tool's wrapper calls this hook, which from now on only calls the original.
+        if slot is None:  # Another tool's wrapper calls this hook, which from now on calls the original.
             self.wrapper = value_in(self.slot)
             return
         owner, name = slot
@@ -190,7 +191,7 @@ class ForwardHook:
             owner.__dict__[name] = self.before
         elif slot == (self.module, "forward"):
             del owner.__dict__[name]
-        else:  # Another tool wrapped it after it was attached, and calls whatever this slot holds.
+        else:  # Another tool wrapped this hook later, and calls whatever this slot holds.
             owner.__dict__[name] = self.original
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -210,7 +211,8 @@ class ForwardHook:
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
         # diffusers' layerwise casting overwrites the values of the weight that the plan keeps for the backward pass.
         plain = plain and "_diffusers_hook" not in self.module.__dict__
-        # Making a plan reads the tensors in another order than using it, and torch.jit.trace compares two runs.
+        # Use no plan under torch.jit.trace, which compares two runs: making a plan reads the tensors in another order
+        # than using the plan.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
             if y is not None:
@@ -259,7 +261,7 @@ class ForwardHook:
     def refuse_scripting(self) -> nn.Module:
         """Raise, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
 
-        torch.jit calls this method for each module inside the one that it compiles.
+        torch.jit calls this method for each module inside the module that it compiles.
         """
         cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
         where = str(next((part.target for part in self.parts), type(self.module).__name__))
@@ -284,9 +286,9 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if a module that was copied alone has another weight and bias now.
+        """Raise if the weight and bias of a module that was copied alone have changed since the copy.
 
-        `fuse_conv_bn_eval` does that: it copies a layer and scales the copy's weight, but not its adapter.
+        `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
         """
         now = self.module._parameters
         if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
@@ -299,7 +301,7 @@ class ForwardHook:
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: object) -> Tensor | None:
-        """Return the output of a linear layer with thin updates by a cached plan, or None if no plan applies."""
+        """Return the output of a linear layer with low-rank updates by a cached plan, or None if no plan applies."""
         if self.drops and self.module.training:
             return None
         route = scope.routes.get(self) if scope.routes else None
@@ -342,7 +344,7 @@ class ForwardHook:
         if not around:
             return self._inner(scope, args, kwargs)
         if self in scope.routes:
-            cure = "Run the rows of each adapter by themselves"
+            cure = "Run the rows of each adapter separately"
             raise Unsupported("context cannot be added to some rows of a batch", where=str(around[0].target), cure=cure)
 
         def forward(*args: object, **kwargs: object) -> object:
@@ -461,7 +463,7 @@ class ForwardHook:
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
-        """Whether parts see an input with dropout in this forward."""
+        """Whether any of the parts applies dropout to its input in this forward."""
         return self.module.training and any(part.dropout for part in parts)
 
     def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
@@ -530,9 +532,9 @@ class ForwardHook:
         return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the module's parameters after the parts, by path.
+        """Return the module's parameters as the parts change them, by path.
 
-        They are in `dtype`, or computed in 32 bits and rounded once.
+        The parameters are in `dtype`. By default, they are computed in 32 bits and rounded once.
         """
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
@@ -636,9 +638,9 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return a hook for the parts that `hook` had before the last one was detached.
+    """Return a hook to which the earlier parts of `hook` can be attached, after all of them were detached.
 
-    Returns None if another tool's forward would wrap less than before.
+    Returns None if another tool has put a forward on the module, or removed one, since then.
 
     Args:
         hook: a hook without parts.

@@ -92,7 +92,7 @@ class Handle:
         else:
             parameters = dict(self._model.named_parameters())
             for name in self.frozen:
-                if name in parameters:  # A module may have been replaced since.
+                if name in parameters:  # A module may have been replaced since the injection.
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]
@@ -145,8 +145,8 @@ class Handle:
     def _check_unmoved(self) -> None:
         """Check that each layer is still at the path of its target, because the adapter is written with these paths.
 
-        Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path but
-        keeps the order of the others.
+        Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path, but
+        the other names keep their order.
 
         Raises:
             UsageError: another tool moved a layer.
@@ -203,7 +203,7 @@ class Handle:
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
     def _named_leaves(self) -> Iterator[tuple[str, Leaf]]:
-        """Yield all registered tensors by name, shared ones once."""
+        """Yield all registered tensors by name; yield a shared tensor once."""
         self._check()
         seen: set[int] = set()
         for target, each in self._bound.items():
@@ -263,7 +263,7 @@ class Handle:
             leaf.put(state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the trainable leaves, shared ones once."""
+        """Yield the trainable tensors; yield a shared tensor once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def parameter_groups(
@@ -361,8 +361,8 @@ class Handle:
     def merge_(self, keep: bool | str = False) -> None:
         """Merge the adapter into the base in place, computed in float64 and rounded once, and detach it.
 
-        Until the merge is done, it holds a copy of the weights that it changes. If anything fails, it restores these
-        weights.
+        Until the merge is complete, the handle keeps a copy of the weights that the merge changes. If anything fails,
+        the weights are restored from the copy.
 
         Args:
             keep: what to keep for `unmerge_`. True or "copy" keeps the copy of the weights. "recompute" keeps the
@@ -508,7 +508,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     A deep copy of a model has its own handles. Wrappers (DDP, `torch.compile`) may be passed too.
 
     Args:
-        model: the model that `inject` got, or a wrapper around it.
+        model: the model that was passed to `inject`, or a wrapper around this model.
 
     Returns:
         a map from name to handle, in the order of injection; the name of an adapter on a part of the model follows the
@@ -542,7 +542,7 @@ def foldable(handles: Sequence[Handle]) -> Folded:
         if any(map(is_partitioned, handle._model.parameters())):
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
             raise NotMergeable("DeepSpeed's ZeRO has partitioned the weights", where=handle.name, cure=cure)
-        # At some layers a LoRA is computed by another method; see `formats._trained`.
+        # Also check the attached updates: some layers compute a LoRA by another method; see `formats._trained`.
         live = [
             (part.target, update)
             for hook in handle._hooks

@@ -49,22 +49,22 @@ def inject(
 ) -> Handle:  # fmt: skip
     """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
 
-    The adapter's trained tensors become parameters of the model, and all others non-persistent buffers, so that
-    optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state dict
-    do not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
-    dict, which training frameworks save and load, contains the adapter instead of the base.
+    The adapter's trained tensors become parameters of the model, and all other tensors become non-persistent buffers,
+    so that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its
+    state dict do not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the
+    model's state dict, which training frameworks save and load, contains the adapter instead of the base.
 
     Args:
-        model: any module tree. Targets are dotted names in it, or names that the resolver identifies with its modules,
+        model: the model. Targets are dotted names in the model, or names that the resolver identifies with its modules,
             as in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied
             head), as PEFT's forward does.
         adapter: the adapter.
-        name: the adapter's name for `route`; each attached adapter needs a different one.
+        name: the adapter's name for `route`; each attached adapter needs a different name.
         weight: the factor of the adapter's change.
         trainable: make the adapter's tensors float32 (or wider) parameters, which the forward casts to the layer's
             dtype. Tensors that the method lists as `frozen` do not become parameters.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
-            assumes; `handle.remove()` restores it. Pass False to train the base too.
+            assumes; `handle.remove()` restores the setting. Pass False to train the base too.
         dropout: with `trainable=True`, the probability that an input element of a change is set to 0 while the module
             is in training mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the
             adapter's PEFT config.
@@ -79,7 +79,7 @@ def inject(
 
     Raises:
         TargetNotFound: a target is not in the model; the message gives the nearest names.
-        ShapeMismatch: a shape does not fit.
+        ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support the method, or does not support it together with what is already attached.
         UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
             the weight is not a finite number.
@@ -143,7 +143,7 @@ def inject(
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
     with all_or_nothing(model):
-        leaves = registration.commit()  # From here on nothing is refused any more.
+        leaves = registration.commit()  # All checks have passed; no error about the arguments can follow.
         for hook, part in attached:
             hook.attach(part)
             if part.target in along:
@@ -167,12 +167,12 @@ def inject(
 
 
 def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key for what a part changes; the key is the same for all names of one module."""
+    """Return a key for the parameters or the output that a part changes; all names of one module give the same key."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that two targets that are the same module have the same update, because only one of them is attached.
+    """Check that two names of one module have the same update, because only one of the updates is attached.
 
     Raises:
         Unsupported: the updates differ.
@@ -201,7 +201,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return the bound updates in the methods that the adapter stores, over the same live tensors."""
+    """Return the live updates as the methods that the adapter stores, with the same tensors."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -282,7 +282,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Return sites for layers that share a parameter with the adapter's targets and change with them.
+    """Return sites for layers that share a parameter with the adapter's targets, and that the updates also change.
 
     As for merges, `merging.ties` decides what each update changes. In a live model, tied layers share one parameter
     object.
@@ -297,7 +297,7 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        # In an offloaded model, tied names are separate parameters, so the same list comes up again.
+        # Skip a list that was seen: in an offloaded model, each tied name is a separate parameter with the same list.
         if tuple(names) in seen:
             continue
         seen.add(tuple(names))
@@ -342,7 +342,7 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether an adapter's recipe says which tool trained it. The recipe of an adapter built in Python does not."""
+    """Whether an adapter's recipe shows which tool trained it; the recipe of an adapter built in Python does not."""
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
@@ -391,7 +391,7 @@ def _pieces(site: Site) -> list[Site]:
 
 
 def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
-    """Return the module whose output changes, and the part that changes it."""
+    """Return the module whose output changes, and the part that changes the output."""
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
@@ -447,7 +447,7 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
 
 
 def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
-    """Yield the hooks of modules that read a residual, after adding the recorder to each."""
+    """Add each site's recorder to the hook of the module that reads the residual, and yield the hook."""
     for each in sites:
         if each is not None and each.reader is not None and each.recorder is not None:
             hook = hook_at(each.reader)
@@ -456,7 +456,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Return the site in its module class's layout, and whether this layout is known and fits the updates."""
+    """Return the site with its module class's layout, and whether the layout is known and fits the updates."""
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))
@@ -468,7 +468,7 @@ def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """Return the module whose forward reads the parameter, and its path with a dot.
+    """Return the module whose forward reads the parameter, and the module's path followed by a dot.
 
     Raises:
         Unsupported: the module cannot take one of the updates.

@@ -30,11 +30,11 @@ class Layer:
     """A module that can run with another weight through `op`; each subclass is one kind of module.
 
     Attributes:
-        layout: the axis order in which such a module stores its weight, as in `Target`.
+        layout: the axis order in which the module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
         direct: whether formulas run on the layer; if not, the module's own forward runs on a changed weight.
         flat: whether `op` and `mix` are matrix products over the last axis.
-        fresh: whether a call returns a tensor that nobody else holds.
+        fresh: whether a call returns a tensor that no other code holds.
         narrowed: whether autocast runs the layer in 16 bits.
     """
 
@@ -52,7 +52,7 @@ class Layer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> Layer:
-        """Return the layer in the dtype to compute in: if its weight has no such dtype, the dtype of `x`."""
+        """Return the layer with the dtype to compute in; a layer with a packed weight takes the dtype of `x`."""
         return self
 
     @classmethod
@@ -301,7 +301,7 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
 
 
 def live_tensor(leaf: Leaf) -> Tensor:
-    """Return a leaf of an attached update, which is always a tensor."""
+    """Return the value of a field as a tensor: attached updates contain only tensors."""
     assert isinstance(leaf, Tensor)
     return leaf
 

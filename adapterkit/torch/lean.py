@@ -6,15 +6,15 @@ and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product 
 and its backward pass needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v (or gate and up)
 share one kept tensor.
 
-A Python autograd function costs about 50 microseconds, so small inputs also use the plain formula: the tensors that
-autograd keeps for small inputs are negligible compared with the weights.
+A Python autograd function costs about 50 microseconds. So small inputs use the plain formula: the tensors that autograd
+keeps for small inputs are negligible compared with the weights.
 
-On a CPU, 16-bit numbers are multiplied by thin factors in float32, some rows at a time. Without bfloat16 instructions,
-a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's factors are
-float32 too.
+On a CPU, 16-bit tensors are multiplied by low-rank factors in float32, in blocks of rows. Without bfloat16
+instructions, a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's
+factors are float32 too.
 
 The plain formula is used wherever a Python autograd function is not supported: under torch.compile and torch.export
-(which fuse operations by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for
+(which fuse the formula's operations), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for
 tensors of other types (DTensor, FakeTensor, sparse, nested).
 """
 
@@ -44,9 +44,10 @@ _HALF = (torch.float16, torch.bfloat16)
 SMALL = 1 << 16
 """The size of a layer's input or output up to which the plain formula is faster (measured on one core)."""
 BLOCK = 1 << 19
-"""The count of 16-bit numbers that are converted to float32 at a time, so that their copies stay small."""
+"""The number of 16-bit elements in a block that is converted to float32; the size keeps such copies small."""
 ROWS = 64
-"""The minimum of input rows that are converted to float32 at a time; each such block reads the layer's weight once."""
+"""The smallest number of input rows in a block that is converted to float32; each block reads the layer's weight
+once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -72,19 +73,19 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         change = functional.linear(functional.linear(x, A), B)
     else:
         change = functional.linear(functional.linear(x, A.to(dtype)), B.to(dtype))
-    # Add in place if nobody else holds y: this lowers the peak by one tensor of the output's size.
+    # Add in place if no other code holds y: this lowers the peak by one tensor of the output's size.
     if may_overwrite(y):
         return y.add_(change, alpha=weight)
     return torch.add(y, change, alpha=weight)
 
 
 def is_wide(y: Tensor) -> bool:
-    """Whether y's layer computes products with thin factors in float32: y has 16 bits and is on a CPU."""
+    """Whether y's layer computes products with low-rank factors in float32: y has 16 bits and is on a CPU."""
     return y.dtype in _HALF and y.device.type == "cpu"
 
 
 def may_overwrite(y: Tensor) -> bool:
-    """Whether a linear layer's output, which nobody else holds, may be overwritten: autograd does not need it."""
+    """Whether a linear layer's new output may be overwritten, because autograd does not need it."""
     return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and is_eager()
 
 
@@ -132,7 +133,7 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
         A: `[r, in]`.
         B: `[out, r]`.
         weight: the factor of the sum's second term.
-        fresh: whether nobody else holds y, so that the sum may overwrite it.
+        fresh: whether no other code holds y, so that the sum may overwrite y.
     """
     if not _takes(y, x, A, B):
         change = functional.linear(functional.linear(x, A.to(x.dtype)), B.to(x.dtype))
@@ -202,7 +203,7 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
 
 
 def _blocks(*tensors: Tensor) -> list[slice]:
-    """Return slices of rows in which the widest of the tensors has about `BLOCK` numbers."""
+    """Return slices of rows in which the widest of the tensors has about `BLOCK` elements."""
     width = max(tensor.shape[-1] for tensor in tensors)
     rows = tensors[0].numel() // tensors[0].shape[-1]
     step = max(BLOCK // width, ROWS)
@@ -272,7 +273,7 @@ class _ScaledLinear(torch.autograd.Function):
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
         if to_s:
-            if torch.is_grad_enabled():  # The kept tensor has no graph.
+            if torch.is_grad_enabled():  # The kept tensor has no graph, so compute it again.
                 flat = x.reshape(-1, x.shape[-1])
                 plain = flat @ W.mT + (flat.to(A.dtype) @ A.mT @ B.mT).to(W.dtype)
             of_s = (plain.reshape(-1, plain.shape[-1]) * grad.reshape(-1, grad.shape[-1])).sum(0, dtype=s.dtype)
@@ -305,7 +306,7 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, the gradient of x includes that of x W^T.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, x's gradient includes that of x W^T.
 
     x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.
@@ -335,7 +336,7 @@ def _of_factors(
 def _of_factors_by_blocks(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None, to_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Do the work of `_of_factors` for 16-bit numbers on a CPU in float32, some rows at a time to keep copies small.
+    """Compute `_of_factors` for 16-bit tensors on a CPU, in float32 and in blocks of rows, so that copies stay small.
 
     The gradient of x is rounded once. The rounded sum includes the product with W, unless the processor multiplies
     16-bit numbers itself: torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in
@@ -345,7 +346,7 @@ def _of_factors_by_blocks(
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None
     fast = W is not None and _multiplies(W.dtype)
     pieces = [] if W is None or fast else [slice(at, at + _rows_of(W)) for at in range(0, len(W), _rows_of(W))]
-    # A weight that fits in one piece is converted to float32 once for all rows.
+    # A weight that fits in one block is converted to float32 once for all rows.
     held = W.float() if W is not None and len(pieces) == 1 else None
     wide_A, wide_B = A.float(), B.float()
     of_A: Tensor | None = None
@@ -374,7 +375,7 @@ def _of_factors_by_blocks(
 
 
 def _rows_of(W: Tensor) -> int:
-    """Return how many rows of a weight have about `BLOCK` numbers."""
+    """Return how many rows of a weight have about `BLOCK` elements."""
     return max(BLOCK // W.shape[1], 1)
 
 
@@ -398,7 +399,7 @@ class LeanPlan:
     Args:
         token: `SETTINGS.token`, read before the adapters were examined.
         scope: the scope that the plan is for.
-        part: the only part that acts at the layer, with one low-rank update; None if this is not the case.
+        part: the only part that acts at the layer, with one low-rank update; None if there is no such part.
         layer: the layer.
     """
 

@@ -8,17 +8,17 @@ model already has. Each tensor is read back from its module at every forward, be
 Rejected alternatives:
 * a new child module: `named_modules()` and all code that walks over it would change.
 * parametrizations: they rename the base's keys in the state dict.
-* the root module: `parameters()` yields a module's own parameters before those of its children, so a bf16 model would
-  report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
+* the root module: `parameters()` yields a module's own parameters before its children's parameters, so a bf16 model
+  would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
 
 The base's state dict keeps its keys: one hook removes the adapter's keys in `state_dict()`, another one removes them
 from the missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and
 `pickle`.
 
 accelerate's offloading loads all parameters of a module from a map of the base's weights, and this map does not contain
-the adapter's tensors. So leaves are registered with a module above the offloaded modules. If a model is offloaded after
-the injection, accelerate replaces each leaf's tensor by an empty one on the meta device. So before the next forward,
-each leaf is moved to a module above, with its original tensor.
+the adapter's tensors. So these tensors (leaves) are registered with a module above the offloaded modules. If a model is
+offloaded after the injection, accelerate replaces each leaf's tensor by an empty one on the meta device. So before the
+next forward, each leaf is moved to a module above, with its original tensor.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def is_leaf_name(name: str) -> bool:
 
 @dataclass(eq=False)
 class Leaf:
-    """One tensor of an attached adapter: the module that holds it and the name it has there.
+    """One tensor of an attached adapter: the module that holds the tensor, and the tensor's name in this module.
 
     Attributes:
         staged: the tensor, before it is registered.
@@ -72,16 +72,16 @@ class Leaf:
     @property
     def tensor(self) -> Tensor:
         """The tensor that the module holds under this name now."""
-        # Read it once, because another thread may register or release the leaf meanwhile.
+        # Read the attribute once, because another thread may register or release the leaf meanwhile.
         staged = self.staged
         if staged is not None:
             return staged
-        # nn.Module.__getattr__ takes five times as long, and this runs for every tensor in every forward.
+        # Read the dictionaries: nn.Module.__getattr__ takes five times as long, and each forward reads every tensor.
         held: Any = self.module._parameters.get(self.name)
         if held is None:
             held = self.module._buffers.get(self.name)
         if held is None:
-            held = self.staged  # Released in between.
+            held = self.staged  # Another thread has released the leaf.
         found: Tensor = getattr(self.module, self.name) if held is None else held
         return found
 
@@ -145,7 +145,7 @@ class Leaf:
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Drop the registered parameter if another one with values has taken its place."""
+        """Drop the registered parameter if another parameter, with values, has replaced it."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -172,7 +172,7 @@ class Leaf:
             self.module._parameters[self.name] = first
         home = home_of(model, self.module, hidden)
         for hook in [hook for module in _above(model, self.module) for hook in _hooks_of_accelerate(module)]:
-            met = getattr(hook, "original_devices", {})  # The hook puts back every tensor in here.
+            met = getattr(hook, "original_devices", {})  # accelerate's hook restores every tensor in this dictionary.
             for name in [name for name in met if name.rpartition(".")[2] == self.name]:
                 del met[name]
         self.release()
@@ -198,7 +198,7 @@ class LiveUpdates:
 
     Args:
         updates: the updates with the tensors they were attached with.
-        leaves: for each update: field -> the leaf that holds the field's tensor; None before registration.
+        leaves: for each update, a map from its fields to the leaves that hold their tensors; None before registration.
     """
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
@@ -330,7 +330,7 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
         return home
     found = next((module for module in _above(model, home) if id(module) not in hidden), None)
     if found is None:
-        why = "accelerate loads all parameters of the model for each forward, from a map without the adapter's"
+        why = "accelerate loads all parameters of the model for each forward, from a map that lacks the adapter's"
         cure = "Offload only its blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
     return found
@@ -349,8 +349,8 @@ def offloaded(model: nn.Module) -> set[int]:
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
     """Load leaves that diffusers' group offloading keeps on disk, and remove them from the groups.
 
-    A group is in memory only while the module runs with which the leaf is registered. But the leaf may be used later:
-    the block uses a bottleneck's leaf, the attention a prefix's leaf.
+    A group is in memory only while its module runs. But another module may use a leaf of the group later: a block uses
+    a bottleneck's leaf, an attention uses a prefix's leaf.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -362,7 +362,7 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 
 
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on disk.
+    """Return the ids of tensors that diffusers' group offloading keeps on disk, as the hooks at `modules` show.
 
     Between two forwards, such a tensor is uninitialised memory. The file is written once and read in each forward, so
     changes to the tensor by an optimizer or a merge are lost.
@@ -412,7 +412,7 @@ def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
 
 
 def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
-    """Return the values of a parameter that accelerate's hooks load for a forward, or None if nothing has them."""
+    """Return the values of a parameter that accelerate's hooks load for a forward; None if no hook loads it."""
     for module in model.modules():
         for hook in _hooks_of_accelerate(module):
             weights = getattr(hook, "weights_map", None)
@@ -427,7 +427,7 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
 def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     """Return all names of a parameter that tied modules share.
 
-    accelerate's offloading leaves each module its own empty parameter. An embedding and a head of one shape are then
+    accelerate's offloading gives each module a separate empty parameter. An embedding and a head of one shape are then
     tied if their values are equal, unless the model's config says that they are not tied.
     """
     named = list(model.named_parameters(remove_duplicate=False))
@@ -455,7 +455,7 @@ def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
 
 
 def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
-    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor in its original precision.
+    """Copy a leaf's value to a device, as a float32 (or wider) parameter if `trained`, else in its original precision.
 
     If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is replicated in every process.
     """
@@ -472,7 +472,7 @@ def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor
 
 
 def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """Yield the base's parameters, or those of one of its modules, without those of attached adapters."""
+    """Yield the parameters of the base or of one of its modules, without the parameters of attached adapters."""
     return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 

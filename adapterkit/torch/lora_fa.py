@@ -51,7 +51,7 @@ class LoRAFA(torch.optim.Optimizer):
         if other is not None or not any(True for _ in handle.parameters()):
             why = f"{other} is not LoRA" if other is not None else "the adapter has no trained tensors"
             raise UsageError(why, where=handle.name, cure="Create a lora, and inject it with trainable=True")
-        # B -> its A and scaling. Tensors are compared as keys by identity, as in an optimizer's state.
+        # Map each B to its A and scaling. As in an optimizer's state, the keys are compared by identity.
         self._pairs: dict[Tensor, tuple[Tensor, float]] = {}
         trained: list[Tensor] = []
         for update in updates:

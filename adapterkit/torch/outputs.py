@@ -1,6 +1,6 @@
-"""Output updates: one call of any module through the interface that output updates use, with its residual and norm.
+"""Run updates of outputs: offer any module's call, with its residual and norm, through the interface that they use.
 
-A module ends a sub-layer itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
+A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
 Then the output before the residual is computed by running the module on a residual of 0 and skipping its norm.
 Otherwise, the block around the module adds the residual. In this case, an update names the module that reads the
 residual, and a recorder at that module keeps the residual until it is needed.
@@ -31,7 +31,7 @@ Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""A function that returns parameter name of the module -> value after the attached updates of weights."""
+"""A function that returns the module's parameters by name, with the attached updates of weights applied."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
@@ -68,17 +68,17 @@ class InputRecorder(threading.local):
 
 @dataclass(frozen=True, eq=False)
 class OutputSite:
-    """The end of a target's output: its residual and its norm.
+    """The residual and the norm that follow a target's output.
 
     Attributes:
-        channels: the number of channels that the updates expect, or None if they do not fix it.
+        channels: the number of channels that the updates expect, or None if the updates do not fix this number.
         recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
             there is none.
         reader: the module that reads the residual.
         norm: the norm that the block around the module applies to the sum.
-        own: the position and name of the residual among the module's own arguments, if it takes one.
+        own: the position and name of the residual among the module's own arguments, if it takes a residual.
         own_norm: the name of the module's own norm.
-        call_words: returns the arguments of the model's call, if an update needs some.
+        call_words: returns the arguments of the model's call; by default, an empty dictionary.
     """
 
     channels: int | None
@@ -109,7 +109,7 @@ def find_output_site(
     placed = [update for update in updates if update.placed]
     if not placed:
         return OutputSite(channels)
-    where, cure = str(target), "Give each its own adapter, or change the order"
+    where, cure = str(target), "Put each update into a separate adapter, or change the order"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         why = "the updates of one target name residuals in different places"
@@ -117,10 +117,10 @@ def find_output_site(
     ((residual, norm),) = named
     own = None if residual or norm else _own_residual(module)
     if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        why = "an update of the whole output comes before one inside it"
+        why = "an update of the whole output comes before an update inside the output"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
-        why = "the block around it normalises the output, so the norm cannot be skipped"
+        why = "the block around the target normalises the output, so the norm cannot be skipped"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
     recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
     own_norm = _own_norm(module, where) if own else None
@@ -131,7 +131,7 @@ def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module
     try:
         return find(path) if path else None
     except AttributeError:
-        why = f"there is no module {path!r} next to it"
+        why = f"there is no module {path!r} next to the target"
         raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
 
 
@@ -141,7 +141,7 @@ def _check(module: nn.Module, target: Target) -> None:
         raise Unsupported("an output update cannot change a slice or experts", where=str(target), cure=cure)
     if type(module).forward is nn.Module.forward:
         why = f"a {type(module).__name__} does not define a forward"
-        raise Unsupported(why, where=str(target), cure="Target one of the modules that it holds")
+        raise Unsupported(why, where=str(target), cure="Target one of the modules inside it")
 
 
 def _own_residual(module: nn.Module) -> tuple[int, str] | None:
@@ -262,7 +262,9 @@ class ModuleCall:
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
-            raise Unsupported(f"it returns a {type(h).__name__}, not a tensor", cure="Target a module inside it")
+            raise Unsupported(
+                f"the module returns a {type(h).__name__}, not a tensor", cure="Target a module inside it"
+            )
         self.dtype = h.dtype
         wanted, given = self.output_site.channels, h.shape[self.channel]
         if wanted not in (None, given):

@@ -1,4 +1,4 @@
-"""The parts that a hook at a module runs; each holds the updates of one target, and how they are applied."""
+"""The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them."""
 
 from __future__ import annotations
 

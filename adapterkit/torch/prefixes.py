@@ -143,7 +143,7 @@ def _attend(
     past: Tensor = own.prefix.past
     made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
     if made != found:
-        why = f"made for {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
+        why = f"the prefix has {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
     n = past.shape[3]
@@ -170,7 +170,8 @@ def _mask(
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
-                "a prefix needs a mask of shape [batch, 1, queries, keys]", cure="Pass no mask, or one [batch, tokens]"
+                "a prefix needs a mask of shape [batch, 1, queries, keys]",
+                cure="Pass no mask, or a mask [batch, tokens]",
             )
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]

@@ -2,7 +2,7 @@
 
 A tool that patches `module.forward` (accelerate, diffusers, loggers) usually calls the previous forward. But trainers
 with an fp8 base install a forward that computes with the weight itself, so the adapter would silently not act.
-Inspecting the module does not show which case applies; a call does.
+Inspecting the module does not show which case applies; a call shows it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ForwardProbe:
-    """Check, at the module's next call, whether another tool's forward that replaced the hook's forward calls the hook.
+    """Check, at the module's next call, whether another tool's forward, which replaced the hook's, calls the hook.
 
     Args:
         hook: the hook.

@@ -4,10 +4,9 @@ watch.py checks the model before each forward. The following tools finish before
 
 * torch.fx copies a model's modules into a new module (`prepare_fx`) and replaces them there (`convert_fx`). The model
   itself does not change, and the new module is not watched.
-* torch.fx installs its quantization-aware modules (`prepare_qat_fx`) without triggering module hooks, but they take
-  over
-  the weights of the old modules.
-* PEFT's `merge_and_unload` changes the weight under an attached adapter and puts the module back in place.
+* torch.fx installs its quantization-aware modules (`prepare_qat_fx`) without triggering module hooks, but these modules
+  take over the weights of the old modules.
+* PEFT's `merge_and_unload` changes the weight under an attached adapter, and puts the wrapped module back in place.
 
 torch can report every module and parameter that is registered with a module. The hooks for these reports are global,
 and cost one call for each registration.

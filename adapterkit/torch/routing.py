@@ -5,8 +5,8 @@ adapter to the output. Any other module with adapters runs once for each group o
 layer's formula. Modules without adapters run once.
 
 Rows are one axis of a module's tensors: the first, or `axis`. For torch's recurrent layers and attention, `batch_first`
-gives the axis. A module is refused if its rows cannot be identified. This happens if rows are its second axis and the
-route does not say so, or if the module is an expert, which gets only the tokens routed to it.
+gives the axis. A module is refused if its rows cannot be identified. This happens if the rows are the module's second
+axis and the route does not say so, or if the module is an expert, which gets only the tokens routed to it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def route(
         held = module.__dict__
         if HOOK in held:
             hooks.append(held[HOOK])
-        # Not getattr(module), which is slow if the attribute is missing, as in most modules.
+        # Read the dictionary: getattr(module) is slow if the attribute is missing, as in most modules.
         if first is None and held.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
     switches = _switches_of(hooks)
@@ -87,7 +87,7 @@ class _KeptSwitches(Protocol):
 
 
 class _Hook(Protocol):
-    """A forward hook of a model, with the switches of its adapters and what it keeps for routes."""
+    """A forward hook of a model, with the switches of its adapters and its cache for routes."""
 
     @property
     def kept(self) -> _KeptSwitches: ...
@@ -97,7 +97,7 @@ class _Hook(Protocol):
 
 
 def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
-    """Return the adapters attached to a model, by name; cached at its first hook until one is attached or changed."""
+    """Return the adapters attached to a model, by name; cached until an adapter is attached, removed or changed."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept
@@ -192,7 +192,7 @@ def split(
         where: the target, for errors.
 
     Raises:
-        ShapeMismatch: no tensor has that many rows.
+        ShapeMismatch: no tensor has as many rows as the route.
         Unsupported: the axis of the module's rows is unknown.
     """
     check_expert(route, where)
@@ -257,7 +257,7 @@ def _axes(
         if not given or given[0].ndim != 3:
             raise Unsupported("the input has no rows", where=where, cure="Pass three-dimensional tensors")
         second = 0 if module.batch_first else 1
-        # In queries, keys and values, batch_first gives the axis of rows; in a padding mask they are always first.
+        # In queries, keys and values, batch_first gives the axis of rows; in a padding mask, rows are the first axis.
         return (lambda _, leaf: second if leaf.ndim == 3 else 0), {"attn_mask": mask} if "attn_mask" in kwargs else {}
     if isinstance(module, nn.RNNBase):
         if isinstance(given[0], PackedSequence) or given[0].ndim != 3:
@@ -277,7 +277,7 @@ def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
 
 
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
-    """Return the length of the axis of rows: the number of rows, or a multiple of it if they are flattened."""
+    """Return the length of the axis of rows: the number of rows, or a multiple of this number if rows are flattened."""
     rows = len(route.names)
     sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
     if rows in sizes:

@@ -4,9 +4,9 @@
 `with handle.disable()` apply only in the context that entered them, so that a server can serve many threads with one
 model.
 
-Two stores hold the same value. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot trace
-it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`, so
-compiled code reads the value from there. Only one case fails: a task that awaits inside the `with` and runs a
+Two stores hold the context's scope. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot
+trace it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`,
+so compiled code reads the scope from there. Only one case fails: a task that awaits inside the `with` and runs a
 *compiled* model.
 """
 
@@ -76,14 +76,14 @@ class Route:
     plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
-        """Return name -> its rows."""
+        """Return a map from each adapter's name to its rows."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
     def rows_first(self, tensor: Tensor) -> Tensor:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor does not have that many rows.
+            ShapeMismatch: the tensor has another number of rows than the route.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -114,7 +114,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings of one context: hook -> its route, and switch -> whether its adapter is on."""
+    """The settings of one context: the route of each hook, and whether each switch's adapter is on."""
 
     routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)
@@ -200,8 +200,8 @@ class Recall:
     """Give a recomputed forward the scope that its first run had.
 
     Activation checkpointing runs a block again in the backward pass, often outside the `with` of the forward, and on
-    CUDA in one of autograd's threads. Without this class, the gradients would silently be those of another function.
-    The adapters' weights and switches must equal those of the first forward.
+    CUDA in one of autograd's threads. Without this class, the gradients would silently belong to another function.
+    The adapters' weights and switches must be the same as in the first forward.
     """
 
     def __init__(self) -> None:
@@ -243,7 +243,8 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Reentrant checkpointing runs its first forward without gradients; so does a reference model (DPO).
+        # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use those
+        # without gradients, because reentrant checkpointing runs its first forward in this way.
         with_gradients, without = self._seen[True], self._seen[False]
         found = with_gradients or without
         if not found:

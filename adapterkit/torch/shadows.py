@@ -1,7 +1,7 @@
 """The side network of Shadow: its state during a call, and the network itself.
 
 The network has the class and config of the model's own body, except for fewer layers and other sizes, and gets the same
-inputs as the model. The network is not a module of the model: its tensors are a leaf of the adapter.
+inputs as the model. The network is not a module of the model: one tensor of the adapter holds all of its weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""The names of each size in the configs of transformers."""
+"""The names that configs of transformers use for each size."""
 
 
 class ShadowState:
@@ -71,7 +71,7 @@ class Standing(nn.Module):
 
     Args:
         model: the base, or a model like it without values.
-        update: one block's update, its leaves in the dtype to compute in.
+        update: one block's update, with its tensors in the dtype to compute in.
         words: the names of the network's inputs.
     """
 

@@ -31,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(update: Update) -> Update:
-    """Return the update over whole tensors; see `whole`."""
+    """Return the update with whole tensors; see `whole`."""
     take: Any = whole
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
 
@@ -61,7 +61,7 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
 def constants_on_every_process() -> Iterator[None]:
     """Let formulas over DTensors create plain tensors (indices, identity matrices), which are equal in all processes.
 
-    torch's own `implicit_replication` cannot be nested: leaving the inner one switches off the outer one.
+    torch's own `implicit_replication` cannot be nested: at the end of the inner block, torch also ends the outer one.
     """
     from torch.distributed.tensor import DTensor
 

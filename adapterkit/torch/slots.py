@@ -23,14 +23,14 @@ def inner_slot(module: nn.Module) -> Slot:
     found = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         found.append((module, "_old_forward"))
-    # If both tools have hooks, the forward inside one tool's hooks is the other tool's forward.
+    # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
     own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
     return next(own, found[0] if found else (module, "forward"))
 
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
     """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
-    # functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
+    # Skip wrappers: functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
     plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 

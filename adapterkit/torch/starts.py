@@ -169,7 +169,7 @@ def _eva(_: str, place: StartPlace) -> Start:
 
 
 def _loftq(init: str, place: StartPlace) -> Start:
-    """Start from the largest part of the rounding error of the weight; the base becomes the rounded weight.
+    """Start from the largest part of the rounding error of the weight; `taken` subtracts the whole error.
 
     As in PEFT, the scaling is ignored: if alpha is not the rank, the result is not the best approximation.
     """
@@ -219,7 +219,7 @@ KINDS: dict[str, Kind] = {
     "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora,
     "corda": _corda, "corda_kpm": _corda, "eva": _eva, "loftq": _loftq,
 }  # fmt: skip
-"""Name -> initialiser."""
+"""A map from each initialiser's name to its function."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

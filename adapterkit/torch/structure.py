@@ -13,14 +13,14 @@ from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
-"""The names of an attention's modules; an attention with other modules computes something else."""
+"""The names of the modules inside attentions like Llama's and GPT-2's; other attentions compute something else."""
 
 
 class HeadSizes(ABC):
     """An attention's projections.
 
     Attributes:
-        width: the number of features of its input.
+        width: the number of features of the attention's input.
     """
 
     width: int
@@ -46,7 +46,7 @@ class HeadSizes(ABC):
 
 
 class Separate(HeadSizes):
-    """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves if the model has them."""
+    """The projections of Llama: `q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves, if any."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -1,4 +1,4 @@
-"""Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook interrupts.
+"""Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook stops the change.
 
 Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change;
 this module handles all other errors. It copies the small dictionaries that change, never a tensor.

@@ -74,7 +74,7 @@ class Watch:
         return self._forwards
 
     def check(self) -> None:
-        """Check that every module with an adapter is still at its place and still runs the adapter.
+        """Check that every module with an adapter is still in the model and still runs the adapter.
 
         Raises:
             Unsupported: a module was replaced, has another class, lost the forward that was put on it, or is no longer
@@ -122,7 +122,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Each of several adapters has registered one.
+            # Remove only one: each adapter of the model has registered this hook.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -161,13 +161,14 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 
 
 class _Step:
-    """The forward pre-hook of a module between a model and its adapters, for callers of that module alone.
+    """The forward pre-hook of a module between a model and its adapters, for code that calls only this module.
 
     The hook refers only to the part of the model below the module, so that a copy of one block does not copy the model.
 
     Args:
         module: the module.
-        places: its steps, and those of the lists inside it, which are never called.
+        places: the steps that start at the module or at a list inside the module: lists are never called, so they run
+            no hooks.
         home: the model.
     """
 
@@ -318,7 +319,7 @@ class _Hook:
             step.module.register_forward_pre_hook(step)
 
     def _block(self, module: nn.Module, places: list[Place]) -> Block:
-        """Return a block with the hooks at modules that it calls.
+        """Return the block of a module, with the hooks at the modules inside the block.
 
         A known block keeps the forward that it had when it was first seen.
         """
@@ -385,7 +386,7 @@ class _Hook:
         begin_calls(self.hooks)
 
     def finish(self, _model: nn.Module, _args: object, result: object) -> None:
-        """Check what the forward read and called; after a forward that raised, torch calls this without a result.
+        """Check what the forward read and called. If the forward raised, torch calls this function without a result.
 
         Raises:
             Unsupported: the forward read the weight of a module with an adapter without calling the module.

@@ -27,12 +27,12 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return W + sum of weight * (f(W) - W), as stored; each adapter's f sees the weight without the other adapters."""
+    """Return W + sum of weight * (f(W) - W), in the stored layout; each f sees the weight without other adapters."""
     return _mixed(W, changes, _weight)
 
 
 def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return b + sum of weight * (g(b) - b), as stored."""
+    """Return b + sum of weight * (g(b) - b), in the stored layout."""
     return _mixed(b, changes, _bias)
 
 

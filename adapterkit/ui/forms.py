@@ -1,4 +1,4 @@
-"""Turn commands into forms, and filled-in forms into command lines; all paths must be inside the open folders."""
+"""Describe commands as forms, and convert filled-in forms to command lines. All paths must be in the open folders."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ COMMANDS = (
     "inspect", "report", "convert", "combine", "resize", "merge", "diff", "validate", "names", "extract", "verify",
     "scan",
 )  # fmt: skip
-"""Commands on the page, in this order. Commands that run other programs or talk to hubs are omitted."""
+"""The commands on the page, in this order. Commands that run other programs or use hubs are omitted."""
 
 LEFT_OUT = frozenset({
     "address", "bandwidth", "debug", "engine", "from_sarif", "help", "json", "node_tasks", "nodes", "price", "quiet",
     "recipe", "sarif", "stream", "suite", "verbose",
 })  # fmt: skip
-"""Options that forms omit: output options, other machines, and files that name further files."""
+"""Options that forms omit: options for the terminal output, options for other machines, and options for files that name
+further files."""
 
 LONGEST = 4096
-"""The largest number of characters in one value."""
+"""The most characters in a value."""
 
 MANY = 64
-"""The largest number of values of one option."""
+"""The most values of an option."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One argument or option of a form."""
+    """An argument or an option of a command, as a field of a form."""
 
     name: str
     label: str
@@ -94,7 +95,7 @@ class Forms:
         group: the commands.
         paths: the names of parameters that are paths.
         roots: folders that may be read and written.
-        hubs: whether adapters and bases may also be hub addresses; outputs never may.
+        hubs: whether adapters and bases may also be addresses on hubs; outputs may not.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Forms:
         ]  # fmt: skip
 
     def inside(self, value: str, *, output: bool = False) -> Path:
-        """Return a path inside one of the open folders; links are followed.
+        """Return the real path of a file in one of the open folders, with links followed.
 
         Raises:
             UsageError: the path is outside the open folders, or is an address.
@@ -207,7 +208,7 @@ class Forms:
         return text
 
     def listing(self, folder: str | None) -> dict[str, JsonValue]:
-        """List a folder to choose a path from: its folders and files, each with its likely kind."""
+        """List the folders and files in a folder, each with its likely kind, for the dialog that chooses a path."""
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
             return {"path": "", "parent": None, "entries": entries, "left_out": 0}
@@ -231,7 +232,7 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".n
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return the kind of an entry as its name suggests: adapter, base, weights, graph, page, folder or file."""
+    """Return the likely kind of an entry, judged by its name: adapter, base, weights, graph, page, folder or file."""
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:

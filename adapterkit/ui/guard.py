@@ -1,8 +1,8 @@
 """Refuse requests from other sites in the same browser, and from other users of the machine.
 
-Any web page can send requests to 127.0.0.1, and its domain name can point to 127.0.0.1. Three things are therefore
-checked: a request must have the token, which only the terminal shows; its Host must be this address; and a request that
-changes something must come from this page.
+Any web page can send requests to 127.0.0.1, and the domain name of a web page can point to 127.0.0.1. So three things
+are checked. A request must have the token, which only the terminal shows. Its Host header must be the address of this
+server. A request that changes something must come from this page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
 )
-"""The policy for a report, a single file with its own script. The sandbox denies it cookies and network access."""
+"""The content security policy for a report, which is a file with a script. The sandbox denies the script cookies and
+network access."""
 
 HEADERS = {
     "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",
@@ -38,17 +39,17 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application that wraps another and lets only this page's own requests through.
+    """An ASGI application that passes only the requests of this page to another application.
 
     Args:
-        inner: the wrapped application.
-        token: the token that the terminal showed.
+        inner: the other application.
+        token: the token in the address that the terminal shows.
         port: the port of the server.
     """
 
     def __init__(self, inner: Application, token: str, port: int) -> None:
         self.inner, self.token = inner, token
-        # Put the port into the cookie's name, because a cookie applies to all ports of a host.
+        # Put the port into the cookie's name, because a browser sends a cookie to all ports of a host.
         self.cookie = f"{COOKIE}-{port}"
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
@@ -85,7 +86,7 @@ class Guard:
         await self.inner(scope, replay, with_headers)
 
     def _refused(self, scope: Scope) -> str | None:
-        """Return why a request does not come from this page, or None if it does."""
+        """Return the reason to refuse a request, or None if the request comes from this page."""
         pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         headers = dict(pairs)
         if [name for name, _ in pairs].count("host") != 1 or headers["host"] not in self.hosts:
@@ -98,7 +99,7 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip()
         if scope["method"] not in ("GET", "HEAD") and (origin is None or kind != "application/json"):
             return "no page of this program makes such a request"
-        if scope["path"] == "/open":  # This path takes the token from the terminal's address and sets the cookie.
+        if scope["path"] == "/open":  # This path receives the token and sets the cookie.
             return None
         told = headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
@@ -107,7 +108,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether the text is the token, in a time that does not reveal how many characters are right."""
+        """Whether a text is the token. The time does not depend on the number of right characters."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 

@@ -1,4 +1,4 @@
-"""Jobs: run the commands of forms as processes, with their output and progress, and end them on request."""
+"""Jobs: run command lines as processes, record their output and progress, and cancel them on request."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 RUNNING = 2
-"""The number of jobs that run at the same time; few, because one merge already uses the whole bandwidth of a disk."""
+"""The number of jobs that run at the same time. The number is small, because a merge uses the full speed of a disk."""
 
 WAITING = 8
-"""The largest number of waiting jobs."""
+"""The most jobs that may wait."""
 
 KEPT = 50
-"""The number of ended jobs in the list."""
+"""The list keeps this many jobs that have ended."""
 
 SAID = 512 * 1024
-"""The number of characters of standard output to keep for each job, from the beginning."""
+"""The first characters of a job's standard output are kept, up to this number."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
 
 @dataclass(eq=False)
 class PageJob:
-    """One run of a command."""
+    """A run of a command line."""
 
     number: int
     words: tuple[str, ...]
@@ -69,8 +69,8 @@ class Jobs:
     """All jobs of a page.
 
     Args:
-        folder: the folder in which jobs run, which is where the page was started.
-        temporary: a folder for reports without a path from the user.
+        folder: the working folder of the jobs: the folder in which the page was started.
+        temporary: a folder for reports if the user does not type a path.
     """
 
     def __init__(self, folder: Path, temporary: Path) -> None:
@@ -81,7 +81,7 @@ class Jobs:
         self.closed = False
 
     def start(self, words: Sequence[str]) -> PageJob:
-        """Start a job, or let it wait for others.
+        """Start a job, or let the job wait if enough jobs are running.
 
         Raises:
             UsageError: too many jobs are already waiting.
@@ -89,7 +89,7 @@ class Jobs:
         with self.lock:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
             if waiting >= WAITING or self.closed:
-                raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until one ends, or end one")
+                raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until a job ends, or cancel a job")
             job = PageJob(self.next, tuple(words))
             self.next += 1
             out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
@@ -129,7 +129,7 @@ class Jobs:
             "NO_COLOR": "1",
         }
         try:
-            # Start a new session, so that Ctrl-C in the page's terminal does not reach the job; `close` ends it.
+            # Start a new session, so that Ctrl-C in the page's terminal does not reach the job; `close` ends the job.
             process = subprocess.Popen(
                 [sys.executable, "-m", "adapterkit", *words], cwd=self.folder, env=env, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
@@ -173,7 +173,7 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Ask a job to end, as Ctrl-C does; its partial output stays for the next run of the same command.
+        """Interrupt a job like Ctrl-C; its partial output is kept for the next run of the same command.
 
         Raises:
             UsageError: the job does not exist.
@@ -199,7 +199,7 @@ class Jobs:
         return found
 
     def records(self) -> list[dict[str, JsonValue]]:
-        """Return all jobs, the last one first."""
+        """Return all jobs, the newest first."""
         with self.lock:
             jobs = list(self.jobs.values())
         return [job.record() for job in reversed(jobs)]

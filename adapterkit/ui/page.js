@@ -26,7 +26,7 @@ async function ask(path, body) {
   return found;
 }
 
-// Forms: what is needed stands open, the rest behind one heading.
+// Forms: required and common fields are shown; all other fields are in a section that the user opens.
 
 const OPEN = new Set(["out", "dst", "base", "target_format", "method", "weights", "rank", "energy", "only_plan",
   "verified", "overwrite", "merged", "layers", "every", "on_loss"]);
@@ -186,7 +186,7 @@ function take(path) {
 // Jobs.
 
 let watched = null, timer = null, command = "";
-// A line breaks between words alone, not within "--out".
+// Break lines only between words, not inside "--out".
 const words = (text) => text.match(/(?:[^\s']+|'[^']*')+/g) ?? [];
 const STATES = { waiting: "waits for other jobs", running: "runs", done: "done", failed: "failed", ended: "cancelled" };
 
@@ -234,9 +234,9 @@ async function jobs() {
     onclick: () => watch(job.number) }, make("span", {}, STATES[job.state]), make("code", {}, job.command)))));
 }
 
-// What a weighted sum keeps of its parts, target by target: computed here from inner products, so that it follows the
-// weights at once. |sum w D|^2 / sum |w D|^2 is 1 where changes are orthogonal, under 1 where they work against one
-// another.
+// The chart of a weighted sum, for each target. It is computed here from inner products, so that it changes at once
+// with the weights. |sum w D|^2 / sum |w D|^2 is 1 if the changes are orthogonal, and below 1 if they work against each
+// other.
 
 async function conflicts() {
   const error = $("form-error");
@@ -266,8 +266,8 @@ async function conflicts() {
     const total = rows.reduce((sum, row) => sum + row.kept * row.kept * row.parts, 0);
     const parts = rows.reduce((sum, row) => sum + row.parts, 0);
     const all = parts ? Math.sqrt(total / parts) : 1;
-    $("conflicts-told").textContent = `The sum is ${(100 * all).toFixed(0)} % as large as its parts would be at right ` +
-      `angles; ${rows.length} targets, the most conflicting first. Under 100 % they work against one another.`;
+    $("conflicts-told").textContent = `The sum is ${(100 * all).toFixed(0)} % as large as a sum of orthogonal changes. ` +
+      `Below 100 %, the adapters work against each other. ${rows.length} targets, the most conflicting first.`;
     $("bars").setAttribute("aria-label", rows.slice(0, 12)
       .map((row) => `${row.target} ${(100 * row.kept).toFixed(0)} %`).join(", "));
     $("bars").replaceChildren(...rows.slice(0, 24).map((row) => {

@@ -1,4 +1,4 @@
-"""Serve the page and answer its requests; the server can be reached only from this machine."""
+"""Serve the page and answer its requests. The server can be reached only from this machine."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
     """Return the ASGI application of the page.
 
     Args:
-        forms: the commands as forms.
-        jobs: the object that runs them.
-        token: the token that opens the page.
+        forms: the forms of the commands.
+        jobs: the jobs, which run the commands.
+        token: the token that a browser needs to open the page.
         port: the port of the server.
 
     Raises:
@@ -141,11 +141,11 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""The largest number of adapters whose sum is measured."""
+"""The most adapters whose sum can be measured."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
-    """Return the inner products of the adapters' changes at each target, which give the norm of any weighted sum.
+    """Return the inner products of the adapters' changes at each target, from which the page computes norms of sums.
 
     Args:
         adapters: two or more adapters.
@@ -168,7 +168,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
 
 
 def missing(error: ImportError) -> Unsupported:
-    """Return the error for a page whose packages are not installed."""
+    """Return the error for a missing package of the page."""
     return Unsupported(f"the page needs {error.name}, which is not installed", cure="pip install 'adapterkit[ui]'")
 
 
@@ -188,8 +188,8 @@ def serve(
         paths: the names of parameters that are paths.
         roots: folders that may be read and written.
         hubs: whether adapters and bases may be addresses on hubs.
-        port: the port on 127.0.0.1; 0 for a free one.
-        started: a function that is called with the address once the server answers.
+        port: the port on 127.0.0.1; 0 for a free port.
+        started: a function that is called with the address when the server is ready.
 
     Raises:
         Unsupported: starlette or uvicorn is not installed.
@@ -226,7 +226,7 @@ def serve(
 
 
 def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - called like a class
-    """Return a server that calls `started` when it answers requests."""
+    """Return a server that calls `started` when it is ready."""
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -155,7 +155,7 @@ def test_shapes_tell_which_of_two_towers_is_meant_and_nothing_else_does(base):
     both = {"text.layers.0.k.weight": normal(3, 4), "vision.layers.0.k.weight": normal(3, 4)}
     other = Adapter({Target("model.layers.0.k"): (lora(3, 4),)})
     with pytest.raises(
-        TargetNotFound, match=r"the name has several readings in the base: text\.layers\.0\.k or vision\."
+        TargetNotFound, match=r"the name can mean several modules of the base: text\.layers\.0\.k or vision\."
     ) as raised:
         bind(other, both_of(both, opened))
     assert "--rename 'model.layers.0.k=text.layers.0.k' (rename=)" in raised.value.cure

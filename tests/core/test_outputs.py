@@ -415,7 +415,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     placed = bottleneck(residual="first")
     for updates, why in (
         ((placed, bottleneck()), "in different places"),
-        ((reft, placed), "before one inside it"),
+        ((reft, placed), "before an update inside the output"),
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))

@@ -77,7 +77,7 @@ def test_projections_beside_a_config_without_are_refused(trained):
     """PEFT would draw its own, whatever is in the file."""
     _, folder, base = trained(Layers, VeraConfig(r=5, target_modules=["q", "up"]))
     edit(folder, save_projection=False)
-    with pytest.raises(Malformed, match="does not have the projections, but it has them"):
+    with pytest.raises(Malformed, match="does not have the projections, but the file has them"):
         ak.read(folder, base=base)
     edit(folder, save_projection=True, r=4)
     with pytest.raises(ShapeMismatch, match="the config states rank 4"):
@@ -135,7 +135,7 @@ def test_lora_xs_as_its_authors_save_it(form, trained, tmp_path):
         expected = 5 / 3 * np.einsum("op,pq,qi->oi", B, R, A)
         got = adapter.delta(path.removeprefix("base_model.model."), base).double().numpy()
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
-    with pytest.raises(Unrepresentable, match="PEFT files cannot have the method lora_xs"):
+    with pytest.raises(Unrepresentable, match="PEFT files cannot store the method lora_xs"):
         ak.write(adapter, tmp_path / "b", "peft")
 
 

@@ -449,7 +449,10 @@ NO_ALPHA = next(
 GPT2 = "h__0__attn__c_attn"
 
 LOSSES = {
-    "method": (adapter(x=ak.METHODS["dense"](D=from_numpy(ONE))), "the library does not have the method dense"),
+    "method": (
+        adapter(x=ak.METHODS["dense"](D=from_numpy(ONE))),
+        "the adapters library does not have the method dense",
+    ),
     "nowhere": (adapter(x__y=lora()), "the kinds of these layers are unknown"),
     "ambiguous": (adapter(layers__0__mlp__up_proj=lora()), "the kinds of these layers are unknown"),
     "ranks": (adapter(**{QUERY: lora(), QUERY.replace("0", "1"): lora(r=3)}), "its method, rank or scaling differs"),
@@ -474,7 +477,7 @@ def test_what_a_folder_cannot_say_is_refused_item_by_item(case, tmp_path):
 def test_what_it_cannot_say_is_left_out_if_that_is_allowed(tmp_path):
     source = adapter(**{QUERY: lora(), "x": ak.METHODS["dense"](D=from_numpy(ONE))})
     lines = ak.write(source, tmp_path / "a", "adapterhub", on_loss="drop")
-    assert lines == ["left out x: the library does not have the method dense"]
+    assert lines == ["left out x: the adapters library does not have the method dense"]
     assert [str(target) for target in ak.read(tmp_path / "a").updates] == [QUERY.replace("__", ".")]
 
 

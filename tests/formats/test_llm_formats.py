@@ -419,10 +419,28 @@ def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(tmp_path):
     assert not ak.write(llama(scaling=1.0), tmp_path / "plain", "peft", profile="openvino_genai")
 
 
+def test_executorch_gets_zeros_for_layers_without_an_update(tmp_path):
+    """Its model.py puts LoRA in every layer, and refuses a file that lacks the factors of one."""
+    q, down = (Target(f"model.layers.{name}") for name in ("1.self_attn.q_proj", "0.mlp.down_proj"))
+    adapter = ak.Adapter({q: (lora(16, 16, rank=2, scaling=3.0),), down: (lora(16, 24, rank=3),)})
+    ak.write(adapter, tmp_path / "a", "peft", profile="executorch")
+    there = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    names = {there.format(n, m, f) for n in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj") for f in "AB"}
+    assert set(ak.io.safetensors.read(tmp_path / "a" / "adapter_model.safetensors")) == names
+    found = deltas(ak.read(tmp_path / "a"))
+    same(deltas(adapter), {path: delta for path, delta in found.items() if delta.any()}, 1e-6)
+    # The base has one more layer than the adapter.
+    lines = ak.write(ak.Adapter({down: adapter.updates[down]}), tmp_path / "b", "peft", BASE, profile="executorch")
+    assert [line for line in lines if "zeros for model.layers.1.mlp.down_proj" in line]
+    assert {path for path, delta in deltas(ak.read(tmp_path / "b")).items() if not delta.any()} == {
+        "model.layers.1.mlp.down_proj"
+    }
+
+
 def test_limits_of_hosted_consumers(tmp_path):
     q = Target("model.layers.0.self_attn.q_proj")
     wide = ak.Adapter({q: (lora(256, 256, rank=70),)})
-    with pytest.raises(Unrepresentable, match="takes ranks up to 64") as refused:
+    with pytest.raises(Unrepresentable, match="accepts ranks up to 64") as refused:
         ak.write(wide, tmp_path / "f", "peft", profile="fireworks")
     assert refused.value.cure == "adapterkit resize --rank 64"
     ak.write(ak.Adapter({q: (lora(256, 256, rank=2),)}), tmp_path / "f", "peft", profile="fireworks")
@@ -512,7 +530,7 @@ def test_gguf_has_one_invocation_for_all(tmp_path):
     (one, (u,)), (other, (v,)) = plain.updates.items()
     tokens = from_numpy(np.array([5], dtype="i8"))
     mixed = ak.Adapter({one: (ak.METHODS["alora"](A=u.A, B=u.B, invocation=tokens),), other: (v.replace(scaling=1.0),)})
-    with pytest.raises(Unrepresentable, match="one for all"):
+    with pytest.raises(Unrepresentable, match="one invocation for all"):
         ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE)
     assert list(tmp_path.iterdir()) == []
     assert len(ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE, "drop")) == 1

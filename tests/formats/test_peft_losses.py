@@ -26,7 +26,7 @@ def adapter(**updates):
     return ak.Adapter({ak.Target(path): u if isinstance(u, tuple) else (u,) for path, u in updates.items()})
 
 
-BOTH = "c: a PEFT file cannot have both"
+BOTH = "c: a PEFT file cannot store both"
 UNREPRESENTABLE = {
     "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), f"{BOTH} ia3 and lora"),
     "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), f"{BOTH} dora and lora"),

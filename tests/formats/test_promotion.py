@@ -98,7 +98,7 @@ def test_a_law_of_the_weight_is_taken_at_the_base(tmp_path):
     base = write_base(tmp_path / "base", {}, {f"{there}.weight": (6, 24)})
     W = load_file(base / "model.safetensors")[f"{there}.weight"].astype("f8")
     (line,) = ak.write(other, tmp_path / "d.safetensors", "comfyui", base, "promote")
-    assert line == f"wrote ia3 at {there} as a difference of weights"
+    assert line == f"wrote ia3 at {there} as a weight difference"
     got = load_file(tmp_path / "d.safetensors")
     assert np.abs(next(v for k, v in got.items() if k.endswith(".diff")) - (W * factors - W)).max() < 1e-6
 

@@ -63,7 +63,7 @@ def test_the_same_bytes_also_of_an_adapter_in_memory(cluster: Any, inputs: Any, 
 def test_a_fault_of_a_task_is_the_fault_of_the_merge(cluster: Any, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", {"m.weight": rand(9, 5).half()}, shards=1)
     adapter = ak.Adapter({ak.Target("m"): (lora(9, 5, scale=1e4),)})
-    with pytest.raises(ak.AdapterkitError, match="cannot hold"):
+    with pytest.raises(ak.AdapterkitError, match="a NaN or an infinity in"):
         ak.merge(base, adapter, tmp_path / "out", engine="ray", address=cluster.address)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 

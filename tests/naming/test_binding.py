@@ -73,7 +73,7 @@ def test_a_prefix_is_the_same_for_all_or_for_none(base):
 
 def test_two_prefixes_that_would_do_are_no_answer(base):
     opened = base({"a.q.weight": normal(3, 4), "b.q.weight": normal(3, 4)})
-    with pytest.raises(TargetNotFound, match=r"several readings in the base: a\.q or b\.q") as raised:
+    with pytest.raises(TargetNotFound, match=r"several modules of the base: a\.q or b\.q") as raised:
         bind(adapter(q=lora(3, 4)), opened)
     assert "--rename 'q=a.q'" in raised.value.cure
 

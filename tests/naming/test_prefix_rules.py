@@ -91,7 +91,7 @@ def test_the_thinker_of_a_whole_model_is_the_thinker_alone():
 
 
 def test_two_places_that_names_do_not_tell_apart_are_refused():
-    with pytest.raises(TargetNotFound, match="the name has several readings"):
+    with pytest.raises(TargetNotFound, match="the name can mean several modules"):
         found(below("model."), below("thinker.model.") + below("talker.model."))
 
 
@@ -113,7 +113,7 @@ def test_of_two_towers_the_one_is_meant_whose_word_stays():
     ],
 )
 def test_words_that_two_places_keep_alike_prove_nothing(ours, theirs):
-    with pytest.raises(TargetNotFound, match="the name has several readings"):
+    with pytest.raises(TargetNotFound, match="the name can mean several modules"):
         found(below(ours), [name for prefix in theirs for name in below(prefix)])
 
 

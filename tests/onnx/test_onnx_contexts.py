@@ -54,7 +54,7 @@ def test_a_soft_prompt_is_tokens_in_front(base, tmp_path, close):
     wanted = peft_model(folder, config, tmp_path / "prompt")
     report = ak.onnx.inject(graph, tmp_path / "prompt", tmp_path / "out.onnx")
     assert report.difference == 0
-    assert "tokens 20 to 22 are the new ones" in report.note
+    assert "the new tokens have the ids 20 to 22" in report.note
     session = ak.onnx.Session(report.out)
     prompted = np.concatenate([np.arange(WORDS, WORDS + COUNT)[None], IDS.numpy()], 1)
     got = session.run(feeds(prompted, nothing(session)))["logits"]
@@ -109,7 +109,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     gate = {"gate": torch.randn(1, 8), "gate_bias": torch.zeros(1)}
     gated = of("gated_prefix", P=torch.randn(1, 2, 1, 4, 4), **gate)
     for error, match, adapter, words in (
-        (ShapeMismatch, "made for 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
+        (ShapeMismatch, "the vectors have 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
         (ShapeMismatch, "the prefix has 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
         (Unsupported, "prompts and prefixes cannot be slots", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
         (TargetNotFound, "no module of this name", gated, {}),
@@ -124,7 +124,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
     folder, path = encoders("Bert")
     for error, match, target, dim in (
-        (ShapeMismatch, "made for 8 channels, and the embedding has 32", "embeddings", 8),
+        (ShapeMismatch, "the vectors have 8 channels, and the embedding has 32", "embeddings", 8),
         (TargetNotFound, "the module encoder has 0 embeddings of the graph's tokens", "encoder", 32),
     ):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
@@ -134,7 +134,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
     path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
     adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
-    with pytest.raises(Unsupported, match="whose past goes on without them"):
+    with pytest.raises(Unsupported, match="whose positions would count them"):
         ak.onnx.inject(path, adapter, out)
     assert not out.exists()
 
@@ -171,7 +171,7 @@ def test_a_soft_prompt_behind_embeddings_with_positions(kind, encoders, tmp_path
     adapter = ak.Adapter({ak.Target("embeddings"): (ak.METHODS["prompt"](P=P),)})
     report = ak.onnx.inject(graph, adapter, tmp_path / "out.onnx")
     assert report.difference == 0
-    assert "positions of the others do not count" in report.note
+    assert "positions of other tokens do not count" in report.note
     ids, mask = torch.tensor([[5, 9, 2, 13], [7, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     live = encoder(kind)
     ak.torch.inject(live, adapter)

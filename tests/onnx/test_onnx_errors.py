@@ -102,7 +102,7 @@ def test_targets_and_shapes(plain, tmp_path):
 def test_methods_that_a_layer_or_a_mode_cannot_take(plain, tmp_path):
     out = tmp_path / "out.onnx"
     compacter = Adapter({Target("0"): (example("compacter"),)})
-    refused(Unsupported, "leave the base as it is", plain, compacter, out, mode="slots")
+    refused(Unsupported, "leave the base unchanged", plain, compacter, out, mode="slots")
     refused(UsageError, "unknown mode", plain, lora(), out, mode="other")
     bare = graphs.saved(graphs.built("unbiased")[2], tmp_path / "bare.onnx")
     replaced = Adapter({Target("0"): (METHODS["replacement"](bias=torch.ones(8)),)})

@@ -153,7 +153,7 @@ def test_names_that_are_lost_are_found_by_numbers(exported, tmp_path, close):
     adapter = Adapter({Target(name): (lora(*sizes),) for name, sizes in names.items()})
     path = folder / "session.onnx"
     assert {"FusedMatMul", "Gemm"} <= {node.op_type for node in onnx.load(path).graph.node}
-    with pytest.raises(TargetNotFound, match="by their numbers, pass the base"):
+    with pytest.raises(TargetNotFound, match="by their values, pass the base"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
     report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder / "base.safetensors")
     assert {place.method for place in report.found} == {"values"}

@@ -203,7 +203,7 @@ def test_xlora_reads_a_first_pass(case, experts, graphs, tmp_path, close):
     model = xlora(case, experts, tmp_path / "router")
     router, out = ak.read(tmp_path / "router"), tmp_path / "out.onnx"
     if case == "layerwise":
-        with pytest.raises(Unsupported, match="order is that of the torch model"):
+        with pytest.raises(Unsupported, match="in the order of the torch model"):
             ak.onnx.inject(graphs(llama), router, out, experts=experts)
         live = copy.deepcopy(base(llama))
         ak.onnx.inject(graphs(llama), ak.torch.inject(live, router, experts=list(map(ak.read, experts))).adapter(), out)

@@ -324,7 +324,7 @@ def test_what_is_refused(fixed, made, tmp_path):
         ak.onnx.inject(fixed(llama), adapter, out, mode="slots")
     masked = ir.load(fixed(llama, "input_ids", "attention_mask", "position_ids"))
     masked.graph.inputs[1].name = "seen"
-    with pytest.raises(Unsupported, match="the graph's input seen is not an input of the network") as raised:
+    with pytest.raises(Unsupported, match="the graph's input seen is not an input of the side network") as raised:
         ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path))
     assert "--call attention_mask=seen" in raised.value.cure
     ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path), call={"attention_mask": "seen"})

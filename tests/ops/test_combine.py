@@ -133,7 +133,7 @@ def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
         close(exact(one, target), exact(other, target), 1e-7)
 
 
-OTHER_SCALES = {"cart": "factor of the differences", "robust_merge": "c, the factor of A and of B"}
+OTHER_SCALES = {"cart": "factor of the tasks' differences from the mean", "robust_merge": "c, the factor of A and of B"}
 """Methods whose `scale` is another factor than that of the result, with its meaning."""
 
 
@@ -1096,7 +1096,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "1.5 is not allowed", two, "ties", density=1.5)
     refused(UsageError, "'most' is not allowed.*model, tensor", two, "ties", scope="most")
     refused(UsageError, "1 weights for 2 adapters", two, "ties", [1.0])
-    refused(UsageError, "no finite number", two, "ties", [1.0, float("nan")])
+    refused(UsageError, "not a finite number", two, "ties", [1.0, float("nan")])
     refused(UsageError, "sum to 0", two, "slerp", [1.0, -1.0])
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
     refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
@@ -1109,8 +1109,8 @@ def test_bad_input_is_refused():
     refused(UsageError, "seed -1 is not a whole number", two, "dare_ties", seed=-1)
     refused(UsageError, "needs data", two, "regmean")
     refused(UsageError, "does not use data", two, "ties", data=print)
-    refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
-    refused(UsageError, "are a mapping", two, "ties", each=[0.5, 0.2])
+    refused(UsageError, "cannot differ between adapters", two, "ties", each=[{"scale": 1.0}, {}])
+    refused(UsageError, "must be a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot follow a plug-in", two, "knots", then="core")
@@ -1127,7 +1127,7 @@ def test_bad_input_is_refused():
         "ties",
     )
     refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
-    refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
+    refused(UsageError, "returned no gradients", two, "cat", data=lambda _: 1.0)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -246,9 +246,9 @@ def test_peft_makes_the_same_of_the_same_random_masks(peft_model, monkeypatch, k
 
 
 def test_a_peer_and_its_names_are_checked():
-    with pytest.raises(Unsupported, match="no way of 'kohya'"):
+    with pytest.raises(Unsupported, match="the peer library 'kohya' is unknown"):
         ak.ops.combine([adapter(0), adapter(1)], "ties", compat="kohya")
-    with pytest.raises(UsageError, match="mergekit has no way to combine called 'knots'"):
+    with pytest.raises(UsageError, match="mergekit has no method 'knots'"):
         ak.ops.combine([adapter(0), adapter(1)], "knots", compat="mergekit")
 
 

@@ -267,7 +267,7 @@ NOT_FINITE = np.where(np.arange(48) == 9, np.nan, 0).reshape(8, 6).astype(np.flo
         ("model.embed_tokens.weight", np.full((12, 6), np.nan, np.float32), Malformed, "NaN or an infinity"),
         ("model.layers.0.k.weight", np.zeros((8, 6), np.float32), TargetNotFound, "the base lacks"),
         ("model.layers.0.q.bias", None, TargetNotFound, "the tuned model lacks"),
-        ("model.same.weight", np.zeros((4, 4), np.int32), Unsupported, "its numbers are I32 and changed"),
+        ("model.same.weight", np.zeros((4, 4), np.int32), Unsupported, "the tensor changed, but its dtype is I32"),
     ],
 )
 def test_models_that_do_not_fit_together_are_refused(name, value, error, why, tmp_path):

@@ -184,7 +184,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ak.search(PAIR, score, budget=12, seed=4, trials=kept)
     assert ak.search(PAIR, score, budget=8, seed=4, trials=kept, overwrite=True).resumed == 0
     kept.write_text("not JSON\n")
-    with pytest.raises(Malformed, match="does not hold trials of a search"):
+    with pytest.raises(Malformed, match="does not contain trials of a search"):
         ak.search(PAIR, score, budget=12, seed=3, trials=kept)
 
 
@@ -211,6 +211,8 @@ def test_what_a_search_refuses() -> None:
         ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),
+        ("rank is 0", {"rank": 0}),
+        ("rank is 99, but the weights have at most rank 24", {"rank": 99}),
         ("texts are scored on a base", {"data": __file__}),
     ):
         with pytest.raises(AdapterkitError, match=match):

@@ -164,8 +164,8 @@ def test_a_merge_that_lost_a_quarter_is_told(folder: Path) -> None:
         assert each.kept == pytest.approx(0.75, abs=1e-4)
         assert each.error == pytest.approx(0.25, abs=1e-3)
     (told,) = [each.text for each in found.verdicts if each.code == "merged-less"]
-    assert told.startswith("the merged model holds 75 % of the change at layer ")
-    assert told.endswith("; 24 of 24 targets are off by more than 5 %.")
+    assert told.startswith("the merged model contains 75 % of the change at layer ")
+    assert told.endswith("; 24 of 24 targets differ by more than 5 %.")
 
 
 def test_dense_changes_and_other_methods_are_measured_alike(folder: Path) -> None:
@@ -264,13 +264,13 @@ ALONE: dict[str, tuple[Callable[[Factors], None], str, str]] = {
     "untrained": (dead_all, "untrained", "changes nothing"),
     "scaled layer": (scaled(4, 6.0), "scaled-layer", "layer 4 is out of scale: its changes are"),
     "shrunk layer": (scaled(2, 0.1), "scaled-layer", "layer 2 is out of scale: its changes are"),
-    "concentrated": (concentrated, "concentrated", "layer 6 o_proj holds"),
+    "concentrated": (concentrated, "concentrated", "layer 6 o_proj has"),
     "spike": (spike, "spike", "layer 2 up_proj is a rank-1 spike"),
-    "collapsed": (collapsed, "spike", "24 of 24 targets are changes of rank 1 in effect"),
+    "collapsed": (collapsed, "spike", "24 of 24 targets have changes of rank 1"),
     "unused rank": (unused, "unused-rank", "adapterkit resize --rank 2"),
     "outlier": (outlier, "outliers", "layer 1 q_proj has outliers"),
     "missing target": (missing, "missing-targets", "o_proj is missing in layer 4"),
-    "early layers": (early, "first-or-last", "the first third of the layers holds"),
+    "early layers": (early, "first-or-last", "the first third of the layers has"),
     "NaN": (not_a_number, "damaged", "layers.7.self_attn.q_proj of planted is damaged"),
 }
 """Fault planted into one adapter -> the rule that tells it, and a part of its sentence."""
@@ -345,7 +345,7 @@ def test_planted_faults_against_a_base_are_told(folder: Path, tmp_path: Path) ->
     assert "every target has a scaling of 300" in large["scaling"]
     assert "of its weight; 24 of 24 targets" in large["too-large"]
     nothing = told(folder / "one", base=folder / "base", merged=folder / "base")
-    assert nothing["merged-less"] == "The merged model holds nothing of the change: it is the base."
+    assert nothing["merged-less"] == "The merged model contains nothing of the change: it equals the base."
     other = save_lora(tmp_path / "else", factors(3), base="org/else")
     pair = {each.code: each.text for each in ak.report([folder / "one", other]).verdicts}
     assert pair["different-bases"].endswith("one for org/base and else for org/else.")
@@ -367,7 +367,7 @@ def test_layers_of_another_kind_are_no_gaps(tmp_path: Path) -> None:
     del found["down.1.attentions.1.to_k"]
     told = ak.report(save_lora(tmp_path / "gap", found, r=2)).verdicts
     assert [each.text for each in told if each.code == "missing-targets"] == [
-        "to_k is missing in layer down.1.attentions.1; all others have it."
+        "to_k is missing in layer down.1.attentions.1; all other layers have it."
     ]
 
 

@@ -1,8 +1,11 @@
 """Faults planted in a sound adapter, for tests of the scan and comparisons with another scanner."""
 
+import gzip
+import io
 import json
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -254,3 +257,105 @@ PLANTED = {
     "one target": ("outlier", numbers(all_in_one)),
     "two faults": ("outlier", numbers(lambda tensors: (few_bits(tensors), all_in_one(tensors)))),
 }  # fmt: skip
+
+
+def zipped(entries, before=b""):
+    stream = io.BytesIO()
+    stream.write(before)
+    with zipfile.ZipFile(stream, "a") as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return stream.getvalue()
+
+
+def tarred(name, data):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as file:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        file.addfile(entry, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def linked_in_tar(path):
+    with tarfile.open(path / "w.tar", "w") as file:
+        entry = tarfile.TarInfo("x.txt")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        file.addfile(entry)
+
+
+def objects(dtype=object):
+    stream = io.BytesIO()
+    np.save(stream, np.array([Calls(os.system, "true")], dtype=object).astype(dtype), allow_pickle=True)
+    return stream.getvalue()
+
+
+def in_metadata(path):
+    """A chat template in the metadata of a GGUF file without tensors."""
+    key, text = b"tokenizer.chat_template", b"{{ cycler.__init__.__globals__.os.system('true') }}"
+    count = [len(each).to_bytes(8, "little") + each for each in (key, text)]
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    (path / "model.gguf").write_bytes(head + count[0] + (8).to_bytes(4, "little") + count[1] + bytes(64))
+
+
+def polyglot(path):
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(zipped({"a/data.pkl": EVIL}, file.read_bytes()))
+
+
+def linked_pipe(path):
+    os.mkfifo(path / "pipe")
+    (path / "adapter_model.bin").symlink_to("pipe")
+
+
+def pushed(*parts):
+    return b"\x80\x04" + b"".join(parts)
+
+
+EVIL = pickle.dumps(Calls(os.system, "true"), 2)
+POSIX, SYSTEM, KNOWN, NAME = (
+    b"\x8c" + bytes([len(text)]) + text for text in (b"posix", b"system", b"collections", b"OrderedDict")
+)
+LONG = b"\x80\x02X" + (1000).to_bytes(4, "little") + b"a" * 1000 + b"0" + EVIL[2:]
+LARGE = b"\x80\x02X" + (33 << 20).to_bytes(4, "little") + b"a" * (33 << 20) + b"0" + EVIL[2:]
+
+EVADING = {
+    "a pickle of protocol 0": ("pickle-call", written("a.bin", pickle.dumps(Calls(os.system, "true"), 0))),
+    "a pickle that begins with a long text": ("pickle-call", written("a.bin", LONG)),
+    "a pickle of 33 MB": ("pickle-call", written("a.bin", LARGE)),
+    "text that is not ASCII": ("pickle-call", written("a.bin", b"\x80\x02S'\xc3\xa9'\n0" + EVIL[2:])),
+    "the same in protocol 0": ("pickle-call", written("a.bin", b"S'\xc3\xa9'\n0cposix\nsystem\n(S'true'\ntR.")),
+    "a name from the memo": ("pickle-call", written("a.pkl", pushed(
+        POSIX, b"\x94", SYSTEM, b"\x94", KNOWN, b"0", NAME, b"0h\x00h\x01\x93."))),
+    "a name below others": ("pickle-call", written("a.pkl", pushed(POSIX, SYSTEM, KNOWN, NAME, b"00\x93."))),
+    "a pickle without an ending in a zip": ("pickle-call", written("w.bin", zipped({"deep/er/x.bin": EVIL}))),
+    "a zip in a zip": ("pickle-call", written("w.zip", zipped({"in.pt": zipped({"a/data.pkl": EVIL})}))),
+    "a tar": ("pickle-call", written("w.tar", tarred("x.pkl", EVIL))),
+    "a tar of old torch": ("pickle-call", written("w.pt", tarred("storages", pickle.dumps(Calls(eval, "1"), 0)))),
+    "a gzip": ("pickle-call", written("w.pkl.gz", gzip.compress(EVIL))),
+    "an array of objects": ("pickle-call", written("a.npy", objects())),
+    "an array of records": ("pickle-call", written("a.npy", objects([(f"field {n}", object) for n in range(99)]))),
+    "arrays of objects": ("pickle-call", written("a.npz", zipped({"a.npy": objects()}))),
+    "code in upper case in an archive": ("code-file", written("w.zip", zipped({"A.PY": "import os"}))),
+    "a name that leaves the folder": ("hidden-file", written("w.zip", zipped({"../../x.txt": b""}))),
+    "a link in a tar": ("link", linked_in_tar),
+    "a kernel": ("code-file", written("kernel.cpp", "int main() {}")),
+    "Megatron's module": (
+        "code-in-config", config("adapter_config.json", megatron_core="acme.evil", megatron_config={"a": 1})
+    ),
+    "a module of sentence-transformers": (
+        "code-in-config", written("modules.json", json.dumps([{"name": "0", "type": "acme.Evil"}]))
+    ),
+    "a mark before the JSON": ("code-in-config", written("config.json", b'\xef\xbb\xbf{"auto_map": {"A": "a.A"}}')),
+    "a template of several": ("template", template({"default": "{{ cycler.__init__ }}"})),
+    "a template of GGUF": ("template", in_metadata),
+    "a name in two parts": ("template", template("{{ messages['_' ~ '_class_' ~ '_'] }}")),
+    "a name that is joined": ("template", template("{{ messages[['_', '_class_', '_']|join] }}")),
+    "a name for map": ("template", template("{{ messages|map(attribute='_' ~ '_class_' ~ '_')|list }}")),
+    "a key twice": ("other-content", written("config.json", '{"auto_map": {"A": "a.A"}, "auto_map": {}}')),
+    "an archive after the tensors": ("other-content", polyglot),
+    "a pipe": ("other-content", lambda path: os.mkfifo(path / "pipe")),
+    "a link to a pipe": ("other-content", linked_pipe),
+    "a full-width line": ("lookalike-name", written("adapter\uff3fmodel.safetensors", b"")),
+}  # fmt: skip
+"""Ways around a scan."""

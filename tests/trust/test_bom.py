@@ -87,7 +87,7 @@ def test_conflicts_of_licences_are_in_it(tmp_path: Path) -> None:
     (lora / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
     ak.merge(base, [lora], tmp_path / "out")
     main = valid(tmp_path / "out")["metadata"]["component"]
-    assert "limits that it forbids" in facts(main)["licence-conflict:1"]
+    assert "the other adds limits" in facts(main)["licence-conflict:1"]
     assert facts(main)["licence:1:the base"].startswith("llama3.1 asks for")
     assert {"license": {"name": "llama3.1"}} in main["licenses"]
 

@@ -11,9 +11,11 @@ import cyclonedx
 import pytest
 from command_line import record, run, save_base, save_peft
 from hub_repository import hub  # noqa: F401 - a fixture
+from license_expression import Licensing
 
 import adapterkit as ak
-from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of
+from adapterkit.core.licence_expressions import alternatives
+from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of, unknown
 from adapterkit.errors import CheckFailed
 
 TABLE = tomllib.loads((Path(__file__).parents[2] / "spec" / "licences.toml").read_text("utf-8"))
@@ -43,15 +45,84 @@ def told(*names: str) -> list[tuple[str, dict[str, str]]]:
     (("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"), None), (("llama2", "openrail"), None),
     (("apache-2.0", "cc-by-nc-4.0"), "no commercial use, because of part 1"),
     (("cc-by-nc-4.0", "llama2"), "no commercial use, because of part 0"),
-    (("gpl-3.0", "llama3"), "limits that it forbids"), (("openrail", "agpl-3.0"), "limits that it forbids"),
-    (("gpl-2.0", "gpl-3.0"), "each requires that the whole"),
-    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each requires that the whole"),
+    (("gpl-3.0", "llama3"), "the other adds limits"), (("openrail", "agpl-3.0"), "the other adds limits"),
+    (("gpl-2.0", "gpl-3.0"), "each of them must cover the whole model"),
+    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each of them must cover"),
     (("cc-by-nd-4.0", "mit"), "no changed copies"), (("mit", "cc-by-nc-nd-4.0"), "no changed copies"),
 ])  # fmt: skip
 def test_conflicts(names: tuple[str, ...], words: str | None) -> None:
     found = conflicts(told(*names))
     assert bool(found) == (words is not None), found
     assert words is None or words in found[0]
+
+
+EXPRESSIONS = (
+    "mit", "MIT OR Apache-2.0", "mit AND (gpl-3.0 OR apache-2.0)", "a or b and c", "(a OR b) AND (c OR d) AND e",
+    "((a))", "a AND a", "GPL-2.0 WITH Classpath-exception-2.0 OR MIT", "(a OR b) AND a",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_expressions_mean_what_the_parser_of_license_expression_says(text: str) -> None:
+    """For each set of accepted licences: an alternative is within it exactly if the expression is true for it."""
+    found = alternatives(text)
+    assert found is not None
+    parsed = Licensing().parse(text)
+    symbols = sorted(parsed.symbols)
+    for accepted in product((False, True), repeat=len(symbols)):
+        names = {str(symbol).lower() for symbol, yes in zip(symbols, accepted, strict=True) if yes}
+        value = parsed.subs(
+            {s: Licensing().TRUE if yes else Licensing().FALSE for s, yes in zip(symbols, accepted, strict=True)}
+        ).simplify()
+        assert any(set(each) <= names for each in found) == (value == Licensing().TRUE), names
+
+
+@pytest.mark.parametrize("text", [
+    "", "mit apache-2.0", "MIT AND", "OR MIT", "(MIT", "MIT)", "()", "MIT/Apache-2.0", "a WITH", "a WITH (b)", "MIT,",
+    "with",    "(" * 5000 + "a" + ")" * 5000, " AND ".join(f"(a{n} OR b{n})" for n in range(20)), "\uff2d\uff29\uff34",
+])  # fmt: skip
+def test_what_is_no_expression(text: str) -> None:
+    assert alternatives(text) is None
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (("mit OR cc-by-nc-4.0", "apache-2.0"), None), (("mit AND cc-by-nc-4.0", "mit"), "no commercial use"),
+    (("gpl-3.0 OR mit", "llama3"), None), (("gpl-3.0 AND mit", "llama3 OR openrail"), "limits that it forbids"),
+    (("mit OR unheard-of", "cc-by-nd-4.0 AND mit"), "no changed copies"),
+])  # fmt: skip
+def test_conflicts_of_expressions(names: tuple[str, ...], words: str | None) -> None:
+    found = conflicts(told(*names))
+    assert bool(found) == (words is not None), found
+    assert words is None or words in found[0]
+
+
+def test_a_result_under_a_choice_must_keep_each_part_s_licence_in_every_choice() -> None:
+    part = told("cc-by-nc-4.0")
+    assert "cc-by-nc-4.0" in passed_over({"license": "mit OR cc-by-nc-4.0"}, part)[0]
+    assert not passed_over({"license": "mit AND cc-by-nc-4.0"}, part)
+    assert not passed_over({"license": "mit"}, told("mit OR gpl-3.0"))
+    assert passed_over({"license": "mit"}, told("mit AND gpl-3.0"))
+    assert unknown(told("mit OR x", "mit AND x")) == (
+        "part 1 is under mit AND x, which is not in the table of licences",
+    )
+
+
+@pytest.mark.parametrize(("card", "licence", "spdx"), [
+    ("mit OR Apache-2.0", "mit OR Apache-2.0", "MIT OR Apache-2.0"),
+    ("[mit, cc-by-nc-4.0]", "mit AND cc-by-nc-4.0", "MIT AND CC-BY-NC-4.0"),
+    ("[mit, gpl-3.0 or apache-2.0]", "mit AND (gpl-3.0 or apache-2.0)", None),
+    ("mit AND acme", "mit AND acme", None), ("[mit, 3]", None, None), ("[]", None, None), ("mit/x", None, None),
+])  # fmt: skip
+def test_cards_with_several_licences(tmp_path: Path, card: str, licence: str | None, spdx: str | None) -> None:
+    lora = save_peft(tmp_path / "lora")
+    (lora / "README.md").write_text(f"---\nlicense: {card}\n---\n")
+    shown = record("inspect", lora)
+    assert shown["licence"] == licence
+    if spdx is not None:
+        assert shown["licence_spdx"] == spdx
+        assert ak.provenance.bom(lora).data["metadata"]["component"]["licenses"] == [{"expression": spdx}]
+    if licence == "mit AND cc-by-nc-4.0":
+        assert "commercial" in shown["licence_asks"]
 
 
 def test_conflicts_do_not_depend_on_the_order() -> None:
@@ -138,7 +209,7 @@ def licensed(path: Path, name: str | None) -> None:
 
 @pytest.mark.parametrize(("base", "lora", "words"), [
     ("llama3.1", "cc-by-nc-4.0", r"no commercial use, because of lora"),
-    ("gpl-2.0", "gpl-3.0", "each requires that the whole is under it"),
+    ("gpl-2.0", "gpl-3.0", "each of them must cover the whole model"),
     ("apache-2.0", None, "lora names no licence"), (None, "mit", "the base names no licence"),
     ("apache-2.0", "acme-1", "lora is under acme-1, which is not in the table"),
 ])  # fmt: skip

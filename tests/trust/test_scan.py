@@ -2,14 +2,16 @@
 
 import json
 import os
+import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import run
 from hub_repository import hub, peft_files  # noqa: F401 - a fixture
-from planted_scans import LAYERS, PLANTED, STEM, Calls, config, folder, pickled, saved, template, written
+from planted_scans import EVADING, LAYERS, PLANTED, STEM, Calls, config, folder, pickled, saved, template, written
 from safetensors.numpy import save_file
 
 import adapterkit as ak
@@ -19,9 +21,9 @@ from adapterkit.scanning import RULES, SEVERITIES
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", [*PLANTED, *EVADING])
 def test_what_is_planted_is_found(tmp_path, name):
-    rule, act = PLANTED[name]
+    rule, act = {**PLANTED, **EVADING}[name]
     path = folder(tmp_path / "adapter")
     act(path)
     found = ak.scan(path)
@@ -151,3 +153,50 @@ def test_a_link_that_leads_back_to_itself_is_a_finding(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "text.txt").write_text("hello")
     assert [(each.rule, each.file) for each in ak.scan(tmp_path).findings] == [("link", "loop")]
+
+
+def test_a_call_in_a_pickle_that_does_not_end_runs_and_is_found(tmp_path):
+    """What the scan reads as a call is one for the unpickler of Python, too."""
+    for name in ("a name from the memo", "a name below others", "the same in protocol 0", "text that is not ASCII"):
+        _, act = EVADING[name]
+        path = tmp_path / name
+        path.mkdir()
+        act(path)
+        (file,) = path.iterdir()
+        asked = []
+
+        class Recording(pickle.Unpickler):
+            def find_class(self, module, name):
+                asked.append((module, name))  # noqa: B023 - used in this round only
+                return list
+
+        with file.open("rb") as stream, suppress(pickle.UnpicklingError):
+            Recording(stream, encoding="utf-8").load()
+        assert asked == [("posix", "system")]
+
+
+def test_what_is_not_scanned_is_said(tmp_path):
+    path = folder(tmp_path / "adapter")
+    (path / "broken.json").write_text('{"auto_map": {"A": "a.A"},}')
+    (path / "long.json").write_text('{"pad": "' + "a" * (33 << 20) + '", "auto_map": {"A": "a.A"}}')
+    (path / "broken.zip").write_bytes(b"PK\x03\x04" + bytes(60))
+    unread = ak.scan(path).unread
+    assert [each.partition(":")[0] for each in unread] == ["broken.json", "broken.zip", "long.json"]
+    with pytest.raises(StorageError):
+        ak.scan(path, base=tmp_path / "nothing")
+
+
+def test_adapters_in_subfolders_are_scanned(tmp_path):
+    """Two of them: none is the folder's adapter."""
+    folder(tmp_path / "a")
+    folder(tmp_path / "b", lambda tensors: tensors.update({STEM.format(0, "q", "A"): np.full((8, 32), np.nan, "f4")}))
+    assert "not-finite" in {each.rule for each in ak.scan(tmp_path).findings}
+    (tmp_path / "c").mkdir()
+    save_file({"a.weight": np.zeros((2, 2), "f4")}, tmp_path / "c" / "x.safetensors")
+    assert any("no adapter is recognised" in each for each in ak.scan(tmp_path / "c").unread)
+
+
+def test_a_folder_below_git_is_scanned(tmp_path):
+    path = folder(tmp_path / ".git" / "adapter")
+    written("modeling.py", "import os")(path)
+    assert [each.rule for each in ak.scan(path).findings] == ["code-file"]

@@ -289,6 +289,21 @@ def test_files_that_come_go_and_move(merged: Path, keys: tuple[Path, Path]) -> N
         check_signature(merged, signature, key=keys[1])
 
 
+def test_no_files_and_names_that_are_not_text_are_refused(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    with pytest.raises(UsageError, match="there is no file to sign"):
+        sign(tmp_path / "empty", key=keys[0])
+    lora = save_peft(tmp_path / "lora")
+    signature = sign(lora, key=keys[0]).out
+    with open(os.fsencode(lora) + b"/a\xff.txt", "w") as file:
+        file.write("x")
+    with pytest.raises(Unsupported, match="not UTF-8"):
+        sign(lora, tmp_path / "other.sig", key=keys[0])
+    refused = run("verify", lora, "--signature", signature, "--key", keys[1])
+    assert refused.exit_code == 4
+    assert "Extra files" in refused.stderr
+
+
 def test_another_key_and_another_signature(tmp_path: Path, merged: Path, keys: tuple[Path, Path]) -> None:
     signature = Path(sign(merged, key=keys[0]).out)
     _, other = write_key(tmp_path, ec.generate_private_key(ec.SECP256R1()), "other")

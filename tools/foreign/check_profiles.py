@@ -5,11 +5,20 @@
     python tools/foreign/check_profiles.py check DIR                       the table; exit code 1 where one is wrong
 
 The adapter has an alpha other than its rank, and another rank and scale at one module. `make` writes it as adapterkit
-writes it for each run time, and as it should not be: with a scale of 1 for llama.cpp, as PEFT's folder for MLX. `run`
-lets the run time load both on the base, and weights that were merged by the formula in float64, and keeps the
+writes it for each run time, and as it should not be: with a scale of 1 for llama.cpp, as PEFT's folder for the others.
+`run` lets the run time load both on the base, and weights that were merged by the formula in float64, and keeps
 log-probabilities of the next token. `check` compares: the run time must be right with what was written for it, and
-wrong, or refuse, with the other; adapterkit's own merge of the GGUF base (what Ollama gets) must be right, too.
-RUNTIME: mlx (packages `mlx`, `mlx-cpu`, `mlx-lm`), llama_cpp (`xllamacpp`).
+wrong, or refuse, with the other; adapterkit's own merge must be right, too. Keras Hub and Tunix read no adapters of
+other tools, and Ollama refuses adapters: they get the merge.
+
+| RUNTIME | packages |
+|---|---|
+| mlx | `mlx`, `mlx-cpu`, `mlx-lm` |
+| llama_cpp | `xllamacpp` |
+| openvino_genai | `openvino-genai`; `optimum-intel` and its transformers, which export the model |
+| executorch | `executorch`, `torchao`; the model is compiled to a .pte file and run by the portable kernels |
+| keras_hub | `keras-hub`, `torch` |
+| tunix | `google-tunix`, `qwix`, `jax` |
 """
 
 from __future__ import annotations
@@ -28,6 +37,9 @@ LENGTH, COUNT, VOCABULARY = 12, 4, 256
 RANK, SCALE = 4, 8.0
 OTHER, OTHER_RANK, OTHER_SCALE = "model.layers.1.self_attn.q_proj", 2, 1.5
 """The module with another rank and scale."""
+
+FEW = {"model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"}
+"""The modules of an adapter that leaves a layer out."""
 
 CLOSE, APART = 1e-3, 1e-1
 """Largest difference of log-probabilities of a right run time; smallest of a wrong one."""
@@ -78,6 +90,13 @@ def make(folder: Path) -> None:
     ak.write(adapter, folder / "mlx", format="mlx", base=there, on_loss="fold")
     ak.write(adapter, folder / "lora.gguf", format="gguf", base=there, on_loss="fold")
     ak.write(ak.Adapter(unscaled), folder / "unscaled.gguf", format="gguf", base=there, on_loss="fold")
+    ak.write(adapter, folder / "openvino_genai", format="peft", profile="openvino_genai")
+    ak.write(adapter, folder / "executorch", format="peft", profile="executorch")
+    few = adapter.replace(updates={target: found for target, found in updates.items() if target.path in FEW})
+    ak.write(few, folder / "few", format="peft")
+    ak.write(few, folder / "few_executorch", format="peft", base=there, profile="executorch")
+    ak.merge(there, few, folder / "few_merged", device="cpu")
+    ak.merge(there, adapter, folder / "ours", device="cpu")
     ak.merge(folder / "base.gguf", adapter, folder / "ours.gguf", device="cpu")
 
 
@@ -195,6 +214,130 @@ def llama_cpp(model_path: Path, adapter: Path | None) -> Any:
     return found
 
 
+def openvino_genai(model_path: Path, adapter: Path | None) -> Any:
+    """OpenVINO GenAI: it tells one number for a continuation, the sum of its log-probabilities."""
+    import openvino
+    import openvino_genai as genai
+
+    exported = model_path.with_suffix(".ov")
+    if not exported.exists():
+        _export_for_openvino(model_path, exported)
+    loaded = {} if adapter is None else {"adapters": genai.AdapterConfig(genai.Adapter(_weights(adapter)), 1.0)}
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    pipeline = genai.LLMPipeline(str(exported), "CPU", **exact, **loaded)
+    found = []
+    for row in prompts():
+        ids, mask = openvino.Tensor(row[None].astype("i8")), openvino.Tensor(np.ones((1, LENGTH), "i8"))
+        told = pipeline.generate(genai.TokenizedInputs(ids, mask), max_new_tokens=6, ignore_eos=True, logprobs=1)
+        found.append(told.scores[0])
+    return np.array(found)
+
+
+def _export_for_openvino(model_path: Path, exported: Path) -> None:
+    """Export a model of transformers, and a tokenizer, without which no pipeline starts."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.intel import OVModelForCausalLM
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = OVModelForCausalLM.from_pretrained(model_path, export=True, compile=False, load_in_8bit=False)
+    model.save_pretrained(exported)
+    bytes_ = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(letters())}, merges=[]))
+    bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token=letters()[0])
+    parts = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, part in zip(("tokenizer", "detokenizer"), parts, strict=True):
+        openvino.save_model(part, exported / f"openvino_{name}.xml")
+
+
+def _weights(adapter: Path) -> str:
+    return str(adapter / "adapter_model.safetensors")
+
+
+META = {
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attention_norm",
+    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm", "model.layers": "layers",
+}  # fmt: skip
+"""Names of transformers -> names of ExecuTorch's llama."""
+
+
+def executorch(model_path: Path, adapter: Path | None) -> Any:
+    """ExecuTorch: its own llama with its own LoRA, compiled, and run by its run time."""
+    import torch
+    from executorch.examples.models.llama.model import Llama2Model
+    from executorch.exir import to_edge
+    from executorch.extension.llm.export.config.llm_config import LlmConfig, LoraConfig
+    from executorch.runtime import Runtime
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for name, tensor in load_file(model_path / "model.safetensors").items():
+        for theirs, meta in META.items():
+            name = name.replace(theirs, meta)
+        tensors[name] = tensor
+    torch.save(tensors, model_path / "meta.pth")
+    sizes = {
+        "dim": SIZES["hidden_size"], "hidden_dim": SIZES["intermediate_size"], "n_layers": SIZES["num_hidden_layers"],
+        "n_heads": SIZES["num_attention_heads"], "n_kv_heads": SIZES["num_key_value_heads"], "vocab_size": VOCABULARY,
+        "norm_eps": SIZES["rms_norm_eps"], "rope_theta": SIZES["rope_theta"], "use_hf_rope": True,
+        "use_scaled_rope": False,
+    }  # fmt: skip
+    (model_path / "params.json").write_text(json.dumps(sizes))
+    config = LlmConfig()
+    config.base.checkpoint, config.base.params = str(model_path / "meta.pth"), str(model_path / "params.json")
+    config.export.max_seq_length = config.export.max_context_length = 32
+    if adapter is not None:
+        config.base.lora_config = LoraConfig(
+            adapter_checkpoint=_weights(adapter), adapter_config=str(adapter / "adapter_config.json")
+        )
+    model, ids = Llama2Model(config).get_eager_model().eval(), torch.tensor(prompts())
+    with torch.no_grad():
+        program = to_edge(torch.export.export(model, (ids[:1],))).to_executorch()
+    method = Runtime.get().load_program(program.buffer).load_method("forward")
+    return np.stack([torch.log_softmax(method.execute([row[None]])[0][0].flatten(), -1).numpy() for row in ids])
+
+
+def keras_hub(model_path: Path, adapter: Path | None) -> Any:
+    """Keras Hub: it converts folders of transformers."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras_hub
+    import torch
+
+    assert adapter is None
+    model = keras_hub.models.LlamaBackbone.from_preset(str(model_path), dtype="float32")
+    with torch.no_grad():
+        hidden = model({"token_ids": prompts(), "padding_mask": np.ones_like(prompts())})
+        return torch.log_softmax(model.token_embedding(hidden, reverse=True)[:, -1].float(), -1).cpu().numpy()
+
+
+def tunix(model_path: Path, adapter: Path | None) -> Any:
+    """Tunix: it loads weights of transformers into its own models."""
+    # Tunix 0.1.7 ignores rope_theta and uses 1,000,000, so base and merge differ from transformers in the same way.
+    import jax
+    import jax.numpy as jnp
+    from tunix.models.llama3.model import ModelConfig
+    from tunix.models.llama3.params import create_model_from_safe_tensors
+
+    assert adapter is None
+    config = ModelConfig(
+        num_layers=SIZES["num_hidden_layers"], vocab_size=VOCABULARY, embed_dim=SIZES["hidden_size"],
+        hidden_dim=SIZES["intermediate_size"], num_heads=SIZES["num_attention_heads"],
+        head_dim=SIZES["hidden_size"] // SIZES["num_attention_heads"], num_kv_heads=SIZES["num_key_value_heads"],
+        rope_theta=int(SIZES["rope_theta"]), norm_eps=SIZES["rms_norm_eps"],
+    )  # fmt: skip
+    model = create_model_from_safe_tensors(str(model_path), config, dtype=jnp.float32)
+    ids = jnp.array(prompts())
+    places = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), (COUNT, LENGTH, LENGTH))
+    logits, _ = model(ids, places, None, mask)
+    return np.array(jax.nn.log_softmax(logits[:, -1].astype(jnp.float32)))
+
+
 Case = tuple[str, str | None]
 RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] = {
     "mlx": (mlx, {
@@ -204,6 +347,24 @@ RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] 
     "llama_cpp": (llama_cpp, {
         "expected": ("merged.gguf", None), "base": ("base.gguf", None), "otherwise": ("base.gguf", "unscaled.gguf"),
         "written": ("base.gguf", "lora.gguf"), "merged": ("ours.gguf", None),
+    }),
+    "openvino_genai": (openvino_genai, {
+        "expected": ("merged", None), "base": ("base", None), "otherwise": ("base", "plain"),
+        "written": ("base", "openvino_genai"), "merged": ("ours", None),
+    }),
+    "executorch": (executorch, {
+        "expected": ("merged", None), "base": ("base", None), "otherwise": ("base", "plain"),
+        "written": ("base", "executorch"), "merged": ("ours", None),
+    }),
+    "executorch_few": (executorch, {
+        "expected": ("few_merged", None), "base": ("base", None), "otherwise": ("base", "few"),
+        "written": ("base", "few_executorch"),
+    }),
+    "tunix": (tunix, {
+        "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
+    }),
+    "keras_hub": (keras_hub, {
+        "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
     }),
 }  # fmt: skip
 """Run time -> what runs it, and the cases: a model and an adapter."""
@@ -233,7 +394,7 @@ def check(folder: Path) -> int:
             far = math.inf if held[case].ndim == 0 else float(np.abs(held[case] - held["expected"]).max())
             right = far > APART if case in ("base", "otherwise") else far < CLOSE
             said = str(held[case]) if held[case].ndim == 0 else f"{far:.2e}"
-            print(f"{name:<12}{case:<12}{said:<28}{'as it should be' if right else 'WRONG'}")
+            print(f"{name:<16}{case:<12}{said:<28}{'as it should be' if right else 'WRONG'}")
             bad |= not right
     return int(bad)
 

@@ -1,10 +1,10 @@
-"""Updates: the change at one target. There are four kinds; the kind decides which operations an update supports.
+"""An update is the change at one target. It has one of four kinds, which decides the operations that it supports.
 
-A method is a subclass of one kind: fields with shape strings, and one formula. All other functions are derived from the
-fields and the formula. Formulas see weights as `[out, in, *k]`, however the base stores them. They run in the caller's
-floating dtype: the merger uses float64, a live model its own dtype. Their type hints name torch tensors, but formulas
-use only operations that numpy arrays have too (operators, indexing, `reshape`, `sum`, `.mT`), so a merge on the CPU
-needs no torch.
+A method is a subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived
+from the fields and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.
+Formulas run in the caller's floating dtype: float64 in a merge, the model's dtype in a live model. The type hints name
+torch tensors, but formulas use only operations that numpy arrays have too (operators, indexing, `reshape`, `sum`,
+`.mT`), so a merge on the CPU does not import torch.
 """
 
 from __future__ import annotations

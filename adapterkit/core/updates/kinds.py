@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from .layer import Layer
 
     Task = int | torch.Tensor | None
-    """One task number, or the numbers of a batch's rows; None for prompts without tasks."""
+    """The task number of the whole batch, or one task number for each row; None for prompts without tasks."""
 
 _Function = TypeVar("_Function")
 
 
 def of_pair(forward: _Function) -> _Function:
-    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d; A, B are from `pair`, d from `bias_delta`.
+    """Decorate a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A, B of `pair` and d of `bias_delta`.
 
-    Backends may then compute the pair by a faster path. A method that overrides `forward` loses the mark, so backends
-    never replace a formula that depends on the tokens by a plain pair.
+    Backends may replace a decorated `forward` by a faster computation. If a method overrides `forward`, the new
+    function is not decorated, so backends call it as written; it may depend on the tokens, for example.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
@@ -35,7 +35,7 @@ class Additive(Update):
     """W' = W + D, b' = b + d, where D and d do not depend on W.
 
     Class attributes:
-        thin: True if `forward` equals the low-rank path of `pair`; see `of_pair`.
+        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the low-rank factors of `pair`.
     """
 
     kind = "additive"
@@ -58,26 +58,29 @@ class Additive(Update):
         return None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A if the formula is such a product, else None."""
+        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A; None if the formula is not a low-rank product."""
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s with D = s * B @ A, like `pair`; methods override this to keep the scaling out of B."""
+        """Return B, A and s with D = s * B @ A. Methods override this function to keep the scaling separate from B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
-        """Return an update of the same method with weight * D and weight * d; None if it would read leaves."""
+        """Return an update of the same method with the changes weight * D and weight * d.
+
+        None if this is impossible without reading tensors.
+        """
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """Return the Frobenius norm of D; methods override this function if they need not form D."""
+        """Return the Frobenius norm of D. A method overrides this function if it can compute the norm without D."""
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Write weight * D into an array of the weight's shape; methods override this function to avoid a copy."""
+        """Write weight * D into an array of the weight's shape. A method may override this function to avoid a copy."""
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -105,14 +108,16 @@ class WeightUpdate(Update):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Return one update that adds sum_i weights[i] * (f_i(W) - W) for any W, and likewise for the bias.
+        """Return one update that adds the weighted sum of the changes, sum_i weights[i] * (f_i(W) - W), for any W.
+
+        The changes of the bias are summed in the same way.
 
         Args:
             updates: updates of this method, with loaded tensors.
             weights: one number per update.
 
         Returns:
-            The mixed update; None if the method cannot express the sum.
+            The summed update; None if the method cannot express the sum.
         """
         return None
 
@@ -124,9 +129,9 @@ class WeightUpdate(Update):
         return None
 
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by rows, V = W + B @ A; or None.
+        """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by row, V = W + B @ A; or None.
 
-        A merge computes such a formula in a compiled loop.
+        A merge computes this formula in a compiled loop.
         """
         return None
 
@@ -139,25 +144,29 @@ class WeightUpdate(Update):
 class OutputUpdate(Update):
     """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
 
-    A layer is any module here, with or without a weight. It has these attributes and methods:
+    A `layer` is any module, with or without a weight. It has these attributes and methods:
 
     `layer(x)`: the complete output.
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
-    `layer.residual(x)`: the value that is added, or None.
+    `layer.residual(x)`: the residual that is added to the output, or None.
     `layer.norm(h)`: the normalised sum; h itself if the layer does not normalise.
-    `layer.close(h, x, whole)`: the output for another hidden value. If `whole` is false, the output includes neither
-    the residual nor the norm. `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution
-    does. `layer.per_channel(v)`: a vector in a shape that can be added to the output. `layer.channel`: the axis of the
-    channels. `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has
-    neither. `layer.call`: the arguments of the model's own call, by name. A method lists the arguments that it needs in
-    `asks`; if one is missing, an error is raised. Three entries differ from the call's own arguments. `input_ids`
-    starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter. `shadow` is the
-    state of a network in parallel with the model: each block reads the state by `state` and passes it on by `keep`.
+    `layer.close(h, x, whole)`: the layer's output if `layer.hidden(x)` were h. If `whole` is false, the output includes
+        neither the residual nor the norm.
+    `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution does.
+    `layer.per_channel(v)`: a vector in a shape that can be added to the output.
+    `layer.channel`: the axis of the channels.
+    `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
+    `layer.call`: the arguments with which the model was called, by name. A method lists the arguments that it needs in
+        `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
+        `input_ids` starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter.
+        `shadow` is the state of a network in parallel with the model: each block reads the state by `state` and passes
+        it on by `keep`.
 
     Class attributes:
-        placed: True if the method defines `inside`, so that several such updates can apply before residual and norm.
-        asks: arguments of the model's call that the formula needs. hears: arguments of the model's call that the
-        formula uses if they are present. moves_input: True if the formula calls the layer with a changed input.
+        placed: True if the method defines `inside`, so that several updates can apply before residual and norm.
+        asks: arguments of the model's call that the formula needs.
+        hears: arguments of the model's call that the formula uses if they are present.
+        moves_input: True if the formula calls the layer with a changed input.
         of_model: True if the update's target is the whole model, `Target("")`, as long as its experts are missing.
 
     Attributes that locate an update, if the method has them:
@@ -175,7 +184,7 @@ class OutputUpdate(Update):
 
     @property
     def lacks_experts(self) -> bool:
-        """Whether this is a router without its experts, which computes nothing yet."""
+        """Whether the update is a router without its experts; such a router does not compute anything."""
         return False
 
     @property
@@ -186,7 +195,7 @@ class OutputUpdate(Update):
 
     @property
     def whole(self) -> bool:
-        """Whether the result of `inside` includes the layer's residual and norm."""
+        """Whether the value that `inside` returns already includes the layer's residual and norm."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -206,14 +215,14 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: vectors or keys and values in front of the input's, or embeddings of new tokens.
+    """Extra context for the model: vectors, or keys and values, before those of the input; or embeddings of new tokens.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
     No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
-    in the order in which they are attached, the first one in front.
+    in the order in which they are attached; the first update comes first.
 
     Class attributes:
-        place: the name of the function below that has the formula; all other functions below add nothing.
+        place: the name of the function below that the method overrides.
     """
 
     kind = "context"
@@ -221,11 +230,11 @@ class ContextUpdate(Update):
     place: ClassVar[str] = ""
 
     def embeddings(self, task: Task = None) -> torch.Tensor | None:
-        """Return vectors `[n, dim]` to put before the input's embeddings, or before the encoder's if there is one.
+        """Return vectors `[n, dim]` to put before the embeddings of the input (of the encoder's input, if it has one).
 
         Args:
-            task: for prompts of several tasks: one task number, or numbers `[batch]`, for which the result is `[batch,
-                n, dim]`.
+            task: for prompts of several tasks, one task number, or a task number for each row of the batch. With
+                numbers `[batch]`, the result is `[batch, n, dim]`.
         """
         return None
 
@@ -246,10 +255,10 @@ class ContextUpdate(Update):
         return self.past()
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return what to add to the outputs of an attention's heads, before they are mixed: `[batch, heads, m, d]`.
+        """Return the change of the outputs of attention heads, before the output projection: `[batch, heads, m, d]`.
 
         Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added
-        after the heads are mixed.
+        after the output projection.
 
         Args:
             q: queries of the input, `[batch, heads, m, d]`, with positions applied.
@@ -259,5 +268,5 @@ class ContextUpdate(Update):
         raise NotMergeable(f"{self.method} has no formula for attention")
 
     def vocabulary(self) -> torch.Tensor | None:
-        """Return embeddings of new tokens, numbered after the base's last token, `[n, dim]`."""
+        """Return embeddings `[n, dim]` of new tokens, whose ids follow the base's last token id."""
         return None

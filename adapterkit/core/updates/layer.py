@@ -56,7 +56,7 @@ class Layer(Protocol):
         ...
 
     def per_channel(self, v: Tensor) -> Tensor:
-        """Return a vector `[out]` in the shape that adds to the output."""
+        """Reshape a vector `[out]` so that it can be added to the output."""
         ...
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -71,5 +71,5 @@ class Layer(Protocol):
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """Return the output for another hidden value; if `whole` is false, it includes neither residual nor norm."""
+        """Return the layer's output if `hidden(x)` were h. If `whole` is false, add neither residual nor norm."""
         ...

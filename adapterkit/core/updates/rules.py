@@ -1,4 +1,4 @@
-"""Rules of a method beyond its shape strings, as data: ranges of values, positions, and conditions."""
+"""Check the rules of a method that shape strings cannot express: ranges of values, positions, and conditions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def attribute(
     """Declare a field for a plain value, with rules beyond its type.
 
     Args:
-        default: the value if none is given; without a default, the attribute is required.
+        default: the value if the file or caller states none; without a default, the attribute is required.
         among: the allowed strings or numbers.
         least: the smallest allowed number.
         most: the largest allowed number.
@@ -69,7 +69,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Compare, and do not convert: an integer may be too large for a float.
+    # Compare the number with infinity instead of converting it: an integer may be too large for a float.
     if (
         annotation == "float"
         and isinstance(value, int | float)
@@ -99,11 +99,11 @@ def _type_name(annotation: object) -> str:
 
 
 def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """Yield each field with a position that is not on its axis, and a description of the error.
+    """Yield the name of each field with a position that exceeds the size of its axis, and a description of the error.
 
     Args:
-        update: the update; its fields declare the axes, or products of axes, of their positions in `below`.
-        sizes: sizes of axes that the tensors do not determine.
+        update: the update; `below` in a field's declaration names the axis of the positions, or a product of axes.
+        sizes: sizes of axes that do not follow from the update's tensors.
     """
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
@@ -119,7 +119,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
 
 
 def repeated(update: Update) -> str:
-    """Return the first field that repeats a position (or pair) although the field forbids it; "" if none does."""
+    """Return the first field that repeats a position (or pair) but must not; "" if no field does."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -146,18 +146,18 @@ def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
 
 
 MOST_EXPONENT = 63
-"""Largest exponent; sizes need no larger one. Larger ones make a rule false, because they could use up memory."""
+"""The largest exponent in a rule. A rule with a larger exponent is false, because the power could use up all memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: it either requires that an expression is true, or defines the size of an axis.
+    """A rule of a method: it either requires that an expression is true, or defines the size of an axis.
 
     Attributes:
         require: the expression that must be true.
-        define: the axis that gets the size `value`; if the tensors give the axis another size, the update is refused.
-        value: the expression for that size.
-        when: the rule applies only if this expression is true; empty means always.
+        define: the axis whose size the rule defines; if the tensors give the axis another size, the update is refused.
+        value: the expression for the size of this axis.
+        when: an expression; the rule applies only if it is true. Empty: the rule always applies.
         where: the field or attribute that an error names.
         error: the class of the error, `ShapeMismatch` or `Malformed`.
         meaning: an explanation of the failure, in plain words.
@@ -176,8 +176,8 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
     """Check an update against its method's rules, in order, and add the sizes that the rules define to `dims`.
 
     Args:
-        update: the update; its forms, attributes and shapes are already checked.
-        dims: sizes of the update's axes, which rules read and extend.
+        update: the update, after its forms, attributes and shapes have been checked.
+        dims: the sizes of the update's axes; rules read these sizes and add further sizes.
         stack: True if the tensors have a leading axis of experts.
 
     Raises:
@@ -209,8 +209,8 @@ def check_fits(update: Update, shape: Shape) -> None:
         return
     fields = update.tensor_fields()
     held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # A tensor with one axis more than its shape string has an axis of experts. With a starred axis, the number of axes
-    # shows nothing.
+    # A tensor with one axis more than its shape string has an axis of experts. Skip shape strings with a starred axis,
+    # which match any number of axes.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)
@@ -223,11 +223,11 @@ def check_fits(update: Update, shape: Shape) -> None:
 
 
 class _NoValue(Exception):
-    """Part of an expression has no value: an axis without a size, a quotient by 0, or a text among numbers."""
+    """A part of an expression has no value: an axis without a size, a division by 0, or arithmetic with a text."""
 
 
 class _Names:
-    """The values of the names in an expression."""
+    """Look up the values of an expression's names: sizes of axes, and attributes of an update."""
 
     def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
@@ -246,7 +246,7 @@ class _Names:
         return None if leaf is None else len(leaf.shape) - self.stack
 
     def shown(self, expression: str) -> str:
-        """Return the values of those names in an expression that have a value."""
+        """Return the names in an expression with their values, as `r=8, out=64`; names without a value are omitted."""
         return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
 
     def _known(self, name: str) -> int | str | None:
@@ -257,7 +257,7 @@ class _Names:
 
 
 class _Given(_Names):
-    """Names whose values are passed directly."""
+    """Look up the values of an expression's names in two mappings instead of an update."""
 
     def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
         self.values, self.given_axes = values, axes
@@ -304,7 +304,7 @@ def _without_keywords(expression: str) -> str:
 
 
 Evaluate = Callable[[_Names], int | str]
-"""Returns a number or a text; raises `_NoValue` if it has none."""
+"""A compiled expression: a function that returns a number or a text, or raises `_NoValue`."""
 
 
 def _floor(a: int, b: int) -> int:
@@ -332,9 +332,10 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 
 @cache
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
-    """Return an expression as a function.
+    """Compile an expression into a function.
 
-    If the expression has no value, the function returns False. No expression has the value False.
+    The function returns False if the expression has no value. False is unambiguous, because values are integers or
+    texts.
     """
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
@@ -348,7 +349,7 @@ def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]
 
 
 def _evaluator(node: ast.expr) -> Evaluate:
-    """Return one node as a function; accepts only the spec's grammar, which every reader must implement."""
+    """Compile one node of an expression; refuse a node outside the spec's grammar, because other readers lack it."""
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):
             return lambda _: value

@@ -29,29 +29,33 @@ class Update:
 
     Class attributes:
         kind: the name of the kind, set by the four kinds.
-        since: for each version of the method, oldest first, the version of the spec that introduced it; empty for a
-            version that is no longer read.
+        since: for each version of the method, oldest first, the version of the spec that introduced it; an empty text
+            for a version that can no longer be read.
         version: the newest version of the method; `stated_version` gives the version of one update.
         blocks: axes along which the formula can be split into blocks that are computed separately.
-        needs_bias: True if a layer without a bias is refused, because the change of the bias would be lost there.
+        needs_bias: True if an update that changes the bias is refused at a layer without a bias; False if the change of
+            the bias is dropped there.
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: a phrase for error messages that says what the update changes.
-        rules: conditions on the axes, attributes and tensors beyond shape strings, in order.
-        fits: conditions on the weight. In them, `out`, `in` and `columns` are the weight's sizes, and `kernel` is the
-            number of its kernel axes.
-        forms: groups of optional tensors. Exactly one set of each group must be present; `()` means no tensor at all.
+        rules: conditions on the axes, attributes and tensors beyond shape strings, checked in this order.
+        fits: conditions on the weight. In these conditions, `out`, `in` and `columns` are sizes of the weight as a
+            matrix, and `kernel` is the number of kernel axes.
+        forms: groups of alternatives. Each alternative is a set of optional tensors, and exactly one alternative of
+            each group must be present. The alternative `()` means that none of the group's tensors is present.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
-        bias_sees_weight: True if the change of the bias depends on the weight, so `settled` must precede `new_bias`.
-        sizes: default sizes for a new update's own axes.
-        starts_at_base: True if a new update changes nothing; some methods are defined to start elsewhere.
-        shared_as: the choice of `tied`, `rows` or `replacement`, that applies the update to all layers that share a
-        tensor; `layer` if no choice does. dropout: what dropout drops in training, as in PEFT. `input`: numbers of the
-        change's input. `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled
-        up to compensate. `blocks`: blocks along the axis `n` of
-            a tensor (of one of its factors if it has an axis `m`).
-        bound_to: the library and function that the formula depends on while some tensors are absent, so that no other
-            reader can compute it; empty for most methods.
+        bias_sees_weight: True if the change of the bias depends on the weight. Then `settled` must be called before
+            `new_bias`.
+        sizes: for a new update, the default sizes of axes that are not axes of the weight.
+        starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods that the paper
+            starts at another function.
+        shared_as: if several layers share a tensor, the way to apply the update to all these layers: `tied`, `rows` or
+            `replacement`; `layer` if this is impossible.
+        dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
+            `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
+            compensate. `blocks`: blocks along the axis `n` of a tensor (of one of its factors if it has an axis `m`).
+        bound_to: the library and function that compute the absent tensors, if other readers cannot compute the formula
+            without them; empty for most methods.
         paper: the source of the formula.
         by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
     """
@@ -99,7 +103,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # A product or quotient may use a name that only a later tensor defines. Then bind all tensors twice.
+        # Bind all tensors twice if an axis is a product or quotient: its names may get their sizes from later tensors.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -146,7 +150,10 @@ class Update:
 
     @property
     def stated_version(self) -> int:
-        """The oldest version of the method that can express this update; newer attributes count only if used."""
+        """The oldest version of the method that can express this update.
+
+        A newer attribute requires a newer version only if its value differs from the default.
+        """
         oldest = next(number for number, since in enumerate(self.since, 1) if since)
         newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
         return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
@@ -157,7 +164,7 @@ class Update:
 
     @classmethod
     def from_fields(cls, **fields: object) -> Self:
-        """Return an update with fields whose types are known only at run time; `check` checks them."""
+        """Return an update with these fields, without type hints; call `check` to check their types."""
         return cls(**fields)
 
     def replace(self, **changes: object) -> Self:
@@ -193,7 +200,7 @@ class Update:
             stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: a set of tensors is incomplete, so that axes have no size.
+            Malformed: tensors are missing, so that the sizes of axes are unknown.
             ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
         """
         if self.forms:
@@ -218,7 +225,7 @@ class Update:
             raise Malformed(f"the update needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def _check_forms(self) -> None:
-        """Check that the present tensors make up exactly one set of each group in `forms`."""
+        """Check that exactly one alternative of each group in `forms` is present."""
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
@@ -235,8 +242,8 @@ class Update:
         """Read every tensor and check its values; methods with further rules extend this function.
 
         Raises:
-            Malformed: a tensor holds a NaN or an infinity (the message names the field and the first position), or a
-                position in the weight is out of range or repeated.
+            Malformed: a tensor contains a NaN or an infinity (the message names the field and the first position), or
+                a position in the weight is out of range or repeated.
         """
         for name, leaf in self.tensors.items():
             check_finite(leaf, name)
@@ -256,7 +263,7 @@ class Update:
             raise Malformed("the same position occurs twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        """Check the update against the weight's shape `[out, in, *k]`: axes, `fits`, and the range of indices.
+        """Check that the update fits a weight of shape `[out, in, *k]`: axes, `fits`, and the range of indices.
 
         Raises:
             ShapeMismatch: the update does not fit.
@@ -269,10 +276,10 @@ class Update:
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter was made for another base")
 
     def largest_shape(self) -> tuple[int, ...] | None:
-        """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several shapes.
+        """Return the shape `[out, in, *k]` of the largest weight that the update fits, for updates that fit several.
 
-        Methods override this function if weights of several sizes share their tensors. None means that the tensors do
-        not show the size.
+        A method overrides this function if weights of several sizes share its tensors. None: the tensors do not
+        determine a largest size.
         """
         return None
 
@@ -288,7 +295,7 @@ class Update:
             raise ShapeMismatch(why, cure="Remove this target")
 
     def cuts(self, axis: str) -> bool:
-        """Whether this update can be split along an axis: along those in `blocks`, unless a method overrides this."""
+        """Whether this update can be split along an axis. By default, the axes in `blocks` can be split."""
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
@@ -313,7 +320,7 @@ class Update:
             b: the bias `[out]`, or None.
             rank: the inner size, for methods that have one.
             random: a function from a shape to numbers drawn uniformly from -1 to 1, in W's dtype.
-            attributes: the method's own plain values.
+            attributes: the plain values of the method, by field name.
 
         Raises:
             Unsupported: the method defines no initial value.
@@ -322,7 +329,7 @@ class Update:
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Return tensors that new updates of these weights share, by field; `initial` gets them as attributes."""
+        """Return the tensors that new updates of several weights share, by field; pass them to `initial`."""
         return {}
 
     @property
@@ -339,18 +346,18 @@ class Update:
         """Return W' `[out, in, *k]`, or a block of it for a block of W.
 
         Raises:
-            NotMergeable: the update changes more than weights.
+            NotMergeable: the update changes outputs or context, not only weights.
         """
         raise NotMergeable(
             f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Return the same update after computing the parts of its bias change that depend on W `[out, in, *k]`."""
+        """Compute the part of the bias's change that depends on W `[out, in, *k]`; return the update with this part."""
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
-        """Return `settled` for a weight, or, if `stacked`, for a stack of experts' weights `[e, out, in, *k]`."""
+        """Return `settled` for a weight `[out, in, *k]`; if `stacked`, for the experts' weights `[e, out, in, *k]`."""
         if not stacked or not self.bias_sees_weight:
             return self.settled(W)
         experts = [self.expert(index).settled(W[index]) for index in range(len(W))]
@@ -367,21 +374,24 @@ class Update:
         return b
 
     def without_bias(self) -> Update:
-        """Return the same function for a layer without a bias, as a method that more formats support, if possible."""
+        """Return an update that has the same effect on a layer without a bias.
+
+        If possible, the result is of a method that more formats support.
+        """
         return self
 
     def forward(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """Return y' for the input `x` of a layer (a backend's view of the target), for real or symbolic values."""
+        """Return the layer's new output y' for the input `x`; both may be arrays or symbolic values of a graph."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
 Held = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""(field, element type, shape) of each tensor of an update."""
+"""The field, element type and shape of each tensor of an update."""
 
 
 @lru_cache(maxsize=1 << 10)
 def _solved(method: type[Update], stack: bool, held: Held) -> Dims:
-    """Return the sizes of all named axes; cached, because thousands of updates have the same few shapes."""
+    """Return the sizes of all named axes. The result is cached: thousands of updates have the same few shapes."""
     for name, dtype, _ in held:
         _check_dtype(name, DTYPES[dtype], method._axes[name][1])
     dims: Dims = {}

@@ -1,6 +1,6 @@
 """Read the header's `ss_network_args`: network options that change the forward but are not stored in a tensor.
 
-sd-scripts stores the network's arguments under this key, as JSON. LyCORIS reads every word except `false` as true.
+sd-scripts stores the options under this key, as JSON. LyCORIS treats every value except `false` as true.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONS = {
         "the scaling is alpha / r",
     ),
 }
-"""Options that make the forward of LyCORIS or sd-scripts depart from the meaning of the tensors."""
+"""Options with which the forward of LyCORIS or sd-scripts computes another function than the tensors alone suggest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Arguments:
     """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: whether modules changed the layer's output, including the bias. Then DoRA's magnitudes had no effect.
+        bypass: whether modules changed the layer's output, including the bias; then DoRA's magnitudes had no effect.
         rs: whether scalings are alpha / sqrt(r).
-        unit: the number of ranks that DyLoRA trained at a time, which multiplies a LoRA's alpha / r; 0 means 1.
+        unit: a factor of a LoRA's alpha / r; 0 means 1. For DyLoRA, the number of ranks that it trains together.
         split: whether sd-scripts trained the parts of FLUX's fused weights separately, each with rank r, and saved
             them as one LoRA.
     """
@@ -58,7 +58,7 @@ class Arguments:
     split: bool = False
 
     def at(self, stem: str) -> Arguments:
-        """Return the options for one module, given its name in the keys."""
+        """Return the options for one module, given the module's name in the keys."""
         if not self.split:
             return self
         fused = {"qkv": 3 if "double" in stem else 0, "linear1": 4 if "single" in stem else 0}
@@ -66,7 +66,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults if the header names another network or has no such options."""
+    """Return the options in a header; the defaults if the header is from another network or has no such options."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()

@@ -27,20 +27,20 @@ PREFIX = "bundle_emb."
 EMBEDDING = "text_model.embeddings.token_embedding"
 
 PLACES = {"clip": EMBEDDING, "t5": "shared", "llm": "model.embed_tokens"}
-"""A map from the kind of a text encoder to the path of its embedding."""
+"""A map from the kind of a text encoder to the module path of the encoder's token embedding."""
 
 SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
-"""A map from OneTrainer's name of an encoder to the encoder's kind."""
+"""A map from OneTrainer's name of a text encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots for the only encoder of Stable Diffusion 1 and 2; AUTOMATIC1111's embedding files have `string_to_param.*`."""
+"""Slots for the only text encoder of Stable Diffusion 1 and 2; AUTOMATIC1111 writes `string_to_param.*`."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""A map from OneTrainer's to diffusers' name of an encoder, unless the model's family uses another name."""
+"""A map from OneTrainer's to diffusers' name of a text encoder; some families have other names."""
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the tensors of the LoRAs, and the tensors of the embeddings."""
+    """Split a file's tensors into the tensors of LoRAs and the tensors of token embeddings."""
     bundled = {key: leaf for key, leaf in tensors.items() if key.startswith(PREFIX)}
     return {key: leaf for key, leaf in tensors.items() if key not in bundled}, bundled
 
@@ -50,21 +50,22 @@ class ImageBundle:
 
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
-        keys: a map from the key that `keyed` would choose to the key in the file.
-        shapes: the original shapes of tensors that were reshaped to a matrix, by key.
+        keys: a map from the key that `keyed` would choose for an embedding to the key in the file.
+        shapes: the shapes in the file, by key, of tensors that were reshaped to a matrix.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
-        """Parse the keys and collect the embeddings.
+        """Parse the keys and collect the token embeddings.
 
         Args:
             tensors: the embeddings' tensors.
-            updates: the updates of the LoRAs in the same file; they determine the family.
-            origin: the known facts about the file.
+            updates: the updates of the LoRAs in the same file; they show the family of models.
+            origin: what is known about the naming of the file's modules.
 
         Raises:
-            Unsupported: an embedding is added to an encoder's output, as OneTrainer allows, and not to the input.
-            Malformed: an embedding is not a matrix of rows, or a token has two embeddings for one encoder.
+            Unsupported: an embedding is added to the output of a text encoder, as OneTrainer allows, and not to the
+                input.
+            Malformed: an embedding is not a matrix of rows, or a token has two embeddings for one text encoder.
         """
         self.updates: dict[Target, tuple[Update, ...]] = {}
         self.keys: dict[str, str] = {}
@@ -90,7 +91,7 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's name of each encoder to diffusers' name, if all families that fit agree on diffusers' name."""
+    """Map OneTrainer's to diffusers' names of the text encoders, if all possible families agree on diffusers' names."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}
@@ -113,16 +114,16 @@ def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
 
 
 def is_bundled(target: Target, update: object) -> bool:
-    """Whether an update is a token embedding that a file can store together with LoRAs."""
+    """Whether an update is a token embedding that can be stored in a LoRA file."""
     part, _, rest = target.path.partition(".")
     there = part.startswith("text_encoder") and rest in PLACES.values()
     return there and isinstance(update, TextualInversion) and bool(update.token) and "." not in update.token
 
 
 def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
-    """Return the updates other than embeddings, and the embeddings' tensors by key.
+    """Return the updates that are not embeddings, and the embeddings' tensors by key.
 
-    If an adapter has only embeddings, all updates are returned unchanged.
+    If an adapter has only embeddings, return all updates, and no tensors.
     """
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}
@@ -143,7 +144,7 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
 
 
 def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
-    """Return OneTrainer's name for the encoder of an embedding, or its slot for Stable Diffusion 1 and 2."""
+    """Return OneTrainer's name for the text encoder of an embedding; for Stable Diffusion 1 and 2, the slot."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":

@@ -1,4 +1,4 @@
-"""Load and save tensor files: safetensors with metadata, or torch files."""
+"""Load and save tensor files: safetensors with metadata, and torch files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NATIVE = "adapterkit"
 """The metadata key of adapterkit's own files, which these formats do not read."""
 
 Metadata = list[tuple[str, str]]
-"""Keys and values in the file's order, because the libraries that write metadata do not sort the keys."""
+"""Metadata as (key, value) pairs in the file's order, because the writing libraries do not sort the keys."""
 
 
 def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
@@ -39,14 +39,14 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
             "this file is in adapterkit's format",
             path=path,
             where="__metadata__",
-            cure="Read it with --from adapterkit (format='adapterkit')",
+            cure="Read the file with --from adapterkit (format='adapterkit')",
         )
     tensors = safetensors.handles(header)
     return tensors, list(header.metadata.items())
 
 
 def names(path: Path) -> list[str]:
-    """Return the keys of a file, for detection; an empty list if it is not a tensor file."""
+    """Return the keys of a file, for detection; an empty list if the file is not a tensor file."""
     try:
         if not path.is_file():
             return []

@@ -1,7 +1,7 @@
-"""Decide from all target names of an adapter to which family they belong, or refuse and name the possible families.
+"""Find the family of models to which an adapter's target names belong, or name all possible families.
 
-The family must have all of the names, because families share many: half of the names of a Qwen-Image LoRA are also
-FLUX's, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's.
+A family must have all of the names, because families share many names: half of the names of a Qwen-Image LoRA are also
+FLUX's names, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's names.
 """
 
 from __future__ import annotations
@@ -29,36 +29,40 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
-"""The metadata key for the adapter's possible families; writers use it if they know more than the names show."""
+"""The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""The families of a format's files, for formats that only some families use."""
+"""The families of models that have adapters in a format, for formats that only some families use."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""The naming in a format's files. kohya and LyCORIS are absent: their files may have any naming, with underscores."""
+"""The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
-"""The parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
+"""Names of a pipeline's components that are a U-Net or a transformer.
+
+Wan 2.2 has a second transformer for low noise.
+"""
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
 """Optional prefixes of a U-Net's or transformer's names in files of ComfyUI's format."""
 
 CONTROLNET = "controlnet"
-"""A ControlNet's part of a pipeline; a ControlNet copies the model's first blocks, with the same names."""
+"""The component of a ControlNet. A ControlNet is a copy of the model's first blocks, with the same module names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The known facts about the names of an adapter's targets.
+    """Everything that is known about the naming and the model family of an adapter's targets.
 
     Attributes:
-        naming: `native`, `comfyui` or `diffusers`; empty if unknown.
-        families: the families that have all names of the base, if there is a base.
-        inside: whether the targets are modules of the base.
-        unknown: the base's class in diffusers, if it is the class of no known family; otherwise empty.
+        naming: `native` (the names of the model's authors), `comfyui` or `diffusers`; empty if unknown.
+        families: the possible families: families with all module names of the base, or families named by the source
+            file.
+        inside: whether all targets are modules of the base.
+        unknown: the diffusers class of the base if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
-        bare: whether the file has ComfyUI's format, but no prefixes; most such files have diffusers' names.
-        of_format: whether `families` are the usual families of the file's format.
+        bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
+        of_format: whether `families` was derived only from the file's format; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -74,7 +78,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """Return the facts about names that an adapter's source files, or the base, show."""
+    """Return what an adapter's source files, or the base, show about the naming of the targets."""
     from .underscores import modules_of
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -102,10 +106,10 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
 
 def _bare(adapter: Adapter, naming: str) -> bool:
-    """Whether no name in the file begins with a prefix that marks it as ComfyUI's.
+    """Whether a file has ComfyUI's format, but none of its module names has a prefix of ComfyUI.
 
-    Without the prefix, the naming is unknown: diffusers' names of FLUX's attention are also ComfyUI's names of
-    Qwen-Image.
+    Without a prefix, the naming is unknown: the names of FLUX's attention in diffusers are also the names of
+    Qwen-Image's attention in ComfyUI.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     told = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -113,14 +117,14 @@ def _bare(adapter: Adapter, naming: str) -> bool:
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Return the metadata of the files from which an adapter was made."""
+    """Return the metadata of the adapter's source files."""
     pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
     own = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
     return {**metadata_of(adapter), **own}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """List the families of a base: the families of its class in diffusers, or families with its denoiser's names."""
+    """List a base's possible families: the families of its diffusers class, or families with its module names."""
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
@@ -128,14 +132,14 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
         return named
     found = families_of_model(base.tensors)
     if kind is not None:
-        # Require all names of the base, because another class in diffusers may share most of a family's names.
+        # Require all names of the base, because an unknown class in diffusers may share most names with a known family.
         known = set(modules_of(base))
         found = [family for family in found if all(rooted(path)[1] in family for path in known)]
     return tuple(family.name for family in narrowed(found, lambda family: not family.facts.unlikely))
 
 
 def families_of_class(name: str) -> list[ImageFamily]:
-    """List the families whose models have this class in diffusers."""
+    """List the families whose models have this class name in diffusers."""
     return [family for family in families() if name in family.facts.classes]
 
 
@@ -148,7 +152,7 @@ def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
-    """List the targets inside a U-Net or a transformer, except those in `stay`, which keep their names."""
+    """List the targets inside a U-Net or a transformer, except the targets in `stay`, which must not be renamed."""
     found = []
     for target in updates:
         root, rest = rooted(target.path)
@@ -161,21 +165,21 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 def decide(
     updates: Updates, targets: Collection[Target], naming: str, origin: Origin
 ) -> tuple[ImageFamily | None, str]:
-    """Choose the family whose names translate the targets, or return the reason why there is none.
+    """Choose the family by which the targets are translated to another naming, or return a reason for an error.
 
     Args:
-        updates: all updates; their shapes are evidence.
-        targets: the targets in the denoiser.
-        naming: the naming to translate to.
-        origin: the known facts about the names.
+        updates: all updates; their shapes help to find the family.
+        targets: the targets in the U-Net or transformer.
+        naming: the naming to which the targets will be translated.
+        origin: what is known about the naming of the targets.
 
     Returns:
-        (family, ""), or (None, reason). If the names can stay unchanged, (None, "").
+        (family, ""), or (None, reason). If the names need no translation, the result may be (None, "").
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     if origin.unknown:
-        # Refuse, because models share names: BRIA's attention has FLUX's names, and no tool has FLUX's native names for
-        # BRIA.
+        # Refuse, because unrelated models share names: BRIA's attention has FLUX's names, but no tool has FLUX's native
+        # names for BRIA.
         why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
@@ -183,25 +187,25 @@ def decide(
         return None, "" if origin.naming == naming else _unknown(paths, naming)
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, whose names are translated differently"
+        return None, f"its names fit {names}, which translate the names differently"
     if len({family.component == CONTROLNET for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, and nothing shows which of them is meant"
+        return None, f"its names fit {names}, and nothing shows which of these families is right"
     return fitting[0], ""
 
 
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
-    """List the families that have all of a denoiser's target names and fit the other evidence.
+    """List the families that have all target names in the denoiser (U-Net or transformer) and fit all other evidence.
 
     Args:
         updates: all updates; their shapes are evidence.
         targets: the targets in the denoiser.
-        origin: the known facts about the names.
+        origin: what is known about the naming of the targets.
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # The names state a part of the pipeline that is not a ControlNet.
+        # The names begin with a component of the pipeline that is not a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
@@ -209,15 +213,15 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: _sized(family, extents))
     fitting = likely(fitting, paths, inputs, origin)
     if origin.of_format:
-        # Check the shapes, too: bare names of FLUX.2's double blocks are FLUX's in that format, but the shapes differ.
+        # Check the shapes, too: names of FLUX.2's double blocks are also valid names for FLUX, but the shapes differ.
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
-        # The caller or the file's writer named these families, so other evidence only chooses among them.
+        # The caller or the file's writer chose these families. Other evidence only selects among these families.
         fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     told = any(said(family, origin.metadata) for family in denoisers)
-    # The remaining evidence cannot tell a ControlNet from its model, so ControlNets are not removed.
+    # The remaining evidence cannot distinguish a ControlNet from its model, so ControlNets are not removed.
     nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
@@ -228,9 +232,9 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
 def _narrowed_on(
     fitting: list[ImageFamily], paths: Collection[str], parts: Mapping[str, str], origin: Origin
 ) -> list[ImageFamily]:
-    """Narrow families by the file's naming, words in metadata and the text encoders."""
+    """Remove families that contradict the file's naming, its metadata or the text encoders."""
     if origin.naming and not origin.bare:
-        # Keep families known only by diffusers' names: files with these names are read in ComfyUI's format, too.
+        # Keep families that have only diffusers' names, because ComfyUI also reads files with these names.
         fitting = narrowed(
             fitting,
             lambda family: (
@@ -242,13 +246,13 @@ def _narrowed_on(
 
 
 def module_of(path: str) -> str:
-    """Return the module of a path; replaced norms of FLUX are named after their parameter, `scale`."""
+    """Return the module of a target's path. FLUX's replaced norms have the parameter `scale` at the end of the path."""
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
-    """Map each text encoder, by diffusers' name, to its kind, for targets inside a text encoder."""
+    """Map the name of each adapted text encoder in diffusers to the encoder's kind."""
     found = {}
     for target in updates:
         root, rest = rooted(target.path)
@@ -259,23 +263,24 @@ def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
 
 
 def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
-    """Whether a family's pipelines have these text encoders."""
+    """Whether the family's pipelines have text encoders with these names and kinds."""
     known = family.facts.encoders
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
 
 
 def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
-    """Check that the family named in a file's metadata is possible for the base.
+    """Check that the base can belong to the family that is named in a file's metadata.
 
-    Half of a Qwen-Image adapter's names are also FLUX's, and their weights have the same shapes.
+    The names alone do not prove this: half of a Qwen-Image adapter's names are also FLUX's, with weights of equal
+    shapes.
 
     Args:
-        paths: the names of the adapter's modules in the denoiser, without the part of the pipeline.
+        paths: the paths of the adapter's modules in the denoiser, without the pipeline's component.
         base: the base.
         metadata: the file's metadata.
 
     Raises:
-        UsageError: the metadata names another family, which has all of these names, too.
+        UsageError: the metadata names another family than the base's, and all paths are valid in this other family.
     """
     known = [family for family in families() if all(path in family for path in paths)]
     told = [family for family in known if said(family, metadata)]
@@ -284,29 +289,29 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
     held = families_in(base)
     there = [family for family in families() if family.name in held]
     meanings = {_outcome(family, paths, "native") for family in there}
-    # FLUX and Chroma have the same names for the same modules, so accept an adapter of one for the other.
+    # FLUX and Chroma have the same names for the same modules, so accept an adapter of FLUX for Chroma, and vice versa.
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
         why = f"its metadata names {told[0].title}, but the base is {there[0].title}"
         name = there[0].name
-        cure = f"Name the base that it was trained on, or convert the file with --family {name} (family={name!r}) first"
+        cure = f"Give its base, or convert the file with --family {name} (family={name!r}) first"
         raise UsageError(why, where=paths[0], cure=cure)
 
 
 def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
-    """Keep the families that fit. If none fits, the evidence is about another kind of model, so keep all."""
+    """Return the families that fit. If no family fits, return all, because then the evidence does not apply to them."""
     return [family for family in families if fits(family)] or families
 
 
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove families for which only their names are evidence, unless no other family is left.
+    """Remove unlikely families, unless the metadata or the sizes fit them, too, or no other family is left.
 
     Args:
         fitting: the families that have all names.
-        paths: the names, without the part of the pipeline.
+        paths: the names, without the pipeline's component.
         inputs: the input sizes of the adapted weights.
-        origin: the known facts about the names; its metadata and the base's families count as evidence.
+        origin: what is known about the naming; the metadata and the base's families are evidence.
     """
     sizes = set(inputs)
 
@@ -318,28 +323,29 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Require that a kind of blocks is missing: most adapters of Stable Diffusion's U-Nets have all kinds, and
-            # also fit other U-Nets.
+            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks and also fit other U-Nets. So another
+            # U-Net is accepted only if the adapter lacks a kind of blocks.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
         both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
         if not both <= _numbers(paths).keys():
-            # One kind of blocks proves nothing: FLUX and Bria FIBO have equally many single blocks.
+            # One common kind of blocks proves nothing: FLUX and Bria FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first one on, unless their number
-        # is a rival's. A selection of blocks is no evidence: block 7 of FLUX has the number of Bria's last block.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless the number
+        # of blocks is that of a rival family. Other selections prove nothing: block 7 may be FLUX's, but it is also
+        # Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules whose names do not state a part of the pipeline may belong to a ControlNet.
+    """Whether modules may belong to a ControlNet. Their names do not begin with a component of the pipeline.
 
     Args:
-        paths: the names.
+        paths: the names of the modules.
         inputs: the input sizes of the adapted weights.
         metadata: the file's metadata, which may name a family.
     """
@@ -350,11 +356,11 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names have several consecutive blocks from the first on, and no block that the family lacks."""
+    """Whether names have two or more consecutive blocks from the first block on, and no block that the family lacks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # Also allow the numbers to begin at 1, because the first block of SDXL's U-Net has no attention.
+    # Allow the numbers to begin at 1, too, because the first block of SDXL's U-Net has no attention.
     rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
     return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
 
@@ -366,7 +372,7 @@ def in_a_row(paths: Iterable[str]) -> bool:
 
 
 def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
-    """Map the first word of names to the block numbers that follow it."""
+    """Map the first part of names, such as `double_blocks`, to the block numbers that follow."""
     found: dict[str, set[int]] = {}
     for path in paths:
         first, _, rest = path.partition(".")
@@ -392,9 +398,9 @@ class _Extent:
     """The sizes of one update's weight.
 
     Attributes:
-        path: the module, without the part of the pipeline.
-        outputs: the number of the weight's outputs, if the update shows it.
-        inputs: the number of the weight's inputs, if the update shows it.
+        path: the module, without the pipeline's component.
+        outputs: the weight's number of outputs; not an int if the update does not show this number.
+        inputs: the weight's number of inputs; not an int if the update does not show this number.
         whole: whether the update changes the whole weight, not only some rows.
     """
 
@@ -415,7 +421,7 @@ def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
 
 
 def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
-    """Whether the family has enough blocks, and weights of these shapes."""
+    """Whether the family has enough blocks, and weights with these ratios of outputs to inputs."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
@@ -425,7 +431,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names the family; if words for several families occur, the longest word decides."""
+    """Whether a file's metadata names this family. If words of several families occur, the longest word decides."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -438,19 +444,19 @@ _TELLING = (
     "modelspec.architecture", "ss_base_model_version", "ss_network_module", "modelspec.implementation",
     "ss_sd_model_name",
 )  # fmt: skip
-"""Metadata keys that name the model that was trained."""
+"""Metadata keys whose values name the trained model."""
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names include the last block that the family's published models share, and no later block."""
+    """Whether names include the last block of each kind in the family's published models, and no later block."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
-    """Whether the family's published models have weights of these sizes, as far as the family's file states sizes."""
-    # Test each size once: hundreds of modules in equal blocks have only a few sizes.
+    """Whether the family's published models have weights of these sizes; unlisted sizes are accepted."""
+    # Test each size once, because hundreds of modules share a few sizes.
     for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
         if inputs in family.facts.no_inputs:
             return False
@@ -469,7 +475,7 @@ def _shaped(family: ImageFamily, extent: _Extent) -> bool:
 
 
 def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[object, ...]:
-    """Return the names in the requested naming."""
+    """Return the names that the family's tables give for these paths in the requested naming."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(

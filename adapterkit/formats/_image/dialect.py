@@ -1,4 +1,4 @@
-"""Define the base class of image-model formats: grammar of keys, rules for scalings, names of modules."""
+"""Define the base class of image-model formats: how keys are parsed, how scalings work, how modules are named."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as its trainer's forward computes it on a convolution that does not pad with zeros.
+    """Return the update as its trainer's forward computes it on a convolution whose padding is not zeros.
 
     Raises:
-        Unsupported: no method computes that function.
+        Unsupported: no method of adapterkit computes that function.
     """
     if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
         return update
@@ -68,15 +68,15 @@ PADDING = {
         zero_padded,
     )
 }
-"""Trainers add their own convolution to the base's forward. It pads with zeros: only the padding's width is copied."""
+"""Trainers add a second convolution to the layer. It has the layer's padding width, but always pads with zeros."""
 
 
 class ImageFormat(Format, ABC):
     """A format with one tensor file; a subclass defines its keys and the names of its modules.
 
     Class attributes:
-        rules: the rules for scalings, and the slots.
-        naming: `native` or `diffusers` if all files use this naming; empty if files may use any.
+        rules: the rules for scalings, and the slots that keys may have.
+        naming: `native` or `diffusers` if all files have this naming; empty if files may have any naming.
         bundles: whether files can store token embeddings together with LoRAs.
         rows: whether files can adapt only some rows of a fused weight.
     """
@@ -100,24 +100,27 @@ class ImageFormat(Format, ABC):
 
     @abstractmethod
     def spell(self, stem: str, slot: str) -> str:
-        """Return the key of a module's slot, as the writer spells it."""
+        """Return the key for a module's name and a slot, as the writer spells it."""
 
     @abstractmethod
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        """Return the target of each module, by the module's name in keys."""
+        """Return the target of each module; the keys of the result are the modules' names in the file."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        """Return a target's module name in keys; None if the format cannot name it."""
+        """Return the module's name in keys for a target; None if the format cannot name the target."""
         return target.path if target.rows is None else None
 
     def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
-        """Apply a scaling that is stored outside the slots to an update."""
+        """Apply to an update a scaling that is not stored in the module's slots, such as a scaling in the header."""
         return found
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Move updates to this format's naming, except `kept` targets; return updates that cannot move as losses."""
+        """Rename targets to this format's naming, except `kept` targets.
+
+        Also return the targets that cannot be renamed.
+        """
         from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
 
@@ -131,7 +134,7 @@ class ImageFormat(Format, ABC):
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
-        """Rewrite updates, without changing their function, into forms that only this format has."""
+        """Rewrite updates in a form that only this format can store, without changing their function."""
         return updates
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -141,7 +144,7 @@ class ImageFormat(Format, ABC):
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """Return the metadata to write, and whether the metadata states the scalings; then no alphas are written."""
+        """Return the metadata to write, and whether it contains the scalings; if it does, no alphas are written."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -149,7 +152,7 @@ class ImageFormat(Format, ABC):
         return path
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
-        """Return the rules for writing a file with this name."""
+        """Return the rules for writing to this file; they may depend on the file's suffix."""
         return self.rules
 
     # These methods are the same for all formats.
@@ -180,28 +183,28 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the part of the file to which a module belongs; within a part, all LoRAs or none must have a bias."""
+        """Return the component that a module belongs to; in one component, either all LoRAs have a bias or none has."""
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
-        """Group the tensors by module name.
+        """Parse the keys, and group the tensors by module name.
 
         Raises:
             Malformed: a key belongs to another format, or occurs twice.
-            Unsupported: a token embedding belongs in another file.
+            Unsupported: the file has a token embedding, which this format stores in a separate file.
         """
         grouped: dict[str, dict[str, ImageKey]] = {}
         for text in tensors:
             key = self.parse(text)
             if key is None and text.startswith(PREFIX):
                 why = f"{self.name()} cannot store a token embedding in a LoRA file"
-                raise Unsupported(why, where=text, cure="Move the keys bundle_emb.* to a separate file")
+                raise Unsupported(why, where=text, cure="Move the tensors with keys bundle_emb.* to a separate file")
             if key is None:
-                cure = f"Remove it, or convert the file that it comes from; {self.name()} has no such keys"
+                cure = f"Remove the key, or convert the file that the key comes from; {self.name()} has no such keys"
                 raise Malformed("the key ends in no known slot", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
-                raise Malformed(f"this key means the same as {slots[key.slot].text}", where=text, cure=AGAIN)
+                raise Malformed(f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=AGAIN)
             slots[key.slot] = key
         if not grouped:
             raise Malformed("the file has no tensors", cure=AGAIN)
@@ -214,7 +217,7 @@ class ImageFormat(Format, ABC):
 
 
 def folder_file(path: Path, names: Iterable[str]) -> Path:
-    """Return the first of these files that a folder has; the path itself if it is not a folder.
+    """Return the first of these files that the folder contains; `path` itself if it is not a folder.
 
     Raises:
         UsageError: the folder has none of these files.
@@ -227,16 +230,16 @@ def folder_file(path: Path, names: Iterable[str]) -> Path:
     return found
 
 
-# Read a file of an image format: group keys into modules, decode their methods, find their targets.
+# Read a file of an image format: group keys into modules, decode each module's updates, and find the targets.
 
 
 def decoded(
     dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
 ) -> Adapter:
-    """Return the adapter that a file's tensors and metadata describe.
+    """Return the adapter that a file's tensors and metadata contain.
 
     Raises:
-        Malformed: a key belongs to another format, or two keys mean the same.
+        Malformed: a key belongs to another format, or two keys have the same meaning.
     """
     tensors, metadata = _with_alphas(dialect, at_once(tensors), metadata)
     tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
@@ -269,7 +272,7 @@ def decoded(
 
 
 def _unwrapped(target: Target) -> Target:
-    """Return a target without the words that torch.compile, FSDP and activation checkpointing add to paths."""
+    """Remove the words that torch.compile, FSDP and activation checkpointing insert into a target's path."""
     words = target.path.split(".")
     if WRAPPERS.isdisjoint(words):
         return target
@@ -277,7 +280,7 @@ def _unwrapped(target: Target) -> Target:
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
-    """Add the family given by the caller to the metadata.
+    """Add the `family` argument to the metadata.
 
     Raises:
         UsageError: no family has this name.
@@ -292,7 +295,7 @@ def of_family(metadata: Metadata, family: str | None) -> Metadata:
 
 
 def check_family(adapter: Adapter, family: str) -> None:
-    """Check that the family given by the caller has every module of the U-Net or the transformer.
+    """Check that the family in the `family` argument has every module of the U-Net or the transformer.
 
     Raises:
         UsageError: the family lacks a module; the error names the module.
@@ -305,7 +308,7 @@ def check_family(adapter: Adapter, family: str) -> None:
 
 
 def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
-    """Check the tensors' shapes now, because `ImageLeftovers` compares them with what the writer would write."""
+    """Check the shapes of all updates before `ImageLeftovers` predicts the shapes that the writer would choose."""
     for each in found:
         try:
             each.update.dims()
@@ -315,10 +318,10 @@ def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
 
 
 def _check_apart(targets: Mapping[str, Target]) -> None:
-    """Check that the file does not change both a fused weight and its parts.
+    """Check that the file does not contain updates of both a fused weight and the parts of this weight.
 
-    Some trainers of Z-Image write LoRAs for the fused queries, keys and values, and for the parts. diffusers then
-    ignores the fused LoRAs, and other tools add both.
+    Some trainers of Z-Image write LoRAs for the fused queries, keys and values, and also for the parts. diffusers then
+    ignores the LoRAs of the fused weights, and other tools add both.
 
     Raises:
         Malformed: the file changes a module twice.
@@ -341,27 +344,27 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
     seen: dict[Target, str] = {}
     for stem, target in targets.items():
         if target in seen:
-            why = f"this key and {seen[target]} both mean the module {target}"
-            raise Malformed(why, where=stem, cure="Remove one of the two from the file")
+            why = f"this key and {seen[target]} both name the module {target}"
+            raise Malformed(why, where=stem, cure="Remove one of the two keys from the file")
         seen[target] = stem
 
 
-# Some families' trainers write one alpha for all modules into the header. The functions below apply this alpha.
+# Some families' trainers write one alpha for all modules into the header. The code below applies this alpha.
 
 ALPHA = "alpha"
-"""The header's key for alpha; the slot has the same name."""
+"""The header's key for alpha; the slot for alpha has the same name."""
 
 CONFIG = "lora_adapter_metadata"
-"""The header's key for diffusers' config, which states every scaling."""
+"""The header's key for diffusers' config, which contains every scaling."""
 
 
 def _with_alphas(
     dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata
 ) -> tuple[dict[str, Lazy], Metadata]:
-    """Return the tensors with the header's alpha added to each LoRA, and the metadata without this alpha.
+    """Return the tensors with the header's alpha added to each LoRA, and the metadata without the alpha.
 
-    Most loaders ignore such an alpha, so it is applied only for families whose `header_alpha` is true. Alphas among the
-    tensors, or a config, take precedence over the header's alpha.
+    Most loaders ignore such an alpha, so it is applied only if `header_alpha` is true for all possible families. If the
+    file has alpha tensors or diffusers' config, the header's alpha is ignored.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
     parsed = [key for key in map(dialect.parse, tensors) if key is not None] if value else []
@@ -382,7 +385,7 @@ def _has_header_alpha(names: Collection[str]) -> bool:
 
 
 def _finite(text: str) -> float:
-    """Return the number in a text; 0 if the text is not a number."""
+    """Convert a text to a number; return 0 if the text is not a number."""
     try:
         value = float(text)
     except ValueError:

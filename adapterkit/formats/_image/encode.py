@@ -1,4 +1,4 @@
-"""Encode updates as slots, rewrite those that a format cannot express, and explain why others cannot be encoded."""
+"""Encode updates as slots (the tensors of a module in a file), and explain why some updates cannot be encoded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
     BOFTOutputs: "rescale", WeightNorm: "dora", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
-"""A map from each method to a slot that a format must have to express the method."""
+"""A map from each method to one of its slots; a format that has this slot can express the method."""
 
 
 LARGEST = 1e290
-"""The largest scaling; multiplied by a rank, it stays below 1e300, the largest number that readers accept."""
+"""The largest scaling that is written; times a rank, it stays below 1e300, the largest alpha that readers accept."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
@@ -40,7 +40,7 @@ def why_not(update: Update, rules: Rules) -> str:
     if slot is None or slot not in rules.slots:
         return f"the format does not have the method {update.method}"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
-        return "the format has no slot for the bias of this lora"
+        return "the format cannot store the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST:
         return "its scaling is too large for an alpha"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
@@ -53,20 +53,20 @@ def why_not(update: Update, rules: Rules) -> str:
         return _why_not_oft(update, rules)
     if isinstance(update, WeightNorm):
         if rules.peft:
-            return "its magnitudes are not DoRA's"
-        return "" if update.eps == EPSILON else f"its norms do not have an epsilon of {EPSILON}"
+            return "the format can store magnitudes only for dora"
+        return "" if update.eps == EPSILON else f"the epsilon of its norms is not {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} {NO_SLOT_FOR_SCALING}"
     return ""
 
 
-NO_SLOT_FOR_SCALING = "has a scaling, for which the format has no slot"
+NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Return the reason why a file cannot express an update's effect on the bias; empty if it can.
+    """Return the reason why a file cannot express how an update treats the bias; empty if it can.
 
-    The file's header has one setting for all modules.
+    The header's `bypass_mode` is one setting for all modules, and decides whether updates change the bias.
     """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
@@ -90,7 +90,10 @@ def _why_not_oft(update: OFT, rules: Rules) -> str:
 
 
 def folded(update: Update, rules: Rules) -> Update:
-    """Fold an update's scaling into a factor, in the factor's dtype; the update is unchanged if it has no scaling."""
+    """Fold an update's scaling into a tensor, in the tensor's dtype.
+
+    Return the update unchanged if a slot can store the scaling.
+    """
     field = _unscaled(update, rules)
     scaling = update.attributes.get("scaling", 1.0)
     if not field or scaling == 1:
@@ -100,7 +103,7 @@ def folded(update: Update, rules: Rules) -> Update:
 
 
 def _unscaled(update: Update, rules: Rules) -> str:
-    """Return the field to fold a scaling into if the format has no slot for scalings; empty if it has one."""
+    """Return the field into which a scaling must be folded because no slot can store it; empty if a slot can."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and rules.peft:
@@ -112,7 +115,7 @@ def _unscaled(update: Update, rules: Rules) -> str:
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
-    """Return the slots of an update that `why_not` accepts, with the alpha last.
+    """Return the tensors to write for an update, with the alpha last. `why_not` must have accepted the update.
 
     Args:
         update: the update.
@@ -130,7 +133,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
         if "pairs" in leaves:
             return [
                 StoredTensor("oft_R", leaves["pairs"], "pairs")
-            ]  # OneTrainer's slot, which is only read, not written.
+            ]  # OneTrainer's slot. Formats read it, but never write it.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (
@@ -212,7 +215,7 @@ def _turned(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """Omit zero changes that the format cannot express, and return a line for each.
+    """Omit updates that the format cannot express if they change nothing, and return a line for each omitted update.
 
     LoRAs extracted from Wan contain an all-zero `diff` tensor for every norm.
     """
@@ -228,7 +231,7 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
 
 
 def _is_zero(update: Update) -> bool:
-    """Whether a dense change is known to be zero; False for a change that is not computed yet."""
+    """Whether a dense update is known to be zero; False if its values are not computed yet."""
     try:
         return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
     except NotComputed:
@@ -236,7 +239,7 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings where this is needed and allowed, and return a line for each."""
+    """Fold scalings that the format cannot store, if `on_loss` allows it; return a line for each folded scaling."""
     if on_loss not in ("fold", "promote"):
         return updates, []
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Represent one module of a file: its tensors by slot, the format's rules, and the updates of the module."""
+"""Define the data of one module in a file: its tensors by slot, the format's rules, and the module's updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGAIN = "Write the file again with the tool that made it"
 
 @dataclass(frozen=True, slots=True)
 class ImageKey:
-    """A parsed key: its text, the module's name as the format spells it, and the slot."""
+    """A parsed key: the complete text, the module's name in the file (the stem), and the kind of tensor (the slot)."""
 
     text: str
     stem: str
@@ -29,12 +29,12 @@ class ImageKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageModule:
-    """The tensors of one module in a file.
+    """The tensors of one module in a file. A slot is the kind of a tensor, such as `down`, `up` or `alpha`.
 
     Attributes:
         stem: the module's name in the keys.
         tensors: the tensors by slot.
-        keys: the keys by slot.
+        keys: the complete keys by slot.
     """
 
     stem: str
@@ -43,7 +43,7 @@ class ImageModule:
 
     @property
     def where(self) -> str:
-        """Return one key of the module, to name the module in errors."""
+        """Return the first key of the module, which errors use to name the module."""
         return next(iter(self.keys.values()))
 
     def need(self, *slots: str) -> list[Lazy]:
@@ -54,14 +54,14 @@ class ImageModule:
         """
         missing = next((slot for slot in slots if slot not in self.tensors), None)
         if missing is not None:
-            raise Malformed(f"the file lacks its partner: {missing}", where=self.where, cure=AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {missing}", where=self.where, cure=AGAIN)
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:
-        """Return the number that a slot stores.
+        """Return the value of a slot whose tensor has one element.
 
         Raises:
-            Malformed: the slot does not have exactly one finite number.
+            Malformed: the tensor does not have exactly one element, or the element is not finite.
         """
         leaf = self.tensors[slot]
         if leaf.nbytes != leaf.dtype.itemsize:
@@ -78,19 +78,20 @@ class ImageModule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A format's rules for scalings.
+    """The rules by which a format's tensors are decoded and encoded.
 
     Attributes:
-        alpha_needed: whether the format's trainers write an alpha for every module; a missing or zero alpha means the
-            rank.
-        by_formula: whether to follow the paper's formula, in which a missing alpha is an error and an alpha of 0 is a
-            scaling of 0. If false, both mean the rank, as in the tools' forward.
-        oft_zero: the meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
-        norms: whether changes of one-dimensional weights use the slots of norms.
-        peft: whether DoRA's magnitude has PEFT's shape, not [out, 1, ...]; PEFT's is [out], on a convolution [1, out,
-            1, ...].
-        slots: the format's slots, or prefixes of slots.
-        trained: the options of LyCORIS in the file's header.
+        alpha_needed: whether the format's trainers write an alpha for every module. Their tools replace a missing or
+            zero alpha by the rank.
+        by_formula: whether to follow the paper's formula, where a missing alpha is an error and an alpha of 0 gives a
+            scaling of 0. If false, a missing or zero alpha means the rank, as in the tools' forward.
+        oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, it allows no
+            rotation.
+        norms: whether the slots `w_norm` and `b_norm` store changes of one-dimensional weights.
+        peft: whether DoRA's magnitude has PEFT's shape, [out] or, for a convolution, [1, out, 1, ...]. If false, the
+            shape is [out, 1, ...].
+        slots: the slots that the format has, or prefixes of slots.
+        trained: the network options in the file's header.
     """
 
     alpha_needed: bool = False
@@ -103,27 +104,27 @@ class Rules:
 
 
 def rules_at(rules: Rules, stem: str) -> Rules:
-    """Return the rules for one module, given its name in the keys."""
+    """Return the rules for one module, given the module's name in the keys."""
     there = rules.trained.at(stem)
     return rules if there is rules.trained else replace(rules, trained=there)
 
 
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
-    """Return a format's rules, adapted to a file's metadata and to the selected `compat`."""
+    """Return a format's rules, adapted to a file's metadata and to the caller's `compat`."""
     by_formula = compat == FORMULA
     return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageUpdate:
-    """An update made from a module's slots.
+    """An update that was decoded from a module's slots.
 
     Attributes:
-        update: the update.
+        update: the decoded update.
         fields: a map from each field of the update to its slot.
-        kept: slots whose tensors are stored with the adapter only to be written again.
-        derived: a map from a kept slot to the field that was computed from this slot.
-        idle: kept slots that have no effect.
+        kept: slots whose original tensors are stored in the adapter, so that the same file can be written again.
+        derived: a map from a slot in `kept` to the field that was computed from the slot's tensor.
+        idle: slots that have no effect; their tensors are stored, too.
     """
 
     update: Update
@@ -135,7 +136,7 @@ class ImageUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write, with its slot and the name of the update's field; the name is empty for an alpha."""
+    """A tensor to write, with its slot and the update's field that it contains; the field is empty for an alpha."""
 
     slot: str
     leaf: Leaf
@@ -143,6 +144,6 @@ class StoredTensor:
 
 
 def inputs_of(modules: Iterable[ImageModule]) -> set[int]:
-    """Return the input sizes of the modules that have LoRA's A."""
+    """Return the numbers of inputs of all modules that have a `down` (LoRA's A)."""
     downs = (module.tensors["down"].shape for module in modules if "down" in module.tensors)
     return {shape[1] for shape in downs if len(shape) > 1}

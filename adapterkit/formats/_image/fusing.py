@@ -1,6 +1,6 @@
-"""Split updates of fused weights into updates of their parts, and join updates of parts.
+"""Split updates of fused weights into updates of the parts, and join updates of parts.
 
-Values are computed only if scalings differ; otherwise rows are copied. Rows without an update are zero.
+Values are computed only if scalings differ. Otherwise rows are copied, and rows without an update are zero.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return the update of each span of rows; None if the update's formula cannot be split along outputs.
+    """Split an update by spans of rows; None if the update's formula cannot be split along outputs.
 
-    A LoRA that was joined from one LoRA for each span is split into these LoRAs again. For any other LoRA, all spans
-    share A.
+    If each span of a LoRA has its own ranks, because LoRAs of the spans were joined, each part gets only these ranks.
+    For any other LoRA, all parts have the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -48,7 +48,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return the blocks of each span; None if a block crosses a span's end, or if the blocks share a constraint."""
+    """Split an OFT by spans; None if a block crosses the end of a span, or if a constraint couples the blocks."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -61,7 +61,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split w1 by spans, since a row of w1 covers several rows of the weight; None if a span ends inside such rows."""
+    """Split a LoKr by spans; None if a span ends inside the rows of the weight that one row of w1 covers."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -98,7 +98,7 @@ def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int,
 
 
 def outputs_of(update: Update) -> int | None:
-    """Return the number of outputs of an update's weight; None if the update's tensors do not show it."""
+    """Return the number of outputs of an update's weight; None if the update's tensors do not show this number."""
     dims = update.dims()
     if isinstance(update, OFT) and update.side == "out" and update.square is not None:
         return int(dims["n"]) * int(dims["b"])  # type: ignore[arg-type]
@@ -114,14 +114,14 @@ def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedPart:
-    """An update of consecutive rows of a fused weight."""
+    """An update of a run of consecutive rows of a fused weight."""
 
     run: Run
     update: Update
 
     @property
     def unit(self) -> int:
-        """Return the number of rows of one part of the fused weight; 0 if the parts are unequal."""
+        """Return the number of rows in each of the weight's equal parts; 0 if the rows cannot be divided equally."""
         out = outputs_of(self.update) or 0
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
@@ -168,7 +168,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 
 
 def _stacked(updates: Sequence[Update]) -> Update | None:
-    """Stack the rows of updates that share all other tensors into one update; None if they do not share them."""
+    """Stack the rows of updates into one update; None if the updates differ in more than these rows."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -176,7 +176,8 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # An update of inputs acts on every row in the same way, so equal updates need no stacking.
+        # An update of inputs acts on all rows in the same way. So equal updates of all parts are one update of the
+        # whole.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -193,7 +194,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Map each field with one row per output to the axis of these rows, for updates whose rows are independent."""
+    """Map each field with one row per output to the axis of its rows; empty if the rows are not independent."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":
@@ -212,7 +213,7 @@ def _alike(updates: Sequence[Update], names: Iterable[str]) -> bool:
 
 
 def _under(updates: Sequence[LoRA | DoRA], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
-    """Stack the B matrices below each other; `rows` are the rows of each in the fused weight."""
+    """Stack the B matrices vertically; `rows` are the rows of each B in the fused weight."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
@@ -236,8 +237,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts with the same A share ranks. Example: queries, keys and values have one A, and the MLP in the same fused
-    # weight has another A.
+    # Parts with the same A share ranks. Example: queries, keys and values have one A; the MLP in the same weight has
+    # another.
     ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -267,7 +268,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Copy tensors into a zero tensor. The result has the tensors' dtype, or float32 if their dtypes differ."""
+    """Copy tensors into a tensor of zeros, with the tensors' dtype, or float32 if the tensors' dtypes differ."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]

@@ -1,4 +1,4 @@
-"""Record facts of a file for which an adapter has no fields, so that the writer can write the same file again."""
+"""Record details of a file that an adapter's fields cannot store, so that the writer can write the same file again."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers of a file.
+    """Details of the source file, stored in an adapter.
 
     Attributes:
-        metadata: the keys and values of the header, in their order.
+        metadata: the keys and values of the header, in the header's order.
         stems: a map from each target to its module's name in the file's keys.
-        keys: a map from the key that the writer would choose to the key in the file.
-        shapes: a tensor's shape by key, if the writer would choose another shape for the same elements.
-        without_alpha: the modules that had no alpha.
-        derived: a map from the key of a kept tensor to the fingerprint of the field that was computed from the tensor.
-        idle: a map from the key of a kept tensor without effect to the tensor's target.
-        compat: the `compat` that the caller selected.
+        keys: a map from the key that the writer would choose to the different key in the file.
+        shapes: the shape of a tensor in the file, by key, if the writer would choose another shape for the same
+            elements.
+        without_alpha: the names of modules that had no alpha.
+        derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from the
+            tensor.
+        idle: a map from the key of a stored tensor that has no effect to the tensor's target.
+        compat: the `compat` with which the caller read the file.
     """
 
     metadata: list[tuple[str, str]] = []
@@ -48,10 +50,10 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter, format: str) -> ImageHints:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format; empty leftovers for any other adapter.
+    """Return the stored details if the adapter was read from this format; otherwise empty details.
 
     Raises:
-        Malformed: the leftovers are damaged.
+        Malformed: the stored details are damaged.
     """
     return leftovers(adapter, format, ImageHints)
 
@@ -68,7 +70,7 @@ Spell = Callable[[str, str], str]
 
 
 class ImageLeftovers:
-    """Collects the facts of a file that the adapter's fields do not contain."""
+    """Collects, module by module, the details of a file that the adapter's fields cannot store."""
 
     def __init__(self) -> None:
         self.stems: dict[str, str] = {}
@@ -119,11 +121,11 @@ class ImageLeftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether the source file's alpha still yields the update's scaling."""
+    """Whether the alpha in the source file still yields the update's scaling."""
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
     value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # Allow rounding: with sqrt(r), the alpha computed from a scaling may differ in the last bits.
+    # Allow rounding: with sqrt(r), an alpha that is computed from a scaling may differ in the last bits.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

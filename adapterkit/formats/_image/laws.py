@@ -1,6 +1,6 @@
-"""Decode slots to updates, with the formulas that kohya, LyCORIS, ComfyUI and diffusers share.
+"""Decode a module's tensors (slots) to updates, with the formulas that kohya, LyCORIS, ComfyUI and diffusers share.
 
-The slots are described in spec/formats/lycoris.toml. Shapes are read from the tensors, never from metadata.
+spec/formats/lycoris.toml describes the slots. Shapes are read from the tensors, never from metadata.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ OTHERS = {"alpha"}
 
 
 def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
-    """Return the updates that a module's slots encode, in order of application.
+    """Return the updates that a module's tensors encode, in the order in which they are applied.
 
     Raises:
-        Malformed: a slot lacks its partner, or the module has methods that cannot be combined.
-        ShapeMismatch: the shapes are not those of the method.
+        Malformed: a tensor lacks its partner, or the tensors belong to methods that cannot be combined.
+        ShapeMismatch: the tensors' shapes do not fit the method.
         Unsupported: this version does not have the method.
     """
     laws, rules = _laws(tuple(module.tensors)), rules_at(rules, module.stem)
@@ -55,7 +55,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
-            "this tensor cannot stand together with the module's other tensors", where=module.keys[left], cure=AGAIN
+            "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=AGAIN
         )
     return found
 
@@ -66,11 +66,11 @@ def _laws(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], ImageUp
 
 
 def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
-    """Return alpha / rank; without `by_formula`, a missing or zero alpha yields 1.
+    """Return alpha / rank; without `by_formula`, return 1 if the alpha is missing or zero.
 
     Raises:
-        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the format's tools do not read
-            a zero alpha as the rank.
+        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the format's tools would not
+            replace it by the rank.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -109,16 +109,16 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def drawn(rank: int, unit: int) -> int:
-    """Return the factor by which the trained options multiply a LoRA's alpha / r.
+    """Return the factor by which a network option multiplies a LoRA's alpha / r; `unit` is the option's value.
 
-    LyCORIS's DyLoRA divides alpha by the number of blocks that it trains at a time. FLUX's parts divide alpha by the
-    rank of one part.
+    DyLoRA of LyCORIS computes alpha / (number of blocks), with r / unit blocks. sd-scripts' split_qkv for FLUX trains
+    `unit` parts separately, and each part computes alpha / (r / unit).
     """
     return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Multiply `down` by `mid` in float32, which yields the kernel of the Tucker decomposition."""
+    """Compute `down` times the Tucker core `mid` in float32: the convolution kernel that both represent."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
@@ -128,7 +128,7 @@ def _through(module: ImageModule) -> Lazy:
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
         raise Unsupported(
-            f"the kernel that its core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
+            f"the kernel that this core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
         )
 
     def fetch() -> bytes:
@@ -143,16 +143,16 @@ def _through(module: ImageModule) -> Lazy:
 
 
 LARGEST = 1 << 31
-"""The largest number of elements of a kernel that is computed from a core."""
+"""The largest number of elements of a kernel that is computed from a Tucker core."""
 
 
 def _is_dora(module: ImageModule) -> bool:
-    """Whether a LoRA has one magnitude for each output, as in DoRA; magnitudes for each input are another method."""
+    """Whether a LoRA has one magnitude per output, as in DoRA. Magnitudes per input belong to another method."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
 def _per_output(module: ImageModule, out: int) -> bool:
-    """Whether magnitudes have the shape [out, 1, ...], or [1, out, 1, ...] as for PEFT's convolutions."""
+    """Whether the magnitudes have the shape [out, 1, ...], or PEFT's shape for convolutions, [1, out, 1, ...]."""
     shape = module.tensors["dora"].shape
     if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
         return all(n == 1 for n in shape[2:])
@@ -185,7 +185,7 @@ def _check_bypassed(module: ImageModule, update: Update) -> None:
             "the module is DoRA on a convolution, trained with bypass_mode: LyCORIS ignores its magnitude, except on "
             "grouped convolutions, and the file does not show which convolutions are grouped"
         )
-        cure = 'Read it with its magnitude: --compat formula (compat="formula")'
+        cure = 'Read the file with its magnitude: --compat formula (compat="formula")'
         raise Unsupported(why, where=module.keys["dora"], cure=cure)
 
 
@@ -219,9 +219,10 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha of two full factors, as LyCORIS does, which may write any value.
+    # Ignore the alpha if both factors are full: LyCORIS ignores it, too, and may write any value.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora, the scaling of two full factors is sqrt(r), and the saved alpha is r * sqrt(r): compute sqrt(r).
+    # With rs_lora and two full factors, the scaling is sqrt(r). LyCORIS saves alpha = r * sqrt(r), so its cube root is
+    # sqrt(r).
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -247,14 +248,14 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT. Like PEFT's, it rotates blocks of inputs, with the first five terms of a series.
+    """Read OneTrainer's OFT. Like PEFT's, it rotates blocks of inputs by the first five terms of a series.
 
-    On convolutions OneTrainer uses the inverse rotation, and the file does not show which layers are convolutions.
+    On convolutions, OneTrainer applies the inverse rotation. The file does not show which layers are convolutions.
     """
     _no_dora(module)
     (pairs,) = module.need("oft_R")
     if _CONVOLUTION.search(module.stem):
-        why = "this is OneTrainer's OFT on a convolution, where it uses the inverse rotation"
+        why = "this is OneTrainer's OFT on a convolution, where OneTrainer uses the inverse rotation"
         raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
         raise ShapeMismatch(
@@ -271,7 +272,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
 _CONVOLUTION = re.compile(
     r"conv|(?:down|up)samplers|proj_in$|proj_out$|patch|pos_embed|in_layers|out_layers|(?:^|_)op$"
 )
-"""A pattern for names of modules that are convolutions in some models."""
+"""A pattern for names of modules that are convolutions in at least some models."""
 
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
@@ -296,7 +297,7 @@ def _glora(module: ImageModule, rules: Rules) -> ImageUpdate:
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    # Multiply by sqrt(r): GLoRA saves the user's alpha, but other modules save the alpha multiplied by sqrt(r).
+    # Multiply by sqrt(r): in files of GLoRA, alpha is the user's value; other methods save the value times sqrt(r).
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return ImageUpdate(update, dict(zip(leaves, slots, strict=True)))
@@ -337,7 +338,7 @@ def _t_lora(module: ImageModule, _: Rules) -> ImageUpdate:
 
 
 def _reshape(module: ImageModule, _: Rules) -> ImageUpdate:
-    why = "it enlarges the weight that it adapts, so no base has that weight"
+    why = "the adapter enlarges the weight that it adapts, so no base has a weight of this size"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge the adapter with ComfyUI")
 
 
@@ -357,7 +358,7 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]]
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""A map from the prefixes of each method's slots to the method's decoder, in order of application."""
+"""Prefixes of each method's slots, and the function that decodes them, in the order in which updates are applied."""
 
 
 def _no_dora(module: ImageModule) -> None:
@@ -374,7 +375,7 @@ def _checked(update: LoKr, module: ImageModule) -> None:
 
 
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
-    """Return a tensor without its axes of size 1 after the first `axes` axes."""
+    """Remove a tensor's axes after the first `axes` axes; all of them must have size 1."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
         raise ShapeMismatch(
@@ -390,8 +391,8 @@ def _turned(leaf: Lazy) -> Lazy:
 
 
 def number(value: float) -> Lazy:
-    """Return a number as a tensor: float32 if that is exact, otherwise float64."""
+    """Return a number as a scalar tensor: float32 if this is exact, otherwise float64."""
     return number_of(float(value).hex())
 
 
-_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): its tools then use the rank as alpha'
+_WITHOUT_ALPHA = 'Read the file without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'

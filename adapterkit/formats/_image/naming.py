@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Prefix targets with diffusers' name for the pipeline's part: `x_embedder` becomes `transformer.x_embedder`."""
+    """Prefix targets with the component as diffusers names it: `x_embedder` becomes `transformer.x_embedder`."""
     found: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -32,18 +32,18 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(
     updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
 ) -> dict[Target, tuple[Update, ...]]:
-    """Return targets in diffusers' naming, prefixed with the pipeline's part; split updates of fused weights.
+    """Translate targets to diffusers' naming with the component as prefix, and split updates of fused weights.
 
     Args:
         updates: the updates.
-        families: the possible families, if the caller knows more than the names show.
-        fuse: see `in_naming`.
+        families: the names of the possible families, if the caller knows them; empty: decide by the targets' names.
+        fuse: whether a LoKr of a fused weight stays one update; see `in_naming`.
     """
     return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' names for a native module, or for its parts; an empty list for other modules."""
+    """Return diffusers' names for a module in its authors' naming: several for a fused weight, none if unknown."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -52,10 +52,10 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Translate targets of several adapters to one naming; if all denoisers already have one naming, change nothing.
+    """Translate targets of several adapters to one naming; change nothing if all adapters already have the same naming.
 
     Raises:
-        UsageError: the adapters belong to different families of image models.
+        UsageError: the adapters are for different families of image models.
     """
     paths = [[target.path for target in denoiser_targets(updates, ())] for updates in adapters]
     every = [path for each in paths for path in each]
@@ -72,10 +72,10 @@ def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
 
 
 def _check_families(adapters: Sequence[Sequence[str]]) -> None:
-    """Check that one family has all known names.
+    """Check that the module names of every adapter fit a family that also fits the first adapter.
 
     Raises:
-        UsageError: no family has all names; the error names the families of the adapters.
+        UsageError: an adapter fits no family of the first adapter; the error names the families of both adapters.
     """
     known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
     for place, others in known[1:]:
@@ -83,11 +83,13 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
         if not _alike(first, others):
             names = [_titles(each) or "an unknown family" for each in (first, others)]
             why = f"the adapters are for different models: {names[0]}, and {names[1]}"
-            raise UsageError(why, where=place, cure="Give adapters for one base; these change no weights in common")
+            raise UsageError(
+                why, where=place, cure="Give adapters for one base: these adapters change no common weight"
+            )
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether one family has all names of both adapters; generic families count only if no other family fits."""
+    """Whether two sets of families have a common family; generic families count only if a set has no other family."""
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]
@@ -95,7 +97,7 @@ def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
 
 
 def specific(families: Collection[str]) -> frozenset[str]:
-    """Return the families except the generic ones."""
+    """Return the families that are not generic."""
     return frozenset(name for name in families if not _family(name).facts.generic)
 
 

@@ -1,4 +1,4 @@
-"""Translate targets to the names of a given base: to its prefix and its naming."""
+"""Translate targets to the module names of a given base, which has its own prefix and naming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DENOISERS = ("unet", "transformer")
 
 
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Translate the targets of updates to modules of a base, in the base's naming.
+    """Translate the targets of updates to modules of a base.
 
     Raises:
         TargetNotFound: the base does not have a target; the error names the nearest module.
@@ -51,12 +51,12 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Return the target with the base's prefix; the unchanged target if the base does not have such a module."""
+    """Return the target with the prefix that its module has in the base; unchanged if the base lacks the module."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
-    # Try both parts, because ComfyUI's `diffusion_model.` may be a U-Net or a transformer.
+    # Try both components, because ComfyUI's prefix `diffusion_model.` may mean a U-Net or a transformer.
     alike = {component, "denoiser", *(_DENOISERS if component in _DENOISERS else ())}
     same = [word for word, part in ROOTS.items() if part in alike]
     tries = [rest, *(f"{word}.{rest}" for word in same)]
@@ -65,21 +65,21 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
 
 
 def kernel_of(target: Target, base: Checkpoint | None) -> int:
-    """Return the number of kernel axes of a target's weight in a base; 0 if unknown."""
+    """Return the number of kernel axes of a target's weight in the base; 0 if unknown."""
     if base is None:
         return 0
     known = (base.tensors.get(f"{path}.weight") for path in (target.path, rooted(target.path)[1]))
     return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)
 
 
-# Check that in each part of a file all LoRAs or none have a bias: loaders have one setting for the whole part.
+# In each component of a file, all LoRAs or none must have a bias: loaders have one setting for the whole component.
 
 
 def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], str]) -> None:
-    """Check the biases of a file's modules.
+    """Check that in each component all LoRAs or none have a bias.
 
     Raises:
-        Malformed: some LoRAs of a part have a bias, and others do not.
+        Malformed: some LoRAs of a component have a bias, and others do not.
     """
     biased = {part_of(stem) for stem, module in modules.items() if "bias" in module.tensors}
     for stem, module in modules.items():
@@ -89,7 +89,7 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """If only some LoRAs of a part have a bias, yield the smaller group: those with a bias or those without."""
+    """Yield the LoRAs with a bias, or those without one if these are fewer, for each component that has both."""
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, found in updates.items():
         for update in found:

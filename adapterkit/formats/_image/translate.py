@@ -29,22 +29,23 @@ def in_naming(
     updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
     fuse: bool = True, rows: bool = False,
 ) -> tuple[Changed, Losses]:  # fmt: skip
-    """Translate updates of a U-Net's or transformer's modules to another naming.
+    """Translate targets in a U-Net or a transformer to another naming.
 
     Args:
-        updates: the updates.
-        naming: the naming to translate to; `kohya` means the naming from which sd-scripts makes its flattened names.
-        kept: the targets, as text, that stay unchanged.
-        origin: the known facts about the targets' naming.
-        fold: whether different scalings of parts may be folded into B.
-        fuse: whether to move a LoKr of a fused weight to the module that diffusers fuses for LoKr; False splits the
-            LoKr.
-        rows: whether to keep updates of some rows of a fused weight; otherwise they become updates of all its rows.
+        updates: the updates by target.
+        naming: the naming to translate to; `kohya` is the naming whose dots sd-scripts replaces by underscores.
+        kept: the targets, as text, that must not be renamed.
+        origin: what is known about the naming of the targets.
+        fold: whether joining parts with different scalings may fold the scalings into B.
+        fuse: whether a LoKr of a fused weight becomes an update of the fused module that diffusers creates for LoKr. If
+            false, the LoKr is split.
+        rows: whether an update of some rows of a fused weight may stay an update of these rows. If false, zeros are
+            added for the other rows.
 
     Returns:
-        the updates, and (target, reason) for each update that cannot be translated; such updates keep their targets.
+        the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
     """
-    # Use the module's name for a norm's scale: in all namings except BFL's, the scale is the weight of a module.
+    # Name a norm by its module, not by its scale: only BFL's naming uses the scale, others use the module's weight.
     updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
@@ -53,7 +54,8 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # If both namings have all names, assume the requested naming, unless the file shows which naming it uses.
+        # If the names fit both namings, assume that they are already in the requested naming, unless `origin` says
+        # otherwise.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
         if target not in targets:
@@ -61,7 +63,8 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
             into.add(target, found, source)
         else:
-            # XLabs adapts the first three sevenths of linear1: split the update into parts, and add zeros for the rest.
+            # XLabs adapts only the first three sevenths of linear1. Split such an update into parts, and add zeros for
+            # the rest.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -71,7 +74,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """Return a norm's module instead of its scale: the scale is `scale` in BFL's naming and `weight` in diffusers'."""
+    """Remove `.scale` from a norm's target in BFL's naming, because diffusers' naming ends at the norm's module."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target
@@ -79,7 +82,7 @@ def _module(target: Target, kept: Collection[str]) -> Target:
 
 @dataclass
 class _Member:
-    """An update for some rows of a fused weight in the requested naming, with its source target."""
+    """An update of some rows of a fused weight in the requested naming, and the target from which it came."""
 
     origin: Target
     run: Run
@@ -88,7 +91,7 @@ class _Member:
 
 @dataclass
 class _Into:
-    """Collects the updates of one family in the requested naming."""
+    """Collects the translated updates of one family."""
 
     family: ImageFamily
     naming: str
@@ -107,12 +110,12 @@ class _Into:
         self.keep(target, found)
 
     def add(self, target: Target, found: tuple[Update, ...], source: str) -> None:
-        """Move one target's updates, or collect them for the fused weight to which they belong.
+        """Rename one target, or record its updates as parts of a fused weight that `gather` joins.
 
         Args:
-            target: the target to move.
-            found: the updates.
-            source: the naming of all targets; empty if the targets have several namings.
+            target: the target to rename.
+            found: the target's updates.
+            source: the current naming of all targets; empty if the targets have several namings.
         """
         root, rest = rooted(target.path)
         if self.family.component == CONTROLNET and self.naming == "diffusers" and not root:
@@ -136,19 +139,19 @@ class _Into:
             turned = [reordered(update, pieces) for update in found]
             if None in turned or target.rows is not None:
                 return self.lose(
-                    target, found, "its parts have another order there, and the update cannot be split into them"
+                    target, found, "in that naming, the weight's parts have another order; the update cannot be split"
                 )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
         return self._part(target, found, pieces, root, source)
 
     def _root(self, root: str) -> str:
-        """Return diffusers' name for the part of the pipeline, if diffusers' naming is requested."""
+        """Return the component as diffusers names it, if the requested naming is diffusers'; otherwise `root`."""
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
-        """Return the module that diffusers fuses for a LoKr: diffusers cannot load a LoKr that was split into parts."""
+        """Return the fused module that diffusers creates for a LoKr: diffusers cannot load a LoKr that was split."""
         if (
             not self.fuse
             or self.naming != "diffusers"
@@ -176,7 +179,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # An update of inputs acts on all rows in the same way, so every part has the same update.
+                # An update of inputs acts on all rows in the same way. So every part has the same update.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
@@ -211,7 +214,8 @@ class _Into:
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "a part of a fused weight has several updates"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # Keep the parts' rotations separate: each affects only the part's rows, and kohya stores them separately.
+            # Keep the rotations of the parts separate: a rotation affects only the rows of its part, and kohya's format
+            # stores each rotation.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
@@ -220,7 +224,7 @@ class _Into:
 
 
 def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
-    """Return the adapted weight's ratio of outputs to inputs; None if the updates' shapes do not determine it."""
+    """Return the adapted weight's number of outputs divided by its number of inputs; None if a shape is unknown."""
     for update in found:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
@@ -230,20 +234,20 @@ def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether both namings have this module, but with the parts in a different order."""
+    """Whether the module is the same in both namings, except that its rows have another order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether rows are exactly the rows of a run, for any number of rows of the fused weight."""
+    """Whether the rows are exactly those of a run, whatever the size of the fused weight."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
 
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
-    """Return the rows of each piece, counted from the update's first row; None for pieces outside the update."""
+    """Return the rows of each piece, relative to the update's first row; None for a piece that the update lacks."""
     dims = update.dims()
     out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
@@ -257,7 +261,7 @@ def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tu
 
 
 def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
-    """Return an update with the weight's equal parts in another order; None if its formula cannot be split."""
+    """Put the equal parts of an update's rows into another order; None if the update cannot be split."""
     out, of = outputs_of(update), pieces[0].here.of
     if out is None or out % of:
         return None

@@ -1,7 +1,7 @@
-"""Resolve names of modules in which kohya and LyCORIS replaced dots with underscores.
+"""Find the modules whose dotted names kohya and LyCORIS flattened: they replaced all dots with underscores.
 
-Each name is compared with the names of a base's modules, after the same replacement. Without a base, it is compared
-with the families' tables. A name that fits no module, or several, is an error.
+Each flattened name is compared with the flattened module names of the base. Without a base, it is compared with the
+tables of known families. A name that fits no module or several modules is an error.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ _PARTS = {
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
-"""A map from the prefix of a stem to the parts of a pipeline that the prefix may mean."""
+"""A map from the prefix of a flattened name to the pipeline's components that the prefix may mean."""
 
 _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
-"""Prefixes of stems in the U-Net or the transformer."""
+"""Prefixes of flattened names of modules in the U-Net or the transformer."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
-"""A map from a prefix that only one family's trainer writes to the family."""
+"""A map from a prefix to the only family whose trainer writes this prefix."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""A map from the model's name in a file's metadata to the part of the pipeline with the model's T5."""
+"""A map from a model's name in a file's metadata to the component that is this model's T5."""
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
-    """Return the dotted path of each stem.
+    """Return the dotted path of each module, by the module's flattened name (its stem).
 
     Args:
-        modules: the modules by stem.
+        modules: the modules of the file, by stem.
         metadata: the file's metadata.
-        base: the base against which names are resolved, or None.
+        base: the base whose module names are compared, or None.
 
     Raises:
-        TargetNotFound: a stem fits no module, or several; the error names the nearest module.
+        TargetNotFound: a stem fits no module, or several modules; the error names the nearest module.
     """
     known = list(modules)
     walked = None if base is None else _walked(base)
@@ -87,17 +87,17 @@ def _together(
     rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
     of_base: Collection[str] | None, sizes: Collection[int],
 ) -> dict[str, str]:  # fmt: skip
-    """Return the paths of the denoiser's stems if one family has all of these stems; otherwise an empty dict.
+    """Return the dotted paths of all stems in the denoiser if one family has all of them; otherwise an empty dict.
 
     Args:
-        rest: the stems that are not resolved yet.
-        words: all stems; those of text encoders distinguish families.
+        rest: a map from each stem that is not resolved yet to (prefix, flattened name).
+        words: such a map for all stems; the stems of text encoders help to choose the family.
         metadata: the file's metadata.
-        of_base: the families of the base, or None.
+        of_base: the possible families of the base; None without a base.
         sizes: the input sizes of the denoiser's adapted weights.
 
     Raises:
-        TargetNotFound: several families have all stems under different names, and nothing shows which is meant.
+        TargetNotFound: several families have all stems, but for modules with different paths.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -120,11 +120,12 @@ def _together(
     fitting = narrowed(fitting, lambda family: said(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
-    # Compare widths, because FLUX.2 and HunyuanVideo 1.5 share names with FLUX and HunyuanVideo, but not widths.
+    # Compare the sizes of inputs: FLUX.2 and HunyuanVideo 1.5 have names of FLUX and HunyuanVideo, but other sizes.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # With a base, the base's names are used instead, so the families must agree only on the names in diffusers.
+    # With a base, targets are translated to the base's names later. Then the families only have to agree on the names
+    # in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -134,11 +135,11 @@ def _together(
     return first
 
 
-_DECIDE = "Name the family with --family (family=), or give the base, whose names decide, with --base (base=)"
+_DECIDE = "Name the family with --family (family=), or give the base with --base (base=), to use its names"
 
 
 def _kind(flat: str) -> str:
-    """Return the kind of text encoder to which a flattened name belongs: `clip`, `t5` or `llm`; empty if unknown."""
+    """Return the kind of text encoder that has a module with this flattened name; empty if no known kind has it."""
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
 
 
@@ -153,7 +154,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of all stems in the family's naming that has all of them; empty if there is no such naming."""
+    """Return the paths of all stems in the first naming of the family that has all of them; otherwise an empty dict."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -166,13 +167,13 @@ def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # Strip underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
+    # Strip extra underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
     # writes `lora_unet_..._to_q_`.
     return found[1], found[2].strip("_")
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
-    """Return the only module of the base that a stem fits; empty if there is no such module."""
+    """Return the only module of the base whose flattened name is this stem; empty if there is no such module."""
     here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
     if len(here) > 1:
         raise TargetNotFound(
@@ -202,7 +203,8 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
-        # Skip language models' names for LyCORIS: LyCORIS also trains language models alone, under the same names.
+        # Do not try names of language models for LyCORIS's prefix: LyCORIS writes the same names for adapters of plain
+        # LLMs.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
@@ -210,9 +212,9 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _beside(flat: str) -> list[str]:
-    """Return the modules of a part of the pipeline that lies inside the denoiser in the authors' naming.
+    """Return the dotted path of a module that diffusers has in a separate component, but the authors in the denoiser.
 
-    Anima's adapter of its text encoder is such a part.
+    Anima's adapter of its text encoder is such a component.
     """
     for family in families():
         for part in family.facts.modules:
@@ -223,7 +225,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the part that `lora_te3` means: FLUX's second encoder or SD 3's third, both T5; empty if unknown."""
+    """Return the component that `lora_te3` means: FLUX's second or SD 3's third text encoder; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     told = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -235,12 +237,12 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
 
 
 def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
-    """Whether one naming of a family has all of these names."""
+    """Whether one naming of the family has all of these flattened names."""
     return any(all(family.unflattened(flat, naming) for flat in flats) for naming in family.namings)
 
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    """Map each flattened module name of the base, with and without its prefix, to (part, path) pairs."""
+    """Map each flattened module name of the base, with and without its prefix, to (component, dotted path) pairs."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
         root, rest = rooted(path)
@@ -254,7 +256,7 @@ def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
 
 
 def modules_of(base: Checkpoint) -> list[str]:
-    """List the dotted paths of the modules whose tensors a base has."""
+    """List the dotted paths of the base's modules that have tensors."""
     names = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors)
     return [name for name in dict.fromkeys(names) if name]
 
@@ -265,17 +267,17 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Give the base, whose names decide: --base (base=)"
+    return f"{near}{'. ' if near else ''}Give the base, so that its names are used: --base (base=)"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
-    """Return the stem of a target's path; None if the path is not in an image model.
+    """Return kohya's flattened name (stem) for a target's path; None if the module is not in an image model.
 
     Args:
         path: the target's path.
         paths: the paths of all targets in the file.
-        tag: the prefix of stems in the denoiser.
-        lycoris: whether to return stems for modules of other models, too.
+        tag: the prefix of stems in the U-Net or the transformer.
+        lycoris: whether to return a stem with LyCORIS's prefix for a module that is not in an image model.
     """
     component, (_, rest) = component_of(path), rooted(path)
     own = prefixes_of(paths)
@@ -292,14 +294,14 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
 
 
 def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
-    """Map each part of the pipeline to its prefix in keys, if the family of the paths has unusual prefixes."""
+    """Map each component to its prefix in keys, if the paths belong to a family with unusual prefixes; else empty."""
     unusual = [family for family in families() if family.facts.prefixes]
     inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
     return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
-    """Return kohya's name for a text encoder, with a number if the model has several."""
+    """Return kohya's prefix for a text encoder, with a number if the model has several text encoders."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):
@@ -313,7 +315,7 @@ def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _has_several(path: str) -> bool:
-    """Whether a path belongs to a model with more than one text encoder."""
+    """Whether the path shows that the model has more than one text encoder."""
     rest = rooted(path)[1]
     component = component_of(path)
     if component in ("text_encoder_2", "text_encoder_3", "transformer"):

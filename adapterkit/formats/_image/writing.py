@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 def encoded(
     dialect: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
-    """Return the tensors and the metadata of a file, and one line for each omission or rewriting.
+    """Return the tensors and the metadata of the file to write, and one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: the format cannot express an update, and `on_loss` does not allow rewriting it.
+        Unrepresentable: the format cannot express an update, and `on_loss` does not allow rewriting or omitting the
+            update.
     """
     hints = hints_of(adapter, dialect.name())
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
@@ -73,14 +74,14 @@ def encoded(
 
 
 def _family(updates: Updates, origin: Origin) -> Metadata:
-    """Return metadata that states the adapter's possible families, for readers of the file."""
+    """Return a metadata entry with the adapter's possible families, which helps readers of the file."""
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
 
 
 def _ranks(updates: Updates) -> Metadata:
-    """Return sd-scripts' metadata for the network's rank and alpha; `Dynamic` if modules differ."""
+    """Return sd-scripts' metadata for the network's rank and alpha; `Dynamic` if the modules' values differ."""
     each = [update for found in updates.values() for update in found]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
     if not pairs or len(pairs) < len(each):
@@ -102,7 +103,10 @@ def _stored(
     kept: Mapping[str, object],
     said: bool,
 ) -> dict[str, Lazy]:
-    """Return the tensors of one slot by key; reuse tensors of the source file if they still mean the same."""
+    """Return the tensors to write for one slot, by key.
+
+    Reuse a tensor of the source file if it still has the same meaning.
+    """
     default = dialect.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
     if stored.field:
@@ -124,7 +128,7 @@ def _stored(
 def _sources(
     dialect: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """Return the tensors of the source file from which a field was computed."""
+    """Return the tensors of the source file from which the update's field was computed; empty if there are none."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (dialect.spell(stem, "down"), dialect.spell(stem, "mid"))]
@@ -145,14 +149,14 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tu
 def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """Return the updates that a file can express, and a line for each omission or rewriting."""
+    """Return the updates that the file can express, and a line for each omitted or rewritten update."""
     updates, idle = without_effect(updates, rules)
     updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Also report these targets: parts of a fused weight that cannot be joined unchanged can be joined as LoRAs.
+    # Also report targets that could not be renamed: updates of parts that cannot be joined can be converted to LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -165,7 +169,7 @@ def _expressible(
             else _keeping(origin)
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
-            cure = f"Fold it into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
+            cure = f"Fold the scaling into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
         why = f"{dialect.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
@@ -177,11 +181,11 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """Return the advice for names that cannot be translated."""
+    """Return the advice for an error about names that cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
-        f"Write a format that keeps these names, --to {keeps}; or name the family when the adapter is read, "
-        "--family (family=), or give the base, whose names decide, with --base (base=)"
+        f"Write a format that keeps these names, --to {keeps}; or name the family when reading the adapter, "
+        "--family (family=), or give the base with --base (base=), to use its names"
     )
 
 
@@ -209,7 +213,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
                 if component_of(target.path) == "transformer_2":
                     why = "its module is in a second transformer, for which this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
-                why = "its norms do not follow a LoRA, a LoHa or a LoKr"
+                why = "its weight_norm does not follow a LoRA, a LoHa or a LoKr"
             before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}
@@ -220,7 +224,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether both tensors are the same alpha, which separately trained parts of one module share."""
+    """Whether the slot is an alpha with equal values; separately trained parts of one module share one alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

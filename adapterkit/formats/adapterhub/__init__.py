@@ -1,8 +1,8 @@
 """Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-Keys contain the adapter's name, and the path of the base inside the saved model. The method follows from the tensors
-and the sub-dict `config`. For each `architecture`, a family converts keys to updates and back; see
-spec/formats/adapterhub.toml.
+A key contains the adapter's name, and the path of the base inside the saved model. The tensors and the config's
+sub-dict `config` determine the method. For each value of `architecture`, a class (its family) converts keys to updates
+and back; see spec/formats/adapterhub.toml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load and save the folder: a JSON config, one tensor file, and optional further files."""
+"""Load and save an AdapterHub folder: a JSON config, one tensor file, and optional further files."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""The files of folders that compose several adapters, with a phrase for messages."""
+"""Files that mark a folder as a composition of several adapters, with a phrase for messages."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys in configs of PEFT and MLX, whose config files have the same name."""
+"""Keys in the configs of PEFT and MLX. These config files have the same name as AdapterHub's."""
 
 MAX_SNIFF = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """The contents of a folder.
+    """The contents of an AdapterHub folder.
 
     Attributes:
         config: the contents of `adapter_config.json`.
         tensors: the tensors by key.
         file: the name of the tensor file.
-        interface: the plugin interface, which names the modules of a model that the library does not know.
-        head: the config of the prediction head that was saved with the adapter, or None.
+        interface: the contents of `adapter_interface.json`, which names the modules of a model that the adapters
+            library does not know; None if the file is missing.
+        head: the config of a prediction head that was saved with the adapter, or None.
         head_tensors: the head's tensors by key.
         head_file: the name of the head's tensor file, or None.
     """
@@ -60,7 +61,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder of `path` has AdapterHub's config or a composition of adapters."""
+    """Whether the folder at `path`, or around the file `path`, has AdapterHub's config or a composition of adapters."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -75,7 +76,7 @@ def sniff(path: Path) -> bool:
 
 
 def load(path: Path) -> Content:
-    """Load the content of a folder.
+    """Load the contents of a folder.
 
     Args:
         path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
@@ -113,7 +114,7 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
+    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.
@@ -139,12 +140,12 @@ def _check_single(folder: Path) -> None:
     for name, what in COMPOSITIONS.items():
         if (folder / name).exists():
             why = f"this is {what}, not one adapter"
-            cure = "Read the subfolders of its adapters one by one, or load it with ak.torch.compose.load"
+            cure = "Read the subfolders of its adapters one by one, or load the composition with ak.torch.compose.load"
             raise Unsupported(why, path=folder / name, cure=cure)
     raise StorageError(
         f"the folder of the tensors has no {CONFIG}",
         path=folder,
-        cure="Fetch the config: it states what the tensors are",
+        cure="Fetch the config, which states the method and the settings",
     )
 
 

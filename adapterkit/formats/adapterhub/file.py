@@ -1,4 +1,4 @@
-"""Parse a file's keys, select the keys of each family's config, and spell keys for a writer."""
+"""Parse a file's keys, select the keys that belong to one config, and compose keys for a writer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""A map from old words in keys to the words that the library has written since adapter-transformers 2."""
+"""A map from words in old keys to the words that the adapters library has written since adapter-transformers 2."""
 
 _KEY = re.compile(
     rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
@@ -52,7 +52,7 @@ class AdapterHubKey:
         text: the complete key.
         path: the module's path; empty for the model itself.
         kind: one of the values of `KINDS`.
-        slot: the rest of the key after the adapter's name.
+        slot: the part of the key after the adapter's name.
     """
 
     text: str
@@ -81,26 +81,26 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
         why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if found["name"] != name:
-        why = f"the key belongs to an adapter {found['name']!r}, but the config to {name!r}"
+        why = f"the key belongs to the adapter {found['name']!r}, but the config to {name!r}"
         raise Malformed(why, where=text, cure="Save each adapter in its own folder")
     return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
-# A key contains two facts that targets do not show: the adapter's name, and the base's path in the saved model.
+# Besides the target, a key contains the adapter's name, and the base's path inside the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""First words of paths in a bare model."""
+"""First parts of paths in a model without a head, whose base has no path prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterHubNaming:
-    """The names that the keys of one file use.
+    """The names that occur in all keys of one file.
 
     Attributes:
         name: the adapter's name.
         model_type: the model type of the base, or None.
-        root: the path of the base model inside the saved model; empty for a bare model.
+        root: the path of the base inside the saved model; empty if the saved model is the base.
     """
 
     name: str
@@ -112,31 +112,31 @@ class AdapterHubNaming:
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path of a tensor that the whole model shares."""
+        """Return the path under which a tensor that the whole model shares is stored."""
         return ".".join(part for part in (self.root, name) if part)
 
 
 def root_of(paths: Iterable[str]) -> str:
-    """Return the path of the base model, from the first words of the targets' paths."""
+    """Return the path of the base inside the saved model, judged by the first parts of the targets' paths."""
     first = {path.partition(".")[0] for path in paths if path}
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# The part of a file that belongs to one family's config, and functions with which families search this part.
+# The part of a file that one config describes. Its family searches this part with the functions below.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterHubPart:
-    """The part of a file that one of its configs describes: the whole file, except in a union.
+    """The part of a file that one config describes: the whole file, or one member of a union.
 
     Attributes:
-        settings: the settings of the whole config.
+        settings: the settings outside the sub-dict `config`.
         own: the fields of this config.
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
-        compat: the `compat` that the caller selected, see `Format`.
-        at: the place of this config in the file's config: `config`, or for example `config.configs[1]`.
-        heads: the number of heads of a prefix's keys and values, if known without the base.
+        compat: the caller's `compat`; see `Format`.
+        at: the location of this config in the file's config: `config` or, in a union, for example `config.configs[1]`.
+        heads: the number of heads of a prefix's keys and values, if it is known without the base.
     """
 
     settings: Settings
@@ -149,14 +149,14 @@ class AdapterHubPart:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to apply the paper's formula where the library's forward departs from it."""
+        """Whether to apply the paper's formula in cases where the adapters library's forward computes another."""
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
-        """Group the keys of a kind as module -> slot -> key.
+        """Group the keys of one kind as module -> slot -> key.
 
         Raises:
-            Malformed: two keys mean the same.
+            Malformed: two keys have the same meaning.
         """
         found: dict[str, dict[str, AdapterHubKey]] = {}
         for key in self.tensors:
@@ -165,12 +165,12 @@ class AdapterHubPart:
             slots = found.setdefault(key.path, {})
             if key.slot in slots:
                 why = f"this key means the same as {slots[key.slot].text}"
-                raise Malformed(why, where=key.text, cure="Save the adapter again with one release of the library")
+                raise Malformed(why, where=key.text, cure="Save the adapter again with one release of adapters")
             slots[key.slot] = key
         return found
 
     def layout(self, path: str) -> str:
-        """Return the layout in which the base's family stores the weight of a linear layer."""
+        """Return the layout in which models of the base's type store the weights of linear layers."""
         turned = stored_in_out(f".{path}", {"model_type": self.settings.model_type})
         return "in out *k" if turned else "out *in"
 
@@ -186,7 +186,7 @@ class AdapterHubUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptKey:
-    """A key whose tensor does not affect the adapter's function and is only kept for writing."""
+    """A key whose tensor does not affect the computed function. It is stored so that the writer can write it again."""
 
     key: AdapterHubKey
 
@@ -204,32 +204,32 @@ def joined(leaves: list[Lazy]) -> Lazy:
 
 
 def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
-    """Return the slice `start:stop` of the first axis; the tensor itself if the slice covers it."""
+    """Return the slice `start:stop` of a tensor's first axis; the tensor itself if the slice is the whole axis."""
     if (start, stop) == (0, leaf.shape[0]):
         return leaf
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Create an update from a method's name and tensors that are not read yet."""
+    """Create an update from a method's name and tensors that are not loaded yet."""
     return METHODS[method](**leaves, **attributes)
 
 
 def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mapping[str, str]) -> dict[str, Lazy]:
-    """Return the tensors by field, for a map from slots to fields.
+    """Return the tensors of several slots, by field; `fields` maps slots to fields.
 
     Raises:
-        Malformed: a slot is missing.
+        Malformed: the file lacks one of the slots.
     """
     missing = next((slot for slot in fields if slot not in slots), None)
     if missing is not None:
         where = next(iter(slots.values())).text
-        raise Malformed(f"the file lacks its partner: {missing}", where=where, cure=AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=where, cure=AGAIN)
     return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
 
 
 def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -> None:
-    """Check that two keys have the same values, because the library stores one tensor under both keys.
+    """Check that the tensors of two keys are equal, because the adapters library saves one tensor under both keys.
 
     Raises:
         Malformed: the values differ.
@@ -238,7 +238,7 @@ def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -
     if a.span is not None and a.span == b.span:
         return
     if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
-        why = f"the values differ from {other.text}, which is the same tensor in the library"
+        why = f"the values differ from {other.text}, which is the same tensor in the adapters library"
         raise Malformed(why, where=one.text, cure=AGAIN)
 
 

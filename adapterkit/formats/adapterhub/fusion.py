@@ -28,13 +28,13 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""A map from the end of a key to the fusion's field."""
+"""A map from the end of a key to the field of the fusion that the tensor fills."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of the config's `config`; the last four matter only in training."""
+    """The fields of the sub-dict `config`; the last four matter only in training."""
 
     key: bool = True
     query: bool = True
@@ -49,12 +49,12 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """Return the settings of a fusion, and the weights of each target by field.
+    """Return the settings of a fusion, and the tensors of each target by field.
 
     Raises:
         StorageError: a file is missing.
         Malformed: a key does not belong to a fusion, or a layer lacks a tensor.
-        Unsupported: a layer's position in the model is unknown.
+        Unsupported: the position of a layer in the model is unknown.
     """
     folder = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Find the linear layers of a base that the library adapts, and write configs that name them."""
+"""List the linear layers that the adapters library can adapt, and write configs that select some of them."""
 
 from __future__ import annotations
 
@@ -76,25 +76,28 @@ ROLES: Mapping[str, Roles] = {
 }
 
 FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wqkv"}
-"""The name of the layer with queries, keys and values in one weight, by model_type."""
+"""The name of the linear layer that computes queries, keys and values together, by model_type."""
 
 
 def model_type_of(base: Checkpoint | None) -> str | None:
-    """Return the model type in a base's config; None without a base or a type."""
+    """Return the `model_type` in a base's config; None without a base, or if the config has none."""
     found = (base.config or {}).get("model_type") if base is not None else None
     return found if isinstance(found, str) else None
 
 
 def role(path: str, model_type: str) -> str | None:
-    """Return the config's word for the linear layer at a path; None if the library does not adapt it."""
+    """Return the word by which configs select the linear layer at a path.
+
+    None if the adapters library does not adapt the layer.
+    """
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """Find a `model_type` for which the library adapts every path.
+    """Return a `model_type` in which the adapters library can adapt every path; None if there is no such type.
 
-    This is the given `model_type`, or any that fits if all that fit use the same words for the paths.
+    If `model_type` is None, try all types. If several types fit, all must use the same words for the paths.
     """
     paths = list(paths)
     if model_type is not None:
@@ -104,16 +107,16 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config for LoRA and similar methods states one formula for all layers, and words for the kinds of layers.
-#
-# The library adds adapters to all layers of these kinds. Adapters that the file lacks are new and change nothing.
+# A new config for LoRA and similar methods has one rank and scaling for all layers, and words for kinds of layers.
+# The adapters library adapts all layers of these kinds. A layer without tensors in the file gets a new adapter, which
+# has no effect.
 
 
 QKV = ("q", "k", "v")
 
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the config fields that express these updates."""
+    """Return the config fields for these updates."""
     some = next(iter(updates.values()))[0]
     words = _words(updates, base)
     rank, alpha = _numbers(some)
@@ -155,46 +158,47 @@ def _law(update: Any) -> tuple[object, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return rank and alpha; `losses` has checked that an alpha exists. An unused alpha equals the rank."""
+    """Return the rank and the alpha. `losses` must have checked that an alpha exists; IA3 ignores both."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
 
 def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
     if target.stacked:
-        return f"the library has no {update.method} on stacked experts"
+        return f"the adapters library has no {update.method} on stacked experts"
     if update.method == "ia3":
-        return "" if update.l is not None else "the library has no ia3 on inputs"
+        return "" if update.l is not None else "the adapters library has no ia3 on inputs"
     if len(update.A.shape) != 2:
-        return f"the library has no {update.method} on a convolution"
+        return f"the adapters library has no {update.method} on a convolution"
     if 0 in update.A.shape:
         return f"its {update.method} has rank 0"
     if update.method == "lora" and update.bias is not None:
-        return "the library has no lora with a bias"
+        return "the adapters library has no lora with a bias"
     scaling = float(update.attributes.get("scaling", 1.0))
     if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
         return "no alpha yields its exact scaling"
     if update.method == "dora_outputs":
-        return "the library has no dora on a weight stored as [in, out]" if target.layout != "out *in" else ""
+        return "the adapters library has no dora on a weight stored as [in, out]" if target.layout != "out *in" else ""
     return _why_not_dora(target, update, base) if update.method == "dora" else ""
 
 
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """Return the reason why the library cannot express a DoRA; empty if it can.
+    """Return the reason why the adapters library cannot express a DoRA; empty if it can.
 
-    The library computes `dora_outputs` instead. Both are equal if the scaling is 1 and the layer has no bias.
+    The adapters library computes the method `dora_outputs` instead. Both methods are equal if the scaling is 1 and the
+    layer has no bias.
     """
     if target.layout != "out *in":
-        return "the library has no dora on a weight stored as [in, out]"
+        return "the adapters library has no dora on a weight stored as [in, out]"
     if update.scaling != 1:
-        return "the scaling of this dora is not 1, and the library omits it in the norm"
+        return "the scaling of this dora is not 1, but the adapters library computes the norm with 1"
     if base is None:
-        return "the library's dora scales a bias, and only the base shows whether the layer has one"
-    return "" if biasless(base, target.path) else "the layer has a bias, which the library's dora would scale"
+        return "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
+    return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
-    """Replace each DoRA with the library's own form, if both compute the same function."""
+    """Replace each DoRA with `dora_outputs`, which the adapters library has, if both compute the same function."""
     return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
 
 
@@ -205,7 +209,7 @@ def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """Return the config's words for all adapted layers."""
+    """Return the words by which a config selects the kinds of all adapted layers."""
     model_type = base_family(updates, base) or ""
     words: set[str] = set()
     for target in updates:
@@ -216,19 +220,19 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """Return the model type of the base, from its config or from the targets' paths."""
+    """Return the model type in the base's config; without a base, a type that fits the targets' paths."""
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each target that a config cannot name, because a config names kinds of modules, not single modules."""
+    """Yield targets that a config cannot select. A config selects kinds of modules, not single modules."""
     family = base_family(updates, base)
     for target, found in updates.items():
         word = role(target.path, family or "")
         if family is None:
             why = "the kinds of these layers are unknown; give the base with --base (base=)"
         elif word is None:
-            why = f"the library does not adapt this layer of {family}"
+            why = f"the adapters library does not adapt this layer of {family}"
         elif (word == "qkv") != (target.rows is not None):
             why = "it adapts all of a fused weight" if target.rows is None else "it adapts only some rows of a weight"
         elif target.rows is not None and not _third(target.rows):

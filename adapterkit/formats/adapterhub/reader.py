@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; a tensor that belongs to no update must be known to be unused."""
+"""Decode a config and tensors into an `Adapter`. A tensor without an update must be on a list of unused tensors."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""The prefix of a prediction head's tensors among the leftovers."""
+"""The prefix that marks the tensors of a prediction head among the tensors in an adapter's leftovers."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers of an AdapterHub folder.
+    """The leftovers of an AdapterHub folder, from which the writer can write the same folder again.
 
     Attributes:
-        config: the config that was read.
+        config: the contents of the source config.
         file: the name of the tensor file.
-        root: the path of the base model in the keys, if known.
-        keys: a map from the key that the writer would choose to the key in the file.
-        compat: the `compat` that the caller selected.
-        interface: the plugin interface in the folder, or None.
+        root: the path of the base inside the saved model, as keys have it; empty if unknown.
+        keys: a map from the key that the writer would choose to the different key in the file.
+        compat: the caller's `compat`.
+        interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.
         head_file: the name of the head's tensor file, or None.
     """
@@ -57,7 +57,7 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def hints_of(adapter: Adapter) -> AdapterHubHints:
-    """Return the leftovers of an adapter that was read from such a folder; empty leftovers for any other adapter.
+    """Return the leftovers of an adapter that was read from AdapterHub's format; empty leftovers for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -65,16 +65,16 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Decode: every tensor must belong to an update or be in the list of tensors that are only kept.
+# Decode. Every tensor must belong to an update, or be yielded as a `KeptKey`, which is only stored.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-    """Return the adapter that a folder's contents describe.
+    """Return the adapter in a folder's contents.
 
     Raises:
         Malformed: a tensor belongs to no update, or the config belongs to another file.
         Unsupported: the config needs a feature that this version does not have.
-        ShapeMismatch: shapes contradict each other or the config.
+        ShapeMismatch: the tensors' shapes contradict each other or the config.
     """
     updates, kept, settings = assemble(content, compat=compat, base=base)
     root = _root(parse_keys(content.tensors, settings.name))
@@ -98,7 +98,7 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
-    """Return the updates by target, the keys that are only kept, and the settings.
+    """Return the updates by target, the keys of tensors that are only stored, and the settings.
 
     `heads` is the number of heads of a prefix's keys and values, if known without the base.
     """
@@ -121,7 +121,7 @@ def assemble(
 
 
 def spell(updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-    """Yield (key, tensor) for everything that the families of the updates write."""
+    """Yield (key, tensor) for all tensors of the updates."""
     for family, own in by_family(updates).items():
         yield from family.spell(own, naming)
 
@@ -140,21 +140,21 @@ def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
 def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubKey]) -> None:
     left = next((key for key in tensors if key not in used), None)
     if left is not None:
-        why = "no part of the config describes this tensor"
+        why = "the config does not say what this tensor is"
         raise Malformed(
             why, where=left.text, cure=f"The config does not belong to this file; {AGAIN[0].lower()}{AGAIN[1:]}"
         )
 
 
 def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:
-    """Return the keys in the file that differ from the keys that the writer would choose."""
+    """Map each key that the writer would choose to the key in the file, if the two keys differ."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
 
 
 def _root(keys: Iterable[AdapterHubKey]) -> str:
-    """Return the path of the base model, from a key that the whole model shares; empty if there is no such key."""
+    """Return the path of the base inside the saved model, from a key of a tensor that the whole model shares."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 
@@ -166,10 +166,10 @@ ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_par
 
 
 def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> Settings:
-    """Parse the settings in a config.
+    """Parse the settings outside the sub-dict `config`.
 
     Raises:
-        Malformed: a field is missing or has the wrong type, or the name is invalid.
+        Malformed: a field is missing or has the wrong type, or the adapter's name is invalid.
     """
     known = {name: config[name] for name in Settings.__struct_fields__ if name in config}
     try:
@@ -184,16 +184,16 @@ def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | Non
 
 
 def parts(config: Mapping[str, object], settings: Settings) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
-    """Yield (place in the config, family, typed fields) for the config, or for each member of a union.
+    """Yield (location in the config, family, typed fields) for the config, or for each member of a union.
 
     Raises:
         Malformed: a field has the wrong type.
-        Unsupported: an architecture is unknown, or an unknown field is set.
+        Unsupported: the architecture is unknown, or an unknown field has a value that is not false.
     """
     own = config.get("config")
     if not isinstance(own, dict):
         why = f"the config has {str(own)[:60]!r} instead of the method's fields"
-        raise Malformed(why, where="config", cure="Load and save the adapter with a release since adapters 0.1")
+        raise Malformed(why, where="config", cure="Load and save the adapter with adapters 0.1 or newer")
     if own.get("architecture") != "union":
         yield _part(own, "config", settings)
         return

@@ -1,4 +1,4 @@
-"""List the values of `compat`: the library's departures from the papers, and facts that files do not state."""
+"""List the values of `compat`: where the adapters library departs from papers, and what its files leave open."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ DEPARTURES = {
 }
 
 REFT = ("noreft", "direft")
-"""The two meanings of a ReFT without orthogonality; the library writes the same file for both."""
+"""The two possible meanings of a ReFT without orthogonality, for which the adapters library writes the same file."""

@@ -1,4 +1,4 @@
-"""Define the top-level fields of a config, and the releases that wrote it."""
+"""Define the top-level fields of a config, and interpret the release that wrote the config."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 
 LIBRARY = "adapters."
-"""The beginning of `version` in configs of `adapters`; its predecessor adapter-transformers wrote other versions."""
+"""The beginning of `version` in configs of the `adapters` library; adapter-transformers wrote other versions."""
 
 RELEASE = "adapters.1.3.0"
-"""The release that new configs name."""
+"""The `version` in new configs."""
 
 UNSCALED_UNTIL = ((1, 1, 0), True)
-"""Before this release, the library trained LoRA without a scaling."""
+"""Before this release, the adapters library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""(numbers, whether the release is final); `1.1.0.dev0` sorts before `1.1.0`."""
+"""The numbers of a release, and whether the release is final; so `1.1.0.dev0` sorts before `1.1.0`."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,10 +25,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: the adapter's name, which the keys contain.
-        model_type: the base's model type in transformers.
-        model_name: the base's name.
-        version: the library and the release that wrote the file.
-        interface: the plugin interface in the folder, or None.
+        model_type: the base's `model_type` in transformers.
+        model_name: the base's name, such as a repository on the hub.
+        version: the library that wrote the file, and its release, such as `adapters.1.3.0`.
+        interface: the contents of `adapter_interface.json`, or None.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether the library trained the adapter without alpha / r, as `adapters` did before 1.1."""
+        """Whether training computed LoRA without the scaling alpha / r, as `adapters` did before release 1.1."""
         release = _release(self.version)
         return release is not None and release < UNSCALED_UNTIL
 

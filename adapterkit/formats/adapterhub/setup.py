@@ -1,4 +1,4 @@
-"""Read and write compositions: `adapter_setup.json`, which is a tree of blocks, and a folder per adapter and fusion."""
+"""Read and write compositions of adapters: a tree of blocks in `adapter_setup.json`, and a folder for each adapter."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""A map from each kind of block to the field with one number per child; empty if the kind has no such field."""
+"""A map from each kind of block to the field that has one number per child; empty if the kind has no such field."""
 
 MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One block of a composition.
+    """One block of a composition, such as a stack of adapters.
 
     Attributes:
-        kind: one of `WORDS`.
-        children: names of adapters, and inner blocks.
-        numbers: one number per child, for kinds that have numbers: weights or sizes.
+        kind: one of the keys of `WORDS`.
+        children: names of adapters, and inner blocks, in order.
+        numbers: one number per child: the weights of an `Average`, or the sizes of a split; otherwise empty.
     """
 
     kind: str
@@ -53,12 +53,12 @@ class Setup:
     numbers: tuple[float, ...] = field(default=())
 
     def names(self) -> Iterator[str]:
-        """Yield the names of the adapters, in order, as often as they occur in the tree."""
+        """Yield the names of the adapters in the tree, in order; a name that occurs twice is yielded twice."""
         for child in self.children:
             yield from [child] if isinstance(child, str) else child.names()
 
     def fusions(self) -> Iterator[str]:
-        """Yield the folder names of the fusions."""
+        """Yield the names of the fusions in the tree, which are also their folders' names."""
         if self.kind == "Fuse":
             yield self.fusion
         for child in self.children:
@@ -66,7 +66,7 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """Return the library's name for a fusion: the last adapter of each child, joined."""
+        """Return the library's name for a fusion: the name of each child's last adapter, joined with commas."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
@@ -75,7 +75,7 @@ def read_setup(folder: str | PathLike[str]) -> Setup:
 
     Raises:
         StorageError: the folder has no `adapter_setup.json`.
-        Malformed: the file is not one that the library writes.
+        Malformed: the file does not have the form in which the adapters library writes it.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -92,17 +92,17 @@ def write_setup(
     folder: str | PathLike[str], setup: Setup, adapters: Mapping[str, Adapter], *,
     fusions: Mapping[str, str | PathLike[str]] | None = None, base: Checkpoint | None = None,
 ) -> None:  # fmt: skip
-    """Write a composition that `load_adapter_setup` can read; the file that describes it is written last.
+    """Write a composition that `load_adapter_setup` can read; `adapter_setup.json` is written last.
 
     Args:
         folder: the folder to write.
         setup: the tree of blocks.
-        adapters: the adapters by their name in the tree.
-        fusions: the folders of fusions by name in the tree; the folders are copied.
-        base: the base, for adapters whose config depends on it.
+        adapters: the adapters, by their name in the tree.
+        fusions: the source folder of each fusion, by the fusion's name; the folders are copied.
+        base: the base, for adapters whose config can only be written with the base.
 
     Raises:
-        UsageError: an adapter or a fusion is missing, or the library does not allow such a tree.
+        UsageError: an adapter or a fusion is missing, or the adapters library does not allow such a tree.
         Unrepresentable: AdapterHub's format cannot express an adapter.
         StorageError: the folder cannot be written.
     """
@@ -139,13 +139,13 @@ def _block(said: object, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        raise Malformed(f"{str(kind)[:60]!r} with children is not a block of the library", where=at, cure=_BLOCKS)
+        raise Malformed(f"{str(kind)[:60]!r} with children is not a known block", where=at, cure=_BLOCKS)
     found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
 
 
 def _numbers(said: object, word: str, count: int, at: str) -> tuple[float, ...]:
-    """Parse a block's numbers, one per child."""
+    """Parse the numbers of a block, which must have one number per child."""
     if not word:
         return ()
     numbers = said.get(word) if isinstance(said, Mapping) else None
@@ -178,7 +178,7 @@ def _written(setup: Setup) -> dict[str, JsonValue]:
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:
-    """Return the adapter with this name."""
+    """Return the adapter, renamed to `name`."""
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter

@@ -1,7 +1,8 @@
-"""List where the library has bottleneck adapters, by `model_type`, and the base's modules at these positions.
+"""List where the adapters library puts bottleneck adapters, by `model_type`, and the base's module at each position.
 
-The library attaches an adapter to the block whose residual connection the adapter replaces. A target is the module
-whose output changes. If this module does not add the residual itself, `residual` and `norm` name the modules that do.
+The adapters library attaches an adapter to the block whose residual connection the adapter replaces. A target is the
+module of the base whose output changes. If this module does not add the residual, `residual` and `norm` name the
+modules that do this.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from itertools import chain
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One kind of position for adapters; `module` and `target` are endings after the same path.
+    """One kind of position for adapters. A path has a common beginning, followed by `module` or by `target`.
 
     Attributes:
-        models: values of `model_type`.
-        module: the end of the path of the library's module.
-        target: the end of the path of the target.
-        flag: the field in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: the name, in the target's parent, of the module whose input is added to its output; empty if the
-            target adds the residual.
-        norm: the name, in the target's parent, of the module that normalises the sum; empty if the target does.
-        within: a word that the path before `module` and `target` must contain.
+        models: the values of `model_type` that have this position.
+        module: the end of the path of the adapters library's module, which contains the adapter.
+        target: the end of the path of the target, whose output changes.
+        flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.
+        residual: the name of a module in the target's parent. Its input is added to the target's output. Empty if the
+            target already adds the residual.
+        norm: the name of a module in the target's parent. It normalises the sum. Empty if the target already does so.
+        within: a word that must be one of the parts of the common beginning; empty if there is no such condition.
     """
 
     models: tuple[str, ...]
@@ -79,17 +80,17 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA, "embed_tokens"),
     "gpt2": "drop",
 }
-"""The module whose output invertible adapters change and to which prompts are prepended, by model_type."""
+"""The last module of the embeddings: invertible adapters change its output, and prompts are prepended to its output."""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the target's path and the rule for a module of the library; None if no rule fits."""
+    """Return the target's path, and the rule, for the path of the library's module; None if no rule fits."""
     found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if found is None else (path.removesuffix(found.module) + found.target, found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the path of the library's module and the rule for a target; None if no rule fits."""
+    """Return the path of the adapters library's module, and the rule, for a target's path; None if no rule fits."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
             return path.removesuffix(rule.target) + rule.module, rule

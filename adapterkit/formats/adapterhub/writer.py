@@ -1,7 +1,7 @@
-"""Encode an `Adapter` as a folder's contents, which must read back as the same adapter.
+"""Encode an `Adapter` as the contents of a folder, and check that they read back as the same adapter.
 
-If the source config still describes the adapter, it is written unchanged. Otherwise the writer composes a new config,
-in the form of one release.
+If the source config still describes the adapter, the writer keeps it unchanged. Otherwise the writer composes a new
+config, with the fields that release 1.3 writes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 NAME = "adapter"
-"""The name of an adapter that was not read from AdapterHub's format."""
+"""The name for an adapter that was not read from AdapterHub's format."""
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
-    """Return the contents, and one line for each omitted update.
+    """Return the contents of the folder, and one line for each omitted update.
 
     Raises:
-        Unrepresentable: such a folder cannot express an update, and `on_loss` does not allow omitting it.
+        Unrepresentable: AdapterHub's format cannot express an update, and `on_loss` does not allow omitting the update.
     """
     hints = hints_of(adapter)
     if hints.config and all(family_of(update) for _, update in adapter):
@@ -73,7 +73,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the tensors that are only kept: the adapter file's, and the prediction head's."""
+    """Return the stored tensors that belong to no update: some of the adapter's file, and the prediction head's."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
@@ -104,7 +104,7 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
     for target, each in updates.items():
         for position, update in enumerate(each):
             if family_of(update) is None:
-                found[target, position] = f"the library does not have the method {update.method}"
+                found[target, position] = f"the adapters library does not have the method {update.method}"
     for family, own in by_family(updates).items():
         for target, position, why in family.losses(own, base):
             found.setdefault((target, _position(updates[target], own[target][position])), why)
@@ -115,11 +115,11 @@ def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
 
 
-# Check that a folder's contents read back as the updates from which they were made; only headers are compared.
+# Check that the folder's contents would be read as the same updates. Only headers are compared, not values.
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
-    """Whether these contents would be read as these updates."""
+    """Whether reading these contents would yield these updates; values are not compared."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
         read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))

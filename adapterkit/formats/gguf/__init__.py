@@ -1,7 +1,10 @@
-"""Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; also read old `ggla` files.
+"""Read and write llama.cpp's LoRA adapters: GGUF files with the `general.type` `adapter`.
 
-A file has the names of the base's GGUF file; the architecture's table translates them in both directions. If llama.cpp
-stores the rows of q and k in Meta's order, the base's config provides the numbers of heads.
+Old `ggla` files are only read.
+
+The file has the same module names as the base's GGUF file. A table of the architecture translates the names in both
+directions. If llama.cpp stores the rows of q and k in Meta's order, the reader and the writer need the numbers of heads
+in the base's config.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GgufAdapter(Format):
-    """llama.cpp's LoRA adapters, including activated ones."""
+    """llama.cpp's LoRA adapters, including activated LoRA."""
 
     url = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
     description = "llama.cpp: a GGUF file of type adapter; ggla files are only read"

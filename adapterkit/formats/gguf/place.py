@@ -1,4 +1,4 @@
-"""Translate an adapter to a GGUF file: names, the order of rows, stacks of experts."""
+"""Translate an adapter to a GGUF file: rename modules, reorder rows, stack experts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ EMBEDDING = "token_embd"
 
 @dataclass(slots=True, eq=False)
 class GgufPlace:
-    """The names and orders that a GGUF file uses for an adapter.
+    """The module names and the order of rows in GGUF files of one architecture.
 
     Attributes:
         name: the file's `general.architecture`.
-        family: the family of this architecture.
-        config: the base's config, for the numbers of heads; None without a base.
-        known: the numbers of heads in the source file, as far as it stated them: `query`, `kv` and `LINEAR_FIELDS`.
+        family: the family of models with this architecture.
+        config: the base's config, which has the numbers of heads; None without a base.
+        known: the numbers of heads that the source file or the config has, by `query`, `kv` and `LINEAR_FIELDS`.
         experts: the number of experts in a stack; 0 if unknown.
     """
 
@@ -49,22 +49,22 @@ class GgufPlace:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> GgufPlace:
-        """Create the names and orders for writing, from the base's config.
+        """Create the object for writing, from the base's config.
 
         Raises:
             UsageError: the base has no config.
-            Unsupported: llama.cpp does not support the base's family, as far as known.
+            Unsupported: no support for the base's family in llama.cpp is known.
         """
         name, family = name_for(base.config)
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return the base's weight for a module's name in the file; None if the family has no such weight."""
+        """Return which weights of the base a module of the file contains; None if the family has no such weight."""
         found = place_of(self.family, foreign)
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the order of the file's rows; None if the weight has the same order."""
+        """Return the order in which the file has the rows of a weight; None if the order is the base's."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -74,14 +74,14 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Refuse rows that do not form heads of the config's width, because the heads determine the order of rows."""
+        """Refuse a number of rows that is not the config's heads times width: the heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
-            why = f"the base's config states {count} heads of {dim}, not {rows} rows; the order of rows needs the heads"
+            why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the order of the file's inputs; None if the weight has the same order."""
+        """Return the order in which the file has the inputs of a weight; None if the order is the base's."""
         where = self.where(foreign)
         return (
             None
@@ -90,10 +90,10 @@ class GgufPlace:
         )
 
     def heads(self, where: str) -> Heads:
-        """Return the numbers of heads of the base.
+        """Return the base's numbers of heads.
 
         Raises:
-            UsageError: no config of a base states the heads.
+            UsageError: neither the source file nor a base's config contains the numbers.
         """
         if not {"query", "kv"} <= self.known.keys():
             found = heads_of(self.config, where)
@@ -105,37 +105,42 @@ class GgufPlace:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Return the moves of each target into the file; targets that a file cannot have are omitted."""
+        """Map each target to its modules, rows and experts in the file.
+
+        Targets that no file can contain are omitted.
+        """
         return moves_of(updates, self.family, NAMING)
 
     def why_not(self, target: Target, update: Pair, moves: Mapping[str, tuple[Move, ...]]) -> str:
-        """Return the reason why a file cannot have an update; empty if it can."""
+        """Return the reason why a GGUF file cannot contain an update; empty if it can."""
         if target.path not in moves:
             return f"its name in GGUF files of the architecture {self.name} is unknown"
         place = self.where(moves[target.path][0].path)
         if place is None:
-            # Nomic: one tensor has several weights of the family, and adapter files do not state which is adapted.
+            # Nomic: one tensor of the GGUF file combines several weights, and an adapter file cannot say which is
+            # adapted.
             return "its tensor has several weights of the family: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
                 "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
             )
         if place.rows == "rotary":
-            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, but different orders of rows.
+            # Refuse: GLM-4 and GLM-4V have the same architecture in GGUF files, but different orders of rows.
             why = "an adapter file does not state which of two orders its rows have"
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
-            # InternLM2: the rows of its queries are not contiguous in the base's tensor, so no target can name them.
+            # InternLM2: the rows of the queries are not contiguous in the base's tensor, so a target cannot name them.
             why = "the base has queries, keys and values group by group in one tensor"
             return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
-        # Ignore rows here. GGUF stores the parts of a fused weight separately, and `placed` refuses other rows.
+        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. `placed` refuses other
+        # rows.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """Return the updates with the file's names; experts are joined in stacks.
+        """Return the updates under the file's module names; updates of experts are joined into stacks.
 
         Raises:
             Unrepresentable: two updates adapt the same tensor of the GGUF model.
@@ -148,7 +153,7 @@ class GgufPlace:
         return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return the two tensors of an update by key, with rows in the file's order."""
+        """Return the tensors A and B of an update by key, with rows and inputs in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -160,5 +165,5 @@ class GgufPlace:
 
 
 def keys(foreign: str) -> list[str]:
-    """Return the keys of A and B for a module in the file."""
+    """Return the keys of A and B for a module name in the file."""
     return [foreign + end for end in SLOTS]

@@ -39,18 +39,17 @@ ARCHITECTURE, TYPE, KIND, ALPHA = "general.architecture", "general.type", "adapt
 
 
 def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Adapter:
-    """Return the adapter in a file.
+    """Return the adapter in a GGUF file.
 
     Args:
         file: the file.
-        base: the base; the heads in its config determine the order of rows.
-        outline: accept a file without the base that its row order needs; the error is raised only when such values are
-            loaded.
+        base: the base; its config has the numbers of heads, which determine the order of rows.
+        outline: accept a file whose order of rows is unknown without a base. Loading such values then raises the error.
 
     Raises:
         Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.
-        TargetNotFound: a name has no weight in the family or the base.
-        UsageError: the order of rows depends on the heads, and no base states them.
+        TargetNotFound: the family or the base has no weight for a name in the file.
+        UsageError: the order of rows depends on the numbers of heads, and no base provides them.
     """
     name = _text(file, ARCHITECTURE)
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
@@ -82,7 +81,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
 
 def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
-    """Refuse a base that has the family's names several times, with different prefixes.
+    """Refuse a base that contains the same module name several times, under different prefixes.
 
     Raises:
         TargetNotFound: a name in the file fits two modules of the base.
@@ -98,7 +97,10 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
 
 
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
-    """Find the family of an adapter file; some families, such as Granite 4, can only be recognised from the base."""
+    """Find the family of models of an adapter file.
+
+    Some families, such as Granite 4, can only be recognised if the base is given.
+    """
     with suppress(Unsupported, UsageError):
         own, family = name_for(None if base is None else base.config)
         if own == name and family.record.gguf_key is not None:
@@ -107,11 +109,11 @@ def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Arc
 
 
 def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
-    """Create the update of one tensor, under the file's name, with rows in the weight's order.
+    """Create the update of one tensor, with the file's module name as target, and with rows in the base's order.
 
     Raises:
-        TargetNotFound: the family has no weight with this name.
-        ShapeMismatch: the factors are not a pair.
+        TargetNotFound: the family has no weight for this module name.
+        ShapeMismatch: the tensors do not have the shapes of A and B.
     """
     where = place.where(foreign)
     if where is None:
@@ -142,7 +144,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update that has shapes, but raises `error` when its values are loaded."""
+    """Return an update that has the right shapes, but raises `error` when a value is loaded."""
 
     def order() -> NoReturn:
         raise error
@@ -153,7 +155,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 def _own(
     held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
-    """Return the updates with the family's own names, in the layout in which the family stores each weight."""
+    """Rename targets from the file's to the family's names, with the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     found: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
@@ -171,12 +173,12 @@ def _text(file: Gguf, key: str) -> str:
     return str(value.value)
 
 
-# Read `ggla` files, the format before GGUF. It supports only Llama, A is transposed, and all modules have one r and one
-# alpha.
+# Read `ggla` files, the format before GGUF. It supports only Llama, stores A transposed, and has one rank and one alpha
+# for all modules.
 
 
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
-    """Read the adapter in a file; see the format for `compat`."""
+    """Read the adapter in a `ggla` file; `compat` is the tool that wrote the file, or None."""
     file = read_ggla(path)
     place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
@@ -200,9 +202,9 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
-    """Return the order of rows in a `ggla` file; None if the weight has the same order.
+    """Return the order in which a `ggla` file has the rows of a weight; None if the order is the base's.
 
-    llama.cpp's converter kept PEFT's order. llama.cpp's training used the order in the base's file.
+    llama.cpp's converter kept PEFT's order of rows. llama.cpp's training had the order of the GGUF base.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
@@ -225,22 +227,22 @@ _OLD = {
 
 
 def _modern(name: str) -> str:
-    """Return today's GGUF name for a name in old files."""
+    """Translate a module name in `ggla` files to the name in GGUF files."""
     first, _, rest = name.partition(".")
     number, _, module = rest.partition(".")
     return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name
 
 
-# Read and write the tokens that activate an activated LoRA; one key-value of the file is for all modules.
+# Read and write the tokens that activate an activated LoRA. A file stores them once, for all modules.
 
 
 INVOCATION = "adapter.alora.invocation_tokens"
 LARGEST = (1 << 32) - 1
-"""The largest token number, because the file stores u32."""
+"""The largest token id, because the file stores token ids as u32."""
 
 
 def invocation_of(file: Gguf) -> Lazy | None:
-    """Return the tokens in a file, as one tensor for all updates; None if the file has no activated LoRA.
+    """Return the activation tokens in a file, as one tensor for all updates; None if the file has no activated LoRA.
 
     Raises:
         Malformed: the value is not a list of tokens, or is empty.
@@ -258,10 +260,10 @@ def invocation_of(file: Gguf) -> Lazy | None:
 
 
 def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
-    """Turn the update into an activated LoRA if the file has invocation tokens.
+    """Convert an update to an activated LoRA if the file has activation tokens.
 
     Raises:
-        Unsupported: the update is on an embedding, which the method does not support.
+        Unsupported: the update is of an embedding, which activated LoRA does not support.
     """
     if invocation is None:
         return update
@@ -273,23 +275,23 @@ def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
 
 
 class Invocation:
-    """The invocation tokens of a file to write: the tokens of the first update."""
+    """The activation tokens to write: the tokens of the adapter's first update."""
 
     def __init__(self, updates: Iterable[object]) -> None:
         first = next(iter(updates), None)
         self.tokens = _tokens(first)
 
     def why_not(self, update: Pair) -> str:
-        """Return the reason why an update cannot be in the same file as the first one; empty if it can."""
+        """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
         own = _tokens(update)
         if own != self.tokens:
-            return "its invocation differs from the first update's; a file has one for all"
+            return "its invocation differs from the first update's; a file has one invocation for all"
         return (
             "its invocation has token numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
         )
 
     def values(self) -> dict[str, GgufValue]:
-        """Return the key-value with the tokens; empty if there are none."""
+        """Return the key and the value that store the tokens; empty if there are no tokens."""
         return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
 
 

@@ -30,7 +30,10 @@ METHODS = (LoRA, ALoRA)
 
 
 class GgufHints(Leftovers, total=False):
-    """The architecture, alpha, heads, key-values as (key, type, value), and block types of quantized tensors."""
+    """The leftovers of a GGUF file.
+
+    `values` are the (key, type, value) triples of the file, `types` the block types of quantized tensors.
+    """
 
     architecture: str
     alpha: float
@@ -41,10 +44,10 @@ class GgufHints(Leftovers, total=False):
 
 
 def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Write the file, and return one line for each omission or rewriting.
+    """Write the file, and return one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: llama.cpp cannot express an update, and `on_loss` does not allow rewriting it.
+        Unrepresentable: llama.cpp cannot express an update, and `on_loss` does not allow rewriting the update.
     """
     hints = remembered(adapter, FORMAT, GgufHints)
     place = _place(hints, adapter, base)
@@ -73,10 +76,10 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 
 
 def _holds(kind: str, tensor: Lazy) -> bool:
-    """Whether a block type stores a tensor's values exactly.
+    """Whether a quantized block type stores a tensor's values without rounding.
 
-    This is the case for unchanged values that llama.cpp quantized, with 127 steps up to a block's largest number. Other
-    values would be rounded, so their tensors are written in their own dtype.
+    This is true for values that llama.cpp quantized and that are unchanged since then: each is a multiple of 1/127 of
+    the largest value in its block. Other values would be rounded, so their tensors are written in their own dtype.
     """
     import numpy as np
 
@@ -87,7 +90,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the names and orders for writing, from the base's config or from the source file."""
+    """Return the file's names and orders, from the base's config or, without a config, from the source file."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
@@ -102,12 +105,15 @@ def _has(family: Architecture, path: str) -> bool:
 
 
 def _rank(update: Pair) -> int:
-    """Return the rank of an update or of a stack."""
+    """Return the rank of an update; for a stack of experts, the rank of each expert."""
     return int(update.B.shape[-1])
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """Return the f32 alpha for which llama.cpp computes exactly this scaling; None if none exists."""
+    """Return the f32 alpha for which llama.cpp computes exactly the update's scaling.
+
+    None if there is no such alpha.
+    """
     import numpy as np
 
     with np.errstate(over="ignore"):

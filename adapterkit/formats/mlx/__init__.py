@@ -1,6 +1,6 @@
 """MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
 
-A file has the names of MLX's models, which mostly equal transformers' names. Factors of linear layers are transposed,
+Module names are those of MLX's models, and mostly equal those in transformers. Factors of linear layers are transposed,
 compared with the papers; factors of stacked experts are not. All modules share one scale.
 """
 

@@ -1,4 +1,4 @@
-"""Recognise and save the folder: a JSON config and one tensor file."""
+"""Recognise and save an MLX-LM folder: a JSON config and one tensor file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder of `path` has a config with a field of MLX-LM; PEFT's config has the same file name."""
+    """Whether the folder at `path`, or around the file `path`, has a config with a field of MLX-LM.
+
+    PEFT's config has the same file name.
+    """
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
     try:
@@ -32,7 +35,7 @@ def sniff(path: Path) -> bool:
 
 
 def tensors_of(path: Path) -> Path:
-    """Return the tensor file, given the folder, the config or the tensor file.
+    """Return the tensor file, given the folder or one of its files.
 
     Raises:
         StorageError: the tensor file is missing.
@@ -44,7 +47,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
+    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

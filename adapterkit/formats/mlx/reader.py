@@ -34,7 +34,7 @@ _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
 class Modules:
-    """Translates MLX's module names to the base's names; without a base, to a hub's names."""
+    """Translates MLX's module names to the base's names; without a base, to the names in the hub's checkpoints."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
@@ -47,10 +47,10 @@ class Modules:
                     self.own.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with experts as the base stores them: separately or in stacks.
+        """Return the updates with experts as the base stores them: each separately, or in stacks.
 
         Raises:
-            TargetNotFound, ShapeMismatch: the base does not have an expert.
+            TargetNotFound, ShapeMismatch: the base does not have one of the experts.
         """
         if self.base is None:
             return updates
@@ -62,10 +62,10 @@ class Modules:
         return {target: held for target, held in updates.items() if target not in lost} | dict(found)
 
     def named(self, name: str) -> str:
-        """Return the base's name of a module; without a base, the hub's name.
+        """Return the base's name of a module; without a base, the name in the hub's checkpoint.
 
         Raises:
-            TargetNotFound: the base does not have the module, or has several with this name.
+            TargetNotFound: the base does not have the module, or has several modules with this name.
         """
         moves = from_mlx(name, self.config, 0)
         if moves is not None and len(moves) == 1 and moves[0].plain:
@@ -82,11 +82,11 @@ class Modules:
 
 
 def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modules) -> Adapter:
-    """Return the adapter in a folder.
+    """Return the adapter in an MLX-LM folder.
 
     Raises:
-        Malformed, Unsupported, ShapeMismatch: the tensors do not match the config, or their kind is unknown.
-        TargetNotFound: the base has no module with a name in the file.
+        Malformed, Unsupported, ShapeMismatch: the tensors do not fit the config, or `fine_tune_type` is unknown.
+        TargetNotFound: the base does not have a module of the file.
     """
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
@@ -98,7 +98,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in found:
         if target in updates:
-            raise TargetNotFound("two names in the file mean this target", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two names in the file are names of this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
@@ -125,7 +125,7 @@ def _pairs(
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
         elif parts := _parts(name, modules):
-            # Split what MLX-LM fuses and hubs store separately, such as queries, keys and values, by rows of B.
+            # Split layers that MLX-LM fuses and hubs store separately, such as queries, keys and values, by rows of B.
             for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
                 names[target.path] = target.path
                 yield target, given[0]
@@ -141,7 +141,7 @@ def _one(name: str, slots: Slots, scale: float) -> Pair:
     own = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
     check_factors(name, own)
     if "magnitude" in own and (name.rpartition(".")[2] in EMBEDDINGS or own["magnitude"].shape != own["B"].shape[:1]):
-        why = "MLX computes a norm for each token of an embedding, but DoRA one for each dimension"
+        why = "for an embedding, MLX computes a norm per token, but DoRA computes a norm per dimension"
         raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
     return pair(own, scale)
 
@@ -151,7 +151,7 @@ def _target(own: str) -> Target:
 
 
 def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
-    """Yield the updates of stacked experts, with A `[e, r, in]` and B `[e, out, r]`, which are not transposed."""
+    """Yield the updates of stacked experts. Their A `[e, r, in]` and B `[e, out, r]` are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
@@ -162,11 +162,11 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """Return the hub's names of all experts in a stack, by number.
+    """Return the names of all experts of a stack in the hub's checkpoints, by the experts' numbers.
 
     Raises:
         TargetNotFound: no family has this stack.
-        UsageError: several families have this stack, with different experts.
+        UsageError: several families of models have this stack, with different names of experts.
     """
     moves = from_mlx(name, modules.config, count)
     if moves is None or [move.expert for move in moves] != list(range(count)):
@@ -175,19 +175,19 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the parts of a layer that MLX-LM fused; empty if hubs also store the layer fused."""
+    """Return the parts of a layer that MLX-LM fused; empty if the hub's checkpoints have the same fused layer."""
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
 
 def _is_stack(name: str, modules: Modules) -> bool:
-    """Whether a name belongs to stacked experts; three axes do not prove it, because convolutions have them, too."""
+    """Whether a module is a stack of experts. Three axes do not prove this, because convolutions have them, too."""
     moves = from_mlx(name, modules.config, 1)
     return moves is not None and moves[0].expert is not None
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Rename keys of a fused layer from `lora_a.0` to `#0.lora_a`, so that each part is a separate pair."""
+    """Rename keys of fused layers, `X.lora_a.0` to `X#0.lora_a`, so that each part becomes a separate pair."""
     changed = {}
     for key, tensor in tensors.items():
         stem, _, last = key.rpartition(".")
@@ -207,7 +207,7 @@ def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
 ) -> Found:  # fmt: skip
-    """Yield the update of one part of a fused weight; the parts' rows follow each other in order."""
+    """Yield the update of one part of a fused weight; the rows of the parts follow one another in order."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
         raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
@@ -223,7 +223,7 @@ def _scale(config: Mapping[str, JsonValue]) -> float:
     if not isinstance(parameters, dict) or "scale" not in parameters:
         cure = "Add lora_parameters.scale, which MLX-LM needs, too"
         raise Malformed(
-            "the config has no scale, so the strength of the adapter is unknown", where="lora_parameters", cure=cure
+            "the config has no scale, so the adapter's scaling is unknown", where="lora_parameters", cure=cure
         )
     return finite(parameters["scale"], "lora_parameters.scale")
 

@@ -35,7 +35,7 @@ METADATA = {"format": "mlx"}
 
 
 class MlxHints(Leftovers, total=False):
-    """The config and its text, the metadata of the tensors, and a map from our names to MLX's."""
+    """The leftovers of a folder: the config, its text, the tensors' metadata, and a map from our to MLX's names."""
 
     config: dict[str, Any]
     text: str
@@ -46,10 +46,10 @@ class MlxHints(Leftovers, total=False):
 def written(
     adapter: Adapter, on_loss: str, base: Checkpoint | None = None
 ) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
-    """Return the config's text, the tensors, their metadata, and one line for each omission or rewriting.
+    """Return the config's text, the tensors, the metadata, and one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow rewriting it.
+        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow rewriting or omitting the update.
     """
     hints = remembered(adapter, FORMAT, MlxHints)
     config_of_base = None if base is None else base.config
@@ -64,10 +64,10 @@ def written(
 def _without_absent(
     adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter without targets that MLX-LM's model lacks, and a line for each of them.
+    """Omit targets that MLX-LM's model lacks; return the adapter without them, and a line for each of these targets.
 
     Raises:
-        Unrepresentable: there are such targets and `on_loss` is not `drop`, or there are no other targets.
+        Unrepresentable: `on_loss` is not `drop`, or MLX-LM's model lacks all targets.
     """
     absent = [target for target in adapter.updates if is_absent(target.path, config)]
     if not absent:
@@ -86,10 +86,10 @@ def _without_absent(
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter with MLX-LM's stacks of experts and fused weights, and a line for each rewriting.
+    """Stack experts and fuse weights as MLX-LM does; return the new adapter, and a line for each changed rank.
 
     Raises:
-        UsageError: the possible families store experts differently, and no base shows which is meant.
+        UsageError: the possible families of models store experts differently, and no base shows which family is right.
         Unrepresentable: some experts have no updates, and no base shows the number of experts.
     """
     moves = {}
@@ -104,7 +104,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     _check_all(moves, experts)
     own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
-    # Join the parts of a fused layer: only MLX-LM's FusedLinear has a separate LoRA for each part.
+    # Join the parts of a fused layer into one LoRA. Only MLX-LM's FusedLinear has a separate LoRA for each part.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
     sizes = {
         target.path: fused[target.path] * (target.rows[1] - target.rows[0])
@@ -116,7 +116,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack with gaps if the number of its experts is unknown."""
+    """Refuse a stack in which experts have no update, unless the base shows the number of experts."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:
@@ -134,10 +134,12 @@ def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
 
 
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, tensors and lines for the more frequent of LoRA and DoRA; a file has only one of them.
+    """Write LoRA or DoRA, whichever has more updates, because a file has only one method.
+
+    Return the config, the tensors, and a line for each change.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express an update.
+        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow omitting the update.
     """
     kinds = Counter(type(update) for _, update in adapter if isinstance(update, LoRA | DoRA))
     dora = kinds[DoRA] > kinds[LoRA]
@@ -158,10 +160,11 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
 
 
 def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
-    """Pad all updates with zeros to the largest rank; return a line for each padded update.
+    """Pad all updates with zeros to the largest rank, and return a line for each padded update.
 
-    MLX-LM builds layers of the one rank in its config. Since 0.32 it refuses tensors of another rank. If the targets
-    are those of an MLX file that was read, their ranks stay, because the file's config is written again unchanged.
+    MLX-LM creates all layers with the one rank in the config, and since 0.32 refuses tensors of another rank. If the
+    adapter still has exactly the targets of its source file, ranks stay as they are, because the source config is
+    written unchanged.
     """
     ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
     rank = max(ranks.values(), default=0)
@@ -181,7 +184,7 @@ def _spelled(pairs: Pairs, hints: MlxHints) -> dict[str, Lazy]:
             slices.setdefault(name, []).append((target.rows, update))
         else:
             ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
-            # Transpose factors, except those of stacked experts: their A is [e, r, in], their B is [e, out, r].
+            # Transpose the factors. Factors of stacked experts are not transposed: A is [e, r, in], B is [e, out, r].
             turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
             tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
     for name, parts in slices.items():
@@ -204,7 +207,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
-    """Return the source config if it is still valid; otherwise one with the fields that MLX-LM needs."""
+    """Return the source config if it is still correct; otherwise a config with the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
@@ -226,16 +229,19 @@ def _same(hints: MlxHints, pairs: Pairs) -> bool:
 
 
 def _key(name: str) -> str:
-    """Return a module's name in MLX-LM's config: relative to its block; for an expert, the stack's name."""
+    """Return the module's name in `lora_parameters.keys`: relative to its block.
+
+    For an expert, return the name of the expert's stack.
+    """
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
 
 
 def _whole(adapter: Adapter, hints: MlxHints) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, tensors and lines for an adapter with only whole parameters.
+    """Return the config, tensors and lines for an adapter that only replaces whole parameters.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express an update.
+        Unrepresentable: an update replaces only some rows of a parameter.
     """
     tensors: dict[str, Lazy] = {}
     for target, update in adapter:
@@ -258,16 +264,16 @@ def _name(target: Target, hints: MlxHints) -> str:
 
 
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
-    """Return the source config's text if its meaning is unchanged, because only the text keeps the order of keys."""
+    """Return the source config's text if it still has the same contents, because the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""
     except ValueError as error:
         raise Malformed(
-            f"leftovers of MLX-LM are damaged ({error})",
+            f"the stored data of the MLX-LM file is damaged ({error})",
             where="foreign",
-            cure="Remove the leftovers: adapter.replace(foreign=None)",
+            cure="Remove the data: adapter.replace(foreign=None)",
         ) from None
 
 
-_EXPERTS = "Train all of them, or write another format"
+_EXPERTS = "Train all experts, or all parts, of the module; or write another format"

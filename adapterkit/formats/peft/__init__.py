@@ -1,7 +1,7 @@
 """PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
 
-The method follows from the file's tensors and about twelve fields of the config; the module `config` lists every field
-and its effect. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
+The file's tensors and about twelve fields of the config determine the method. The module `config` lists every field and
+its effect. Each family of tensors has a module that converts keys to updates; `writer` does the reverse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures if no method needs a family; otherwise None. This avoids importing all families."""
+    """Return LoRA's departures if all methods are LoRA or its variants; otherwise None.
+
+    Avoids importing all families.
+    """
     from .lora import DEPARTURES
     from .pairs import BESIDE
 
@@ -61,7 +64,7 @@ def _profiles() -> frozenset[str]:
 
 
 class Peft(Format):
-    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole modules, token rows, and all of `families`."""
+    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole parameters, token rows, and all of `families`."""
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json with adapter_model.safetensors or .bin"
@@ -93,10 +96,10 @@ class Peft(Format):
         """Read an adapter, lazily.
 
         Args:
-            path: see `Format.read`; also a tensor file without adapter_config.json, see `bare`.
+            path: see `Format.read`; may also be a tensor file without adapter_config.json, see `bare`.
             compat: see `Format.read`.
             base: see `Format.read`.
-            alpha: LoRA's alpha, if neither a config nor the file states it.
+            alpha: LoRA's alpha; needed if neither a config nor the file has alpha.
             rank: the expected rank; an error if the shapes or the config have another rank.
             strict: whether to refuse every field of the config that PEFT does not define.
         """

@@ -1,4 +1,4 @@
-"""Compute a config's rank and alpha fields from ranks and scalings: the most common values, and patterns for others."""
+"""Compute the config fields for ranks and alphas: the most common values, and patterns for all other modules."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=float)
 
 Scale = tuple[int, float]
-"""(rank, scaling)."""
+"""The rank and the scaling of a module."""
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
-    """Choose the `use_rslora` for which most scalings have an alpha; return the fields, and modules without alpha."""
+    """Choose the `use_rslora` for which most scalings have an exact alpha.
+
+    Return the fields, and the modules without alpha.
+    """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
@@ -36,10 +39,10 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
 
 
 def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
-    """Return the alpha for which PEFT computes exactly this scaling, as an integer if possible; None if none exists."""
+    """Return the alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # Convert to float first: a scaling may be a large integer, and its product with a rank may overflow.
+    # Convert to float first: a scaling may be a large integer, so that its product with a rank overflows.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -1,8 +1,8 @@
 """Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
-Keys and shapes determine the method and the ranks, so this module builds a config from them. Alpha comes from the
+This module builds a config from the keys and shapes, which determine the method and the ranks. Alpha comes from the
 file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write such
-files, too. Every loader of these files uses the rank as alpha if alpha is missing.
+files, too; every loader of these models uses the rank as alpha if alpha is missing.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""DeepSpeed's file with whole weights, up to ZeRO-2."""
+"""DeepSpeed's file up to ZeRO-2, which has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""The file that DeepSpeed writes in addition to weights that ZeRO-3 has split over ranks."""
+"""DeepSpeed's file with ZeRO-3, which lacks the weights: other files have them, split over ranks."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The header's key in diffusers' files for PEFT's config as JSON; fields begin with the name of the model part."""
+"""The header's key in diffusers' files for PEFT's config as JSON; fields begin with the component's name."""
 ASSUMED = "alpha_assumed"
-"""A field of a config built here. It means that the file states no alpha, and has an image model's names."""
+"""A field in configs that this module builds. It means that alpha was assumed, because the file has no alpha."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -54,9 +54,9 @@ _MAX_SCAN = 64 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` has LoRA tensors with PEFT's names, but no config that shows which tool wrote them."""
+    """Whether `path` has LoRA tensors with PEFT's names, but no config that shows which tool wrote the tensors."""
     if not is_bare(path):
-        # Accept a file with any name next to PEFT's config; check the config's content, not only its name.
+        # Next to PEFT's config, accept a tensor file with any name. Check the content of the config, not only its name.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
     try:
         folder = _tag(path) if path.is_dir() else path
@@ -73,25 +73,25 @@ def sniff(path: Path) -> bool:
 
 
 def is_bare(path: Path) -> bool:
-    """Whether there is no config in the folder of `path`."""
+    """Whether the folder at `path`, or around the file `path`, has no config."""
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 
 def load(
     path: Path, alpha: float | None, rank: int | None
 ) -> tuple[dict[str, JsonValue], dict[str, Lazy], dict[str, str]]:
-    """Return a config built from the keys and shapes, the tensors by key, and the strings in the header.
+    """Return a config built from the keys and shapes, the tensors by key, and the strings in the file's header.
 
     Args:
         path: a tensor file, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
-        alpha: LoRA's alpha, if the file does not state it.
-        rank: the rank that every module must have, or None for any rank.
+        alpha: LoRA's alpha; needed if the file does not have it.
+        rank: the rank that every module must have; None allows any rank.
 
     Raises:
-        UsageError: neither the file nor the caller states alpha, or both state different alphas.
+        UsageError: neither the file nor the caller provides alpha, or both provide different alphas.
         ShapeMismatch: a module's rank is not `rank`.
         Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
-        Malformed: the file has the base's weights, too, and does not show which weights were trained.
+        Malformed: the file also has the base's weights, and does not show which weights were trained.
     """
     folder = _tag(path) if path.is_dir() else path
     _refuse_split(folder)
@@ -124,7 +124,7 @@ def _config(
     _check_trained(keys)
     empty = next((key for key in keys if key.part.startswith("lora_") and not math.prod(tensors[key.text].shape)), None)
     if empty is not None:
-        why = "the tensor has no elements: ZeRO-3 or FSDP kept them on other ranks when the adapter was saved"
+        why = "the tensor has no elements: ZeRO-3 or FSDP had the elements on other ranks during saving"
         raise Malformed(why, where=empty.text, cure="Gather the parameters before save_pretrained")
     ranks = {
         key.module: tensors[key.text].shape[0]
@@ -147,7 +147,7 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Return `lora_alpha` and related fields, from the file or the caller; if both state alpha, they must agree."""
+    """Return `lora_alpha` and related fields, from the file or the caller; two different alphas are an error."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
         return {
@@ -164,10 +164,10 @@ def _scaling(
         pattern = {f"^{re.escape(name)}$": value for name, value in own.items() if value != usual}
         told = {"lora_alpha": usual, "alpha_pattern": pattern}
     if alpha is None and not told:
-        why = "without adapter_config.json, LoRA's alpha is unknown; it scales the whole adapter by alpha / rank"
+        why = "without adapter_config.json, LoRA's alpha is unknown; the scaling of the adapter is alpha / rank"
         cure = (
-            "State it with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, video "
-            f"and audio models use the rank if alpha is unknown: --alpha {rank} (alpha={rank})"
+            "State alpha with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, "
+            f"video and audio models use the rank if alpha is unknown: --alpha {rank} (alpha={rank})"
         )
         raise UsageError(why, cure=cure)
     if alpha is None:
@@ -179,7 +179,7 @@ def _scaling(
 
 
 def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the scaling fields in the header of a safetensors file; empty if the header does not state alpha."""
+    """Return the scaling fields in the header of a safetensors file; empty if the header has no alpha."""
     for name in _ALPHA_FIELDS:
         try:
             value = float(header[name])
@@ -198,7 +198,7 @@ def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse the state dict of a whole model, because keys do not distinguish base weights from trained weights."""
+    """Refuse the state dict of a whole model, because its keys do not show which weights were trained."""
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
@@ -215,7 +215,7 @@ def _check_trained(keys: Iterable[Key]) -> None:
 
 
 def _file(path: Path) -> Path | None:
-    """Return the only tensor file; None if there is none."""
+    """Return the tensor file at `path` or in the folder `path`; None if there is none."""
     if not path.is_dir():
         return path if path.suffix in _SUFFIXES and path.is_file() else None
     for name in (SAFETENSORS, TORCH):
@@ -226,7 +226,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the subfolder that a DeepSpeed checkpoint's file `latest` names; without this file, the folder itself."""
+    """Return the subfolder that the file `latest` of a DeepSpeed checkpoint names; without `latest`, the folder."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -239,7 +239,7 @@ def _is_zero3(folder: Path) -> bool:
 
 
 def _is_distributed(folder: Path) -> bool:
-    """Whether torch.distributed.checkpoint wrote LoRA tensors here.
+    """Whether torch.distributed.checkpoint wrote LoRA tensors into this folder.
 
     The function searches the pickle file `.metadata` for names of LoRA tensors, without unpickling it.
     """
@@ -251,7 +251,7 @@ def _is_distributed(folder: Path) -> bool:
 
 
 def _refuse_split(path: Path) -> None:
-    """Refuse weights that are split over ranks; the error names the command that joins them.
+    """Refuse weights that are split over ranks; the error contains the command that joins them.
 
     Raises:
         Unsupported: the weights are split.
@@ -265,13 +265,13 @@ def _refuse_split(path: Path) -> None:
     if distributed:
         why = "this is a checkpoint of torch.distributed; its index is a pickle that runs code when it is loaded"
         command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} adapter_model.bin"
-        raise Unsupported(why, path=path, cure=f"If you trust it, convert it first: {command}")
+        raise Unsupported(why, path=path, cure=f"If you trust the checkpoint, convert it first: {command}")
     if zero3 or len(ranks) > 1:
         folder = path if path.is_dir() else path.parent
         what = "ZeRO-3" if zero3 else "tensor parallelism"
         why = f"this is a DeepSpeed checkpoint, and {what} has split its weights over ranks"
         command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed wrote there"
-        raise Unsupported(why, path=path, cure=f"If you trust it, join them first: {command}")
+        raise Unsupported(why, path=path, cure=f"If you trust the checkpoint, join its files first: {command}")
 
 
 def _names(file: Path) -> Iterable[str]:
@@ -284,7 +284,7 @@ def _tensors(file: Path) -> dict[str, Lazy]:
     """Return the tensors of a file by key; for DeepSpeed's model states, only the trained tensors.
 
     Raises:
-        Malformed: the file is not a state dict.
+        Malformed: the file does not contain a state dict.
     """
     if file.suffix == ".safetensors":
         return safetensors.read(file)
@@ -312,16 +312,17 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 # SwissArmyTransformer's LoRA for CogVideoX: `matrix_A.N` and `matrix_B.N` for part N of a fused weight.
 #
-# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. All other tensors are
-# frozen: SAT's configs have `not_trainable_prefixes: ['all']`, and exempt LoRA's matrices by name.
+# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer, and saves the whole model. All tensors except
+# LoRA's matrices are frozen: SAT's configs have `not_trainable_prefixes: ['all']`, with an exception for the matrices'
+# names.
 
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
 OF_FAMILY = "adapterkit.family"
-"""The metadata key that states an adapter's family for writers."""
+"""The metadata key with an adapter's family of models, for writers."""
 
 FAMILY = "cogvideox"
-"""The only family whose names are known; SAT has other models, too."""
+"""The only family of models whose names in SAT are known."""
 
 
 def is_sat(keys: Mapping[str, object]) -> bool:
@@ -330,11 +331,11 @@ def is_sat(keys: Mapping[str, object]) -> bool:
 
 
 def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str, Lazy]:
-    """Return SAT's matrices under PEFT's keys, with diffusers' names for the modules.
+    """Return SAT's matrices under PEFT's keys, with the names that the modules have in diffusers.
 
     Args:
-        tensors: the tensors of the file by key.
-        alpha: LoRA's alpha, which only the training config states.
+        tensors: the tensors of the file, by key.
+        alpha: LoRA's alpha, which is only in the config of the training.
 
     Raises:
         UsageError: `alpha` is None.
@@ -342,7 +343,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
     """
     if alpha is None:
         why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"
-        cure = "State the training config's lora_alpha with --alpha A (alpha=A); it is 1 if the config has none"
+        cure = "State the training config's lora_alpha with --alpha A (alpha=A); lora_alpha is 1 if the config has none"
         raise UsageError(why, cure=cure)
     family = next(each for each in families() if each.name == FAMILY)
     found = {}
@@ -354,7 +355,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
         if part >= len(pieces):
             why = f"SwissArmyTransformer's LoRA adapts a module that {family.title} does not have"
             raise Unsupported(
-                why, where=key, cure="Export it with the tool that trained it, with PEFT's or diffusers' keys"
+                why, where=key, cure="Export the adapter with the tool that trained it, with PEFT's or diffusers' keys"
             )
         found[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
     return found

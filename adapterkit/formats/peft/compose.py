@@ -1,4 +1,4 @@
-"""Compose the configs to try for a written file; configs more similar to the source config come first."""
+"""Compose configs that are tried when a file is written; the first is most similar to the source config."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ FRESH: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
-"""Config fields for adapters that were not read from PEFT's format; fields that older PEFT lacks keep its defaults."""
+"""Config fields for adapters not read from PEFT's format.
+
+Fields that older releases lack have PEFT's default values.
+"""
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The config fields for the dropout in training; types use different names for this field."""
+"""The names of the config field for dropout in training; the name depends on the `peft_type`."""
 
 COMMON = {
     "auto_mapping": None,
@@ -44,7 +47,7 @@ COMMON = {
     "revision": None,
     "task_type": None,
 }
-"""The fields of every config. If the type changes, all of them except `inference_mode` keep their values."""
+"""The fields that all types have. If the type changes, the values stay, except `inference_mode`."""
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
 """Fields that are written even if they are empty."""
@@ -87,12 +90,15 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
 
 
 def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a config with changes; do not add empty new fields, because older releases of PEFT may not know them."""
+    """Return a config with changes.
+
+    New fields without a value are omitted: older releases of PEFT may not know them.
+    """
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
 def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
-    """Return the base's name, if it differs from the name in the source config."""
+    """Return the fields with the base's name if this name is not the source config's; otherwise an empty dict."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
         return {}
@@ -107,7 +113,7 @@ def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue
 
 
 def _stored_in_out(updates: Updates) -> bool:
-    """Whether the linear layers among the targets are stored as [in, out]."""
+    """Whether at least one linear layer among the targets is stored as [in, out]."""
     paths = lora_paths(updates)
     return any(
         target.layout == "in out *k"
@@ -117,15 +123,15 @@ def _stored_in_out(updates: Updates) -> bool:
     )
 
 
-# Create the lists of names in a config, so that PEFT finds exactly the modules with tensors in the file.
+# Create the lists of names in a config such that PEFT selects exactly the modules that have tensors in the file.
 
 
 NO_MODULE = "dummy-target-modules"
-"""PEFT's value of `target_modules` for a LoRA config that adapts no module."""
+"""PEFT's value of `target_modules` for a LoRA config that selects no module."""
 
 
 def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields for the modules, parameters, biases and tokens of a LORA file."""
+    """Return the fields of a LORA config that select modules, parameters, biases and tokens."""
     paths = lora_paths(updates)
     targets = [target for target in updates if target.path in paths]
     parameters = [t.path for t in targets if is_parameter(t, paths, base)]
@@ -143,7 +149,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields for the modules of an IA3 file, and for the modules whose inputs are scaled."""
+    """Return the fields of an IA3 config that select all modules, and the modules whose inputs are scaled."""
     found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in found.items() if update.l_in is not None)
     loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
@@ -156,7 +162,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
 
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields for the modules of a file that belongs to one of the `families`."""
+    """Return the fields that select modules, for a config of one of the `families`."""
     paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
@@ -171,7 +177,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields for the modules that an LN_TUNING file copies."""
+    """Return the fields that select the modules of which an LN_TUNING file has copies."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates
@@ -183,24 +189,27 @@ def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 
 def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields for the tokens and modules of a TRAINABLE_TOKENS file."""
+    """Return the fields that select the tokens and modules of a TRAINABLE_TOKENS file."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
     return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
 
 
 def token_numbers(target: Target, updates: Updates) -> list[int]:
-    """Return the numbers of a target's token rows."""
+    """Return the ids of the tokens whose rows a target changes."""
     rows = next(update for update in updates[target] if isinstance(update, Rows))
     return [int(number) for number in as_lazy(rows.index).numpy()]
 
 
 def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
-    """Return a list of full paths, or a pattern if the name of another module in the base ends with a path."""
+    """Return a list of full paths. If a path is also the end of another module's name, return a pattern instead."""
     return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """Return `modules_to_save`: completely replaced modules. PEFT wraps these, and loads other parameters by name."""
+    """Return `modules_to_save`: the modules that are replaced completely.
+
+    PEFT loads other replaced parameters by name.
+    """
     whole = [
         target.path
         for target, found in updates.items()
@@ -212,7 +221,7 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
 
 
 def _is_whole(path: str, found: Sequence[Update], base: Checkpoint | None) -> bool:
-    """Whether a module has exactly these tensors, and no other module's name in the base ends with its path."""
+    """Whether updates replace exactly the module's tensors, and no other module's name in the base ends with `path`."""
     if base is None:
         return True
     held = {name for name in base.tensors if name.startswith(f"{path}.")}
@@ -225,7 +234,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     last = {name.rpartition(".")[2] for name in named}
     held: set[str] = set()
     for name in () if base is None else base.tensors:
-        # Visit each parent only once, although many modules have the same parent.
+        # Visit each parent only once, because many modules have the same parent.
         while (name := name.rpartition(".")[0]) and name not in held:
             held.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
@@ -234,7 +243,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield the rest of a name after each dot."""
+    """Yield the part of a name after each of its dots."""
     while rest := name.partition(".")[2]:
         yield (name := rest)
 

@@ -1,4 +1,4 @@
-"""Parse the config: every field that PEFT has ever written, its effect, and the typed values of relevant fields."""
+"""Parse the config. This module lists every field that PEFT has ever written, and the field's effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
-"""Known types that cannot be read, with the reason or the remedy."""
+"""Known values of `peft_type` that cannot be read, with the reason or the remedy."""
 
 READ = {
     "alora_invocation_tokens": "the method is aLoRA, and these tokens activate it",
@@ -44,7 +44,7 @@ READ = {
     "use_dora": "the method is DoRA",
     "use_rslora": "scaling = lora_alpha / sqrt(r)",
 }
-"""Fields that change what the tensors mean."""
+"""Fields that change the meaning of the tensors, with their effects."""
 
 HARMLESS = {
     "auto_mapping": "the base's class",
@@ -73,14 +73,14 @@ HARMLESS = {
     "task_type": "the base's class",
     "velora_config": "compressed gradients in training; the formula is plain LoRA's",
 }
-"""Fields that do not affect a merge or a forward pass."""
+"""Fields that do not affect a merge or a forward pass, with the reason."""
 
 REFUSED = {
     "layer_replication": "it repeats layers of the base, and the keys number the repeated layers",
     "megatron_config": "its tensors are split over Megatron's ranks",
     "use_qalora": "QA-LoRA averages groups of inputs before A",
 }
-"""Fields that must be empty, with the reason."""
+"""Fields that must be empty, with the reason for refusing others."""
 
 TOOLS = {
     "_from_model_config": "transformers: whether a generation config was derived from the model's config",
@@ -92,10 +92,10 @@ TOOLS = {
     "transformers_version": "transformers: its release",
     "unsloth_version": "Unsloth: its release",
 }
-"""Fields that other tools add and that never have an effect."""
+"""Fields that other tools add and that have no effect."""
 
 PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
-"""Initialisations that leave the base unchanged."""
+"""Values of `init_lora_weights` that leave the base unchanged."""
 
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
 """The first words of initialisations that subtract the adapter's initial values from the base."""
@@ -106,7 +106,7 @@ WHY_CHANGED = {
     "lora_ga": "values computed from gradients on its training data",
     "pissa_niter": "a randomised decomposition, whose random numbers are lost",
 }
-"""The value that each of these initialisations subtracts from the base, as a phrase for messages."""
+"""For each of these initialisations, a phrase for messages that describes the subtracted values."""
 
 
 def peft_types() -> tuple[str, ...]:
@@ -115,15 +115,15 @@ def peft_types() -> tuple[str, ...]:
 
 
 def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> Settings:
-    """Check every field of a config and return the typed settings.
+    """Check every field of a config, and return the fields that affect the function.
 
     Args:
         config: the decoded adapter_config.json.
-        strict: whether to refuse every field that PEFT does not define, even harmless ones.
+        strict: whether to refuse every field that PEFT does not define, even a harmless one.
 
     Raises:
         Malformed: a field has the wrong type.
-        Unsupported: a field has an unknown value that may change the function.
+        Unsupported: a field, or the value of a field, is unknown and may change the function.
     """
     _check_type(config)
     family = family_of_type(str(config["peft_type"]))
@@ -152,14 +152,17 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
     if found not in PEFT_TYPES and family_of_type(found) is None:
         if found in OTHER_TYPES:
             raise Unsupported(
-                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run it with PEFT itself"
+                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run the adapter with PEFT"
             )
         known = f"Known: {', '.join(peft_types())}"
         raise Unsupported(f"this version does not know PEFT's {found}", where="peft_type", cure=known)
 
 
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
-    """List the nonempty fields that PEFT does not define, sorted; `parse` has checked that they are harmless."""
+    """List the fields with a value that PEFT does not define, sorted.
+
+    `parse` must have checked that they are harmless.
+    """
     family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
     if family is not None:
@@ -172,7 +175,7 @@ def _check_field(name: str, value: object, strict: bool) -> None:
         return
     if name in REFUSED:
         if value:
-            raise Unsupported(f"{REFUSED[name]}; this version cannot read that", where=name, cure=_WITH_PEFT)
+            raise Unsupported(f"{REFUSED[name]}; this version cannot read such adapters", where=name, cure=_WITH_PEFT)
         return
     if strict:
         why = "PEFT does not define this field"
@@ -184,11 +187,11 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 
 
 def _is_marker(name: str, value: object) -> bool:
-    """Whether an unknown field only records who wrote the file, when, or in which run.
+    """Whether an unknown field only records who wrote the file, when it was written, or in which run.
 
     A text is such a record if the field's name is in a list, or if the text looks like a release, a date or a digest.
-    Other texts, numbers and `true` may change the function: Unsloth's `lora_B_layout` has the values `rank_major` and
-    `grouped_by_expert`, two orders of the same numbers (unslothai/unsloth-zoo#1232). A list or dict is a record if all
+    Other texts, numbers and `true` may change the function. Example: Unsloth's `lora_B_layout` is `rank_major` or
+    `grouped_by_expert`, two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is a record if all
     of its contents are records.
     """
     if isinstance(value, Mapping):
@@ -201,7 +204,10 @@ def _is_marker(name: str, value: object) -> bool:
 
 
 def _check_laws(settings: Settings) -> None:
-    """Allow only one method in a file; PEFT supports some methods only on modules and without a bias."""
+    """Check that the config selects at most one variant of LoRA.
+
+    PEFT has some variants only for modules (not for parameters), and only without a bias.
+    """
     laws = {
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
@@ -226,7 +232,7 @@ def _check_init(value: bool | str | None) -> None:
         raise Unsupported(
             f"when the adapter was created, {value} subtracted from the base {WHY_CHANGED[known]}",
             where="init_lora_weights",
-            cure="Save it again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
+            cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
         )
     raise Unsupported(f"the initialisation {value!r} is unknown", where="init_lora_weights", cure=_WITH_PEFT)
 
@@ -236,7 +242,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Names of fields whose text is only a record."""
+"""Names of fields whose text is only a record of the file's origin."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

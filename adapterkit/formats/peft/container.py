@@ -1,4 +1,4 @@
-"""Load and save the folder: a JSON config and one tensor file."""
+"""Load and save a PEFT folder: a JSON config and one tensor file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Names of the index of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc. transformers 5.24
-names this index like a base's index, and cannot load such adapters itself."""
+"""Names of the index file of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc.
+
+transformers 5.24 names this index like a base's index, and cannot load such adapters.
+"""
 
 METADATA = {"format": "pt"}
 """The only metadata that PEFT writes."""
@@ -35,7 +37,7 @@ MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder of `path` has PEFT's config: one with a `peft_type`."""
+    """Whether the folder at `path`, or around the file `path`, has PEFT's config, which has a `peft_type`."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG
@@ -43,7 +45,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Check the keys, because Tinker and SGLang write PEFT's config for tensors that PEFT does not know.
+        # Check the keys: Tinker and SGLang write PEFT's config, too, for tensors that PEFT cannot load.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:
@@ -59,42 +61,45 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
         path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
 
     Raises:
-        StorageError: one of the two files is missing.
-        Malformed: one of the two files is damaged.
+        StorageError: the config or the tensor file is missing.
+        Malformed: the config or the tensor file is damaged.
     """
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(
-            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config: it states rank and alpha"
+            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config, which has rank and alpha"
         )
     tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
     return read_json(folder / CONFIG, strict=True), tensors
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """Return the strings in the header of a folder's safetensors file. PEFT ignores them; other tools write some."""
+    """Return the strings in the header of the folder's safetensors file.
+
+    PEFT ignores them, but other tools use them.
+    """
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
 
 
 def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int | None) -> None:
-    """Check that the caller's alpha and rank, if given, agree with the config.
+    """Check that the caller's alpha and rank, if any, agree with the config.
 
     Raises:
-        UsageError: the config states another alpha or rank.
+        UsageError: the config has another alpha or rank.
     """
     for name, field, stated in (("alpha", "lora_alpha", alpha), ("rank", "r", rank)):
         if stated is not None and config.get(field) != stated:
             why = f"{CONFIG} states {field} {config.get(field)}, but --{name} ({name}=) is {stated:g}"
-            raise UsageError(why, where=field, cure=f"Omit --{name} ({name}=): the config states it")
+            raise UsageError(why, where=field, cure=f"Omit --{name} ({name}=): the config has it")
 
 
 def save(
     folder: Path, config: Mapping[str, JsonValue], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
-    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
+    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.

@@ -1,8 +1,9 @@
-"""Read adapters of convolutions that PEFT trains with a function other than a change of the weight.
+"""Compute adapters of convolutions as PEFT does, where PEFT's forward is not equivalent to a change of the weight.
 
-PEFT's LoRA builds `lora_A` with only the base's class, kernel, stride and padding. So `lora_A` pads with zeros and is
-not dilated, even if the base layer pads otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d`
-with the base's padding, which also pads with zeros. OFT rotates the patches of the input.
+PEFT's LoRA creates `lora_A` with the base layer's class, kernel, stride and padding, but without its padding mode and
+dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads otherwise or is dilated. PEFT's
+other methods call `torch.nn.functional.conv2d` with the base layer's padding, which also pads with zeros. OFT rotates
+the patches of the input.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""The methods whose forward in PEFT calls the base layer, with the layer's own padding."""
+"""The methods whose forward in PEFT calls the base layer, and so has the base layer's padding."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
-    """Whether PEFT's OFT rotates patches of the input for a weight with this shape: a Conv2d with a kernel."""
+    """Whether PEFT's OFT rotates patches of the input for a weight of this shape: a Conv2d with a kernel above 1."""
     return len(shape) == 4 and math.prod(shape[2:]) > 1
 
 
@@ -40,10 +41,10 @@ def on_patches(update: Update, layer: LayerFacts) -> Update:
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as PEFT's forward computes it on a convolution that does not pad with zeros.
+    """Return the update as PEFT's forward computes it on a convolution whose padding is not zeros.
 
     Raises:
-        Unsupported: no method computes PEFT's forward at this layer.
+        Unsupported: no method of adapterkit computes PEFT's forward at this layer.
     """
     if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
         return update

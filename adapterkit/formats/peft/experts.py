@@ -1,15 +1,17 @@
-"""LoRA on parameters, `target_parameters`: stacked experts, with one pair of factors per expert in two matrices.
+"""Read and write LoRA of parameters (`target_parameters`): stacks of experts.
 
-A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, which do not name the parameters: PEFT wraps the
-module once for each parameter, in the order in which the module declares the parameters. The config lists the names, in
-any order; shapes show which pair belongs to which parameter.
+Two matrices have the pairs of all experts.
 
-Files differ in two ways that their keys do not show:
+A file has keys such as `experts.lora_A` and `experts.base_layer.lora_A`, without the names of the parameters. PEFT
+wraps a module once for each adapted parameter, in the order in which the module declares its parameters. The config
+lists the names in any order; shapes show which pair belongs to which parameter.
 
-* PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`, so
-  lora_A has the axis of the outputs, and lora_B the axis of the inputs (peft #3165).
-* The order of lora_B's columns: in PEFT the expert varies fastest (`rank_major`). Unsloth's training used the order in
-  which the expert varies slowest (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232,
+The keys do not show two differences between files:
+
+* PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
+  these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
+* The order of lora_B's columns. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training until
+  September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-zoo #1232,
   #1269).
 """
 
@@ -38,23 +40,23 @@ if TYPE_CHECKING:
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
 ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
-"""The values of `experts_order`; the first two are also values of `lora_B_layout` in a config."""
+"""The values of `experts_order`. The first two are also values of `lora_B_layout` in a config."""
 
 SWAPPED_BEFORE = (0, 19)
-"""The first release of PEFT that reads the axes of a stack in the model's order."""
+"""The first release of PEFT that reads the axes of a stack in the order in which the model stores them."""
 
 OLD_VERSION = "0.18.1"
-"""The release to write into a config whose stacks are in the order of PEFT before 0.19."""
+"""The `peft_version` in new configs for stacks with the axes of PEFT before 0.19."""
 
 MAX_NAMES = 6
-"""The limit on the number of adapted parameters of one module; real modules have two."""
+"""The limit on the number of adapted parameters of one module; in real models, modules have at most two."""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
-"""The parameters of the experts in transformers, in the order of their declaration."""
+"""The parameters of stacked experts in transformers, in the order in which the module declares them."""
 
 
 def adapts_parameter(file: File, path: str) -> bool:
-    """Whether the factors at a module belong to one of its parameters; `target_modules` has priority, as in PEFT."""
+    """Whether the pair at a module adapts a parameter of the module; `target_modules` takes precedence, as in PEFT."""
     return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
         file.settings.target_modules, path
     )
@@ -64,9 +66,9 @@ def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Yield the updates of parameters.
 
     Raises:
-        UsageError: several parameters are possible, only a base can decide, and no base is given.
-        Unsupported: several parameters are possible, and nothing decides.
-        ShapeMismatch: a rank differs from the config's.
+        UsageError: the pair may adapt several parameters, and no base is given, which could show the right parameter.
+        Unsupported: the pair may adapt several parameters, and not even the base shows the right parameter.
+        ShapeMismatch: the rank of a pair is not the config's.
     """
     modules: dict[str, list[PeftFactors]] = {}
     for each in factors:
@@ -85,9 +87,9 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
     """Reorder lora_B from PEFT's [out, r * e] to [e, out, r].
 
     Args:
-        B: the columns of all experts, side by side.
+        B: the matrix lora_B, which has the columns of all experts.
         experts: the number of experts.
-        order: the order of the columns: in `rank_major` the expert varies fastest, in `grouped_by_expert` slowest.
+        order: the order of the columns: `rank_major` (the expert varies fastest) or `grouped_by_expert` (slowest).
     """
     out, r = B.shape[0], B.shape[1] // experts
     if order == GROUPED:
@@ -96,13 +98,13 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
 
 
 def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
-    """Return A as [e, r, in] and B as [e, out, r], from factors that PEFT before 0.19 made for the transposed weight.
+    """Return A as [e, r, in] and B as [e, out, r] for a file in which the axes of outputs and inputs are swapped.
 
     Args:
-        A: the factor [r * e, out]; the expert varies slowest.
-        B: the factor [in, r * e].
+        A: the matrix lora_A, [r * e, out]; the expert varies slowest.
+        B: the matrix lora_B, [in, r * e].
         experts: the number of experts.
-        order: the order of B's columns, see `stack`.
+        order: the order of B's columns; see `stack`.
     """
     (rows, out), in_ = A.shape, B.shape[0]
     r = rows // experts
@@ -119,7 +121,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a stack whose experts are scattered over a tensor; reading some experts reorders only these experts."""
+    """Return a stack whose values are scattered over a matrix. Reading a few experts reorders only these experts."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -132,27 +134,27 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read the values of a factor, and cache them, because one expert's columns are all over the file.
+    """Read a whole matrix, and cache its values: the columns of one expert are scattered over the file.
 
-    A merge into a base with one tensor per expert reads one expert after another, alternating between two parameters.
+    Merging into a base with separate experts reads one expert after another, and alternates between two parameters.
     """
     return leaf.numpy()
 
 
 def unstack(B: Lazy) -> Lazy:
-    """Reorder [e, out, r] to [out, r * e], PEFT's order."""
+    """Reorder lora_B from [e, out, r] to PEFT's [out, r * e]."""
     experts, out, r = B.shape
     return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
 
 
 def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
-    """Return a factor of a stack in the order of a file; this is the inverse of `stack` and `stack_swapped`.
+    """Return lora_A or lora_B for a file with the layout `order`; the inverse of `stack` and `stack_swapped`.
 
     Args:
-        order: `grouped_by_expert` or `peft_0.18`.
-        name: the factor's name in the file, `A` or `B`.
-        target: the parameter; its layout shows whether PEFT before 0.19 swaps its outputs and inputs.
-        update: the parameter's LoRA, A `[e, r, in]` and B `[e, out, r]`.
+        order: the layout: `grouped_by_expert` or `peft_0.18`.
+        name: the matrix to return, `A` or `B`.
+        target: the parameter; its layout decides whether PEFT before 0.19 swaps outputs and inputs.
+        update: the parameter's LoRA, with A `[e, r, in]` and B `[e, out, r]`.
     """
     A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
     swaps = order == PEFT_0_18 and target.layout == "e out *in"
@@ -169,7 +171,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return a config that states the order of stacks by Unsloth's field or an old release in `peft_version`."""
+    """Return the config with the layout of stacks: in Unsloth's field, or as an old release in `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -194,7 +196,7 @@ def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) 
     }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
     if turned and shape is not None and shape[1] == shape[2]:
-        # A square matrix fits both layouts, so use the family's table.
+        # A square matrix fits both layouts, so look the layout up in the family's table.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
@@ -203,7 +205,7 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
     """Return the order of lora_B's columns: `rank_major` or `grouped_by_expert`.
 
     Raises:
-        UsageError: Unsloth wrote the file and did not state the order.
+        UsageError: Unsloth wrote the file, and the config does not have the order.
     """
     settings = file.settings
     if file.compat in ORDERS:
@@ -221,17 +223,17 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
 
 
 def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
-    """Whether lora_A has the axis of the outputs and lora_B of the inputs, as in PEFT before 0.19.
+    """Whether lora_A has the axis of the outputs and lora_B the axis of the inputs, as in PEFT before 0.19.
 
     Args:
         file: the adapter's file.
-        factors: the factors of one parameter.
+        factors: the pair of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the answer that the shapes of gate_up_proj and down_proj prove; None if they prove nothing.
+        related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not decide.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, only a base can decide, and no base is given.
+        UsageError: PEFT before 0.19 wrote the file, and no base is given, which could decide.
     """
     if related is not None:
         return related
@@ -260,7 +262,7 @@ def _check_matrices(factors: PeftFactors) -> None:
 
 
 def _names(file: File, path: str) -> list[str]:
-    """List the parameters of a module that `target_parameters` may mean."""
+    """List the parameters of a module that an entry of `target_parameters` may mean."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
@@ -268,7 +270,7 @@ def _names(file: File, path: str) -> list[str]:
 
 
 def _named(file: File, path: str) -> list[str]:
-    """List the parameters that `target_parameters` names together with the module: `gate.weight` for `mlp.gate`."""
+    """List the parameters of a module whose entry in `target_parameters` includes the module, such as `gate.weight`."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
@@ -282,7 +284,8 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. A router with one pair adapts `gate.weight`.
+    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. If a router has one pair, the pair adapts
+    # `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -306,13 +309,13 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # Require that the base has the named parameters: a base with one of these parameters has all of them.
+        # If the base has one of these parameters, it has all of them. So require that it has the named parameters.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
 def _size(file: File, factors: PeftFactors, path: str) -> tuple[int, int, int] | None:
-    """Return (experts, out, in) if the factors fit the parameter's rank; otherwise None."""
+    """Return (experts, out, in) if the pair's shapes fit the parameter's rank in the config; otherwise None."""
     (rows, in_), (out, columns) = factors.A.shape, factors.B.shape
     experts, rest = divmod(rows, file.settings.rank(path))
     return None if rest or rows != columns else (experts, out, in_)
@@ -324,15 +327,16 @@ def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
 
 
 def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
-    """Whether gate_up's outputs are twice down's inputs, and gate_up's inputs equal down's outputs."""
+    """Whether the shapes of gate_up_proj and down_proj fit each other, swapped or not; true if one is not adapted."""
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     return not gate_up or not down or _related(sizes) is not None
 
 
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
-    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj prove it; otherwise None.
+    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj decide; otherwise None.
 
-    No shapes fit both answers: a width would have to be four times itself.
+    gate_up has twice as many outputs as down has inputs. No shapes fit both answers, because a width would have to be
+    four times itself.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:
@@ -349,15 +353,15 @@ def told_apart(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield (parameter, number of wrappers around it) for a module's adapted parameters, the innermost first."""
+    """Yield each adapted parameter of a module, with the number of wrappers inside its own wrapper; innermost first."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
 def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
+    """Return a config for a file with the column order of `unstack`, the only order that PEFT reads since 0.19.
 
-    PEFT does not know `lora_B_layout`, so with another order it would use the wrong experts without an error.
+    PEFT ignores `lora_B_layout`. With another order, PEFT would silently use the wrong experts.
     """
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):

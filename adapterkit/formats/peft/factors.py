@@ -1,4 +1,4 @@
-"""Group the tensors of each LoRA or DoRA, and find their rank and scaling in the config."""
+"""Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIELDS = {
     ("lora_magnitude_vector", "weight"): "magnitude",
     (LATENT, "weight"): "R",
 }
-"""A map from (part, leaf) of a key to the update's field."""
+"""A map from (part, leaf) of a key, see `Key`, to the update's field."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +37,10 @@ class PeftFactors:
     """The tensors of one adapted module or parameter, as stored in the file.
 
     Attributes:
-        stem: the path in the keys, including wrappers.
+        stem: the module's path in the keys, including words of PEFT's wrappers.
         keys: the keys by field of the update.
         tensors: the tensors by field of the update.
-        embedding: whether the keys are those of an embedding.
+        embedding: whether the module is an embedding, judged by its keys.
     """
 
     stem: str
@@ -50,7 +50,7 @@ class PeftFactors:
 
     @property
     def key(self) -> Key:
-        """Return one of the keys, to name the module in errors."""
+        """Return the key of A, which errors use to name the module."""
         return self.keys["A"]
 
     @property
@@ -63,10 +63,10 @@ class PeftFactors:
 
 
 def find_factors(file: File) -> list[PeftFactors]:
-    """Find the factors of all modules, in the file's order.
+    """Return the factors of all modules, in the file's order.
 
     Raises:
-        Malformed: a tensor lacks its partner, or contradicts the config.
+        Malformed: a tensor's partner is missing, or a tensor contradicts the config.
     """
     parts, settings = {part for part, _ in FIELDS}, file.settings
     groups: dict[str, dict[str, Key]] = {}
@@ -89,10 +89,10 @@ def find_factors(file: File) -> list[PeftFactors]:
 
 
 def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Check the rank in the config against the tensors; in a grouped convolution, B has rank / groups columns.
+    """Check the tensors' rank against the config. For a grouped convolution, B has rank / groups columns.
 
     Raises:
-        ShapeMismatch: the ranks differ.
+        ShapeMismatch: the rank of A or B is not the config's.
     """
     for field, axis, share in (("A", 0, 1), ("B", 1, groups)):
         size = factors.tensors[field].shape[axis] * share
@@ -109,15 +109,15 @@ def adapt(
     settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
     *, embedding: bool = False, by_formula: bool = False,
 ) -> Update:  # fmt: skip
-    """Return the update of the module or parameter `name`, with the config's method and scaling.
+    """Create the update of a module or parameter, with the config's method and scaling.
 
     Args:
-        settings: the config's settings.
-        name: the name of the module or parameter in the base.
+        settings: the settings in the config.
+        name: the path of the module or parameter in the base.
         tensors: the tensors by field of the update.
-        times: a factor to multiply the scaling by.
+        times: a factor that the config's scaling is multiplied by.
         embedding: whether the module is an embedding.
-        by_formula: whether to use the paper's formula where PEFT's forward departs from it.
+        by_formula: whether to use the paper's formula in cases where PEFT's forward computes another.
     """
     method = _method(settings, tensors, embedding)
     if method == "alora":
@@ -145,12 +145,12 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return law
     if _in_groups(tensors):
         return "grouped_lora"
-    # Use plain LoRA for an embedding: PEFT subtracts nothing from an embedding's table.
+    # Use plain LoRA for an embedding: from an embedding's table, PEFT subtracts no initial values.
     return "lora" if embedding else settings.residual or "lora"
 
 
 def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Create Arrow's update: the factors, which only the router uses, and the number of experts."""
+    """Create Arrow's update, with the settings of the router; the factors are stored, but only the router uses them."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -165,7 +165,7 @@ def _in_groups(tensors: Mapping[str, Lazy]) -> bool:
 
 @lru_cache(16)
 def _numbers(tokens: tuple[int, ...]) -> Lazy:
-    """Return the tensor of token numbers; equal numbers share one leaf."""
+    """Return token ids as a tensor; calls with equal ids return the same tensor."""
     import numpy as np
 
     return from_numpy(np.array(tokens, dtype=np.int64))
@@ -181,7 +181,7 @@ def _factors(
         if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
                 f"a factor has shape {list(tensors[name].shape)}, not that of a matrix", where=keys[name].text,
-                cure="It was saved from one shard of a model: gather the shards first",
+                cure="The factor was saved from one shard of a model: gather the shards first",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
     return PeftFactors(stem, keys, tensors, embedding)
@@ -198,15 +198,15 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
     """
     for name, needed in needs.items():
         if needed and name not in keys:
-            raise Malformed(f"the file lacks its partner: {_WORDS[name]}", where=where, cure=_AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
-            why = f"the file has {_WORDS[name]}, but the config does not"
+            why = f"the file has {_WORDS[name]}, but the config has no such field"
             raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
         raise Unsupported(
             "LoRA-XS cannot be combined with another method or a bias",
             where=keys["R"].text,
-            cure="Save it without them",
+            cure="Save the adapter without the other method and the bias",
         )
 
 

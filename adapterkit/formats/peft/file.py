@@ -1,4 +1,4 @@
-"""Define what all families share: keys, the parsed file that they read, and the updates that they find."""
+"""Define the data that all decoders share: keys, the parsed tensor file, and the updates that decoders yield."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
 
 class Key(NamedTuple):
-    """One key of a tensor file.
+    """A parsed key of a tensor file.
 
     Attributes:
         text: the complete key.
-        stem: the path before the part, including wrappers; the whole path for a parameter of the base; empty for a
-            tensor that all modules share.
-        part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
-        leaf: the end of the key after the part: `weight`, `bias` or nothing.
-        adapter: the adapter's name, if the key includes it.
-        copy: `modules_to_save` or `original_module`, if the key belongs to that part of PEFT's wrapper.
+        stem: the text before the part, including words of wrappers. For a parameter of the base, the whole path; for a
+            tensor that all modules share, empty.
+        part: the kind of tensor, such as `lora_A` or `ia3_l`; empty for a parameter of the base.
+        leaf: the text after the part: `weight`, `bias` or empty.
+        adapter: the adapter's name, if the key contains it.
+        copy: `modules_to_save` or `original_module` if the key has this word of a wrapper; otherwise empty.
     """
 
     text: str
@@ -45,22 +45,22 @@ class Key(NamedTuple):
 
     @property
     def word(self) -> str:
-        """Return the part and the end of the key: `lora_A.weight`."""
+        """Return the part and the leaf, such as `lora_A.weight`."""
         return f"{self.part}.{self.leaf}" if self.leaf else self.part
 
     @property
     def path(self) -> str:
-        """Return the dotted path in the base's names."""
+        """Return the module's dotted path in the base, without words of wrappers."""
         return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
 
     @property
     def wrapped(self) -> bool:
-        """Whether the path includes names of PEFT's wrappers."""
+        """Whether the stem contains words of PEFT's wrappers."""
         return ".base_layer" in self.stem or ".token_adapter" in self.stem
 
     @property
     def depth(self) -> int:
-        """Return the number of PEFT's wrappers around this one, which adapt other parameters of the same module."""
+        """Return how many PEFT wrappers are around this one; each adapts another parameter of the same module."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -68,7 +68,10 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost wrapped module; for an attention's output projection, the attention."""
+        """Return the path of the outermost wrapped module.
+
+        For an attention's output projection, that is the attention.
+        """
         if not self.wrapped:
             return self.stem
         inside = _OUTERMOST.sub("", self.stem)
@@ -82,11 +85,11 @@ class File:
     Attributes:
         settings: the settings in the config.
         tensors: the tensors by key, in the file's order.
-        base: the base, if the caller gave one.
-        compat: the `compat` that the caller selected, see `Format`.
-        parameters: a map from stems to the base's parameters, if the caller knows what the file does not show.
-        known: the expected update of each path, if a written file is read back for a check.
-        omitted: shared tensors that the file omits and the caller passes in, by word.
+        base: the base, or None.
+        compat: the caller's `compat`; see `Format`.
+        parameters: a map from stems to parameters of the base, if the caller knows them; the file may not show them.
+        known: the update that is expected at each path, if a file that was just written is read for a check.
+        omitted: shared tensors that are not in the file, by word of the key; the caller provides them.
     """
 
     settings: Settings
@@ -99,11 +102,11 @@ class File:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to apply the paper's formula where PEFT's forward departs from it."""
+        """Whether to apply the paper's formula in cases where PEFT's forward computes another."""
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
-        """Group the keys of these parts as stem -> (part, leaf) -> key."""
+        """Return the keys with one of these parts, as stem -> (part, leaf) -> key."""
         parts = frozenset(parts)
         found: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
@@ -115,7 +118,7 @@ class File:
         return found
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
-        """Group the keys whose words match these patterns as stem -> word -> key; a star is one word."""
+        """Return the keys whose words match one of these patterns, as stem -> word -> key; a star matches one word."""
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         found: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
@@ -125,28 +128,28 @@ class File:
 
     @cached_property
     def shared(self) -> dict[str, Key]:
-        """Return the keys of tensors that all modules share, by word."""
+        """Return the keys of tensors that all modules share, by word of the key."""
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
-        """Return the paths of each `nn.MultiheadAttention` whose output projection is adapted, as in PEFT."""
+        """Return the path of each `nn.MultiheadAttention` whose output projection is adapted; PEFT then adapts both."""
         wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """Return the shape of the base's tensor with this name, or with the only name that ends with `name`."""
+        """Return the shape of the base's tensor `name`, or else of the only tensor whose name ends with `name`."""
         return None if self.base is None else base_shape(self.base, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """One update in a file.
+    """An update that a decoder found in a file.
 
     Attributes:
         path: the path of the update's target.
-        update: the update; its tensors are the file's tensors, maybe reshaped.
-        keys: the key of each field of the update.
-        layout: the layout of the target, as far as the file shows it.
+        update: the update; its tensors are those of the file, and may be reshaped.
+        keys: a map from each field of the update to its key.
+        layout: the target's layout, as far as the file shows it.
         rows: the rows of the target, or None for all rows.
     """
 
@@ -159,16 +162,16 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor does not affect the adapter's function and is only kept for writing."""
+    """A key whose tensor does not affect the computed function. It is stored so that the writer can write it again."""
 
     key: Key
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """Return the shape of a tensor in the loaded model.
+    """Return the shape that a tensor has in the loaded model.
 
-    The base's tensor has this name, or the only name that ends with `name`. A base may also store parts of a tensor
-    that the loaded model fuses; then the shape follows from the parts, by the family's table.
+    The base's tensor is called `name`, or is the only tensor whose name ends with `name`. If a base stores the parts of
+    a tensor that the loaded model fuses, the shape is computed from the parts, by the family's table.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -177,13 +180,13 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
 
 
 def _ending(name: str) -> str:
-    """Return the last two words of a name, or the only one."""
+    """Return the last two words of a dotted name; a name with one word is returned unchanged."""
     return ".".join(name.rsplit(".", 2)[-2:])
 
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Index a base's tensors by the last word and the last two words of their names, for many fast look-ups."""
+    """Index a base's tensors by the last word, and by the last two words, of their names, for many fast look-ups."""
     found: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -196,5 +199,5 @@ Findings = Iterator[Found | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
-    """Create an update from a method's name and tensors that are not read yet."""
+    """Create an update from a method's name and tensors that are not loaded yet."""
     return METHODS[method](**leaves, **attributes)

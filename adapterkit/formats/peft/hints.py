@@ -1,4 +1,4 @@
-"""Record facts of a PEFT file for which an adapter has no fields, so that the same file can be written again."""
+"""Record details of a PEFT file that an adapter's fields cannot store, so that the same file can be written again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The leftovers of a PEFT file.
 
     Attributes:
-        config: the config that was read.
-        targets: a fingerprint of the targets that were read; while it matches, the config's module lists are valid.
+        config: the source config.
+        targets: a fingerprint of the source's targets. If it still matches, the lists of modules in the config are
+            correct.
         prefix: the prefix of all keys.
-        compat: the `compat` that the caller selected; read with this `compat`, the written file must yield the adapter.
-        experts_order: the layout of stacked experts' factors to write; None for the current PEFT's layout.
-        keys: a map from the key that the writer would choose to the key in the file, for keys that differ.
-        shapes: a tensor's shape in the file by key, if the writer would choose another shape for the same elements.
+        compat: the caller's `compat`. If the written file is read with this `compat`, it must yield the same adapter.
+        experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
+        keys: a map from the key that the writer would choose to the different key in the file.
+        shapes: the shape of a tensor in the file, by key, if the writer would choose another shape for the same
+            elements.
     """
 
     config: dict[str, Any] = {}
@@ -40,7 +42,7 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter) -> PeftHints:
-    """Return the leftovers of an adapter that was read from a PEFT file; empty leftovers for any other adapter.
+    """Return the leftovers of an adapter that was read from PEFT's format; empty leftovers for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.

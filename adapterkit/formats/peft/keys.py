@@ -1,8 +1,8 @@
 """Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
 A tensor that all modules of a family share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by
-wrapping it, so paths can include names of wrappers: `base_layer`, one for each adapted parameter; `token_adapter`;
-`modules_to_save.<adapter name>` in state dicts that users saved by hand.
+wrapping it, so a path may contain words of wrappers: `base_layer`, once for each further adapted parameter;
+`token_adapter`; and `modules_to_save.<adapter name>`, in state dicts that users saved without PEFT's function.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from .file import Key
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""LoRA-XS's R. Its module is `default_lora_latent_mapping`; PEFT removes `.default` as if it were an adapter's name."""
+"""The part of a key for LoRA-XS's R. PEFT removes `.default` from R's module name as if it were an adapter's name."""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Matches keys that `save_embedding_layers` copies from the wrapper of a trained module, without an adapter's name."""
+"""Matches keys without an adapter's name that `save_embedding_layers` copies from the wrapper of a trained module."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Matches most keys. No family has such parts or shared words, so these keys are parsed without importing families."""
+"""Matches most keys. They belong to no family, so they are parsed without importing the families."""
 
 
 def prefix_of(peft_type: str) -> str:
-    """Return the prefix that PEFT writes before the base's names in a file of this type."""
+    """Return the prefix that PEFT writes before the base's module names in a file with this `peft_type`."""
     family = family_of_type(peft_type)
     return PREFIX if family is None else family.prefix
 
 
 def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, dict[Key, Lazy]]:
-    """Return the prefix of all keys, and the tensors by parsed key in the file's order.
+    """Return the prefix of all keys, and the tensors by parsed key, in the file's order.
 
     Args:
         tensors: the tensors by key.
-        usual: the prefix that all keys or none must have.
+        usual: the usual prefix; either all keys or no keys must have it.
 
     Raises:
         Malformed: only some keys have the prefix, or keys belong to several adapters.
@@ -65,15 +65,15 @@ def _stands_alone(text: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
-    """Parse one key. The result is cached, because a written file is immediately read back for a check."""
+    """Parse one key. The result is cached, because a file is read again right after it was written, for a check."""
     if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
-        # Intern the strings to save memory: a module's keys have the same stem, and all keys share a few words.
+        # Intern the strings to save memory: all keys of a module have the same stem, and all keys share a few words.
         return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
     return parse_by_families(text, prefix)
 
 
 def parse_by_families(text: str, prefix: str) -> Key:
-    """Parse one key, with the words of all families."""
+    """Parse one key, using the words of all families."""
     if found := _shared().fullmatch(text):
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
@@ -113,16 +113,16 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """Return a regular expression for the words of keys without the leaf; `*` is one word; no patterns match nothing.
+    """Return a regular expression for the parts of keys. In `patterns`, `*` is one word; no patterns match nothing.
 
-    Longer words come first, because one word may be the prefix of another.
+    Longer words come first, because a word may be the beginning of another.
     """
     bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
 
 
 def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
-    """Split endings such as `.default.weight` into (adapter name, rest of the part) and leaf."""
+    """Split a key's ending, such as `.default.weight`, into the adapter's name, the rest of the part, and the leaf."""
     names = rest.split(".")[1:]
     leaf = names.pop() if names and names[-1] in ("weight", "bias") else ""
     adapter = names.pop(0) if names else None
@@ -130,7 +130,10 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 
 
 def _check_names(keys: Iterable[Key]) -> None:
-    """Check that all keys have the same adapter name, or none; keys of the base's parameters never need a name."""
+    """Check that all keys have the same adapter's name, or that none has one.
+
+    Keys of the base's parameters may lack the adapter's name.
+    """
     named: dict[str | None, Key] = {}
     for key in keys:
         if key.part in _NAMED or (key.part and _family_part().fullmatch(key.part)):

@@ -1,8 +1,9 @@
-"""Decode LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
+"""Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
 
-An embedding's factors adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. PEFT adapts
-both projections of an `nn.MultiheadAttention` with the rank and alpha for the attention's name. PEFT's forward adds the
-change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
+The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In an
+`nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which belong to the
+attention's name. PEFT's forward adds the change of the output projection twice
+(https://github.com/huggingface/peft/pull/3774).
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ DEPARTURES = {
         zero_padded,
     ),
 }
-"""Differences between PEFT's forward and the formulas of LoRA and its variants."""
+"""The cases in which PEFT's forward differs from the formulas of LoRA and its variants."""
 
 TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
-"""The first words of parts that matter only in training."""
+"""The first words of key parts whose tensors matter only in training."""
 
 
 def decode(file: File) -> Findings:
     """Yield all LoRA and DoRA updates in a file.
 
     Raises:
-        Malformed: a tensor's partner is missing, or the tensor contradicts the config.
-        ShapeMismatch: shapes contradict each other or the config's ranks.
+        Malformed: a tensor's partner is missing, or a tensor contradicts the config.
+        ShapeMismatch: the tensors' shapes contradict each other or the ranks in the config.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
     modules: list[PeftFactors] = []
@@ -103,7 +104,7 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
 
 
 def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
-    """Decode a BD-LoRA; `factor` names the block-diagonal factor, whose n blocks are stacked."""
+    """Decode a BD-LoRA; `factor` is A or B, whichever is block-diagonal, with its n blocks as a stack."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
     inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]
@@ -119,13 +120,13 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
 
 def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
-        why = "the key is nested like a parameter's, but target_parameters names none here"
+        why = "the key has a parameter's form, but target_parameters lists no parameter of this module"
         raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
     check_rank(factors, rank, groups=_groups(factors))
 
 
 def _groups(factors: PeftFactors) -> int:
-    """Return the number of groups of a convolution; in PEFT, A is not grouped, and B is."""
+    """Return the number of groups of a grouped convolution. In PEFT, only B is split into groups."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -138,7 +139,7 @@ def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> st
 
 
 def _flat_output(factors: PeftFactors) -> Lazy:
-    """Return B as [out, r]: a convolution's B has a kernel of size 1, so all further axes are 1."""
+    """Return B as [out, r]. The kernel of a convolution's B has size 1, so all further axes have size 1."""
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
         why = f"B {list(B.shape)} does not fit A {list(A.shape)}"
@@ -154,17 +155,16 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
 
 
-# Decode LoRA on equal blocks of a fused weight, `enable_lora`, which only PEFT 0.1 and 0.2 wrote.
-#
-# A weight has n equal blocks of outputs. Only the enabled blocks are adapted; B has the rows of these blocks, in order.
-# The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
+# Decode LoRA of equal blocks of a fused weight (`enable_lora`), which only PEFT 0.1 and 0.2 wrote.
+# The outputs of a weight form n equal blocks. Only the enabled blocks are adapted, and B has the rows of these blocks,
+# in order. The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
 
 
 def decode_blocks(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
-    """Yield one LoRA for each run of rows that are adjacent in the weight and belong to one group.
+    """Yield a LoRA for each run of adjacent rows of the weight that belong to one group.
 
     Raises:
-        ShapeMismatch: the tensors do not have these blocks or this rank.
+        ShapeMismatch: the tensors do not fit these blocks or this rank.
     """
     enabled = [block for block, on in enumerate(settings.enable_lora or ()) if on]
     groups = _block_groups(settings, factors, len(enabled))
@@ -180,7 +180,7 @@ def decode_blocks(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
 
 
 def _block_groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
-    """Return the number of groups of A and B."""
+    """Return the number of groups that A and B have."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0
     whole = groups and rows == inner * groups and outputs % groups == 0 and blocks and outputs % blocks == 0
@@ -193,7 +193,7 @@ def _block_groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Split B's rows at the end of each block and of each group."""
+    """Split B's rows into runs that end at the end of a block or of a group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 

@@ -1,4 +1,4 @@
-"""Find the updates that a PEFT file cannot express, before anything is written."""
+"""Find the updates that a PEFT file cannot express, before the file is written."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""A map from the place of context updates to the method that stores them without a network."""
+"""A map from where a context update acts (`place`) to the method that stores its output instead of its network."""
 
 
 def has_encoder(update: Update) -> bool:
-    """Whether a context update has a network: PEFT's files can store only the network's output."""
+    """Whether a context update has a network; PEFT's files can only store the network's output."""
     return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
 
 
 def without_encoders(
     updates: Mapping[Target, tuple[Update, ...]],
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Replace networks of context updates with their outputs, without changing the function; return a line for each."""
+    """Replace the networks of context updates with the networks' outputs, and return a line for each replacement."""
     lines = [
         f"{t}: wrote the output of {u.method}'s network, not the network"
         for t, us in updates.items()
@@ -64,7 +64,7 @@ def _computed(update: ContextUpdate) -> Update:
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
-    """Return each update that a PEFT file cannot express, once; for `by_formula`, see `File`."""
+    """Return each update that a PEFT file cannot express, at most once; see `File` for `by_formula`."""
     found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
@@ -74,24 +74,24 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """Return the most frequent acting method; None if no update has an acting method. See `_acts`."""
+    """Return the most frequent main method (see `_acts`) of the updates; None if no update has a main method."""
     count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
 
 def _may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file of mostly `method` updates."""
+    """Whether an update may be in a file whose main method is `method`."""
     family = family_of(update)
     return may_stand(update, method) or (family is not None and method in family.methods())
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a method is an acting method; a file can have only one acting method."""
+    """Whether a method can be a file's main method; other updates, such as token rows, are possible in any file."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
 def _rank(method: type[Update]) -> int:
-    """Return the priority of an acting method, for methods with equally many updates."""
+    """Return a sort key that decides between main methods that equally many updates have."""
     return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
 
 
@@ -112,9 +112,9 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
     if has_encoder(update):
         return f"PEFT cannot store the network of {update.method}; --on-loss fold (on_loss='fold') writes its output"
     if not (type(update) in BESIDE or family_of(update)):
-        return f"PEFT files cannot have the method {update.method}"
+        return f"PEFT files cannot store the method {update.method}"
     if _acts(type(update)) and not _may_stand(update, method):
-        return f"a PEFT file cannot have both {update.method} and {_name(method)}"
+        return f"a PEFT file cannot store both {update.method} and {_name(method)}"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"the config of {_name(method)} has no field for token rows"
     if target.rows is not None:
@@ -132,7 +132,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} with one group is a plain {update.method.removeprefix('grouped_')}"
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
         norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
-        return f"{update.method} divides by the norms {norms}, but a file read like this one uses the other norms"
+        return f"{update.method} divides by the norms {norms}, but the written file would be read with the other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"PEFT has no {update.method} on a transposed convolution"
     apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))
@@ -173,14 +173,15 @@ def _together(updates: Updates) -> Iterator[Loss]:
 
 
 def _order(method: type[Update]) -> int:
-    """Return a number that sorts methods as PEFT applies them at a module: replacements, acting methods, token rows."""
+    """Return a sort key for methods in the order in which PEFT applies them: replacements, main methods, token rows."""
     return 2 if method is Rows else int(_acts(method))
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the smaller group of LoRAs with or without a bias, because `lora_bias` is one setting for a whole file.
+    """Yield the LoRAs with a bias, or without if these are fewer, because `lora_bias` is one setting for a file.
 
-    PEFT's forward ignores the bias of an attention's input projection, so a projection without a bias fits both groups.
+    PEFT's forward ignores the bias of an attention's input projection, so a LoRA of this projection without a bias fits
+    both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -194,7 +195,7 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
                 own, others = ("has a", "have none") if has else ("has no", "have one")
                 why = f"this {update.method} {own} bias, but others {others}"
-                mine = f"PEFT has no {update.method} with a bias there" if has and where else why
+                mine = f"PEFT has no {update.method} with a bias at this target" if has and where else why
                 parties[has].append((target, position, mine))
     if parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
@@ -206,7 +207,7 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield updates whose rank differs from the rank of their attention's other projection."""
+    """Yield updates of one projection of an attention whose rank is not that of the attention's other projection."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, found in updates.items():
         for position, update in enumerate(found):
@@ -217,13 +218,13 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield updates that contradict the fields that a family's config states once for all modules."""
+    """Yield updates that need other values in the config than most updates; a family has one value for all modules."""
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()
     own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
-        return  # Updates with empty tensors are already losses; the next call checks the others.
+        return  # Updates with empty tensors are already losses. The next call checks the remaining updates.
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why

@@ -1,4 +1,4 @@
-"""List the methods whose files have `lora_A` and `lora_B`; all have the peft_type LORA."""
+"""List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
-"""The methods that store a pair of factors."""
+"""The methods that store a pair of factors, A and B."""
 
 BESIDE = (*PAIRS, IA3, Replacement, Rows)
 """All methods that belong to no family."""
@@ -41,10 +41,10 @@ BIASED = (LoRA, ALoRA, GroupedLoRA)
 """The methods that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
-"""The methods that subtract their initial values from the base, which PEFT supports for linear layers and Conv1D."""
+"""The methods that subtract their initial values from the base. PEFT has them for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
-"""The number of times that PEFT's forward adds the change of an attention's output projection."""
+"""How many times PEFT's forward adds the change of the output projection of an `nn.MultiheadAttention`."""
 
 TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, BDLoRA),
@@ -53,10 +53,10 @@ TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, GroupedLoRA),
     (DoRA, GroupedDoRA),
 )
-"""Groups of methods that one file can have together."""
+"""Groups of methods that can be in one file together."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}
-"""PEFT's default weights for the terms that KaSA adds to the loss."""
+"""PEFT's default weights for the terms that KaSA adds to the loss in training."""
 
 
 def rank_of(update: Update, stacked: bool = False) -> int:
@@ -74,12 +74,12 @@ def from_blocks(leaf: Lazy) -> Lazy:
 
 
 def may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file of mostly `method` updates."""
+    """Whether an update may be in a file whose main method is `method`."""
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
 def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the fields that select the formula of these pairs; they replace fields of the old config `before`."""
+    """Return the config fields that select the formula of these pairs; `before` is the old config."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -95,7 +95,7 @@ def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -
 
 
 def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the field with the tokens that activate aLoRA; PEFT searches for them only in causal models."""
+    """Return the field with the tokens that activate aLoRA; PEFT searches for these tokens only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}
@@ -104,7 +104,7 @@ def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) 
 
 
 def _router(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-    """Return the settings of Arrow's router, with PEFT's names for the experts."""
+    """Return the settings of Arrow's router, with new names for the experts."""
     some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
     if some is None:
         return None
@@ -129,7 +129,7 @@ def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Return the reason why a file cannot have a pair at this target; empty if no special rule forbids it."""
+    """Return the reason why a file cannot store a pair at this target; empty if no special rule forbids it."""
     if isinstance(update, LINEAR) and target.layout != "out *in":
         return f"PEFT has no {update.method} on a weight stored as [in, out]"
     if isinstance(update, Arrow) and not update.lacks_experts:

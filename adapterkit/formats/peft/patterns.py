@@ -1,4 +1,4 @@
-"""Match names against the regular expressions in a config, in bounded time."""
+"""Match module names against the regular expressions in a config, in bounded time: a config may be hostile."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ...errors import Malformed, Unsupported
 from ...naming.stored_names import WRAPPERS
 
 SURE = 2_000_000
-"""Up to this number of steps for one name, `re` is always used; this takes a few milliseconds."""
+"""`re` is used for patterns that need at most this number of steps per name, which takes a few milliseconds."""
 
 PATIENT = 200_000_000
-"""Up to this number of steps, `re` is used for a pattern that cannot become an automaton; this takes about a second."""
+"""The same limit for a pattern that cannot become an automaton; so many steps take about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
-"""The limit on the states that one pattern's automaton visits, for all names together."""
+"""The limit on the number of states that the automaton of one pattern visits, for all names together."""
 
 MAX_REMEMBERED = 20_000
 
 _NEVER = float("inf")
 
 _INSIDE = "base_model.model."
-"""The prefix before the base's names; DistributedDataParallel and TRL's value heads add words in front of it."""
+"""The prefix before the base's names. DistributedDataParallel and TRL's value heads add words before this prefix."""
 
 
 class TooSlow(Exception):
-    """Raised if the time for a pattern cannot be bounded."""
+    """Raised if the time for matching a pattern has no acceptable bound."""
 
 
 def fits(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern fits a name, with the result of `re.match`, `re.fullmatch` or `re.search`.
+    """Whether a pattern fits a name; the result is that of `re.match`, `re.fullmatch` or `re.search`.
 
     Args:
         pattern: a valid regular expression.
@@ -45,7 +45,7 @@ def fits(pattern: str, name: str, kind: str) -> bool:
         re.error: the pattern is not a regular expression.
     """
     compiled = _compiled(pattern)
-    # Round lengths up to a power of two, so that steps are computed only for a few lengths.
+    # Round lengths up to a power of two, so that the number of steps is computed only for a few lengths.
     steps = _steps(pattern, 1 << max(len(name), 1).bit_length())
     if steps > SURE:
         automaton = _automaton(pattern)
@@ -63,13 +63,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1 << 12)
 def _parsed(pattern: str) -> Any:
-    # Use the private parser, because `re` has no public one; the module is the same since Python 3.11.
+    # Use the private parser, because `re` has no public parser; the private module is unchanged since Python 3.11.
     return re._parser.parse(pattern)  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1 << 14)
 def _steps(pattern: str, length: int) -> float:
-    """Return an upper bound for the number of steps of backtracking."""
+    """Return an upper bound for the number of steps that `re` needs with backtracking."""
     try:
         return _ways(_parsed(pattern), length) * length
     except RecursionError:
@@ -77,7 +77,7 @@ def _steps(pattern: str, length: int) -> float:
 
 
 def _ways(items: Iterable[Any], length: int) -> float:
-    """Return an upper bound for the number of ways in which a sequence can match from one position on."""
+    """Return an upper bound for the number of ways in which a sequence can match from a fixed position on."""
     ways = 1.0
     for code, value in items:
         ways *= _ways_of(str(code), value, length)
@@ -98,7 +98,8 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If the body can match in several ways, each repetition multiplies the number of ways.
+        # If the body can match in several ways, each repetition multiplies the number of ways. Then there is no small
+        # bound.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -109,7 +110,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
 
 
 class _Unsupported(Exception):
-    """Raised if an automaton cannot express part of a pattern: a reference to a group, or a look-ahead."""
+    """Raised if an automaton cannot express a part of a pattern, such as a reference to a group or a look-ahead."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -121,7 +122,7 @@ def _automaton(pattern: str) -> Automaton | None:
 
 
 class Automaton:
-    """Follows all alternatives of a pattern at once (K. Thompson 1968); visited sets of states are cached.
+    """Follows all alternatives of a pattern at the same time (K. Thompson 1968); the sets of states are cached.
 
     A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`.
     """
@@ -135,7 +136,7 @@ class Automaton:
         self.reached: dict[Any, frozenset[int]] = {}
 
     def fits(self, name: str, kind: str) -> bool:
-        """Whether the pattern fits; see the function `fits`.
+        """Whether the pattern fits a name; see the function `fits`.
 
         Raises:
             TooSlow: too many states were visited.
@@ -165,7 +166,7 @@ class Automaton:
         return self.steps[key]
 
     def _closure(self, states: frozenset[int], place: _Place) -> frozenset[int]:
-        """Return the states that can be reached without reading a character."""
+        """Return all states that can be reached from `states` without reading a character."""
         key = states, place
         if key not in self.reached:
             found, open_ = set(states), list(states)
@@ -196,7 +197,10 @@ class Automaton:
         return len(self.states) - 1
 
     def _sequence(self, items: Any, following: int, flags: int) -> int:
-        """Return the first state of a sequence that continues at the state `following`."""
+        """Create the states of a sequence that continues at the state `following`.
+
+        Return the sequence's first state.
+        """
         for code, value in reversed(list(items)):
             following = self._item(str(code), value, following, flags)
         return following
@@ -230,7 +234,7 @@ class Automaton:
 
 
 _Place = tuple[bool, bool, bool, str, str]
-"""A position between characters: whether it is the start, the end, before a last newline; and the two neighbours."""
+"""A position in a text: whether it is the start, the end, or before a last newline; and its two neighbours."""
 
 
 def _place(name: str, at: int) -> _Place:
@@ -286,12 +290,12 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that fits `name`, or the end of `name` after a dot.
+    """Return the value of the first pattern that fits `name`, or fits the end of `name` after a dot.
 
-    If no pattern fits, return the value of the pattern that equals `name`, or `default`.
+    If no pattern fits, return the value whose pattern equals `name` as a text, or `default`.
 
     Words that wrappers add to the name are ignored. PEFT applies the patterns before FSDP or torch.compile wrap a
-    model, but files that were saved inside these wrappers have such words in the keys.
+    model, but keys that were saved inside these wrappers contain the words.
     """
     if not patterns:
         return default
@@ -300,17 +304,18 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    # Also try the name with wrappers' words, because patterns that adapterkit wrote include these words.
+    # Also try the name with the words of wrappers, because patterns that adapterkit wrote contain these words.
     tried = {name, unwrapped(name)}
     if "module." in name:
-        # `module` may be DistributedDataParallel's word or the model's own; patterns that start with `^` decide.
+        # `module` may be a word of DistributedDataParallel or of the model. Try both names; patterns that start with
+        # `^` decide.
         tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
     positions = [position for each in tried if (position := known.first(each)) is not None]
     return known.values[min(positions)] if positions else patterns.get(name, default)
 
 
 def unwrapped(name: str) -> str:
-    """Return the path of a module inside PEFT's base model, without the words that wrappers add to paths."""
+    """Return a module's path inside PEFT's base model, without the words of wrappers."""
     name = name.rpartition(_INSIDE)[2]
     if not any(word in name for word in WRAPPERS):
         return name
@@ -318,7 +323,7 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index for finding patterns fast: configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
+    """An index that finds fitting patterns fast; configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
 
     Args:
         patterns: a map from patterns to values, in the order in which they are tried.
@@ -334,8 +339,8 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # The pattern is a plain name in which dots fit any character. Compare all patterns with dots at the
-                # same positions by one look-up; names of modules have a few dozen such forms.
+                # The pattern is a plain name in which each dot fits any character. Compare all patterns that have the
+                # same length and dots at the same positions by one look-up; module names have a few dozen such forms.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)
@@ -343,8 +348,8 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the position of the first pattern that matches the whole name, or its end after a dot."""
-        if "\n" in name:  # Try all patterns: a dot and `$` treat a newline specially.
+        """Return the position of the first pattern that fits the whole name, or all of its end after a dot."""
+        if "\n" in name:  # Try every pattern: a dot and `$` treat a newline specially.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
         found = [self._exact[name]] if name in self._exact else []
@@ -362,7 +367,10 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the position of the pattern that fits a name's end; `form` is the length and dots of all patterns."""
+    """Return the position of the pattern that fits the end of `name`.
+
+    `form` is the patterns' length and dots' positions.
+    """
     length, dots = form
     start = len(name) - length
     if start < 0 or (start and name[start - 1] != "."):
@@ -376,16 +384,16 @@ def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int
 _INDEXES: dict[int, _Index[Any]] = {}
 _MOST_INDEXES = 8
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-"""Matches patterns in which all characters except dots stand for themselves."""
+"""Matches plain names: patterns in which every character, except a dot, only fits itself."""
 
 
 def exactly(name: str) -> str:
-    """Return a pattern that fits only this name; without it, PEFT would also let other names fit."""
+    """Return a pattern that fits only this name. The name itself, as a pattern, would also fit other names in PEFT."""
     return f"^{re.escape(name)}$"
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression in a config fits the start of `name`; with `whole`, all of `name`.
+    """Whether a config's regular expression fits the start of `name` or, with `whole`, all of `name`.
 
     Raises:
         Malformed: the pattern is not a regular expression.
@@ -395,7 +403,7 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
 
 
 def finds(pattern: str, name: str) -> bool:
-    """Whether a regular expression in a config fits anywhere in `name`.
+    """Whether a config's regular expression fits anywhere in `name`.
 
     Raises:
         Malformed: the pattern is not a regular expression.
@@ -410,7 +418,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
         return fits(pattern, name, kind)
     except TooSlow:
         why = "matching this regular expression may take hours"
-        cure = "Write it without repetitions inside repetitions, or list the names of the modules"
+        cure = "Write the pattern without repetitions inside repetitions, or list the names of the modules"
         raise Unsupported(why, where=pattern[:80], cure=cure) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Malformed(
@@ -420,7 +428,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _literal(pattern: str) -> str:
-    """Return the only name that a pattern from `exactly` fits; for any other pattern, an empty string."""
+    """Return the name if `exactly` created the pattern; for any other pattern, an empty text."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 

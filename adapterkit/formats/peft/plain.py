@@ -1,9 +1,10 @@
-"""Decode updates that are neither pairs of factors nor of a family: whole parameters, IA3, token rows, layer norms.
+"""Decode updates that are not pairs and belong to no family: whole parameters, IA3, token rows, layer norms.
 
-Whole parameters are stored under the base's names: `modules_to_save`, trained biases, embeddings.
+Whole parameters have the base's names as keys: `modules_to_save`, trained biases, embeddings.
 
-PEFT loads each tensor with the name of a parameter into the model, so each such tensor is a replacement. PEFT also
-saves a copy of an adapted embedding next to its factors; the copy is a replacement, too, and is applied before them.
+PEFT loads every tensor whose key is a parameter's name into the model, so each such tensor replaces a parameter. PEFT
+also saves a copy of an adapted embedding next to its factors. The copy is a replacement, too, and is applied before the
+factors.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def decode_replacement(file: File) -> Findings:
-    """Yield all whole parameters in a file; tensors without floating-point values were not trained, and are only kept.
+    """Yield the whole parameters in a file. Tensors without floating-point values were not trained and are only stored.
 
     Raises:
-        Unsupported: a parameter is a single number.
+        Unsupported: a parameter is a scalar.
     """
     whole = {key for key, tensor in file.tensors.items() if not key.part and not tensor.dtype.floating}
     whole |= set(_unread(file))
@@ -43,10 +44,10 @@ def decode_replacement(file: File) -> Findings:
 
 
 def _unread(file: File) -> Iterator[Key]:
-    """Yield the copies of a module that PEFT ignores when it loads the file.
+    """Yield the keys of copies of a module that PEFT ignores when it loads the file.
 
-    With `save_embedding_layers` PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
-    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. It loads the trained module from the first.
+    With `save_embedding_layers`, PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
+    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. When PEFT loads the file, it uses only the first.
     """
     plain = {key.path for key in file.tensors if not key.part and not key.copy}
     trained = {key.path for key in file.tensors if key.copy == "modules_to_save"}
@@ -56,7 +57,10 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
-    """Create the update of a module's parameters; the layout is [in, out] only if the bias fits the second axis."""
+    """Create the update of a module's parameters.
+
+    The layout is [in, out] only if the bias fits the weight's second axis.
+    """
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
@@ -64,9 +68,11 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """Return (target, field) of a parameter; for a weight or bias, these are the module and its field."""
+    """Return (target, field) for a parameter: the module and `weight` or `bias`, or else the parameter and `weight`."""
     if not axes:
-        raise Unsupported("a single number cannot be replaced", where=name, cure="Remove it from modules_to_save")
+        raise Unsupported(
+            "a single number cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"
+        )
     module, _, field = name.rpartition(".")
     if module and (field == "weight" or (field == "bias" and axes == 1)):
         return module, field
@@ -75,7 +81,7 @@ def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     return name, "weight"
 
 
-# IA3: `ia3_l` scales outputs, [out, 1], or inputs in `feedforward_modules`, [1, in]; on convolutions [1, n, 1].
+# IA3: `ia3_l` scales outputs, [out, 1], or the inputs of `feedforward_modules`, [1, in]; on convolutions, [1, n, 1].
 
 
 IA3_PART = "ia3_l"
@@ -105,13 +111,13 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
     fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
     if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
         kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
-        why = f"the shape is {list(shape)}, but by feedforward_modules it scales {kind}"
+        why = f"the shape is {list(shape)}, but feedforward_modules requires a scale of {kind}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
     return inputs
 
 
 def feedforward(settings: Settings, path: str) -> bool | None:
-    """Whether a module's inputs are scaled; names match by endings, as in PEFT. None if the config has no list."""
+    """Whether IA3 scales a module's inputs; names match by their ends, as in PEFT. None if the config has no list."""
     named = settings.feedforward_modules
     if named is None:
         return None
@@ -119,28 +125,27 @@ def feedforward(settings: Settings, path: str) -> bool | None:
     return matches(named, path, whole=True) if isinstance(named, str) else path.endswith(tuple(named))
 
 
-# Decode trainable tokens: despite its name, `trainable_tokens_delta` has complete new rows; the config has the tokens'
-# numbers.
+# Decode trainable tokens. Despite its name, `trainable_tokens_delta` has whole new rows. The config has the token ids.
 
 
 TOKENS_PART = "trainable_tokens_delta"
 ORIGINAL = "trainable_tokens_original"
-"""The part of keys for a copy of the base's rows."""
+"""The part of keys for a copy of the base's original rows."""
 
 
 def decode_rows(file: File) -> Findings:
-    """Yield all token rows in a file.
+    """Yield the token rows in a file.
 
     Raises:
-        Malformed: the config has no token numbers for the rows.
-        ShapeMismatch: the number of token numbers and of rows differ.
+        Malformed: the config has no token ids for the rows.
+        ShapeMismatch: the number of token ids is not the number of rows.
     """
     yield from (Kept(key) for key in file.tensors if key.part == ORIGINAL)
     keys = [slots[TOKENS_PART, ""] for slots in file.groups({TOKENS_PART}).values() if (TOKENS_PART, "") in slots]
     for key in keys:
         index, values = _index(file.settings, key.path), file.tensors[key]
         if index is None:
-            raise Malformed("the config has no token numbers for these rows", where=key.text, cure=_AGAIN)
+            raise Malformed("the config has no token ids for these rows", where=key.text, cure=_AGAIN)
         if values.shape[:1] != (len(index),) or len(values.shape) != 2:
             why = f"the shape {list(values.shape)} is not that of rows for {len(index)} tokens"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
@@ -154,17 +159,17 @@ def integers(values: list[int]) -> Lazy:
 
 
 def _index(settings: Settings, path: str) -> list[int] | None:
-    """Return the token numbers for the rows of a module; None if the config does not state them."""
+    """Return the ids of the tokens whose rows a module has; None if the config does not have them."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices
     if not isinstance(named, dict):
-        # PEFT uses one list for the input embeddings and all layers that are tied to them.
+        # PEFT uses one list of ids for the input embeddings and for all layers that are tied to them.
         return named
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
     if not fitting and len(named) == 1:
-        # Use the only entry for a head that is tied to the embedding, because the head has no entry.
+        # A head that is tied to the embedding has no entry, so use the only entry.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 
@@ -172,19 +177,18 @@ def _index(settings: Settings, path: str) -> list[int] | None:
 _AGAIN = "Save the adapter again with PEFT"
 
 
-# LN tuning: a trained copy of each module, `<m>.ln_tuning_layers.<parameter>`, which replaces the module.
-#
-# PEFT replaces the module with its copy, so every floating-point parameter and buffer in the copy is a replacement.
+# LN tuning: a trained copy of a module, `<m>.ln_tuning_layers.<parameter>`, replaces the module.
+# PEFT uses the copy instead of the module, so every floating-point parameter and buffer of the copy is a replacement.
 
 
 NORM_PART = "ln_tuning_layers"
 
 
 def decode_ln_tuning(file: File) -> Findings:
-    """Yield all copies in a file; tensors with other dtypes were not trained, and are only kept.
+    """Yield the trained copies in a file. Tensors with other dtypes than floats were not trained and are only stored.
 
     Raises:
-        Unsupported: a parameter is a single number.
+        Unsupported: a parameter is a scalar.
     """
     modules: dict[str, dict[str, Key]] = {}
     for key, tensor in file.tensors.items():
@@ -199,15 +203,15 @@ def decode_ln_tuning(file: File) -> Findings:
 
 
 def norm_spelled(name: str) -> str:
-    """Return the key of a parameter of the base, without the file's prefix."""
+    """Return the key of the trained copy of a parameter, given the parameter's name in the base."""
     module, _, parameter = name.rpartition(".")
     return f"{module}.{NORM_PART}.{parameter}"
 
 
 def _norm_name(key: Key) -> str:
-    """Return the base's parameter of a key; a child module's name was parsed as an adapter's name."""
+    """Return the path of the parameter that a key names. The name of a child module was parsed as an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
-    if len(words) > 2 and words[0] == "default":  # PEFT keeps its adapter name in the keys of children; remove it.
+    if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of children. Remove it.
         del words[0]
     return ".".join([key.path, *words])

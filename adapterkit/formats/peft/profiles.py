@@ -1,14 +1,16 @@
-"""Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
+"""Rewrite adapters for programs (consumers) that read PEFT's folders but support only a part of the format.
 
-All consumers use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
-`use_rslora` or alpha, too. So ranks are padded with zeros to one rank. Depending on the consumer, all scalings, or only
-those that differ, are folded into B. `spec/profiles` states each consumer's limits.
+All of these programs use one rank and one alpha for all modules, and ignore `rank_pattern` and `alpha_pattern`. Some
+also ignore `use_rslora` or alpha. So all ranks are padded with zeros to one rank. For some programs, all scalings are
+folded into B; for others, only scalings that differ. `spec/profiles` lists each program's limits.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +19,7 @@ import msgspec
 
 from ...core.adapter import Foreign, Updates
 from ...errors import Malformed, Unrepresentable, UsageError
-from ...io.arrange import times
+from ...io.arrange import times, zeros
 from ...io.inputs import read_input
 from ...io.lazy import as_lazy
 from ...naming.architectures import WEIGHT, architecture_of
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
     from .._pairs import Pair, Pairs
 
 VERSION = 1
-"""Version of the form of `spec/profiles` that this code reads."""
+"""The version of the file format of `spec/profiles` that this code reads."""
+
+_LAYER = re.compile(r"(?P<start>(?:\w+\.)*layers\.)(?P<layer>\d{1,9})\.(?P<module>.+)")
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The capabilities of one consumer; `spec/profiles/README.md` explains each field."""
+    """The features that one program supports; `spec/profiles/README.md` explains each field."""
 
     format: int
     title: str
@@ -54,14 +58,15 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_type: bool = False
     bytes: int | None = None
     order: str | None = None
+    complete: bool = False
 
 
 @cache
 def profiles() -> Mapping[str, Profile]:
-    """Name -> consumer, in the order of their names.
+    """Return all profiles by name, sorted.
 
     Raises:
-        Malformed: a file does not have the form of the README.
+        Malformed: a file does not have the form that the README defines.
     """
     installed = Path(__file__).parents[1] / "data" / "profiles"
     folder = installed if installed.is_dir() else Path(__file__).parents[3] / "spec" / "profiles"
@@ -72,22 +77,24 @@ def _load(path: Path) -> Profile:
     try:
         found = msgspec.toml.decode(read_input(path), type=Profile)
     except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not a profile ({error})", path=path, cure="Correct the file") from error
+        raise Malformed(f"this is not a valid profile ({error})", path=path, cure="Correct the file") from error
     if found.format != VERSION:
-        raise Malformed(f"format {found.format}, and this version reads format {VERSION}", path=path, cure="Correct it")
+        raise Malformed(
+            f"the file has format {found.format}; this version reads format {VERSION}", path=path, cure="Correct it"
+        )
     return found
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
-    """Rewrite an adapter as LoRA with one rank and one alpha, for a consumer; return also a line for each change.
+    """Rewrite an adapter as LoRA with one rank and one alpha, for one program; also return a line for each change.
 
-    Stacks of experts are split if the base shows the family. vLLM reads PEFT's own stacks for models whose files store
-    experts in stacks.
+    Stacks of experts are split into single experts if the base shows the family. They stay stacked for vLLM if the
+    model's files also store stacks, because vLLM reads PEFT's stacks for such models.
 
     Raises:
-        Unrepresentable: the consumer cannot run an update, and `on_loss` is not `drop`; or the rank or the file is too
-            large for the consumer.
-        UsageError: the consumer reads the base's model type, and no base is given.
+        Unrepresentable: the program cannot run an update, and `on_loss` is not `drop`; or the rank or the file is too
+            large for the program.
+        UsageError: the program needs the base's model type in the config, and no base is given.
     """
     own = profiles()[profile]
     if own.order is not None:
@@ -100,6 +107,10 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     narrow = [target for target, update in pairs.items() if rank_of(update, target.stacked) != rank]
     lines += [f"widened {target} to rank {rank} with zeros" for target in narrow]
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
+    if own.complete:
+        added = _absent(pairs, base)
+        lines += [f"wrote zeros for {target}, because {own.title} needs this module in every layer" for target in added]
+        pairs |= added
     if own.scale == "folded":
         alpha, (pairs, folded) = float(rank), _folded(pairs)
     else:
@@ -107,24 +118,48 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(own, updates)
     more = {"model_type": _model_type(own, base)} if own.model_type else {}
-    # Replace the whole source config, because consumers would misread its other fields, above all the patterns.
+    # Replace the whole source config, because the program would misread its other fields, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
 def _rank_for(profile: Profile, rank: int) -> int:
-    """Return the smallest rank of at least `rank` that the consumer accepts."""
+    """Return the smallest rank of at least `rank` that the program accepts."""
     if profile.ranks is None:
         return rank
     least, most = profile.ranks
     if rank > most:
         raise Unrepresentable(
-            f"rank {rank}, and {profile.title} takes ranks up to {most}", cure=f"adapterkit resize --rank {most}"
+            f"the rank is {rank}, but {profile.title} accepts ranks up to {most}",
+            cure=f"adapterkit resize --rank {most}",
         )
     return max(least, rank)
 
 
+def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
+    """Return updates of zeros for layers in which an adapted module has no update.
+
+    The base shows all layers. Without it, the layers are those that the adapter changes.
+    """
+    of_module: dict[tuple[str, str], Target] = {}
+    layers: dict[str, set[int]] = {}
+    for target in pairs:
+        if place := _LAYER.fullmatch(target.path):
+            of_module.setdefault((place["start"], place["module"]), target)
+            layers.setdefault(place["start"], set()).add(int(place["layer"]))
+    for place in filter(None, map(_LAYER.fullmatch, () if base is None else base.tensors)):
+        if place["start"] in layers:
+            layers[place["start"]].add(int(place["layer"]))
+    added: Pairs = {}
+    for (start, module), like in of_module.items():
+        A, B = as_lazy(pairs[like].A), as_lazy(pairs[like].B)
+        nothing = pairs[like].replace(A=zeros(A.shape, A.dtype), B=zeros(B.shape, B.dtype))
+        targets = (replace(like, path=f"{start}{layer}.{module}") for layer in sorted(layers[start]))
+        added |= {target: nothing for target in targets if target not in pairs}
+    return added
+
+
 def _folded(pairs: Pairs) -> tuple[Pairs, list[str]]:
-    """Multiply every scaling into B; return the updates, and a line for each that had another scaling than 1."""
+    """Multiply every scaling into B; return the updates, and a line for each scaling that was not 1."""
     held = {}
     for target, update in pairs.items():
         B = update.B if update.scaling == 1 else times(as_lazy(update.B), update.scaling)
@@ -136,27 +171,30 @@ def _check_size(profile: Profile, updates: Updates) -> None:
     leaves = [as_lazy(leaf) for found in updates.values() for update in found for leaf in update.tensors.values()]
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if profile.bytes is not None and size > profile.bytes:
-        why = f"{size:,} bytes of weights, and {profile.title} takes files of less than {profile.bytes:,}"
+        why = f"the weights have {size:,} bytes, but {profile.title} accepts only files of less than {profile.bytes:,}"
         raise Unrepresentable(why, cure="adapterkit resize --rank R --dtype BF16")
 
 
 def _model_type(profile: Profile, base: Checkpoint | None) -> str:
-    """Return the model type for the config."""
+    """Return the model type of the base, for the config."""
     found = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(found, str):
-        why = f"{profile.title} reads model_type from the adapter's config, and no base states it"
+        why = f"{profile.title} reads model_type from the adapter's config, but model_type is unknown"
         raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
     return found
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return the adapter's leftovers with these hints; the kept tensors are unchanged."""
+    """Replace the hints in the adapter's leftovers; the stored tensors are unchanged."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
-    """Return the config to write; it has only the last word of each module's name, as some consumers need."""
+    """Return the config to write.
+
+    It has the last word of each module's name instead of the path, as some programs need.
+    """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
         "modules_to_save": None,
@@ -171,7 +209,7 @@ def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """Return the adapter with one LoRA per expert, in a hub's names, if the consumer reads experts that way."""
+    """Split stacks into one LoRA per expert, with the names in hub checkpoints, if the program reads single experts."""
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
@@ -187,24 +225,24 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
-    """Whether hubs also store a parameter's experts in one tensor."""
+    """Whether the hub's checkpoints also store the experts of a parameter in one tensor."""
     keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
     places = [family.place(key, "hub") for key in keys]
     return bool(places) and all(place is not None and place.stacked for place in places)
 
 
 def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
-    """Return the reason why a consumer cannot run an update; empty if it can.
+    """Return the reason why a program cannot run an update; empty if it can.
 
     Args:
-        profile: the consumer.
+        profile: the program.
         target: the update's target.
         update: the update.
-        told: whether the consumer reads stacks, and the base shows that the model's files have them.
+        told: whether the program reads stacks, and the base shows that the model's files have stacks.
     """
     if target.stacked and not told:
         return (
-            "it has stacked experts, but the consumer reads one LoRA per expert: give the base, which shows the "
+            "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
             "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
             "BASE that stores experts one by one"
         )
@@ -218,5 +256,5 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     if not profile.embeddings and target.layout == "in out *k":
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return f"the rank is not smaller than the module, so {profile.title} would read the wrong side as the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would mistake its size for the rank"
     return ""

@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; a tensor that belongs to no update must be known to be unused."""
+"""Decode a config and tensors into an `Adapter`. A tensor without an update must be known to be unused."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ BUILT_IN = {
     "LORA": (plain.decode_replacement, lora.decode, plain.decode_rows),
     "TRAINABLE_TOKENS": (plain.decode_replacement, plain.decode_rows),
 }
-"""The decoders of each peft_type, in the order in which PEFT applies updates; `families` has the other types."""
+"""The decoders for each `peft_type`, in the order in which PEFT applies updates; other types are in `families`."""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
-"""For each target and each of its updates, a map from fields to keys."""
+"""A map from (target, index of the update) to a map from the update's fields to their keys."""
 
 
 def decode(
@@ -48,12 +48,12 @@ def decode(
     base: Checkpoint | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """Return the adapter that a config and tensors describe.
+    """Return the adapter in a config and tensors.
 
     Raises:
         Malformed: a tensor belongs to no update, or the config belongs to another file.
         Unsupported: the config needs a feature that this version does not have.
-        ShapeMismatch: shapes contradict each other or the config.
+        ShapeMismatch: the tensors' shapes contradict each other or the config.
         UsageError: the file does not show which parameters it adapts, and no base is given.
     """
     settings = fields.parse(config, strict=strict)
@@ -62,7 +62,7 @@ def decode(
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
-        compat = None  # Do not record it: the writer uses PEFT's order, and states the order in the config.
+        compat = None  # Do not record the order: the writer uses PEFT's order.
     hints = PeftHints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
@@ -75,14 +75,15 @@ def decode(
 
 
 def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
-    """Record a generated config in the lineage of the adapter that was read with it, so that no writer writes it back.
+    """Record in the lineage that the adapter was read with a generated config, so that no writer writes this config.
 
     Args:
         adapter: the adapter that was read.
         config: the generated config.
-        assumed: whether alpha was not stated and is assumed to be each module's rank.
+        assumed: whether the file has no alpha, and the rank of each module was used as alpha.
 
-    PEFT loads only configs that list the modules, so the writer composes a new config, as for any other format.
+    PEFT loads only configs that list the modules. So the writer composes a new config, as for an adapter from another
+    format.
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
@@ -92,7 +93,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
-    """Return the updates by target, the keys of their tensors, and the keys that are only kept."""
+    """Return the updates by target, the keys of the updates' tensors, and the keys that are only stored."""
     found: dict[Place, list[Found]] = {}
     kept: list[str] = []
     used: set[Key] = set()
@@ -127,7 +128,7 @@ def _check_all_used(file: File, used: set[Key]) -> None:
 
 
 Place = tuple[str, tuple[int, int] | None]
-"""The path of a module, and the rows of its weight, or None for all rows."""
+"""The path of a module, and the range of rows of its weight, or None for all rows."""
 
 
 def _in_file_order(file: File, found: Mapping[Place, list[Found]]) -> list[tuple[Place, list[Found]]]:
@@ -142,7 +143,7 @@ def _in_file_order(file: File, found: Mapping[Place, list[Found]]) -> list[tuple
 
 
 def _layout(findings: Sequence[Found]) -> str:
-    """Return the layout that the acting update declares, unless a replaced weight of the same target contradicts it."""
+    """Return a target's layout: the main update's layout, unless a replaced weight of the target contradicts it."""
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
@@ -169,7 +170,7 @@ def _in_layout(finding: Found, target: Target) -> Update:
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return the keys and shapes in the file that differ from those that the writer would choose."""
+    """Return the keys and shapes in the file that are not those that the writer would choose."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     if peft_type == "LORA" and are_plain(updates):

@@ -1,4 +1,4 @@
-"""Define the typed config fields that determine the meaning of tensors, with PEFT's defaults."""
+"""Define the config fields that change the meaning of the tensors, with PEFT's defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations that subtract an exactly computable value from the base; methods have the same names."""
+"""Initialisations that subtract an exactly computable value from the base. The methods have the same names."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -32,7 +32,7 @@ class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`use_bdlora`: words in the names of the modules whose A, or whose B, is block-diagonal."""
+    """`use_bdlora`: words in module names. They select the modules whose A, or whose B, is block-diagonal."""
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
@@ -40,7 +40,7 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     match_strict: bool = True
 
     def factor(self, name: str) -> str:
-        """Return A or B if that factor is block-diagonal in the module `name`; otherwise empty."""
+        """Return `A` or `B`, whichever is block-diagonal in the module `name`; empty if neither is."""
         named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
         if len(found) > 1:
@@ -50,9 +50,10 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arrow_config`: how Arrow selects experts, and their names; the experts themselves are not loaded.
+    """`arrow_config`: how Arrow selects experts, and the experts' names; the experts are not loaded.
 
-    PEFT searches for the router's vectors with random numbers, hence the seed; adapterkit computes them exactly.
+    PEFT searches for the router's vectors with random numbers, so the config has a seed. adapterkit computes the
+    vectors exactly.
     """
 
     top_k: Rank = 3
@@ -64,7 +65,7 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The config fields that this format reads, with PEFT's defaults; `own` has the fields of a family."""
+    """The config fields that change the function, with PEFT's defaults; `own` has the fields of a family."""
 
     peft_type: str
     r: Rank = 8
@@ -96,13 +97,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unsloth(self) -> bool:
-        """Whether the config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+        """Whether the config shows that Unsloth wrote the file, or that the base is one of Unsloth's copies."""
         return written_by_unsloth(
             {"auto_mapping": self.auto_mapping, "base_model_name_or_path": self.base_model_name_or_path}
         )
 
     def before(self, release: tuple[int, int]) -> bool:
-        """Whether PEFT wrote the file before this release; False if the config does not state the release."""
+        """Whether a PEFT release before this one wrote the file; False if the config has no release."""
         return parse_version(self.peft_version) < release
 
     @property
@@ -122,20 +123,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
-    """Whether a config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+    """Whether a config shows that Unsloth wrote the file, or that the base is one of Unsloth's copies."""
     mapping = config.get("auto_mapping")
     marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
     return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
 
 
 def parse_version(version: str | None) -> tuple[int, ...]:
-    """Return the first two numbers of a PEFT release, such as (0, 18); a very large number if it is not stated."""
+    """Return the first two numbers of a PEFT release, such as (0, 18).
+
+    A very large number if the release is missing.
+    """
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else (1 << 30,)
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
-    """Whether `target_modules` names a module: a string is a pattern; a list item is a path or a path's end."""
+    """Whether `target_modules` selects a module.
+
+    A text is a pattern. An item of a list is a path or the end of a path.
+    """
     path = unwrapped(path)
     if isinstance(target_modules, str):
         return matches(target_modules, path, whole=True)

@@ -1,4 +1,4 @@
-"""Turn updates into keys and stored tensors; this is the inverse of `keys`."""
+"""Convert updates to keys and stored tensors; the inverse of `keys`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
-"""Globs for paths of embeddings, among targets that are stored as [in, out]."""
+"""Globs for paths of embeddings, used to find embeddings among targets that are stored as [in, out]."""
 
 
 Part = tuple[str, str, Lazy, bool]
-"""(field, key, tensor as PEFT stores it, whether the key is a guess); see `Spelled`."""
+"""(field, key, tensor as PEFT stores it, whether the key is uncertain); see `Spelled`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +38,11 @@ class Spelled:
     """One tensor as PEFT stores it.
 
     Attributes:
-        place: the target, the index of the update among the target's updates, and the field.
+        place: (target, index of the update among the target's updates, field).
         key: the tensor's key.
         leaf: the tensor.
-        guessed: whether the key is uncertain: an embedding may be a Conv1D, or the order of parameters is unknown.
+        guessed: whether the key is uncertain, because an embedding may be a Conv1D, or because the order of a module's
+            parameters is unknown.
     """
 
     place: tuple[Target, int, str]
@@ -52,12 +53,12 @@ class Spelled:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PeftNames:
-    """PEFT's names for the modules and parameters of one set of updates.
+    """Creates the names of modules and parameters in PEFT's keys, for one set of updates.
 
     Attributes:
-        paths: the paths of the targets with a method of `pairs`.
-        wrappers: a map from a module to the words that its wrappers insert after the module's path.
-        depths: a map from a parameter to the number of the module's wrappers inside the parameter's wrapper.
+        paths: the paths of the targets that have a method of `pairs`.
+        wrappers: a map from a module's path to the words that wrappers insert after this path.
+        depths: a map from a parameter to the number of wrappers inside the parameter's own wrapper.
         guessed: the parameters whose depth is uncertain.
         base: the base, or None.
     """
@@ -68,7 +69,7 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """A map from modules that contain others to their paths with all wrappers, including the module's own wrapper."""
+    """A map from each module that contains adapted modules to its path with all wrappers, including its own wrapper."""
 
     def inside(self, name: str) -> str:
         """Return a dotted path with the wrappers of all parent modules, but without the module's own wrapper."""
@@ -116,10 +117,10 @@ def spell_updates(
 
 
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-    """Whether all updates are LoRA on linear modules that do not contain each other; then keys have no wrappers.
+    """Whether all updates are LoRA of linear modules that do not contain one another. Then keys have no wrappers.
 
-    The key of a factor is then `<prefix><path>.lora_A.weight`. An adapter for a mixture of experts has 10^5 keys;
-    applying all rules to each key took a fifth of the time for reading such a file.
+    The key of a factor is then `<prefix><path>.lora_A.weight`. This shortcut saves time: an adapter for a mixture of
+    experts has 10^5 keys, and applying all rules to each key took a fifth of the time for reading such a file.
     """
     paths: set[str] = set()
     for target, found in updates.items():
@@ -138,7 +139,7 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """Transpose a whole weight from [out, in] to the stored order of a layout, or back."""
+    """Transpose a whole weight from [out, in] to the order in which the layout stores it, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf
@@ -148,19 +149,19 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 
 
 def config_name(target: Target, paths: Collection[str]) -> str:
-    """Return the config's name for a target: its path, or the attention's path for an attention's two projections."""
+    """Return the name by which a config selects a target: its path, or the attention's path for both projections."""
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
     return module if module and other and f"{module}.{other}" in paths else target.path
 
 
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
-    """Whether a LoRA adapts a parameter rather than a module; False for the parameters of an attention."""
+    """Whether a LoRA adapts a parameter and not a module; False for the projections of an attention."""
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
 def is_embedding(target: Target) -> bool | None:
-    """Whether a LoRA's target is an embedding; None if it may also be a Conv1D."""
+    """Whether the target of a LoRA is an embedding; None if the target may also be a Conv1D."""
     if target.layout != "in out *k":
         return False
     if any(fnmatchcase(target.path, glob) for globs in IN_OUT.values() for glob in globs):
@@ -201,7 +202,7 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
         guessed = embedding is None or target.path in names.guessed
         for name, leaf in update.tensors.items():
             if name == "invocation":
-                continue  # The config stores the invocation tokens.
+                continue  # The invocation tokens are in the config, not in a tensor.
             key = f"{stem}.{_part(name, embedding or False)}"
             yield name, key, _factor(name, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
@@ -224,7 +225,7 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
 
 
 def is_shared(family: type[Family], word: str) -> bool:
-    """Whether a word is the key of a tensor that all modules share."""
+    """Whether a word is the part of a key whose tensor all modules share."""
     return any(fnmatchcase(word, pattern) for pattern in family.shared)
 
 
@@ -233,7 +234,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: PeftNames) -> str:
-    """Return the path in the keys of a LoRA, including its module's wrappers."""
+    """Return the path in the keys of a LoRA, including the wrappers of its module."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -271,7 +272,7 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
 
 
 def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
-    """Return the name of the base's parameter that a replacement replaces."""
+    """Return the name of the base's parameter that an update replaces."""
     if not _names_parameter(path, base):
         return f"{path}.{field}"
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
@@ -279,4 +280,4 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""The word between a module's path and its token rows: with a LoRA on the same module, and without."""
+"""The words in keys between a module's path and its token rows: with a LoRA of the same module, and without."""

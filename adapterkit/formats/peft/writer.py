@@ -1,4 +1,4 @@
-"""Encode an `Adapter` as a config and tensors that read back as the same updates."""
+"""Encode an `Adapter` as a config and tensors, and check that PEFT's format reads them back as the same updates."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def says(
     omitted: Collection[str] = (),
     compat: str | None = None,
 ) -> bool:
-    """Whether PEFT would read these updates from a file with this config and these tensors.
+    """Whether reading this config and these tensors as PEFT's format would yield these updates.
 
     Args:
         config: the config.
-        tensors: the tensors by key, including omitted ones.
-        spelled: the tensors with their targets and keys.
-        updates: the expected updates.
+        tensors: the tensors by key, including tensors that are not in the file.
+        spelled: the same tensors, with their targets and fields.
+        updates: the updates that reading must yield.
         base: the base, or None.
         omitted: the keys of tensors that are not in the file.
-        compat: the `compat` with which the file is read.
+        compat: the `compat` with which the file will be read.
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
@@ -78,7 +78,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """For each (path, index of an update), return the fields with a key of their own or with the only shared key."""
+    """Map (path, index of an update) to the fields whose tensors have their own key, or the only shared key."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}
@@ -91,10 +91,10 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
 
 
 def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
-    """Return everything that a wrong config could change: targets, methods, values, shapes, token numbers.
+    """Return everything about updates that a wrong config could change: targets, methods, values, shapes, token ids.
 
-    A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or that it
-    selects from several shared tensors, are represented by their values.
+    A float tensor with its own key is represented only by its dtype. A tensor that the reader computes, or selects
+    among several shared tensors, is represented by its values.
     """
     return {
         (target.path, target.rows, target.stacked): [
@@ -122,10 +122,11 @@ def _values(leaf: Lazy, own: bool) -> object:
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
 ) -> tuple[Mapping[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, the tensors by key, and one line for each omission or rewriting.
+    """Return the config, the tensors by key, and one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: a PEFT file cannot express an update, and `on_loss` does not allow rewriting it.
+        Unrepresentable: a PEFT file cannot express an update, and `on_loss` does not allow rewriting or omitting the
+            update.
     """
     hints = hints_of(adapter)
     by_formula = hints.compat == FORMULA
@@ -155,7 +156,7 @@ def encode(
 
 
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Return the same updates, with replacements in the base's stored order."""
+    """Return the same updates, with replaced weights in the order in which the base stores them."""
     changed: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in found):
@@ -185,7 +186,8 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
     if method is not None:
         own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # If several types have the method, prefer the type that was read, and then the type named after the method.
+        # If several types have the method, prefer the source file's type, and then the type that is named after the
+        # method.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
         return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
@@ -197,7 +199,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
 
 
 def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
-    """Return every tensor as PEFT stores it, with the key and the shape in the source file, if known."""
+    """Return every tensor as PEFT stores it, with the key and the shape that the source file has, if known."""
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
         key = hints.keys.get(each.key, each.key)
@@ -211,7 +213,10 @@ def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint 
 
 
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
-    """Return the tensors by key; a tensor shared by several updates is written once, and must be equal in all."""
+    """Return the tensors by key.
+
+    A tensor that several updates share is written once, and must be equal in all updates.
+    """
     first: dict[str, Any] = {}
     tensors: dict[str, Lazy] = {}
     for each in spelled:
@@ -226,14 +231,14 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
 
 
 def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
-    """Return the keys that a file with this config omits."""
+    """Return the keys of tensors that a file with this config does not contain."""
     family = family_of_type(peft_type)
     left_out = family.omitted(config, updates) if family else ()
     return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
-    """Return the tensors that are only kept, if their module still has a target."""
+    """Return the stored tensors that belong to no update, if their module still has a target."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)
@@ -243,13 +248,13 @@ def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Laz
 
 
 # Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for all others.
-#
-# PEFT stores no scaling: it divides an alpha by the rank or its square root. The writer looks for an alpha that yields
-# the exact scaling. If there is no such alpha, and the caller allows it, the scaling is folded into B.
+# PEFT's config has no scaling: PEFT divides alpha by the rank or by the root of the rank. The writer searches for an
+# alpha that yields exactly the scaling. If there is no such alpha, the scaling is folded into B, if the caller allows
+# folding.
 
 
 def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
-    """Return the fields for ranks and scalings; if allowed, fold scalings that no alpha yields into B."""
+    """Return the fields for ranks and scalings. If allowed, fold scalings into B for which there is no exact alpha."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
@@ -266,7 +271,7 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
         raise Unrepresentable(
             "PEFT states a scaling as alpha / r",
             items=items,
-            cure="Allow folding it into B with --on-loss fold (on_loss='fold')",
+            cure="Allow folding the scaling into B with --on-loss fold (on_loss='fold')",
         )
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
@@ -277,7 +282,7 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
 
 
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that a family's config cannot state into a tensor of the family."""
+    """Fold scalings that a family's config cannot express into a tensor of the update."""
     method = acting_method(updates)
     family = family_of_method(method)
     needy = family.inexact(updates) if family else []
@@ -288,7 +293,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
         raise Unrepresentable(
             "PEFT states a scaling as alpha / r",
             items=items,
-            cure="Allow folding it into a factor with --on-loss fold (on_loss='fold')",
+            cure="Allow folding the scaling into a factor with --on-loss fold (on_loss='fold')",
         )
 
     def folded(update: Update) -> Update:
@@ -303,7 +308,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return (rank, scaling) by the name in the config, and the names of attentions that would need two alphas."""
+    """Return (rank, scaling) by the name in the config, and the attentions whose projections need different alphas."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, found in updates.items():
         for update in (update for update in found if isinstance(update, PAIRS)):
@@ -315,13 +320,13 @@ def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
 
 
 def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
-    """Return how many times PEFT's forward adds the change of a target; `once` is for the paper's formula."""
+    """Return how many times PEFT's forward adds the change of a target; 1 with `once`, as in the paper's formula."""
     inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
     return OUTPUT_TIMES if inside and not once else 1.0
 
 
 def _folded(update: Update, scaling: float) -> Update:
-    """Give an update another scaling without changing its function; the factors are rounded once, to their dtype."""
+    """Give an update another scaling without changing its function: rescale B and the bias, and round them once."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}

@@ -1,7 +1,7 @@
-"""PEFT's folder with experts that share their outer factors: all experts of a stack have the same A, or the same B.
+"""PEFT's folder for experts with shared outer factors: all experts of a stack have the same A, or the same B.
 
-SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The outer factors are
-the A of gate and up and the B of down; they have the shape `[1, ...]`. The inner factors have one slice per expert.
+SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The outer factor is
+the A of gate and up, and the B of down; its shape is `[1, ...]`. The other (inner) factor has one slice per expert.
 SGLang also reads stacks without shared factors, with the shapes `[e, r, in]` and `[e, out, r]`.
 """
 

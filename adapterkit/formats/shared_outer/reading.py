@@ -1,4 +1,4 @@
-"""Decode the folder into an `Adapter`."""
+"""Decode a folder with shared outer factors into an `Adapter`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORMAT = "shared_outer"
 PREFIX = "base_model.model."
 SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors, so they must be off."""
+"""Fields of PEFT's config that would change the meaning of the tensors; the reader refuses them if they are set."""
 
 
 def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
     """Read an adapter, lazily.
 
     Raises:
-        Malformed, ShapeMismatch, Unsupported: the tensors do not have this layout.
+        Malformed, ShapeMismatch, Unsupported: the tensors do not have the layout of this format.
         UsageError: the number of experts is unknown.
     """
     try:
@@ -56,7 +56,7 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
         why = f"{wrong} is {config[wrong]!r}, which cannot be combined with stacks that share factors"
-        raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without it")
+        raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without this field")
     return whole_rank(config.get("r"), f"{CONFIG}: r"), finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
 
 
@@ -98,14 +98,14 @@ def _decode(
 def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    """Yield the updates of one stack; the inner factors may be stored under keys of single experts."""
+    """Yield the updates of one stack of experts; inner factors may also have separate keys for single experts."""
     found = STACK.fullmatch(name)
     if found is None:
         raise Malformed(
             "this factor has three axes, but its module is not a stack of experts", where=name, cure=DAMAGED
         )
     shapes = {field: leaf.shape for field, leaf in slots.items()}
-    # Refuse axes of size 0: such tensors take no bytes, so a small file could claim any number of experts.
+    # Refuse axes of size 0. Such tensors take no bytes, so a small file could claim any number of experts.
     if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
         raise ShapeMismatch(f"the factors' shapes {shapes} are not those of a stack", where=name, cure=DAMAGED)
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
@@ -117,7 +117,7 @@ def _experts(
         if not count:
             why = "all experts share one A and one B, and the number of experts is unknown"
             raise UsageError(why, where=name, cure="Give the base with --base (base=)")
-    # All experts share one leaf, so that a writer also stores the factor only once.
+    # All experts get the same tensor object, so that a writer also stores the factor only once.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = found["leaf"] == "gate_up_proj"
     factors = []
@@ -138,7 +138,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Return the updates with the base's targets; targets that the base has under the same name are unchanged."""
+    """Rename targets to the base's names; targets that the base already has stay unchanged."""
     own = set(modules_of(base.tensors))
     lost = {target: found for target, found in updates.items() if target.path not in own}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}

@@ -1,4 +1,4 @@
-"""Encode an `Adapter` as the folder."""
+"""Encode an `Adapter` as a folder with shared outer factors."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class SharedOuterHints(Leftovers, total=False):
-    """The config of the folder that was read."""
+    """The leftovers of a folder: its config."""
 
     config: dict[str, Any]
 
 
 def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Write an adapter, and return one line for each rewriting.
+    """Write an adapter, and return one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: experts have separate outer factors and `on_loss` is not `promote`; or a method is not LoRA.
-        UsageError: experts are in a stack, and no base names the family.
+        Unrepresentable: experts have different outer factors, and `on_loss` is not `promote`; or a method is not LoRA.
+        UsageError: experts are in a stack, and no base is given, which shows the family of models.
     """
     hints = remembered(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
@@ -45,7 +45,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
     )  # fmt: skip
     config_of_base = None if base is None else base.config
     tensors, rank, promoted = _spelled(pairs, expert_count(config_of_base), on_loss == "promote")
-    # If a promotion raised the rank, multiply alpha by the same factor, so that the scaling alpha / r is unchanged.
+    # If a promotion raised the rank, multiply alpha by the same factor, so that the scaling alpha / r stays the same.
     alpha *= rank / rank_of(next(iter(pairs.values())))
     base_id = adapter.base.id if adapter.base else None
     modules = sorted({target.path.rpartition(".")[2] for target in pairs})
@@ -58,17 +58,17 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
 
 def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return the adapter with one LoRA per expert, in a hub's names.
+    """Split stacks of experts into one LoRA per expert, with the names in a hub's checkpoint.
 
     Raises:
-        UsageError: experts are in a stack, and no base names the family.
+        UsageError: experts are in a stack, and no base is given, which shows the family of models.
     """
     stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
     if not stacks:
         return adapter
     family = architecture_of(None if base is None else base.config)
     if family is None:
-        why = "the experts are in a stack, and only the family shows which of its rows are gate and up"
+        why = "the experts are in a stack, and only the base's family shows which rows of the stack are gate and up"
         raise UsageError(why, where=str(next(iter(stacks))), cure="Give the base, with its config.json: --base (base=)")
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
@@ -78,7 +78,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 
 def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy], int, list[str]]:
-    """Return the tensors by key, the common rank, and a line for each promoted stack."""
+    """Return the tensors by key, the rank of all modules, and a line for each stack whose rank was raised."""
     plain: Pairs = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
@@ -119,25 +119,25 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
 
 
 def _writes(name: str) -> bool:
-    """Whether a module writes the hidden states, so that its experts share B."""
+    """Whether a module's outputs are hidden states, as for `down_proj`. Then the experts share B, otherwise A."""
     return name.rpartition(".")[2] in OUTER
 
 
 def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
-    """Return the outer factor that all experts share; None if they have separate ones."""
+    """Return the outer factor if it is the same for all experts; otherwise None."""
     leaves = [as_lazy(each.B if _writes(name) else each.A) for each in held.values()]
     alike = all(leaf.shape == leaves[0].shape and arrange.equal(leaf, leaves[0]) for leaf in leaves[1:])
     return leaves[0] if alike else None
 
 
 def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
-    """Return the two tensors of a stack, by key.
+    """Return the tensors A and B of a stack, by key.
 
-    If experts have separate outer factors, these are concatenated into one. Then the inner factor of each expert is
-    zero, except at the ranks of this expert.
+    If the experts have different outer factors, these factors are concatenated into one. The inner factor of each
+    expert then is zero, except at the ranks of this expert.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # The rank's axis in the outer factor; in the inner factor it is the other axis.
+    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has it at the other.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

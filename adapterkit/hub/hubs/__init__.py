@@ -29,7 +29,7 @@ def hub_of(scheme: str) -> type[Remote]:
 
 
 def remote_at(uri: Uri, token: str | None = None) -> Remote:
-    """Return the remote for a uri."""
+    """Return a `Remote`, which lists, reads and pushes the files of a uri."""
     return hub_of(uri.scheme)(uri, token)
 
 
@@ -37,13 +37,14 @@ def parse(text: str) -> Uri:
     """Parse a uri.
 
     Raises:
-        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leads outside the repository.
+        UsageError: the scheme is unknown, the text after it is not a name on that hub, or the path leads outside the
+            repository.
     """
     scheme, rest = scheme_of(text)
     named = hub_of(scheme or "hf").named
     uri = named(rest.removesuffix("/"))
     place, mark, member = rest.rpartition("#")
-    # `NAME#member` is the subfolder `member`. In an `Address`, however, `#` and a digest name a state of the folder.
+    # `NAME#member` means the subfolder `member`. Only in an `Address`, the text after `#` is a digest of the folder.
     if mark and not isinstance(uri, Address):
         check_name(member, UsageError)
         uri = named(place.removesuffix("/"))

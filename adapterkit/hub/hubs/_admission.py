@@ -1,7 +1,7 @@
 """Registry authentication: find credentials that `docker login` or `oras login` stored; exchange them for a token.
 
-Source: https://distribution.github.io/distribution/spec/auth/token/. Credential helper programs are not run: a config
-file must not be able to start a process.
+Source: https://distribution.github.io/distribution/spec/auth/token/. Credential helper programs are never run, because
+a config file must not be able to start a process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MAX_ANSWER = 1 << 20
 """Largest reply to a token request, in bytes; tokens with many scopes take about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""Names of Docker Hub: people, credential stores and the network each use another name."""
+"""The names of Docker Hub: users, credential stores and the network protocol each use a different name."""
 
 
 def is_near(host: str) -> bool:
-    """Whether a registry is on this machine. If it is, adapterkit uses plain HTTP, as other tools do."""
+    """Whether a registry is on this machine. Like other tools, adapterkit uses plain HTTP for a local registry."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -46,7 +46,7 @@ class Admission:
     Args:
         host: the registry's host name, with a port if it has one.
         url: the url of the repository.
-        place: the uri that errors name.
+        place: the uri for error messages.
         token: `user:password` or a bearer token; if absent, the credentials that other tools stored are used.
     """
 
@@ -67,7 +67,7 @@ class Admission:
         return _basic(self.token) if ":" in self.token else f"Bearer {self.token}"
 
     def ask(self, challenge: str) -> bool:
-        """Answer a `WWW-Authenticate` challenge; return whether the headers changed, so that a retry makes sense."""
+        """Answer a `WWW-Authenticate` challenge. Return True if the headers changed and the request can be retried."""
         kind, _, rest = challenge.partition(" ")
         told = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         before = dict(self.headers)
@@ -79,7 +79,7 @@ class Admission:
 
     def _token(self, told: Mapping[str, str]) -> str:
         realm = urlsplit(told["realm"])
-        # The realm receives the password. A registry on this machine may use plain HTTP, but only for a local realm.
+        # The realm is a url that receives the password. Only a local registry may use a local realm with plain HTTP.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
             why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")

@@ -1,4 +1,4 @@
-"""Read from any location that fsspec supports, and identify states of locations that have no commits."""
+"""Read from any location that fsspec supports; a digest of the file list replaces the commit that such hubs lack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..uris import Address, Uri, address
 
 
 class Listing(Remote):
-    """A location whose commit is the digest of its listing."""
+    """A location without commits; the digest of its file list is used as the commit."""
 
     cards_below = True
 
@@ -33,7 +33,7 @@ class Listing(Remote):
 
 
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
-    """Return a file whose digest the hub does not list; `signs` are values that change with the content."""
+    """Return a file for which the hub lists no digest; `signs` are values that change with the content."""
     text = json.dumps([path, size, *map(str, signs)])
     return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
 
@@ -43,10 +43,10 @@ def unknown(path: str, size: int, *signs: object) -> RemoteFile:
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
-"""Schemes that have their own reader here, or that wrap other locations."""
+"""Schemes that are not read through fsspec: they have a separate module, or they wrap another location."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-"""Hosts whose pages people copy from a browser."""
+"""Hosts of the Hugging Face hub's web pages, whose urls users copy from a browser."""
 
 
 class Filesystem(Listing):
@@ -60,13 +60,15 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The file system, and the container's name in it."""
+        """The fsspec file system, and the name of the container in this file system."""
         import fsspec
 
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
             repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
             cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
-            raise UsageError("a page of the Hugging Face hub, not a place on it", path=str(self.uri), cure=cure)
+            raise UsageError(
+                "this is a web page of the Hugging Face hub, not an address of files", path=str(self.uri), cure=cure
+            )
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
         except ImportError as error:

@@ -67,7 +67,7 @@ class HuggingFace(Remote):
     @classmethod
     def named(cls, rest: str) -> Uri | None:
         match = _NAME.fullmatch(rest)
-        # Return None for `..` and `--`: the hub itself refuses names that contain them.
+        # Return None for names with `..` or `--`, which the hub refuses too.
         if "://" in rest or match is None or ".." in match["repo"] or "--" in match["repo"]:
             return None
         path = match["path"] or ""
@@ -93,7 +93,7 @@ class HuggingFace(Remote):
         while url is not None:
             here = url
             found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
-            # Refuse an empty page that links to another page, because such pages could follow endlessly.
+            # Refuse an empty page with a link to another page: a server could send an endless sequence of empty pages.
             if not isinstance(found, list) or (following and not found):
                 raise NetworkError("the hub's list of files is invalid", path=str(self.uri), cure=_NOT_A_HUB)
             yield from (self._file(entry) for entry in found if not _is_folder(entry))
@@ -106,11 +106,11 @@ class HuggingFace(Remote):
     def _told(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON document at a url of the hub, and the url of the next page, or None.
 
-        This does not use huggingface_hub's own functions, because they read replies of any length, and send the token
-        to any url that a page names as the next one, even if a redirect led to another server.
+        huggingface_hub's functions are not used, for two reasons. They read replies of any length. And they send the
+        token to the url of the next page, which any server after a redirect can choose.
 
         Raises:
-            HfHubHTTPError: the hub refuses.
+            HfHubHTTPError: the hub refuses the request.
             ValueError: the reply is not JSON.
         """
         with self._answered(url, {}) as response:
@@ -120,10 +120,10 @@ class HuggingFace(Remote):
 
     @contextmanager
     def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Yield an open reply that is not a refusal; the token is sent to the endpoint only.
+        """Yield the open reply to a request; the token is sent only to the endpoint, never after a redirect.
 
         Raises:
-            HfHubHTTPError: the hub refuses.
+            HfHubHTTPError: the hub refuses the request.
         """
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
@@ -246,7 +246,7 @@ class HuggingFace(Remote):
         head_of(self)
 
     def place(self, path: str, file: Path, found: Digests) -> Placed:
-        # Upload files of any size with LFS: only LFS files can be committed later by their sha256.
+        # Upload even small files with LFS: only LFS files can be committed later by their sha256.
         def act() -> None:
             operation = _addition(path, str(file))
             self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
@@ -297,7 +297,7 @@ def _is_folder(entry: object) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the original error of a failed upload: huggingface_hub wraps it in a `RuntimeError`."""
+    """Return the original error of a failed upload, which huggingface_hub wraps in a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
@@ -308,14 +308,14 @@ def _bare(endpoint: str) -> str:
 
 
 _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After", "X-Request-Id")
-"""Headers by which huggingface_hub distinguishes refusals."""
+"""Response headers that give the reason of a refusal; huggingface_hub reads the same headers."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it continues where it stopped"
 _NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
 
 
-# Push one commit on top of a known parent, so that readers never see half of it and no other push is overwritten.
+# Push one commit on top of a known parent: nobody can see half of a push, and no other push is overwritten.
 
 
 def send(
@@ -361,10 +361,10 @@ def head_of(remote: HuggingFace) -> str:
 
 
 def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Callable[[], str]) -> str:
-    """Commit once, even if the reply is lost.
+    """Make the commit only once, even if the hub's reply is lost.
 
-    The request may have succeeded before the connection broke. If the branch has moved away from `head` and already
-    holds the pushed files, return the new commit instead of raising an error.
+    The hub may have made the commit before the connection broke. If the branch is no longer at `head` and already
+    contains the pushed files, return the new commit instead of raising an error.
     """
     try:
         return remote.call(act)
@@ -391,7 +391,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return an addition that uses LFS; by default huggingface_hub asks the hub whether to use LFS."""
+    """Return a commit operation that adds a file with LFS; by default, huggingface_hub asks the hub about LFS."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
@@ -400,7 +400,7 @@ def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
 
 
 def _placed(name: str, placed: Placed) -> CommitOperationAdd:
-    """Return the addition of an uploaded file; a commit refers to the file by its sha256 and size."""
+    """Return a commit operation that adds an uploaded file; the commit refers to the file by sha256 and size."""
     from huggingface_hub.lfs import UploadInfo
 
     operation, (size, digest, _) = _addition(name, b""), placed.digests
@@ -417,7 +417,7 @@ def _content(content: Path | bytes) -> str | bytes:
 def _uploading(endpoint: str) -> Iterator[None]:
     """Silence huggingface_hub's logs and progress bars, and turn xet off for hubs other than Hugging Face's own.
 
-    Other servers do not support the xet protocol. An environment that disables xet keeps it disabled.
+    Other servers do not support the xet protocol. If the environment disables xet, xet stays off.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging

@@ -1,4 +1,4 @@
-"""ModelScope: `modelscope://org/repo[@revision][/path]`, read with its light client, the package modelscope-hub.
+"""ModelScope: `modelscope://org/repo[@revision][/path]`, read with the small client package modelscope-hub.
 
 The client's environment variables apply (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified against the
 sha256 that the hub lists.
@@ -69,7 +69,7 @@ class ModelScope(Listing):
         return Passing("the connection was lost", wait) if lost or _status(error) in PASSING else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Classify by the type and status of the client's error; its message may contain signed urls."""
+        """Return the typed error for a client error. Use only type and status: the message may have signed urls."""
         place, status = str(self.uri), _status(error)
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
@@ -81,11 +81,11 @@ class ModelScope(Listing):
 
 
 def _guard(client: Any, place: str) -> None:
-    """Keep the token at the hub's own origin, and limit the size of all replies except files.
+    """Send the token only to the hub's own origin, and limit the size of all replies except files.
 
-    The client also sends its token as a cookie for the host. By default, a cookie is bound to neither port nor scheme,
-    so a redirect could send it to another port or without encryption. (The client itself drops the `Authorization`
-    header on such redirects.)
+    The client also sends the token as a cookie for the host. By default, a cookie is valid for every port and scheme of
+    a host, so after a redirect the cookie could go to another port, or be sent without encryption. (The client drops
+    the `Authorization` header on such redirects.)
     """
     home = urlsplit(client._endpoint)
 

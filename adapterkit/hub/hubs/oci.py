@@ -71,17 +71,17 @@ DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 
 FILE_PATH = "org.cncf.model.filepath"
 NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
-"""Annotations that hold the name of a layer's file; oras writes and reads the last one."""
+"""Annotations with the file name of a layer; oras writes and reads the last one."""
 
 FOLDER = "io.deis.oras.content.unpack"
-"""oras's annotation for a layer that is an archive of a folder."""
+"""The annotation of oras for a layer that is an archive of a folder."""
 
 CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
 DOCUMENTS = (".md",)
 
 
 def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
-    """Return a config and a manifest for files by path. The same files and tag always give the same bytes."""
+    """Return the config and the manifest of an artifact with these files. The same files give the same bytes."""
     names = sorted(found)
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
@@ -99,11 +99,11 @@ def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tup
 
 
 def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
-    """Return a manifest's content.
+    """Return the parsed content of a manifest.
 
     Raises:
         Malformed: the bytes are not a manifest.
-        Unsupported: the bytes are an index of several manifests, and it is unclear which manifest is meant.
+        Unsupported: the bytes are an index of several manifests, and the uri does not name one of them.
     """
     try:
         told = load_json(body.decode())
@@ -125,7 +125,7 @@ def files_of(manifest: Mapping[str, JsonValue], place: str) -> list[RemoteFile]:
         Malformed: a layer has no size or no digest.
         Unsupported: a layer is an archive, or has no file name.
     """
-    layers = cast("Sequence[JsonValue]", manifest["layers"])  # `parsed` has checked it.
+    layers = cast("Sequence[JsonValue]", manifest["layers"])  # `parsed` has checked that `layers` is a list.
     return [_file(layer, f"layer {at}", place) for at, layer in enumerate(layers)]
 
 
@@ -177,9 +177,9 @@ _ANOTHER = "Tell the artifact's owner, or use another tag"
 
 # Registries of the OCI distribution specification: `oci://registry/name:tag`.
 #
-# A push writes a ModelPack artifact (github.com/modelpack/model-spec): one raw layer per file, content-addressed, and
-# the tag last. A pull reads any artifact whose layers have file names, such as those of `oras push`. Urls inside a
-# manifest are never followed, because they could point to any server.
+# A push writes a ModelPack artifact (github.com/modelpack/model-spec). Each file is a raw layer, addressed by digest.
+# The tag is written last. A pull reads any artifact whose layers have file names, such as artifacts of `oras push`.
+# Urls inside a manifest are never followed, because they could point to any server.
 
 
 _NAME = re.compile(
@@ -192,12 +192,12 @@ MAX_MANIFEST = 4 << 20
 """Largest manifest that registries must accept, in bytes (OCI distribution specification)."""
 
 TRIES = 3
-"""Number of attempts to fetch a manifest whose bytes do not match the digest."""
+"""The number of times that a manifest is fetched if its bytes do not match the digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class OciUri(Uri):
-    """An artifact, given by its tag or its digest."""
+    """The name of an artifact, with its tag or its digest."""
 
     def __str__(self) -> str:
         mark = "@" if (self.revision or "").startswith("sha256:") else ":"
@@ -229,10 +229,10 @@ class Distribution(Remote):
 
     @cached_property
     def manifest(self) -> tuple[str, Mapping[str, JsonValue]]:
-        """The manifest's digest and content.
+        """The digest and the content of the manifest.
 
         Raises:
-            Corrupt: the bytes do not have the digest from the registry or the uri.
+            Corrupt: the bytes do not have the digest that the registry or the uri states.
             Malformed: the bytes are not a manifest.
         """
         promised = ""
@@ -265,10 +265,10 @@ class Distribution(Remote):
     def asked(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, content: bytes | None = None
     ) -> Iterator[httpx2.Response]:
-        """Yield an open response that is not a refusal; authenticate first if the registry asks for it.
+        """Yield the open response to a request; if the registry asks for authentication, authenticate and try again.
 
         Raises:
-            Refused: the registry refuses.
+            Refused: the registry refuses the request.
         """
         registry = origin(self.url)
         for attempt in range(2):
@@ -337,7 +337,8 @@ class Distribution(Remote):
             raise UsageError("a push cannot set who sees an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
-        # Compare the tag before and after the upload. A short race remains, because registries have no conditional PUT.
+        # Compare the tag before and after the upload. A push by somebody else at the last moment is not noticed,
+        # because registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
@@ -396,18 +397,18 @@ class Distribution(Remote):
 
 UPLOAD_CHUNK = 16 << 20
 LONGEST = 256 << 20
-"""Largest chunk that is held in memory for a registry that requires long chunks."""
+"""The largest chunk that is kept in memory. Some registries require chunks of a minimum size."""
 
 ANEW = 6
-"""Number of times that a blob is started again after the registry lost or damaged it."""
+"""The number of times that an upload starts again after the registry lost or damaged the blob."""
 
 
 def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
-    """Send a blob unless the registry already has it.
+    """Upload a blob if the registry does not have it.
 
     Raises:
-        Corrupt: the received bytes do not have the digest, even after several attempts.
-        NetworkError: the registry cannot be reached or refuses.
+        Corrupt: the bytes that the registry received do not have the digest, even after several attempts.
+        NetworkError: the registry cannot be reached, or refuses the upload.
     """
     if _has(remote, digest):
         return
@@ -428,21 +429,21 @@ class _Upload:
 
     Attributes:
         location: the upload's current url; None if the upload has not been started.
-        at: the number of bytes that the registry has; None if the registry must be asked first.
+        at: the number of bytes that the registry has; None if this number is unknown, so that the registry is asked.
     """
 
     def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
-        # Keep one file for each repository and blob, so that any process pushing the same blob finds it.
+        # Save the url in one file for each repository and blob, so that any process that pushes the same blob finds it.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None
 
     def run(self) -> None:
-        """Send the missing bytes.
+        """Send the bytes that the registry does not have yet.
 
         Raises:
-            Refused: the registry does not continue this upload.
+            Refused: the registry refuses to continue this upload.
         """
         if self.location is None:
             self._begin()
@@ -458,7 +459,7 @@ class _Upload:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the saved url, so that no process continues this upload."""
+        """Delete the saved url of this upload, so that no process continues it."""
         self.location = self.at = None
         self.note.unlink(missing_ok=True)
 
@@ -475,12 +476,12 @@ class _Upload:
         if chunk:
             location = _patch(self.remote, location, at, chunk)
         self.location, self.at = location, at + len(chunk)
-        # Save the url only for blobs of several chunks: a single chunk is not worth continuing.
+        # Save the url only for blobs of several chunks: a single chunk is simply sent again.
         if self.size > self.chunk:
             _keep(self.note, location)
 
     def _overcome(self, error: Exception, attempt: int) -> None:
-        """Wait if another attempt may help; otherwise raise."""
+        """Wait before another attempt; raise the error if another attempt is useless."""
         met = self.remote.passing(error)
         if met is None:
             raise _failed(self.remote, error) from None
@@ -506,7 +507,7 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url and the registry's minimum size of all chunks except the last."""
+    """Start an upload; return its url, and the smallest chunk that the registry accepts before the last chunk."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
@@ -547,7 +548,7 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
-    """Return the next url, which the registry chooses. It must not downgrade from https to http."""
+    """Return the url for the next request of an upload, which the registry chooses; refuse http after https."""
     target = urljoin(url, response.headers.get("Location", "") or url)
     if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
         why = f"the registry directs the upload to {urlsplit(target).scheme}://, which is not safe"

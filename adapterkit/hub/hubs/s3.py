@@ -77,7 +77,7 @@ class Bucket:
         """Yield the open response to a request for an object.
 
         Raises:
-            Refused: the status is 400 or above.
+            Refused: the HTTP status is 400 or higher.
         """
         with self._answered(method, self._address(self.signer, method, key), headers) as response:
             yield response
@@ -86,16 +86,16 @@ class Bucket:
         """Return the bytes of a small object and its ETag.
 
         Raises:
-            NetworkError: the object is larger than any document that this package stores.
+            NetworkError: the object is larger than `MAX_TOLD`; adapterkit never writes such large documents.
         """
         with self.asked("GET", key, {}) as response:
             return body_of(response, self.place), response.headers.get("ETag")
 
     def page(self, query: Mapping[str, str]) -> bytes:
-        """Return the response to a query on the bucket itself.
+        """Return the response to a query about the bucket, such as a listing.
 
-        obstore signs urls of objects only, and appends the object's key to the endpoint's url. So the endpoint here
-        ends with the query and `x-id=`: the appended key becomes the value of `x-id`, which S3 ignores.
+        obstore signs only urls of objects, and appends the object's key to the endpoint. So this function uses an
+        endpoint that ends with the query and `x-id=`. The appended key becomes the value of `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -110,7 +110,7 @@ class Bucket:
         return S3Store(self.name, config=config, **self.options)  # type: ignore[arg-type]
 
     def _address(self, signer: S3Store, method: str, key: str) -> str:
-        """Return a presigned url; for anonymous access, the url with its signature removed."""
+        """Return a presigned url; for anonymous access, return the url without the signature."""
         import obstore
 
         url: str = obstore.sign(signer, method, key, SIGNED)  # type: ignore[call-overload]
@@ -124,7 +124,7 @@ class Bucket:
             yield response
 
 
-# For anonymous access, sign a url with these keys and cut off the signature: obstore builds urls only while signing.
+# For anonymous access, sign a url with these dummy keys, then remove the signature: obstore has no unsigned urls.
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
@@ -163,9 +163,9 @@ def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: b
     Empty objects whose key ends with a slash are skipped: consoles create them to show a folder.
 
     Args:
-        asked: a function that returns the response to a query.
+        asked: a function that returns the bucket's response to a query.
         folder: the prefix, without a slash at its end; empty for the whole bucket.
-        place: the uri that errors name.
+        place: the uri for error messages.
         deep: True to include objects in subfolders.
 
     Raises:
@@ -218,19 +218,19 @@ def _name(element: Element) -> str:
 
 # S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 #
-# A push writes a list of the files and their digests next to the files. The list is marked as `pushing` before the
-# first upload and as `whole` after the last one. A push claims the list by creating it only if it is absent, or only if
-# it still has the ETag that the push saw. So two pushes cannot mix, and no reader takes half a push for a whole one.
-# Without a list, the objects in the folder are read, and only sizes are checked.
+# A push writes a list of the files and their digests next to the files. The list has the state `pushing` before the
+# first upload, and the state `whole` after the last upload. At its start, a push writes the list on the condition that
+# the list is absent, or still has the ETag that the push read. So two pushes cannot mix, and nobody takes half a push
+# for a complete one. If a folder has no list, its objects are read, and only sizes are checked.
 #
-# Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store itself only uploads,
-# and S3 verifies each upload against a sha256. For uploads, the store ignores Retry-After and uses exponential backoff.
+# Objects and lists are read by presigned urls with the HTTP client that all hubs share. obstore is used only for
+# uploads, and S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.
 
 
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""Files larger than this are uploaded in parts, in bytes."""
+"""Files of more bytes than this are uploaded in parts."""
 
 
 class S3(Listing):
@@ -255,9 +255,9 @@ class S3(Listing):
 
     @cached_property
     def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
-        """(key, content, ETag) of the stored file list; None if there is none.
+        """The key, the content and the ETag of the stored file list; None if no list exists.
 
-        A uri may name a file, so the parent folder's list is tried after the folder's own.
+        If the uri names a file, the list is in the parent folder, so both folders are tried.
         """
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
@@ -286,7 +286,7 @@ class S3(Listing):
         ]
 
     def _found(self) -> Iterator[RemoteFile]:
-        """Yield the objects in the bucket's listing: those in the folder, or those next to a named file."""
+        """Yield the objects in the folder of the uri; if the uri names a file, the objects in the file's folder."""
         path, place = self.uri.path, str(self.uri)
         found = objects(self._listing, path, place, deep=True)
         first = next(found, None)
@@ -311,7 +311,7 @@ class S3(Listing):
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
         if self._claimed is not None:
-            # Tasks have uploaded files here since the claim, so return the files from before the claim.
+            # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
@@ -339,7 +339,7 @@ class S3(Listing):
     def begin(self) -> None:
         super().begin()
         self._met = self.there()
-        # Keep the ETag of this claim: if another program pushes before `send`, `send` cannot write the list with this
+        # Keep the ETag of the list: if another program pushes before `send`, `send` cannot write the list with this
         # ETag.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
@@ -375,11 +375,11 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
-        # Add a random name, so that the claim differs from another push's claim with the same files.
+        # Add a random name, so that two pushes of the same files write different lists.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, told: Mapping[str, JsonValue], tag: str | None) -> str | None:
-        """Write the list if its ETag is unchanged, or if it is still absent; return the new ETag."""
+        """Write the list if its ETag is unchanged, or if the list is still absent; return the new ETag."""
         import obstore
 
         mode: Any = "create" if tag is None else {"e_tag": tag}
@@ -409,7 +409,7 @@ class S3(Listing):
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Classify by the type of the store's error; its message contains urls, keys and signatures."""
+        """Return the typed error for an obstore error. Use only its type: its message has urls, keys and signatures."""
         place, kind = str(self.uri), type(error).__name__
         if is_offline(error):
             return offline(place)
@@ -433,7 +433,7 @@ class S3(Listing):
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status of a refusal; obstore gives it in its message only."""
+    """Return the HTTP status of a refusal, which is only in the message of obstore's error."""
     if isinstance(error, Refused):
         return error.status
     told = re.search(r"non-2xx status code: (\d{3})", str(error))
@@ -446,10 +446,10 @@ def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str
 
 
 def _checked(body: bytes, place: str) -> Mapping[str, JsonValue]:
-    """Return the parsed content of a list.
+    """Return the parsed content of a file list.
 
     Raises:
-        Corrupt: the bytes are not a valid list.
+        Corrupt: the bytes are not a valid file list.
     """
     try:
         told = load_json(body.decode())

@@ -1,7 +1,8 @@
-"""Bind an adapter to a base: find where each target is stored, and check that its shapes fit.
+"""Bind an adapter to a base: find the stored tensors of each target, and check that shapes fit.
 
-`naming.resolver` maps the names; `moving` splits and joins updates if the base stores weights in other parts. The
-storage layout of a target follows from shapes, or else from the family's table, or else from the adapter.
+`naming.resolver` maps names. `moving` splits and joins updates if the base fuses or stacks weights differently. The
+layout of a stored weight follows from shapes; if shapes do not show the layout, the family's table decides, then the
+adapter.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ class Binding:
 
     Attributes:
         adapter: the adapter, with its targets in the base's names and layouts.
-        sites: one site per entry, in the adapter's order; context updates have no site.
+        sites: the stored tensors of each target, in the adapter's order. Context updates, such as prompts, have no
+            stored tensor and no site.
         missing: the targets that the base does not have, if partial binding was allowed.
-        renamed: the prefix as (removed, added), or None.
-        rules: the rules that turned the adapter's names into the base's.
-        origins: the adapter's original target for each site.
+        renamed: the change of prefix that mapped the names, as (removed, added); None if prefixes are equal.
+        rules: the rules that mapped the adapter's names to the base's names.
+        origins: for each site, the target in the adapter.
     """
 
     adapter: Adapter
@@ -95,13 +97,14 @@ def bind(
         adapter: the adapter.
         base: an open checkpoint, or its path.
         partial: whether to omit targets that the base does not have, instead of refusing; at least one must remain.
-        aliases: alias -> stored name, for further names of stored tensors, such as a tied head.
-        rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used. Also
-            `family:NAME` for a base whose config names no family, and `rows:by_head` or `rows:by_part` for a base whose
-            fused queries, keys and values may have either order.
-        resize: a function of the sites and all shapes, which returns the sites and shapes to use; it is called before
-            shapes are checked.
-        distinct: whether to check that positions do not repeat; a merge does this later, when it reads all values.
+        aliases: a map from further names of stored tensors, such as the name of a tied head, to the stored names.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
+            `family:NAME` names the family of a base without a config. `rows:by_head` or `rows:by_part` states the order
+            of fused queries, keys and values.
+        resize: a function that gets the sites and all shapes, and returns the sites and shapes to use instead. It is
+            called before shapes are checked.
+        distinct: whether to check that the positions of a sparse update do not repeat. A merge skips this check here,
+            because it checks positions when it reads the values.
 
     Raises:
         TargetNotFound: the base does not have a target; the error names the nearest module.
@@ -116,7 +119,7 @@ def bind(
     given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Keep one object for all sites with the same form: tens of thousands of targets have only a few dozen forms.
+    # Share one object among all sites with the same form: tens of thousands of targets have only a few dozen forms.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, found.config, forms)
@@ -139,16 +142,17 @@ def bind(
 
 
 def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: bool = True) -> None:
-    """Check a site's updates against the stored shapes.
+    """Check that a site's updates fit the stored shapes.
 
     Args:
-        site: the site of the target.
+        site: the target's stored tensors.
         shapes: the shapes of stored tensors, by name.
-        biasless: whether to accept a change of a bias that the base lacks; a live layer adds it to its output.
-        distinct: whether to check that positions do not repeat.
+        biasless: whether to accept an update of a bias that the base lacks. Live models accept it: the layer adds the
+            bias to its output.
+        distinct: whether to check that the positions of a sparse update do not repeat.
 
     Raises:
-        TargetNotFound: the base has only a bias at this target.
+        TargetNotFound: the base has only a bias for this target, no weight.
         ShapeMismatch: a shape does not fit.
         NotMergeable: the base has no bias to change.
     """
@@ -158,7 +162,7 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
             if distinct:
                 update.check_distinct()
         except AdapterkitError as error:
-            # Every error about a shape must name the target; the specification requires this (R-13.3).
+            # The specification requires that every error about a shape names the target (R-13.3).
             error.where = f"{site.target}: {update.method}"
             raise error from None
 
@@ -197,7 +201,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Whether a bias, `[out]` or `[e, out]` for experts, fits the update and the weight, or has the target's rows."""
+    """Return whether a bias with shape `[out]` (experts: `[e, out]`) has as many rows as the update and the weight."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
@@ -215,10 +219,10 @@ _NO_BIAS = (
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
-# Rename the targets of an adapter by the user's rules, for operations that bind no base.
+# Rename the targets of an adapter by the user's rules, for operations without a base.
 #
-# Operations that bind an adapter to a base pass the rules to the resolver, which reports them together with its own
-# rules. All other operations rename the adapter itself, by the same rules.
+# Operations with a base pass the user's rules to the resolver, which reports the rules together with its own.
+# Operations without a base apply the same rules to the adapter's targets here.
 
 
 def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -> list[Adapter]:
@@ -232,7 +236,8 @@ def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -
         the adapters in the same order; each lineage records the rules that changed the adapter.
 
     Raises:
-        UsageError: a rule cannot be parsed, or concerns a base; or two targets of an adapter get the same name.
+        UsageError: a rule cannot be parsed; a rule is about the base (`family:` or `rows:`); or two targets of an
+            adapter get the same name.
         TargetNotFound: a rule matches no target.
         StorageError, Malformed: a rules file cannot be read.
     """
@@ -259,7 +264,8 @@ def _renamed(adapter: Adapter, rules: Sequence[Rename]) -> Adapter:
     return adapter.replace(updates=updates).step("rename", rules=list(used)) if used else adapter
 
 
-# Find how a base stores each weight: from shapes, or else the family's table, or else the adapter's layout.
+# Find the layout of each stored weight: from shapes, or else from the family's table, or else from the adapter's own
+# layout.
 
 
 def with_layouts(
@@ -271,7 +277,7 @@ def with_layouts(
         sites: the sites.
         shapes: the shapes of the base's stored tensors, by name.
         config: the base's config.
-        forms: the form of each site, if the caller already computed the forms.
+        forms: the result of `Site.form` for each site, if the caller has computed it already.
 
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
@@ -298,16 +304,16 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
     if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
         stacked = [
             site.target.layout
-        ]  # A product of the input size and the kernel's axes does not prove that a weight is stored as [in, out].
+        ]  # Do not deduce [in, out] if updates show only the product of the input size and the kernel's sizes.
     if len(shapes[site.weight]) == 1 + site.target.stacked:
-        stacked = stacked[:1]  # A weight without inputs has only one layout; see the spec's section 8.
+        stacked = stacked[:1]  # A weight without an input axis has only one layout; see section 8 of the specification.
     return [
         layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
     ]
 
 
 def _product_alone(site: Site) -> bool:
-    """Whether the updates show only the product of the input size and the kernel's axes, not the single sizes."""
+    """Return whether the updates show only the product of the input size and the kernel's sizes, not each size."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
@@ -336,26 +342,27 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Whether the updates are only whole weights, so that the declared layout is the order of their own axes."""
+    """Return whether all updates are whole weights; the adapter's layout then describes their own axes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
 
-# Reorder fused queries, keys and values for bases that store them head by head; shapes do not show the order.
+# Reorder fused queries, keys and values for bases that store them head by head; shapes do not show which bases do.
 #
 # MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
 # the same names, but all queries, then all keys, then all values; adapters always have this order after reading. Names,
-# shapes and metadata are the same in both orders, so diffusers takes the order as an argument (`qkv_layout`).
+# shapes and metadata do not show the order, so diffusers' loader has an argument for it (`qkv_layout`).
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
     """Reorder updates of fused projections to the order of the base's rows.
 
     Args:
-        base: the base. Published single files have all queries first; shards may have either order.
+        base: the base. Published single files have all queries, then all keys, then all values; shards may have either
+            order.
         sites: the sites of the updates.
         shapes: the shapes of the base's tensors, by name.
-        rules: the user's rules; one of them may state the order.
+        rules: the user's rules; a rule `rows:by_head` or `rows:by_part` states the order.
 
     Raises:
         UsageError: the base is sharded, and no rule states its order.
@@ -382,7 +389,10 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 
 @cache
 def _fused() -> dict[str, int]:
-    """Map the end of a fused projection's name to a head's number of rows, for families with bases in both orders."""
+    """Return a map from the end of a fused projection's name to its rows per head.
+
+    The map covers the families whose bases may have either order of rows.
+    """
     found = {}
     for head, _ in of_pipelines():
         family = named(head.family) if head.pipeline.diffsynth_head else None
@@ -409,7 +419,7 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """Reorder an update of all rows to the base's order. Extend an update of one part with zeros in all other rows."""
+    """Reorder an update of all rows to the base's order; extend an update of one part to all rows with zeros."""
     if site.target.rows is not None:
         if update.method != "lora":
             why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
@@ -422,7 +432,7 @@ def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
 
 
 def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
-    """Place a factor's rows in a tensor with `rows` rows that is otherwise zero."""
+    """Copy a factor's rows into a zero tensor with `rows` rows."""
     tensor = as_lazy(leaf)
 
     def spread(array: Array) -> Array:

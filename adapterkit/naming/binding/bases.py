@@ -1,4 +1,4 @@
-"""Check by name, config and fingerprint of the weights whether an adapter was made for a given base."""
+"""Check whether an adapter was made for a given base, by comparing names, configs and fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _CACHED = re.compile(r"models--(.+)")
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
-    """Return a sentence for each statement about its base that the adapter makes and the given base contradicts.
+    """Compare the base that the adapter records with the given base; return a sentence for each difference.
 
     Args:
-        name: the adapter's name, for the sentences.
+        name: the adapter's name, to use in the sentences.
         adapter: the adapter.
         base: the base.
         fingerprint: the fingerprint of the base's weights; None if it was not computed.
@@ -47,7 +47,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    # Skip GGUF files: their config is built from key-values here, so no other tool could know the config's hash.
+    # Skip GGUF files: adapterkit builds their config from key-values, so the hash cannot match a recorded hash.
     if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
         given = config_hash(base.config)
         if given != wanted.config_hash:
@@ -58,11 +58,11 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return how a base with another fingerprint differs from the recorded base; empty if no shapes are recorded.
+    """Return a phrase that says how a base with another fingerprint differs from the recorded base; empty if unknown.
 
     Args:
         base: the base.
-        shapes: the recorded digests of names and shapes, see `io/checkpoint.py`.
+        shapes: the digests of names and shapes that the adapter records, see `io/checkpoint.py`.
     """
     known = [each for each in shapes if each.startswith(SHAPES_PREFIX)]
     if not known:
@@ -71,9 +71,9 @@ def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
 
 
 def identity_of(base: Checkpoint) -> dict[str, str]:
-    """Return a fingerprint of a base's weights and a digest of its shapes, as arguments of a lineage step.
+    """Return the arguments of a lineage step: a fingerprint of the base's weights, and a digest of its shapes.
 
-    This reads 16 MiB of the base, spread over all tensors.
+    The function reads 16 MiB of the base, spread over all tensors.
     """
     from ...io.checkpoint import fingerprint
 
@@ -90,7 +90,7 @@ def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict
 def check_bases(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
 ) -> tuple[str, ...]:
-    """Return the warnings of `mismatches` for all adapters.
+    """Return the sentences of `mismatches` for all adapters.
 
     Args:
         adapters: (name, adapter) pairs.
@@ -99,7 +99,7 @@ def check_bases(
         strict: whether to raise an error instead of returning warnings.
 
     Raises:
-        CheckFailed: there are warnings, and `strict` is set.
+        CheckFailed: `mismatches` returns a sentence, and `strict` is set.
     """
     found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if found and strict:
@@ -111,10 +111,10 @@ def check_bases(
 def check_base(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
 ) -> tuple[str, ...]:
-    """Call `check_bases` with the fingerprint of the base, which is computed only if an adapter records one.
+    """Call `check_bases`; compute the base's fingerprint only if an adapter records a fingerprint.
 
-    Every check that an adapter belongs to its base uses this function. `formats.read` calls it if a base is given. So
-    does every function that accepts adapters that are already read. Without a base there is nothing to compare.
+    `formats.read` calls this function if a base is given. Functions that accept adapters that are already in memory
+    call it as well. Without a base, it compares nothing.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -133,7 +133,7 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if a merge's own record states that the tuned weights were made from another base.
+    """Return a warning if adapterkit merged the tuned weights from another base, as their merge record states.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -153,7 +153,7 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
 
 
 def merge_record(merged: Checkpoint) -> dict[str, Any]:
-    """Return the record that a merge by adapterkit wrote; empty for other tools' output."""
+    """Return the record that adapterkit's merge wrote into its output folder; empty for the output of other tools."""
     from ...io.checkpoint import read_json
 
     try:
@@ -163,7 +163,7 @@ def merge_record(merged: Checkpoint) -> dict[str, Any]:
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:
-    """List the repositories that a base names: in a pull's record, in its cache folder's name, or in its config."""
+    """List the repositories named in a base's pull record, in the name of its cache folder, or in its config."""
     names = []
     source = source_of(base.folder)
     if source is not None:

@@ -1,7 +1,8 @@
-"""Match two adapters for one mixture of experts without its base: one adapts stacks, the other adapts single experts.
+"""Match two adapters for the same mixture of experts, without the base.
 
-The names and shapes of the adapter with single experts stand in for the missing base. Every family whose file has both
-namings is tried, and all families that fit must agree.
+One adapter changes stacks of experts, the other adapter changes single experts. The names and shapes of the adapter
+with single experts replace those of the missing base. The functions try every family whose file has both namings; all
+families that fit must agree.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
         adapters: adapters for the same unknown base.
 
     Returns:
-        the adapters in the same order. An adapter is unchanged if no family file maps its stacks to the names of the
-        first adapter of single experts, or if no adapter has single experts.
+        the adapters in the same order. An adapter is unchanged if no adapter has single experts. It is also unchanged
+        if no family's file maps its stacks to the names of the first adapter with single experts.
 
     Raises:
         UsageError: two families map a stack to different names.
@@ -45,14 +46,14 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Split updates of whole weights if another adapter has separate updates for the parts, such as gate and up.
+    """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
 
     Args:
         adapters: adapters for one base, in its names.
 
     Returns:
-        the adapters in the same order. A weight stays whole if the others' parts do not cover all of its rows, or if
-        its formula cannot be split.
+        the adapters in the same order. An update is not split if the other adapters' parts do not cover all rows, or if
+        the update's formula cannot be split.
     """
     spans: dict[str, set[tuple[int, int]]] = {}
     for adapter in adapters:
@@ -92,7 +93,7 @@ def _has_stacks(adapter: Adapter) -> bool:
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return the weights that an adapter changes, with their shapes `[out, in]` as far as its updates show them."""
+    """Return a map from each weight that an adapter changes to its shape `[out, in]`, as far as the updates show it."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, updates in adapter.updates.items():
         dims = updates[0].dims(target.stacked)
@@ -103,7 +104,7 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
-    """Split the stacks of one adapter into single experts, if exactly one way of splitting fits."""
+    """Split the stacks of one adapter into single experts, if the family files that fit agree on one result."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
     found: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]
@@ -135,7 +136,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Whether the moves cover a whole stack: every part of every expert."""
+    """Return whether every part of every expert in a stack has a destination."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)
@@ -144,5 +145,5 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
 
 
 def _fit(placed: Sequence[Placed], shapes: Shapes) -> bool:
-    """Whether every part has the shape of the weight that it is moved to."""
+    """Return whether every part has the shape of its destination."""
     return all(fits(there, updates, shapes[f"{there.path}.weight"]) for _, there, updates in placed)

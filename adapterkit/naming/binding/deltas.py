@@ -1,10 +1,10 @@
-"""Compute the whole change that an adapter makes to one weight, for inspection and checks, not for merging."""
+"""Compute the full difference W' - W of one weight, for inspection and checks; merges do not use this module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ...core.adapter import Adapter, Target
 from ...core.updates import Additive, Update
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
     from ...io.checkpoint import Checkpoint
 
+A = TypeVar("A")
+"""A numpy array or torch tensor."""
+
 
 def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
-    """Return W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
+    """Return W' - W of the weight `path` in float32, with axes `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
     _refuse_other_laws(path, adapter.find(path))
@@ -49,17 +52,30 @@ def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) ->
         raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
 
 
-def view(W: torch.Tensor, target: Target) -> torch.Tensor:
-    """Return a stored weight in the view of its target's updates, `[out, in, *k]` or `[e, out, in, *k]`; no copy."""
+def view(W: A, target: Target, bias: bool = False) -> A:
+    """Return a stored weight with the axes that updates use, `[out, in, *k]` or `[e, out, in, *k]`, without a copy.
+
+    Args:
+        W: a numpy array or torch tensor as stored.
+        target: the target, which says the order of the stored axes, and the rows that the updates use.
+        bias: whether W is a bias.
+    """
+    seen: Any = W
+    if bias:
+        seen = seen if target.rows is None else seen[..., slice(*target.rows)]
+        return cast("A", seen)
     if target.layout == "in out *k":
-        W = W.swapaxes(0, 1)
+        seen = seen.swapaxes(0, 1)
     elif target.layout == "e in out *k":
-        W = W.swapaxes(1, 2)
-    return W if target.rows is None else W.narrow(int(target.stacked), target.rows[0], target.rows[1] - target.rows[0])
+        seen = seen.swapaxes(1, 2)
+    if target.rows is not None:
+        rows = slice(*target.rows)
+        seen = seen[:, rows] if target.stacked else seen[rows]
+    return cast("A", seen)
 
 
 def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
-    """Load the updates in the dtype of W and apply them in order to a weight in the target's view."""
+    """Load the updates in the dtype of W and apply them in order to W, whose axes are those of `view`."""
     import torch
 
     device, dtype = W.device, W.dtype
@@ -75,7 +91,7 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
 
 
 def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
-    """Return the shape of the weight in the target's view, as far as the updates alone show it.
+    """Return the weight's shape with the axes of `view`, deduced from the updates alone.
 
     Raises:
         UsageError: the updates do not show the whole shape.
@@ -97,7 +113,7 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
 def weight_shape(
     target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
 ) -> tuple[int, ...] | None:
-    """Return the shape of one weight of a target, from the base if given, or else from the updates.
+    """Return the shape of a target's weight, from the base if `base` is not None, or else from the updates.
 
     Returns:
         `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if unknown.

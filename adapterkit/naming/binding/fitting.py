@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
-    """Whether the updates fit a stored weight with shape `shape`, in the target's layout."""
+    """Return whether the updates fit a stored weight with shape `shape`, which has the target's layout."""
     seen = viewed(shape, target)
     if seen is None:
         return False
@@ -44,11 +44,14 @@ def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) ->
 
 
 def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
-    """Return a stored shape in the view of the target's updates, `[out, in, *k]`; None if it has too few axes."""
+    """Reorder a stored shape to the axes that updates use, `[out, in, *k]`.
+
+    Return None if the shape has too few axes.
+    """
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # Return the shape unchanged: a weight with one axis has no inputs, in any layout.
+    # Return the shape unchanged: the only axis of such a weight is its outputs, in every layout.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -69,29 +72,29 @@ def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop the last sizes of a kernel that are 1: some tools write a one-dimensional kernel with two dimensions."""
+    """Drop trailing sizes of 1 from a kernel's shape: some tools write a one-dimensional kernel with two dimensions."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
 
 
 def paths_of(names: Iterable[str]) -> set[str]:
-    """Return the possible paths of targets: modules with a weight or a bias, and tensors."""
+    """Return the paths that targets may have: modules with a weight or a bias, and names of tensors."""
     paths = set(names)
     paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
     return paths
 
 
 def biasless(base: Checkpoint, path: str) -> bool:
-    """Whether a base has a module's weight but no bias; False if the base has no weight of that name."""
+    """Return whether a base has the weight of module `path`, but not its bias."""
     weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
     return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a live model's tensor that the base stores split or fused; None if unknown."""
-    # Cache the shapes: a reader asks for each stack several times, and each computation visits every expert of the
-    # base.
+    """Return the shape of a tensor in the live model, if the base stores the tensor split or fused; None if unknown."""
+    # Cache the shapes: readers need the shape of each stack several times, and each computation visits every expert of
+    # the base.
     known = _LIVE_SHAPES.setdefault(base, {})
     if name not in known:
         known[name] = _live_shape(base, name)
@@ -107,15 +110,14 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
     if names_family(base.config):
         return None
-    # The base is a folder of plain shards, so its family is unknown. Try all families that have the name; they must
-    # agree.
+    # The family of a folder of plain shards is unknown. Try all families that have the name; their results must agree.
     path = name.removesuffix(".weight")
     found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return found.pop() if len(found) == 1 else None
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
-    """Return a part's share of a fused weight's rows as two numbers, (part, whole)."""
+    """Return the fraction of a fused weight's rows that a part has, as (numerator, denominator)."""
     if not part.heads:
         return 1, part.of
     heads = heads_of(base.config, str(base.root))
@@ -124,14 +126,14 @@ def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
 
 
 def names_family(config: Mapping[str, object] | None) -> bool:
-    """Whether a base's config names a model type or classes, even such that this version does not know."""
+    """Return whether a base's config names a model type or classes, known to this version or not."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 
 
 def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[int, ...] | None:
     try:
         moves = resolve([path], _names_of(base), architecture=architecture, partial=True).moves.get(path)
-    except TargetNotFound:  # Two readings of the name fit.
+    except TargetNotFound:  # The name can mean two different modules.
         return None
     if not moves:
         return None

@@ -1,7 +1,7 @@
 """Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 
-An update with several destinations is split into one update for each: rows of its outputs, or one expert's slice.
-Updates of single experts whose destination is one stack become one update of the stack.
+An update with several destinations is split into one update per destination: some rows of its outputs, or the slice of
+one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def moved(
     shapes: Shapes,
     config: Mapping[str, object] | None = None,
 ) -> list[Placed]:
-    """Apply moves to an adapter's updates.
+    """Split and join an adapter's updates for the base's tensors.
 
     Args:
         updates: the updates by target.
-        moves: the destinations of each target's parts, by the target's path; targets without moves are omitted.
+        moves: for each target's path, where its rows or experts go in the base. The result lacks targets without moves.
         shapes: the shapes of the base's tensors, by name.
-        config: the base's config; the heads stated there determine orders of rows, and the parts of a fused projection.
+        config: the base's config. Its numbers of heads determine the sizes of the parts of a fused projection, and
+            orders of rows.
 
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
@@ -77,7 +78,9 @@ def moved(
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """Turn a target that names some rows of its weight into a target of the part with these rows, and select its moves.
+    """Find the part of a fused weight that consists of the target's rows.
+
+    Return a target without rows and the part's moves.
 
     Raises:
         Unsupported: the rows do not equal one of the parts.
@@ -104,9 +107,9 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config, slices: dict[int, tuple[Update, ...]]
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return the part of a target that one move takes, with the rest of the target's layout.
+    """Return the rows or the expert that one move selects: the new target and its updates.
 
-    `slices` caches each expert's slice for the target's other moves: gate and up of an expert come from the same slice.
+    `slices` caches the slices of experts, because several moves use the same slice: an expert's gate and its up.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -130,9 +133,9 @@ def _taken(
 
 
 def _whole_stack(updates: tuple[Update, ...]) -> bool:
-    """Whether updates are whole weights with three axes.
+    """Return whether all updates replace whole weights with three axes.
 
-    Targets from PEFT's `modules_to_save=["experts"]` have such updates, but are not marked as stacked.
+    PEFT's `modules_to_save=["experts"]` yields such updates, and their targets do not have `stacked` set.
     """
     dims = [update.dims() for update in updates]
     return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
@@ -143,7 +146,7 @@ def _slice(leaf: Leaf, index: int) -> Leaf:
 
 
 def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
-    """Return an update with its rows of outputs in another order."""
+    """Return the update with its output rows in the base's order."""
     rows = _outputs(update, stack, target)
     heads = heads_of(config, str(target))
     changes: dict[str, Any] = {}
@@ -155,7 +158,7 @@ def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Targ
 
 
 def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Array:
-    """Return the order in which row i of the base's tensor is row `order[i]` of the adapter's."""
+    """Return `order`: row i of the base's tensor is row `order[i]` of the adapter's tensor."""
     import numpy as np
 
     plain = np.arange(rows)
@@ -166,7 +169,7 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Ar
 
 
 def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: Config) -> Update:
-    """Return one of several parts of an update's rows of outputs."""
+    """Return an update of one part of a fused weight's rows."""
     size = _outputs(update, stack, target)
     if part.groups:
         update = ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
@@ -174,7 +177,7 @@ def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: C
 
 
 def ungrouped(update: Update, order: Callable[[], Array], stack: bool) -> Update:
-    """Return an update with its outputs reordered to all queries, then all keys, then all values."""
+    """Reorder the output rows of an update: row i of the result is row `order()[i]` of the update."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -184,7 +187,7 @@ def ungrouped(update: Update, order: Callable[[], Array], stack: bool) -> Update
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
-    """Return an update of some of the rows; `update.cuts("out")` says whether its formula allows that."""
+    """Return an update of the output rows `start:stop:step`; call this only if `update.cuts("out")` is true."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -198,7 +201,7 @@ def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> U
 
 
 def _outputs(update: Update, stack: bool, target: Target) -> int:
-    """Return the number of outputs of an update whose formula can be split along them; refuse other updates."""
+    """Return an update's number of outputs; raise NotMergeable if its formula cannot be split along the outputs."""
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, but the base stores the weight in parts"
@@ -207,7 +210,7 @@ def _outputs(update: Update, stack: bool, target: Target) -> int:
 
 
 def _output_axis(update: Update, name: str, leaf: Leaf, stack: bool) -> int | None:
-    """Return the axis of a tensor's outputs; None if the tensor has no outputs."""
+    """Return the index of a tensor's output axis; None if the tensor has no such axis."""
     axis = update.tensor_fields()[name].metadata["axes"].index("out")
     if axis is None:
         return None
@@ -233,13 +236,13 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Array:
-    """Return the order that turns rows ordered by groups into all queries, then all keys, then all values."""
+    """Return the order that sorts grouped rows into all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 
 
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
-    """Return the proportions of queries, keys and values in the rows of a fused projection."""
+    """Return the ratio queries : keys : values of the rows of a fused projection, as three integers."""
     heads = heads_of(config, str(target))
     return heads.query, heads.kv, heads.kv
 
@@ -247,10 +250,10 @@ def _shares(config: Config, target: Target) -> tuple[int, int, int]:
 def _into(
     there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return the target that names the rows of the base's weight, with its updates.
+    """Return a target with the rows that one move writes in the base's weight, and the updates for these rows.
 
-    A target can name only one run of rows. If a part has every second row, its updates become updates of the whole
-    weight with zeros in all other rows. For additive formulas with factors this is exact.
+    A target can name only consecutive rows. If a part consists of every second row, its updates become updates of the
+    whole weight, with zeros in all other rows. This is exact for LoRA.
     """
     if move.into is None:
         return there, updates
@@ -277,7 +280,7 @@ def _into(
 
 
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
-    """Turn an update of every `step`-th row into an update of all rows of the weight."""
+    """Extend a LoRA of every `step`-th row to all rows of the weight, with zeros in the other rows."""
     if update.method != "lora":
         why = f"{update.method} adapts every {step}th row of a weight, because the base stores gate and up interleaved"
         raise NotMergeable(
@@ -294,7 +297,7 @@ def _spread(update: Update, size: int, start: int, step: int, target: Target) ->
 def _stacked(
     key: tuple[str, PathPart | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
 ) -> Placed:
-    """Join updates of single experts into updates of their stack."""
+    """Join the updates of single experts into updates of a stack of experts."""
     path, into = key
     shape = next(shapes[name] for name in (path, f"{path}.weight") if name in shapes)
     first, *_ = slots.values()
@@ -312,7 +315,7 @@ def _stacked(
 
 
 def _one(updates: list[Update | None], target: Target) -> Update:
-    """Join one update per expert into one update of a stack; an expert without an update gets a zero change."""
+    """Join one update per expert into one update of a stack; for an expert without an update, add zeros."""
     given = [update for update in updates if update is not None]
     first = given[0]
     kinds = {type(update) for update in given}
@@ -332,7 +335,10 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 
 
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
-    """Join pairs of factors into a stack: pad ranks with zeros, and fold different scalings into B."""
+    """Join one LoRA per expert into a LoRA of a stack.
+
+    Ranks are padded with zeros. If scalings differ, B is multiplied by the scaling.
+    """
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
     scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
@@ -347,7 +353,8 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # A stack has only one scaling, so multiply by the ratio of the scalings (in float32 or wider).
+                # A stack has only one scaling, so multiply B (and bias) by the ratio of the scalings, in float32 or
+                # wider.
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)

@@ -25,19 +25,19 @@ from .moving import moved
 
 
 def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
-    """Refuse a base whose family differs from the one that the adapter names.
+    """Refuse a base whose family differs from the family that the adapter records.
 
-    The family may also be a part of the base: an adapter for a Llama fits a LLaVA whose language model is a Llama.
-    Models that neither transformers nor a file of this version knows are not compared.
+    A base that contains the family also passes: an adapter for a Llama fits a LLaVA whose language model is a Llama.
+    Models that are neither in transformers nor in a family's file are not compared.
 
-    The user's rules for names take precedence: an adapter that such rules renamed is not compared.
+    An adapter that the user's rules have renamed is not compared, because the user's rules take precedence.
 
     Args:
-        adapter: the adapter, whose lineage may name a family.
+        adapter: the adapter; its lineage may record a family.
         config: the base's config; None skips the comparison.
 
     Raises:
-        TargetNotFound: both name a family, and the families differ.
+        TargetNotFound: the adapter and the base name different families.
     """
     if any(step.op == "rename" for step in adapter.recipe):
         return
@@ -46,7 +46,8 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Accept the same class under another model_type: EXAONE is a Llama with its own model_type in transformers 5.
+    # Accept a base with another model_type if its class is the same: EXAONE has its own model_type in transformers 5,
+    # but the class of a Llama.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -64,7 +65,7 @@ Prefix = tuple[str, str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A target in a base; `weight` and `bias` name stored tensors, or are None."""
+    """The stored tensors of one target: the names of its weight and bias, each None if the base has no such tensor."""
 
     target: Target
     updates: tuple[Update, ...]
@@ -72,14 +73,17 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """Return everything, except tensor values, that determines whether the updates fit; see `Update.form`."""
+        """Return everything that decides whether the updates fit the stored tensors, except values.
+
+        See `Update.form`.
+        """
         weight = None if self.weight is None else shapes[self.weight]
         bias = None if self.bias is None else shapes[self.bias]
         return self.target.layout, self.target.rows, weight, bias, tuple([update.form for update in self.updates])
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Split an adapter into updates of weights and outputs, which have stored tensors, and context updates."""
+    """Split an adapter in two: one with its updates of weights and outputs, and one with its context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -88,16 +92,16 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
 def find_parts(
     adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
 ) -> dict[Target, tuple[Update, ...]]:
-    """Find the parts of the base to which context updates belong; the model itself has an empty name.
+    """Find the module of the base to which each context update belongs; the path of the whole model is empty.
 
     Args:
-        adapter: an adapter with only the context updates.
+        adapter: the adapter that contains only context updates, see `apart`.
         shapes: the shapes of the base's stored tensors, by name.
-        renamed: the change of prefixes that mapped the other updates, if any.
+        renamed: the change of prefix that mapped the adapter's other updates; None if there is none.
         rules: the user's rules for names.
 
     Raises:
-        TargetNotFound: the base does not have a part; the error names the nearest.
+        TargetNotFound: the base does not have a module; the error names the module with the most similar name.
     """
     found: dict[Target, tuple[Update, ...]] = {}
     if not adapter.updates:
@@ -115,7 +119,7 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the change of prefixes that maps a part to the base; an empty change if several changes do."""
+    """Return the change of prefix that maps a module to the base; an empty change if none or several do."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -125,16 +129,17 @@ def _part_change(path: str, modules: set[str]) -> Prefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
-    """The result of resolving an adapter's names against a base.
+    """The result of `find_sites`.
 
     Attributes:
-        sites: one or more sites for each target, in the adapter's order.
-        origins: the adapter's target for each site; for a stack, the first of its targets.
+        sites: the stored tensors of the targets, in the adapter's order. A target that is split has several sites.
+        origins: for each site, the target in the adapter; for a stack joined from single experts, the first expert's
+            target.
         missing: the targets that the base does not have.
         rules: the rules that were used.
-        renamed: the first change of prefixes that was used, as (removed, added).
-        config: the base's config. If it names no family, the family that follows from a rule, or from names and shapes,
-            is added.
+        renamed: the first change of prefix that was used, as (removed, added).
+        config: the base's config. If the base's config names no family, `model_type` is added: from a rule, or deduced
+            from names and shapes.
     """
 
     sites: list[Site]
@@ -156,20 +161,21 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target with only output updates may be any module that contains stored tensors, or any of `modules`.
+    A target that has only output updates may be any module: one that contains stored tensors, or one of `modules`.
 
     Args:
         adapter: the adapter.
         shapes: the shapes of the base's stored tensors, by name.
         partial: whether to omit targets that the base does not have.
-        modules: further modules of the base.
+        modules: names of further modules of the base.
         config: the base's config, for its `model_type`.
         rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
-        TargetNotFound: the base lacks some targets and `partial` is false, or lacks all; two readings of a name fit; or
-            the base's family is not the one that the adapter names, and there are no rules.
-        ShapeMismatch, NotMergeable, Unsupported: a target cannot be split or joined in the way the base stores it.
+        TargetNotFound: the base lacks all targets, or some targets while `partial` is false; a name can mean two
+            different modules; or the adapter records another family than the base's, and there are no rules.
+        ShapeMismatch, NotMergeable, Unsupported: the base stores a target split, fused or stacked, and the update
+            cannot be converted.
     """
     if not adapter.updates:
         return Bound([], [], [])
@@ -225,9 +231,11 @@ def find_sites(
 
 
 def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
-    """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each model.
+    """Map targets with the family file of each part of the base.
 
-    TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
+    An encoder-decoder of two models has a config per model.
+
+    TrOCR's published models are a `vision-encoder-decoder` with a ViT. Transformers 5 renamed the layers of ViT.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
@@ -248,7 +256,7 @@ def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
-    """Return the (weight, bias) names of a module or parameter; None if the base has neither."""
+    """Return the names of a module's weight and bias, each None if absent; None if the base has neither."""
     weight, bias = f"{path}.weight", f"{path}.bias"
     if weight in shapes or bias in shapes:
         return weight if weight in shapes else None, bias if bias in shapes else None
@@ -264,7 +272,7 @@ def _rename(path: str, off: str, on: str) -> str:
 
 
 _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
-"""A substring that all keys of an adapter have."""
+"""Matches the keys of an adapter; every key contains one of these substrings."""
 
 
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
@@ -282,10 +290,11 @@ def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetN
 _PARTLY = "; to omit missing targets, allow a partial match: --allow-partial (allow_partial=True)"
 
 
-# Deduce the family of a base without a config: try every family's file, and compare names and shapes.
+# Find the family of a base without a config: try every family's file, and compare names and shapes.
 #
 # A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
-# families. That is no problem if all of them map an adapter's targets to the same weights.
+# families. If all of these families map the adapter's targets to the same weights, it does not matter which family the
+# base has.
 
 
 Updates = Mapping[Target, tuple[Update, ...]]
@@ -296,18 +305,19 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
     """Find the family whose file maps the targets to weights with fitting shapes.
 
     Args:
-        updates: the targets that are not found yet, with their updates.
+        updates: the targets without a tensor in the base so far, with their updates.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
-        families: the model types of the base that the adapter's statements allow; if empty, all families are tried.
+        families: the model types that the adapter records for its base; if empty, all families are tried.
 
     Returns:
-        the family that maps the most targets, or the first such family; None if no family maps a target.
+        the family that maps the most targets; the first of several families that map the targets alike; None if no
+        family maps a target.
 
     Raises:
         TargetNotFound: two families map the targets differently, and shapes fit both.
-        UsageError: the only family that fits divides a fused projection by heads, and only a config could state their
-            numbers.
+        UsageError: the only family that fits splits a fused projection by heads, and the numbers of heads are unknown
+            without a config.
     """
     some = _one_of_each_form(updates)
     readings: dict[Reading, list[Architecture]] = {}
@@ -321,7 +331,8 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
             continue
         except AdapterkitError:
             continue
-        # Check encoders and decoders: with the base's prefixes, a family's file could map an encoder to a decoder.
+        # Also compare the words before the common ending, because a family's file could map an encoder's layer to a
+        # decoder's layer.
         if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
             readings.setdefault(reading, []).append(architecture)
     most = max(map(len, readings), default=0)
@@ -337,7 +348,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep one target for each name without numbers: there are very many layers and experts, and they are alike."""
+    """Keep one of several targets whose names differ only in numbers, because layers and experts are alike."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -345,18 +356,22 @@ def _one_of_each_form(updates: Updates) -> Updates:
 
 
 def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
-    """Return the moves that a family's file implies for the targets that it knows; empty if a shape does not fit."""
+    """Map the targets with one family's file.
+
+    Return the moves sorted by target, or an empty tuple if a shape does not fit.
+    """
     paths = [target.path for target in updates]
     moves = resolve(paths, names, architecture=architecture, partial=True).moves
     placed = moved(updates, moves, shapes)
-    # Check the family's own layout: one that stores [expert, in, out] cannot fit a base with [expert, out, in].
+    # Use the family's own layout: a family that stores [expert, in, out] must not fit a base that stores [expert, out,
+    # in].
     config = {"model_type": architecture.record.model_types[0]}
     fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
     return tuple(sorted(moves.items())) if fit else ()
 
 
 def _may_be(name: str, place: str) -> bool:
-    """Whether two names may mean the same module, judged by the words before their common ending."""
+    """Whether two names may mean the same module, as far as the words before their common ending show."""
     ours, theirs = name.split("."), place.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -372,7 +387,7 @@ def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: b
 
 
 def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
-    """Return the error for two readings; it names the first target that they map differently, and both results."""
+    """Return an error that names the first target for which two families disagree, and both results."""
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
@@ -387,7 +402,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
 
 
 def _said(moves: Sequence[Move]) -> str:
-    """Return a phrase for an error that names the destinations of the first parts."""
+    """Return a phrase for an error message that names the first two destinations."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
 

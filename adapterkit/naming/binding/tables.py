@@ -1,4 +1,4 @@
-"""List the names in a base to which an adapter's names map, as plain data for tables."""
+"""List, as plain data, the names in a base to which an adapter's names are mapped."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ def name_map(
     rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Return where an adapter's targets are in a base, and the rules that map them.
+    """Return the stored names of an adapter's targets, and the rules that mapped the names.
 
     Args:
         base: an open checkpoint, or its path.
-        adapter: the adapter. If None, the result lists the base's own names, with their names in other tools.
+        adapter: the adapter. If None, the result lists the names in the base, each with the names that other tools use.
         rename: rules for names, each `FROM=TO` or `@FILE`.
         partial: whether to list targets that the base does not have, instead of refusing them.
 
     Returns:
-        `model_type`; `family`, the architecture file of the base, or None; and either `targets`, `rules` and `missing`,
-        or `weights`: one record for each stored name without numbers, with its name in each naming.
+        a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
+        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name (one of
+        several that differ only in numbers), with its name in each naming.
 
     Raises:
-        TargetNotFound: the base does not have a target, or has it twice.
+        TargetNotFound: the base does not have a target, or a target's name can mean two modules.
         ShapeMismatch: the shape of a target's weight does not fit.
     """
     base = opened(base)
@@ -62,7 +63,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[JsonValue]:
-    """List the base's module names without numbers, each with its name in every naming of the family's file."""
+    """List the base's modules (one of several that differ only in numbers) with their names in every naming."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors

@@ -17,10 +17,10 @@ from .moving import moved
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Find the destinations of each target's parts in a naming; targets that the naming does not have are omitted.
+    """Map each target to its names in another naming. The result lacks targets that the naming does not have.
 
     Raises:
-        TargetNotFound: two readings of a name lead to different weights.
+        TargetNotFound: a name can mean two different weights.
     """
     found = {}
     for target, given in updates.items():
@@ -36,20 +36,21 @@ def translated(
     experts: int = 0,
     config: Mapping[str, object] | None = None,
 ) -> dict[Target, tuple[Update, ...]]:
-    """Apply the moves of `moves_of` to updates: split at fused weights, join into stacks or split stacks.
+    """Apply the result of `moves_of` to the updates: split updates of fused weights, and join or split stacks.
 
     Args:
-        updates: the updates by target; updates without moves are omitted.
-        moves: the destinations of each target's parts, by the target's path.
+        updates: the updates by target. The result lacks updates without moves.
+        moves: the result of `moves_of`.
         experts: the number of experts in a stack; 0 for as many as the updates need.
-        config: the base's config; its heads determine how a fused projection is divided.
+        config: the base's config. Its numbers of heads determine the sizes of the parts of a fused projection.
 
     Raises:
         NotMergeable, ShapeMismatch, Unsupported: an update cannot be split or joined.
     """
     found: dict[Target, tuple[Update, ...]] = {}
     for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
-        # Use the layout [out, in] for stacks: only some families' own naming stores experts as [in, out].
+        # Use the layout [e, out, in] for stacks: only some families store experts as [e, in, out], and only in their
+        # own naming.
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there
         found[there] = (*found.get(there, ()), *given)
@@ -64,7 +65,7 @@ def _experts(target: Target, updates: tuple[Update, ...]) -> int:
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape `[e, out, in]` or `[out, in]` of each destination, as far as the updates show it."""
+    """Return the shape of each destination, `[out, in]` or for a stack `[e, out, in]`, as far as updates show it."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for target, given in updates.items():

@@ -1,4 +1,4 @@
-"""Methods that combine adapters: one module each, found by its file name. `COMBINERS["ties"]` is the class `TIES`."""
+"""Methods that combine adapters, one per module: `COMBINERS["ties"]` is the class `TIES` in `ties.py`."""
 
 from __future__ import annotations
 

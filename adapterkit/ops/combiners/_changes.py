@@ -1,4 +1,4 @@
-"""Operations of combiners on the changes of one weight: inner products, sums of factors, small cores."""
+"""Functions that combiners use on the changes of one weight: inner products, sums of factors, small cores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ...io.computed import Array
 
 TINY = 1e-12
-"""A sum of weights below this fraction of their magnitudes counts as zero."""
+"""A sum of weights counts as zero if it is below this fraction of the sum of their magnitudes."""
 
 NOISE = 1e-13
-"""Singular values below this fraction of the largest are rounding noise."""
+"""Singular values below this fraction of the largest singular value count as rounding noise."""
 
 
 def shares(weights: Array) -> Array:
@@ -27,21 +27,21 @@ def shares(weights: Array) -> Array:
     """
     whole = weights.sum()
     if abs(whole) < TINY * abs(weights).sum() or whole == 0:
-        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights with a sum")
+        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights whose sum is not 0")
     result: Array = weights / whole
     return result
 
 
 def gram(deltas: Sequence[Delta]) -> Array:
-    """Return <D_s, D_t> for all pairs of changes, `[T, T]`. Changes with factors are not multiplied out."""
+    """Return <D_s, D_t> for all pairs of changes, `[T, T]`, without forming the products of factors."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
         flat = np.stack([delta.dense().ravel() for delta in deltas])
         product: Array = flat @ flat.T
         return product
-    # <B_s A_s, B_t A_t> is the sum of (B_s^T B_t) * (A_s A_t^T): matrices as small as the ranks, not as large as the
-    # weight.
+    # <B_s A_s, B_t A_t> is the sum over the entries of (B_s^T B_t) * (A_s A_t^T). These matrices have the size of the
+    # ranks, not of the weight.
     found = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
@@ -50,7 +50,7 @@ def gram(deltas: Sequence[Delta]) -> Array:
 
 
 def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
-    """Return sum_t coefficients[t] * D_t, with the factors joined."""
+    """Return sum_t coefficients[t] * D_t; factors are concatenated."""
     import numpy as np
 
     scaled = [delta.scaled(float(c)) for delta, c in zip(deltas, coefficients, strict=True)]
@@ -67,7 +67,7 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """Return left @ core @ right as two factors that share the singular values evenly, without rounding noise."""
+    """Return left @ core @ right as B and A, which share the singular values evenly, without rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)

@@ -1,4 +1,4 @@
-"""The base classes of combiners: a formula over the changes of one weight, and its parameters."""
+"""Base classes of combiners. A combiner is a formula over the changes of one weight, with parameters."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def parameter(
     most: float = math.inf,
     kind: type | None = None,
 ) -> Any:
-    """A field that a user may set.
+    """Return a dataclass field for a parameter that the user may set.
 
     Args:
-        default: the value from the paper; its type is that of the parameter, unless `kind` is given.
-        meaning: a description for lists.
+        default: the default value, from the paper. Its type is the parameter's type, unless `kind` is given.
+        meaning: a description for help texts and tables.
         among: the allowed values; empty allows all.
         least: the smallest allowed number.
         most: the largest allowed number.
@@ -47,35 +47,40 @@ def parameter(
 DEPENDENCES = {
     "factors": "how a change was split into B and A",
     "order": "the order of the adapters",
-    "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
+    "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
-"""The properties, other than the changes, on which a combiner's result may depend; tests check each declaration."""
+"""Causes, besides the changes, by which a combiner's result may vary; tests check each combiner's `depends`."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
 class Combiner(ABC):
-    """A formula that combines several changes into one. Subclasses are frozen dataclasses of parameters.
+    """A formula that combines several changes of a weight into one change.
+
+    Subclasses are frozen dataclasses of parameters.
 
     Attributes:
-        title: the name of the method in print.
+        title: the method's name in tables and documentation.
         paper: the source of the formula.
         data: a description of the `data=` argument, for methods that need more than the adapters.
+        learns: the method of `searching.TextData` that computes `data=` from texts; None if texts do not suffice.
         takes: the smallest and the largest number of adapters; None for no limit.
         dense: whether the result lacks low-rank factors even if all changes have them.
-        compat: peer -> the parameters that reproduce that peer.
+        compat: a map from a peer library to the parameter values that reproduce the peer's results.
         plug: the parameter that names the inner combiner; empty for combiners without an inner one.
         single: parameters that may differ from adapter to adapter.
         based: whether the formula needs the weights of the base.
-        depends: the properties that the result depends on in addition to the changes; keys of `DEPENDENCES`.
-        stages: the number of counting passes over all targets; each may use the counts of earlier passes.
-        sequential: whether targets are computed in order, and `data=` is also called with an adapter of the finished
-            targets.
+        depends: what else the result depends on besides the changes; keys of `DEPENDENCES`.
+        stages: the number of searches for thresholds over all targets; each may use the results of the earlier
+            searches.
+        sequential: whether targets are computed in order, with the finished targets as a third argument of the function
+            `data`.
     """
 
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     data: ClassVar[str | None] = None
+    learns: ClassVar[str | None] = None
     takes: ClassVar[tuple[int, int | None]] = (1, None)
     compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
     plug: ClassVar[str | None] = None
@@ -86,24 +91,25 @@ class Combiner(ABC):
     depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
-        # Subclasses need no decorator, so that a plug-in cannot forget it and silently lose its parameters.
+        # Apply the decorator here: a combiner in a plug-in package that forgot the decorator would silently lose its
+        # parameters.
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
-        """Return each parameter's field by name; a field has the default and the arguments of `parameter`."""
+        """Return a map from names of parameters to fields; a field's metadata has the arguments of `parameter`."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
     def defaults(cls) -> dict[str, Value]:
-        """Return the default of every parameter, including `then` of plug-ins."""
+        """Return the default of every parameter, for a `PlugIn` also the default of `then`."""
         own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 
     @classmethod
     def checked(cls, name: str, value: object) -> Value:
-        """Check a value for a parameter and return it in the parameter's type.
+        """Check a value for a parameter; return the value, converted to the parameter's type.
 
         Raises:
             UsageError: the combiner has no such parameter, or the value is not allowed.
@@ -133,15 +139,15 @@ class Combiner(ABC):
 
     @property
     def counts(self) -> bool:
-        """Whether the formula needs counts over whole adapters before it can compute any target."""
+        """Whether the formula needs statistics of whole adapters (a `Census`) before any target can be computed."""
         return False
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
-        """Return each adapter's factor if the result is always a sum with fixed factors; None for other formulas."""
+        """Return each adapter's factor, if the result is a weighted sum of the changes; None for other formulas."""
         return None
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
-        """Check parameters that constrain each other; raise UsageError."""
+        """Raise UsageError if the values of several parameters do not fit together."""
 
     @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
@@ -150,16 +156,16 @@ class Combiner(ABC):
         Args:
             deltas: the changes of one weight, one per adapter that changes it.
             weights: one weight per change.
-            at: the place of the weight, with its random numbers and counts.
+            at: the context of the formula: the target, random numbers, and statistics of whole adapters.
         """
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
-        """Combine the changes of a bias, `[T, out]`, to `[out]`: the weighted mean, unless a subclass overrides it."""
+        """Combine the changes of a bias, `[T, out]`, to `[out]`; by default sum_t w_t d_t / T."""
         return weights @ changes / len(changes)
 
 
 class Mixture(Combiner):
-    """Combiners with the result sum_t c_t * D_t, c from inner products of the changes. Factors are concatenated."""
+    """Combiners with the result sum_t c_t * D_t, where c depends only on inner products of the changes."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
@@ -173,7 +179,7 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners of singular values and subspaces: the formula gets small cores `[T, p, q]` in common coordinates."""
+    """Combiners whose formula gets small cores `[T, p, q]`: the changes in common bases of outputs and inputs."""
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -189,10 +195,12 @@ class Spectral(Combiner):
 
 
 class PlugIn(Combiner):
-    """Combiners that transform the changes for another combiner, `then`; parameters they do not know go to `then`.
+    """Combiners that transform the changes or the result of another combiner, `then`.
+
+    `settings` are the parameters of `then`.
 
     Attributes:
-        within: defaults from the paper for parameters of the other combiner, if it has them.
+        within: the paper's values for parameters of the combiner `then`; parameters that `then` lacks are ignored.
     """
 
     plug: ClassVar[str | None] = "then"

@@ -1,4 +1,4 @@
-"""Base classes of entrywise combiners: make changes sparse, elect signs, sum or average the entries that agree."""
+"""Base classes of entrywise combiners, which drop entries, elect signs, and sum the entries with the elected sign."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ RESCALES = ("none", "inverse", "norm")
 SIGN = "how the signs are elected: by the sum of the entries, or by the number of entries of each sign"
 WEIGHTED_VOTE = "whether the weights count in the election"
 ZERO_SIGNS = ("+", "majority")
-ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or the sign of most entries in its tensor"
+ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign of most entries (majority)"
 DENOMINATOR = (
-    "the divisor of a sum: the number of adapters with the elected sign, or their weights' sum; all if none has it"
+    "the divisor: the number of adapters with the elected sign, or the sum of their weights; "
+    "if none has this sign, all adapters count"
 )
 DENSITY = "share of the entries to keep"
 SCALE = "factor of the result, lambda"
 KEPT = "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), or int(p n) but at least 1"
-RESCALE = "how kept entries are scaled: divided by their probability (inverse), or to the L1 norm from before (norm)"
+RESCALE = (
+    "how kept entries are scaled: divided by their probability of being kept (inverse), "
+    "or to the L1 norm before dropping (norm)"
+)
 
 
 class Entrywise(Combiner):
-    """Combiners that work on single entries: the formula gets the changes of a tensor in blocks of rows."""
+    """Combiners that work on single entries; their formula gets the changes of a tensor in blocks of rows."""
 
     scale: float = parameter(1.0, SCALE)
 
@@ -49,23 +53,24 @@ class Entrywise(Combiner):
 
     @abstractmethod
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
-        """Return the function that computes one block of the result from a block of the changes.
+        """Return a function that computes one block of the result from one block of the changes.
 
         Args:
-            blocks: the changes; a formula that needs statistics of the whole tensor reads them before it returns.
+            blocks: the changes. If the formula needs statistics of the whole tensor, this method computes them from the
+                blocks.
             weights: one weight per change.
-            at: the place of the tensor.
+            at: the context of the formula.
 
         Returns:
-            a function of changes `[T, rows, columns]` and of the slice of their rows. It may modify the changes, and is
-            called for one block after another, in order.
+            a function of (changes `[T, rows, columns]`, slice of these rows). It may modify the changes. It is called
+            block by block, in order.
         """
 
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
-        """Feed `at.census`, for formulas that need statistics of whole adapters."""
+        """Add the changes of a tensor to `at.census`; only for formulas that need statistics of whole adapters."""
 
     def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
-        """Yield the result, a block of rows at a time."""
+        """Yield (slice of rows, result in these rows), block by block."""
         made = self.formula(blocks, weights, at)
         for rows, changes in blocks:
             yield rows, made(changes, rows)
@@ -90,9 +95,9 @@ class Entrywise(Combiner):
 
 
 class Sparse(Entrywise):
-    """lambda * sum_t w_t M_t S(D_t) / denominator; M_t is 1 for entries with the elected sign, else 0.
+    """lambda * sum_t w_t M_t S(D_t) / denominator, where M_t is 1 for entries with the elected sign, else 0.
 
-    S keeps the entries of `mask`, which a subclass defines, and scales them as `rescale` says.
+    S keeps the entries that the subclass's method `mask` selects, and scales them according to `rescale`.
     """
 
     sign: str = parameter("none", SIGN, among=SIGNS)
@@ -102,15 +107,15 @@ class Sparse(Entrywise):
 
     @abstractmethod
     def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
-        """Return the function that selects the entries to keep.
+        """Return a function that selects the entries to keep.
 
         Returns:
-            a function of changes `[T, rows, columns]` and of the slice of their rows. It returns a mask of that shape
-            (None keeps all entries), and the probability that an entry is kept (1 if the choice is not random).
+            a function of (changes `[T, rows, columns]`, slice of these rows). It returns a mask with the shape of the
+            changes (None keeps all entries), and the probability that an entry is kept (1 if the choice is not random).
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return each change's probability if the mask is purely random, or None for other masks."""
+        """Return each change's probabilities if entries are dropped at random; None for other masks."""
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -126,7 +131,7 @@ class Sparse(Entrywise):
             at.census.add_votes(self._signs(blocks, weights, at))
 
     def _kept(self, blocks: Blocks, at: FormulaContext) -> Formula:
-        """Return the function that makes a block of the changes sparse and scales kept entries, in place."""
+        """Return a function that drops entries of a block and scales the kept entries, in place."""
         import numpy as np
 
         mask, how, chances = self.mask(blocks, at), getattr(self, "rescale", "none"), self.chances(at)
@@ -144,8 +149,8 @@ class Sparse(Entrywise):
         kept = compiled or by_numpy
         if how != "norm":
             return kept
-        # The norms of a whole tensor are known only after a pass over it, so every block is masked twice. Random masks
-        # depend on seed and position alone, and are the same in both passes.
+        # Scaling needs the norms of the whole tensor, so every block is masked twice: first to compute the norms, then
+        # to return entries. Random masks depend only on seed and position, so both masks are equal.
         before, after = np.zeros(blocks.count), np.zeros(blocks.count)
         for rows, changes in blocks:
             before += np.abs(changes).sum((1, 2))
@@ -155,7 +160,7 @@ class Sparse(Entrywise):
         return lambda changes, rows: kept(changes, rows) * factors
 
     def _votes(self, kept: Array, weights: Array) -> Array:
-        """Return, for each entry, a number with the elected sign; zero if the votes cancel."""
+        """Return an array in which each entry has the elected sign, or is zero if the votes cancel."""
         import numpy as np
 
         if self.sign == "total":
@@ -164,7 +169,7 @@ class Sparse(Entrywise):
         return np.asarray(np.tensordot(np.sign(weights), signs, 1) if self.weighted_vote else signs.sum(0, np.int32))
 
     def _signs(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
-        """Return the sum of the elected signs over all entries of a tensor."""
+        """Return the sum of the elected signs (1, 0 or -1) over all entries of a tensor."""
         import numpy as np
 
         kept, total = self._kept(blocks, at), 0
@@ -174,23 +179,24 @@ class Sparse(Entrywise):
         return total
 
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:
-        """Return the sum of the entries with the elected sign, divided by the denominator."""
+        """Return the sum of the entries that have the elected sign, divided by the denominator."""
         import numpy as np
 
         if self.sign == "none":
-            # Without an election, dropped entries also count as agreeing, because mergekit divides by the sum of all
-            # weights.
+            # Without an election, dropped entries also count in the denominator, because mergekit divides by the sum of
+            # all weights.
             divisor = {"none": 1.0, "count": float(len(kept)), "weights": float(weights.sum())}[self.denominator]
             return np.asarray(self.scale * np.tensordot(weights, kept, 1) / (divisor or 1.0))
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # Computing the majority runs the formula at all targets. An entry that no change keeps is zero with any
-            # sign, so the majority is needed only if kept entries cancel exactly.
+            # Use the majority sign only if kept entries cancel exactly, because computing the majority runs the formula
+            # at all targets. If no change keeps an entry, the result is zero with either sign.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
-        # After this product an entry that agrees is positive. The product is exact, because `elected` holds only signs.
+        # After this product, entries with the elected sign are positive. The product is exact, because `elected`
+        # contains only 1 and -1.
         along = kept * elected
         if self.weighted_vote:
             along *= np.sign(weights)[:, None, None]
@@ -207,7 +213,7 @@ class Sparse(Entrywise):
 
 
 def count_of(density: float, total: int, how: str) -> int:
-    """Return how many of `total` entries a density keeps; `how` is one of `COUNTS`."""
+    """Return how many of `total` entries are kept at a density; `how` is one of `COUNTS`."""
     if density >= 1:
         return total
     if how == "reference":
@@ -216,7 +222,7 @@ def count_of(density: float, total: int, how: str) -> int:
 
 
 def largest(D: Array, kept: int) -> Array:
-    """Return a mask of the `kept` largest magnitudes, and of all entries that equal the smallest of these."""
+    """Return a mask of the `kept` largest magnitudes, including all entries that equal the smallest kept magnitude."""
     import numpy as np
 
     if kept <= 0:
@@ -242,11 +248,11 @@ def rescaled(D: Array, mask: Array, chance: Array | float, how: str) -> Array:
 
 
 TINY = 1e-7
-"""With an L1 norm below this, nothing is rescaled."""
+"""A change whose L1 norm is below this number is not rescaled."""
 
 
 def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
-    """Return, for each change of a tensor, the smallest magnitude that the density keeps, `[T, 1, 1]`."""
+    """Return the smallest kept magnitude of each change of a tensor, `[T, 1, 1]`."""
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]
@@ -257,13 +263,13 @@ def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
 def ranks(sizes: Array) -> Array:
     """Return the rank of each magnitude within its row, `[rows, columns]`, 0 for the smallest.
 
-    Magnitudes within 2^-40 of each other count as equal. Equal magnitudes are ranked in the order of their columns.
+    Magnitudes whose relative difference is below 2^-40 count as equal, and are ranked in the order of their columns.
     """
     import numpy as np
 
     rows, columns = sizes.shape
-    # The bits of positive doubles have the same order as the doubles. With the column number in the last bits, sorting
-    # the integers also yields the permutation, in a third of the time of an argsort.
+    # Positive doubles and their bits, read as integers, have the same order. With the column number in the lowest bits,
+    # sorting the integers also yields the permutation, in a third of an argsort's time.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Methods that learn the coefficient of each adapter from a loss that the caller computes."""
+"""Base class and optimisers of methods that learn coefficients from a loss, which the caller computes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the lo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightTrial:
-    """The functions with which a learning combiner evaluates coefficients.
+    """The functions that a learning combiner needs to evaluate coefficients.
 
     Attributes:
-        targets: all targets, in order.
+        targets: all targets, in the order of the result.
         count: the number of adapters, T.
         seed: the seed of random steps.
         combined: a function from coefficients `[T]` of each target to the combined adapter.
         score: a function from an adapter to the caller's loss.
-        products: a function of a target and a gradient `[out, in, *k]`. It returns the gradient's inner product with
-            each part that a coefficient multiplies, `[T]`.
-        changes: a function from a target to the adapters' changes; None for an adapter without a change there.
-        depth: a function from a target to its depth, from 0 to 1; None outside numbered layers.
+        products: a function of (target, gradient `[out, in, *k]`). It returns the inner product of the gradient with
+            each part that has a coefficient, `[T]`.
+        changes: a function from a target to the adapters' changes; None for an adapter without the target.
+        depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
+            layers.
         each: parameters of single adapters.
         wanted: a description of the caller's score, for errors.
     """
@@ -60,18 +61,24 @@ class WeightTrial:
         return _number(said[0] if isinstance(said, tuple) else said)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """Return the loss and its derivatives by the coefficients, for each target whose gradient the caller returns.
+        """Return the loss and its derivatives with respect to the coefficients of each target.
+
+        A target for which the caller returns no gradient is omitted.
 
         Raises:
-            UsageError: the caller returns no gradients, or one at an unknown target.
+            UsageError: the caller returns no gradients, or a gradient of an unknown target.
         """
         said = self.score(self.combined(coefficients))
         if not isinstance(said, tuple) or len(said) != 2 or not isinstance(said[1], Mapping):
-            raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {self.wanted}")
+            raise UsageError(
+                "the score function returned no gradients", where="data", cure=f"data= must be {self.wanted}"
+            )
         unknown = set(said[1]) - {str(target) for target in self.targets}
         if unknown:
-            raise UsageError("a gradient belongs to no target", where=sorted(unknown)[0], cure="Use the targets' paths")
-        # torch gives None as the gradient of a weight that the loss does not depend on.
+            raise UsageError(
+                "a gradient has a path that is not a target", where=sorted(unknown)[0], cure="Use the targets' paths"
+            )
+        # torch returns None as the gradient of a weight on which the loss does not depend.
         given = {target: said[1].get(str(target)) for target in self.targets}
         slopes = {target: self.products(target, G) for target, G in given.items() if G is not None}
         return _number(said[0]), slopes
@@ -80,7 +87,7 @@ class WeightTrial:
         """Return the loss and its gradient by central differences, for coefficients that all targets share."""
         import numpy as np
 
-        # A step takes 2 T + 1 scores, too many if each target had coefficients of its own.
+        # A step needs 2 T + 1 scores. With separate coefficients for each target, a step would need far too many.
         ends = [
             [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
             for unit in np.eye(self.count)
@@ -90,14 +97,15 @@ class WeightTrial:
 
 
 class Learned(Combiner):
-    """A combiner that learns the coefficients of a sum before anything is computed.
+    """A combiner that first learns the coefficients of a sum from the caller's loss.
 
     Attributes:
-        by_part: whether coefficients multiply parts of changes; `matrix` must then apply `at.learned`. Otherwise each
-            coefficient multiplies an adapter's change.
+        by_part: whether each coefficient multiplies a part of a change, such as a direction; `matrix` must then use
+            `at.learned`. Otherwise a coefficient multiplies an adapter's whole change.
     """
 
     data: ClassVar[str | None] = SCORE
+    learns: ClassVar[str | None] = "loss"
     by_part: ClassVar[bool] = False
 
     @abstractmethod
@@ -105,7 +113,7 @@ class Learned(Combiner):
         """Return the coefficients of each target, `[T]`."""
 
     def products(self, changes: Sequence[Change | None], weights: Sequence[float], G: Array) -> Array:
-        """Return the derivatives of <G, result> by the coefficients of one target."""
+        """Return the derivatives of <G, result> with respect to the coefficients of one target."""
         import numpy as np
 
         return np.array([w * inner(change, G) for w, change in zip(weights, changes, strict=True)])
@@ -121,7 +129,7 @@ class Learned(Combiner):
 
 
 class Adam:
-    """Adam over one array.  Kingma and Ba 2014, https://arxiv.org/abs/1412.6980"""
+    """The optimiser Adam for one array.  Kingma and Ba 2014, https://arxiv.org/abs/1412.6980"""
 
     def __init__(self, rate: float, decay: tuple[float, float] = (0.9, 0.999)) -> None:
         self.rate, self.decay, self.steps = rate, decay, 0
@@ -150,8 +158,8 @@ def descend(
         start: the initial free parameters.
         steps: the number of steps.
         rate: the learning rate.
-        per: `task`: all targets share coefficients, and gradients are measured by differences. Else the caller returns
-            gradients.
+        per: `task`: all targets share coefficients, and the gradient is computed by finite differences of the loss. Any
+            other value: the caller returns gradients.
         shape: a function from free parameters to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
@@ -173,7 +181,7 @@ def descend(
 
 
 def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, decay: float) -> dict[Target, Array]:
-    """Run AdamW on the coefficients of each target, and return those of the last step.
+    """Run AdamW on the coefficients of each target, and return the coefficients after the last step.
 
     As in torch, coefficients of targets without a gradient do not change.
     """
@@ -186,7 +194,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without forming the product of factors; G is `[out, in * k]`, or `[e, ...]` for stacked experts."""
+    """Return <D, G> without multiplying factors; G is `[out, in * k]`, for stacked experts `[e, out, in * k]`."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0

@@ -1,4 +1,7 @@
-"""Methods that combine B and A themselves, so that the result depends on how each product was split."""
+"""Base class of methods that combine B and A instead of the product B A.
+
+The result depends on how each product was split into B and A.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,14 @@ ONE_RANK = "Resize all adapters to one rank by adapterkit resize A --rank R, or 
 
 
 class Pairwise(Combiner):
-    """A combiner whose formula gets the factors of each change."""
+    """A combiner whose formula gets B and A of each change."""
 
     @abstractmethod
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
-        """Return B `[out, r]` and A `[r, in * k]` of the result from those of all tasks; B includes the weights."""
+        """Combine the tasks' B and A; return B `[out, r]` and A `[r, in * k]` of the result.
+
+        Each task's B is multiplied by its weight.
+        """
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         from ..lowering import Delta
@@ -42,7 +48,7 @@ def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = 
         UsageError: a change has no low-rank factors, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
-        raise UsageError("a change has no thin factors", where=str(at.target), cure=LOW_RANK)
+        raise UsageError("a change has no low-rank factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
         why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"

@@ -1,4 +1,4 @@
-"""The parameter `scale` for combiners whose formula is for weights only, not for biases."""
+"""A base class with the parameter `scale`, for combiners whose formula applies to weights but not to biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Scaled(Combiner):
-    """A combiner with the parameter `scale`: its formula multiplies weights by it, and this class multiplies biases."""
+    """A combiner with the parameter `scale`.
+
+    The subclass multiplies changes of weights by it, this class changes of biases.
+    """
 
     scale: float = parameter(1.0, SCALE)
 

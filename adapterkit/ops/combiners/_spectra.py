@@ -1,4 +1,4 @@
-"""Building blocks for methods of singular values: polar factors, leading directions, numerical rank."""
+"""Functions for methods that use singular values: polar factors, leading directions, numerical rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def leading(M: Array, count: int | None = None) -> Decomposition:
-    """Return the first singular values and vectors of a core, U `[p, k]`, S `[k]`, Vh `[k, q]`, without noise."""
+    """Return a core's first singular values and vectors, U `[p, k]`, S `[k]`, Vh `[k, q]`, without rounding noise."""
     import numpy as np
 
     from ._changes import NOISE
@@ -23,18 +23,19 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
 
 
 def spanned(cores: Array) -> int:
-    """Return the number of output or input directions that changes `[T, p, q]` span together, whichever is smaller."""
+    """Return the dimension of the span of all cores' columns or of all cores' rows, whichever is smaller."""
     import numpy as np
 
     from ._changes import NOISE
 
-    # Shapes do not show this number: dense changes have the shape of the weight, and factors may be linearly dependent.
+    # Compute the dimension, because shapes do not show it: dense changes have the shape of the weight, and factors may
+    # be linearly dependent.
     both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 
 
 def polar(X: Array) -> Array:
-    """Return the matrix with orthonormal columns (or rows) that is nearest to X."""
+    """Return the matrix with orthonormal columns (or rows, if X is wide) that is nearest to X."""
     import numpy as np
 
     U, _, Vh = np.linalg.svd(X, full_matrices=False)
@@ -43,9 +44,9 @@ def polar(X: Array) -> Array:
 
 
 def joined(parts: list[Decomposition]) -> Decomposition:
-    """Concatenate decompositions, and make their vectors orthonormal together."""
+    """Concatenate several singular value decompositions, and make all singular vectors orthonormal to each other."""
     import numpy as np
 
-    # Directions of different tasks are not orthogonal; the polar factor is the nearest matrix whose columns are.
+    # Directions of different tasks are not orthogonal. The polar factor is the nearest matrix with orthonormal columns.
     U, S, Vh = zip(*parts, strict=True)
     return polar(np.hstack(U)), np.concatenate(S), polar(np.vstack(Vh))

@@ -1,4 +1,4 @@
-"""AdaMerging: learn the coefficients of a sum that minimise a loss: the entropy on unlabelled samples.
+"""AdaMerging: learn the coefficients of a sum that minimise a loss, usually the entropy on unlabelled samples.
 
 Yang et al. 2023, https://arxiv.org/abs/2310.02575
 """
@@ -24,6 +24,7 @@ class AdaMerging(Learned):
     title = "AdaMerging coefficients"
     paper = "https://arxiv.org/abs/2310.02575"
     data: ClassVar[str | None] = SLOPE
+    learns: ClassVar[str | None] = "entropy_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
     start: float = parameter(0.3, "initial coefficients")

@@ -1,9 +1,9 @@
-"""Arcee Fusion: keep the entries of one change that stand out by their size and by their effect on their row's softmax.
+"""Arcee Fusion: keep the important entries of one change, judged by magnitude and by the effect on the row's softmax.
 
-I = |D| KL(softmax(W + D) || softmax(W)), with the divergence of the entry's row; D is kept where I is at least the
-median plus 1.5 interquartile ranges of its tensor. The formula reads whole weights, so it needs the base.
-https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of large tensors
-from a million random entries; here the quartiles are exact.
+The importance of an entry is I = |D| KL(softmax(W + D) || softmax(W)), where KL is the divergence of the entry's row.
+An entry is kept if I is at least the tensor's median plus 1.5 interquartile ranges. The formula contains W, so it needs
+the base. https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of
+large tensors from a million random entries; this module computes exact quartiles.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ArceeFusion(Entrywise):
 
 
 def _divergence(one: Array, other: Array) -> Array:
-    """Return the KL divergence between the softmaxes of each row, `[..., 1]`."""
+    """Return the KL divergence between the softmaxes of corresponding rows, `[..., 1]`."""
     import numpy as np
 
     p, q = _softmax(one) + LEAST, _softmax(other) + LEAST
@@ -66,7 +66,10 @@ def _softmax(X: Array) -> Array:
 
 
 def _threshold(importance: Array) -> float:
-    """Return the median plus 1.5 interquartile ranges; a quartile between two entries is the lower one."""
+    """Return the median plus 1.5 interquartile ranges.
+
+    If a quartile lies between two entries, the lower entry is used.
+    """
     import numpy as np
 
     places = [int(quartile * (len(importance) - 1)) for quartile in (0.25, 0.5, 0.75)]

@@ -1,10 +1,10 @@
-"""Subspace Boosting: raise the small singular values of another method's result to a larger one.
+"""Subspace Boosting: raise the small singular values of another method's result.
 
-S_k is the first singular value at which S_1 + .. + S_k reaches the share beta of the sum of all singular values.
-Smaller values are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, few
-directions hold most of the change. beta = 0.01 as in the authors' code. Directions with a singular value of 0 are not
-raised, so the result of low-rank changes keeps their rank. The authors work on full matrices and raise all directions
-of the weight.
+k is the smallest number for which S_1 + .. + S_k reaches the share beta of the sum of all singular values. All singular
+values after S_k are set to S_k. Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, most
+of the change lies in few directions. beta = 0.01 as in the authors' code. Singular values of 0 stay 0, so that the
+result of low-rank changes has a low rank. The authors work on full matrices and raise all singular values of the
+weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SubspaceBoosting(PlugIn):
     paper = "https://arxiv.org/abs/2506.16506"
 
     beta: float = parameter(
-        0.01, "share of the sum of singular values that ends with the smallest value kept", least=0, most=1
+        0.01, "share of the sum of all singular values that S_1 + .. + S_k reaches", least=0, most=1
     )
 
     @property
@@ -42,7 +42,7 @@ class SubspaceBoosting(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only feeds the census for the inner combiner, and its results are ignored.
+        # This run only collects statistics for the combiner `then`; its result is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

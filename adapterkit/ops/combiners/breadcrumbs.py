@@ -1,7 +1,10 @@
-"""Model Breadcrumbs: drop the largest and smallest entries of each change; then use task arithmetic or an election.
+"""Model Breadcrumbs: drop the largest and smallest entries of each change, and sum the other entries.
 
-Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: the entries between the quantiles 0.85 and 0.993 of a
-layer are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
+The sum is taken with or without a sign election.
+
+Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: in each layer, the entries whose magnitudes lie between
+the quantiles 0.85 and 0.993 are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of
+each row.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ SCOPE = "where the shares are counted: in each tensor, as in the paper, or in ea
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest magnitudes of a tensor, then the smallest."""
+    """lambda * sum_t w_t m_t D_t, where m_t drops the gamma n largest magnitudes of a tensor, and then the smallest."""
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
@@ -55,7 +58,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Sort `count` magnitudes, smallest first; return the first and last place of the entries to keep."""
+    """Return which of `count` magnitudes, sorted from the smallest, are kept: (first index, end index)."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -64,14 +67,14 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 class _Between:
-    """A mask of the entries between two places in the order of magnitudes; equal ones are ordered by position."""
+    """A mask of the entries between two indices of the sorted magnitudes; equal magnitudes are sorted by position."""
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
         import numpy as np
 
         size = blocks.size
-        # Convert the place counted from the smallest to the k of a k-th largest. For an empty span, k is the number of
-        # entries.
+        # Convert an index counted from the smallest to the k of the k-th largest. If no entry is kept, k is the number
+        # of entries.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans
@@ -80,8 +83,8 @@ class _Between:
         found = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
         self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
-        # Magnitudes equal to an end of the span are ranked by position, over all blocks in order. So exactly the wanted
-        # number of entries is kept, even if many are equal.
+        # Several magnitudes may equal the first or last kept magnitude. Rank these by position, over all blocks in
+        # order, so that exactly the requested number of entries is kept.
         self.seen = [[0, 0] for _ in spans]
 
     def __call__(self, sizes: Array, rows: slice) -> Array:

@@ -1,10 +1,10 @@
 """CART: the mean of the changes, plus the leading directions of each task's difference from the mean.
 
-D = mean + scale * sum_t top_k(D_t - mean).  Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults are those
-of its authors for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 tasks they use
-0.16 and 1.5. The authors' share counts directions of the weight (`over=weight`). The default here counts the directions
-that the adapters span, as in Core Space, https://arxiv.org/abs/2509.17786, because 0.12 of the weight's directions are
-usually more than a LoRA has.
+D = mean + scale * sum_t top_k(D_t - mean). Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults are the
+authors' values for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 tasks they use
+0.16 and 1.5. In the authors' code, the share is a share of the weight's directions (`over=weight`). In this module, it
+is by default a share of the directions that the adapters span, as in Core Space, https://arxiv.org/abs/2509.17786: 0.12
+of the weight's directions are usually more than a LoRA has.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-OVER = "what the share counts: directions that the adapters span (core), or all of the weight (weight)"
+OVER = "what the share refers to: directions that the adapters span (core), or all directions of the weight (weight)"
 
 
 class CART(Spectral):
-    """Centred low-rank task vectors, added to the centre."""
+    """The mean of the changes, plus a low-rank approximation of each change's difference from the mean."""
 
     title = "Centred arithmetic with reduced-rank task vectors (CART)"
     paper = "https://arxiv.org/abs/2412.12153"
 
-    share: float = parameter(0.12, "share of the directions that each difference keeps", least=0, most=1)
+    share: float = parameter(0.12, "share of the directions of each task's difference to keep", least=0, most=1)
     over: str = parameter("core", OVER, among=("core", "weight"))
-    scale: float = parameter(2.0, "factor of the differences")
+    scale: float = parameter(2.0, "factor of the tasks' differences from the mean")
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np

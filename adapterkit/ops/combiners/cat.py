@@ -1,4 +1,4 @@
-"""CAT (LoRA Soups): concatenate adapters, weighted at each target by a softmax of learned numbers.
+"""CAT (LoRA Soups): concatenate adapters, each weighted at each target by a softmax of learned logits.
 
 Prabhakar et al. 2024, https://arxiv.org/abs/2410.13025
 """
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class CAT(Learned):
-    """sum_t softmax(z)_t D_t with learned z, all equal at the start."""
+    """sum_t softmax(z)_t D_t with learned logits z, which are equal at the start."""
 
     title = "Learned concatenation (CAT, LoRA Soups)"
     paper = "https://arxiv.org/abs/2410.13025"
     data: ClassVar[str | None] = SLOPE
+    learns: ClassVar[str | None] = "loss_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
     steps: int = parameter(100, "steps of Adam", least=1)

@@ -1,8 +1,8 @@
 """Consensus task arithmetic: keep the entries of the sum that matter to enough of the tasks (TALL masks).
 
-m_t = [|D_t| >= lambda_t |sum D - D_t|];  D = scale * (sum D) * [sum_t m_t >= agree].
-Wang et al. 2024, https://arxiv.org/abs/2405.07813. Its authors choose lambda_t from 0.2 to 0.6 by validation; without
-data, the default here is the middle. Two tasks must agree by default, as in https://github.com/nik-dim/tall_masks.
+m_t = [|D_t| >= lambda_t |sum D - D_t|]; D = scale * (sum D) * [sum_t m_t >= agree]. Wang et al. 2024,
+https://arxiv.org/abs/2405.07813. The authors choose lambda_t between 0.2 and 0.6 on validation data; the default here
+is 0.4. Two tasks must agree by default, as in https://github.com/nik-dim/tall_masks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 class Consensus(Entrywise):
-    """The sum of the changes, without entries that matter to one task only or to none."""
+    """The sum of the changes, without entries that are important for fewer than `agree` tasks."""
 
     title = "Consensus task arithmetic (TALL masks)"
     paper = "https://arxiv.org/abs/2405.07813"
     single = frozenset({"threshold"})
 
-    threshold: float = parameter(0.4, "lambda_t: the least size of an entry relative to the others' sum", least=0)
-    agree: int = parameter(2, "number of tasks that an entry must matter to", least=1)
+    threshold: float = parameter(
+        0.4, "lambda_t: least magnitude of an important entry, relative to the sum of the other tasks", least=0
+    )
+    agree: int = parameter(2, "number of tasks for which an entry must be important", least=1)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
@@ -38,7 +40,7 @@ class Consensus(Entrywise):
             changes *= weights[:, None, None]
             total = changes.sum(0)
             matter = (np.abs(changes) >= levels * np.abs(total - changes)).sum(0)
-            # If fewer adapters change this target than must agree, all of them must.
+            # If fewer than `agree` adapters change this target, all of these adapters must agree.
             kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
             return kept
 

@@ -1,8 +1,9 @@
 """Core Space: apply another method to small cores, D_t = U M_t V^T, with one U and one V for all tasks.
 
-U holds the left singular vectors of [B_1 .. B_T], V the right ones of [A_1; ..; A_T]. Linear methods give the same
-result as on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786; TIES trims each core separately,
-as in https://github.com/apanariello4/core-space-merging.
+The columns of U are the left singular vectors of [B_1 .. B_T], the columns of V the right singular vectors of [A_1; ..;
+A_T]. Linear methods have the same result on cores as on whole matrices. Panariello et al. 2025,
+https://arxiv.org/abs/2509.17786; TIES trims each core separately, as in
+https://github.com/apanariello4/core-space-merging.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class CoreSpace(PlugIn):
 
 
 def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array], Array]:
-    """Return U `[out, p]`, M_t `[p, q]` and V^T `[q, in * k]`: singular vectors of the stacked factors or products."""
+    """Return U `[out, p]`, all M_t `[p, q]`, and V^T `[q, in * k]`."""
     import numpy as np
 
     from ..lowrank import whole_core
@@ -49,12 +50,12 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
-    # Decompose in the small common coordinates; matrices of the weight's size occur only in the products below.
+    # Decompose small matrices in common coordinates; only the products below have the size of the weight.
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:
-        # Dense changes are not compressed, so drop directions without signal: methods that count entries must not count
-        # theirs.
+        # The cores of dense changes are as large as the weight. Drop their directions with only rounding noise, because
+        # methods such as TIES count entries.
         U, Vh = (X[: int((NOISE * s[:1].max(initial=0) < s).sum())] for X, s in ((U.T, S), (Vh, R)))
         U = U.T
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

@@ -1,9 +1,10 @@
 """Compress, then merge: find one pair of bases of rank r for all tasks, and apply another method to the r x r cores.
 
-The result has rank r. The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each scaled to the
-norm beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core
-separately, and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README
-sets TIES's density to 0.25 and scales the result by 0.75.
+The result has rank r. The bases come from a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI). For this
+decomposition, each core is scaled to the norm beta |D_t| + (1 - beta) mean |D|. He et al. 2026,
+https://arxiv.org/abs/2606.03723; TIES trims each core separately, and beta, rounds and tolerance are as in
+https://github.com/ZhengbaoHe/compress-then-merge, whose README sets TIES's density to 0.25 and scales the result by
+0.75.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class CtM(PlugIn):
-    """U then(U^T D_1 V, .., U^T D_T V) V^T, with r columns in U and V."""
+    """U then(U^T D_1 V, .., U^T D_T V) V^T, where U and V have r columns."""
 
     title = "Compress, then merge (CtM)"
     paper = "https://arxiv.org/abs/2606.03723"
     then: str = "ties"
     within: ClassVar = {"scope": "tensor"}
 
-    rank: int | None = parameter(None, "r; the largest rank of a task if not given", least=1, kind=int)
-    beta: float = parameter(0.25, "how far a task keeps its own norm when bases are computed", least=0, most=1)
+    rank: int | None = parameter(None, "r; default: the largest rank of a task", least=1, kind=int)
+    beta: float = parameter(0.25, "from 0 (scale all tasks to one norm) to 1 (keep each norm)", least=0, most=1)
     iterations: int = parameter(1000, "largest number of rounds of HOOI", least=0)
-    tolerance: float = parameter(1e-6, "change of the relative error that ends the rounds", least=0)
+    tolerance: float = parameter(1e-6, "least change of the relative error per round; the rounds end below it", least=0)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -45,7 +46,9 @@ class CtM(PlugIn):
         cores = np.stack(common.cores)
         rank = self.rank or max(delta.rank for delta in deltas)
         if rank < 1:
-            raise UsageError("the changes have no thin factors, so no rank", where="rank", cure="Give --rank (rank=)")
+            raise UsageError(
+                "the changes have no low-rank factors, and so no rank", where="rank", cure="Give --rank (rank=)"
+            )
         U, V = self._bases(cores, min(rank, *cores.shape[1:]))
         merged = self.inner.matrix([whole(U.T @ M @ V) for M in cores], weights, at)
         return Delta(common.left @ U, merged.dense() @ (V.T @ common.right))
@@ -58,8 +61,8 @@ class CtM(PlugIn):
         X = cores * np.where(sizes > 0, wanted / np.where(sizes > 0, sizes, 1.0), 0.0)
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
-        # A round only needs the spans of the previous round, not single vectors. `then` depends on single vectors, so
-        # these are computed after the last round.
+        # A round needs only the spans of the previous round's vectors. The combiner `then` needs the vectors, so they
+        # are computed after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):
@@ -77,19 +80,22 @@ class CtM(PlugIn):
 
 
 WIDE = 7
-"""Matrices with fewer columns than this times the rank are decomposed, because iterating would take longer."""
+"""Matrices with fewer columns than this factor times the rank are decomposed fully, which is then faster."""
 
 SETTLED = 1e-10
-"""The residual of a span, relative to its smallest eigenvalue, at which an iteration ends."""
+"""The iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
-"""The largest ratio that products may create between lengths of vectors before these are made orthonormal again."""
+"""Vectors are orthonormalized again before products make their lengths differ by more than this factor."""
 
 PRODUCTS = 24
-"""The largest number of products with a matrix; decomposing a matrix of 128 columns takes as long as 50."""
+"""The largest number of products with a matrix.
+
+50 products take as long as the decomposition of a matrix with 128 columns.
+"""
 
 PAUSE = 8
-"""After the iteration failed for a matrix, this many following matrices are decomposed instead."""
+"""After the iteration failed for one matrix, this many of the next matrices are decomposed without an iteration."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
@@ -98,14 +104,14 @@ def _gram(X: Array, V: Array | None = None) -> Array:
 
     tasks, rows, columns = X.shape
     Y = X if V is None else (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
-    # One product of all matrices side by side takes a third of the time of one product per task.
+    # One product of all matrices, concatenated, takes a third of the time of a product per task.
     side = np.ascontiguousarray(Y.swapaxes(0, 1)).reshape(rows, -1)
     found: Array = side @ side.T
     return found
 
 
 def _first(gram: Array, rank: int) -> Array:
-    """Return the first eigenvectors of the Gram matrix: the left singular vectors of the matrices side by side."""
+    """Return the first eigenvectors of a Gram matrix: the left singular vectors of the concatenated matrices."""
     import numpy as np
 
     vectors: Array = np.linalg.eigh(gram)[1]
@@ -113,10 +119,10 @@ def _first(gram: Array, rank: int) -> Array:
 
 
 class _Spans:
-    """Computes the spans of the first eigenvectors of matrices that differ little from one to the next."""
+    """Compute the spans of the first eigenvectors of a sequence of matrices, each similar to the previous matrix."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.pause = rank, 2  # The spans change much in the first round.
+        self.rank, self.pause = rank, 2  # Do not iterate in the first round, in which the spans change much.
 
     def first(self, gram: Array, near: Array) -> tuple[Array, float]:
         """Return an orthonormal basis of the span of the first eigenvectors, and the sum of their eigenvalues."""
@@ -133,7 +139,10 @@ class _Spans:
 
 
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
-    """Find the span by subspace iteration from a nearby span; None if that is slow or the result cannot be proven."""
+    """Find the span by subspace iteration from a similar span.
+
+    None if the iteration is slow or its result cannot be verified.
+    """
     import numpy as np
 
     square, products = float((gram * gram).sum()), 0
@@ -141,8 +150,8 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Each eigenvalue outside the span is at most the norm of the remainder outside the span. If this norm is not
-        # smaller than every eigenvalue in the span, a better span may exist.
+        # Verify the result: each eigenvalue outside the span is at most the norm of the matrix's remainder. If this
+        # norm is not smaller than every eigenvalue in the span, another span may contain larger eigenvalues.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

@@ -1,7 +1,8 @@
-"""DARE: drop entries at random and scale up the rest to keep the expected value; then use task arithmetic.
+"""DARE: drop entries at random, scale up the other entries to keep the expected value; then use task arithmetic.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with 0.1 of the entries. For
-merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, which is the default here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with a tenth of the entries. For
+merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is also the default
+here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Dare(Sparse):
 
 
 def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
-    """Draw the mask of the entries to keep; each adapter's density is the probability of an entry."""
+    """Return a function that draws the mask of entries to keep.
+
+    An adapter's density is the probability of each entry.
+    """
     import numpy as np
 
     if min(densities) >= 1:
@@ -58,5 +62,5 @@ def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
 
 
 def chances(densities: Sequence[float]) -> list[Chance | None]:
-    """Return the probability that an entry of each adapter is kept, for the compiled loop."""
+    """Return each adapter's probability that an entry is kept, for the compiled loop."""
     return [None if density >= 1 else Chance(density) for density in densities]

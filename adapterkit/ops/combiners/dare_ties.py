@@ -1,7 +1,8 @@
-"""DARE and TIES: drop entries at random and scale up the rest; then elect signs and average the entries that agree.
+"""DARE and TIES: drop entries at random, scale up the other entries, elect signs, and average the entries that agree.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with 0.1 of the entries. For
-merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, which is the default here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with a tenth of the entries. For
+merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is also the default
+here.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from ._entrywise import Mask
 
 
-TRIM = "share of the randomly kept entries of a tensor to keep, the largest ones; MergeLM keeps 0.2"
+TRIM = "share of the remaining entries of a tensor to keep after the random drop, the largest ones; MergeLM keeps 0.2"
 
 
 class DareTIES(Sparse):
-    """lambda * the mean of the entries of m_t D_t / p that have the elected sign."""
+    """lambda * the mean of those entries of m_t D_t / p that have the elected sign."""
 
     title = "DARE, then TIES"
     paper = "https://arxiv.org/abs/2311.03099"
@@ -63,7 +64,7 @@ class DareTIES(Sparse):
         chance = drawn(at.each(self, "density"), at)
         if self.trim >= 1:
             return chance
-        # A mask depends on the position of the block, so read the blocks themselves instead of a sample.
+        # Read all blocks instead of a sample, because a random mask depends on the positions of entries.
         selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
 
         def once() -> None:

@@ -1,10 +1,11 @@
-"""DC-Merge: even out each task's singular values, and run TIES in one pair of bases that covers all tasks.
+"""DC-Merge: make each task's singular values more equal, and run TIES in bases that all tasks share.
 
-The first r singular values of task t are replaced by values with the same sum: all equal (average) or on a line. The
-bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In these bases, each task keeps its largest entries, signs
-are elected, and entries with the elected sign are averaged. Entries that pair directions of two different tasks are
-dropped. Zhang et al. 2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share,
-0.001, is the authors' for vision models and for LLaVA, where r is 16, the rank of their LoRA.
+The first r singular values of task t are replaced by values with the same sum: all equal (average), or linearly
+decreasing (linear). The bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In these bases, each task keeps
+its largest entries, signs are elected, and entries with the elected sign are averaged. Each row and each column then
+belongs to one task; entries whose row and column belong to different tasks are dropped. Zhang et al. 2026,
+https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The default share of kept entries, 0.001, is
+the authors' value for vision models and for LLaVA (r = 16, the rank of their LoRA).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-SMOOTHING = "the singular values of a task: all equal (average), or on a line (linear)"
+SMOOTHING = "the new singular values of a task: all equal (average), or linearly decreasing (linear)"
 
 
 TIED = 1e-9
-"""Relative tolerance for ties: entries below the threshold by less than this fraction are kept too."""
+"""Relative tolerance: entries that are below the threshold by less than this fraction are also kept."""
 
 
 class DCMerge(Scaled, Spectral):
@@ -34,10 +35,12 @@ class DCMerge(Scaled, Spectral):
     paper = "https://arxiv.org/abs/2603.06242"
 
     directions: int | None = parameter(
-        None, "directions that a task keeps; all of its rank if not given", least=1, kind=int
+        None, "number of directions that a task keeps; default: its rank", least=1, kind=int
     )
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
-    rho: float = parameter(5.0, "largest ratio of the largest to the smallest singular value on a line", least=1)
+    rho: float = parameter(
+        5.0, "with smoothing=linear, upper limit of the ratio of the first to the last singular value", least=1
+    )
     density: float = parameter(0.001, DENSITY, least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -48,19 +51,20 @@ class DCMerge(Scaled, Spectral):
         found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in found if found.size else ():
             sizes = np.sort(np.abs(M), None)
-            # Entries of directions that no other task shares differ only by rounding, so keep ties at the threshold.
+            # Allow a tolerance at the threshold: entries of directions that no other task shares differ only by
+            # rounding.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
         merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)
-        # Each row and each column of M stands for a direction of one task. Keep entries whose row and column share a
-        # task.
+        # Each row and each column of M stands for a direction of one task. Keep entries whose row and column belong to
+        # the same task.
         owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
         own = owner[: U.shape[1], None] == owner[: V.shape[0]]
         return np.asarray(self.scale * U @ (merged * own) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Return more even singular values with the same sum."""
+        """Return singular values with the same sum that are equal, or decrease linearly."""
         import numpy as np
 
         if not len(S):

@@ -1,8 +1,10 @@
-"""DELLA: drop small entries more often than large ones, by their rank in a row; then elect signs and take the mean.
+"""DELLA: drop entries at random, small entries of a row more often.
+
+Then elect signs and average the entries that agree.
 
 Deep et al. 2024, https://arxiv.org/abs/2406.11617. The defaults follow https://github.com/declare-lab/della. Its README
-drops 0.3 of the entries with a window of 0.14; its code sets `epsilon = window_size / 2`. As in that code, the vote and
-the mean both use weighted changes.
+drops 0.3 of the entries with a window of 0.14, and its code sets `epsilon = window_size / 2`. As in the authors' code,
+both the vote and the mean use weighted changes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for its largest."""
+    """DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for the largest."""
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
@@ -37,7 +39,7 @@ class Della(Sparse):
     }  # fmt: skip
 
     density: float = parameter(0.7, "mean probability that an entry is kept", least=0, most=1)
-    epsilon: float = parameter(0.07, "largest distance of a probability from the mean", least=0, most=1)
+    epsilon: float = parameter(0.07, "largest difference of an entry's probability from the mean", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
     sign: str = parameter("total", SIGN, among=SIGNS)
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
@@ -61,7 +63,8 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
-                    # The stream starts at the block's first entry, so the result does not depend on how blocks are cut.
+                    # Draw from the position of the block's first entry on, so that the result does not depend on the
+                    # sizes of blocks.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance
 

@@ -1,9 +1,10 @@
-"""EMR: elect one change from all; for a given task, apply the task's mask and scale to it.
+"""EMR: elect one change from all changes; for a given task, mask and scale the elected change.
 
-The sign of an entry is the sign of the sum, its size the largest magnitude with that sign. Task t takes the entries
-that agree with the sign of its own change, times lambda_t. lambda_t is the sum over tensors of the task's mean
-magnitude, divided by the same sum for the masked change. Huang et al. 2024, https://arxiv.org/abs/2405.17461,
-https://github.com/harveyhuang18/EMR_Merging. Without a task, the result is the elected change itself.
+An entry of the elected change has the sign of the sum, and the largest magnitude of the entries with that sign. The
+result for task t consists of the elected entries that have the sign of task t's own change, times lambda_t. lambda_t is
+the sum over tensors of the mean magnitude of the task's change, divided by the same sum for the masked change. Huang et
+al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging. Without a task, the result is
+the elected change itself.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class EMR(Entrywise):
-    """lambda_t [D D_t > 0] D, with D = sign(sum w D_t) max_t |w D_t|, the maximum over changes with D's sign."""
+    """lambda_t [D D_t > 0] D with D = sign(sum w D_t) max_t |w D_t|; the maximum is over the changes with D's sign."""
 
     title = "Elect, mask and rescale (EMR)"
     paper = "https://arxiv.org/abs/2405.17461"
     stages: ClassVar[int] = 0
 
     task: int | None = parameter(
-        None, "the adapter, counted from 0, whose mask and scale are applied; none if not given", least=0, kind=int
+        None, "index (from 0) of the adapter whose mask and scale are applied; default: none", least=0, kind=int
     )
 
     @property
@@ -75,7 +76,7 @@ class EMR(Entrywise):
 
 
 def _elected(changes: Array) -> Array:
-    """Return the largest magnitude that has the sign of the sum, with that sign."""
+    """Return, for each entry, the largest value with the sign of the sum."""
     import numpy as np
 
     sign = np.where(changes.sum(0) > 0, 1.0, -1.0)

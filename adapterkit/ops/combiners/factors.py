@@ -1,8 +1,8 @@
-"""Combine all A and all B separately by another combiner; the product contains terms B_s A_t of different tasks.
+"""Combine all A and all B separately with another combiner, so that the result contains products B_s A_t of two tasks.
 
 PEFT combines factors in this way for `linear`, `ties`, `dare_*` and `magnitude_prune`:
-https://huggingface.co/docs/peft/developer_guides/model_merging.
-With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B gets sqrt|c|.
+https://huggingface.co/docs/peft/developer_guides/model_merging. With c_t = w_t * scaling_t, the weight of A_t is
+sign(c_t) sqrt|c_t|, and the weight of B_t is sqrt|c_t|.
 """
 
 from __future__ import annotations

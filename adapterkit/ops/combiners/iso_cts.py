@@ -1,8 +1,8 @@
-"""Iso-CTS: combine directions of the sum with directions of each task; make them orthonormal, with one singular value.
+"""Iso-CTS: join directions of the sum with directions of each task, orthonormalize them, and use one singular value.
 
-The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T from what is left of
-its change outside those k. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in
-https://github.com/danielm1405/iso-merging.
+The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its own
+change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R =
+0.8 as in https://github.com/danielm1405/iso-merging.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class IsoCTS(Scaled, Spectral):
-    """scale * mean(S) * polar(U) polar(V)^T over common and task-specific directions."""
+    """scale * mean(S) * polar(U) polar(V)^T, where U and V contain the common and the task-specific directions."""
 
     title = "Isotropic merging with task-specific directions (Iso-CTS)"
     paper = "https://arxiv.org/abs/2502.04959"

@@ -1,4 +1,4 @@
-"""Karcher mean: find the point of the sphere with the least sum of squared angles to the changes, by fixed-point steps.
+"""Karcher mean: find the point on the sphere with the least sum of squared angles to the changes, by iteration.
 
 Karcher 1977, https://doi.org/10.1002/cpa.3160300502; for models: https://arxiv.org/abs/2603.04972
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Karcher(Mixture):
-    """The intrinsic mean of the directions, times the weighted mean of the lengths."""
+    """The Karcher mean of the changes' directions, times the weighted mean of their norms."""
 
     title = "Karcher mean"
     paper = "https://arxiv.org/abs/2603.04972"
@@ -24,10 +24,13 @@ class Karcher(Mixture):
 
     scale: float = parameter(1.0, SCALE)
     iterations: int = parameter(100, "largest number of steps", least=1)
-    tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
+    tolerance: float = parameter(1e-5, "the search ends after a step that is shorter than this", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        """Return the mean's coefficients. All vectors are sums of the changes' unit vectors, so cosines are enough."""
+        """Return the coefficients of the mean.
+
+        Cosines are enough, because all vectors are sums of the changes' unit vectors.
+        """
         import numpy as np
 
         sizes = np.sqrt(gram.diagonal())
@@ -37,7 +40,7 @@ class Karcher(Mixture):
         w = shares(weights)
         parts = valid * w / ((valid * w).sum() or 1.0)
         mean = _unit(parts, cosines, self.tolerance)
-        # If the points cancel, they have no mean direction; the search then starts at one of the points.
+        # Start at one of the points if their sum is zero, because the sum then has no direction.
         if mean is None:
             mean = np.eye(len(w))[int(valid.argmax())]
         for _ in range(self.iterations):

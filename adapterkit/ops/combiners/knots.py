@@ -1,7 +1,8 @@
-"""KnOTS: apply another method to aligned coordinates, [D_1 .. D_T] = U [S V_1 .. S V_T], with one U for all tasks.
+"""KnOTS: apply another method to S V_1, .., S V_T from [D_1 .. D_T] = U S [V_1 .. V_T], with one U for all tasks.
 
-Stoica et al. 2024, https://arxiv.org/abs/2410.19735. Computed by QR of the factors, without matrices of the weight's
-size. S is multiplied into V, and entries of all targets compete, as in https://github.com/gstoica27/KnOTS (`s_on_V`).
+Stoica et al. 2024, https://arxiv.org/abs/2410.19735. A QR decomposition of the factors avoids matrices of the weight's
+size. As in https://github.com/gstoica27/KnOTS (`s_on_V`), S is multiplied into V, and TIES trims the entries of all
+targets together.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class KnOTS(PlugIn):
             aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
             return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
         B = np.hstack([delta.B for delta in deltas])
-        # Runs that only count do not need the orthonormal columns, which have as many rows as the weight.
+        # Runs that only collect statistics do not need U, which has as many rows as the weight.
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
-        # Keep the coordinates as products of rank r, formed a few rows at a time: an eighth of the work for eight
-        # tasks.
+        # Keep S V_t as a product of rank r, of which a few rows are computed when needed. For eight tasks this takes an
+        # eighth of the work.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

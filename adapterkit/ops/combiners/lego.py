@@ -1,8 +1,10 @@
-"""LoRA-LEGO: pair each row of A with its column of B, cluster the pairs of all tasks; each centre becomes one rank.
+"""LoRA-LEGO: cluster the pairs (row of A, column of B) of all tasks.
+
+Each cluster's centre is one pair of the result.
 
 The largest entry of a centre is scaled to the mean of its members' largest entries. The result is multiplied by
 sqrt(pairs / ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the
-default rank are from the code of CtM's authors, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
+default rank are from `merge_MSUs` by the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Lego(Scaled, Pairwise):
-    """Minimal semantic units, recombined by k-means."""
+    """Pairs of a row of A and a column of B (minimal semantic units), clustered by k-means."""
 
     title = "LoRA-LEGO"
     paper = "https://arxiv.org/abs/2409.16167"
     depends: ClassVar = frozenset({"factors", "order", "size", "seed"})
 
-    rank: int | None = parameter(None, "rank of the result; the largest rank of a task if not given", least=1, kind=int)
-    starts: int = parameter(10, "number of starts of k-means; the best one counts", least=1)
+    rank: int | None = parameter(None, "rank of the result; default: the largest rank of a task", least=1, kind=int)
+    starts: int = parameter(10, "number of starts of k-means; the best result is used", least=1)
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         import numpy as np
@@ -56,12 +58,14 @@ def _centre(members: Array) -> Array:
 
 
 def clusters(gram: Array, count: int, chances: Array) -> Array:
-    """Run k-means on points given by their inner products; return each point's cluster `[n]`. No cluster is empty.
+    """Run k-means on points, of which only inner products are known; return each point's cluster `[n]`.
+
+    No cluster is empty.
 
     Args:
         gram: the inner products of the points, `[n, n]`.
         count: the number of clusters.
-        chances: numbers in [0, 1) `[starts, count]` for drawing the first centres (k-means++).
+        chances: random numbers in [0, 1), `[starts, count]`, to draw the first centres (k-means++).
     """
     import numpy as np
 
@@ -74,7 +78,7 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Draw points far from each other: probabilities grow with the squared distance to the points drawn before."""
+    """Draw the first centres; a point's probability is proportional to its squared distance to the nearest centre."""
     import numpy as np
 
     chosen = [int(chances[0] * len(gram))]
@@ -89,14 +93,18 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
-    # Compute |x - y|^2 from inner products, because a point is as long as a row and a column of the weight together.
+    # Compute |x - y|^2 from inner products, because a point has as many numbers as a row and a column of the weight
+    # together.
     sizes = gram.diagonal()
     found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
     return found
 
 
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
-    """Run Lloyd's steps until no point moves to another cluster; an empty cluster gets the most remote point."""
+    """Run Lloyd's algorithm until no point changes its cluster.
+
+    An empty cluster gets the point farthest from its centre.
+    """
     import numpy as np
 
     distances: Array = np.zeros((len(owner), count))

@@ -1,9 +1,10 @@
 """LiNeS: scale another method's result from alpha in the first layer to alpha + beta in the last.
 
-Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general and
-change less. Targets outside numbered layers are scaled by alpha. For T tasks, the authors choose beta up to 1 by
-validation. Their alpha is the norm of the sum of the changes, divided by T times the norm of the merged change (after
-task arithmetic, alpha is 1 / T). For a single task beta = 1 - alpha, the default here.
+Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers contain general
+features and should change less. Targets outside numbered layers are scaled by alpha. For T tasks, the authors choose
+beta (at most 1) on validation data. Their alpha is the norm of the sum of the changes, divided by T times the norm of
+the merged change; after task arithmetic, alpha is 1 / T. For a single task, they use beta = 1 - alpha, which is the
+default here.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ class LiNeS(PlugIn):
     paper = "https://arxiv.org/abs/2410.17146"
 
     alpha: float | None = parameter(
-        None, "factor in the first layer and outside layers; 1 / number of tasks if not given", least=0, kind=float
+        None, "factor in the first layer and outside numbered layers; default: 1 / number of tasks", least=0, kind=float
     )
-    beta: float | None = parameter(
-        None, "what the factor gains up to the last layer; 1 - alpha if not given", kind=float
-    )
+    beta: float | None = parameter(None, "the factor in the last layer is alpha + beta; default: 1 - alpha", kind=float)
 
     @property
     def dense(self) -> bool:

@@ -1,8 +1,8 @@
-"""LoraHub: search for one weight per adapter without gradients on a few examples; sum A and B separately.
+"""LoraHub: search for one weight per adapter on a few examples, without gradients; sum all A and all B separately.
 
-min over w in [-bound, bound] of loss(w) + penalty * mean|w|, by an evolution strategy with one parent and one child;
-the step grows when a child is better.  Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are those
-of https://github.com/sail-sg/lorahub, which searches with nevergrad instead.
+Minimise loss(w) + penalty * mean|w| over w in [-bound, bound], by an evolution strategy with one parent and one child.
+The step grows if the child is better. Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are from
+https://github.com/sail-sg/lorahub, which searches with nevergrad.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class LoraHub(Learned):
-    """(sum_t w_t B_t)(sum_t w_t A_t), or with apart=False exactly sum_t w_t B_t A_t."""
+    """(sum_t w_t B_t)(sum_t w_t A_t); with apart=False sum_t w_t B_t A_t."""
 
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
 
-    apart: bool = parameter(True, "sum A and B separately, which adds products of different adapters' factors")
-    steps: int = parameter(40, "number of scores to compute", least=1)
+    apart: bool = parameter(True, "sum A and B separately, which yields products of different adapters' factors")
+    steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
-    penalty: float = parameter(0.05, "factor of the mean magnitude of the weights in the loss", least=0)
+    penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
@@ -44,7 +44,8 @@ class LoraHub(Learned):
         for _ in range(self.steps - 1):
             tried = np.clip(best + step * random.standard_normal(trial.count), -self.bound, self.bound)
             cost = self._cost(trial, tried)
-            # The one-fifth rule: if one child in five is better, the step stays; if more are better, it grows.
+            # The one-fifth rule: if more than one child in five is better than its parent, the step grows, otherwise it
+            # shrinks.
             step *= 1.5 if cost < least else 1.5**-0.25
             if cost < least:
                 best, least = tried, cost

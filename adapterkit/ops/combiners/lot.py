@@ -1,8 +1,8 @@
 """LOT: find the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
-D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t.  Sun et al. 2025, https://arxiv.org/abs/2505.23859,
-equation 9, https://github.com/SunWenJu123/model-merging. It is RegMean without the factor of off-diagonal entries.
-Directions without any input get no change, where RegMean takes the mean.
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t. Sun et al. 2025, https://arxiv.org/abs/2505.23859,
+equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the factor of off-diagonal entries. In
+directions without any input, LOT changes nothing, while RegMean uses the mean of the changes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """Least squares over the given inputs; factors stay thin."""
+    """The least-squares solution over the inputs; the result of low-rank factors has low-rank factors."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"
     data: ClassVar[str | None] = INPUTS
+    learns: ClassVar[str | None] = "inputs"
 
-    tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
+    tolerance: float = parameter(1e-10, "eigenvalues count as 0 below this fraction of the largest", least=0, most=1)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -35,7 +36,7 @@ class LOT(Combiner):
         from ..lowering import Delta
 
         grams = [w * gram_of(at, t, delta.shape[1]) for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))]
-        # Directions in which no task has inputs get no change: the pseudo-inverse is zero there.
+        # The pseudoinverse is zero in directions without inputs from any task, so these directions do not change.
         below = np.linalg.pinv(summed(grams), self.tolerance, hermitian=True)
         maps = [G @ below for G in grams]
         A = np.vstack([delta.A @ through for delta, through in zip(deltas, maps, strict=True)])

@@ -1,6 +1,7 @@
 """Magnitude pruning: drop the smallest entries of each change, and sum the rest.
 
-Han et al. 2015, https://arxiv.org/abs/1506.02626; applied to task vectors, it is TIES without an election.
+Han et al. 2015, https://arxiv.org/abs/1506.02626. Applied to task vectors, the method is TIES without the sign
+election.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MagnitudePrune(Sparse):
-    """lambda * sum_t w_t * the largest entries of D_t."""
+    """lambda * sum_t w_t top(D_t), where top keeps the largest entries."""
 
     title = "Magnitude pruning"
     paper = "https://arxiv.org/abs/1506.02626"

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point between base and mean that is nearest to the centre of fine-tuned weights."""
+    """The point between the base and the mean of the changes that is nearest to the centre of fine-tuned weights."""
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "replace a negative mean cosine by 0, so that the result does not pass the base")
+    clamp: bool = parameter(True, "replace a negative mean cosine by 0; the result is then the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -26,7 +26,7 @@ class MultiSlerp(Mixture):
 
     normalize: bool = parameter(True, "divide the weights by their sum")
     scale: float = parameter(1.0, SCALE)
-    eps: float = parameter(1e-8, "lengths below this count as 0", least=0)
+    eps: float = parameter(1e-8, "norms below this number count as 0", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np
@@ -41,7 +41,7 @@ class MultiSlerp(Mixture):
         if length <= self.eps:
             raise UsageError("the weighted directions cancel, so they have no mean", cure="Choose other weights")
         m = w / length
-        # v in the coordinates of the u_t: w - (sum_t w_t u_t . m) m.
+        # The coefficients of v as a sum of the u_t: w - (sum_t w_t u_t . m) m.
         v = w - float(w @ cosines @ m) * m
         size = float(np.sqrt(max(v @ cosines @ v, 0.0)))
         turned = m * np.cos(size) + (v * (np.sin(size) / size) if size > self.eps else 0.0)

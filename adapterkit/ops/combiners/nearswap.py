@@ -1,8 +1,8 @@
-"""NearSwap: limit each entry of one change to a given distance, so that near weights are swapped and far ones moved.
+"""NearSwap: limit the magnitude of each entry of one change to t.
 
-D' = D * min(1, t / |D|), so entries up to t do not change.  By alchemonaut 2024, whose model with t = 0.0001 is
-https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. To go from adapter A towards B, apply it to B - A and add
-A.
+D' = D * min(1, t / |D|). By alchemonaut 2024, whose model with t = 0.0001 is
+https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. To move from adapter A towards adapter B, apply NearSwap
+to B - A, and add A.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ._entrywise import Formula
 
 LEAST = 1e-6
-"""Smaller changes count as this size, as in mergekit."""
+"""Smaller magnitudes are replaced by this number before the division, as in mergekit."""
 
 
 class NearSwap(Entrywise):
@@ -31,7 +31,7 @@ class NearSwap(Entrywise):
     takes = (1, 1)
     compat: ClassVar = {"mergekit": {}}
 
-    t: float = parameter(1e-4, "largest distance of an entry from the base", least=0)
+    t: float = parameter(1e-4, "largest magnitude of a change's entry", least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np

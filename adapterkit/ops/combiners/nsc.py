@@ -1,10 +1,10 @@
-"""NSC: learn coefficients of a sum that keep the tasks' inputs out of the null space of their adapters.
+"""NSC: learn coefficients of a sum that minimise the part of the tasks' inputs in the null space of their adapters.
 
-Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter computes only A z of an input z, so it ignores the part of
-z in the null space of A. This part has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length. AdamW
-minimises the mean of this share over inputs, tasks and targets in the last quarter of the layers, without labels or
-outputs. The default steps, start and rate are the authors' for vision models. For language models,
-https://github.com/wonyoung01/nsc_merging uses start=2.4/T, steps=500 and rate=3e-4.
+Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter uses an input z only as A z, so it ignores the part of z
+in the null space of A. The length of this part, divided by the length of z, is sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T
+z). AdamW minimises the mean of this ratio over inputs, tasks, and targets in the last quarter of the layers. Labels and
+outputs are not needed. The default steps, start and rate are the authors' values for vision models. For language
+models, https://github.com/wonyoung01/nsc_merging uses start=2.4/T, steps=500 and rate=3e-4.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ RIDGE = 1e-8
 
 
 class NSC(Learned):
-    """sum_t c_t D_t with learned c, from `start`."""
+    """sum_t c_t D_t with learned c_t, whose initial value is `start`."""
 
     title = "Null-space compression (NSC)"
     paper = "https://arxiv.org/abs/2603.26317"
     data: ClassVar[str | None] = SPACES
+    learns: ClassVar[str | None] = "inputs_and_spaces"
 
-    blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are used", least=0, most=1)
+    blocks: float = parameter(
+        0.25, "share of the layers whose inputs are used, counted from the last layer", least=0, most=1
+    )
     start: float = parameter(0.4, "initial coefficients")
     steps: int = parameter(100, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
@@ -57,10 +60,11 @@ class NSC(Learned):
 
 
 class Spaces:
-    """The spaces of inputs that the adapters read, which are spanned by the rows of their A.
+    """For each adapter, the space of inputs that it uses, which the rows of its A span.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.
+        reads: (task, path) of every adapter that changes such a target.
     """
 
     def __init__(self, trial: WeightTrial, blocks: float) -> None:
@@ -68,14 +72,15 @@ class Spaces:
         self._seen: dict[tuple[int, str], tuple[Array, Array]] = {}
         self.paths = [str(target) for target in trial.targets if self._add(trial, target, blocks)]
         if not self.paths:
-            why = "the last layers have no target with thin factors"
+            why = "the last layers have no target with low-rank factors"
             raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
+        self.reads = frozenset(self._seen)
 
     def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
         import numpy as np
 
         depth = trial.depth(target)
-        # Targets outside numbered layers, such as a head, do not belong to a block.
+        # Omit targets outside numbered layers, such as a head.
         late = blocks == 1 or (depth is not None and depth >= 1 - blocks)
         if not late or target.stacked:
             return False
@@ -89,19 +94,19 @@ class Spaces:
         return True
 
     def loss(self, inputs: Mapping[tuple[int, str], Any]) -> Any:
-        """Return the mean share of the inputs that the adapters do not read.
+        """Return the mean ratio |part of an input in the null space of A| / |input|.
 
         Args:
-            inputs: the inputs `[.., in]` of each target under the combined adapter, by task and path: numpy arrays, or
-                tensors of a library with numpy's operators and `new_tensor`.
+            inputs: a map from (task, path) to the inputs `[.., in]` of that target, computed with the combined adapter:
+                numpy arrays, or tensors of a library with numpy's operators and `new_tensor`.
 
         Raises:
-            UsageError: inputs belong to a target whose inputs are not used.
+            UsageError: a key of `inputs` has a path that is not in `paths`.
         """
         unknown = [key for key in inputs if key not in self._seen]
         if unknown or not inputs:
             where = ", ".join(map(str, unknown[0])) if unknown else "inputs"
-            raise UsageError("inputs belong to no target that is used", where=where, cure="Use spaces.paths")
+            raise UsageError("inputs have a path that is not in spaces.paths", where=where, cure="Use spaces.paths")
         shares = [self._share(key, z) for key, z in inputs.items()]
         return sum(shares[1:], shares[0]) / len(shares)
 
@@ -110,5 +115,5 @@ class Spaces:
         A, inverse = (like(values) for values in self._seen[key])
         seen = z @ A.T
         square = 1 - (seen * (seen @ inverse)).sum(-1) / ((z * z).sum(-1) + RIDGE)
-        # Rounding may give a negative number, which has no root.
+        # Clip at zero, because rounding may yield a negative number, which has no square root.
         return (square.clip(1e-12) ** 0.5).mean()

@@ -1,9 +1,9 @@
-"""PCB: entries compete within their task and between tasks; the best entries of each task are averaged by their scores.
+"""PCB: give each entry a score within its task and between tasks, and average the entries, weighted by their scores.
 
-Magnitudes are clamped to their quantiles 0.0001 and 0.9999 and scaled to [0, 1] as m_t; an entry's score is
-exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio become 0, and scores above are scaled to the range
-from 0 to 1. The result is the mean of the clamped entries weighted by these scores.  Du et al. 2024,
-https://arxiv.org/abs/2410.02396. The quantiles are those of a whole adapter, as in
+A task's magnitudes are clamped to their quantiles 0.0001 and 0.9999, and scaled to [0, 1] as m_t. The score of an entry
+x_t is exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio become 0, and the other scores are scaled to
+the range from 0 to 1. The result is the mean of the clamped entries, weighted by the scores. Du et al. 2024,
+https://arxiv.org/abs/2410.02396. Quantiles are computed over a whole adapter, as in
 https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05 in the examples.
 """
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     Wanted = Callable[[int, int], int]
 
 OUTSIDE = 1e-4
-"""The share of the smallest, and of the largest, magnitudes that are clamped."""
+"""The share of magnitudes that are clamped at each end: the smallest and the largest."""
 
 
 class PCB(Entrywise):
-    """lambda * sum_t s_t x_t / sum_t s_t."""
+    """lambda * sum_t s_t x_t / sum_t s_t with scores s_t and clamped entries x_t."""
 
     title = "Parameter competition balancing (PCB)"
     paper = "https://arxiv.org/abs/2410.02396"
     depends: ClassVar = frozenset({"size"})
     stages: ClassVar[int] = 2
 
-    ratio: float = parameter(0.1, "share of the entries of a task that count", least=0, most=1)
+    ratio: float = parameter(0.1, "share of a task's entries to keep, those with the best scores", least=0, most=1)
     scope: str = parameter(
         "model", "where quantiles are computed: in the whole adapter or in each tensor", among=("model", "tensor")
     )
@@ -72,7 +72,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in found], (3, -1, 1, 1))
-        # The quantile is among the positive scores if these are enough; otherwise it is a negative score.
+        # If there are enough positive scores, the quantile is a positive score, otherwise a negative score.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -86,7 +86,11 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return three searches: the quantile 1 - ratio of positive scores, of negative ones, and the best score."""
+        """Return the functions `wanted` of `Blocks.select` for three searches per change.
+
+        The searches find the quantile 1 - ratio among positive scores, the same quantile among negative scores, and the
+        maximum.
+        """
 
         def place(total: int) -> int:
             return total - min(int(total * (1 - self.ratio)), total - 1)
@@ -105,7 +109,7 @@ class PCB(Entrywise):
 
 
 def _ends(count: int) -> list[Wanted]:
-    """Return the places of the quantiles of magnitudes, counted from the largest."""
+    """Return the ranks of both quantiles of magnitudes, counted from the largest."""
     low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
     high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
     return [*[low] * count, *[high] * count]
@@ -129,9 +133,9 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 
 
 def _signed(scores: Array) -> Array:
-    """Return the positive and negative parts of scores, and the positive ones again."""
+    """Return three series: positive scores, magnitudes of negative scores, and the positive scores again."""
     import numpy as np
 
-    # Selections find the k-th largest of nonnegative numbers, so each sign is a separate series.
+    # A `Selection` finds the k-th largest of nonnegative numbers, so each sign needs a separate series.
     positive = np.maximum(scores, 0.0)
     return np.concatenate([positive, np.maximum(-scores, 0.0), positive])

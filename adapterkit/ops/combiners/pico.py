@@ -1,9 +1,9 @@
-"""Pico: damp directions of B that many tasks share, apply another method, and rescale the result.
+"""Pico: damp the output directions that many tasks share, apply another method, and rescale the result.
 
-[B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-scaled to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. In
-https://github.com/yixuantt/Pico, the class also rescales the merged change. The command there merges nothing, and
-rescales each change to its previous norm.
+[B_1 .. B_T] = U S V^T; a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2); B_t <- (I + U diag(a - 1) U^T) B_t; the result is
+scaled to the mean Frobenius norm of the changes. Tang and Yang 2026, https://arxiv.org/abs/2604.16826. In
+https://github.com/yixuantt/Pico, the class rescales the merged change in the same way. The command in that repository
+merges nothing, and rescales each change to the norm before damping.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-RESCALE = "what is rescaled: the merged change, to the mean norm; each damped change, to its previous norm; or nothing"
+RESCALE = "rescale the merged change to the mean norm, each damped change to its norm before damping, or nothing"
 
 
 class Pico(Scaled, PlugIn):
-    """A plug-in that runs before any method of sums or singular values."""
+    """A plug-in that transforms the changes for a method of sums or of singular values."""
 
     title = "Pico: shared output directions damped before another method"
     paper = "https://arxiv.org/abs/2604.16826"
@@ -66,7 +66,7 @@ class Pico(Scaled, PlugIn):
 
 
 def _brought(delta: Delta, size: float) -> Delta:
-    """Return the change scaled to another Frobenius norm; a change of zero stays zero."""
+    """Return the change scaled to the Frobenius norm `size`; a change of zero stays zero."""
     from ..lowrank import norm
 
     now = norm(delta)

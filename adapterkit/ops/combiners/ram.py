@@ -1,8 +1,8 @@
 """Reinforced agent merging: keep entries that only one task changed, and average entries that several tasks changed.
 
-An entry counts as changed if its magnitude is above epsilon. Reinforcement learning changes few entries; products of
-thin factors change nearly all.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572; epsilon is `threshold` of
-https://github.com/xiangchi-yuan/mrl.
+An entry counts as changed if its magnitude is above epsilon. Reinforcement learning changes few entries of a weight,
+but products of low-rank factors change nearly all entries. Yuan et al. 2026, https://arxiv.org/abs/2601.13572; epsilon
+is `threshold` of https://github.com/xiangchi-yuan/mrl.
 """
 
 from __future__ import annotations

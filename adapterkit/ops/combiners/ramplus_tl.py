@@ -1,9 +1,11 @@
-"""Reinforced agent merging plus, tensor by tensor: scale up a task's own entries, by its share of common ones.
+"""Reinforced agent merging plus (RAM+): scale up the entries that only one task changed.
 
-Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that task t and
-others changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
-default r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is
-counted in each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
+Ratios are counted per tensor.
+
+Entries that only task t changed are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that both
+task t and other tasks changed, divided by the number of entries that only task t changed. Yuan et al. 2026,
+https://arxiv.org/abs/2601.13572. The default r and alpha are from https://github.com/xiangchi-yuan/mrl, which counts
+over the whole model. This module counts in each tensor, like mergekit, whose defaults for r and alpha are 0.1 and 0.2.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class RAMPlus(Entrywise):
-    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n if n > 1 tasks changed an entry, else task t's factor."""
+    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n for entries that n > 1 tasks changed, else task t's factor."""
 
     title = "Reinforced agent merging plus (RAM+), tensor by tensor"
     paper = "https://arxiv.org/abs/2601.13572"
     depends: ClassVar = frozenset({"size"})
     compat: ClassVar = {"mergekit": {"r": 0.1, "alpha": 0.2}}
 
-    r: float = parameter(0.05, "how much the share of common entries scales a task's own entries", least=0)
-    alpha: float = parameter(1.0, "largest ratio of common to own entries that counts", least=0)
+    r: float = parameter(0.05, "r, which scales the entries that only one task changed", least=0)
+    alpha: float = parameter(1.0, "alpha, the upper limit of rho", least=0)
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:

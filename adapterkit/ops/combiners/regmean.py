@@ -1,12 +1,12 @@
 """RegMean: find the change whose outputs on each task's inputs are nearest to that task's outputs, in closed form.
 
-D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, off-diagonal entries times alpha.
-Jin et al. 2022, https://arxiv.org/abs/2212.09849
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, whose off-diagonal entries are multiplied by alpha. Jin
+et al. 2022, https://arxiv.org/abs/2212.09849
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], the target's inputs"
+CUT = 1e-12
+"""Eigenvalues of the summed inner products below this share of the largest count as zero."""
+
 ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """Least squares over all tasks; the factors B_t (A_t G_t) stay thin."""
+    """The least-squares solution over all tasks; the result of low-rank factors has low-rank factors B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
     data: ClassVar[str | None] = INPUTS
+    learns: ClassVar[str | None] = "inputs"
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)
 
@@ -36,7 +40,7 @@ class RegMean(Combiner):
 
 
 def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: FormulaContext) -> Delta:
-    """Return the RegMean of one weight."""
+    """Compute the combined change of one weight."""
     import numpy as np
 
     from ..lowering import Delta
@@ -46,13 +50,30 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
     whole = summed(grams)
-    # Directions without inputs from any task get the mean.
+    # In directions without inputs from any task, use the mean of the changes.
     unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
-    below = np.linalg.pinv(summed(grams), 1e-12, hermitian=True)
-    A = np.vstack([delta.A @ (G @ below) for delta, G in zip(deltas, grams, strict=True)])
-    rests = [delta.rest @ (G @ below) for delta, G in zip(deltas, grams, strict=True) if delta.rest is not None]
-    return Delta(np.hstack([delta.B for delta in deltas]), A, summed(rests) if rests else None)
+    divided = _divider(summed(grams), 1 - alpha if min(weights) >= 0 else 0.0)
+    A = divided(np.vstack([delta.A @ G for delta, G in zip(deltas, grams, strict=True)]))
+    rests = [delta.rest @ G for delta, G in zip(deltas, grams, strict=True) if delta.rest is not None]
+    return Delta(np.hstack([delta.B for delta in deltas]), A, divided(summed(rests)) if rests else None)
+
+
+def _divider(G: Array, damping: float) -> Callable[[Array], Array]:
+    """Return a function X -> X G^+, for a symmetric G. Eigenvalues below `CUT` times the largest count as zero.
+
+    Args:
+        G: a weighted sum of damped inner products.
+        damping: 1 - alpha if no weight is negative, else 0.
+    """
+    import numpy as np
+
+    # Every eigenvalue is at least `damping` times the smallest diagonal entry, and at most the trace. If these bounds
+    # show that none is cut, solve the linear system: a tenth of the time of the eigenvectors.
+    if damping * G.diagonal().min() > CUT * G.trace():
+        return lambda X: np.asarray(np.linalg.solve(G, X.T).T)
+    inverse = np.linalg.pinv(G, CUT, hermitian=True)
+    return lambda X: np.asarray(X @ inverse)
 
 
 def _damped(G: Array, alpha: float) -> Array:
@@ -76,10 +97,10 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     if at.part not in ("weight", "bias"):
         raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method without data")
     said: Any = at.asks(at.present[t], where)
-    # The caller may return a torch tensor on any device; torch is not imported for this.
+    # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
-        why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"
+        why = f"the inputs have shape {list(X.shape)}, but the weight has {columns} columns; or an input is not finite"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
     X = X.reshape(-1, columns)
     G: Array = X.T @ X

@@ -1,4 +1,4 @@
-"""RegMean++: RegMean with inputs from the model in which the earlier targets are already merged.
+"""RegMean++: RegMean with inputs that are computed by the model in which earlier targets are already merged.
 
 Nguyen et al. 2025, https://arxiv.org/abs/2508.03121
 """
@@ -25,6 +25,7 @@ class RegMeanPlus(Combiner):
     data: ClassVar[str | None] = (
         "a callable: inputs(position of the adapter, target's path, adapter of the targets merged so far or None) -> X"
     )
+    learns: ClassVar[str | None] = "inputs_so_far"
     sequential: ClassVar[bool] = True
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)

@@ -1,8 +1,8 @@
-"""RobustMerge: drop small entries of A and B, scale each rank by what A lost, and sum the factors separately.
+"""RobustMerge: drop small entries of A and B, scale up each rank to replace what A lost, and sum A and B separately.
 
-A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), where s_t is task t's share of the ratios |A_t|_1 / |A_t'|_1, row by row;
-a ratio below a given quantile of its task's ratios is replaced by that quantile.  Zeng et al. 2025,
-https://arxiv.org/abs/2502.17159. The defaults are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`,
+A = c sum_t A_t'; B = c sum_t B_t' diag(s_t). For each row, s_t is the ratio |A_t|_1 / |A_t'|_1, normalised over the
+tasks. A ratio below a quantile of its task's ratios is first replaced by this quantile. Zeng et al. 2025,
+https://arxiv.org/abs/2502.17159. The defaults are from https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`,
 `att_ratio`, `fuse_weight` in llava/model/builder.py).
 """
 
@@ -33,7 +33,7 @@ class RobustMerge(Pairwise):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
-    quantile: float = parameter(0.8, "quantile of a task's scales; smaller scales are raised to it", least=0, most=1)
+    quantile: float = parameter(0.8, "quantile of a task's scales to which smaller scales are raised", least=0, most=1)
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
@@ -53,6 +53,6 @@ class RobustMerge(Pairwise):
     def _pruned(self, X: Array, t: int, at: FormulaContext) -> Array:
         density = at.each(self, "density")[t]
         if self.kept == "reference" and density < 1:
-            # The authors keep entries from the int((1 - p) n)-th smallest on: one more than ceil(p n).
+            # The authors keep all entries from the int((1 - p) n)-th smallest on, which are ceil(p n) + 1 entries.
             return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
         return X * largest(X, count_of(density, X.size, self.kept))

@@ -1,8 +1,8 @@
-"""SCE: select the entries that vary most between changes, compute weights from their squares, and erase minorities.
+"""SCE: select the entries that vary most between changes, weight changes by their squares, and erase minority signs.
 
 Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
-In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), the selected entries only determine the
-weights, and all entries are merged with these weights. The default share of 0.1 is from the authors' fusechat-sce.yml.
+In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), all entries are merged; the selection only
+determines the weights. The default share of 0.1 is from the authors' fusechat-sce.yml.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ UNSELECTED = "whether entries that were not selected are dropped, or merged with
 
 
 class SCE(Entrywise):
-    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries, with w_t the share of D_t in their mean squares."""
+    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries.
+
+    The factor w_t is proportional to the adapter's weight times the sum of the squares of D_t's selected entries.
+    """
 
     title = "SCE"
     paper = "https://arxiv.org/abs/2408.07990"
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the entries that vary at all to select, those that vary most", least=0, most=1
+        0.1, "share of the entries to select, those that vary most; constant entries do not count", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))
@@ -71,7 +74,7 @@ class SCE(Entrywise):
 
 
 def _spread(changes: Array) -> Array:
-    """Return the variance of each entry between changes, `[1, ...]`."""
+    """Return the variance of each entry over the changes, `[1, ...]`."""
     import numpy as np
 
     apart = changes - changes.mean(0)

@@ -1,4 +1,4 @@
-"""Spherical interpolation: D = (sin((1 - t) a) D_1 + sin(t a) D_2) / sin(a), where a is the angle between the two.
+"""Spherical interpolation: D = (sin((1 - t) a) D_1 + sin(t a) D_2) / sin(a), where a is the angle between D_1 and D_2.
 
 Shoemake 1985, https://doi.org/10.1145/325165.325242. If the changes are nearly parallel or opposite, the interpolation
 is linear.
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Slerp(Mixture):
-    """The point on the great circle from the first change to the second; lengths are interpolated in the same way."""
+    """A point on the great circle from the first change to the second.
+
+    The norm is interpolated with the same formula.
+    """
 
     title = "Spherical interpolation (SLERP)"
     paper = "https://doi.org/10.1145/325165.325242"
@@ -27,11 +30,13 @@ class Slerp(Mixture):
 
     t: float | None = parameter(
         None,
-        "fraction of the way from the first to the second; the second's share of the weights if not given",
+        "position between the first change (0) and the second (1); default: second weight / sum of weights",
         kind=float,
     )
     scale: float = parameter(1.0, SCALE)
-    threshold: float = parameter(0.9995, "cosine from which the interpolation is linear", least=0, most=1)
+    threshold: float = parameter(
+        0.9995, "magnitude of the cosine above which the interpolation is linear", least=0, most=1
+    )
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

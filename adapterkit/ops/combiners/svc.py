@@ -1,9 +1,9 @@
-"""Singular value calibration: scale down those directions of a merged change to which several tasks contribute.
+"""Singular value calibration: scale down the singular values of a merged change to which several tasks contribute.
 
-D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by
-T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1, tasks without common directions
-keep their plain sum. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and
-to 0.2 after Iso-CTS.
+D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by T /
+sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. With alpha = 1, the sum of tasks without common
+directions does not change. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C,
+and to 0.2 after Iso-CTS.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""Relative threshold below which a task's change in a direction counts as rounding noise."""
+"""A task's change in a direction counts as rounding noise below this fraction of the whole change."""
 
 
 class SVC(PlugIn):
-    """A plug-in that runs after any method."""
+    """A plug-in that transforms the result of any method."""
 
     title = "Singular value calibration (SVC) of another method's result"
     paper = "https://arxiv.org/abs/2602.05536"
 
-    alpha: float = parameter(1.0, "least contribution of a task in a direction", least=1e-6)
+    alpha: float = parameter(1.0, "lower limit of a task's contribution to a direction", least=1e-6)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -38,7 +38,7 @@ class SVC(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only feeds the census for the inner combiner, and its results are ignored.
+        # This run only collects statistics for the combiner `then`; its result is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

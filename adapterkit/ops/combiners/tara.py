@@ -1,9 +1,9 @@
 """TARA: learn a coefficient for every direction of every adapter from the tasks' entropies, weighted by preference.
 
-Jeong et al. 2026, https://arxiv.org/abs/2603.26299. With `factors` (Variant A) the directions are the rank-one products
-b_j a_j of each adapter, with `shared` (Variant B) the singular directions of all changes concatenated. Coefficients
-start at `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)), with p_t = 1 / T if no
-preference is given. The default start, steps and rate are those for eight tasks in
+Jeong et al. 2026, https://arxiv.org/abs/2603.26299. The directions are either the rank-one products b_j a_j of each
+adapter (`factors`, the paper's Variant A), or the singular directions of all changes, concatenated (`shared`, Variant
+B). All coefficients are initially `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)),
+with p_t = 1 / T by default. The default start, steps and rate are the values for eight tasks in
 https://github.com/wooseong97/TARA-Merge.
 """
 
@@ -41,13 +41,14 @@ class TARA(Learned):
     title = "Task-rank anisotropy alignment (TARA)"
     paper = "https://arxiv.org/abs/2603.26299"
     data: ClassVar[str | None] = TOGETHER
+    learns: ClassVar[str | None] = "entropies_together"
     by_part: ClassVar[bool] = True
     single = frozenset({"preference"})
 
     directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
     start: float = parameter(3.2, "sum of the initial coefficients over the tasks")
-    preference: float | None = parameter(None, "weight of a task; 1 / T if not given", kind=float, least=0)
-    alpha: float = parameter(1.0, "smoothness: the nearer to 0, the more the worst task counts", least=0)
+    preference: float | None = parameter(None, "weight of a task; default: 1 / T", kind=float, least=0)
+    alpha: float = parameter(1.0, "smoothness of the loss: near 0, it is the loss of the worst task", least=0)
     steps: int = parameter(250, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
     decay: float = parameter(0.01, "weight decay of AdamW", least=0)
@@ -63,7 +64,10 @@ class TARA(Learned):
         shares = [1 / trial.count if share is None else share for share in shares]
 
         def together(losses: Sequence[Any], alone: Sequence[Any] | None = None) -> Any:
-            """Combine the tasks' losses into one: floats, or scalars of any library with `exp` and `log`."""
+            """Combine the tasks' losses into one loss.
+
+            Losses are floats, or scalars of any library with `exp` and `log`.
+            """
             if len(losses) != trial.count:
                 why = f"{len(losses)} losses for {trial.count} tasks"
                 raise UsageError(why, where="data", cure="Return one loss for each task")
@@ -85,7 +89,7 @@ class TARA(Learned):
 
         stacked = any(change is not None and change.experts is not None for change in changes)
         total: Any = 0.0
-        # Stacked experts share the coefficient of each direction, as they share the number of directions.
+        # All experts of a stack have the same number of directions, and share one coefficient per direction.
         for expert, row in enumerate(side_by_side(changes)):
             slopes = []
             for w, part in zip(weights, self._parts(row), strict=True):
@@ -106,14 +110,14 @@ class TARA(Learned):
         scales = at.learned * np.repeat(weights, [part.rank for part in parts])
         if self.directions == "factors":
             return Delta(np.hstack([part.B for part in parts]) * scales, np.vstack([part.A for part in parts]))
-        # All parts have the same B, so the result keeps its rank.
+        # All parts have the same B, so the result has the rank of this B.
         ends = np.split(scales, len(parts))
         return Delta(parts[0].B, summed(c[:, None] * part.A for c, part in zip(ends, parts, strict=True)))
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
-        # A bias has no directions, so it is scaled by the mean coefficient.
+        # A bias has no directions; scale it by the mean of the adapter's coefficients.
         learned = at.learned if at.learned is not None and len(at.learned) else np.full(1, self.start / len(changes))
         made: Array = weights @ changes * learned.mean()
         return made
@@ -122,15 +126,15 @@ class TARA(Learned):
         """Return the number of coefficients of a target.
 
         Raises:
-            UsageError: a change has no low-rank factors, and so no directions.
+            UsageError: a change has no low-rank factors; without factors there are no directions.
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
-            raise UsageError("a change has no thin factors", where=str(target), cure=LOW_RANK)
+            raise UsageError("a change has no low-rank factors", where=str(target), cure=LOW_RANK)
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return each change as a sum of rank-one directions, each a column of B times a row of A."""
+        """Return each change as the list of its rank-one directions; a direction is a column of B and a row of A."""
         import numpy as np
 
         from ..lowering import Delta

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 2.0**-40
-"""The relative difference up to which entries count as equal except for rounding."""
+"""Entries count as equal up to this relative difference, because equal entries may be rounded differently."""
 
 
 class TIES(Sparse):
-    """lambda * the mean of the entries, among the largest of their change, that have the elected sign."""
+    """lambda * the mean of the entries that are among the largest of their change and have the elected sign."""
 
     title = "TIES"
     paper = "https://arxiv.org/abs/2306.01708"
@@ -67,7 +67,7 @@ class TIES(Sparse):
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         super().count(blocks, weights, at)
         densities = at.each(self, "density")
-        # The vote for a majority comes after the thresholds are known, and must not feed them again.
+        # During the vote for a majority, do not count again, because the thresholds are already known.
         if not at.census.voting:
             wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
             at.census.count(at.present, blocks, wanted)
@@ -81,8 +81,8 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Coordinates that are computed twice can round differently; KnOTS, for example, omits its bases while it
-            # counts. The entry that defines the threshold must not fall below the threshold.
+            # Allow a tolerance. A plug-in may round differently while it counts (KnOTS then omits its bases), but the
+            # entry that defines the threshold must not fall below the threshold.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

@@ -1,8 +1,8 @@
-"""TSV-M: concatenate the singular directions of all tasks, make them orthonormal, and keep their singular values.
+"""TSV-M: concatenate the singular vectors of all tasks, make them orthonormal, and keep the singular values.
 
-U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T.
-Gargiulo et al. 2024, https://arxiv.org/abs/2412.00081. Each of T tasks keeps int(min(m, n) / T) directions of a weight
-of m x n, as in https://github.com/AntoAndGar/task_singular_vectors.
+U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T. Gargiulo et al. 2024,
+https://arxiv.org/abs/2412.00081. For a weight of m x n, each of T tasks keeps its first int(min(m, n) / T) singular
+vectors, as in https://github.com/AntoAndGar/task_singular_vectors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-KEPT = "directions that a task keeps; if not given, the weight's smaller side divided by the number of tasks"
+KEPT = "number of singular vectors that a task keeps; default: the weight's smaller side divided by the number of tasks"
 
 
 class TSV(Scaled, Spectral):
-    """Task singular vectors, whitened by polar factors; low-rank adapters usually keep all of their directions."""
+    """Task singular vectors, made orthonormal by polar factors; low-rank adapters usually keep all singular vectors."""
 
     title = "Task singular vectors (TSV-M)"
     paper = "https://arxiv.org/abs/2412.00081"

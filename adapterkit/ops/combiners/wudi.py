@@ -1,11 +1,11 @@
-"""WUDI: find the change that disturbs the tasks least, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
+"""WUDI: find the change with the least interference between tasks, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
 
-With G_t = D_t^T D_t / |D_t|^2, the minima solve D sum_t G_t = sum_t D_t G_t; `solver=exact` takes the one nearest to
-the sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
-https://github.com/nathanielyvo/WUDI-Merging, runs 300 steps of Adam of size 1e-5 from that sum, as `solver=adam` does.
-This ends far from the minimum: on adapters of a real model, the results of Adam and of the exact solver have norms of
-17.9 and 25.2. The result of Adam is not of low rank, so `adam` holds four matrices of the weight's size and takes
-minutes for a large weight.
+With G_t = D_t^T D_t / |D_t|^2, the minima are the solutions of D sum_t G_t = sum_t D_t G_t. `solver=exact` returns the
+solution nearest to the sum of the changes. Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
+https://github.com/nathanielyvo/WUDI-Merging, runs 300 steps of Adam with a rate of 1e-5 from the sum of the changes, as
+`solver=adam` does. Adam stops far from the minimum: on adapters of a real model, the norm of Adam's result is 17.9, the
+norm of the exact solution 25.2. Adam's result does not have a low rank, so `solver=adam` needs four matrices of the
+weight's size, and minutes for a large weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WUDI(Scaled, Spectral):
     solver: str = parameter("exact", SOLVER, among=("exact", "adam"))
     steps: int = parameter(300, "steps of Adam", least=0)
     rate: float = parameter(1e-5, "size of a step of Adam", least=0)
-    tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
+    tolerance: float = parameter(1e-10, "eigenvalues count as 0 below this fraction of the largest", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
@@ -45,7 +45,7 @@ class WUDI(Scaled, Spectral):
         sizes = (each * each).sum((1, 2))
         grams = np.stack([M.T @ M / size if size else 0 * (M.T @ M) for M, size in zip(each, sizes, strict=True)])
         start, G = each.sum(0), grams.sum(0)
-        # start + (sum_t D_t G_t - start G) G^+ solves D G = sum_t D_t G_t, and is the solution nearest to `start`.
+        # start + (sum_t D_t G_t - start G) G^+ is the solution of D G = sum_t D_t G_t that is nearest to `start`.
         pull = (each @ grams).sum(0) - start @ G
         result: Array = self.scale * (start + pull @ np.linalg.pinv(G, self.tolerance, hermitian=True))
         return result
@@ -61,8 +61,8 @@ class WUDI(Scaled, Spectral):
 
         common = whole_core([delta.scaled(float(w)) for delta, w in zip(deltas, weights, strict=True)])
         sizes = [float((M * M).sum()) or 1.0 for M in common.cores]
-        # Gradients in the inputs' common space: sum_t 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times a constant matrix,
-        # minus another constant matrix.
+        # The gradient sum_t 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times a constant matrix, minus another constant
+        # matrix. Compute it in the common space of the inputs.
         grams = [2 * M.T @ M / size for M, size in zip(common.cores, sizes, strict=True)]
         G = sum(grams)
         pull = common.left @ sum(M @ gram for M, gram in zip(common.cores, grams, strict=True))

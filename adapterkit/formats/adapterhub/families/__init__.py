@@ -1,4 +1,4 @@
-"""Find the family of an `architecture`; each family has a module. Configs of bottleneck adapters omit this field."""
+"""Find the family of an `architecture`. Each family has its own module. Bottleneck configs have no `architecture`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FAMILIES: Registry[type[AdapterHubFamily]] = Registry(
 
 
 def family_of(update: Update) -> type[AdapterHubFamily] | None:
-    """Return the family that writes an update; None if no family writes it."""
+    """Return the family that writes an update; None if AdapterHub's format lacks the update's method."""
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
 def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
-    """Return the family of an `architecture`; None if there is none."""
+    """Return the family of an `architecture`; None if the architecture is unknown."""
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":

@@ -1,4 +1,4 @@
-"""Define a family: the fields of one `architecture`, and functions that convert between keys and updates."""
+"""Define the base class of families. A family has config fields, and converts keys to updates and back."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True):
-    """The config fields that a family reads, with the library's defaults."""
+    """The config fields that a family reads, with the adapters library's defaults."""
 
 
 class AdapterHubFamily(ABC):
-    """The family of one `architecture`. Each subclass has its own module, with the architecture's name.
+    """Converts the files with one `architecture`. Each subclass has its own module, with the architecture's name.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
-        fields: the config fields that change what the tensors mean.
-        read: the effects of these fields.
-        harmless: the reasons why other fields have no effect.
-        fresh: the config for an adapter that was not read from AdapterHub's format.
+        fields: a struct with the config fields that change the meaning of the tensors.
+        read: for each of these fields, a phrase that describes its effect.
+        harmless: for each other known field, a phrase that says why it has no effect.
+        fresh: config fields for an adapter that was not read from AdapterHub's format.
     """
 
     methods: ClassVar[frozenset[str]]
@@ -43,29 +43,29 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: Settings) -> Any:
-        """Return the fields with today's names of values, if the release that wrote them used other names."""
+        """Translate values that old releases wrote under other names; return the fields with today's values."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Yield the updates of this family in a file.
+        """Yield the updates of this family in a file, and the keys that are only stored.
 
         Raises:
             Malformed: a tensor lacks its partners.
-            ShapeMismatch: shapes contradict the config.
+            ShapeMismatch: the tensors' shapes contradict the config.
             Unsupported: the file needs a feature that this version does not have.
         """
 
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        """Yield (key, tensor) for everything that a file stores for these updates, which all belong to this family."""
+        """Yield (key, tensor) for all tensors of these updates; all updates belong to this family."""
 
     @classmethod
     @abstractmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-        """Return the config fields that express these updates, except the fields in `fresh`."""
+        """Return the config fields for these updates, except the fields in `fresh`."""
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
@@ -74,5 +74,5 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        """Yield the keys of kept tensors that no longer belong to these updates."""
+        """Yield those keys of stored tensors that do not fit these updates any more."""
         return iter(())

@@ -1,7 +1,7 @@
 """Read and write bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-`sublayers` lists where each model type has adapters. This module has, in this order, the slots of keys, the configs of
-new files, and the family itself.
+`sublayers` lists the positions of adapters for each model type. This module defines, in this order, the slots in keys,
+the configs of new files, and the family.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""A map from slots of a Compacter layer to fields, both without the prefix `down_` or `up_`."""
+"""A map from the slots of a Compacter layer to fields; both lack the prefix `down_` or `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -47,14 +47,14 @@ COUPLING = {
     for position, way in ((0, "down"), (2, "up"))
     for leaf in ("weight", "bias")
 }
-"""A map from slots of an invertible adapter to fields."""
+"""A map from the slots of an invertible adapter to fields."""
 
 Words = Mapping[str, Any]
-"""The fields of a config."""
+"""The config fields, by name."""
 
 
 def own_slots(words: Words) -> dict[str, str]:
-    """Map slots to fields, for tensors that each adapter stores separately."""
+    """Map slots to fields, for tensors that each adapter has separately."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
         names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
@@ -73,7 +73,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Map the slot of each tensor that the whole model shares to the fields that use the tensor in every adapter."""
+    """Map slots to fields, for tensors that all adapters in the model share; one tensor may be several fields."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -85,7 +85,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
-    """Return the config fields that state which tensors these updates have; all updates have the same fields."""
+    """Return the config fields that say which tensors the updates have; all updates must have the same tensors."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -107,7 +107,7 @@ def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
 
 
 def _one_rule(updates: Sequence[Update]) -> bool:
-    """Whether all updates have the same rule tensors, down and up."""
+    """Whether one rule is shared by the down and up layers of all updates."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
@@ -129,11 +129,11 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config for bottleneck adapters states one form for all adapters, the kinds of positions, and the layers without
-# adapters.
-#
-# At every position of these kinds in the other layers, the library creates an adapter, which changes the model. So
-# updates at all these positions are required, and the base must show the number of layers.
+# A new config describes bottleneck adapters by one form for all adapters, the kinds of positions, and the layers
+# without adapters.
+# In every other layer, the adapters library creates an adapter at each position of these kinds, and an adapter changes
+# the model. So the updates must cover all these positions, and the base must be known, because it shows the number of
+# layers.
 
 
 FRESH = {
@@ -146,10 +146,10 @@ FRESH = {
     "phm_init_range": 0.0001,
     "stochastic_depth": 0.0,
 }
-"""Config fields of an adapter that was not read from AdapterHub's format."""
+"""Config fields for an adapter that was not read from AdapterHub's format."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""The attributes of an update that have the same name in a config."""
+"""Attributes of an update that are config fields with the same name."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -158,12 +158,12 @@ ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 
 def placed(updates: Updates) -> list[tuple[Target, Update]]:
-    """List every adapter inside a block, with its target."""
+    """List (target, update) for every adapter inside a block; invertible adapters follow the embeddings instead."""
     return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group these adapters by method and tensors: a union has one config for each group."""
+    """Group these adapters by method and names of tensors; a union has a separate config for each group."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -171,7 +171,7 @@ def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
 
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the config fields that express these updates."""
+    """Return the config fields for these updates."""
     adapters = placed(updates)
     some, words = adapters[0][1], words_of([update for _, update in adapters])
     flags = {rule.flag for _, rule in _stack_rules(updates, base).values()}
@@ -200,11 +200,11 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             if update.method == "invertible":
                 why = _why_no_coupling(target, update, model_type) if first else "the layers have no adapters"
             elif model_type not in MODELS or not _layers(base):
-                why = "the library adds adapters to all other layers, and only the base shows which layers there are"
+                why = "the adapters library also adapts all other layers, and only the base shows their number"
             elif target not in rules:
-                why = f"the library has no adapters at this position of a {model_type}"
+                why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its form, size or method differs from the others; a config states one of each"
+                why = "its method, size or settings differ from the others; a config states one of each"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
                 why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:
@@ -227,7 +227,10 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return the layers that lack a kind of adapter of other layers; encoders have no cross-attention to adapt."""
+    """Return the layers that lack a kind of adapter that other layers have.
+
+    Encoders need no adapter of cross-attention.
+    """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
         kinds.setdefault((_layer(target, base), _in_decoder(target)), set()).add(rule.flag)
@@ -238,7 +241,7 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
 
 
 def _coupling(updates: Updates) -> dict[str, JsonValue]:
-    """Return the fields that make the library create an invertible adapter."""
+    """Return the config fields for an invertible adapter; they are None if there is no such adapter."""
     found = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not found:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
@@ -249,21 +252,21 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
 def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> str:
     (a, second), (b, first) = (update.tensors[name].shape for name in ("F_down", "G_down"))
     if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "its target is not the base's embeddings, or the base is unknown; give it with --base (base=)"
+        return "its target is not the base's embeddings, or the base is unknown; give the base with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "no reduction factor yields the sizes of its halves"
     return ""
 
 
 def _form(update: Update) -> tuple[object, ...]:
-    """Return what a config states once: all settings except the position and each layer's bottleneck size."""
+    """Return what must be equal in all adapters, because a config has only one value: all but position and size."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the bias fields if a Compacter has no bias, so that they may be absent; else an empty tuple."""
+    """Return the names of the bias fields if an update is a Compacter without bias; otherwise an empty tuple."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -273,13 +276,13 @@ def _bare_gate(update: Update) -> bool:
 
 
 def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
-    """Return the reduction factor: a number for all layers, or a dict with one number per layer."""
+    """Return the reduction factor: one number for all layers, or a dict with a number for each layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
 
 def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
-    """Return the layers whose adapters differ in size."""
+    """Return the indices of the layers whose adapters have different bottleneck sizes."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
@@ -287,13 +290,13 @@ def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> s
 
 
 def _sizes(update: Update) -> tuple[int, int]:
-    """Return the sizes of the block and the bottleneck."""
+    """Return the hidden size of the block, and the bottleneck size."""
     hidden, inner = (cast(int, update.dims()[name]) for name in ("hidden", "d"))
     return hidden, inner
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the reduction factor: the library divides `hidden` by this factor, rounding down, to compute `inner`."""
+    """Return the reduction factor for which `hidden` // factor is `inner`, as the adapters library computes it."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -304,7 +307,7 @@ def _rule_size(update: Update) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Return the number of layers of encoder and decoder together, or of the encoder only; 0 if unknown."""
+    """Return the number of layers: encoder plus decoder, or the encoder only; 0 if unknown."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -313,7 +316,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer; with a base, counted as in the library."""
+    """Return the number of a target's layer. With a base, layers of the decoder are counted after the encoder's."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0
@@ -326,14 +329,14 @@ def _in_decoder(target: Target) -> bool:
 KIND, INVERTIBLE, SHARED = "adapters", "invertible_adapters", "shared_parameters"
 
 OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""A map from names of activations in configs without a version to the library's later names."""
+"""A map from old names of activations, in configs without a version, to today's names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from the second names of a norm's tensors to fields; `adapter_down` also stores these tensors."""
+"""A map from slots to fields, for a norm whose tensors are stored a second time, in addition to `adapter_down`."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of tensors and the positions of adapters."""
+    """The config fields that determine the meaning of the tensors and the positions of adapters."""
 
     non_linearity: str
     mh_adapter: bool = False
@@ -469,7 +472,7 @@ def _check_words(part: AdapterHubPart) -> None:
 def _own(
     part: AdapterHubPart, words: Mapping[str, object], slots: Mapping[str, AdapterHubKey]
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors of one adapter by field, and their keys."""
+    """Return the tensors of one adapter, by field, and the tensors' keys."""
     fields = own_slots(words)
     tensors = take(part, slots, fields)
     keys = [slots[slot] for slot in fields]
@@ -481,12 +484,12 @@ def _own(
 
 
 def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors that all adapters of the model share, by field, and their keys."""
+    """Return the tensors that all adapters in the model share, by field, and the tensors' keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
     if missing:
-        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits them"
+        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits these tensors"
         raise Malformed(why, where=SHARED, cure="Save the adapter again, from the trained model with a head")
     keys = [groups[0][slot] for slot in fields]
     tensors = {field: part.tensors[key] for key, slot in zip(keys, fields, strict=True) for field in fields[slot]}
@@ -506,7 +509,11 @@ def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
 
 
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
-    """Yield the coupling block after the embeddings; the inverse block, before the output head, is not in the base."""
+    """Yield the coupling block after the embeddings.
+
+    The adapters library also runs the inverse block before the head. No module of the base could be the target of this
+    inverse block.
+    """
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:

@@ -1,8 +1,8 @@
 """LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
 
-A layer may have queries, keys and values in one weight. Then it has a pair of factors for each of the n that
-`attn_matrices` names, concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r]. Each pair becomes an update of
-a third of the rows.
+A layer may have queries, keys and values in one weight. `attn_matrices` then lists which n of the three are adapted.
+Each of them has a pair of factors, and a file has the n pairs concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3
+* n, r]. Each pair becomes an update of a third of the rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KIND, SHARED = "loras", "shared_parameters"
 
 
 class LoraFields(Fields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of tensors."""
+    """The config fields that determine the meaning of the tensors."""
 
     r: Size = 8
     alpha: Number = 8
@@ -104,10 +104,10 @@ class LoraFamily(AdapterHubFamily):
 
 
 def _kind(part: AdapterHubPart) -> str:
-    """Return the name of the method that the fields select.
+    """Return the name of the method that the config selects.
 
     Raises:
-        Unsupported: the fields select a combination that no method computes.
+        Unsupported: the config selects a combination of methods.
     """
     own = part.own
     if own.composition_mode not in ("add", "scale"):
@@ -132,7 +132,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""A map from each method to its slots in addition to A and B, with their fields."""
+"""A map from each method to its slots besides `lora_A` and `lora_B`, with the slots' fields."""
 
 
 def _lora(
@@ -168,7 +168,7 @@ def _check_place(
 ) -> None:
     where = slots["lora_A"].text
     if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
-        why = "the base stores this weight as [in, out]; the library then computes DoRA's norms over the wrong axis"
+        why = "the base stores this weight as [in, out]; adapters then computes DoRA's norms over the wrong axis"
         raise Unsupported(why, where=where, cure="Omit such layers, or use LoRA in them")
     if method == "gated_lora" and fused:
         why = "this version does not support separate gates for the thirds of a fused weight"
@@ -181,7 +181,7 @@ def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -
     groups = [*part.groups(SHARED).values()]
     shared = {"lora_A": "A", "lora_B": "B"}
     if not groups or any(slot not in groups[0] for slot in shared):
-        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits them"
+        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits these tensors"
         raise Malformed(
             why, where=slots["vera_D"].text, cure="Save the adapter again, from the trained model with a head"
         )
@@ -213,12 +213,15 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
 
 
 def _scaling(part: AdapterHubPart) -> float:
-    """Return alpha / r, or 1 if training did not scale. When the library loads a union, it scales in any case."""
+    """Return alpha / r, or 1 if training used no scaling; the adapters library always scales members of a union."""
     return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
-    """Return which thirds of a fused weight the groups adapt; None for a plain layer."""
+    """Return the thirds of a fused weight (0, 1, 2) that the file adapts, in order.
+
+    None for a layer that is not fused.
+    """
     enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
@@ -252,7 +255,7 @@ def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
 
 
 def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
-    """Return the updates of each path, in the order of their rows."""
+    """Group the updates by path; updates of one path are in the order of their rows."""
     found: dict[str, list[tuple[Target, Update]]] = {}
     for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
         found.setdefault(target.path, []).extend((target, update) for update in updates[target])

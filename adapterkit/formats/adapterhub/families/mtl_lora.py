@@ -26,7 +26,7 @@ FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weigh
 
 
 class MtlFields(Fields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of tensors."""
+    """The config fields that determine the meaning of the tensors."""
 
     r: Size = 8
     alpha: Number = 8
@@ -118,13 +118,15 @@ class MtlLoraFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if target.stacked or target.rows is not None:
-                    why = "the library does not adapt experts or some rows of a weight"
+                    why = "the adapters library does not adapt experts or some rows of a weight"
                 elif role(target.path, family) in (None, "qkv"):
-                    why = "the library does not adapt this layer, as far as known; give the base with --base (base=)"
+                    why = "the adapters library is not known to adapt this layer; give the base with --base (base=)"
                 elif exact_alpha((_law(update)[0], _law(update)[2]), rslora=False) is None:
                     why = "no alpha yields its exact scaling"
                 else:
-                    why = "" if _law(update) == first and not position else "its form differs from the others"
+                    why = (
+                        "" if _law(update) == first and not position else "its sizes or settings differ from the others"
+                    )
                 if why:
                     yield target, position, f"{update.method}: {why}"
 

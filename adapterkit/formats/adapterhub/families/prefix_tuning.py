@@ -1,4 +1,4 @@
-"""Prefix tuning: all attentions of a kind share one network or one flat tensor."""
+"""Prefix tuning: all attention modules of a kind share one network or one tensor with the keys and values."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""The attentions whose prefixes a new folder can store, by model_type."""
+"""Endings of the attention modules whose prefixes a new folder can store, by model_type."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""The config fields that state the number of layers in each group, for models with an encoder and a decoder."""
+"""Fields of the base's config with the number of layers in each group, for models with an encoder and a decoder."""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
     """Return the reason why a new config cannot express an update; empty if it can.
 
-    The library adds prefixes to all attentions of all layers that the config does not omit.
+    The adapters library adds prefixes to all attention modules, except in layers that the config lists.
     """
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
-        return "the library adds prefixes to all other attentions, and only the base shows which there are"
+        return "the adapters library adds prefixes to all other attentions, and only the base shows which there are"
     if not target.path.endswith(endings):
-        return f"the library has no prefixes at this attention of a {model_type}"
+        return f"the adapters library has no prefixes at this attention of a {model_type}"
     if "P" in update.tensors:
         return (
             ""
@@ -58,14 +58,14 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
             else "it has keys and values for several layers"
         )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "it has a separate network, but the library has one for all"
+    return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but adapters supports only one"
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Return the reason why a group of an encoder-decoder model is incomplete; empty if it is complete.
+    """Return the reason why a group of an encoder-decoder model is incomplete; empty if the group is complete.
 
-    The library cannot omit a layer of such a model. The layers are counted in the base's tensors, because a config may
-    omit the number if it is the family's default.
+    The adapters library cannot omit a layer of such a model. The layers are counted in the base's tensors, because the
+    base's config may omit the number of layers if it is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -75,12 +75,12 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     for name in sorted({group, "self_prefix"}):
         depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
-            return f"it has {counts.get(name, 0)} of {depth} attentions in {name}; the library adds prefixes to all"
+            return f"it has {counts.get(name, 0)} of {depth} attentions in {name}; adapters adds prefixes to all"
     return ""
 
 
 def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
-    """Return the number of attentions that the base has in each group."""
+    """Return the number of the base's attention modules in each group."""
     found: dict[str, set[str]] = {}
     for name in base.tensors:
         for ending in ATTENTIONS.get(model_type, ()):
@@ -91,14 +91,14 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Return how an update's form or size differs from the first update; empty if neither differs."""
+    """Return a reason if an update's method or size differs from the first update's; empty if neither differs."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its form or size differs from the others; a config states one of each"
+    return "" if same else "its method or size differs from the others; a config states one of each"
 
 
 def group_of(path: str, model_type: str | None) -> str:
-    """Return the library's name for the kind of attention at a path."""
+    """Return the adapters library's name for the kind (group) of an attention module."""
     if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
         return "cross_prefix"
     inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
@@ -111,10 +111,11 @@ def layer_of(path: str) -> int:
     return int(found[1]) if found else -1
 
 
-# Prefix tuning: all attentions of a kind, `encoder_`, `cross_` and `self_prefix`, share one network or flat tensor.
-#
-# The library has the network once but lists it under every attention, so a file contains it many times. Here each
-# attention is a target. An attention prepends its own part of the prefix's keys and values, which have no positions.
+# Prefix tuning: all attention modules of a kind (`encoder_`, `cross_` or `self_prefix`) share one network or flat
+# tensor.
+# The adapters library has the network once but lists it under every attention module, so a file contains it many times.
+# In adapterkit, each attention module is a target. It prepends its own part of the prefix's keys and values, without
+# positions.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -128,7 +129,7 @@ METHODS = {
     (True, True): "gated_prefix",
     (False, True): "gated_prefix_mlp",
 }
-"""The method for each (flat, use_gating)."""
+"""The name of the method for each (flat, use_gating)."""
 NETWORK = {
     "wte.weight": "E",
     "control_trans.0.weight": "W1",
@@ -136,14 +137,14 @@ NETWORK = {
     "control_trans.2.weight": "W2",
     "control_trans.2.bias": "b2",
 }
-"""A map from slots of a group to fields; the last two slots have the values of all layers."""
+"""A map from slots of a group to fields. The last two slots contain the values of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""The config fields with the number of heads of keys and values; the library also uses the encoder's in the decoder."""
+"""Fields of the base's config with the number of heads of keys and values; the encoder's number is used for both."""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of tensors."""
+    """The config fields that determine the meaning of the tensors."""
 
     flat: bool = False
     prefix_length: Size = 30
@@ -191,7 +192,7 @@ class PrefixTuningFamily(AdapterHubFamily):
         names = list(dict.fromkeys(slot.partition(".")[0] for slot in whole))
         for name in names:
             if name not in GROUPS:
-                why = f"this version does not know the group {name[:60]!r} of attentions"
+                why = f"this version does not know the kind of attention {name[:60]!r}"
                 raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
             own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
             yield from _group_updates(part, name, own, whole)
@@ -276,7 +277,7 @@ def _check(part: AdapterHubPart) -> None:
 def _group_updates(
     part: AdapterHubPart, name: str, paths: Sequence[str], whole: Mapping[str, AdapterHubKey]
 ) -> Iterator[AdapterHubUpdate]:
-    """Yield the updates for the attentions of one kind, except omitted ones."""
+    """Yield the updates for the attention modules of one kind, except in omitted layers."""
     prefix = name if part.own.flat else f"{name}."
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
     tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
@@ -285,7 +286,7 @@ def _group_updates(
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     own_heads = (part.base.config or {}).get("decoder_attention_heads", heads) if part.base is not None else heads
     if name != "encoder_prefix" and own_heads != heads:
-        why = f"the keys and values have {heads} heads, but the decoder has {own_heads}; the library cannot run that"
+        why = f"the keys and values have {heads} heads, but the decoder has {own_heads}; adapters cannot run that"
         raise ShapeMismatch(
             why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
         )
@@ -310,11 +311,11 @@ def _group_updates(
 
 
 def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, AdapterHubKey]:
-    """Return the keys of an attention's gate by slot; empty if the config has no gate.
+    """Return the keys of an attention module's gate, by slot; empty if the config has no gate.
 
     Raises:
         Malformed: the file lacks the gate.
-        ShapeMismatch: the number of the gate's values contradicts the config.
+        ShapeMismatch: the gate has more or fewer values than the config requires.
     """
     if not part.own.use_gating:
         return {}
@@ -331,7 +332,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
 
 
 def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: AdapterHubKey) -> tuple[int, int]:
-    """Return the number of heads, and the total width of a layer's keys.
+    """Return the number of heads, and the width of one layer's keys over all heads.
 
     Raises:
         UsageError: neither the file nor a base shows the number of heads.
@@ -352,7 +353,7 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """Return one layer's slice `[1, 2, heads, length, d]` of the flat tensor `[length, layers, 2, heads, d]`."""
+    """Return one layer's values, `[1, 2, heads, length, d]`, of the flat tensor `[length, layers, 2, heads, d]`."""
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)
     return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)
@@ -371,7 +372,7 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
 
 
 def _gates(update: Update) -> int:
-    """Return the number of gates that weight an attention's keys and values."""
+    """Return how many gates an attention module has: 0, one for keys and values together, or 2."""
     return int(update.tensors["gate"].shape[0]) if "gate" in update.tensors else 0
 
 
@@ -380,5 +381,5 @@ def _group(path: str, part: AdapterHubPart) -> str:
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders layers by number, not by text."""
+    """Return a sort key for paths that orders layers by number, not by text."""
     return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]

@@ -87,7 +87,7 @@ class PromptTuningFamily(AdapterHubFamily):
                 yield (
                     target,
                     position,
-                    "the prompt precedes the model's input, but the library's prompts follow the embeddings",
+                    "the prompt precedes the model's input, but the adapters library's prompts follow the embeddings",
                 )
             elif update.attributes["used"]:
                 yield target, position, "only some rows of the prompt are used"

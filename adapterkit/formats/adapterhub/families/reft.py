@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
-"""A map from slots of a unit to fields; fields of the second unit begin with `suffix_`."""
+"""A map from the slots of a unit to fields; the fields of the second unit have the prefix `suffix_`."""
 
 
 class ReftFields(Fields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of tensors."""
+    """The config fields that determine the meaning of the tensors."""
 
     prefix_positions: int
     suffix_positions: int
@@ -112,12 +112,12 @@ class ReftFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if _form(update) != first:
-                    why = "its form or size differs from the other updates'; a config states one form and one size"
+                    why = "its settings or size differ from the other updates'; a config states only one of each"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "its source has no bias"
                 elif not update.attributes["subtract_projection"]:
-                    why = "it has no subtract_projection (DiReFT), and the library would read it as NoReFT"
+                    why = "it has no subtract_projection (DiReFT), and the adapters library would read it as NoReFT"
                 elif _layer(target.path) is None:
                     why = "its target is not one of the base's layers"
                 else:
@@ -143,7 +143,7 @@ def _check(part: AdapterHubPart) -> None:
         why = f"the non_linearity {word[:60]!r} is unknown"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
     if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
-        why = "the adapter may be NoReFT or DiReFT: the library does not write whether the projection is subtracted"
+        why = "the adapter may be NoReFT or DiReFT: its config does not say whether the projection is subtracted"
         cure = (
             "State the method with --compat noreft or --compat direft (compat=), or write subtract_projection into "
             "`config`: true for NoReFT, false for DiReFT"
@@ -205,20 +205,18 @@ def _layer(path: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-# torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, times signs.
-#
-# `original` [r, n], transposed, has the Householder vectors below the diagonal; each vector's first entry, 1, is not
-# stored. The diagonal has the signs; `base` is [n, n].
-#
+# torch's orthogonal parametrization of a wide matrix: the rows of Q^T, times signs, where Q = base @ H_1 ... H_r.
+# `original` is [r, n]. Its transpose has the Householder vectors of H_1 ... H_r below the diagonal, without the
+# vectors' first entries, which are 1. The diagonal has the signs. `base` is [n, n].
 # Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 
 NEAR = 1e-6
-"""The largest difference between two evaluations in single precision."""
+"""The largest accepted difference between two computations of the same matrix in single precision."""
 
 
 def composed(original: Lazy, base: Lazy) -> Lazy:
-    """Compute the parametrized matrix [r, n], in the dtype of `original`."""
+    """Compute the parametrized matrix [r, n] in the dtype of `original`."""
 
     def fetch() -> bytes:
         return bytes(_rows(original, base).astype(original.dtype.array).tobytes())
@@ -227,7 +225,7 @@ def composed(original: Lazy, base: Lazy) -> Lazy:
 
 
 def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
-    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as torch's parametrization does."""
+    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as torch would create them."""
     r, n = matrix.shape
 
     def minus_one() -> bytes:
@@ -247,7 +245,7 @@ def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
 
 
 def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
-    """Whether the parametrization with these two tensors equals a matrix, up to rounding."""
+    """Whether these two tensors, as a parametrization, yield the matrix, up to rounding."""
     import numpy as np
 
     near = np.abs(_rows(original, base) - as_array(matrix).astype(np.float64)) <= NEAR

@@ -1,4 +1,4 @@
-"""Shared code for families that adapt plain weights: sizes from the base, GPT-2's Conv1D, patterns of sizes."""
+"""Shared code for families that adapt whole weights: sizes of the base's weights, GPT-2's Conv1D, patterns of sizes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 def layout(file: File, path: str) -> str:
-    """Return the layout in which the base stores a weight: from the base's family, or else from the config."""
+    """Return the layout in which the base stores a weight, from the base's family of models or else from the config."""
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
     return "in out *k" if turned else "out *in"
 
 
 def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
-    """Return the number of outputs and inputs of the weight that a key adapts.
+    """Return the numbers of outputs and inputs of the weight that a key's update changes.
 
     Raises:
-        UsageError: the answer depends on the base, and no base is given.
-        ShapeMismatch: the base does not have this linear layer.
+        UsageError: the numbers depend on the base, and no base is given.
+        ShapeMismatch: the base has no linear layer at this path.
     """
     if key.path in file.known:
         dims: Any = file.known[key.path].dims()
@@ -63,42 +63,45 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 
 
 def not_linear(target: Target, method: str) -> str:
-    """Return the reason why a target is neither a linear layer nor a Conv1D; empty if it is one of them."""
+    """Return the reason if a target is neither a linear layer nor a Conv1D; empty if it is one of the two."""
     if target.layout == "in out *k":
         return not_embedded(target, method)
     return "" if target.layout == "out *in" else f"PEFT has no {method} on a weight stored as {target.layout}"
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Return the reason why a method without embeddings in PEFT cannot adapt a target; empty if it can."""
+    """Return the reason if a target is an embedding, for methods that PEFT does not have for embeddings; else empty."""
     return f"PEFT has no {method} on an embedding" if is_embedding(target) else ""
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """Return all paths if their scalings differ, because a config has only one scaling; otherwise an empty list."""
+    """Return all paths if not all scalings are equal, because a config has only one scaling.
+
+    Otherwise an empty list.
+    """
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return a module's size: of the first pattern that matches the path's end after a dot, or of the equal pattern."""
+    """Return the size of a module from a pattern. A pattern fits the end of a path after a dot, or equals the path."""
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
     return pattern.get(next(fitting, path), size)
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
-    """Return the most common size, and a pattern with the full path of each module with another size."""
+    """Return fields for sizes: the most common size, and a pattern with the full path of every other module."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
 
 def side(tensor: Lazy, axis: int, axes: int) -> int:
-    """Return the size of an axis of a tensor with `axes` axes; -1 if it has another number of axes."""
+    """Return the size of one axis of a tensor; -1 if the tensor does not have exactly `axes` axes."""
     return tensor.shape[axis] if len(tensor.shape) == axes else -1
 
 
 def check_size(key: Key, found: int, said: int, field: str) -> None:
-    """Check a tensor's size against the config.
+    """Check a size in the file against a field in the config.
 
     Raises:
         ShapeMismatch: the sizes differ.

@@ -1,8 +1,9 @@
 """AdaMSS: `adamss_A.<i>` [r_i, r], `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in] or [r, in + 1].
 
-The file does not list the rows of each group. Whenever PEFT loads the file, it computes them: `torch.svd_lowrank`,
-seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the left singular vectors.
-This module does the same; the right singular vectors and the group sizes in the file verify the result.
+The file does not list the rows of each group. Whenever PEFT loads the file, it computes the groups again:
+`torch.svd_lowrank`, seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the
+left singular vectors. This module computes the same groups, and verifies them by the right singular vectors and the
+group sizes in the file.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
-"""The arguments that PEFT passes: KMeans' `max_iter` and `random_state` (scikit-learn), and svd_lowrank's `niter`."""
+"""The arguments in PEFT: `max_iter` and `random_state` of scikit-learn's KMeans, and `niter` of svd_lowrank."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""The allowed difference between the file's and the base's singular vectors, of length 1, by dtype."""
+"""The allowed difference between the singular vectors (of length 1) in the file and those of the base, by dtype."""
 
 
 class AdaMSSFields(Own, frozen=True, kw_only=True):
-    """The sizes and the seed."""
+    """The sizes of the factors, and the seed."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
     num_subspaces: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 5
@@ -128,7 +129,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would compute other groups than the update's; empty if it computes the same groups."""
+    """Return the reason why PEFT would compute other groups than the update's groups; empty if they are the same."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -154,7 +155,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
 
     Raises:
         UsageError: no base is given.
-        ShapeMismatch: the base does not have this linear layer, with floating-point values.
+        ShapeMismatch: the base has no linear layer at this path, or the layer's values are not floating-point.
     """
     import numpy as np
 
@@ -173,11 +174,11 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
 
 
 def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
-    """Return the group number of each row of the weight.
+    """Return, for each row of the weight, the number of the row's group.
 
     Raises:
         ShapeMismatch: the file belongs to another base.
-        Unsupported: the singular vectors of base and file differ, or the groups depend on rounding.
+        Unsupported: the file's singular vectors are not the base's, or the groups depend on rounding.
     """
     import numpy as np
 
@@ -188,13 +189,13 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
     held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
-    # Compare only the spanned spaces. Signs, and the order of equal singular values, differ between machines, but do
-    # not affect k-means.
+    # Compare only the spaces that the vectors span. The signs of vectors, and the order of equal singular values,
+    # differ between machines, but do not affect k-means.
     apart = float(np.abs(held - (held @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
             f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
-            "from those in the file. It was trained on an accelerator, which draws other numbers, or on another base"
+            "from those in the file. Training ran on an accelerator, which draws other numbers, or on another base"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     try:
@@ -209,7 +210,7 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
 
 
 def _precision(basis: Lazy) -> str:
-    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if they are saved in float32."""
+    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if the file has them in float32."""
     import numpy as np
 
     if basis.dtype.name != "F32":
@@ -219,7 +220,7 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int, seed: int) -> AdaMSS:
-    """Create the update: pad factors with zeros to one rank, and order B by the weight's rows."""
+    """Create the update: pad all groups' factors with zeros to one rank, and put B's rows into the weight's order."""
     import numpy as np
 
     ranks = [a.shape[0] for a in A]

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""A map from a field, or a part of it, to the shared key without the kind of module."""
+"""A map from a field of the update to the shared key, without the kind of module at the key's end."""
 
 
 class FRoDFields(Own, frozen=True, kw_only=True):
-    """The fraction of positions, and whether the basis is in the file."""
+    """The fraction of trained positions, and whether the basis is in the file."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
@@ -103,7 +103,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return a module's kind: the last words of the path, without numbers. Modules of a kind share a basis."""
+    """Return the kind of a module: the last words of its path, without numbers. Modules of a kind share a basis."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]
@@ -119,11 +119,13 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
-        raise Malformed(f"the file lacks its partner: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
     found = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
-        raise ShapeMismatch("the values are not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
+        raise ShapeMismatch(
+            "the tensor does not contain the size of the basis", where=found["index.size"].text, cure=_AGAIN
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""GLoRA's supports A to E: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support."""
+"""GLoRA's supports A to E: each has `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`; if unused, `glora_A.zeros`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
-"""A map from the form's name in the config to the endings of the update's fields."""
+"""A map from a form in the config to the endings of the update's fields."""
 
 
 LEAVES = ("Xd", "Xu", "X", "zeros")
@@ -94,7 +94,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield (field, key) of one support; nothing if the module lacks the support, or stores zeros for it."""
+    """Yield (field, key) for each tensor of one support; nothing if the support is missing or zero."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.own.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
@@ -155,6 +155,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""The axes of the zeros that PEFT saves instead of each support."""
+"""The axes of the zeros that PEFT saves for each unused support."""
 
 _AGAIN = "Save the adapter again with PEFT"

@@ -1,6 +1,7 @@
 """Families with low-rank factors similar to LoRA's: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
-AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. The file omits the ranks that training removed.
+AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. The file does not have the ranks that training
+removed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 EPSILON = 1e-5
-"""PEFT adds this value to the rank before dividing by it."""
+"""A constant that PEFT adds to the rank before it divides by the rank."""
 
 
 class AdaLoRAFields(Own, frozen=True, kw_only=True):
-    """The rank before training, and the ranks that remained after training."""
+    """The rank before training, and which ranks each module still has after training."""
 
     init_r: Rank = 12
     lora_alpha: float = 8
@@ -85,8 +86,9 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # With an alpha of 0, PEFT trains with init_r instead, so use init_r. When PEFT loads a pruned module, it uses
-        # the remaining rank instead. That fault changes the trained function, so it is not copied.
+        # With an alpha of 0, PEFT uses init_r as alpha in training, so use init_r here. When PEFT loads a pruned
+        # module, it uses the module's remaining rank instead of init_r. This bug of PEFT changes the trained function,
+        # so it is not copied.
         alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
         update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -134,7 +136,7 @@ class AdaloraFamily(Family):
 
 
 def _left(own: AdaLoRAFields, key: Key) -> int:
-    """Return the rank that the config states for a module."""
+    """Return the rank of a module in the config."""
     kept = (own.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != own.init_r:
         why = f"it has {len(kept)} entries, but init_r is {own.init_r}"
@@ -143,7 +145,7 @@ def _left(own: AdaLoRAFields, key: Key) -> int:
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
-    """Yield (init_r, lora_alpha) that yield exactly this scaling, with an init_r of at least `rank`."""
+    """Yield each (init_r, lora_alpha) that yields exactly this scaling, with an init_r of at least `rank`."""
     for init_r in range(rank, rank + 9):
         guess = scaling * (init_r + EPSILON)
         if not math.isfinite(guess) or guess <= 0:
@@ -153,14 +155,14 @@ def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
         yield from ((init_r, alpha) for alpha in near if alpha > 0 and alpha / (init_r + EPSILON) == scaling)
 
 
-# DEFT: `deft_P` [out, r] and, unless `para`, `deft_R` [r, in]; r is at most the number of outputs.
+# DEFT: `deft_P` [out, r] and, unless `para` is set, `deft_R` [r, in]. The rank r is at most the number of outputs.
 
 
 PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
 class DEFTFields(Own, frozen=True, kw_only=True):
-    """The rank, the scaling and the formula."""
+    """The rank, the scaling, and how P is used."""
 
     r: int = 8
     alpha: float | None = None
@@ -228,7 +230,7 @@ class DeftFamily(Family):
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class GraLoRAFields(Own, frozen=True, kw_only=True):
@@ -305,7 +307,7 @@ def _form(update: GraLoRA) -> tuple[int, int, int, float]:
 
 
 class PEANuTFields(Own, frozen=True, kw_only=True):
-    """The rank, depth, scaling and activation."""
+    """The rank, the depth, the scaling and the activation."""
 
     r: int = 32
     depth: int = 0
@@ -385,19 +387,19 @@ _SIDES = ("encoder", "decoder")
 
 
 OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 Share = int | float | None
 
 
 class OSFFields(Own, frozen=True, kw_only=True):
-    """The number or the fraction of singular values that stay frozen."""
+    """The number, or the fraction, of singular values that stay in the base."""
 
     effective_rank: Share = None
     rank_pattern: dict[str, int | float] | None = None
 
     def kept(self, name: str, all_: int) -> int:
-        """Return the number of a module's singular values that stay frozen."""
+        """Return how many of a module's singular values stay in the base."""
         patterns = self.rank_pattern or {}
         value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
         if value is None:
@@ -429,7 +431,7 @@ class OsfFamily(Family):
         all_, key = min(dims["out"], dims["in"]), fields["S"]
         kept = file.settings.own.kept(key.path, all_)
         if kept + dims["r"] != all_ or not kept:
-            why = f"the file has {dims['r']} of {all_} singular values, but by the config {kept} stay in the base"
+            why = f"the file has {dims['r']} of {all_} singular values, but the config leaves {kept} in the base"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         return Found(key.path, update, fields)
 

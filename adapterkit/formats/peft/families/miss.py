@@ -51,7 +51,7 @@ class MissFamily(Family):
         tensor, mini = file.tensors[key], own.init_weights == "mini"
         if own.init_weights == "bat":
             if len(tensor.shape) != 3 or tensor.shape[1:] != (own.r, own.r):
-                why = f"the shape is {list(tensor.shape)}, but init_weights and r state blocks of {own.r} x {own.r}"
+                why = f"the shape is {list(tensor.shape)}, but init_weights and r require blocks of {own.r} x {own.r}"
                 raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
             return Found(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, own.r)
@@ -86,7 +86,7 @@ class MissFamily(Family):
 
 
 def _form(update: Update) -> tuple[str, tuple[int, ...]]:
-    """Return the form's name, and the sizes that the config states for this form."""
+    """Return the name of the block's form, and the sizes that the config must have for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     held = update.tensors

@@ -1,9 +1,10 @@
-"""Families of mixtures of factors: Lily, Poly and X-LoRA.
+"""Families that mix several factors: Lily, Poly and X-LoRA.
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules with the same shape that match the same word in `target_modules` share B. Each `stride_A` of these modules share
-A. A file repeats the shared tensors for each module; after reading, the updates share one tensor object.
+Modules share B if their shapes are equal and they match the same word in `target_modules`. Each `stride_A` neighbours
+among these modules share A. A file repeats a shared tensor for each module; after reading, all these updates share one
+tensor object.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class LilyFields(Own, frozen=True, kw_only=True):
-    """The sizes, and the number of modules that share A."""
+    """The sizes of the factors, and the number of modules that share A."""
 
     r: Rank = 32
     num_B: Rank = 2
@@ -106,10 +107,10 @@ class LilyFamily(Family):
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
-    """Yield the same updates, but with one object for each shared tensor.
+    """Yield the same updates, such that updates with a shared tensor have the same tensor object.
 
     Raises:
-        Malformed: modules that share a tensor in PEFT have different values; PEFT would load only the last.
+        Malformed: modules that share a tensor in PEFT have different values for it; PEFT would use only the last.
     """
     groups: dict[Any, list[Found]] = defaultdict(list)
     for each in found:
@@ -124,13 +125,13 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"its {field} differs from its neighbours', but by the config they share it ({group[0]})"
+                    why = f"its {field} differs from that of modules with which the config shares it ({group[0]})"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 
 
 def _word(path: str, settings: Settings) -> str:
-    """Return the last word in the config that matches a module, as in PEFT."""
+    """Return the last word in `target_modules` that matches a module, as PEFT does."""
     words = settings.target_modules
     if isinstance(words, str):
         return words
@@ -141,11 +142,11 @@ def _word(path: str, settings: Settings) -> str:
 
 
 POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class PolyFields(Own, frozen=True, kw_only=True):
-    """The sizes, except those of the module."""
+    """The rank, and the numbers of tasks, skills and splits."""
 
     r: Rank = 8
     n_tasks: Rank = 1
@@ -202,7 +203,7 @@ class PolyFamily(Family):
 
 
 def _sizes(update: Poly) -> tuple[int, int, int, int]:
-    """Return r, and the numbers of tasks, skills and splits.
+    """Return the rank, and the numbers of tasks, skills and splits, from the tensors' shapes.
 
     Raises:
         ShapeMismatch: the tensors contradict each other.
@@ -211,16 +212,16 @@ def _sizes(update: Poly) -> tuple[int, int, int, int]:
     return r, tasks, skills, splits
 
 
-# X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; i also counts activations and dropouts.
+# X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; the number i also counts activations and dropouts.
 #
-# The experts are separate adapters. The config has their paths, which are kept as text and never opened.
+# The experts are separate adapters. The config has the experts' paths, which are stored as text and never opened.
 
 
 LAYERS = "internal_xlora_classifier.layers"
 
 
 class XLoRAFields(Own, frozen=True, kw_only=True):
-    """The fields that determine the meaning of the classifier's tensors."""
+    """The config fields that determine the meaning of the classifier's tensors."""
 
     hidden_size: Rank = 4096
     adapters: dict[str, str] | None = None
@@ -335,7 +336,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the numbers of the classifier's linear layers. Between them are an activation and, if used, a dropout."""
+    """Return the numbers of the classifier's linear layers in keys; activations and dropouts are counted, too."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
@@ -349,7 +350,7 @@ def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list
         raise ShapeMismatch(
             f"the shape {list(last.shape)} is not that of a matrix",
             where=pairs[-1][0].text,
-            cure="Save it again with PEFT",
+            cure="Save the adapter again with PEFT",
         )
     experts, logits = len(own.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):

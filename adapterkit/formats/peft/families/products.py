@@ -1,9 +1,10 @@
-"""Families of products: LoKr (Kronecker), LoHa (Hadamard) and HiRA (Hadamard product with the weight itself).
+"""Families of products: LoKr (Kronecker), LoHa (Hadamard), and HiRA (Hadamard product with the base's weight).
 
 LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
 
-PEFT's config does not state the four sizes. PEFT splits a weight's sides by `decompose_factor`, and decomposes a factor
-if the rank is small. A file that PEFT can load has exactly these shapes.
+PEFT's config does not contain the sizes a, b, c, d. PEFT divides the numbers of outputs and inputs by
+`decompose_factor`, and decomposes a factor into two if the rank is small. A file that PEFT can load has exactly the
+shapes that follow from this.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""Maps from key parts to fields, for the forms of each factor; the first form with a part in the file is used."""
+"""For each factor, the possible maps from parts of keys to fields; the first map with a part in the file is used."""
 
 
 class LoKrFields(Scaled, frozen=True, kw_only=True):
-    """The settings for splitting a weight's sides."""
+    """The config fields that determine how the weight's sizes are divided."""
 
     decompose_factor: int = -1
     decompose_both: bool = False
@@ -131,13 +132,13 @@ class LokrFamily(Family):
 
 
 class LokrSizes:
-    """The shapes that PEFT creates for one weight. If the kernel size is unknown, the input size may be unknown, too.
+    """The sizes that PEFT chooses for one weight. If the kernel size is unknown, the input size may be unknown, too.
 
     Attributes:
-        sides: for outputs and inputs, (the weight's size, w1's size).
-        first: whether w1 is decomposed, and the larger size of w1.
-        second: whether w2 is decomposed, and the larger size of w2.
-        rank: the rank of the decomposed factors; None if neither is decomposed.
+        sides: (the weight's size, w1's size) for the outputs and, if known, for the inputs.
+        first: whether w1 is decomposed into two factors, and the larger size of w1.
+        second: whether w2 is decomposed into two factors, and the larger size of w2.
+        rank: the rank of the decomposed factors; None if no factor is decomposed.
     """
 
     def __init__(self, update: LoKr, kernel: int | None) -> None:
@@ -154,12 +155,12 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank with which PEFT keeps the factors that are full here."""
+        """Return the smallest rank for which PEFT does not decompose the factors that are not decomposed here."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
     def made_by(self, factor: int, both: bool, rank: int) -> bool:
-        """Whether PEFT creates these shapes with these settings."""
+        """Whether PEFT chooses these sizes for these settings and this rank."""
         apart = (both and rank < self.first[1] / 2, rank < self.second[1] / 2)
         split = all(even_split(size, factor)[0] == part for size, part in self.sides)
         return split and apart == (self.first[0], self.second[0])
@@ -170,7 +171,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """Transpose [b, r] to [r, b] or back, if there is a core; return other tensors unchanged."""
+    """Transpose w2_a, [b, r] to [r, b] or back, if there is a core; return any other tensor unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -194,9 +195,9 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """Yield each (decompose_factor, decompose_both) with which PEFT creates all these shapes.
+    """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
 
-    Without a base, weights are assumed to be linear layers or, if that is impossible, to have unknown inputs.
+    Without a base, weights are assumed to be linear layers. If this is impossible, their numbers of inputs are unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
@@ -214,7 +215,7 @@ def _splits_of(made: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
 
 
 def _kernel(base: Checkpoint | None, path: str) -> int:
-    """Return the number of kernel positions; 1 for a linear layer, or if the base does not show it."""
+    """Return the number of a kernel's elements; 1 for a linear layer, or if the base does not show the kernel."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])
 
@@ -225,7 +226,7 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class LohaFamily(Family):
@@ -273,19 +274,19 @@ class LohaFamily(Family):
 
     @classmethod
     def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
-        """Return the rank and scaling of each update, by path."""
+        """Return (rank, scaling) of each update, by path."""
         found = cls.of_it(updates)
         return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """Transpose [out, r] to [r, out] or back, if there is a core; return other tensors unchanged."""
+    """Transpose a factor, [out, r] to [r, out] or back, if there is a core; return any other tensor unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
 
 
-# HiRA: `hira_A` [r, in, *k], `hira_B` [out, r, 1, ...] with a 1 per kernel axis; `hira_embedding_A` and `_B`.
+# HiRA: `hira_A` [r, in, *k], `hira_B` [out, r, 1, ...] with a 1 for each kernel axis; `hira_embedding_A` and `_B`.
 
 
 HIRA_PLAIN = {"A": "hira_A", "B": "hira_B"}
@@ -359,7 +360,7 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Accept the common rank or the pattern's rank: PEFT uses the pattern only for a model's second adapter."""
+    """Also accept the common rank for a module in the pattern: PEFT uses the pattern only for a second adapter."""
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

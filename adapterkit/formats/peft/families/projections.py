@@ -1,6 +1,6 @@
 """Families with random projections that all modules share: VeRA, PVeRA and RandLoRA.
 
-VeRA and PVeRA have vectors for each module. The projections are in the file, or are drawn from a seed.
+In VeRA and PVeRA, each module has two vectors. The projections are in the file, or are drawn from a seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class ProjectionFields(Own, frozen=True, kw_only=True):
-    """The rank, the seed, and whether the file has the projections."""
+    """The rank, the seed, and whether the projections are in the file."""
 
     r: Rank = 256
     projection_prng_key: Seed = 0
@@ -45,7 +45,10 @@ class ProjectionFields(Own, frozen=True, kw_only=True):
 
 
 class Projections(Family):
-    """VeRA's config and keys: `parts` has the keys of b and d, `shared` those of A and B; A has `halves` * r rows."""
+    """The code that VeRA and PVeRA share.
+
+    `parts` has the key parts of b and d, `shared` has the keys of A and B, and A has `halves` * r rows.
+    """
 
     halves: ClassVar[int] = 1
     own: ClassVar[type[Own]] = ProjectionFields
@@ -91,13 +94,13 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Omit the projections if the source file omits them, and they equal the projections drawn from the seed."""
+        """Omit the projections if the source file omits them, and if the seed yields the same projections."""
         if config.get("save_projection", True):
             return frozenset()
         try:
             seed = msgspec.convert(dict(config), ProjectionFields).projection_prng_key
         except msgspec.ValidationError:
-            return frozenset()  # Reading the config reports the error.
+            return frozenset()  # An invalid config raises its error when it is read.
         some = next(iter(cls.of_it(updates).values()))
         held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
         drawn = _draw(seed, (held[0].shape, held[1].shape))
@@ -110,9 +113,9 @@ class Projections(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield targets that do not fit the others.
+        """Yield (target, reason) for updates whose projections do not fit the other updates.
 
-        PEFT creates projections for the largest module, and loads only projections of exactly this size.
+        PEFT creates projections for the largest module, and cannot load projections of any other size.
         """
         own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
@@ -140,7 +143,7 @@ class Projections(Family):
             A, B = (file.omitted[word] for word in cls.shared)
             return A, B
         if file.shared:
-            why = "the config states that the file does not have the projections, but it has them"
+            why = "the config states that the file does not have the projections, but the file has them"
             cure = "Set save_projection to true to use the projections in the file"
             raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
         outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
@@ -170,7 +173,7 @@ def _outputs(file: File, key: Key) -> int:
 
 
 def _inputs(file: File, path: str, out: int) -> int:
-    """Return the number of inputs of a module, from the base."""
+    """Return a module's number of inputs, from the base."""
     shape = file.base_shape(f"{path}.weight")
     if shape is None:
         why = "the projections are not in the file, and only the base shows their sizes"
@@ -184,7 +187,7 @@ def _inputs(file: File, path: str, out: int) -> int:
 
 
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
-    """Draw A and then B uniformly, with torch's generator on the CPU."""
+    """Draw A and then B from a uniform distribution, with torch's generator on the CPU."""
 
     def fetch(position: int) -> bytes:
         import torch
@@ -203,7 +206,10 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class VeraFamily(Projections):
-    """VeRA: `vera_lambda_b` [out] and `vera_lambda_d` [r]; shared: `vera_A` [r, inputs] and `vera_B` [outputs, r]."""
+    """VeRA: `vera_lambda_b` [out] and `vera_lambda_d` [r] per module.
+
+    Shared `vera_A` [r, inputs], `vera_B` [outputs, r].
+    """
 
     name = "vera"
     peft_type = "VERA"
@@ -221,7 +227,7 @@ class VeraFamily(Projections):
 
 
 class Drawing(ProjectionFields, frozen=True, kw_only=True):
-    """Whether the model also draws random values in inference."""
+    """Whether PEFT's model also draws random values in inference."""
 
     sample_at_inference: bool = False
 
@@ -229,7 +235,7 @@ class Drawing(ProjectionFields, frozen=True, kw_only=True):
 class PveraFamily(Projections):
     """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs].
 
-    The first r entries of each are for the mean, the last r for the variance.
+    In both tensors, the first r entries are for the mean, and the last r entries for the variance.
     """
 
     name = "pvera"
@@ -260,7 +266,7 @@ class PveraFamily(Projections):
     def decode(cls, file: File) -> Findings:
         if file.settings.own.sample_at_inference:
             why = "PVeRA with random draws in each forward pass has no fixed formula"
-            raise Unsupported(why, where="sample_at_inference", cure="Set it to false to use the mean")
+            raise Unsupported(why, where="sample_at_inference", cure="Set this field to false to use the mean")
         yield from super().decode(file)
 
 
@@ -270,11 +276,11 @@ class PveraFamily(Projections):
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class RandLoRAFields(Own, frozen=True, kw_only=True):
-    """The rank and the scaling, and whether the file has the bases."""
+    """The rank, the scaling, and whether the bases are in the file."""
 
     r: Rank = 32
     randlora_alpha: float = 640
@@ -358,10 +364,10 @@ class RandloraFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield targets that do not fit the others.
+        """Yield (target, reason) for updates that do not fit the other updates.
 
-        PEFT has one rank and one scaling for all modules. The largest module determines the size of the bases, and r
-        determines their number.
+        PEFT has one rank and one scaling for all modules. The size of the largest module determines the size of the
+        bases, and the rank r determines how many bases there are.
         """
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
         said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
@@ -382,7 +388,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest numbers of outputs and of inputs, in ascending order; None if the base is unknown."""
+    """Return the largest number of outputs and the largest number of inputs, the smaller first; None without a base."""
     widths = {target: stored_inputs(base, target) for target in own}
     if base is None or None in widths.values():
         return None
@@ -392,7 +398,7 @@ def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[in
 
 
 def _check_copy(file: File, copy: Key, original: Key) -> None:
-    """Check that a module's copy of a basis equals the original: PEFT loads all copies into the same tensor."""
+    """Check that a module's copy of a basis equals the first copy: PEFT loads all copies into one tensor."""
     one, other = file.tensors[copy], file.tensors[original]
     same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:

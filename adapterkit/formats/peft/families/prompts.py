@@ -1,6 +1,6 @@
 """Define families of virtual tokens: prompts, P-tuning, CPT, multitask prompts, prefixes, cartridges, LLaMA-Adapter.
 
-Their tensors belong to no module, and their sizes are in the config.
+The tensors belong to no module, and the config has the tensors' sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = {
 
 
 class Sizes(Own, frozen=True, kw_only=True):
-    """The sizes of virtual tokens; PEFT reads missing sizes from the model."""
+    """The sizes of the tensors; if a size is missing, PEFT reads it from the model."""
 
     num_attention_heads: int | None = None
     num_layers: int | None = None
@@ -49,12 +49,12 @@ class Sizes(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> int:
-        """Return the number of stacks of layers in the model."""
+        """Return the model's number of stacks of layers: 2 for an encoder and a decoder, otherwise 1."""
         return 1 if self.num_transformer_submodules is None else self.num_transformer_submodules
 
 
 class ContextFamily(Family):
-    """The base class of families of virtual tokens."""
+    """The base class for families of virtual tokens."""
 
     shared: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
     shared_prefix = ""
@@ -80,7 +80,10 @@ class ContextFamily(Family):
 
 
 class PromptLike(ContextFamily):
-    """`prompt_embeddings` [tokens, dim]; models with a decoder have 2 x tokens rows, but PEFT uses the first half."""
+    """Prompts: `prompt_embeddings` [tokens, dim].
+
+    For a model with a decoder, PEFT stores 2 x tokens rows and uses the first half.
+    """
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -110,7 +113,7 @@ class PromptLike(ContextFamily):
 
 
 class PrefixLike(ContextFamily):
-    """`prompt_embeddings` [tokens, layers * 2 * heads * d]."""
+    """Prefixes: `prompt_embeddings` [tokens, layers * 2 * heads * d]."""
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -149,21 +152,21 @@ class PrefixLike(ContextFamily):
 
 
 def stacks(parts: int) -> dict[str, JsonValue]:
-    """Return the config fields for a model with `parts` stacks of layers; two stacks also need a fitting task type."""
+    """Return the config fields for a model with `parts` stacks of layers; two stacks also need a task type for them."""
     fields: dict[str, JsonValue] = {"num_transformer_submodules": parts}
     return fields | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
 def rows(own: Any) -> int | None:
-    """Return the number of rows of a tensor of embeddings, from the config."""
+    """Return the number of rows that a tensor of embeddings must have according to the config."""
     return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
-    """Check a tensor's shape against the sizes in the config.
+    """Check the shape of a tensor against the sizes in the config.
 
     Raises:
-        ShapeMismatch: the shapes differ.
+        ShapeMismatch: the shape is not the config's.
     """
     shape = tensor.shape
     if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
@@ -188,7 +191,7 @@ class PromptFamily(PromptLike):
 
 
 class PTuningFamily(PromptLike):
-    """P-tuning: `prompt_embeddings` [tokens, dim], the output of the encoder."""
+    """P-tuning: `prompt_embeddings` [tokens, dim], the output of the prompt encoder."""
 
     name = "p_tuning"
     peft_type = "P_TUNING"
@@ -203,7 +206,7 @@ class PTuningFamily(PromptLike):
 
 
 class CptFamily(PromptLike):
-    """CPT: `prompt_embeddings` [tokens, dim], the embeddings of examples plus the trained change."""
+    """CPT: `prompt_embeddings` [tokens, dim]: the embeddings of the examples, plus the trained change."""
 
     name = "cpt"
     peft_type = "CPT"
@@ -222,11 +225,11 @@ class CptFamily(PromptLike):
 
 
 FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
-"""A map from keys to the update's fields."""
+"""A map from a key to the update's field."""
 
 
 class Tasks(Sizes, frozen=True, kw_only=True):
-    """The sizes, the number of tasks, and their rank."""
+    """The sizes of the tensors, the number of tasks, and the rank of each task's change."""
 
     num_ranks: int | None = 1
     num_tasks: int | None = 1
@@ -235,7 +238,7 @@ class Tasks(Sizes, frozen=True, kw_only=True):
 class MultitaskPromptFamily(ContextFamily):
     """Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
 
-    If the model has an encoder and a decoder, the second half of n belongs to the decoder.
+    If the model has an encoder and a decoder, the second half of the n rows belongs to the decoder.
     """
 
     name = "multitask_prompt"
@@ -318,15 +321,15 @@ class CartridgeFamily(PrefixLike):
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 
 
-# LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] in the last layers' attentions.
+# LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] for the attentions of the last layers.
 
 
 GPT2 = "attn"
-"""The name of GPT-2's attentions. PEFT adds to their outputs, but in other models to the output projection's input."""
+"""The name of GPT-2's attention. PEFT changes its output; in other models, the input of the output projection."""
 
 
 class AdaptionPromptFields(Own, frozen=True, kw_only=True):
-    """The number of virtual tokens, and the number of the last layers that have them."""
+    """The number of virtual tokens, and the number of layers, counted from the last one, that have them."""
 
     adapter_len: int | None = None
     adapter_layers: int | None = None
@@ -383,6 +386,6 @@ class AdaptionPromptFamily(Family):
 
 
 def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the number of virtual tokens; None if modules have different numbers, which a config cannot state."""
+    """Return the number of virtual tokens; None if it is not the same in all modules, as a config requires."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

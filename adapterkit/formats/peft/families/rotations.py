@@ -33,7 +33,7 @@ PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 class OFTFields(Own, frozen=True, kw_only=True):
-    """The sizes of blocks, the terms of the series, and the limit on the rotation."""
+    """The sizes of blocks, the number of terms of the series, and the limit on the rotation."""
 
     r: int = 0
     oft_block_size: int = 32
@@ -143,7 +143,7 @@ class OftFamily(Family):
 
 
 def _of_patches(file: File, key: Key) -> bool:
-    """Whether the base shows that the module is a convolution with a kernel."""
+    """Whether the base shows that a module is a convolution with a kernel above 1."""
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
@@ -167,13 +167,13 @@ def _before_018(version: str | None) -> bool:
 
 
 def _expected(own: OFTFields, width: int) -> tuple[int, int]:
-    """Return the number and the size of the blocks that PEFT creates for a width."""
+    """Return the number and the size of the blocks that PEFT creates for a layer of this width."""
     divisor = nearest_divisor(width, own.oft_block_size or own.r)
     return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
-    """Return the divisor of a width that is nearest to a number; if two are equally near, the smaller one."""
+    """Return the divisor of a width that is nearest to a number; of two equally near divisors, the smaller one."""
     if wanted >= width:
         return width
     steps = range(wanted)
@@ -191,7 +191,7 @@ def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
-    """Return a number (or size) of blocks that PEFT rounds to the value in every layer; None if there is none."""
+    """Return a number (or size) of blocks that PEFT rounds to the right value in every layer; None if there is none."""
     tried = sorted({each[which] for each in found}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in found]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
@@ -204,7 +204,7 @@ _AGAIN = "Save the adapter again with PEFT"
 
 
 class BOFTFields(Own, frozen=True, kw_only=True):
-    """The sizes and numbers of blocks and factors."""
+    """The sizes and the numbers of blocks, and the number of factors."""
 
     boft_block_size: int = 4
     boft_block_num: int = 0
@@ -283,7 +283,7 @@ WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vect
 
 
 class PSOFTFields(Own, frozen=True, kw_only=True):
-    """The rank, the form of R, and how A and B are computed from the base."""
+    """The rank, the form of R, and how PEFT computes A and B from the base's weight."""
 
     r: int = 32
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
@@ -299,7 +299,7 @@ class PSOFTFields(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the parts of the module's keys."""
+        """Return the key parts that a module has with these settings."""
         return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
 
 
@@ -364,9 +364,9 @@ class PsoftFamily(Family):
                 "this psoft stores A and B, but PEFT computes them from the base, with signs that depend on the machine"
             )
         if update.seed and not update.steps:
-            return "this psoft has a seed, but an exact decomposition"
+            return "this psoft has a seed, but its decomposition is exact and needs no seed"
         if update.eps and not update.terms:
-            return "this psoft has a limit on Q, but an exact transform"
+            return "this psoft limits Q, which PEFT does only with use_cayley_neumann"
         return super().why_not(target, update)
 
     @classmethod

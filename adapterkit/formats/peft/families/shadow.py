@@ -1,7 +1,7 @@
 """Shadow: each block has `shadow_down.<name>.weight` etc.; the whole model has `shadow_backbone.<name>.<tensor>`.
 
-PEFT always writes `default` as the name. A block's two small networks are `nn.Sequential`s with linear layers at 0 and
-2. The head with which a classifier's network was trained is stored, but nothing uses it.
+PEFT always writes `default` as the adapter's name. The two small networks of a block are `nn.Sequential`s with linear
+layers at 0 and 2. For a classifier, the file also has the head with which the network was trained, which nothing uses.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class ShadowFields(Own, frozen=True, kw_only=True):
-    """The sizes of the network and of the blocks' own tensors."""
+    """The sizes of the shared network, and of the tensors that each block has separately."""
 
     r: Rank = 8
     shadow_alpha: float = 0.1
@@ -55,7 +55,7 @@ class ShadowFamily(Family):
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # In a pattern for reading, `*` is one word of a key; in a key for writing, `*` stands for any ending.
+    # For reading, `*` in a pattern matches one word of a key; for writing, it stands for any ending.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     own: ClassVar[type[Own]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
@@ -88,7 +88,7 @@ class ShadowFamily(Family):
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        """Return a block's own tensors; all blocks share the network."""
+        """Return the tensors that a block has separately; all blocks share the network."""
         own = file.settings.own
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
@@ -137,14 +137,14 @@ class ShadowFamily(Family):
 
 
 def _named(part: str) -> str:
-    """Return the part of a block's key as PEFT spells it, with the adapter's name after the first word."""
+    """Return the part of a block's key as PEFT writes it, with the adapter's name after the first word."""
     word, _, rest = part.partition(".")
     return f".{word}.default.{rest}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """The fields that all blocks share, and the keys of the fields that are tensors."""
+    """The attributes that all blocks share, and the keys of those attributes that are tensors."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]
@@ -177,7 +177,7 @@ def _of(part: str, word: str) -> bool:
 
 
 def _joined(tensors: list[Lazy], key: Key) -> Lazy:
-    """Concatenate the network's tensors into one vector."""
+    """Join the tensors of the network into one vector."""
     kinds = sorted({tensor.dtype.name for tensor in tensors})
     if len(kinds) > 1:
         raise ShapeMismatch(

@@ -1,4 +1,4 @@
-"""Define families with one or two kinds of tensors per module: BEFT, C3A, DeLoRA, HRA and RoAd."""
+"""Families with one to four small tensors per module: BEFT, C3A, DeLoRA, HRA and RoAd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class BeftFamily(Family):
-    """BEFT: `beft_bias` [1, out], which is added to the bias."""
+    """BEFT: `beft_bias` [1, out], which is added to the layer's bias."""
 
     name = "beft"
     peft_type = "BEFT"
@@ -60,10 +60,10 @@ class BeftFamily(Family):
 
 
 class Renamed(Family):
-    """A family whose keys are other names for the fields of its method.
+    """The base class of families whose keys are only other names for the fields of the method.
 
     Class attributes:
-        fields: a map from a word in the keys to the update's field.
+        fields: a map from a word in keys to the update's field.
     """
 
     fields: ClassVar[Mapping[str, str]]
@@ -82,12 +82,12 @@ class Renamed(Family):
         """Check the shapes of a module's tensors against the config.
 
         Raises:
-            ShapeMismatch: the shapes differ.
+            ShapeMismatch: a shape is not the config's.
         """
 
     @classmethod
     def attributes(cls, own: Any) -> dict[str, Any]:
-        """Return the update's attributes that the config states."""
+        """Return the attributes of the update that are in the config."""
         return {}
 
     @classmethod
@@ -158,7 +158,7 @@ class DeLoRAFamily(Renamed):
 
 
 class HRAFields(Own, frozen=True, kw_only=True):
-    """The form of the directions."""
+    """How the directions are orthogonalized."""
 
     r: int = 8
     apply_GS: bool = False

@@ -1,4 +1,4 @@
-"""Families of single numbers at positions of a weight: Super-Tuning and SHiRA.
+"""Families that change single elements of a weight: Super-Tuning and SHiRA.
 
 Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; hybrids also have A and B of a LoRA.
 """
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class SupertuningFields(Own, frozen=True, kw_only=True):
-    """The fraction of elements, and the rank and alpha of an additional LoRA."""
+    """The fraction of elements that are not trained, and the rank and alpha of an additional LoRA."""
 
     sparsity: float = 0.99
     r: int | None = None
@@ -111,7 +111,7 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """Return one sparsity that yields every weight's number of trained elements.
+    """Return one sparsity that yields the number of trained elements of every weight.
 
     Raises:
         Unrepresentable: no sparsity yields all of these numbers.
@@ -131,7 +131,7 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
 
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class SHiRAFamily(Family):
@@ -163,7 +163,7 @@ class SHiRAFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        raise AssertionError("numbers_at replaces this method, because r depends on the base")
+        raise AssertionError("`numbers_at` replaces this method, because r depends on the base")
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
@@ -174,7 +174,7 @@ class SHiRAFamily(Family):
 
 
 def _whole_numbers(indices: Lazy) -> Lazy:
-    """Return positions as integers; PEFT writes them as floats on Windows."""
+    """Return positions as integers, because PEFT on Windows writes positions as floats."""
     if not indices.dtype.floating:
         return indices
     whole = DTYPES["I32"]

@@ -1,10 +1,10 @@
 """Families that store coefficients of a transform: WaveFT and FourierFT.
 
-WaveFT: `waveft_spectrum` [n]; `random_loc_seed` and the weight's size determine the positions. The config names the
-wavelet.
+WaveFT: `waveft_spectrum` [n]. The positions of the coefficients follow from `random_loc_seed` and the weight's size.
+The config names the wavelet.
 
-The filters are the low-pass filters for reconstruction that Daubechies published (Ten Lectures on Wavelets,
-https://doi.org/10.1137/1.9781611970104), with PEFT's digits. They are orthonormal, with N vanishing moments (dbN, symN)
+A filter here is the low-pass reconstruction filter that Daubechies published (Ten Lectures on Wavelets,
+https://doi.org/10.1137/1.9781611970104), with PEFT's digits. It is orthonormal, and has N vanishing moments (dbN, symN)
 or 2 N (coifN).
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 FAULTY = "coif4"
-"""The wavelet whose filter is wrong in PEFT: PEFT's numbers form no wavelet. `RIGHT` is the correct Coiflet."""
+"""The wavelet whose filter is wrong in PEFT: PEFT's values form no wavelet. `RIGHT` is the correct Coiflet."""
 
 RIGHT = (
     0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
@@ -164,12 +164,15 @@ FILTERS: dict[str, tuple[float, ...]] = {
         -2.2414246658720156e-06, -1.5895026298510706e-06,
     ),
 }  # fmt: skip
-"""The taps of each wavelet's filter, by name."""
+"""The coefficients (taps) of each wavelet's filter, by the wavelet's name."""
 
 
 @cache
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
-    """Return a wavelet's filter, the same tensor in every call; `right` corrects the filter that is wrong in PEFT."""
+    """Return the filter of a wavelet; each call returns the same tensor.
+
+    `right` corrects the filter that is wrong in PEFT.
+    """
     import numpy as np
 
     kind = DTYPES[dtype]
@@ -178,7 +181,7 @@ def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
 
 
 def name_of(taps: Lazy) -> str | None:
-    """Return the name of the wavelet with these taps; None if a file cannot name it."""
+    """Return the name of the wavelet whose filter has these taps; None if PEFT has no name for it."""
     held, dtype = bytes(taps.fetch()), taps.dtype.name
     fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
     named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == held)
@@ -189,18 +192,18 @@ PART = "waveft_spectrum"
 
 
 class DrawnSpectrum(Family):
-    """A family whose file holds n coefficients; their positions follow from `random_loc_seed` and the weight's size."""
+    """A family with n coefficients per module. Their positions follow from `random_loc_seed` and the weight's size."""
 
     folds = ("spectrum",)
 
     @classmethod
     @abstractmethod
     def stated(cls, own: Any, path: str, count: int) -> int:
-        """Return the number of coefficients that the config states for a module; `count` is the number in the file."""
+        """Return the number of coefficients that the config has for a module; `count` is the number in the file."""
 
     @classmethod
     def further(cls, file: File, path: str) -> dict[str, Lazy]:
-        """Return further tensors of the update at a module."""
+        """Return further tensors that the update of a module needs."""
         return {}
 
     @classmethod
@@ -225,7 +228,7 @@ class DrawnSpectrum(Family):
 
 
 class WaveFTFields(Own, frozen=True, kw_only=True):
-    """The number of coefficients, their positions, their transform, and the scaling."""
+    """The number of coefficients, their positions, the transform, and the scaling."""
 
     n_frequency: int = 2592
     n_frequency_pattern: dict[str, int] | None = None
@@ -293,7 +296,7 @@ class WaveFTFamily(DrawnSpectrum):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the element type of a filter: the type in the update to write, or F64."""
+    """Return the element type for a filter: that of the update's filter, or F64 if there is no update."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
@@ -304,7 +307,7 @@ def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
     return filter_of(name, dtype, by_formula)
 
 
-# FourierFT: `fourierft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size.
+# FourierFT: `fourierft_spectrum` [n]. The positions follow from `random_loc_seed` and the weight's size.
 
 
 FOURIER_PART = "fourierft_spectrum"
@@ -350,19 +353,21 @@ class FourierFTFamily(DrawnSpectrum):
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
 
 
-# Draw the positions that files omit, from the seed and in the same way as PEFT.
+# Draw the positions, which files omit, from the seed as PEFT does.
 
 
 LARGEST = 1 << 34
-"""The limit on the elements of a weight, against hostile files."""
+"""The limit on the number of a weight's elements, which protects against hostile files."""
 
 
 def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
-    """Return rows and columns of the first `count` positions in random order, `[2, count]`; drawn when they are read.
+    """Return the rows and columns of the first `count` positions in random order, `[2, count]`.
+
+    The positions are drawn when they are loaded.
 
     Raises:
-        Malformed: there is no valid seed.
-        ShapeMismatch: the weight has too few elements.
+        Malformed: the seed is missing or invalid.
+        ShapeMismatch: the weight has fewer elements than `count`.
     """
     if seed is None or not -(1 << 63) <= seed < 1 << 64:
         raise Malformed(
@@ -376,9 +381,9 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """Return one tensor shared by all weights of this size.
+    """Return the first `count` random positions of a weight; all weights of one size share the result.
 
-    Each draw is slow, because it shuffles as many numbers as the weight has elements.
+    Each draw is slow, because it shuffles as many positions as the weight has elements.
     """
 
     @cache
@@ -394,7 +399,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
-    """Return the fields `scaling` and `fan_in_fan_out`, which a config states once for all modules."""
+    """Return the fields `scaling` and `fan_in_fan_out`, which a config has once for all modules."""
     own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}

@@ -1,7 +1,7 @@
 """TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` per module, and `tinylora_v.<group>` per group of modules.
 
-A group consists of modules that the model declares one after another. The keys do not state a module's index in this
-order, but the random P shows the index, because PEFT draws P from `projection_seed` plus the index.
+A group consists of modules that follow one another in the model's declaration. The keys do not show a module's index in
+this order. But the random P shows the index, because PEFT draws P from the seed `projection_seed` + index.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 SEED = 42
 
 
 class TinyLoRAFields(Own, frozen=True, kw_only=True):
-    """The sizes, the tying of v, and the seed of P."""
+    """The sizes, how many modules share a v, and the seed of P."""
 
     r: int = 2
     u: int = 64
@@ -80,7 +80,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # Leave missing fields None until all modules are known; `_completed` fills them in.
+        # Leave missing fields None until all modules are known. Then `_completed` fills them in.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
@@ -125,7 +125,7 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
-    """Return each module's index in the model, by path; None if the indices are unknown."""
+    """Return each module's index in the model's declaration, by path; None if the indices are unknown."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
     held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
@@ -137,7 +137,7 @@ def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | No
 
 
 def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """Return the index from which each P was drawn; None if an index is unknown or occurs twice."""
+    """Return, for each module, the index from which its P was drawn; None if an index is unknown or occurs twice."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in held.values():
         kind = tensor.shape, tensor.dtype.name
@@ -149,7 +149,7 @@ def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """Return P `[u, r, r]` as PEFT draws it; the values are drawn when they are read."""
+    """Return P `[u, r, r]` as PEFT draws it; it is drawn when its values are loaded."""
     kind = DTYPES[dtype]
 
     def fetch() -> Buffer:
@@ -163,11 +163,11 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
 
 
 def _completed(file: File, found: Found, number: int | None, count: int) -> Found:
-    """Return a module's update with its v, and with its P if the file omits P.
+    """Return the update of a module, completed with its group's v and, if the file omits P, with P.
 
     Raises:
-        UsageError: the module's index in the model depends on the base, and no base is given.
-        Unsupported: the base does not show the index, either.
+        UsageError: the module's index depends on the base, and no base is given.
+        Unsupported: even the base does not show the module's index.
         Malformed: the v of the module's group is missing.
     """
     own, update = file.settings.own, found.update
@@ -177,7 +177,7 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
         if file.base is None:
             raise UsageError(why, where=found.path, cure="Give the base with --base (base=)")
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
-        raise Unsupported(f"{why}; the base does not show it, either", where=found.path, cure=cure)
+        raise Unsupported(f"{why}; the base does not show this number, either", where=found.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:
@@ -196,4 +196,4 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
 
 
 LARGEST = 1 << 33
-"""The limit on the elements of a projection, against hostile files."""
+"""The limit on the number of a projection's elements, which protects against hostile files."""

@@ -1,8 +1,9 @@
-"""Families whose factors are computed from numbers that all modules share: Uni-LoRA and VB-LoRA.
+"""Families whose factors are computed from values that all modules share: Uni-LoRA and VB-LoRA.
 
-Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices`, also `unilora_indices_A`, `unilora_scales_A` etc.
+Uni-LoRA: one shared `unilora_theta_d` [d]. With `save_indices`, also `unilora_indices_A`, `unilora_scales_A` etc.
 
-Without `save_indices`, the positions are drawn for all modules together, in the order in which the model declares them.
+Without `save_indices`, the positions in theta are drawn for all modules together, in the order in which the model
+declares them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class UniLoRAFields(Own, frozen=True, kw_only=True):
@@ -104,7 +105,7 @@ class UniLoRAFamily(Family):
 
 
 def _regenerated(file: File) -> Findings:
-    """Yield the updates of all modules, with positions and scales that are computed when they are read."""
+    """Yield the updates of all modules. Positions and scales are computed when their values are loaded."""
     theta, own = file.shared[THETA], file.settings.own
     shapes = {path: weight_shape(file, Key(path, path), _WHY) for path in _modules(file)}
     total = own.r * sum(out + in_ for out, in_ in shapes.values())
@@ -152,7 +153,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """Return the dtype of the base's weight, in which PEFT keeps the scales."""
+    """Return the dtype of the base's weight, which is also the dtype of PEFT's scales."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
@@ -162,7 +163,7 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a function that returns every element's position in theta, and the number of uses of each position."""
+    """Return a function that returns each element's position in theta, and how often each position is used."""
 
     @cache
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +198,7 @@ def _part(
 
 
 LARGEST = 1 << 33
-"""The limit on the elements of all factors together, against hostile files."""
+"""The limit on the number of elements of all factors together, which protects against hostile files."""
 _WHY = "Uni-LoRA's positions depend on the order and sizes of the base's weights"
 
 
@@ -215,11 +216,11 @@ CHOSEN = {
     "vblora_logits_B_topk_indices": "indices_B",
     "vblora_logits_B_topk_weights": "weights_B",
 }
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 
 class VBLoRAFields(Own, frozen=True, kw_only=True):
-    """The sizes of the bank, the number of mixed vectors, and the form of the file."""
+    """The sizes of the vector bank, the number of mixed vectors, and the form of the file."""
 
     num_vectors: int = 256
     vector_length: int = 256
@@ -303,7 +304,7 @@ def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:
-    """Append the last weight, 1 minus the sum of the others; return other tensors unchanged."""
+    """Append the last weight, which is 1 minus the sum of the others; return any other tensor unchanged."""
     if not part.endswith("weights"):
         return tensor
 

@@ -1,0 +1,412 @@
+"""Compute from texts what combiners learn from: losses, gradients, and inputs of targets, on a live base.
+
+`Combiner.learns` names the method of `TextData` that a combiner needs.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, cast
+
+from ..core.adapter import Adapter
+from ..errors import Unsupported, UsageError
+from ..io.checkpoint import opened
+from ..io.stages import detail, stage
+from ..ops.alignment import places
+from ..ops.combiners import COMBINERS
+from ..ops.parameters import resolved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..io.computed import Array
+    from ..ops.alignment import Source
+    from ..ops.combiners.nsc import Spaces
+    from ..ops.lowering import Base
+    from ..quant._calibration import Calibration
+    from ..torch.handle import Handle
+
+    Text = str | PathLike[str]
+    Feed = Mapping[str, Tensor]
+    Gradients = Mapping[str, Tensor]
+    Loss = Callable[[Tensor, Tensor], Tensor]
+
+TEXTS, LENGTH = 16, 64
+"""Default number of texts for each adapter, and largest number of tokens in each text."""
+
+
+class LiveBase:
+    """A base in memory that runs texts with an adapter attached.
+
+    Args:
+        base: a folder with a transformers model and its tokenizer.
+        device: the device to run on: `auto`, `cpu` or `cuda:N`.
+
+    Raises:
+        StorageError, Malformed: a file cannot be read.
+    """
+
+    def __init__(self, base: Base, device: str) -> None:
+        from ..gating.models import device_of, load
+        from ..torch.pretrained import check_transformers
+
+        self.checkpoint, self.device = opened(base), device_of(device)
+        check_transformers(self.checkpoint.root, "running texts")
+        self.model: Any = load(self.checkpoint, "float32", self.device).requires_grad_(False)
+
+    def feeds(self, data: Text, count: int, length: int, seed: int) -> tuple[Feed, ...]:
+        """Return the tokens of a file of texts, one entry for each text.
+
+        Raises:
+            UsageError: the file contains no texts.
+            Unsupported: the model does not read text.
+        """
+        from ..gating.inputs import inputs_for, texts_of
+
+        found = inputs_for(self.model, self.checkpoint.root, texts_of(data), count=count, length=length, seed=seed)
+        if not found.tokens:
+            raise Unsupported("the model does not read text", path=self.checkpoint.root, cure=_FUNCTION)
+        return found.feeds
+
+    def check_predicts(self) -> None:
+        """Refuse a model that does not predict the next token of a text, because its texts have no loss.
+
+        Raises:
+            UsageError: it is such a model.
+        """
+        # Masked language models have an output layer, too, but they see the token that they predict.
+        predicts = self.model.can_generate() and self.model.get_output_embeddings() is not None
+        if not predicts or self.model.config.is_encoder_decoder:
+            why = "the model does not predict the next token of a text, so texts have no loss"
+            raise UsageError(why, path=self.checkpoint.root, cure=_FUNCTION)
+
+    @contextmanager
+    def attached(self, *adapters: Adapter) -> Iterator[list[Handle]]:
+        """Attach adapters during the body."""
+        from ..torch.inject import inject
+
+        handles: list[Handle] = []
+        try:
+            for number, adapter in enumerate(adapters):
+                handles.append(inject(self.model, adapter.load(self.device), name=f"trial{number}"))
+            yield handles
+        finally:
+            for handle in reversed(handles):
+                handle.remove()
+
+    def logits(self, feed: Feed) -> tuple[Tensor, Tensor]:
+        """Return the logits of each token but the last, `[tokens - 1, vocabulary]`, and the tokens that follow."""
+        ids = feed["input_ids"].to(self.device)
+        return self.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]
+
+    def mean(self, feeds: Sequence[Feed], loss: Loss) -> float:
+        """Return the mean over all predicted tokens of a loss that is summed over one text."""
+        import torch
+
+        with torch.no_grad():
+            return sum(float(loss(*self.logits(feed))) for feed in feeds) / _predicted(feeds)
+
+
+class TextData:
+    """Losses, gradients and inputs of targets on texts, for combiners that learn from data.
+
+    Args:
+        base: a folder with a transformers model and its tokenizer; it is loaded once, in float32.
+        adapters: the adapters to combine, or their paths.
+        data: a file of texts (one per line, or JSON Lines with a field `text`), `builtin`, or a list with one of these
+            for each adapter, in the same order.
+        rename: rules for names, as in `combine`.
+        texts: the number of texts for each adapter; they are chosen by `seed`.
+        length: the maximum number of tokens of each text.
+        seed: the seed for the choice of texts.
+        device: `auto`, `cpu` or `cuda:N`.
+
+    Raises:
+        UsageError: a file contains no texts, or the number of files is neither 1 nor the number of adapters.
+        Unsupported: the model does not read text.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
+
+    Example:
+        >>> texts = ak.TextData("base", ["math", "code"], ["math.txt", "code.txt"])
+        >>> ak.combine(["math", "code"], "regmean", base="base", data=texts.learned_by("regmean"))
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Sequence[Source],
+        data: Text | Sequence[Text] = "builtin",
+        *,
+        rename: str | Sequence[str] = (),
+        texts: int = TEXTS,
+        length: int = LENGTH,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        files = [data] if isinstance(data, (str, PathLike)) else list(data)
+        if len(files) not in (1, len(adapters)):
+            why = f"{len(files)} files of texts for {len(adapters)} adapters"
+            cure = "Name one file for all adapters, or one for each adapter, in the same order: --data FILE (data=)"
+            raise UsageError(why, where="data", cure=cure)
+        self.base = LiveBase(base, device)
+        self.adapters, _ = places(adapters, base=self.base.checkpoint, lower="combined", disjoint=True, rename=rename)
+        read = [self.base.feeds(file, texts, length, seed) for file in files]
+        self.tasks = read * len(adapters) if len(read) == 1 else read
+        self.distinct = [feed for feeds in read for feed in feeds]
+        self._recorded: dict[int, Calibration] = {}
+        self._alone: list[float] | None = None
+        self._folder = Path(mkdtemp(prefix="adapterkit-inputs-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def learned_by(self, method: str) -> Callable[..., Any]:
+        """Return the function to pass as `data=` to a method of `combine`.
+
+        Raises:
+            UsageError: the method does not use data, cannot learn from texts, or needs a model that predicts tokens.
+        """
+        cls = COMBINERS[resolved(method, None, len(self.adapters))[0]]
+        if cls.data is None:
+            raise UsageError(f"{method} does not use data", where="data", cure="Omit --data (data=)")
+        if cls.learns is None:
+            why = f"{method} cannot learn from texts alone"
+            raise UsageError(why, where="data", cure=f"Call combine in Python, with data= {cls.data}")
+        if cls.learns not in _OF_ANY_MODEL:
+            self.base.check_predicts()
+        return cast("Callable[..., Any]", getattr(self, cls.learns))
+
+    def loss(self, adapter: Adapter) -> float:
+        """Return the mean loss of all predicted tokens, in nats, of the base with the adapter attached."""
+        with self.base.attached(adapter):
+            found = self.base.mean(self.distinct, cross_entropy)
+        detail(f"loss {found:.6g}")
+        return found
+
+    def loss_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
+        """Return the mean loss of all predicted tokens, and its gradient by the weight of each target."""
+        return self._descended(adapter, cross_entropy)
+
+    def entropy_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
+        """Return the mean entropy of the predictions in nats, and its gradient by the weight of each target."""
+        return self._descended(adapter, entropy)
+
+    def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
+        """Return one loss from the mean entropies of all tasks' texts, and its gradient by the weight of each target.
+
+        Args:
+            adapter: the combined adapter.
+            together: a function of the tasks' entropies, and of those of each adapter alone on its own texts.
+        """
+        import torch
+
+        if self._alone is None:
+            self._alone = []
+            for own, feeds in zip(self.adapters, self.tasks, strict=True):
+                with self.base.attached(own):
+                    self._alone.append(self.base.mean(feeds, entropy))
+        with self.base.attached(adapter), self._slopes() as gradients:
+            # The tasks' graphs would not fit into memory together. So compute the entropies first, then the derivative
+            # of `together` by each of them, and then the gradients of one text at a time.
+            means = [
+                torch.tensor(self.base.mean(feeds, entropy), dtype=torch.double, requires_grad=True)
+                for feeds in self.tasks
+            ]
+            whole = together(means, self._alone)
+            whole.backward()  # type: ignore[no-untyped-call]
+            for mean, feeds in zip(means, self.tasks, strict=True):
+                share = float(cast("Tensor", mean.grad)) / _predicted(feeds)
+                for feed in feeds:
+                    (share * entropy(*self.base.logits(feed))).backward()  # type: ignore[no-untyped-call]
+            return _logged(float(whole.detach())), gradients()
+
+    def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
+        """Return NSC's loss on the inputs of its targets, and its gradient by the weight of each target."""
+        total = 0.0
+        with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
+            for task, feeds in enumerate(self.tasks):
+                tokens = sum(feed["input_ids"].numel() for feed in feeds)
+                for feed in feeds:
+                    seen.clear()
+                    self._run(feed)
+                    inputs = {(task, path): z for path, z in seen.items() if (task, path) in spaces.reads}
+                    if not inputs:
+                        continue
+                    # `spaces.loss` is a mean over tokens, and over targets and tasks.
+                    share = feed["input_ids"].numel() / tokens * len(inputs) / len(spaces.reads)
+                    loss = share * spaces.loss(inputs)
+                    loss.backward()
+                    total += float(loss.detach())
+            return _logged(total), gradients()
+
+    def inputs(self, position: int, path: str) -> Array:
+        """Return the inputs of a target under one adapter on its texts, `[tokens, in]`.
+
+        Raises:
+            Unsupported: the target is not a linear layer.
+        """
+        if position not in self._recorded:
+            from ..gating.calibrating import recorded
+
+            stage(f"reading inputs of adapter {position + 1}")
+            file = self._folder / f"{position}.safetensors"
+            with self.base.attached(self.adapters[position]):
+                run = partial(self._each, self.tasks[position])
+                self._recorded[position] = recorded(self.base.model, run, file, {"position": position})
+        found = self._recorded[position].inputs(_module_of(path))
+        if found is None:
+            why = "the inputs of this target are unknown, because the model in memory has no linear layer there"
+            raise Unsupported(why, where=path, cure=_WITHOUT)
+        return found
+
+    def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
+        """Return the inputs of a target on one adapter's texts, `[tokens, in]`.
+
+        The targets that are merged so far have the merged change; all others have the change of this adapter.
+
+        Raises:
+            Unsupported: the target does not run on the texts as a layer with one input.
+        """
+        import torch
+
+        done = {} if merged is None else dict(merged.updates)
+        own = self.adapters[position]
+        rest = own.replace(updates={target: found for target, found in own.updates.items() if target not in done})
+        adapters = [rest] if merged is None else [merged.replace(updates=done), rest]
+        rows: list[Tensor] = []
+        with self.base.attached(*adapters), self._inputs([path], last=True) as seen, torch.no_grad():
+            for feed in self.tasks[position]:
+                seen.clear()
+                with suppress(_Reached):  # The rest of the model would not change these inputs.
+                    self._run(feed)
+                if path not in seen:
+                    raise Unsupported("the target does not run on the texts", where=path, cure=_FUNCTION)
+                rows.append(seen[path].reshape(-1, seen[path].shape[-1]))
+        return torch.cat(rows)
+
+    def _descended(self, adapter: Adapter, loss: Loss) -> tuple[float, Gradients]:
+        count, total = _predicted(self.distinct), 0.0
+        with self.base.attached(adapter), self._slopes() as gradients:
+            for feed in self.distinct:
+                one = loss(*self.base.logits(feed)) / count
+                one.backward()  # type: ignore[no-untyped-call]
+                total += float(one.detach())
+            return _logged(total), gradients()
+
+    def _each(self, feeds: Sequence[Feed]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for feed in feeds:
+                self._run(feed)
+
+    def _run(self, feed: Feed) -> None:
+        self.base.model(**{name: value.to(self.base.device) for name, value in feed.items()})
+
+    @contextmanager
+    def _slopes(self) -> Iterator[Callable[[], Gradients]]:
+        """Let the weights of all targets have gradients; yield a function that returns these by target.
+
+        Raises:
+            Unsupported: the model in memory stacks experts that the files store one by one.
+        """
+        from ..naming.binding import view
+        from ..torch.forward_hook import hooks_of
+        from ..torch.weights import tensor_at
+
+        weights = {
+            part.target: tensor_at(hook.module, part.weight)
+            for hook in hooks_of(self.base.model)
+            for part in hook.parts
+            if part.weight is not None
+        }
+        known = {target.path for adapter in self.adapters for target in adapter.updates}
+        other = next((target for target in weights if target.path not in known), None)
+        if other is not None:
+            raise Unsupported(_STACKED, where=str(other), cure=_WITHOUT)
+        for W in weights.values():
+            W.requires_grad_(True)
+        try:
+            yield lambda: {str(t): view(W.grad, t) for t, W in weights.items() if W.grad is not None}
+        finally:
+            for W in weights.values():
+                W.requires_grad_(False)
+                W.grad = None
+
+    @contextmanager
+    def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Collect the inputs of targets in the yielded dict; with `last`, end the run at the first of them.
+
+        Raises:
+            Unsupported: the model in memory stacks experts that the files store one by one.
+        """
+        from ..torch.forward_hook import hooks_of
+
+        seen: dict[str, Tensor] = {}
+
+        def collect(names: Sequence[str], _: object, args: tuple[Tensor, ...]) -> None:
+            seen.update(dict.fromkeys(names, args[0]))
+            if last:
+                raise _Reached
+
+        handles, missing = [], set(paths)
+        for hook in hooks_of(self.base.model):
+            names = [name for name in {str(part.target) for part in hook.parts} if name in missing]
+            if names:
+                missing -= set(names)
+                handles.append(hook.module.register_forward_pre_hook(partial(collect, names)))
+        try:
+            if missing:
+                raise Unsupported(_STACKED, where=min(missing), cure=_WITHOUT)
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a run of the model when the wanted input is known."""
+
+
+_OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
+"""Methods of `TextData` that need no predictions, only a model that reads text."""
+
+_STACKED = "the model in memory stacks experts that the files store one by one, so the texts say nothing about each"
+
+_WITHOUT = "Choose a method without --data, or lorahub; 'adapterkit list combine' shows all"
+
+_FUNCTION = "Call combine or search in Python, with your own function as data="
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the loss of the next tokens, summed over a text."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+
+def entropy(logits: Tensor, _: Tensor) -> Tensor:
+    """Return the entropy of the predictions, summed over a text."""
+    logs = logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum()
+
+
+def _predicted(feeds: Sequence[Feed]) -> int:
+    """Return the number of tokens that have a prediction: all but the first of each text."""
+    return sum(feed["input_ids"].shape[1] - 1 for feed in feeds)
+
+
+def _logged(loss: float) -> float:
+    detail(f"loss {loss:.6g}" if math.isfinite(loss) else f"loss {loss}")
+    return loss
+
+
+def _module_of(target: str) -> str:
+    """Return the path of a target's module, without the rows that the target may be limited to."""
+    return target.partition("[")[0]
