@@ -244,11 +244,12 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 def checked(record: Mapping[str, object]) -> str:
     """Return a text with the result of running and comparing the graph."""
+    parts = []
+    if record["difference"] is not None:
+        parts.append(f"largest difference {number(record, 'difference'):.2g} of the output")
     if record["note"]:
-        return str(record["note"])
-    if record["difference"] is None:
-        return "not checked"
-    return f"largest difference {number(record, 'difference'):.2g} of the output"
+        parts.append(str(record["note"]))
+    return "; ".join(parts) or "not checked"
 
 
 def _plan_view(record: Mapping[str, object]) -> View:

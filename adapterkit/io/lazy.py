@@ -379,15 +379,17 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Wrap a numpy array in a `Lazy`. `dtype` names a type that numpy lacks, such as `BF16` stored in uint16."""
+    """Wrap an array of numpy or ml_dtypes in a `Lazy`. `dtype` names the type of the bits, such as `BF16` in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
-    return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
+    # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
+    own = kind.numpy[1] == "u" and array.dtype.name == kind.torch
+    held = array.view(kind.numpy) if own else array
+    return Lazy(array.shape, kind, lambda: held.astype(kind.numpy, copy=False).tobytes())
 
 
 @cache
 def _kind(dtype: np.dtype[np.generic]) -> DType:
-    little = str(dtype.newbyteorder("<").str)
-    return next(each for each in DTYPES.values() if each.numpy == little)
+    return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
 # Read and create tensors with one number without numpy, because an adapter file may have thousands of such tensors.

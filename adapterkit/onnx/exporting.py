@@ -62,7 +62,16 @@ CARRIED = (
 GRAPHS = ("model.onnx", *FILES)
 """Names of the graphs that an export of a folder writes: one graph, or the parts of a model."""
 
-OWNS = frozenset({*GRAPHS, *(f"{name}.data" for name in GRAPHS), "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
+OWNS = frozenset(
+    {
+        *GRAPHS,
+        *(f"{name}.data" for name in GRAPHS),
+        "*.onnx_adapter",
+        "*.onnx_adapter.json",
+        "genai_config.json",
+        *CARRIED,
+    }
+)
 """Names of the files of an export; files of an older export with these names are removed."""
 
 

@@ -39,6 +39,7 @@ from .model_file import opened
 from .reading import config_of, inputs_of, loaded
 from .report import GraphReport
 from .resolving import is_named, spots_of, taken
+from .routed import refuse_routed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -232,7 +233,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
     Raises:
         TargetNotFound: no graph has any of the targets; or a target is in no graph, and `allow_partial` is not set.
-        Unsupported: the adapter has new tokens or prefixes, and there are several graphs.
+        Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is inside a node
+            with all experts of a layer.
     """
     rest, context = parted(adapter)
     if context and len(parts) > 1:
@@ -252,6 +254,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         own[part.name] = adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
     lost = tuple(target for target in rest.updates if target not in seen)
     if lost and (not allow_partial or not seen):
+        for part in parts:
+            refuse_routed(opened(part.path).model, rest.replace(updates={t: rest.updates[t] for t in lost}))
         raise _nowhere(lost, parts, bool(seen))
     return Division(adapter, own, lost)
 

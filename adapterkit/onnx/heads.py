@@ -6,7 +6,7 @@ that reads the layer, or from the sizes of a Split. So nothing is guessed, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,21 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
             updates[own] = tuple(cut_rows(update, start, start + size, 1, False) for update in held)
             start += size
     return (adapter.replace(updates=updates) if whole else adapter), whole
+
+
+def in_packed(target: Target, names: Collection[str]) -> Target:
+    """Return the packed layer that has a part among its rows, for a graph with slots beside that layer.
+
+    Nodes of the slots are between the layer and its attention then, so head counts no longer show the parts.
+
+    Args:
+        target: a target under the graph's own name; its rows are those of the packed layer.
+        names: the names of the weights in the graph.
+    """
+    stem, _, word = target.path.rpartition(".")
+    alone = word not in PARTS or target.rows is None or f"{target.path}.weight" in names
+    whole = replace(target, path=f"{stem}.{PACKED}")
+    return target if alone or f"{whole.path}.weight" not in names else whole
 
 
 BETWEEN = {

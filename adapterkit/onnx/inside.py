@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 from ..core.composed_layer import Composed
 from ..core.updates import OutputUpdate, Update
 from ..errors import Unsupported
-from .layers import BEFORE
+from .layers import BEFORE, weight_at
 from .norms import groups_of
+from .operands import is_constant
 from .values import Value, concatenated
 
 if TYPE_CHECKING:
@@ -76,17 +77,21 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
     graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
     if new is not None:
-        _reads(layer, layer.position, layer.operand, made[0])
+        _reads(layer.node, layer.position, layer.operand, made[0])
     if bias is not None:
-        _reads(layer, 2, layer.own_bias, bias)
+        node, read = (layer.node, layer.own_bias) if layer.after is None else layer.after
+        # A weight and bias of equal numbers may be one tensor, so search the bias after the weight.
+        first = layer.position + 1 if node is layer.node else 0
+        at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
+        _reads(node, at, read, bias)
     branch.close()
 
 
-def _reads(layer: Layer, position: int, base: ir.Value | None, new: Value) -> None:
+def _reads(node: ir.Node, position: int, base: ir.Value | None, new: Value) -> None:
     """Make a node read a computed weight or bias; record the name of the base's tensor for `fit`."""
-    if base is not None and base.is_initializer() and base.name is not None:
-        layer.node.metadata_props[f"{BEFORE}.{position}"] = base.name
-    layer.node.replace_input_with(position, new.value)
+    if base is not None and base.name is not None and is_constant(base):
+        node.metadata_props[f"{BEFORE}.{position}"] = base.name
+    node.replace_input_with(position, new.value)
 
 
 def _whole(W: Value, part: Value, place: Found) -> Value:

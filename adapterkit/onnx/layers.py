@@ -27,9 +27,27 @@ of the base's tensor."""
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
     """Return the weight or bias that a node reads; if injected nodes compute the input, return the base's tensor."""
-    name, graph = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph
-    held = graph.initializers.get(name) if name is not None and isinstance(graph, ir.Graph) else None
-    return node.inputs[position] if held is None else held
+    name, graph, read = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph, node.inputs[position]
+    if name is None:
+        return read
+    held = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
+    # Some exporters share a tensor by an Identity, so the base's tensor may be the output of a node.
+    return held or _behind(read, name) or read
+
+
+def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
+    """Return the value with a name among those that a value is computed from."""
+    waiting, seen = [value], set[ir.Value]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        if one.name == name:
+            return one
+        seen.add(one)
+        node = one.producer()
+        waiting += [] if node is None else node.inputs
+    return None
 
 
 class Layer:

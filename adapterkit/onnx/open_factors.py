@@ -20,6 +20,7 @@ from ..errors import Unsupported
 from ..io.lazy import from_numpy
 from .building import Array, Branch, Building
 from .folding import part_of, seen_by, through, wide
+from .heads import in_packed
 from .values import Unsayable
 
 if TYPE_CHECKING:
@@ -98,8 +99,17 @@ def is_worked_out(update: Update, fields: Mapping[str, str]) -> bool:
     return {*FACTORS} <= {*fields} and not isinstance(update, OpenFactors)
 
 
-def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | None) -> list[OpenFactors]:
+def worked_out(
+    model: ir.Model, adapter: Adapter, target: Target, named: Target, base: Base | None
+) -> list[OpenFactors]:  # fmt: skip
     """Return the factors of each update at a target, computed from the weight of the graph's layer.
+
+    Args:
+        model: the graph with slots.
+        adapter: the adapter.
+        target: the target under the adapter's name.
+        named: the target under the graph's name, as the graph lists it with its slots.
+        base: the base's weights.
 
     Raises:
         TargetNotFound: the graph has no such layer.
@@ -107,9 +117,10 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
             the first update changed.
     """
     from ..io.checkpoint import opened as opened_base
-    from .resolving import resolve
+    from .resolving import by_name, resolve, spots_of
 
-    whole = adapter.replace(updates={target: adapter.updates[target]})
+    packed = in_packed(named, by_name(spots_of(model)))
+    whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
     (place, *_) = resolve(model, whole, None if base is None else opened_base(base))
     update, *more = place.updates
     if more:

@@ -40,6 +40,7 @@ from .exporting import (
     steps_of,
 )
 from .folders import joined, left_line
+from .genai_config import write_genai_config
 from .pretrained_calls import INSIDE, ExportWords, words_of
 from .pretrained_parts import parts_of_model
 from .report import GraphReport
@@ -146,6 +147,8 @@ def export_pretrained(
 ) -> GraphReport:  # fmt: skip
     """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
 
+    Beside a causal language model, `genai_config.json` lets onnxruntime-genai load the folder, too.
+
     An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
     model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
     graphs, each adapter gets an `.onnx_adapter` file for each graph that has some of its targets.
@@ -216,6 +219,7 @@ def export_pretrained(
             carried = _carried(source, scratch)
             if parts:
                 return _whole(reports, scratch, target, carried, adapter)
+            carried += write_genai_config(as_trained, scratch / "model.onnx", scratch)
     return moved(reports["model.onnx"], target, carried)
 
 

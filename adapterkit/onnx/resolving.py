@@ -37,10 +37,12 @@ from .layers import (
     SingleMatMul,
 )
 from .modules import SCOPES, dotted, listed, same_end
+from .norm_layers import norms_at
 from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
+from .routed import refuse_routed
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -98,8 +100,11 @@ def resolve(
     spots = spots_of(model)
     known = by_name(spots)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
+    refuse_routed(model, adapter)
     modules = _modules(model, adapter, known)
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    norms = norms_at(model, adapter, known, base)
+    apart = {*modules, *norms}
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     own = _own_names(layered, known)
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
@@ -130,7 +135,7 @@ def resolve(
     # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
-    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+    return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
@@ -163,7 +168,8 @@ def taken(
     whole_adapter = adapter
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    apart = {*modules, *norms_at(model, adapter, known, base)}
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     lost: tuple[Target, ...] = ()
     if layered.updates:
         lost = _lost(layered, known, config)
@@ -422,12 +428,13 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
 
 
-ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
-"""Two names for the same attention: onnxruntime-genai's builder calls every attention `attn`."""
+BUILDER_NAMES = (("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"))
+"""Pairs of names for the same layer, first the graph's: onnxruntime-genai's builder calls every attention `attn`, and
+every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, and the same names with the adapter's name for attentions (`attn` or `self_attn`).
+    """Return a graph's names, and the same names with the adapter's words for attentions and routers.
 
     This must run before family names are translated, because one family also has `attn.q_proj`, with rows in another
     order.
@@ -436,13 +443,14 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's names of attention weights to the graph's names, if the two name attentions differently."""
-    for one, other in ATTENTION_NAMES:
+    """Map the adapter's names of weights of attentions and routers to the graph's names, if one part differs."""
+    found: dict[str, str] = {}
+    for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
         there = any(f".{other}." in f".{name}" for name in known)
         if asked and not there:
-            return {name.replace(f".{one}.", f".{other}."): name for name in known if f".{one}." in f".{name}"}
-    return {}
+            found |= {name.replace(f".{one}.", f".{other}."): name for name in known if f".{one}." in f".{name}"}
+    return found
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from .building import Array
 from .model_file import inline
 from .operands import attribute, is_constant, numbers
-from .providers import session_of
+from .widening import started
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -145,7 +145,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
     # Do not optimize: a quantizer that is fused with its neighbours has no input that can be read.
-    session = session_of(inline(model), optimized=False)
+    session = started(inline(model), optimized=False)
     # onnxruntime returns all outputs for an empty list of names.
     given = {name: array for name, array in feeds.items() if name in taken}
     results = session.run(wanted, given) if wanted else []

@@ -551,7 +551,7 @@ def _fitted(
     for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True):
         for update, fields in _paired(adapter.updates[target], record, target, slots):
             if is_worked_out(update, fields):
-                (factors,) = worked_out(source.model, adapter, target, base)
+                (factors,) = worked_out(source.model, adapter, target, record.target, base)
                 fill(factors, fields, target, slots, feeds)
                 names.append(dict[str, str]())
             else:

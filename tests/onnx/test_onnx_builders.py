@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import CheckFailed, TargetNotFound
+from adapterkit.errors import CheckFailed, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
 
 HIDDEN, HEADS, SHARED, EACH = 32, 4, 2, 8
@@ -166,10 +166,12 @@ def test_packed_queries_and_values(tmp_path, method, kind, split):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("kind", ["float", "int4"])
-def test_slots_of_a_packed_layer(tmp_path, kind):
+def test_slots_of_a_packed_layer(tmp_path, kind, method):
+    """DoRA's factors are computed from the rows of the packed weight, when the adapter is written for the slots."""
     W = built(tmp_path / "model", kind)
-    held = adapter()
+    held = adapter(method)
     ak.onnx.inject(tmp_path / "model", held, tmp_path / "out", mode="slots")
     feeds = ak.onnx.fit(tmp_path / "out" / "model.onnx", held)
     got, wanted = run(tmp_path / "out" / "model.onnx", changed(held, W), feeds=feeds)
@@ -268,3 +270,88 @@ def test_a_layer_that_the_builder_cuts(tmp_path, method):
         )
         got = session.run(None, {"x": given, **feeds})[0]
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
+
+
+EXPERTS, INNER = 3, 6
+
+
+def routed(folder):
+    """Write a layer of experts as the builder does: a router, and one node for all experts; return its tensors."""
+    rng, folder = np.random.default_rng(7), Path(folder)
+    folder.mkdir()
+    stem = "model.layers.0.moe."
+    names = {"router": f"{stem}router.MatMul.weight", "up": f"{stem}experts.gate_up_proj.weight",
+             "down": f"{stem}experts.down_proj.weight"}  # fmt: skip
+    shapes = {"router": (HIDDEN, EXPERTS), "up": (EXPERTS, INNER, HIDDEN), "down": (EXPERTS, HIDDEN, INNER)}
+    W = {name: rng.normal(size=shape).astype("f4") / 4 for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", names["router"]], ["chosen"], name="/model/layers.0/moe/router/MatMul"),
+        helper.make_node(
+            "MoE", ["x", "chosen", names["up"], "", names["down"]], ["y"], name="/model/layers.0/moe/MoE",
+            domain="com.microsoft", k=2, activation_type="relu",
+        ),
+    ]  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", HIDDEN]) for name in "xy")
+    held = [numpy_helper.from_array(W[name], names[name]) for name in W]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], held), opset_imports=opsets, ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    return W
+
+
+def experts(W, x):
+    """What the layer computes, in float64: the two likeliest experts, each times its probability."""
+    logits = x @ W["router"].astype("f8")
+    odds = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    each = np.maximum(np.einsum("nd,eid->nei", x, W["up"].astype("f8")), 0)
+    each = np.einsum("nei,edi->ned", each, W["down"].astype("f8"))
+    kept = odds * (odds >= np.sort(odds, -1)[:, -2:-1])
+    return np.einsum("ne,ned->nd", kept, each)
+
+
+@pytest.mark.parametrize("word", ["router", "gate"])
+@pytest.mark.parametrize("way", ["constant", "slots", "merge"])
+def test_a_router_of_experts(tmp_path, word, way):
+    """The builder calls it `moe.router`, whatever the model does."""
+    W = routed(tmp_path / "model")
+    rng = np.random.default_rng(8)
+    A, B = (torch.from_numpy(rng.normal(size=shape).astype("f4")) for shape in ((2, HIDDEN), (EXPERTS, 2)))
+    held = Adapter({Target(f"model.layers.0.mlp.{word}"): (METHODS["lora"](A=A, B=B),)})
+    out, feeds = tmp_path / "out", {}
+    if way == "merge":
+        report = ak.onnx.merge(tmp_path / "model", held, out)
+    else:
+        report = ak.onnx.inject(tmp_path / "model", held, out, mode=way)
+        feeds = ak.onnx.fit(out / "model.onnx", held) if way == "slots" else {}
+    assert report.difference is not None, report.note
+    x = rng.normal(size=(5, HIDDEN)).astype("f4")
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    wanted = experts({**W, "router": W["router"] + (B.numpy() @ A.numpy()).T}, x)
+    assert abs(wanted - experts(W, x)).max() > 0.1 * abs(wanted).max()
+    np.testing.assert_allclose(session.run(None, {"x": x, **feeds})[0], wanted, atol=1e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_in_one_node_are_refused_by_its_name(tmp_path, stacked):
+    routed(tmp_path / "model")
+    if stacked:
+        target = Target("model.layers.0.mlp.experts.gate_up_proj", layout="e out *in")
+        update = METHODS["lora"](A=torch.ones(EXPERTS, 2, HIDDEN), B=torch.ones(EXPERTS, INNER, 2))
+    else:
+        target = Target("model.layers.0.mlp.experts.1.up_proj")
+        update = METHODS["lora"](A=torch.ones(2, HIDDEN), B=torch.ones(INNER, 2))
+    router = METHODS["lora"](A=torch.ones(2, HIDDEN), B=torch.ones(EXPERTS, 2))
+    held = Adapter({target: (update,), Target("model.layers.0.mlp.router"): (router,)})
+    for source in (tmp_path / "model", tmp_path / "model" / "model.onnx"):
+        out = tmp_path / ("out" if source.is_dir() else "out.onnx")
+        for change in (ak.onnx.inject, ak.onnx.merge):
+            with pytest.raises(Unsupported, match=r"inside the node /model/layers.0/moe/MoE \(MoE\)") as error:
+                change(source, held, out)
+            assert "--allow-partial (allow_partial=True)" in str(error.value)
+        assert not out.exists()
+        report = ak.onnx.inject(source, held, out, allow_partial=True)
+        assert [str(found.asked) for found in report.found] == ["model.layers.0.mlp.router"]
+    other = Adapter({Target("model.layers.1.mlp.experts.1.up_proj"): held.updates[target]})
+    if not stacked:
+        with pytest.raises(TargetNotFound):  # The graph has no such layer.
+            ak.onnx.inject(tmp_path / "model" / "model.onnx", other, tmp_path / "no.onnx")

@@ -5,6 +5,7 @@ Torch gets the numbers that the integer weights of each graph stand for.
 
 import warnings
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphs as graphs
@@ -23,6 +24,7 @@ from adapterkit.methods import METHODS
 from adapterkit.onnx.checking import checked_injection
 from adapterkit.onnx.unrounded import unround
 
+BF16 = ml_dtypes.bfloat16
 X = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype("f4")
 
 
@@ -222,3 +224,33 @@ def test_what_cannot_be_told_without_rounding(what):
         [numpy_helper.from_array(array, name) for name, array in held.items()],
     )  # fmt: skip
     assert not unround(ir.from_proto(helper.make_model(graph)))
+
+
+def test_a_quantized_graph_of_bfloat16_is_compared_in_float32(tmp_path):
+    """onnxruntime has no kernel for it, so numpy tells how many values the graph clips, and what that costs."""
+    rng = np.random.default_rng(3)
+    held = {"s": np.array(2**-6, BF16), "z": np.int8(0), "V": rng.normal(size=(16, 8)).astype(BF16)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="quantizer"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["d", "V"], ["y"], name="/fc/MatMul"),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["n", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n", 8])],
+        [numpy_helper.from_array(array, name) for name, array in held.items()],
+    )  # fmt: skip
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "base.onnx"
+    )
+    x = rng.normal(size=(4, 16)).astype(BF16).astype("f4")
+    A, B = (torch.tensor(rng.normal(size=shape)).float() for shape in ((2, 16), (8, 2)))
+    adapter = Adapter({Target("fc"): (METHODS["lora"](A=A, B=B),)})
+    report = ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx", check={"x": x})
+    steps = np.rint(x.astype("f8") * 64)
+    clipped = np.count_nonzero((steps < -128) | (steps > 127))
+    exact, rounded = (each @ held["V"].astype("f8") for each in (x.astype("f8"), steps.clip(-128, 127) / 64))
+    assert report.saturation.nodes == {"quantizer": (clipped, clipped)}
+    assert report.saturation.moved[0] == pytest.approx(abs(rounded - exact).max() / abs(exact).max(), rel=1e-3)
+    assert 0 < report.difference < 1e-2
+    assert report.note.startswith("compared in float32")

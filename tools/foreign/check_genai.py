@@ -2,8 +2,9 @@
 
 PYTHON is the interpreter of an environment with onnxruntime-genai, transformers and PEFT; the models are written to
 DIR. Further arguments select models. This checkout injects into and merges into each folder, and `og.Generator` runs
-the result; slots get their file from `og.Adapters`. For int4, the torch model has the dequantized weights of the graph.
-DIR/genai.tsv has a row for each case: tool, model, type, mode, method, result.
+the result; slots get their file from `og.Adapters`. It also exports the models for `og.Generator`. For int4, the torch
+model has the dequantized weights of the graph. DIR/genai.tsv has a row for each case: tool, model, type, mode, method,
+result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from graph_cases import Case, Tool, run_cases
 
 MODELS = ("llama", "qwen2", "qwen3", "phi3", "gemma")
+
+EXPORTS = ("export merged", "export attached", "export slots")
+"""Folders that this checkout exports for onnxruntime-genai."""
 
 TYPES = {"fp32": 1e-5, "fp16": 3e-2, "int4": 1e-5, "int4asym": 1e-5, "int4kquant": 1e-5}
 
@@ -30,7 +34,7 @@ def main() -> int:
         for model in chosen or MODELS
         for kind, limit in TYPES.items()
         for method in ("lora", "dora", "ia3")
-        for mode in ("constant", "merge", "slots")
+        for mode in ("constant", "merge", "slots", *(EXPORTS if kind == "fp32" else ()))
     ]
     return run_cases(tool, cases)
 

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+# No layer may have as many outputs as there are tokens: the builder takes such a layer for the head. Its k-quant needs
+# inputs that are a multiple of 64.
+SIZES = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
 METHODS = ("lora", "dora", "ia3")
@@ -142,6 +144,8 @@ def with_packed(model: Any, folder: Path) -> None:
         words = name.strip("/").split("/")  # model/layers.0/attn/qkv_proj/MatMulNBits
         if words[0] == "lm_head":
             model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(W.copy()))
+            if config.tie_word_embeddings:  # The builder packs both as one tensor.
+                model.model.embed_tokens.weight = model.lm_head.weight
             continue
         layer = model.model.layers[int(words[1].split(".")[1])]
         block = layer.self_attn if words[2] == "attn" else layer.mlp

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,8 @@ class Tool:
         if self.name == "genai":
             words.append(case.kind)
         words += [case.method, folder]
-        file = folder / "model.onnx_adapter"
-        if self.name == "genai" and file.exists():
-            words.append(file)
+        if self.name == "genai":
+            words += folder.glob("*.onnx_adapter")
         running = _process(self)
         assert running.stdin is not None
         assert running.stdout is not None
@@ -129,7 +128,21 @@ def _result(tool: Tool, case: Case) -> tuple[str, str, str]:
         # Optimum's classes feed no slots, so the check of the injection is what there is.
         return ("right" if report.difference is not None else "unchecked"), f"{report.difference}", unchecked
     told = tool.compare(case, out)
+    if told.get("difference", float("inf")) <= case.limit:
+        return "right", f"{told['difference']:.2g}", unchecked
+    base = _base(tool, replace(case, method="none", mode="none"))
+    if base is not None:
+        return base
     if "error" in told:
         return "not run", "", str(told["error"])
-    right = told["difference"] <= case.limit
-    return ("right" if right else "wrong"), f"{told['difference']:.2g}", unchecked
+    return "wrong", f"{told['difference']:.2g}", unchecked
+
+
+@cache
+def _base(tool: Tool, case: Case) -> tuple[str, str, str] | None:
+    """Compare the tool's own graph with the torch model without an adapter; return what is wrong with it, or None."""
+    told = tool.compare(case, tool.home / "models" / case.source)
+    if "error" in told:
+        return "base does not run", "", str(told["error"])
+    far = told["difference"] > case.limit
+    return ("base is wrong", f"{told['difference']:.2g}", "without an adapter") if far else None

@@ -1,0 +1,109 @@
+"""Write `genai_config.json` beside an exported language model, so that onnxruntime-genai loads the folder.
+
+The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids. The
+format is that of its model builder: https://onnxruntime.ai/docs/genai/reference/config.html
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..io.atomic import write_bytes
+from .model_file import opened
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..io.strict_json import JsonValue
+    from .pretrained_calls import PretrainedModel
+
+NAME = "genai_config.json"
+
+KIND = "decoder"
+"""The kind of model, for any architecture: onnxruntime-genai's own kinds differ only in caches of other layouts."""
+
+LONGEST = 2048
+"""Longest text in tokens if the model's config does not limit it."""
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+PAST, PRESENT = "past_key_values.%d.", "present.%d."
+"""Names of cached keys and values, as patterns with the number of the layer."""
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[Path]:
+    """Write the config of an exported language model; return its path.
+
+    Args:
+        model: the transformers model.
+        graph: the exported graph.
+        out: the folder to write to.
+
+    Returns:
+        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, their
+        sizes differ between layers, or the model's configs name no token that ends a text.
+    """
+    config = _config(model, opened(graph).model, graph.name)
+    if config is None:
+        return []
+    file = out / NAME
+    write_bytes(file, f"{json.dumps(config, indent=4)}\n".encode())
+    return [file]
+
+
+def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, JsonValue] | None:
+    shapes = {value.name or "": list(value.shape or ()) for value in graph.graph.inputs}
+    layers = sum(f"{PAST}key" % at in shapes for at in range(len(shapes)))
+    sizes = {tuple(shapes[f"{PAST}{part}" % at][1::2]) for at in range(layers) for part in ("key", "value")}
+    heads, width = sizes.pop() if len(sizes) == 1 else (None, None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return None
+    told = model.config.get_text_config()
+    ids = _token_ids(model)
+    if "eos_token_id" not in ids:
+        return None
+    longest = _whole(getattr(told, "max_position_embeddings", None), LONGEST)
+    decoder: dict[str, JsonValue] = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": name,
+        "head_size": width,
+        "hidden_size": _whole(getattr(told, "hidden_size", None), width * heads),
+        "inputs": {
+            **{word: word for word in INPUTS if word in shapes},
+            "past_key_names": f"{PAST}key", "past_value_names": f"{PAST}value",
+        },
+        "outputs": {
+            "logits": "logits", "present_key_names": f"{PRESENT}key", "present_value_names": f"{PRESENT}value",
+        },
+        "num_attention_heads": _whole(getattr(told, "num_attention_heads", None), heads),
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
+    }  # fmt: skip
+    # The graph returns the whole cache as a new tensor, so it cannot write into the buffer that it reads.
+    search: dict[str, JsonValue] = {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}
+    whole: dict[str, JsonValue] = {
+        **ids, "context_length": longest, "decoder": decoder, "type": KIND,
+        "vocab_size": _whole(getattr(told, "vocab_size", None), 0),
+    }  # fmt: skip
+    return {"model": whole, "search": search}
+
+
+def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
+    """Return the ids of special tokens, first from the generation config; padding is the end of the text by default."""
+    held = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
+    found: dict[str, JsonValue] = {}
+    for name in TOKENS:
+        given = next((value for one in held if (value := getattr(one, name, None)) is not None), None)
+        if given is not None:
+            found[name] = given
+    end = found.get("eos_token_id")
+    found.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else end)
+    return found
+
+
+def _whole(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise

@@ -1,0 +1,243 @@
+"""Find norms as targets: nodes that scale channels by a vector, such as a saved LayerNorm or a tuned RMSNorm.
+
+A norm computes the vector's factor inside its node, so nodes before it compute the changed vector; see inside.py. Some
+exporters store equal vectors once. Therefore, a norm is found by the name of its node, and by the name of its vector
+only if no other node reads the vector.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.adapter import Adapter, Target
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..io.lazy import as_array
+from .building import Branch
+from .found import Found, Spot
+from .layers import Layer, only_reader, weight_at
+from .modules import SCOPES, dotted, listed, same_end
+from .operands import is_constant, nodes_of, numbers, shape_of, sources
+
+if TYPE_CHECKING:
+    from ..io.checkpoint import Checkpoint
+
+MICROSOFT = "com.microsoft"
+
+_NODE = re.compile(
+    r"/(?:(?:Skip)?(?:Simplified)?LayerNormalization|LayerNorm|RMSNormalization|SkipLayerNorm|Mul)(?:_\d+)?$"
+)
+
+STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
+"""Operators in a module that show that a product with a vector belongs to a norm."""
+
+
+class NormLayer(Layer):
+    """A node that normalizes, scales and shifts."""
+
+    inside = True
+    axes = (1,)
+    operators: ClassVar[tuple[tuple[str, str], ...]] = (("", "LayerNormalization"), ("", "GroupNormalization"))
+    shift: ClassVar[int | None] = 2
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if (domain, node.op_type) not in cls.operators or len(node.inputs) <= cls.position:
+            return False
+        weight = weight_at(node, cls.position)
+        return weight is not None and is_constant(weight) and len(shape_of(weight)) == 1
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held_shape(self.node)
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        there = self.shift is not None and len(self.node.inputs) > self.shift
+        held = weight_at(self.node, self.shift) if self.shift is not None and there else None
+        return held if is_constant(held) else None
+
+
+class RMSNorm(NormLayer):
+    """A node that normalizes by the mean square, and scales."""
+
+    operators = (
+        ("", "RMSNormalization"),
+        ("", "SimplifiedLayerNormalization"),
+        (MICROSOFT, "SimplifiedLayerNormalization"),
+    )
+    shift = None
+
+
+class SkipNorm(NormLayer):
+    """A norm of a sum, as onnxruntime's optimizer fuses it."""
+
+    operators = ((MICROSOFT, "SkipLayerNormalization"),)
+    position, shift = 2, 3
+
+
+class SkipRMSNorm(NormLayer):
+    """An RMS norm of a sum."""
+
+    operators = ((MICROSOFT, "SkipSimplifiedLayerNormalization"),)
+    position, shift = 2, None
+
+
+class ScaledNorm(NormLayer):
+    """The product with the weight, in a module whose norm is several nodes."""
+
+    operators = (("", "Mul"),)
+    shift = None
+
+    def __init__(self, node: ir.Node, branch: Branch) -> None:
+        super().__init__(node, branch)
+        self.after = self._added()
+
+    @property
+    def read(self) -> ir.Value:
+        found = self.node.inputs[1 - self.position]
+        assert found is not None
+        return found
+
+    def _added(self) -> tuple[ir.Node, ir.Value] | None:
+        y = self.node.outputs[0]
+        add = only_reader(y, "Add")
+        b = None if add is None else weight_at(add, 1 - list(add.inputs).index(y))
+        if add is None or b is None or not is_constant(b) or shape_of(b) != self.shape:
+            return None
+        return (add, b) if _module(add) == _module(self.node) else None
+
+
+class LeftScaledNorm(ScaledNorm):
+    """A `ScaledNorm` whose weight is the first factor."""
+
+    position = 0
+
+
+NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
+
+UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
+"""Kinds of norms whose vector may be `1 + weight` of the model; only the base's weights show this."""
+
+
+def _module(node: ir.Node) -> str:
+    """Return the module that a node is in, by the exporter's metadata or by the node's name."""
+    scopes = listed(node.metadata_props.get(SCOPES))[-2:-1]
+    if scopes:
+        return scopes[0]
+    name = node.name or ""
+    return dotted(name.rpartition("/")[0]) if name.startswith("/") and _NODE.search(name) else ""
+
+
+def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
+    """Return the norms of a graph, by the name of their module."""
+    nodes = list(nodes_of(model))
+    computing = {_inside(node) for node in nodes if node.op_type in STATISTICS}
+    found: dict[str, list[Spot]] = {}
+    for node in nodes:
+        kind = next((kind for kind in NORMS if kind.takes(node)), None)
+        if kind is None:
+            continue
+        stored, module = tuple(sources(kind.operand_of(node))), _module(node)
+        if issubclass(kind, ScaledNorm) and (not module or module not in computing):
+            continue
+        if not module:
+            module = _named(stored)
+        if module:
+            spot = Spot(node, kind, {"path": (f"{module}.weight",)}, kind.held_shape(node), stored)
+            found.setdefault(module, []).append(spot)
+    return found
+
+
+def _inside(node: ir.Node) -> str:
+    scopes = listed(node.metadata_props.get(SCOPES))[-2:-1]
+    return scopes[0] if scopes else dotted((node.name or "").rpartition("/")[0])
+
+
+def _named(stored: Sequence[ir.Value]) -> str:
+    """Return the module's name from the name of its weight; empty if another node reads the weight, too."""
+    if len(stored) != 1 or len(list(stored[0].uses())) != 1:
+        return ""
+    name = stored[0].name or ""
+    return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def norms_at(
+    model: ir.Model, adapter: Adapter, others: Mapping[str, Any], base: Checkpoint | None
+) -> dict[Target, Found]:
+    """Return the targets that are norms.
+
+    Args:
+        model: the graph.
+        adapter: the adapter.
+        others: names of the weights of other layers.
+        base: the weights that the graph was exported from.
+
+    Raises:
+        ShapeMismatch: an update does not fit a norm's channels.
+        TargetNotFound: a norm holds other values than the base.
+        Unsupported: the vector may be `1 + weight`, and no base is given to verify it; or it is `1 + weight`.
+    """
+    wanted = [
+        target for target, updates in adapter.updates.items()
+        if all(update.kind in ("additive", "weight") for update in updates) and not target.rows and not target.stacked
+        and not any(same_end(name, f"{target.path}.weight") for name in others)
+    ]  # fmt: skip
+    norms = norms_of(model) if wanted else {}
+    found: dict[Target, Found] = {}
+    for target in wanted:
+        names = [target.path] if target.path in norms else [name for name in norms if _is_same(name, target.path)]
+        if len(names) == 1:
+            found[target] = _found(target, names[0], norms[names[0]], adapter.updates[target], base)
+    return found
+
+
+def _is_same(name: str, path: str) -> bool:
+    """Whether a norm has a target's name, except for a prefix; graphs of encoders and decoders omit these words."""
+    if not same_end(name, path):
+        return False
+    prefix = path.removesuffix(name) if len(path) > len(name) else name.removesuffix(path)
+    return not {"encoder", "decoder"} & {*prefix.split(".")}
+
+
+def _found(
+    target: Target, name: str, spots: Sequence[Spot], updates: tuple[Any, ...], base: Checkpoint | None
+) -> Found:
+    sizes = {int(leaf.shape[0]) for update in updates for leaf in update.tensors.values() if len(leaf.shape) == 1}
+    if any(spot.shape != spots[0].shape for spot in spots) or sizes - {spots[0].shape[0]}:
+        why = f"{sorted(sizes)} channels for a norm of {spots[0].shape[0]}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this adapter made for this base?")
+    _check_numbers(target, spots, base)
+    path = replace(target, path=name, layout="out *in")
+    return Found(path, target, updates, tuple(spots), "path", 1.0)
+
+
+def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | None) -> None:
+    """Compare a norm's vector with the base's weight, because some exporters store `1 + weight`."""
+    name = None if base is None else next((n for n in base.tensors if same_end(n, f"{target.path}.weight")), None)
+    if base is None or name is None:
+        if any(issubclass(spot.kind, UNSHIFTED) for spot in spots):
+            why = "the graph may store this norm as 1 + weight"
+            cure = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
+            raise Unsupported(why, where=str(target), cure=cure)
+        return
+    stored = as_array(base.tensors[name]).astype(np.float64)
+    for spot in spots:
+        held = numbers(spot.kind.operand_of(spot.node)).astype(np.float64)
+        if np.allclose(held, stored, rtol=1e-2, atol=1e-3):
+            continue
+        if np.allclose(held, 1 + stored, rtol=1e-2, atol=1e-3):
+            cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
+            raise Unsupported("the graph stores this norm as 1 + weight", where=str(target), cure=cure)
+        why = "the norm of this name holds other values than the base"
+        raise TargetNotFound(why, where=str(target), cure="Is this the base that the graph was exported from?")
