@@ -23,7 +23,7 @@ from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .integer_layers import opened_up
-from .layers import BEFORE, Layer
+from .layers import BEFORE, Layer, refuse_fused_bias
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
@@ -205,14 +205,14 @@ class Folding:
             return
         bias = layer.own_bias if layer.after is None else layer.after[1]
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
-        if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
-            cure = "Inject it instead of merging"
-            if layer.has_bias:
-                why = "the update changes a bias that the node stores as integers"
-                raise Unsupported(
-                    why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')"
-                )
-            raise NotMergeable("the update changes a bias that the layer does not have", where=self.name, cure=cure)
+        if bias is None and layer.has_bias:
+            why, cure = "the update changes a bias that the node stores as integers", "quantized='dequantize'"
+            raise Unsupported(why, where=self.name, cure=f"Merge with --quantized dequantize ({cure})")
+        if bias is None:
+            refuse_fused_bias(layer, self.name)
+        if (bias is None or own) and any(update.needs_bias for update in changing if update.changes_bias):
+            why = "the update changes a bias that the layer does not have"
+            raise NotMergeable(why, where=self.name, cure="Inject it instead of merging")
         if bias is None:
             return
         kind, node = self.spot.kind, self.spot.node

@@ -478,6 +478,27 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
 
 
+FUSED_BIASES = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
+"""A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+
+
+def refuse_fused_bias(layer: Layer, where: str) -> None:
+    """Refuse to change a bias that a fused node adds to the layer's output.
+
+    Raises:
+        Unsupported: a fused node adds the bias; it may be that of another layer, whose output the node adds, too.
+    """
+    for use in [] if layer.inside else layer.result.uses():
+        node, position = use.node, FUSED_BIASES.get(use.node.op_type)
+        cut = next(iter(node.outputs[0].uses()), None) if node.op_type == "Slice" else None
+        if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
+            node = cut.node
+        elif node.domain != "com.microsoft" or position is None or len(node.inputs) <= position:
+            continue
+        why = f"the bias of this layer is inside a {node.op_type}"
+        raise Unsupported(why, where=where, cure="Use the graph before it is optimized")
+
+
 # Layers other than matrix products: convolutions along any number of axes, and embeddings.
 
 
