@@ -20,7 +20,7 @@ from .calls import CallWords, Heard
 from .found import FoldedNorm, Found, Spot
 from .inside import changed_inside, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
-from .layers import Attention, Layer, MatMul, taken_apart
+from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
 from .outlets import Ended
 from .rowwise import RowSlots
 from .values import Unsayable, Value, computed_over
@@ -328,24 +328,8 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
             raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
-        if (update.changes_bias or update.kind == "output") and (eaten := _eaten(layer)):
-            why = f"the bias of this layer is inside a {eaten}"
-            raise Unsupported(why, where=str(place.asked), cure="Inject into the graph before it is optimised")
-
-
-def _eaten(layer: Layer | Ended) -> str | None:
-    """If a fused node reads the layer's output and adds the bias, return that node's operator; otherwise None."""
-    # The position of the bias among the inputs of each fused operator of onnxruntime.
-    uses = list(layer.result.uses()) if isinstance(layer, Layer) and not layer.inside else []
-    fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
-    for use in uses:
-        place = fused.get(use.node.op_type)
-        cut = next(iter(use.node.outputs[0].uses()), None) if use.node.op_type == "Slice" else None
-        if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
-            return cut.node.op_type
-        if use.node.domain == "com.microsoft" and place is not None and len(use.node.inputs) > place:
-            return use.node.op_type
-    return None
+        if (update.changes_bias or update.kind == "output") and isinstance(layer, Layer):
+            refuse_fused_bias(layer, str(place.asked))
 
 
 def _valued(update: Update, layer: Layer | Ended, place: Found, position: int, slots: Slots | None) -> Update:

@@ -23,10 +23,11 @@ from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .integer_layers import opened_up
-from .layers import BEFORE, Layer, Recurrent
+from .layers import BEFORE, Layer, refuse_fused_bias
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
+from .recurrent import Recurrent
 from .values import computed_over
 
 if TYPE_CHECKING:
@@ -199,20 +200,28 @@ class Folding:
         return []
 
     def _bias(self, layer: Layer) -> None:
-        bias, changing = layer.own_bias if layer.after is None else layer.after[1], self.updates
-        own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
-        if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
-            cure = "Inject it instead of merging"
-            if layer.has_bias:
-                why = "the update changes a bias that the node stores as integers"
-                raise Unsupported(
-                    why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')"
-                )
-            raise NotMergeable("the update changes a bias that the layer does not have", where=self.name, cure=cure)
-        if bias is None or not any(update.changes_bias for update in changing):
+        changing = self.updates
+        if not any(update.changes_bias for update in changing):
             return
-        make = partial(_bias, self.spot, self.at, self.spot.kind.detached(self.spot.node), held_apart(bias))
-        new = self._made(bias, make, "bias", id(bias), id(layer.operand))
+        bias = layer.own_bias if layer.after is None else layer.after[1]
+        own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
+        if bias is None and layer.has_bias:
+            why, cure = "the update changes a bias that the node stores as integers", "quantized='dequantize'"
+            raise Unsupported(why, where=self.name, cure=f"Merge with --quantized dequantize ({cure})")
+        if bias is None:
+            refuse_fused_bias(layer, self.name)
+        if (bias is None or own) and any(update.needs_bias for update in changing if update.changes_bias):
+            why = "the update changes a bias that the layer does not have"
+            raise NotMergeable(why, where=self.name, cure="Inject it instead of merging")
+        if bias is None:
+            return
+        kind, node = self.spot.kind, self.spot.node
+        change = partial(_bias, self.spot, self.at, kind.detached(node))
+        if issubclass(kind, Recurrent):
+            new = self._made(bias, kind.changed_bias(node, bias, change), "bias", id(bias), kind.__name__)
+        else:
+            copy = held_apart(bias)
+            new = self._made(bias, lambda: change(numbers(copy)), "bias", id(bias), id(layer.operand))
         holder = self.spot.node if layer.after is None else layer.after[0]
         holder.replace_input_with(list(holder.inputs).index(bias), new)
 
@@ -246,9 +255,9 @@ def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tupl
     return Folded(target, updates, factor, 0, False, shape)
 
 
-def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: ir.Value) -> Array:
-    """Return the changed bias in the shape that the node takes, in float64."""
-    before = numbers(bias).astype(np.float64)
+def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: Array) -> Array:
+    """Return the changed bias in the shape of the given bias, in float64."""
+    before = bias.astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
     W = seen_by(held().astype(np.float64), spot) if needs else None

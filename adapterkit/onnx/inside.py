@@ -65,7 +65,8 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
             part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
         new = _whole(W, part, place)
     bias = None
-    if any(update.changes_bias for update in updates):
+    changing = [update for update in updates if update.changes_bias]
+    if changing and (layer.bias is not None or any(update.needs_bias for update in changing)):
         if layer.bias is None or place.target.rows or place.norm is not None:
             reason = "the target is a row slice" if place.target.rows else "a batch norm is folded into the layer"
             why = f"the update changes a bias, and {reason}"
@@ -74,6 +75,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
         bias = cast("Value | None", chain.bias)
     graph = layer.node.graph
     assert graph is not None
+    bias = None if bias is None else layer.back_bias(bias)
     made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
     graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
     if new is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ..errors import Malformed, Unsupported
 from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
-from .values import Value, concatenated
+from .values import Value
 
 BEFORE = "adapterkit.weight"
 """Prefix of a metadata key of a node. The key ends with the position of a computed input; the key's value is the name
@@ -205,6 +205,10 @@ class Layer:
     def back(self, W: Value) -> Value:
         """Convert a weight from `[out, in, *k]` to the tensor that the node reads."""
         return self.seen(W)
+
+    def back_bias(self, b: Value) -> Value:
+        """Convert a bias from `[out]` to the tensor that the node reads."""
+        return b
 
     def __call__(self, x: Value) -> Value:
         if x is self.x:
@@ -474,6 +478,27 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
 
 
+FUSED_BIASES = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
+"""A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+
+
+def refuse_fused_bias(layer: Layer, where: str) -> None:
+    """Refuse to change a bias that a fused node adds to the layer's output.
+
+    Raises:
+        Unsupported: a fused node adds the bias; it may be that of another layer, whose output the node adds, too.
+    """
+    for use in [] if layer.inside else layer.result.uses():
+        node, position = use.node, FUSED_BIASES.get(use.node.op_type)
+        cut = next(iter(node.outputs[0].uses()), None) if node.op_type == "Slice" else None
+        if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
+            node = cut.node
+        elif node.domain != "com.microsoft" or position is None or len(node.inputs) <= position:
+            continue
+        why = f"the bias of this layer is inside a {node.op_type}"
+        raise Unsupported(why, where=where, cure="Use the graph before it is optimized")
+
+
 # Layers other than matrix products: convolutions along any number of axes, and embeddings.
 
 
@@ -660,127 +685,3 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
 def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.Value:
     limits = [branch.building.literal(np.array([number], dtype=np.int64)) for number in (start, stop, -1)]
     return branch.node("Slice", [y, *limits], None, kind, None)
-
-
-# Recurrent layers: one tensor has the weights of all gates and directions. Nodes before such a layer compute a changed
-# weight, because nodes beside it cannot express the change.
-# The order of gates differs: torch has r z n for GRU and i f g o for LSTM; ONNX has z r h and i o f c. Formulas see
-# weights in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
-# https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
-
-
-GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""A map from each operator to the positions of ONNX's gates in torch's order."""
-
-GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""A map from each operator to the positions of torch's gates in ONNX's order."""
-
-_CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
-
-
-class Recurrent(Layer):
-    """One direction's weight `[gates * hidden, in]`, for the inputs or the hidden state.
-
-    Class attributes:
-        direction: the index of the direction in the stacked tensor.
-        part: the weight's name in torch, `ih` or `hh`.
-    """
-
-    inside = True
-    direction: ClassVar[int] = 0
-    part: ClassVar[str] = "ih"
-
-    @classmethod
-    def takes(cls, node: ir.Node) -> bool:
-        given = weight_at(node, cls.position) if len(node.inputs) > cls.position else None
-        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
-        # A unidirectional layer has only one direction.
-        return known and given is not None and cls.direction < shape_of(given)[0]
-
-    @classmethod
-    def turns(cls, node: ir.Node) -> bool:
-        return False
-
-    @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
-        return super().held_shape(node)[1:]
-
-    @classmethod
-    def held(cls, node: ir.Node) -> Array:
-        return cls.detached(node)()
-
-    @classmethod
-    def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        # argsort inverts the permutation, from ONNX's order of gates to torch's.
-        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
-        return lambda: _reordered(numbers(copy)[cls.direction], order)
-
-    @property
-    def weight(self) -> Value:
-        make, rows = self.detached(self.node), self._stacked()[self.direction]
-        return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
-
-    def back(self, W: Value) -> Value:
-        stacked = self._stacked()
-        new = self._ordered(W, GATES)[None]
-        pieces = [new if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
-        return new if len(pieces) == 1 else concatenated(pieces, 0)
-
-    def _stacked(self) -> Value:
-        """Return the tensor that the node reads now, which may already include the change of another direction."""
-        held, both = self.node.inputs[self.position], attribute(self.node, "direction", "forward") == "bidirectional"
-        return Value(self.branch, (1 + both, *self.shape), element_type(held), held)
-
-    def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:
-        order = orders[self.node.op_type]
-        size = self.shape[0] // len(order)
-        return concatenated([W[gate * size : (gate + 1) * size] for gate in order], 0)
-
-    @classmethod
-    def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
-        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
-
-        def make() -> Array:
-            stacked: Array = numbers(copy).astype(np.float64)
-            W = _reordered(stacked[cls.direction], np.argsort(order))
-            stacked[cls.direction] = _reordered(f(W), order)
-            return stacked
-
-        return make
-
-    @classmethod
-    def name(cls, node: ir.Node) -> str | None:
-        """Return the weight's name in torch, from the node's path."""
-        found = _CALL.search(node.name or "")
-        if found is None or not (node.name or "").startswith("/"):
-            return None
-        module = _CALL.sub("", node.name or "").strip("/").replace("/", ".")
-        back = "_reverse" if cls.direction else ""
-        return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
-
-
-def _reordered(W: Array, order: Array) -> Array:
-    gates: Array = W.reshape(len(order), -1, W.shape[-1])[order]
-    return gates.reshape(W.shape)
-
-
-class InputsBack(Recurrent):
-    """The weight of the inputs, backward direction."""
-
-    direction = 1
-
-
-class Hidden(Recurrent):
-    """The weight of the hidden state."""
-
-    part, position = "hh", 2
-
-
-class HiddenBack(Hidden):
-    """The weight of the hidden state, backward direction."""
-
-    direction = 1
-
-
-RECURRENT: tuple[type[Recurrent], ...] = (Recurrent, InputsBack, Hidden, HiddenBack)

@@ -19,7 +19,6 @@ from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
-    RECURRENT,
     Attention,
     Conv,
     ConvTranspose,
@@ -32,7 +31,6 @@ from .layers import (
     LeftEinsum,
     LeftMatMul,
     MatMul,
-    Recurrent,
     SingleLeftMatMul,
     SingleMatMul,
 )
@@ -42,6 +40,7 @@ from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
+from .recurrent import RECURRENT, Recurrent
 from .routed import refuse_routed
 
 if TYPE_CHECKING:

@@ -121,12 +121,12 @@ def test_a_wrong_change_of_bfloat16_is_seen(graph, tmp_path, monkeypatch):
     held = adapter("lora")
     attach = ak.onnx.injecting.attach
     monkeypatch.setattr("adapterkit.onnx.injecting.attach", lambda found, *more: attach(found[:1], *more))
-    with pytest.raises(CheckFailed, match="another way"):
+    with pytest.raises(CheckFailed, match="by another method"):
         ak.onnx.inject(graph, held, tmp_path / "out.onnx")
     fed = checking._fed
     monkeypatch.setattr("adapterkit.onnx.injecting.attach", attach)
     monkeypatch.setattr(checking, "_fed", lambda *given: {name: 2 * array for name, array in fed(*given).items()})
-    with pytest.raises(CheckFailed, match="another way"):
+    with pytest.raises(CheckFailed, match="by another method"):
         ak.onnx.inject(graph, held, tmp_path / "out.onnx", mode="slots")
     assert not (tmp_path / "out.onnx").exists()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import Unsupported
+from adapterkit.errors import NotMergeable, Unsupported
 from adapterkit.methods import METHODS
 
 A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 16), (8, 2)))
@@ -317,6 +317,91 @@ def test_changes_of_recurrent_layers(kind, tmp_path):
     report = ak.onnx.merge(path, Adapter(updates), out, base_weights=tmp_path / "base.safetensors")
     assert {place.method for place in report.found} == {"values"}
     np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_biases_of_recurrent_layers(kind, biased, tmp_path):
+    """IA3 scales a bias, too; the graph stores the biases of both directions, inputs and states in one tensor."""
+    torch.manual_seed(0)
+    made = getattr(torch.nn, kind)(16, 8, bidirectional=True, batch_first=True, bias=biased)
+    whole = torch.nn.ModuleDict({"rnn": made}).eval()
+    whole.forward = lambda x: whole.rnn(x)[0]
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            whole, (torch.tensor(X),), str(path), dynamo=False, opset_version=17, input_names=["x"],
+            dynamic_axes={"x": {0: "batch", 1: "length"}},
+        )  # fmt: skip
+    updates, names = {}, ["ih_l0", "hh_l0", "hh_l0_reverse"]
+    with torch.no_grad():
+        for name in names:
+            scale = torch.rand(len(getattr(made, f"weight_{name}"))) + 0.5
+            for part in ("weight", "bias")[: 1 + biased]:
+                held = getattr(made, f"{part}_{name}")
+                held *= scale.reshape(-1, *[1] * (held.ndim - 1))
+            updates[Target(f"rnn.weight_{name}")] = (METHODS["ia3"](l=scale),)
+        if biased:  # An update that adds to a bias.
+            shift = torch.randn(len(made.bias_ih_l0_reverse))
+            made.bias_ih_l0_reverse += shift
+            updates[Target("rnn.weight_ih_l0_reverse")] = (METHODS["dense"](d=shift),)
+        wanted = whole(torch.tensor(X)).numpy()
+    before, adapter = graphs.run(path, X), Adapter(updates)
+    assert abs(wanted - before).max() > 0.05
+    for mode in ("constant", "slots"):
+        report = ak.onnx.inject(path, adapter, out, mode=mode)
+        assert report.difference < 1e-5
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, X, **feeds), wanted, atol=1e-6)
+    np.testing.assert_allclose(graphs.run(out, X), before, atol=1e-7)
+    report = ak.onnx.merge(path, adapter, out)
+    assert report.difference < 1e-5
+    np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
+    if not biased:
+        shift = Adapter({Target("rnn.weight_ih_l0"): (METHODS["dense"](d=torch.ones(len(made.weight_ih_l0))),)})
+        for change, error, why in (
+            (ak.onnx.merge, NotMergeable, "the layer does not have"),
+            (ak.onnx.inject, Unsupported, f"the {kind} has none"),
+        ):
+            with pytest.raises(error, match=why):
+                change(path, shift, tmp_path / "bad.onnx")
+
+
+def test_a_recurrent_bias_that_depends_on_inputs_is_refused(tmp_path):
+    rng = np.random.default_rng(2)
+    held = {"w": rng.normal(size=(1, 8, 16)).astype("f4"), "r": rng.normal(size=(1, 8, 8)).astype("f4")}
+    nodes = [
+        helper.make_node("RNN", ["x", "w", "r", "b"], ["h"], "/q/RNN", hidden_size=8),
+        helper.make_node("Squeeze", ["h", "axis"], ["y"]),
+    ]
+    given = helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 16])
+    path = graphs.saved(model(nodes, {**held, "axis": np.array([1])}, [given]), tmp_path / "base.onnx")
+    adapter = Adapter({Target("q.weight_ih_l0"): (METHODS["ia3"](l=torch.full((8,), 2.0)),)})
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(Unsupported, match="the bias of a RNN depends on the graph's inputs"):
+            change(path, adapter, tmp_path / "out.onnx")
+    adapter = Adapter({Target("q.weight_ih_l0"): (METHODS["ia3"](l_in=torch.full((16,), 2.0)),)})
+    ak.onnx.merge(path, adapter, tmp_path / "out.onnx")  # It keeps the bias.
+    b = rng.normal(size=(1, 16)).astype("f4")
+    np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X, b=b), graphs.run(path, 2 * X, b=b), atol=1e-6)
+
+
+def test_a_bias_inside_a_fused_node_is_refused(tmp_path):
+    """Merging into the weight alone would leave the bias unscaled."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "q.weight"], ["h"], "/q/MatMul"),
+        helper.make_node("BiasGelu", ["h", "q.bias"], ["y"], domain="com.microsoft"),
+    ]
+    made = model(nodes, {"q.weight": W, "q.bias": np.ones(8, "f4")})
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    path = graphs.saved(made, tmp_path / "base.onnx")
+    adapter = Adapter({Target("q"): (METHODS["ia3"](l=torch.full((8,), 2.0)),)})
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(Unsupported, match="the bias of this layer is inside a BiasGelu"):
+            change(path, adapter, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")  # LoRA changes no bias.
 
 
 def test_layers_in_sequences_of_the_older_exporter(tmp_path):

@@ -1,0 +1,210 @@
+"""Recurrent layers: one node with the weights and biases of all gates and directions.
+
+Nodes before such a layer compute a changed weight, because nodes beside it cannot express the change. The order of
+gates differs: torch has r z n for GRU and i f g o for LSTM; ONNX has z r h and i o f c. Formulas see weights and biases
+in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
+https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported
+from .building import Array, element_type
+from .layers import Layer, weight_at
+from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .values import Value, concatenated
+
+BIASES = 3
+"""The position of the biases among the inputs of a recurrent node."""
+
+GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
+"""A map from each operator to the positions of ONNX's gates in torch's order."""
+
+GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
+"""A map from each operator to the positions of torch's gates in ONNX's order."""
+
+_CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
+
+
+class Recurrent(Layer):
+    """One direction's weight `[gates * hidden, in]` and bias `[gates * hidden]`, for the inputs or the hidden state.
+
+    Class attributes:
+        direction: the index of the direction in the stacked tensor.
+        part: the weight's name in torch, `ih` or `hh`.
+    """
+
+    inside = True
+    direction: ClassVar[int] = 0
+    part: ClassVar[str] = "ih"
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        given = weight_at(node, cls.position) if len(node.inputs) > cls.position else None
+        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
+        # A unidirectional layer has only one direction.
+        return known and given is not None and cls.direction < shape_of(given)[0]
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        return super().held_shape(node)[1:]
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        # argsort inverts the permutation, from ONNX's order of gates to torch's.
+        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
+        return lambda: _reordered(numbers(copy)[cls.direction], order)
+
+    @property
+    def weight(self) -> Value:
+        make, rows = self.detached(self.node), self._stacked()[self.direction]
+        return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
+
+    def back(self, W: Value) -> Value:
+        stacked = self._stacked()
+        return self._placed(self._ordered(W, GATES), stacked)
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        """The biases `[directions, 2 * gates * hidden]`: for each direction, those of inputs, then of the hidden state.
+
+        Raises:
+            Unsupported: the biases depend on the graph's inputs.
+        """
+        held = weight_at(self.node, BIASES) if self.has_bias else None
+        if held is not None and not is_constant(held):
+            why = f"the bias of a {self.node.op_type} depends on the graph's inputs"
+            raise Unsupported(why, where=self.node.name, cure="Export the model again")
+        return held
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.node.inputs) > BIASES and self.node.inputs[BIASES] is not None
+
+    @property
+    def bias(self) -> Value | None:
+        held = self.own_bias
+        if held is None:
+            return None
+        make, rows = self.detached_bias(self.node, held), self._halves()[self.own_half()]
+        return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
+
+    def back_bias(self, b: Value) -> Value:
+        new, halves = self._ordered(b, GATES), self._halves()
+        pair = concatenated([new, halves[1]] if self.part == "ih" else [halves[0], new], 0)
+        return self._placed(pair, self._biases())
+
+    @classmethod
+    def own_half(cls) -> int:
+        """Return 0 if the bias is that of the inputs, 1 if it is that of the hidden state."""
+        return ("ih", "hh").index(cls.part)
+
+    @classmethod
+    def detached_bias(cls, node: ir.Node, held: ir.Value) -> Callable[[], Array]:
+        """Return a function that returns the present bias, even after the node was changed."""
+        copy, order = held_apart(held), np.argsort(GATES[node.op_type])
+        return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.own_half()], order)
+
+    @classmethod
+    def changed_bias(cls, node: ir.Node, held: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
+        """Return a function that computes the stacked biases, with this weight's bias changed by `f`."""
+        copy, order = held_apart(held), np.array(GATES[node.op_type])
+
+        def make() -> Array:
+            stacked: Array = numbers(copy).astype(np.float64)
+            own = np.split(stacked[cls.direction], 2)[cls.own_half()]  # A view, so writing to it changes `stacked`.
+            own[:] = _reordered(f(_reordered(own, np.argsort(order))), order)
+            return stacked
+
+        return make
+
+    def _halves(self) -> tuple[Value, Value]:
+        both, size = self._biases()[self.direction], self.shape[0]
+        return both[:size], both[size:]
+
+    def _biases(self) -> Value:
+        """Return the biases that the node reads now, which may already include another target's change."""
+        held = self.node.inputs[BIASES]
+        return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(held), held)
+
+    def _placed(self, new: Value, stacked: Value) -> Value:
+        """Return a stacked tensor with this direction's part replaced."""
+        pieces = [new[None] if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
+        return pieces[0] if len(pieces) == 1 else concatenated(pieces, 0)
+
+    def _directions(self) -> int:
+        return 1 + (attribute(self.node, "direction", "forward") == "bidirectional")
+
+    def _stacked(self) -> Value:
+        """Return the tensor that the node reads now, which may already include the change of another direction."""
+        held = self.node.inputs[self.position]
+        return Value(self.branch, (self._directions(), *self.shape), element_type(held), held)
+
+    def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:
+        order = orders[self.node.op_type]
+        size = self.shape[0] // len(order)
+        return concatenated([W[gate * size : (gate + 1) * size] for gate in order], 0)
+
+    @classmethod
+    def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
+        """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
+        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
+
+        def make() -> Array:
+            stacked: Array = numbers(copy).astype(np.float64)
+            W = _reordered(stacked[cls.direction], np.argsort(order))
+            stacked[cls.direction] = _reordered(f(W), order)
+            return stacked
+
+        return make
+
+    @classmethod
+    def name(cls, node: ir.Node) -> str | None:
+        """Return the weight's name in torch, from the node's path."""
+        found = _CALL.search(node.name or "")
+        if found is None or not (node.name or "").startswith("/"):
+            return None
+        module = _CALL.sub("", node.name or "").strip("/").replace("/", ".")
+        back = "_reverse" if cls.direction else ""
+        return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
+
+
+def _reordered(W: Array, order: Array) -> Array:
+    gates: Array = W.reshape(len(order), -1)[order]
+    return gates.reshape(W.shape)
+
+
+class InputsBack(Recurrent):
+    """The weight of the inputs, backward direction."""
+
+    direction = 1
+
+
+class Hidden(Recurrent):
+    """The weight of the hidden state."""
+
+    part, position = "hh", 2
+
+
+class HiddenBack(Hidden):
+    """The weight of the hidden state, backward direction."""
+
+    direction = 1
+
+
+RECURRENT: tuple[type[Recurrent], ...] = (Recurrent, InputsBack, Hidden, HiddenBack)
