@@ -5,6 +5,10 @@ could hold the change together. Let V be the right singular vectors of D: the di
 responds. The result Q is the nearest to M among the matrices on the grid with (Q - M) V = 0. With Lagrange multipliers
 C, Q is M + C V^T, rounded to the nearest. Ascent finds C, row by row: the gradient is the part of the error along V.
 Only the scheme's own packing rounds, so the same code works for every scheme.
+
+A shift moves numbers by whole steps of the grid, and so adds errors in all other directions, which add up over the
+layers. Each row takes the shift with the smallest error for inputs that hold the directions of V more often than other
+directions, by the factor `OFTEN`. The shift 0, which is nearest rounding, is one of them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,13 @@ SHARE = 8
 
 WEAK = 1e-3
 """Directions with a smaller singular value, relative to the largest, are left to rounding."""
+
+OFTEN = 8.0
+"""Weight of the error along the change's directions, relative to the error in other directions.
+
+For an adapter of all 210 linear layers of SmolLM2-135M in nf4, factors of 2, 4, 8, 16 and 32 kept 4, 9, 37, 63 and
+-81 % of its effect, without limit -277 %, and nearest rounding 4 %.
+"""
 
 ROUNDS = 24
 """The largest number of times that a weight is packed."""
@@ -70,26 +81,44 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
     M, Vh = merged.astype(np.float64), directions
     V = Vh.swapaxes(1, 2)
     C, step = np.zeros((*M.shape[:2], Vh.shape[1])), np.ones((*M.shape[:2], 1))
-    lost = (trip(merged) - M) @ V
-    first = least = np.linalg.norm(lost, axis=2, keepdims=True)
+    error = trip(merged) - M
+    lost = error @ V
+    first = smallest = np.linalg.norm(lost, axis=2, keepdims=True)
+    nearest = least = _weighed(error, lost)
     best = C
     for _ in range(ROUNDS):
-        if (least <= ENOUGH * first).all():
+        if (smallest <= ENOUGH * first).all():
             break
         C = C - step * lost
-        now = (trip(_shifted(M, C, Vh)) - M) @ V
+        error = trip(_shifted(M, C, Vh)) - M
+        now = error @ V
         # A shift below half a step of the grid changes nothing, so lengthen the step. If the error changes its sign,
         # shorten it.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
-        found = np.linalg.norm(now, axis=2, keepdims=True)
+        found = _weighed(error, now)
         best, least = np.where(found < least, C, best), np.minimum(found, least)
+        smallest = np.minimum(smallest, np.linalg.norm(now, axis=2, keepdims=True))
         lost = now
     shifted = _shifted(M, best, Vh)
     # Rows may share a scale, so the best shifts of single rows need not be the best together.
-    together = np.linalg.norm((trip(shifted) - M) @ V)
-    return shifted if together < np.linalg.norm(first) else merged
+    error = trip(shifted) - M
+    return shifted if _weighed(error, error @ V).sum() < nearest.sum() else merged
+
+
+def _weighed(error: Array, along: Array) -> Array:
+    """Return the squared error of each row, with `OFTEN` times the weight along the directions, `[experts, rows, 1]`.
+
+    Args:
+        error: the error, `[experts, outputs, inputs]`.
+        along: its part along the directions, `[experts, outputs, k]`.
+    """
+    import numpy as np
+
+    whole, part = (np.einsum("eij,eij->ei", each, each)[..., None] for each in (error, along))
+    weighed: Array = whole + (OFTEN - 1) * part
+    return weighed
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:

@@ -41,13 +41,19 @@ KEPT_BYTES = 64
 """Bytes per number of a weight whose change is kept: float64 for merged, shifted, packed weights and differences."""
 
 FEW_KINDS = 2
-"""Largest number of module kinds, such as `o_proj`, for which `keep` works well without activations."""
+"""Largest number of kinds of module, such as `o_proj`, for which `keep` works well without activations."""
 
 WIDE = (
-    "--keep adapter (keep='adapter') without activations may keep less than nearest rounding if an adapter changes "
-    "many kinds of module: add --calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
+    "--keep adapter (keep='adapter') keeps more with activations if an adapter changes many kinds of module: add "
+    "--calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
 )
 """Warning for adapters that change more than `FEW_KINDS` kinds of module."""
+
+DRAWN = (
+    "{}: the base has no tokenizer, so the activations are of random ids. Activations of texts keep more: copy the "
+    "tokenizer's files into the base's folder"
+)
+"""Warning for a calibration without texts."""
 
 SQUARE_BYTES = 48
 """Bytes for each pair of inputs of a weight that is rounded by activations: six square matrices in float64."""
@@ -540,7 +546,7 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return a warning if `keep` needs activations that the calibration does not have.
+    """Return warnings about weights without activations, and about activations of random ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
@@ -567,11 +573,15 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
             why = f"the calibration has {width} inputs, but the weight has {wanted}"
             cure = "Run adapterkit.gating.calibrate on this base with these adapters"
             raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
-    if not lacking:
-        return ()
-    names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-    count = f"{len(lacking)} of {len(changed)} targets ({names})"
-    return (f"{calibration.path.name} has no activations for {count}; they are rounded as by --keep adapter alone",)
+    warnings = []
+    if calibration.drawn:
+        warnings.append(DRAWN.format(calibration.path.name))
+    if lacking:
+        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        count = f"{len(lacking)} of {len(changed)} targets ({names})"
+        name = calibration.path.name
+        warnings.append(f"{name} has no activations for {count}; they are rounded as by --keep adapter alone")
+    return tuple(warnings)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:

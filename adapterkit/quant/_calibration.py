@@ -43,6 +43,7 @@ class Calibration:
         made_from: what the activations were computed from, as `adapterkit.gating.calibrate` recorded it.
         tensors: path of the first target that reads an input -> the values of this input, `[tokens, width]`.
         shared: path of each target -> path in `tensors`.
+        drawn: whether the model read random ids instead of texts.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Calibration:
     made_from: Mapping[str, object]
     tensors: Mapping[str, Lazy]
     shared: Mapping[str, str]
+    drawn: bool = False
 
     def width(self, path: str) -> int | None:
         """Return the number of inputs of a target; None if the file does not have the target."""
@@ -101,7 +103,7 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
         if tensor.dtype.name != "F32" or len(tensor.shape) != 2 or not tensor.shape[0]:
             why = f"the inputs are {tensor.dtype} of shape {list(tensor.shape)}, not F32 [tokens, width]"
             raise Malformed(why, path=file, where=name, cure=_WRITE)
-    return Calibration(file, digest_of(file), made_from, tensors, shared)
+    return Calibration(file, digest_of(file), made_from, tensors, shared, record.get("drawn") is True)
 
 
 def digest_of(file: Path) -> str:
