@@ -264,10 +264,10 @@ def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
         UsageError, Malformed, StorageError: the texts cannot be read.
     """
     from ..gating.inputs import texts_of
-    from ..merging.requantize import WIDE
+    from ..merging.requantize import TEXTS
 
     texts_of(calibration)
-    return [warning for warning in planned.warnings if warning != WIDE]
+    return [warning for warning in planned.warnings if warning != TEXTS]
 
 
 def _given_file(calibration: str | None) -> str | None:

@@ -153,8 +153,7 @@ def merge(
             as long, and holds whole weights in memory.
         calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Weights are rounded
             so that the outputs for these activations change little; directions to which the adapters respond count
-            more. For adapters of many modules, this keeps far more of the change than `keep` alone. Each weight is
-            packed up to 200 times.
+            more. This keeps far more of the change than `keep` alone. Each weight is packed up to 200 times.
         seed: round stochastically; each draw depends only on this number, the tensor and the element.
         memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.

@@ -40,14 +40,11 @@ RUN = 1 << 22
 KEPT_BYTES = 64
 """Bytes per number of a weight whose change is kept: float64 for merged, shifted, packed weights and differences."""
 
-FEW_KINDS = 2
-"""Largest number of kinds of module, such as `o_proj`, for which `keep` works well without activations."""
-
-WIDE = (
-    "--keep adapter (keep='adapter') keeps more with activations if an adapter changes many kinds of module: add "
-    "--calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
+TEXTS = (
+    "--keep adapter (keep='adapter') keeps more with activations: add --calibration builtin, or the file of "
+    "adapterkit.gating.calibrate (calibration=)"
 )
-"""Warning for adapters that change more than `FEW_KINDS` kinds of module."""
+"""Warning if there are no activations to round by."""
 
 DRAWN = (
     "{}: the base has no tokenizer, so the activations are of random ids. Activations of texts keep more: copy the "
@@ -559,8 +556,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
     folds = [fold for output in rounded for fold in output.folds if not fold.bias]
     changed = {fold.target.path for fold in folds}
     if base.calibration is None:
-        kinds = {path.rpartition(".")[2] for path in changed}
-        return (WIDE,) if len(kinds) > FEW_KINDS else ()
+        return (TEXTS,) if changed else ()
     known, calibration = set(base.calibration.shared), base.calibration
     lacking = sorted(changed - known)
     if changed and len(lacking) == len(changed):
