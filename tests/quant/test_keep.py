@@ -83,7 +83,7 @@ def test_the_command_records_it_and_a_damaged_weight_is_found(tmp_path: Path) ->
     assert told["quantized"]["keep"] == "adapter"
     assert told["verification"]["ok"]
     both = run(*words, "--keep", "adapter", "--remainder", "4", "--overwrite")
-    assert (both.exit_code, "Omit one of them" in both.output) == (2, True)
+    assert (both.exit_code, "Omit one of the two options" in both.output) == (2, True)
     # To the nearest is another merge: what is there is not taken for it.
     assert run(*words).exit_code != 0
     record = tmp_path / "out" / "adapterkit_merge.json"
