@@ -87,7 +87,7 @@ def test_what_is_no_expression(text: str) -> None:
 
 @pytest.mark.parametrize(("names", "words"), [
     (("mit OR cc-by-nc-4.0", "apache-2.0"), None), (("mit AND cc-by-nc-4.0", "mit"), "no commercial use"),
-    (("gpl-3.0 OR mit", "llama3"), None), (("gpl-3.0 AND mit", "llama3 OR openrail"), "limits that it forbids"),
+    (("gpl-3.0 OR mit", "llama3"), None), (("gpl-3.0 AND mit", "llama3 OR openrail"), "the other adds limits"),
     (("mit OR unheard-of", "cc-by-nd-4.0 AND mit"), "no changed copies"),
 ])  # fmt: skip
 def test_conflicts_of_expressions(names: tuple[str, ...], words: str | None) -> None:
