@@ -179,7 +179,7 @@ def command(
         return
     refuse_graph_options(ctx, base)
     _check_nodes(only_plan, nodes, bandwidth, price, node_tasks)
-    from ..io.locations import is_address
+    from ..io.locations import is_address, is_remote
     from ..merging import merge, plan
     from ..merging.ollama import write_modelfile
 
@@ -204,6 +204,8 @@ def command(
                 vocab=vocab, keep=keep, calibration=_given_file(calibration),
             )  # fmt: skip
             forecast: dict[str, JsonValue] = {**planned.record(digests=False), "base": base}
+            if calibration is not None and _given_file(calibration) is None:
+                forecast["warnings"] = _with_texts(calibration, planned)
             if nodes is not None and bandwidth is not None:
                 forecast["cluster"] = _simulated(planned, nodes, bandwidth, price, node_tasks or 1)
         show(settings, forecast, _plan_view)
@@ -216,6 +218,13 @@ def command(
         raise click.UsageError("--for ollama requires a path as OUT: merge into a file or a folder")
     activations = None
     if calibration is not None:
+        if _given_file(calibration) is None and not is_remote(base):
+            # Find faults of the merge before the model runs.
+            plan(
+                base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
+                allow_partial=allow_partial, seed=seed, memory=memory, link=link, rename=rename, vocab=vocab,
+                tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, keep=keep,
+            )  # fmt: skip
         activations = _activations(
             settings,
             calibration,
@@ -227,6 +236,7 @@ def command(
             tied=tied,
             rename=rename,
             overwrite=overwrite,
+            allow_partial=allow_partial,
         )
     with progress(settings, "merge") as meter:
         report = merge(
@@ -258,6 +268,19 @@ def command(
         ctx.exit(1)
 
 
+def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
+    """Return the warnings of a plan whose activations are still to be read from texts.
+
+    Raises:
+        UsageError, Malformed, StorageError: the texts cannot be read.
+    """
+    from ..gating.inputs import texts_of
+    from ..merging.requantize import TEXTS
+
+    texts_of(calibration)
+    return [warning for warning in planned.warnings if warning != TEXTS]
+
+
 def _given_file(calibration: str | None) -> str | None:
     """Return the calibration file that --calibration names; None if the option names texts."""
     return calibration if calibration is not None and calibration.endswith(".safetensors") else None
@@ -266,6 +289,7 @@ def _given_file(calibration: str | None) -> str | None:
 def _activations(
     settings: _options.CliSettings, calibration: str, out: str, base: str, adapters: Sequence[Adapter | str], *,
     weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
+    allow_partial: bool,
 ) -> str:  # fmt: skip
     """Return the calibration file for rounding; if --calibration names texts, compute the file from these texts."""
     from ..io.locations import is_address
@@ -281,7 +305,7 @@ def _activations(
     with progress(settings, "calibration", sizes=False) as meter:
         calibrate(
             base, adapters, there, data=calibration, weights=weights, device=device.partition(",")[0], tied=tied,
-            rename=rename, overwrite=overwrite, progress=meter,
+            rename=rename, overwrite=overwrite, allow_partial=allow_partial, progress=meter,
         )  # fmt: skip
     return there
 

@@ -22,7 +22,7 @@ from ..io.checkpoint import read_json
 from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
-from ._format import Format
+from ._format import LEFT_OUT, Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._state_dicts import save, write_settings
 
@@ -102,7 +102,7 @@ class Nola(Format):
             stem = stems.get(_place(target))
             why = _why_not(update, stem, seeds, hints.get("device", "cpu"))
             if why:
-                lost.append(f"{update.method} at {target}: {why}")
+                lost.append(f"{target}: {why}")
             elif isinstance(update, NOLA):
                 tensors |= _spelled(update, str(stem), seeds)
                 alphas.add(_alpha(update, hints.get("alpha", 0.0)))
@@ -115,7 +115,7 @@ class Nola(Format):
             )
         save(path, in_order(tensors, hints), "model_state_dict")
         write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints.get("device", "cpu")})
-        return lost
+        return [f"{LEFT_OUT}{item}" for item in lost]
 
 
 def _place(target: Target) -> tuple[str, int | None]:

@@ -24,6 +24,9 @@ from ..io.lazy import from_numpy
 from ..io.locations import exists, located
 from ..io.safetensors import write
 from ..io.stages import stage
+from ..naming.binding import bind
+from ..naming.ties import aliases
+from ..quant import dequantized, is_quantized
 from ..quant._calibration import KEY, VERSION, Calibration, read_calibration
 from .inputs import inputs_for, texts_of
 
@@ -54,6 +57,7 @@ def calibrate(
     overwrite: bool = False,
     tied: str | Mapping[str, str] | None = None,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Calibration:
     """Run a base with adapters over texts, and write the inputs of each target to a file.
@@ -77,6 +81,7 @@ def calibrate(
         overwrite: replace an existing calibration from another base, other adapters or other texts.
         tied: as in `adapterkit.merge`.
         rename: as in `adapterkit.merge`.
+        allow_partial: as in `adapterkit.merge`: omit targets that the base does not have.
         progress: a function that is called with (number of texts done, number of all texts).
 
     Returns:
@@ -116,6 +121,8 @@ def calibrate(
             raise Unsupported("a GGUF model has no config.json to run it with", path=checkpoint.root, cure=cure)
         check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
+        if allow_partial:
+            held = [_present(each, checkpoint, rename) for each in held]
     made_from: dict[str, object] = {
         "base": fingerprint(checkpoint), "adapters": [each.digest() for each in held], "weights": list(factors),
         "texts": _digest(lines), "count": texts, "length": length, "seed": seed,
@@ -132,7 +139,9 @@ def calibrate(
                 cure=cure,
             )
     model = load(checkpoint, "float32", device_of(device))
-    inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
+    inputs = inputs_for(
+        model, checkpoint.folder, lines, count=texts, length=length, seed=seed, option="--calibration (data=)"
+    )
     if not inputs.tokens:
         raise Unsupported(
             "the model does not read text", path=checkpoint.root, cure="Omit --calibration (calibration=)"
@@ -146,17 +155,20 @@ def calibrate(
             if progress is not None:
                 progress(at, len(inputs.feeds))
 
-    return recorded(model, run, target, made_from)
+    return recorded(model, run, target, made_from, inputs.drawn)
 
 
-def recorded(model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object]) -> Calibration:
+def recorded(
+    model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object], drawn: bool = False
+) -> Calibration:
     """Write the inputs that the linear layers with adapters get while a function runs the model.
 
     Args:
         model: a model with attached adapters.
         run: the function that runs it.
         file: the `.safetensors` file to write.
-        made_from: what the inputs depend on.
+        made_from: a description of everything that the inputs depend on.
+        drawn: whether the model reads random ids instead of texts.
 
     Raises:
         TargetNotFound: no target is a linear layer that ran.
@@ -166,10 +178,19 @@ def recorded(model: nn.Module, run: Callable[[], object], file: Path, made_from:
     if not recorder.rows:
         why = "no target of the adapters is a linear layer that ran on the texts"
         raise TargetNotFound(why, cure="Omit --calibration (calibration=), or choose a method without data")
-    record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared}
+    record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared, "drawn": drawn}
     tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
     write(file, tensors, {KEY: json.dumps(record, sort_keys=True)})
     return read_calibration(file)
+
+
+def _present(adapter: Adapter, base: Checkpoint, rename: str | Sequence[str]) -> Adapter:
+    """Return the adapter without the targets that the base does not have."""
+    weights = dequantized(base) if is_quantized(base) else base
+    bound = bind(adapter, weights, partial=True, aliases=aliases(weights), rename=rename, distinct=False)
+    missing = set(bound.missing)
+    kept = {target: updates for target, updates in adapter.updates.items() if target not in missing}
+    return adapter.replace(updates=kept) if missing else adapter
 
 
 def _digest(lines: Sequence[str] | None) -> str:

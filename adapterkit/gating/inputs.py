@@ -36,11 +36,13 @@ class Inputs:
         feeds: for each text, the arguments of the model's `forward`; tensors on the CPU.
         source: a phrase that names the source of the inputs.
         tokens: the number of tokens in all texts; 0 for pixels.
+        drawn: whether the tokens are random ids.
     """
 
     feeds: tuple[Mapping[str, Any], ...]
     source: str
     tokens: int
+    drawn: bool = False
 
 
 def texts_of(data: str | PathLike[str]) -> list[str] | None:
@@ -82,7 +84,10 @@ def _text(line: str, path: Path, at: int) -> str:
 _JSONL = 'Write {"text": "..."} on each line, or name the file .txt for plain lines'
 
 
-def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int) -> Inputs:
+def inputs_for(
+    model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int,
+    option: str = "--data (data=)",
+) -> Inputs:  # fmt: skip
     """Return inputs for a model.
 
     Args:
@@ -92,6 +97,7 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
         count: the number of texts, which are chosen at random.
         length: the maximum number of tokens of each text.
         seed: the seed of all random choices.
+        option: the option and the argument that give the texts, for errors.
 
     Raises:
         UsageError: `texts` is set but the folder has no tokenizer, or all texts have fewer than two tokens.
@@ -111,7 +117,7 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
     if not isinstance(size, int):
         cure = "Compare the models yourself, with adapterkit.torch.inject on the base"
         raise Unsupported("the config of the model has no vocab_size", path=folder, cure=cure)
-    rows, source = _tokens(folder, texts, count, length, size, seed)
+    rows, source = _tokens(folder, texts, count, length, size, seed, option)
     more: dict[str, Any] = {}
     if "pixel_values" in names and getattr(model.config, "vision_config", None) is not None and _is_contrastive(model):
         more["pixel_values"] = _pixels(model, 1, seed).feeds[0]["pixel_values"]
@@ -123,7 +129,7 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
         if getattr(model.config, "is_encoder_decoder", False):
             feed["decoder_input_ids"] = ids[:, : max(SHORTEST, ids.shape[1] // 2)]
         feeds.append(feed)
-    return Inputs(tuple(feeds), source, sum(map(len, rows)))
+    return Inputs(tuple(feeds), source, sum(map(len, rows)), texts is None and not _has_tokenizer(folder))
 
 
 def _is_contrastive(model: Any) -> bool:
@@ -132,12 +138,12 @@ def _is_contrastive(model: Any) -> bool:
 
 
 def _tokens(
-    folder: Path, texts: Sequence[str] | None, count: int, length: int, size: int, seed: int
+    folder: Path, texts: Sequence[str] | None, count: int, length: int, size: int, seed: int, option: str
 ) -> tuple[list[list[int]], str]:
     chosen = random.Random(seed)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not _has_tokenizer(folder):
         if texts is not None:
-            cure = "Copy the tokenizer's files there, or omit --data (data=) to use random ids"
+            cure = f"Copy the tokenizer's files there, or give builtin at {option} to use random ids"
             raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
         rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
         return rows, f"{count} rows of random token ids, as the base has no tokenizer"
@@ -153,9 +159,13 @@ def _tokens(
         raise Malformed(why, path=folder, cure="Download the folder again") from None
     rows = [row for row in rows if len(row) >= SHORTEST and max(row) < size]
     if not rows:
-        cure = "Give longer texts with --data (data=)"
+        cure = f"Give longer texts at {option}"
         raise UsageError("no text has at least two tokens of the base", path=folder, cure=cure)
     return rows, f"{len(rows)} {source}"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _builtin() -> list[str]:

@@ -156,8 +156,8 @@ def merge(
             long, and needs whole weights in memory.
         calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Weights are rounded so
             that the outputs of layers for these activations change little; directions to which the adapters respond
-            count more. If adapters change many modules, far more of their change survives than with `keep` alone. Each
-            weight is packed up to 200 times.
+            count more. Far more of the change survives than with `keep` alone. Each weight is packed up to
+            200 times.
         seed: the seed of stochastic rounding; default: round to the nearest. Each random draw depends only on the seed,
             the tensor and the element.
         memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.

@@ -6,6 +6,10 @@ singular vectors of D, the directions of the inputs to which D responds. The wan
 matrices with (Q - M) V = 0, the one nearest to M. With Lagrange multipliers C, Q is M + C V^T rounded to the nearest. C
 is found by gradient ascent, row by row; the gradient is the part of the error along V. The code calls the scheme's
 packing to round, so it works for every scheme.
+
+A shift changes elements by whole quantization steps, and so adds errors in all other directions; these add up over the
+layers. Each row gets the shift with the smallest error for inputs that contain the directions of V `OFTEN` times as
+often as other directions. The shift 0, which is rounding to the nearest, is one of the candidates.
 """
 
 from __future__ import annotations
@@ -24,6 +28,18 @@ SHARE = 8
 
 WEAK = 1e-3
 """Directions whose singular value is smaller than this fraction of the largest are not kept."""
+
+OFTEN = 8.0
+"""Weight of the error along the change's directions, relative to the error in other directions.
+
+The part of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4, in percent:
+
+    factor          1 (nearest)   8    16    32   no limit
+    all layers             4     37    63   -81       -277
+    o_proj                 4     28    62    83         84
+    q_proj, v_proj         7     42   -47  -331       -555
+    down_proj              2     11     1  -356       -866
+"""
 
 ROUNDS = 24
 """How often a weight is packed at most."""
@@ -73,26 +89,44 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
     M, Vh = merged.astype(np.float64), directions
     V = Vh.swapaxes(1, 2)
     C, step = np.zeros((*M.shape[:2], Vh.shape[1])), np.ones((*M.shape[:2], 1))
-    lost = (trip(merged) - M) @ V
-    first = least = np.linalg.norm(lost, axis=2, keepdims=True)
+    error = trip(merged) - M
+    lost = error @ V
+    first = smallest = np.linalg.norm(lost, axis=2, keepdims=True)
+    nearest = least = _weighed(error, lost)
     best = C
     for _ in range(ROUNDS):
-        if (least <= ENOUGH * first).all():
+        if (smallest <= ENOUGH * first).all():
             break
         C = C - step * lost
-        now = (trip(_shifted(M, C, Vh)) - M) @ V
+        error = trip(_shifted(M, C, Vh)) - M
+        now = error @ V
         # Lengthen the step if the error stays the same: a shift below half a quantization step changes nothing. Shorten
         # the step if the error changes its sign.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
-        found = np.linalg.norm(now, axis=2, keepdims=True)
+        found = _weighed(error, now)
         best, least = np.where(found < least, C, best), np.minimum(found, least)
+        smallest = np.minimum(smallest, np.linalg.norm(now, axis=2, keepdims=True))
         lost = now
     shifted = _shifted(M, best, Vh)
     # Check the result: rows may share a scale, so the best shifts of single rows need not be the best together.
-    together = np.linalg.norm((trip(shifted) - M) @ V)
-    return shifted if together < np.linalg.norm(first) else merged
+    error = trip(shifted) - M
+    return shifted if _weighed(error, error @ V).sum() < nearest.sum() else merged
+
+
+def _weighed(error: Array, along: Array) -> Array:
+    """Return the squared error of each row, with `OFTEN` times the weight along the directions, `[experts, rows, 1]`.
+
+    Args:
+        error: the error, `[experts, outputs, inputs]`.
+        along: its part along the directions, `[experts, outputs, k]`.
+    """
+    import numpy as np
+
+    whole, part = (np.einsum("eij,eij->ei", each, each)[..., None] for each in (error, along))
+    weighed: Array = whole + (OFTEN - 1) * part
+    return weighed
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:

@@ -44,14 +44,17 @@ RUN = 1 << 22
 KEPT_BYTES = 64
 """The number of bytes per element that `keep` needs: float64 for merged, shifted and packed weights and differences."""
 
-FEW_KINDS = 2
-"""The largest number of kinds of modules, such as `o_proj`, for which `keep` works well without activations."""
-
-WIDE = (
-    "--keep adapter (keep='adapter') without activations may keep less than nearest rounding if an adapter changes "
-    "many kinds of module: add --calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
+TEXTS = (
+    "--keep adapter (keep='adapter') keeps more with activations: add --calibration builtin, or the file of "
+    "adapterkit.gating.calibrate (calibration=)"
 )
-"""Warning for adapters that change more than `FEW_KINDS` kinds of module."""
+"""Warning if there are no activations to round by."""
+
+DRAWN = (
+    "{}: the base has no tokenizer, so the activations are of random ids. Activations of texts keep more: copy the "
+    "tokenizer's files into the base's folder"
+)
+"""Warning for a calibration without texts."""
 
 SQUARE_BYTES = 48
 """The number of bytes per pair of inputs, if a weight is rounded with activations: six square float64 matrices."""
@@ -560,7 +563,7 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return a warning if `keep` without activations may lose changes, or if the calibration lacks activations.
+    """Return warnings about weights without activations, and about activations of random ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
@@ -573,8 +576,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
     folds = [fold for output in rounded for fold in output.folds if not fold.bias]
     changed = {fold.target.path for fold in folds}
     if base.calibration is None:
-        kinds = {path.rpartition(".")[2] for path in changed}
-        return (WIDE,) if len(kinds) > FEW_KINDS else ()
+        return (TEXTS,) if changed else ()
     known, calibration = set(base.calibration.shared), base.calibration
     lacking = sorted(changed - known)
     if changed and len(lacking) == len(changed):
@@ -587,11 +589,15 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
             why = f"the calibration has {width} inputs, but the weight has {wanted}"
             cure = "Run adapterkit.gating.calibrate on this base with these adapters"
             raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
-    if not lacking:
-        return ()
-    names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-    count = f"{len(lacking)} of {len(changed)} targets ({names})"
-    return (f"{calibration.path.name} has no activations for {count}; they are rounded as by --keep adapter alone",)
+    warnings = []
+    if calibration.drawn:
+        warnings.append(DRAWN.format(calibration.path.name))
+    if lacking:
+        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        count = f"{len(lacking)} of {len(changed)} targets ({names})"
+        name = calibration.path.name
+        warnings.append(f"{name} has no activations for {count}; they are rounded as by --keep adapter alone")
+    return tuple(warnings)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:

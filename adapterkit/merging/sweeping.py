@@ -97,19 +97,23 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
     import numpy as np
 
     packed, nearest = trip(given), trip(merged)
-    lost, plain = _lost(packed - merged, H), _lost(nearest - merged, H)
-    worse = plain < lost
+    worse = _lost(nearest - merged, H) < _lost(packed - merged, H)
     given, packed = (np.where(worse[:, None], one, other) for one, other in ((merged, given), (nearest, packed)))
-    lost = np.minimum(plain, lost)
+    slope = (packed - merged).astype(np.float64) @ H
     for start in range(0, merged.shape[1], step):
         now = slice(start, start + step)
-        pull = (packed - merged).astype(np.float64) @ H[:, now]
         tried = packed.copy()
-        tried[:, now] -= np.linalg.solve(H[now, now], pull.T).T.astype(np.float32)
+        tried[:, now] -= np.linalg.solve(H[now, now], slope[:, now].T).T.astype(np.float32)
         again = trip(tried)
-        left = _lost(again - merged, H)
-        better = left < lost
-        given[better], packed[better], lost[better] = tried[better], again[better], left[better]
+        # Most schemes change the numbers of a few groups only: update the errors by these columns, since E H of the
+        # whole weight would take most of the time.
+        moved = (again - packed).astype(np.float64)
+        columns = np.flatnonzero(moved.any(0))
+        moved = moved[:, columns]
+        gain = np.einsum("ij,ij->i", 2 * slope[:, columns] + moved @ H[np.ix_(columns, columns)], moved)
+        better = gain < 0
+        given[better], packed[better] = tried[better], again[better]
+        slope[better] += moved[better] @ H[columns]
     return given
 
 

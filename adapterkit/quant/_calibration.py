@@ -43,6 +43,7 @@ class Calibration:
         made_from: the base, adapters and texts of the run, as `adapterkit.gating.calibrate` recorded them.
         tensors: a map from the first target with an input to the values of this input, `[tokens, width]`.
         shared: a map from each target to the key of its input in `tensors`.
+        drawn: whether the model read random ids instead of texts.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Calibration:
     made_from: Mapping[str, object]
     tensors: Mapping[str, Lazy]
     shared: Mapping[str, str]
+    drawn: bool = False
 
     def width(self, path: str) -> int | None:
         """Return the number of inputs of a target; None if the file does not have the target."""
@@ -101,7 +103,7 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
         if tensor.dtype.name != "F32" or len(tensor.shape) != 2 or not tensor.shape[0]:
             why = f"the inputs are {tensor.dtype} of shape {list(tensor.shape)}, not F32 [tokens, width]"
             raise Malformed(why, path=file, where=name, cure=_WRITE)
-    return Calibration(file, digest_of(file), made_from, tensors, shared)
+    return Calibration(file, digest_of(file), made_from, tensors, shared, record.get("drawn") is True)
 
 
 def digest_of(file: Path) -> str:

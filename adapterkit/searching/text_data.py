@@ -67,13 +67,16 @@ class LiveBase:
 
         Raises:
             UsageError: the file contains no texts.
-            Unsupported: the model does not read text.
+            Unsupported: the model does not read text, or has no tokenizer.
         """
         from ..gating.inputs import inputs_for, texts_of
 
         found = inputs_for(self.model, self.checkpoint.root, texts_of(data), count=count, length=length, seed=seed)
         if not found.tokens:
             raise Unsupported("the model does not read text", path=self.checkpoint.root, cure=_FUNCTION)
+        if found.drawn:
+            why = "the base has no tokenizer, so it cannot read texts"
+            raise Unsupported(why, path=self.checkpoint.root, cure="Copy the tokenizer's files there")
         return found.feeds
 
     def check_predicts(self) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import AdapterkitError, Miswritten, UsageError
+from adapterkit.errors import AdapterkitError, Miswritten, Unrepresentable, UsageError
 from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
 from adapterkit.formats._image.dialect import ImageFormat
@@ -504,3 +504,14 @@ def test_factors_of_one_array_are_runs_of_it(tmp_path):
     leaves = [as_lazy(leaf) for _, update in found for leaf in update.tensors.values()]
     assert leaves
     assert all(leaf.span is not None and leaf.span.nbytes == leaf.nbytes for leaf in leaves)
+
+
+def test_nola_omits_what_it_cannot_express(tmp_path):
+    adapter = next(adapter for adapter, _ in vectors("nola"))
+    extra = LoRA(A=from_numpy(np.ones((2, 4), "f4")), B=from_numpy(np.ones((3, 2), "f4")))
+    both = adapter.replace(updates={**adapter.updates, Target("blocks.9.attn.proj"): (extra,)})
+    with pytest.raises(Unrepresentable, match="the method is not NOLA"):
+        ak.write(both, tmp_path / "refused" / "model.pt", "nola")
+    written = ak.write(both, tmp_path / "out" / "model.pt", "nola", on_loss="drop")
+    assert [loss for loss in written if loss.startswith("left out blocks.9.attn.proj")]
+    assert set(ak.read(tmp_path / "out" / "model.pt", "nola").updates) == set(adapter.updates)

@@ -236,6 +236,11 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], tmp_path: Path) -> 
     for method in ("cat", "nsc", "regmean_plus"):
         with pytest.raises(Unsupported, match="stacks experts"):
             ak.combine([tmp_path / "experts"] * 2, method, base=experts, data=data.learned_by(method))
+    for tokens in base.glob("tokenizer*"):
+        tokens.unlink()
+    for data in (given["texts"], "builtin"):
+        with pytest.raises((UsageError, Unsupported), match="no tokenizer"):
+            ak.TextData(base, [tmp_path / "lora"] * 2, data)
     vision = make("vit", tmp_path / "vit")
     model = transformers.ViTForImageClassification.from_pretrained(vision)
     ak.write(lora("vit", model), tmp_path / "vlora", "peft")

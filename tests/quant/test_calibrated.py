@@ -15,6 +15,7 @@ from adapterkit.io import safetensors
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.computed import load
 from adapterkit.io.lazy import from_numpy
+from adapterkit.merging import sweeping
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import dequantized
 
@@ -68,3 +69,32 @@ def test_less_is_lost_where_it_shows_and_verify_finds_the_same(case: Path, tmp_p
     # A row of ten numbers has hardly a choice, and one scale for all numbers moves with each of them.
     assert ratio < (1.02 if W.shape[1] < 16 or case.name == "nvfp4" else 0.9), left
     assert ak.verify(tmp_path / "calibrated", case, adapter, calibration=file).ok
+
+
+def test_the_second_pass_is_the_one_that_computes_every_error_anew() -> None:
+    """The second pass updates the errors of the columns that changed; here E H E^T is computed for each block."""
+    random = np.random.default_rng(2)
+    M = random.normal(size=(12, 96)).astype("f4")
+    H = inputs(96).T @ inputs(96) / 256 + 0.01 * np.eye(96)
+
+    def trip(W: Array) -> Array:
+        """Round to fifteen levels with a scale for each 32 columns of a row."""
+        groups = W.reshape(len(W), -1, 32)
+        scale = np.abs(groups).max(2, keepdims=True) / 7
+        return np.asarray((np.rint(groups / scale) * scale).reshape(W.shape), np.float32)
+
+    def lost(W: Array) -> Array:
+        E = W.astype(np.float64) - M
+        return np.asarray(np.diag(E @ H @ E.T))
+
+    first = sweeping._once(trip, M, H, 16)
+    given = np.where((lost(trip(M)) < lost(trip(first)))[:, None], M, first)
+    packed = trip(given)
+    for start in range(0, 96, 16):
+        now = slice(start, start + 16)
+        tried = packed.copy()
+        tried[:, now] -= np.linalg.solve(H[now, now], ((packed.astype(np.float64) - M) @ H[:, now]).T).T
+        better = lost(trip(tried)) < lost(packed)
+        given[better], packed[better] = tried[better], trip(tried)[better]
+    assert lost(packed).sum() < 0.9 * lost(trip(first)).sum(), "the second pass does nothing here"
+    np.testing.assert_allclose(trip(sweeping.swept(trip, M, H)), packed, atol=1e-5)

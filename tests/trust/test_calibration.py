@@ -123,7 +123,7 @@ def test_less_is_lost_on_other_inputs_and_verify_finds_the_same(
     left = {}
     for name, options in {"nearest": {}, "calibrated": {"keep": "adapter", "calibration": file}}.items():
         report = ak.merge(packed, adapter, tmp_path / name, quantized="requantize", **options)
-        assert not any("activations" in each for each in report.plan.warnings)
+        assert not any("no activations" in each for each in report.plan.warnings)
         left[name] = lost(plain, packed, tmp_path / name, adapter)
     assert left["calibrated"] < left["nearest"], left
     assert ak.verify(tmp_path / "calibrated", packed, adapter, calibration=file).ok
@@ -182,6 +182,7 @@ def test_the_command_reads_texts_once_and_goes_on(world: tuple[Path, Path, ak.Ad
     (tmp_path / "texts.txt").write_text("a text\n")
     refused = run(*words, "--keep", "adapter", "--calibration", tmp_path / "texts.txt")
     assert (refused.exit_code, "no tokenizer" in refused.output) == (2, True)
+    assert "give builtin at --calibration" in refused.output
     alone = run(*words, "--calibration", "builtin")
     assert (alone.exit_code, "--keep adapter" in alone.output) == (2, True)
     said = run(*words, "--keep", "adapter", "--calibration", "builtin", "--verify", "--json")
@@ -200,6 +201,53 @@ def test_the_command_reads_texts_once_and_goes_on(world: tuple[Path, Path, ak.Ad
     assert (without.exit_code, "--calibration FILE.safetensors" in without.output) == (2, True)
     planned = run(*words, "--keep", "adapter", "--calibration", file, "--plan", "--json")
     assert json.loads(planned.stdout)["quantized"]["calibration"] == told["quantized"]["calibration"]
+
+
+def test_targets_that_the_base_lacks_are_left_out_of_the_run_too(
+    world: tuple[Path, Path, ak.Adapter], tmp_path: Path
+) -> None:
+    _, packed, adapter = world
+    (target, updates), *_ = adapter.updates.items()
+    more = ak.Adapter({**adapter.updates, ak.Target(target.path.replace("layers.0", "layers.9")): updates})
+    ak.write(more, tmp_path / "lora", format="peft")
+    words = ("merge", packed, tmp_path / "lora", "-o", tmp_path / "out", "--quantized", "requantize")
+    words += ("--keep", "adapter", "--calibration", "builtin")
+    refused = run(*words)
+    assert (refused.exit_code, "--allow-partial" in refused.output) == (2, True)
+    said = run(*words, "--allow-partial", "--verify", "--json")
+    assert said.exit_code == 0, said.output
+    assert json.loads(said.stdout)["verification"]["ok"]
+    # The same activations as of the adapter without this target.
+    calibrate(packed, adapter, tmp_path / "whole.safetensors")
+    partial, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("out.calibration", "whole"))
+    assert all((partial[name] == each).all() for name, each in whole.items())
+
+
+def test_random_ids_are_told_and_a_plan_asks_for_no_texts_that_were_given(
+    world: tuple[Path, Path, ak.Adapter], tmp_path: Path
+) -> None:
+    plain, packed, adapter = world
+    ak.write(adapter, tmp_path / "lora", format="peft")
+    words = (
+        "merge",
+        packed,
+        tmp_path / "lora",
+        "-o",
+        tmp_path / "out",
+        "--quantized",
+        "requantize",
+        "--keep",
+        "adapter",
+    )
+    said = json.loads(run(*words, "--calibration", "builtin", "--json").stdout)
+    assert any("random ids" in each for each in said["warnings"])
+    planned = json.loads(run(*words, "--calibration", "builtin", "--plan", "--json").stdout)
+    assert not any("--calibration builtin" in each for each in planned["warnings"])
+    missing = run(*words, "--calibration", tmp_path / "none.txt", "--plan")
+    assert (missing.exit_code, "none.txt" in missing.output) == (6, True)
+    # Nothing rounds a plain base: this is found before the model runs.
+    refused = run("merge", plain, tmp_path / "lora", "-o", tmp_path / "b", *words[5:], "--calibration", "builtin")
+    assert (refused.exit_code, (tmp_path / "b.calibration.safetensors").exists()) == (2, False)
 
 
 def damaged(file: Path, change: Callable[[Arrays, dict[str, Any]], object]) -> Path:

@@ -84,7 +84,7 @@ def main() -> None:
         inputs = read_inputs(modules, merge_in, paragraphs(tokenizer, chosen.calibration, READ, OF), model)
     count, read = sum(map(np.size, weights.values())), sum(each.numel() for each in tokens)
     print(f"{len(paths)} weights, {count:,} numbers, {read} tokens")
-    print(f"{'type':<8}{'model':<28}{'KL':>10}{'kept':>9}{'bits':>7}{'seconds':>9}")
+    print(f"{'type':<13}{'model':<28}{'KL':>10}{'kept':>9}{'bits':>7}{'seconds':>9}")
     for kind in chosen.kinds:
         rows_of(kind, weights, changes, chosen.ranks, spoken, inputs)
 
@@ -127,7 +127,7 @@ def rows_of(
         said = spoken(held)
         far = float((wanted.exp() * (wanted - said)).sum(-1).mean())
         without = without or far
-        print(f"{kind:<8}{name:<28}{far:>10.5f}{1 - far / without:>9.1%}{bits:>7.2f}{seconds:>9.1f}", flush=True)
+        print(f"{kind:<13}{name:<28}{far:>10.5f}{1 - far / without:>9.1%}{bits:>7.2f}{seconds:>9.1f}", flush=True)
 
     tell("the base alone", base, size / count, 0.0)
     started = time.process_time()
@@ -136,19 +136,16 @@ def rows_of(
     started = time.process_time()
     keeping = {path: packed[path].again(shifted(packed[path], W, changes[path])) for path, W in exact.items()}
     tell("keep adapter", keeping, size / count, time.process_time() - started)
-    made = [("nearest", again), ("keep", keeping)]
     if inputs:
         started = time.process_time()
         by_texts = {path: packed[path].again(calibrated(packed[path], W, changes[path], inputs[path]))
                     for path, W in exact.items()}  # fmt: skip
         tell("keep adapter, calibrated", by_texts, size / count, time.process_time() - started)
-        made = [("nearest", again), ("calibrated", by_texts)]
     for rank in ranks:
-        for name, held in made:
-            started = time.process_time()
-            added = {path: W + best(exact[path] - W, rank) for path, W in held.items()}
-            more = 16 * rank * sum(sum(W.shape) for W in base.values())
-            tell(f"{name} + remainder of rank {rank}", added, (size + more) / count, time.process_time() - started)
+        started = time.process_time()
+        added = {path: W + best(exact[path] - W, rank) for path, W in again.items()}
+        more = 16 * rank * sum(sum(W.shape) for W in base.values())
+        tell(f"nearest, remainder of rank {rank}", added, (size + more) / count, time.process_time() - started)
 
 
 def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:

@@ -32,14 +32,32 @@ def zeros(dtype: str, *shape: int) -> Lazy:
     return Lazy(shape, kind, lambda: bytes(count))
 
 
+FP4 = [size * sign for sign in (1, -1) for size in (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)]
+"""The sixteen levels of bitsandbytes' fp4."""
+
+
 def nf4(out: int, ins: int) -> tuple[str, Parts]:
-    """Pack in bitsandbytes' 4 bits, without double quantization."""
-    state = json.dumps({"quant_type": "nf4", "blocksize": GROUP, "dtype": "float32", "shape": [out, ins]}).encode()
+    """Pack in bitsandbytes' nf4, without double quantization."""
+    return _levels("nf4", NF4, out, ins)
+
+
+def fp4(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in bitsandbytes' fp4, without double quantization."""
+    return _levels("fp4", FP4, out, ins)
+
+
+def _levels(kind: str, levels: list[float], out: int, ins: int) -> tuple[str, Parts]:
+    state = json.dumps({"quant_type": kind, "blocksize": GROUP, "dtype": "float32", "shape": [out, ins]}).encode()
     return "bitsandbytes", {
         "m.weight": zeros("U8", out * ins // 2, 1), "m.weight.absmax": zeros("F32", out * ins // GROUP),
-        "m.weight.quant_map": from_numpy(np.array(NF4, "f4")),
-        "m.weight.quant_state.bitsandbytes__nf4": from_numpy(np.frombuffer(state, np.uint8)),
+        "m.weight.quant_map": from_numpy(np.array(levels, "f4")),
+        f"m.weight.quant_state.bitsandbytes__{kind}": from_numpy(np.frombuffer(state, np.uint8)),
     }  # fmt: skip
+
+
+def int8(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in bitsandbytes' int8, with a scale for each row."""
+    return "bitsandbytes", {"m.weight": zeros("I8", out, ins), "m.SCB": zeros("F32", out)}
 
 
 def points(word: int, *shape: int) -> Lazy:
@@ -52,6 +70,15 @@ def gptq(out: int, ins: int) -> tuple[str, Parts]:
     groups = ins // GROUP
     return "gptq", {
         "m.qweight": zeros("I32", ins // 8, out), "m.qzeros": points(0x77777777, groups, out // 8),
+        "m.scales": zeros("F16", groups, out),
+    }  # fmt: skip
+
+
+def gptq_8(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in GPTQ of 8 bits."""
+    groups = ins // GROUP
+    return "gptq", {
+        "m.qweight": zeros("I32", ins // 4, out), "m.qzeros": points(0x7F7F7F7F, groups, out // 4),
         "m.scales": zeros("F16", groups, out),
     }  # fmt: skip
 
@@ -83,10 +110,75 @@ def fp8(out: int, ins: int) -> tuple[str, Parts]:
     return "fp8", {"m.weight": zeros("F8_E4M3", out, ins), "m.weight_scale": zeros("F32", out, 1)}
 
 
+def fp8_block(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in 8-bit floats with a scale for each square of 64 x 64 numbers."""
+    return "fp8", {"m.weight": zeros("F8_E4M3", out, ins),
+                   "m.weight_scale_inv": zeros("F32", out // GROUP, ins // GROUP)}  # fmt: skip
+
+
+def fp8_tensor(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in 8-bit floats with one scale."""
+    return "fp8", {"m.weight": zeros("F8_E4M3", out, ins), "m.weight_scale": zeros("F32", 1, 1)}
+
+
+def ct_int4(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in compressed-tensors' words of 4-bit integers."""
+    return "compressed-tensors", {
+        "m.weight_packed": zeros("I32", out, ins // 8), "m.weight_scale": zeros("BF16", out, ins // GROUP),
+        "m.weight_shape": from_numpy(np.array([out, ins])),
+    }  # fmt: skip
+
+
+def ct_int8(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in compressed-tensors' 8-bit integers, with a scale for each row."""
+    return "compressed-tensors", {"m.weight": zeros("I8", out, ins), "m.weight_scale": zeros("BF16", out, 1)}
+
+
+def ct_float(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in compressed-tensors' 8-bit floats, with a scale for each row."""
+    return "compressed-tensors", {"m.weight": zeros("F8_E4M3", out, ins), "m.weight_scale": zeros("BF16", out, 1)}
+
+
+def ct_nvfp4(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in compressed-tensors' NVFP4; the global scale is a divisor."""
+    return "compressed-tensors", {
+        "m.weight_packed": zeros("U8", out, ins // 2), "m.weight_scale": zeros("F8_E4M3", out, ins // 16),
+        "m.weight_global_scale": from_numpy(np.ones(1, "f4")),
+    }  # fmt: skip
+
+
+def torchao_int4(out: int, ins: int) -> tuple[str, Parts]:
+    """Pack in torchao's 4-bit integers, with zero points, each stored in 8 bits."""
+    return "torchao", {
+        "m._weight_qdata": zeros("I8", out, ins), "m._weight_scale": zeros("BF16", out, ins // GROUP),
+        "m._weight_zero_point": zeros("I8", out, ins // GROUP),
+    }  # fmt: skip
+
+
 SCHEMES: Mapping[str, Callable[[int, int], tuple[str, Parts]]] = {
-    "nf4": nf4, "gptq": gptq, "awq": awq, "mxfp4": mxfp4, "nvfp4": nvfp4, "fp8": fp8,
+    "nf4": nf4, "fp4": fp4, "int8": int8, "gptq": gptq, "gptq-8": gptq_8, "awq": awq, "mxfp4": mxfp4, "nvfp4": nvfp4,
+    "fp8": fp8, "fp8-block": fp8_block, "fp8-tensor": fp8_tensor, "ct-int4": ct_int4, "ct-int8": ct_int8,
+    "ct-float": ct_float, "ct-nvfp4": ct_nvfp4, "torchao-int4": torchao_int4,
 }  # fmt: skip
-SETTINGS = {"gptq": {"bits": 4, "group_size": GROUP}, "awq": {"bits": 4, "group_size": GROUP}}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": GROUP}, "gptq-8": {"bits": 8, "group_size": GROUP},
+    "awq": {"bits": 4, "group_size": GROUP}, "fp8-block": {"weight_block_size": [GROUP, GROUP]},
+    "ct-int4": {"format": "pack-quantized", "config_groups": {"0": {"weights": {"num_bits": 4}}}},
+    "ct-int8": {"format": "int-quantized", "config_groups": {"0": {"weights": {"num_bits": 8}}}},
+    "ct-float": {"format": "float-quantized", "config_groups": {"0": {"weights": {"num_bits": 8}}}},
+    "ct-nvfp4": {"format": "nvfp4-pack-quantized", "config_groups": {"0": {"weights": {"num_bits": 4}}}},
+}  # fmt: skip
+
+
+def metadata(scheme: str) -> dict[str, dict[str, str]]:
+    """Return the metadata of the file, by which torchao's tensors are known."""
+    if scheme != "torchao-int4":
+        return {}
+    kind = {"_type": "IntxUnpackedToInt8Tensor", "_data": {
+        "target_dtype": {"_type": "torch.dtype", "_data": "int4"}, "block_size": [1, GROUP],
+        "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+    }}  # fmt: skip
+    return {"memory": {"tensor_names": '["m.weight"]', "m.weight": json.dumps(kind)}}
 
 
 class PackedWeight:
@@ -97,7 +189,7 @@ class PackedWeight:
         if scheme not in BLOCKS:
             method, parts = SCHEMES[scheme](*W.shape)
             config = {"quantization_config": {"quant_method": method, **SETTINGS.get(scheme, {})}}
-            made = Checkpoint(Path("memory"), parts, (), {}, {}, config, None)
+            made = Checkpoint(Path("memory"), parts, (), {}, metadata(scheme), config, None)
             self.base = dequantized(made, packs=True)
             (self.packed,) = self.base.packed.values()
             self.packed, self.bytes = self._packed(W)
