@@ -206,8 +206,9 @@ class Folding:
         bias = layer.own_bias if layer.after is None else layer.after[1]
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
         if bias is None and layer.has_bias:
-            why, cure = "the update changes a bias that the node stores as integers", "quantized='dequantize'"
-            raise Unsupported(why, where=self.name, cure=f"Merge with --quantized dequantize ({cure})")
+            why = f"the update changes the bias of a node that computes with integers ({self.spot.node.op_type})"
+            cure = "Merge with --quantized dequantize (quantized='dequantize')"
+            raise Unsupported(why, where=self.name, cure=cure)
         if bias is None:
             refuse_fused_bias(layer, self.name)
         if (bias is None or own) and any(update.needs_bias for update in changing if update.changes_bias):

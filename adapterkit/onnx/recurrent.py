@@ -88,7 +88,7 @@ class Recurrent(Layer):
         """
         held = weight_at(self.node, BIASES) if self.has_bias else None
         if held is not None and not is_constant(held):
-            why = f"the bias of a {self.node.op_type} depends on the graph's inputs"
+            why = f"the bias of the {self.node.op_type} depends on the graph's inputs"
             raise Unsupported(why, where=self.node.name, cure="Export the model again")
         return held
 

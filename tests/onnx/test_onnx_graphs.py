@@ -379,7 +379,7 @@ def test_a_recurrent_bias_that_depends_on_inputs_is_refused(tmp_path):
     path = graphs.saved(model(nodes, {**held, "axis": np.array([1])}, [given]), tmp_path / "base.onnx")
     adapter = Adapter({Target("q.weight_ih_l0"): (METHODS["ia3"](l=torch.full((8,), 2.0)),)})
     for change in (ak.onnx.inject, ak.onnx.merge):
-        with pytest.raises(Unsupported, match="the bias of a RNN depends on the graph's inputs"):
+        with pytest.raises(Unsupported, match="the bias of the RNN depends on the graph's inputs"):
             change(path, adapter, tmp_path / "out.onnx")
     adapter = Adapter({Target("q.weight_ih_l0"): (METHODS["ia3"](l_in=torch.full((16,), 2.0)),)})
     ak.onnx.merge(path, adapter, tmp_path / "out.onnx")  # It keeps the bias.

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
+from adapterkit.errors import Unsupported
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 
@@ -226,3 +227,20 @@ def test_attention_of_integers(tmp_path):
     np.testing.assert_allclose(ran(tmp_path / "m.onnx", X), wanted, atol=1e-5)
     ak.onnx.merge(path, adapter, tmp_path / "m.onnx", quantized="requantize", keep_change="packed")
     assert abs(ran(tmp_path / "m.onnx", X) - wanted).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["QGemm", "QLinearConv", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"])
+def test_a_bias_of_integer_operators_is_scaled_in_floats_or_refused(name, tmp_path):
+    """IA3 scales outputs; quantizing only the weight again would keep the bias."""
+    nodes, tensors, x, W = CASES[name]
+    path, out = saved(tmp_path / "base.onnx", nodes, tensors, x), tmp_path / "out.onnx"
+    scale = np.linspace(0.5, 1.5, len(W)).astype("f4")
+    ia3 = Adapter({Target("q"): (METHODS["ia3"](l=from_numpy(scale)),)})
+    with pytest.raises(Unsupported, match=f"the bias of a node that computes with integers .{name}") as error:
+        ak.onnx.merge(path, ia3, out, quantized="requantize", keep_change="packed")
+    assert "--quantized dequantize (quantized='dequantize')" in str(error.value)
+    assert not out.exists()
+    ak.onnx.merge(path, ia3, out, quantized="dequantize")
+    y = convolved(x, W) if W.ndim > 2 else x.astype("f8") @ W.T
+    y += B.reshape(-1, *[1] * (W.ndim - 2))
+    np.testing.assert_allclose(ran(out, x), y * scale.reshape(-1, *[1] * (W.ndim - 2)), atol=0.03)
