@@ -45,7 +45,7 @@ def test_a_prompt_behind_several_embeddings(name, graphs, tmp_path, close):
     forward, adapter = load_file(ROOT / name / "forward.safetensors"), read_folder(ROOT / name)
     y, ids = forward.pop("y"), forward["input_ids"]
     report = ak.onnx.inject(graphs("bert"), adapter, tmp_path / "out.onnx")
-    first, last = map(int, re.search(r"tokens (\d+) to (\d+)", report.note).groups())
+    first, last = map(int, re.search(r"the ids (\d+) to (\d+)", report.note).groups())
     front = torch.arange(first, last + 1)[None].expand(len(ids), -1)
     mask = torch.cat((torch.ones_like(front), forward.get("attention_mask", torch.ones_like(ids))), 1)
     kinds = forward.get("token_type_ids", torch.zeros_like(ids))

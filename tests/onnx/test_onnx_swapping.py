@@ -85,7 +85,7 @@ def test_convert_writes_a_file_for_a_graph(tmp_path):
     words = ("convert", tmp_path / "peft", out, "--to", "onnx_adapter", "--base", tmp_path / "slots.onnx")
     for more in (["--profile", "vllm"], ["--on-loss", "drop"], ["--on-loss", "promote", "--max-error", "0.1"]):
         refused = run(*words, *more, "--overwrite")
-        assert (refused.exit_code, "the slots of a graph decide" in refused.stderr) == (2, True)
+        assert (refused.exit_code, "the slots of the graph determine" in refused.stderr) == (2, True)
     assert record(*words)["already_done"]
     assert run(*words, "--overwrite").exit_code == 0
     with pytest.raises(StorageError):
