@@ -47,7 +47,8 @@ class Arguments:
     Attributes:
         bypass: whether modules changed the layer's output, including the bias; then DoRA's magnitudes had no effect.
         rs: whether scalings are alpha / sqrt(r).
-        unit: a factor of a LoRA's alpha / r; 0 means 1. For DyLoRA, the number of ranks that it trains together.
+        unit: the number by which a LoRA's alpha / r is multiplied; 0 means 1. For DyLoRA, it is the number of ranks
+            that are trained together.
         split: whether sd-scripts trained the parts of FLUX's fused weights separately, each with rank r, and saved
             them as one LoRA.
     """

@@ -91,7 +91,7 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's to diffusers' names of the text encoders, if all possible families agree on diffusers' names."""
+    """Map OneTrainer's names of text encoders to diffusers' names, if all possible families agree on the latter."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}
@@ -144,7 +144,7 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
 
 
 def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
-    """Return OneTrainer's name for the text encoder of an embedding; for Stable Diffusion 1 and 2, the slot."""
+    """Return OneTrainer's slot for an embedding: its text encoder, or `emb_params` for Stable Diffusion 1 and 2."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":

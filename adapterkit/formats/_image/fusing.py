@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
     """Split an update by spans of rows; None if the update's formula cannot be split along outputs.
 
-    If each span of a LoRA has its own ranks, because LoRAs of the spans were joined, each part gets only these ranks.
-    For any other LoRA, all parts have the whole A.
+    If a LoRA was joined from LoRAs of the spans, each span has its own ranks, and its part gets only these ranks. For
+    any other LoRA, all parts have the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -61,7 +61,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split a LoKr by spans; None if a span ends inside the rows of the weight that one row of w1 covers."""
+    """Split a LoKr by spans; None if a span ends inside a block of rows that belongs to one row of w1."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None

@@ -100,6 +100,12 @@ def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> 
         if party[True] and party[False]:
             own = len(party[True]) <= len(party[False])
             yield from (
-                (target, f"this lora {'has a' if own else 'has no'} bias, unlike others in its part")
+                (
+                    target,
+                    (
+                        f"this LoRA {'has a' if own else 'has no'} bias, unlike other LoRAs of the same component "
+                        "(such as the text encoder)"
+                    ),
+                )
                 for target in party[own]
             )

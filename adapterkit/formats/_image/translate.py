@@ -241,7 +241,7 @@ def _is_order(pieces: tuple[Piece, ...]) -> bool:
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether the rows are exactly those of a run, whatever the size of the fused weight."""
+    """Whether `rows` are the rows of `run` for some size of the fused weight, because this size is unknown."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 

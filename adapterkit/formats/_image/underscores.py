@@ -91,7 +91,7 @@ def _together(
 
     Args:
         rest: a map from each stem that is not resolved yet to (prefix, flattened name).
-        words: such a map for all stems; the stems of text encoders help to choose the family.
+        words: a map from every stem to (prefix, flattened name); the stems of text encoders help to choose the family.
         metadata: the file's metadata.
         of_base: the possible families of the base; None without a base.
         sizes: the input sizes of the denoiser's adapted weights.
@@ -154,7 +154,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of all stems in the first naming of the family that has all of them; otherwise an empty dict."""
+    """Return the path of each stem, by the family's first naming that has all stems; empty if no naming has all."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -212,7 +212,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _beside(flat: str) -> list[str]:
-    """Return the dotted path of a module that diffusers has in a separate component, but the authors in the denoiser.
+    """Return the path of a module that is a separate component in diffusers, but part of the authors' denoiser.
 
     Anima's adapter of its text encoder is such a component.
     """

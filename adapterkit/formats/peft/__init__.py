@@ -43,7 +43,7 @@ def _departures() -> Mapping[str, Departure]:
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
     """Return LoRA's departures if all methods are LoRA or its variants; otherwise None.
 
-    Avoids importing all families.
+    For LoRA, this function avoids importing all families.
     """
     from .lora import DEPARTURES
     from .pairs import BESIDE

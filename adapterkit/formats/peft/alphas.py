@@ -21,7 +21,7 @@ Scale = tuple[int, float]
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
     """Choose the `use_rslora` for which most scalings have an exact alpha.
 
-    Return the fields, and the modules without alpha.
+    Return the fields, and the modules whose scaling has no exact alpha.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
@@ -42,7 +42,7 @@ def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
     """Return the alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # Convert to float first: a scaling may be a large integer, so that its product with a rank overflows.
+    # Convert to float first: a scaling may be a large integer, whose product with a rank would overflow.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -98,7 +98,7 @@ def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> 
 
 
 def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
-    """Return the fields with the base's name if this name is not the source config's; otherwise an empty dict."""
+    """Return the fields that name the base; empty if the base is unknown or the source config already names it."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
         return {}
@@ -177,7 +177,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields that select the modules of which an LN_TUNING file has copies."""
+    """Return the fields that select the modules whose copies are in an LN_TUNING file."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates

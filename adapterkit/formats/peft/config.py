@@ -189,10 +189,10 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 def _is_marker(name: str, value: object) -> bool:
     """Whether an unknown field only records who wrote the file, when it was written, or in which run.
 
-    A text is such a record if the field's name is in a list, or if the text looks like a release, a date or a digest.
-    Other texts, numbers and `true` may change the function. Example: Unsloth's `lora_B_layout` is `rank_major` or
-    `grouped_by_expert`, two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is a record if all
-    of its contents are records.
+    A string is such a record if the field's name is in a list, or if the string looks like a release, a date or a
+    digest. Other strings, numbers and `true` may change the function. Example: Unsloth's `lora_B_layout` is
+    `rank_major` or `grouped_by_expert`, two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is
+    a record if all of its contents are records.
     """
     if isinstance(value, Mapping):
         return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())

@@ -1,9 +1,9 @@
 """Compute adapters of convolutions as PEFT does, where PEFT's forward is not equivalent to a change of the weight.
 
-PEFT's LoRA creates `lora_A` with the base layer's class, kernel, stride and padding, but without its padding mode and
-dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads otherwise or is dilated. PEFT's
-other methods call `torch.nn.functional.conv2d` with the base layer's padding, which also pads with zeros. OFT rotates
-the patches of the input.
+PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base layer's
+padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads otherwise or is
+dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding, which also pads with
+zeros. OFT rotates the patches of the input.
 """
 
 from __future__ import annotations

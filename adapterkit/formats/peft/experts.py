@@ -1,6 +1,6 @@
 """Read and write LoRA of parameters (`target_parameters`): stacks of experts.
 
-Two matrices have the pairs of all experts.
+The two matrices of a pair, lora_A and lora_B, contain the factors of all experts.
 
 A file has keys such as `experts.lora_A` and `experts.base_layer.lora_A`, without the names of the parameters. PEFT
 wraps a module once for each adapted parameter, in the order in which the module declares its parameters. The config
@@ -10,9 +10,9 @@ The keys do not show two differences between files:
 
 * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
   these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
-* The order of lora_B's columns. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training until
-  September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-zoo #1232,
-  #1269).
+* lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
+  until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-zoo
+  #1232, #1269).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 def _values(leaf: Lazy) -> Array:
     """Read a whole matrix, and cache its values: the columns of one expert are scattered over the file.
 
-    Merging into a base with separate experts reads one expert after another, and alternates between two parameters.
+    Merging into a base with separate experts reads one expert after another, alternately from two parameters.
     """
     return leaf.numpy()
 
@@ -262,7 +262,7 @@ def _check_matrices(factors: PeftFactors) -> None:
 
 
 def _names(file: File, path: str) -> list[str]:
-    """List the parameters of a module that an entry of `target_parameters` may mean."""
+    """List the module's parameters to which an entry of `target_parameters` may refer."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
@@ -270,7 +270,7 @@ def _names(file: File, path: str) -> list[str]:
 
 
 def _named(file: File, path: str) -> list[str]:
-    """List the parameters of a module whose entry in `target_parameters` includes the module, such as `gate.weight`."""
+    """List the module's parameters that `target_parameters` names together with the module, such as `gate.weight`."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
@@ -309,7 +309,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # If the base has one of these parameters, it has all of them. So require that it has the named parameters.
+        # A base that has one of these parameters has all of them. So a named parameter that it lacks does not fit.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
@@ -335,8 +335,8 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
     """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj decide; otherwise None.
 
-    gate_up has twice as many outputs as down has inputs. No shapes fit both answers, because a width would have to be
-    four times itself.
+    gate_up has twice as many outputs as down has inputs. No shapes fit both answers, because one width would then have
+    to be twice itself.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:

@@ -117,7 +117,7 @@ def adapt(
         tensors: the tensors by field of the update.
         times: a factor that the config's scaling is multiplied by.
         embedding: whether the module is an embedding.
-        by_formula: whether to use the paper's formula in cases where PEFT's forward computes another.
+        by_formula: whether to use the paper's formula where PEFT's forward differs from it.
     """
     method = _method(settings, tensors, embedding)
     if method == "alora":
@@ -145,7 +145,7 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return law
     if _in_groups(tensors):
         return "grouped_lora"
-    # Use plain LoRA for an embedding: from an embedding's table, PEFT subtracts no initial values.
+    # Use plain LoRA for an embedding: PEFT subtracts no initial values from an embedding's table.
     return "lora" if embedding else settings.residual or "lora"
 
 

@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Return how many PEFT wrappers are around this one; each adapts another parameter of the same module."""
+        """Count the PEFT wrappers around this one; each wrapper adapts another parameter of the same module."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -102,7 +102,7 @@ class File:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to apply the paper's formula in cases where PEFT's forward computes another."""
+        """Whether to apply the paper's formula where PEFT's forward differs from it."""
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:

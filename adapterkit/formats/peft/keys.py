@@ -113,7 +113,9 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """Return a regular expression for the parts of keys. In `patterns`, `*` is one word; no patterns match nothing.
+    """Return a regular expression for the parts of keys; it matches nothing if `patterns` is empty.
+
+    In a pattern, `*` stands for one word.
 
     Longer words come first, because a word may be the beginning of another.
     """

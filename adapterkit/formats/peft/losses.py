@@ -151,7 +151,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
             else family.why_not(target, update)
         )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
-        return "the module with token rows is adapted, too, or is not an embedding"
+        return "PEFT stores single token rows only for an embedding without a LoRA"
     return ""
 
 
@@ -178,7 +178,7 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the LoRAs with a bias, or without if these are fewer, because `lora_bias` is one setting for a file.
+    """Yield the LoRAs with a bias, or those without one if these are fewer: `lora_bias` is one setting for a file.
 
     PEFT's forward ignores the bias of an attention's input projection, so a LoRA of this projection without a bias fits
     both groups.
@@ -207,7 +207,7 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield updates of one projection of an attention whose rank is not that of the attention's other projection."""
+    """Yield updates of an attention's projection if their rank differs from the rank of the other projection."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, found in updates.items():
         for position, update in enumerate(found):
@@ -218,7 +218,7 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield updates that need other values in the config than most updates; a family has one value for all modules."""
+    """Yield updates that need other config values than most updates; a config has one value for all modules."""
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()

@@ -348,7 +348,7 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the position of the first pattern that fits the whole name, or all of its end after a dot."""
+        """Return the position of the first pattern that fits the whole name, or all the text after one of its dots."""
         if "\n" in name:  # Try every pattern: a dot and `$` treat a newline specially.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
@@ -369,7 +369,7 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
     """Return the position of the pattern that fits the end of `name`.
 
-    `form` is the patterns' length and dots' positions.
+    `form` is the length of the patterns, and the positions of their dots.
     """
     length, dots = form
     start = len(name) - length

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def decode_replacement(file: File) -> Findings:
-    """Yield the whole parameters in a file. Tensors without floating-point values were not trained and are only stored.
+    """Yield the parameters that the file stores whole, not as factors.
+
+    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
 
     Raises:
         Unsupported: a parameter is a scalar.
@@ -185,7 +187,9 @@ NORM_PART = "ln_tuning_layers"
 
 
 def decode_ln_tuning(file: File) -> Findings:
-    """Yield the trained copies in a file. Tensors with other dtypes than floats were not trained and are only stored.
+    """Yield the trained copies in a file.
+
+    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
 
     Raises:
         Unsupported: a parameter is a scalar.
@@ -209,7 +213,10 @@ def norm_spelled(name: str) -> str:
 
 
 def _norm_name(key: Key) -> str:
-    """Return the path of the parameter that a key names. The name of a child module was parsed as an adapter's name."""
+    """Return the path of the parameter that a key names.
+
+    The parser of keys mistakes the name of a child module for an adapter's name. This function undoes the mistake.
+    """
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
     if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of children. Remove it.

@@ -2,7 +2,8 @@
 
 All of these programs use one rank and one alpha for all modules, and ignore `rank_pattern` and `alpha_pattern`. Some
 also ignore `use_rslora` or alpha. So all ranks are padded with zeros to one rank. For some programs, all scalings are
-folded into B; for others, only scalings that differ. `spec/profiles` lists each program's limits.
+folded into B. For the others, one alpha is chosen, and only scalings that differ from alpha / rank are folded.
+`spec/profiles` lists each program's limits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`. A tensor without an update must be known to be unused."""
+"""Decode a config and tensors into an `Adapter`; refuse a tensor without an update, unless it is known to be unused."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _in_layout(finding: Found, target: Target) -> Update:
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return the keys and shapes in the file that are not those that the writer would choose."""
+    """Return the keys and shapes in the file that differ from those that the writer would choose."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     if peft_type == "LORA" and are_plain(updates):

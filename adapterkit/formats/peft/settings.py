@@ -103,7 +103,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def before(self, release: tuple[int, int]) -> bool:
-        """Whether a PEFT release before this one wrote the file; False if the config has no release."""
+        """Whether the file was written by a PEFT release older than `release`; False if the config has no release."""
         return parse_version(self.peft_version) < release
 
     @property

@@ -225,7 +225,7 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
 
 
 def is_shared(family: type[Family], word: str) -> bool:
-    """Whether a word is the part of a key whose tensor all modules share."""
+    """Whether `word` is the key, without its prefix, of a tensor that all modules share."""
     return any(fnmatchcase(word, pattern) for pattern in family.shared)
 
 

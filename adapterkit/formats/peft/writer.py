@@ -78,7 +78,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Map (path, index of an update) to the fields whose tensors have their own key, or the only shared key."""
+    """Map (path, index of an update) to the fields whose keys are not chosen among several shared keys."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}

@@ -159,7 +159,7 @@ class Family(ABC):
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        """Return the paths of updates for whose scaling there is no exact alpha."""
+        """Return the paths of updates whose scaling has no exact alpha."""
         return []
 
     @classmethod
@@ -196,12 +196,12 @@ def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonVal
 
 
 def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
-    """Return the modules for whose scaling there is no exact alpha, given (rank, scaling) by module."""
+    """Return the modules whose scaling has no exact alpha, given (rank, scaling) by module."""
     return number_fields(scales, (False,))[1]
 
 
 def minority(said: Mapping[Target, object]) -> list[Target]:
-    """Return the targets whose value is not the most common value (of equally common values, the first)."""
+    """Return the targets that do not have the most common value; of equally common values, the first one counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in said.items() if value != most]

@@ -75,10 +75,7 @@ def not_embedded(target: Target, method: str) -> str:
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """Return all paths if not all scalings are equal, because a config has only one scaling.
-
-    Otherwise an empty list.
-    """
+    """Return all paths if the scalings differ, because a config has only one scaling; otherwise an empty list."""
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 

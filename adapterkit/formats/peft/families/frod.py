@@ -1,6 +1,7 @@
 """FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and tensors that all modules of a kind share.
 
-The shared tensors are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, (in, in).
+The shared tensors are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>` [2].
+The last tensor contains the sizes (in, in).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules share B if their shapes are equal and they match the same word in `target_modules`. Each `stride_A` neighbours
-among these modules share A. A file repeats a shared tensor for each module; after reading, all these updates share one
-tensor object.
+Modules share B if their shapes are equal and they match the same word in `target_modules`. Among these modules,
+each group of `stride_A` neighbours shares A. A file repeats a shared tensor for each module; after reading, all these
+updates share one tensor object.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class PolyFamily(Family):
             raise Unsupported(why, where="poly_type", cure="Run the adapter with PEFT")
         update: Any = make("poly", {POLY_FIELDS[part]: file.tensors[key] for part, key in keys.items()})
         if (told := _sizes(update)) != (own.r, own.n_tasks, own.n_skills, own.n_splits):
-            why = f"r, tasks, skills and splits are {told} in the tensors, but not in the config"
+            why = f"the tensors have (r, tasks, skills, splits) = {told}, but the config states other values"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         return Found(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
 

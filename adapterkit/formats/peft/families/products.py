@@ -155,7 +155,7 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank for which PEFT does not decompose the factors that are not decomposed here."""
+        """Return the smallest rank for which PEFT does not decompose a factor that this update stores in one piece."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
@@ -360,7 +360,7 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Also accept the common rank for a module in the pattern: PEFT uses the pattern only for a second adapter."""
+    """Check the rank; accept `r`, too, for a module in `rank_pattern`: PEFT uses that only for a second adapter."""
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

@@ -82,7 +82,7 @@ class ContextFamily(Family):
 class PromptLike(ContextFamily):
     """Prompts: `prompt_embeddings` [tokens, dim].
 
-    For a model with a decoder, PEFT stores 2 x tokens rows and uses the first half.
+    For a model with an encoder and a decoder, PEFT stores 2 x tokens rows and uses the first half.
     """
 
     @classmethod
@@ -152,7 +152,7 @@ class PrefixLike(ContextFamily):
 
 
 def stacks(parts: int) -> dict[str, JsonValue]:
-    """Return the config fields for a model with `parts` stacks of layers; two stacks also need a task type for them."""
+    """Return the config fields for a model with `parts` stacks of layers; for two stacks, also the `task_type`."""
     fields: dict[str, JsonValue] = {"num_transformer_submodules": parts}
     return fields | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
@@ -386,6 +386,6 @@ class AdaptionPromptFamily(Family):
 
 
 def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the number of virtual tokens; None if it is not the same in all modules, as a config requires."""
+    """Return the number of virtual tokens; None if the modules differ, because a config has only one number."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

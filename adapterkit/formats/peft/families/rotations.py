@@ -71,9 +71,10 @@ class OftFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "block_share": "whether all blocks are the same",
         "coft": "whether each block's Q is limited by eps",
-        "eps": "the limit of coft for all blocks together",
+        "eps": "with coft, the limit for all blocks together, from which each block's limit follows",
         "num_cayley_neumann_terms": "number of terms of the series",
-        "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r states it",
+        "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r gives the "
+        "number of blocks instead",
         "use_cayley_neumann": "whether to use the first terms of a series, whose last term changed in 0.18",
     }
     harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}

@@ -1,7 +1,7 @@
 """Shadow: each block has `shadow_down.<name>.weight` etc.; the whole model has `shadow_backbone.<name>.<tensor>`.
 
 PEFT always writes `default` as the adapter's name. The two small networks of a block are `nn.Sequential`s with linear
-layers at 0 and 2. For a classifier, the file also has the head with which the network was trained, which nothing uses.
+layers at 0 and 2. For a classifier, the file also has the classification head from the training; nothing uses it.
 """
 
 from __future__ import annotations

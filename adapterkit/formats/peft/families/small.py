@@ -60,7 +60,7 @@ class BeftFamily(Family):
 
 
 class Renamed(Family):
-    """The base class of families whose keys are only other names for the fields of the method.
+    """The base class of families in which each key of a module is one field of the update, under another name.
 
     Class attributes:
         fields: a map from a word in keys to the update's field.

@@ -3,9 +3,9 @@
 WaveFT: `waveft_spectrum` [n]. The positions of the coefficients follow from `random_loc_seed` and the weight's size.
 The config names the wavelet.
 
-A filter here is the low-pass reconstruction filter that Daubechies published (Ten Lectures on Wavelets,
-https://doi.org/10.1137/1.9781611970104), with PEFT's digits. It is orthonormal, and has N vanishing moments (dbN, symN)
-or 2 N (coifN).
+The filters in this module are low-pass reconstruction filters, with the digits that PEFT uses. Daubechies published the
+filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). They are orthonormal, and have N vanishing
+moments (dbN, symN) or 2 N (coifN).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
     """Return the filter of a wavelet; each call returns the same tensor.
 
-    `right` corrects the filter that is wrong in PEFT.
+    PEFT has a wrong filter for one wavelet. With `right`, return the correct filter for it.
     """
     import numpy as np
 
@@ -199,7 +199,7 @@ class DrawnSpectrum(Family):
     @classmethod
     @abstractmethod
     def stated(cls, own: Any, path: str, count: int) -> int:
-        """Return the number of coefficients that the config has for a module; `count` is the number in the file."""
+        """Return the number of coefficients that the config states for a module; `count` is the number in the file."""
 
     @classmethod
     def further(cls, file: File, path: str) -> dict[str, Lazy]:
