@@ -281,7 +281,7 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return a function of the rows to pack instead of the merged rows, so that the change survives.
+        """Return a function of (start, stop) that returns rows to pack instead of the merged rows, to keep the change.
 
         See `keeping`.
         """
@@ -563,7 +563,7 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return warnings about weights without activations, and about activations of random ids.
+    """Return warnings about weights without activations, and about activations recorded on random ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
