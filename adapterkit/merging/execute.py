@@ -84,8 +84,8 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # None ends the thread that flushes files. Send None after all workers have ended, because a worker could still
-            # send a file.
+            # None ends the thread that flushes files. Send None after all workers have ended, because a worker could
+            # still send a file.
             _join(crew)
             self.written.put(None)
             _join([finisher])

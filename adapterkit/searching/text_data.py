@@ -345,7 +345,7 @@ class TextData:
 
     @contextmanager
     def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Collect the inputs of targets in the yielded dict; with `last`, end the run at the first of them.
+        """Collect the inputs of targets in the yielded dict; with `last`, end the run when the first input is known.
 
         Raises:
             Unsupported: the model in memory stacks experts that the files store one by one.
