@@ -521,8 +521,8 @@ def repacked(
     """Replace each packed weight by its stored tensors in the tables of a plan.
 
     Returns:
-        four values: a map from output tensors to source tensors; a map from output tensors to planned updates
-        (those of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
+        four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
+        of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
         quantized again; and the names of all stored tensors of packed weights, whose dtypes do not change.
 
     Raises:

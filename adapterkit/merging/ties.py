@@ -163,8 +163,8 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
         warnings: a list of sentences; the function adds one for each omitted update.
 
     Returns:
-        A map from each name in `tie.layers` to the planned updates of this layer. The targets of these updates are those
-        of the adapter, even if an update also changes another layer.
+        A map from each name in `tie.layers` to the planned updates of this layer. The targets of these updates are
+        those of the adapter, even if an update also changes another layer.
 
     Raises:
         UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
