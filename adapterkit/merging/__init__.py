@@ -156,8 +156,8 @@ def merge(
             long, and needs whole weights in memory.
         calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Weights are rounded so
             that the outputs of layers for these activations change little; directions to which the adapters respond
-            count more. Far more of the change survives than with `keep` alone. Each weight is packed up to
-            200 times.
+            count more. Far more of the change survives than with `keep` alone. Each weight is quantized up
+            to 200 times.
         seed: the seed of stochastic rounding; default: round to the nearest. Each random draw depends only on the seed,
             the tensor and the element.
         memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
@@ -350,7 +350,7 @@ def remainder(
     report: Callable[[Cut], object] | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return a LoRA of what quantization lost of a merged model; use the LoRA together with the quantized model.
+    """Return a LoRA that restores what quantization lost in a merge; use the LoRA together with the quantized model.
 
     For each weight that the adapters change, the LoRA is the best approximation (in the Frobenius norm, of the given
     rank) of the difference between the exact merge and the stored weight. One weight per processor is in memory, in
@@ -366,7 +366,7 @@ def remainder(
         rename: as in `merge`.
         dtype: the dtype of the factors; default: float32.
         report: a function that is called with a `Cut` for each weight. The `Cut` contains the norm of what quantization
-            lost, and the norm of the part of the loss that the LoRA lacks.
+            lost, and the norm of the part that the LoRA does not restore.
         progress: a function that is called with (bytes done, total bytes).
 
     Returns:

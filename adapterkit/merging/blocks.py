@@ -59,7 +59,7 @@ def blocks(output: Output) -> list[Block]:
 def _even(rows: int) -> int:
     """Round a number of rows down to a multiple of `ROWS`, the number of rows in one product.
 
-    Keep numbers below `ROWS`.
+    Return a number below `ROWS` unchanged.
     """
     return max(1, rows - rows % ROWS if rows > ROWS else rows)
 

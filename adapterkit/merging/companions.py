@@ -29,7 +29,7 @@ CARD = "README.md"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
 }  # fmt: skip
-"""File extensions of weights. The base's other weight files are not copied, because they lack the merge."""
+"""File extensions of weights. The base's other weight files are not copied, because they contain unmerged weights."""
 
 VOCABULARIES = frozenset({
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
@@ -191,7 +191,7 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return token ids in a file, among them the largest; empty if the file does not have transformers' form."""
+    """Return token ids in a file, including the largest; empty if the file does not have transformers' form."""
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -50,8 +50,8 @@ def key_of(seed: int, name: str) -> Key:
 def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
     """Round stochastically to values that are exact in `dtype`; return a flat float64 array.
 
-    Each value becomes the next smaller or the next larger number of `dtype`, with a probability for which the expected
-    value is the exact value.
+    Each value is rounded down or up to a neighbouring number of `dtype`, with probabilities chosen so that the expected
+    result equals the exact value.
 
     Args:
         values: flat float64 array; values that are exact in the dtype, or not finite, stay unchanged.
@@ -223,7 +223,7 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
     """Join the low-rank factors of several planned updates into one LoRA, which includes their weights.
 
-    Axes must be equal.
+    The updates must have the same axes.
 
     The joined factors are in the workspace; the next call overwrites them.
     """
@@ -270,8 +270,8 @@ class BlockMerger:
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
         """Whether a change is provably far below the largest float32; False if a proof would be expensive.
 
-        The norm of a low-rank product is an upper bound of each element. Include the weight and scaling, because an
-        alpha of 1e308 is also finite.
+        The norm of a low-rank product is an upper bound of each element. Include the weight and the scaling:
+        even a finite alpha, such as 1e308, may be too large.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
@@ -308,7 +308,7 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # The loop has checked DoRA's rows: it leaves a block with a row that is not finite to numpy.
+            # The compiled loop has checked DoRA's rows: it returns None for a block with a row that is not finite.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}

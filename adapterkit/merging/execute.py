@@ -35,7 +35,7 @@ def execute(
     Args:
         files: the files of the plan.
         stage: the folder to write them into.
-        devices: the array libraries to compute with; each of n libraries computes every nth file.
+        devices: one array library per device; with n devices, each one computes every nth file.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
         link: whether to write hard links to unchanged files of the base.
@@ -84,7 +84,8 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # None ends the finisher. Send it after all workers have ended, because a worker could still send a file.
+            # None ends the thread that flushes files. Send None after all workers have ended, because a worker could
+            # still send a file.
             _join(crew)
             self.written.put(None)
             _join([finisher])

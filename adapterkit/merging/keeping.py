@@ -1,15 +1,15 @@
 """Adjust merged weights before quantization, so that the quantized weights keep the adapter's change.
 
-Let W be the base's weight and M the merged weight. Rounding M to the nearest loses a change D = M - W that is smaller
-than a quantization step, although the elements of a row could represent the change together. Let V be the right
-singular vectors of D, the directions of the inputs to which D responds. The wanted matrix Q is, among the quantized
-matrices with (Q - M) V = 0, the one nearest to M. With Lagrange multipliers C, Q is M + C V^T rounded to the nearest. C
-is found by gradient ascent, row by row; the gradient is the part of the error along V. The code calls the scheme's
-packing to round, so it works for every scheme.
+Let W be the base's weight, M the merged weight, and D = M - W the change. Rounding M to the nearest loses D if D is
+smaller than a quantization step. Other roundings keep D, because the elements of a row together can represent D. Let
+V be the right singular vectors of D, the directions of the inputs to which D responds. The search looks for the
+quantized matrix Q that is nearest to M, subject to (Q - M) V = 0. With Lagrange multipliers C, Q is M + C V^T rounded
+to the nearest. C is found by gradient ascent, row by row; the gradient is the part of the error along V. To round, the
+code calls the scheme's packing function, so it works for every scheme.
 
-A shift changes elements by whole quantization steps, and so adds errors in all other directions; these add up over the
-layers. Each row gets the shift with the smallest error for inputs that contain the directions of V `OFTEN` times as
-often as other directions. The shift 0, which is rounding to the nearest, is one of the candidates.
+The shift C V^T changes elements by whole quantization steps. So it adds errors in all other directions, and these
+errors add up over the layers. Each row gets the shift with the smallest error for inputs that contain the directions of
+V `OFTEN` times as often as other directions. The shift 0, which is rounding to the nearest, is one of the candidates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Call the compiled inner loops of a merge: `native/merge.c` for base + B @ A, `native/normalize.c` for DoRA.
 
 Both loops round once, and are several times as fast as the float64 computation with numpy. Their results have the same
-bits as numpy's. `merge.c` computes in float32 with a bound of the error; if the bound leaves the rounding of an element
-open, it computes the element again in float64. `normalize.c` computes in float64.
+bits as numpy's. `merge.c` computes each element in float32, with a bound of the error. If the bound does not determine
+how the element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
 
 
 def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array]:
-    """Return two arrays whose products bound how much the order of a float64 sum of `rank` products can change it.
+    """Return two arrays; entry i of the first times entry j of the second bounds the error of element (i, j).
+
+    The error is the effect of the order of summation on the element, a float64 sum of `rank` products.
 
     Args:
         rows: upper bounds for the norms of the left factor's rows.
@@ -222,8 +224,8 @@ def _upwards(norms: Array, factor: float) -> Array:
     """Return norms times a factor as float32, rounded up; zero stays zero, and other values stay above zero."""
     import numpy as np
 
-    # Add a small number, because a product of two bounds must not underflow in float32; a sum near zero would then look
-    # exact.
+    # Add a small number, so that the product of two bounds does not underflow in float32. With a bound of zero, a sum
+    # near zero would look exact.
     with np.errstate(over="ignore"):
         bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
     return bound

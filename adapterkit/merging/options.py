@@ -55,7 +55,7 @@ class MergeOptions:
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
     """Combine the options of a call, which are in a `MergeOptions` or given by name.
 
-    Read rules files, normalise `tied`.
+    Also read rules files and normalise `tied`.
 
     Raises:
         UsageError: an option is given twice, or `given` is not a `MergeOptions`.

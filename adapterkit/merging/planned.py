@@ -36,7 +36,7 @@ STEPS = 4
 
 
 class PackedRun(Protocol):
-    """A part of a packed weight that one worker computes or copies: consecutive bytes of each of its stored tensors."""
+    """A part of a packed weight that one worker computes or copies: consecutive bytes of each stored tensor."""
 
     @property
     def places(self) -> Mapping[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """A weight on which a change of its bias depends, with all updates before that change.
+    """A weight whose bias has a change that depends on the weight, with the updates of both.
 
     Attributes:
         name: the name of the base's weight.
@@ -42,7 +42,7 @@ class PlannedUpdate:
         source: the adapter's position in the merge.
         bias: whether the stored tensor is the target's bias instead of its weight.
         shape: the shape of the stored tensor, with fewer rows if the adapter was trained only on its first rows.
-        seen: the weight, if this is a change of a bias that depends on the weight.
+        seen: the target's weight, if this is a change of the bias that depends on the weight.
     """
 
     target: Target

@@ -73,7 +73,7 @@ def as_merged(
         quantized: the choice for a quantized base, a key of `WHY`.
         onto: the 16-bit weights from which the base was made, for `original`.
         dtype: the type of the matrices in the output, if base and output are GGUF files.
-        keep: what rounding shall keep, one of `KEPT`.
+        keep: what rounding must preserve, one of `KEPT`.
         calibration: the file of activations with which weights are rounded.
 
     Raises:
@@ -138,7 +138,7 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
     The base is dequantized; if `merged` is quantized, the result is quantized again.
 
     Raises:
-        UsageError: the merge was rounded with a calibration, but no calibration or another one is given.
+        UsageError: the merge was rounded with a calibration file, but no file or a different file is given.
     """
     told = merge_record(merged).get("quantized")
     used = _calibration_of(told, calibration, merged)

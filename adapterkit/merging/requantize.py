@@ -281,7 +281,7 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return a function of the rows to pack instead of the merged rows, so that the change survives.
+        """Return a function of (start, stop) that returns rows to pack instead of the merged rows, to keep the change.
 
         See `keeping`.
         """
@@ -521,8 +521,8 @@ def repacked(
     """Replace each packed weight by its stored tensors in the tables of a plan.
 
     Returns:
-        four values: a map from output tensors to source tensors; a map from output tensors to planned updates, which
-        are at the first stored tensor of a packed weight; a map from output tensors to the packed weight that is
+        four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
+        of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
         quantized again; and the names of all stored tensors of packed weights, whose dtypes do not change.
 
     Raises:
@@ -563,7 +563,7 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return warnings about weights without activations, and about activations of random ids.
+    """Return warnings about weights without activations, and about activations recorded on random ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.

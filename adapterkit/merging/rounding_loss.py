@@ -1,4 +1,4 @@
-"""Compute a LoRA of what quantization lost in a merge, to run together with the quantized model.
+"""Compute a LoRA that restores what quantization lost in a merge, to run together with the quantized model.
 
 Quantizing a merged weight again rounds it as coarsely as the base, which may lose most of a small change. The rounding
 error has a structure like the change, so that a LoRA of small rank can represent a large part of the error. LQER (Zhang

@@ -65,7 +65,7 @@ class Forecast:
 
 @dataclass(slots=True)
 class _Task:
-    """A running task and its remaining phases (kind, amount): None is time, 0 a download, 1 an upload."""
+    """A running task and its remaining phases: (0, bytes to download), (1, bytes to upload) or (None, seconds)."""
 
     node: int
     phases: deque[tuple[int | None, float]] = field(default_factory=deque)
@@ -166,7 +166,10 @@ def _run(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return the speed of each task's current phase: its share of the link in bytes per second, or 1 for time."""
+    """Return the speed of each task's current phase.
+
+    For a transfer, this is the task's share of the link in bytes per second; for a phase measured in seconds, 1.
+    """
     sharing: dict[tuple[int, int | None], int] = {}
     for task in running:
         key = task.node, task.phases[0][0]

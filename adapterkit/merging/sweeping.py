@@ -92,7 +92,7 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
     """Round each block again to compensate the errors of the other blocks; keep only rows whose error decreases.
 
-    The first round cannot know the final errors, because a change of a scale rounds all elements with this scale again.
+    The first round cannot know the final errors: if a scale changes later, its elements are rounded again.
     """
     import numpy as np
 
@@ -105,7 +105,7 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
         tried = packed.copy()
         tried[:, now] -= np.linalg.solve(H[now, now], slope[:, now].T).T.astype(np.float32)
         again = trip(tried)
-        # Most schemes change the numbers of a few groups only: update the errors by these columns, since E H of the
+        # With most schemes, only a few groups of columns change. Update E H by these columns only, because E H of the
         # whole weight would take most of the time.
         moved = (again - packed).astype(np.float64)
         columns = np.flatnonzero(moved.any(0))

@@ -62,7 +62,7 @@ def settle_tie(
 
     Args:
         tie: the base's tie.
-        folds: planned updates, by the adapters' names of layers. The function replaces these keys by names of output
+        folds: planned updates, by the layer names in the adapters. The function replaces these keys by names of output
             tensors.
         names: a map from output tensors to stored tensors. The function adds the head if the output gets a separate
             head.
@@ -144,7 +144,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
 
 
 def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
-    """Whether PEFT trained token rows at a head: PEFT's layer for token rows ignores the head's bias (PEFT 0.21.2)."""
+    """Whether PEFT trained token rows at a head; PEFT (0.21.2) then ignores the head's bias in the forward pass."""
     return any(
         update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}
         for fold in head
@@ -157,13 +157,14 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
     Args:
         tie: the base's tie.
-        own: the adapter's planned updates, by the adapter's names of the layers.
+        own: the adapter's planned updates, by the layer names in the adapter.
         adapter: the adapter; its lineage records which tool trained it.
         tied: the result of `parse_tied`.
         warnings: a list of sentences; the function adds one for each omitted update.
 
     Returns:
-        A map from each name in `tie.layers` to the planned updates of this layer, which keep the adapter's targets.
+        A map from each name in `tie.layers` to the planned updates of this layer. The targets of these updates are
+        those of the adapter, even if an update also changes another layer.
 
     Raises:
         UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
@@ -273,10 +274,7 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice that `extract` recorded, depending on whether the tuned model had a separate head.
-
-    Else None.
-    """
+    """Return the choice that `extract` recorded, or None; it depends on whether the tuned model had a separate head."""
     said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 

@@ -65,7 +65,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class BaseDifference:
-    """A record of another base: its fingerprint differs from the fingerprint of the given base.
+    """A record that names another base: the recorded fingerprint differs from the given base's fingerprint.
 
     Attributes:
         named_by: what contains the fingerprint: the adapter, or the file name of the merge's record.
@@ -92,7 +92,7 @@ class Verification:
         targets: how many of these tensors the adapters change.
         differences: the tensors that differ; if checksums were compared, the files that differ.
         files: the number of files that were compared with their recorded checksums.
-        base: the records of another base.
+        base: the records that name another base.
         warnings: sentences about differences between the given base and the base that an adapter records.
     """
 

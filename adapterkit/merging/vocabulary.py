@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""If the adapter lacks at most one of this many rows of the base, the base's last rows count as padding.
+"""If the adapter lacks at most 1 / `PADDING` of the base's rows, the base's last rows count as padding.
 
 According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
@@ -65,8 +65,8 @@ class _Use:
         stored: the stored name of the tensor.
         axis: the axis of the updates, `in` or `out`, that runs over the vocabulary.
         updates: the updates.
-        rows: the number of rows of the tensor in training; None if the updates are only rows of single tokens.
-        tokens: the ids of the tokens of which the adapter has single rows.
+        rows: the number of rows of the tensor in training; None if the adapter has only rows of individual tokens.
+        tokens: the ids of the tokens for which the adapter has individual rows.
     """
 
     position: int
@@ -341,7 +341,7 @@ class Vocabulary:
 
 
 def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int | None, tuple[int, ...]] | None:
-    """Return (number of rows, ids of tokens with single rows) if `axis` can be the updates' vocabulary, else None."""
+    """Return (number of rows, ids of tokens with individual rows); None if `axis` cannot be the vocabulary's axis."""
     rows: set[int] = set()
     tokens: list[int] = []
     for update in updates:

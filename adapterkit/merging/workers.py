@@ -407,7 +407,7 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """Let the kernel copy the bytes; for a checksum, read them again from the page cache."""
+        """Let the operating system copy the bytes; for a checksum, read them again from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)

@@ -45,7 +45,7 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     made: list[Update] = []
     if thin:
-        # If the ranks add up to more than the weight's smaller side, cut the sum to this side; the cut loses nothing.
+        # If the ranks add up to more than the weight's smaller side, cut the sum to that rank; the cut loses nothing.
         # Stacking joins the factors without a cut, because stacking must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))

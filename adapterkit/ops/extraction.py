@@ -76,8 +76,9 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is stored at full rank. A merge then restores the tuned weights,
-    exactly if they have at most 32 bits. An energy of 1 or an error of 0 stores every matrix at full rank.
+    A matrix whose smaller side is at most the rank is stored at full rank. A merge then restores the tuned weights;
+    the result is exact if their dtype has at most 32 bits. An energy of 1 or an error of 0 stores every matrix at full
+    rank.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -91,12 +92,12 @@ def extract(
         targets: globs of the dotted paths to extract; empty for all. Other weights count as unchanged.
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless it has new tokens.
-        method: the method for changed matrices. `lora`. `dora`: the norm of each row, and a LoRA of the direction.
+        method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the direction.
             `loha`: a Hadamard product of two products of this rank, closer than a LoRA. `lokr`: the nearest Kronecker
             product, whose second factor is cut to `rank`. `shira`: the largest entries, as many as a LoRA of this rank
             has numbers. All except `lora` are for linear layers only.
-        dtype: the dtype of the factors; default: float32, or float64 for full-rank factors if that is needed to be
-            exact.
+        dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
+            float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
             about four times its tensor's size in float32.
         report: a function that is called with a `Cut` for each changed target.

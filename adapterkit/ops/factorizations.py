@@ -47,8 +47,8 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     D = D.astype(np.float64, copy=False)
     a, b = balanced(*dominant(D, Criterion(rank=rank), seed))
     c, d = np.zeros((len(D), rank)), np.random.default_rng(seed).standard_normal((rank, D.shape[1]))
-    # The second product is initially all ones. Its other directions are random and have weight zero; least squares can
-    # then give them a weight.
+    # The second product c @ d is initially all ones, from the first column of c and the first row of d. The other rows
+    # of d are random, and the other columns of c are zero; the first least-squares step replaces these zeros.
     c[:, 0], d[0] = 1.0, 1.0
     for _ in range(SWEEPS):
         c = _least_squares(D, a @ b, d)

@@ -422,7 +422,7 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
 
 
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
-    """Return a map to True for the method's boolean parameters, and to False for switches that the method ignores.
+    """Map the method's boolean parameters to True, and the switches that the method ignores to False.
 
     mergekit accepts `normalize` and `rescale` for every method, although some methods ignore them.
     """

@@ -2,15 +2,16 @@
 
 The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
 https://doi.org/10.1137/090771806. A bound on the first k singular values of D shows that the error is close to the
-smallest possible error. With the basis Q and R = D - Q Q^T D, the sum of the first k squared singular values of D is at
-most this sum for Q^T D, plus the smaller of
+smallest possible error. With the basis Q, let R = D - Q Q^T D, let r be the largest squared singular value of R, and
+let s_1 .. s_k be the first singular values of Q^T D. The sum of the first k squared singular values of D is at most
+s_1^2 + .. + s_k^2, plus the smaller of two numbers:
 
-- k times the largest squared singular value of R (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
-- the amounts by which that square exceeds each squared singular value of Q^T D, plus the first k singular values of
-  R D^T Q (the same for D D^T).
+- k r (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
+- the sum of max(r - s_i^2, 0) over i, plus the sum of the first k singular values of R D^T Q (the same theorem for
+  D D^T).
 
-Powers of R^T R, applied to random vectors, bound the largest squared singular value of R (Dixon 1983,
-https://doi.org/10.1137/0720053). This bound is wrong with a probability of at most 1e-8.
+Powers of R^T R, applied to random vectors, bound r (Dixon 1983, https://doi.org/10.1137/0720053). This bound is wrong
+with a probability of at most 1e-8.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DEPENDENT = 1e-9
 
 TESTS = 8
 POWERS = 24
-"""The number of random vectors of the bound, and the largest number of powers of R^T R applied to them."""
+"""To bound the largest singular value of R, R^T R is applied to TESTS random vectors, at most POWERS times."""
 
 
 def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:

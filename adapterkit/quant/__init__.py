@@ -58,7 +58,7 @@ class Dequantized(Checkpoint):
         packs: True if merged weights will be quantized again.
         keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None rounds to the
             nearest.
-        calibration: the recorded inputs of the targets with which weights are rounded; None to round without inputs.
+        calibration: the recorded inputs of the targets, used to round the weights; None to round without inputs.
     """
 
     scheme: str = ""

@@ -246,7 +246,7 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
 
 
 def held(data: bytes, dtype: DType, *rows: int) -> Lazy:
-    """Return bytes as a tensor; `rows` are its axes after the first."""
+    """Return bytes as a tensor; `rows` is the shape without the first axis, whose size follows from the bytes."""
     count = len(data) // dtype.itemsize // math.prod(rows)
     return Lazy((count, *rows), dtype, lambda: data)
 

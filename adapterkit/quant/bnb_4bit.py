@@ -62,7 +62,11 @@ class Bnb4bit(Scheme):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """The scales of blocks: floats, or with double quantization indices of a table, which have scales (`above`)."""
+    """The scales of blocks.
+
+    They are floats or, with double quantization, indices into a table; the looked-up values are multiplied by scales of
+    their own (`above`).
+    """
 
     stored: Lazy
     name: str

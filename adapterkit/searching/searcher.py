@@ -130,7 +130,7 @@ def search(
         cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
-    # A sum keeps its rank, so a wrong rank would only show in later trials, which a search is allowed to skip.
+    # Check the rank now. The first trial is a sum, which is never cut; errors in later trials do not end the search.
     check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),

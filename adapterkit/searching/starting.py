@@ -85,7 +85,7 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
             cure = f"Remove {key} from the recipe, or name only its method by --start (start=)"
-            raise UsageError(f"a search cannot use the {key} of a recipe", path=path, where=key, cure=cure)
+            raise UsageError(f"a search cannot use the setting `{key}` of a recipe", path=path, where=key, cure=cure)
     for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
         if isinstance(value, (Mapping, list)):
             cure = f"Give {key} one value for all targets"

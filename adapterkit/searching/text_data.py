@@ -205,7 +205,8 @@ class TextData:
 
         Args:
             adapter: the combined adapter.
-            together: a function of the tasks' entropies, and of those of each adapter alone on its own texts.
+            together: a function of two lists: the combination's entropies on the tasks, and the entropy of each
+                adapter alone on its own texts.
         """
         import torch
 
@@ -241,7 +242,7 @@ class TextData:
                     inputs = {(task, path): z for path, z in seen.items() if (task, path) in spaces.reads}
                     if not inputs:
                         continue
-                    # `spaces.loss` is a mean over tokens, and over targets and tasks.
+                    # `spaces.loss` is a mean over this text's tokens and inputs; weight it by their share of the total.
                     share = feed["input_ids"].numel() / tokens * len(inputs) / len(spaces.reads)
                     loss = share * spaces.loss(inputs)
                     loss.backward()
@@ -344,7 +345,7 @@ class TextData:
 
     @contextmanager
     def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Collect the inputs of targets in the yielded dict; with `last`, end the run at the first of them.
+        """Collect the inputs of targets in the yielded dict; with `last`, end the run when the first input is known.
 
         Raises:
             Unsupported: the model in memory stacks experts that the files store one by one.

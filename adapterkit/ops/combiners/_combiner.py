@@ -91,8 +91,8 @@ class Combiner(ABC):
     depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
-        # Apply the decorator here: a combiner in a plug-in package that forgot the decorator would silently lose its
-        # parameters.
+        # Make each subclass a dataclass here. Otherwise, a combiner in a plug-in package would silently lose its
+        # parameters if its author forgot the decorator.
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Scaled(Combiner):
     """A combiner with the parameter `scale`.
 
-    The subclass multiplies changes of weights by it, this class changes of biases.
+    The subclass multiplies changes of weights by `scale`; this class multiplies changes of biases.
     """
 
     scale: float = parameter(1.0, SCALE)

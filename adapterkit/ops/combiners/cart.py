@@ -2,9 +2,9 @@
 
 D = mean + scale * sum_t top_k(D_t - mean). Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults are the
 authors' values for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 tasks they use
-0.16 and 1.5. In the authors' code, the share is a share of the weight's directions (`over=weight`). In this module, it
-is by default a share of the directions that the adapters span, as in Core Space, https://arxiv.org/abs/2509.17786: 0.12
-of the weight's directions are usually more than a LoRA has.
+0.16 and 1.5. The authors' code keeps a share of the weight's directions (`over=weight`). By default, this module keeps
+a share of the directions that the adapters span, as Core Space does, https://arxiv.org/abs/2509.17786. The reason: 12 %
+of the weight's directions are usually more than the rank of a LoRA.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Each cluster's centre is one pair of the result.
 
-The largest entry of a centre is scaled to the mean of its members' largest entries. The result is multiplied by
-sqrt(pairs / ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the
-default rank are from `merge_MSUs` by the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
+Each centre is scaled, so that its largest entry is the mean of its members' largest entries. The result is multiplied
+by sqrt(pairs / ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167. Both scales, the ten starts of k-means and
+the default rank are from `merge_MSUs` by the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations

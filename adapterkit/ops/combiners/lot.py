@@ -1,7 +1,7 @@
 """LOT: find the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t. Sun et al. 2025, https://arxiv.org/abs/2505.23859,
-equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the factor of off-diagonal entries. In
+equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the factor for off-diagonal entries. In
 directions without any input, LOT changes nothing, while RegMean uses the mean of the changes.
 """
 

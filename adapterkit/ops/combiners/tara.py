@@ -2,9 +2,9 @@
 
 Jeong et al. 2026, https://arxiv.org/abs/2603.26299. The directions are either the rank-one products b_j a_j of each
 adapter (`factors`, the paper's Variant A), or the singular directions of all changes, concatenated (`shared`, Variant
-B). All coefficients are initially `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)),
-with p_t = 1 / T by default. The default start, steps and rate are the values for eight tasks in
-https://github.com/wooseong97/TARA-Merge.
+B). All coefficients are initially `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - s_t) / alpha)), where
+l_t is the entropy of the combination on task t, and s_t that of adapter t alone; p_t = 1 / T by default. The default
+start, steps and rate are the values for eight tasks in https://github.com/wooseong97/TARA-Merge.
 """
 
 from __future__ import annotations

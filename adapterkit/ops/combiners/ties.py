@@ -81,8 +81,8 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Allow a tolerance. A plug-in may round differently while it counts (KnOTS then omits its bases), but the
-            # entry that defines the threshold must not fall below the threshold.
+            # Lower the threshold slightly. A plug-in may round differently in the pass that only collects statistics
+            # (KnOTS skips its bases there), and the entry that set the threshold must still pass it.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
