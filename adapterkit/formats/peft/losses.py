@@ -185,6 +185,7 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
+    impossible: list[Loss] = []
     for target, found in updates.items():
         for position, update in enumerate(found):
             if isinstance(update, BIASED):
@@ -194,12 +195,16 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                     continue
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
                 own, others = ("has a", "have none") if has else ("has no", "have one")
-                why = f"this {update.method} {own} bias, but others {others}"
-                mine = f"PEFT has no {update.method} with a bias at this target" if has and where else why
-                parties[has].append((target, position, mine))
-    if parties[True] and parties[False]:
+                if has and where:
+                    impossible.append((target, position, f"PEFT has no {update.method} with a bias at this target"))
+                else:
+                    why = f"this {update.method} {own} bias, but others {others}"
+                    parties[has].append((target, position, why))
+    # After `--on-loss drop` omitted the impossible ones, the remaining LoRAs are compared again.
+    if impossible:
+        yield from impossible
+    elif parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
-    yield from (loss for loss in parties[True] if loss[2].endswith("there"))
 
 
 def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
