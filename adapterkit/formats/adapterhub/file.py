@@ -153,7 +153,7 @@ class AdapterHubPart:
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
-        """Group the keys of one kind as module -> slot -> key.
+        """Group the keys of one kind by module, then by slot.
 
         Raises:
             Malformed: two keys have the same meaning.

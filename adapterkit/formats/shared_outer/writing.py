@@ -137,7 +137,7 @@ def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, r
     expert then is zero, except at the ranks of this expert.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has it at the other.
+    axis = 1 if writes else 0  # The outer factor's axis of the rank; the inner factor's is 1 - axis.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)
