@@ -33,7 +33,7 @@ for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""numpy's `descr` of an element type -> the type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
+"""A map from numpy's `descr` to element types. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 

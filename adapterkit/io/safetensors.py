@@ -296,7 +296,7 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     """Check all entries of a header.
 
     Args:
-        fields: name -> dtype, shape and offsets as in the file.
+        fields: by tensor name, the dtype, shape and offsets as in the file.
         start: the offset of the file's data.
         path: the file, for errors.
         regular: True if all values in the header are strings or non-negative integers. Then dtype and shape are checked
