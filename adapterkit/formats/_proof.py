@@ -103,7 +103,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names of the modules in diffusers' naming into which a fused module may be split."""
+    """Yield the names that the parts of a fused module may have in diffusers' naming."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")

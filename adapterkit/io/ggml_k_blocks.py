@@ -65,7 +65,7 @@ _K: dict[str, Callable[[Array], list[Array]]] = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Return two values: the fields of Q4_K or Q5_K before the numbers, as bytes, and the quantized numbers."""
+    """Return the bytes of the fields that precede the numbers in Q4_K and Q5_K, and the quantized numbers."""
     import numpy as np
 
     x = _columns(blocks, 32)

@@ -238,7 +238,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: the header first, then the tensors. `append` describes the memory that this takes.
+    """Write a file atomically: the header first, then the tensors. For the memory use, see `append`.
 
     The tensors have the same order as in files of the safetensors library: widest dtype first, then by name. So the
     same tensors always give the same bytes, and the library writes the same bytes.

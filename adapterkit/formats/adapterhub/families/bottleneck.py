@@ -73,7 +73,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Map slots to fields, for tensors that all adapters in the model share; one tensor may be several fields."""
+    """Map slots to fields, for tensors that all adapters in the model share; one tensor may fill several fields."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
