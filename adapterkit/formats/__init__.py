@@ -216,7 +216,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace a method that the format lacks if an equivalent method exists because the adapted layer has no bias."""
+    """Replace updates of layers without bias if the format lacks their method and an equivalent method exists."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -299,7 +299,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a whole model (a base or a tuned model): `opened` finds tensors there."""
+    """Whether a path is a whole model (a base or a tuned model), judged by whether `opened` finds tensors there."""
     if is_address(source):
         return False
     try:
@@ -325,7 +325,7 @@ def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[st
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
     """Return the path to read and the formats that recognise it.
 
-    If this path is the only adapter in a subfolder of `path`, also return the subfolder's name, otherwise None.
+    If the adapter to read is in a subfolder of `path`, also return the subfolder's name, otherwise None.
     """
     source = _existing(path)
     file, found = _recognised(source, names)
@@ -354,7 +354,7 @@ def members_of(folder: Path) -> list[str]:
 
 
 def _holds_only(folder: Path, member: str) -> bool:
-    """Whether `member` is the folder's only content to read: no other subfolder and no tensor file."""
+    """Whether a folder has no tensor file, and no subfolder other than `member`."""
     others = [entry for entry in folder.iterdir() if entry.name != member and not entry.name.startswith(".")]
     return not any(entry.is_dir() or entry.suffix.lower() in {*TENSORS, ".onnx"} for entry in others)
 
@@ -366,7 +366,7 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the unknown settings of the source file: its format does not define them, and the reader stored them."""
+    """List the settings of the source file that its format does not define; the reader stored them in the adapter."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 

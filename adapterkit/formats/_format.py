@@ -41,9 +41,9 @@ class Departure:
     Attributes:
         trained: a description of the formula in the tool's forward; readers apply this formula by default.
         formula: a description of the paper's formula; `compat="formula"` selects it.
-        at_layer: a function that returns the update as the tool computes it at a layer; only for a difference that
-            depends on the adapted layer. Readers do not know the layer and apply the paper's formula. The engines know
-            the layer and call this function; see `_trained`.
+        at_layer: for a difference that depends on the adapted layer, a function that returns the update as the tool
+            computes it at a layer. Readers do not know the layer and apply the paper's formula. The engines know the
+            layer and call this function; see `_trained`.
     """
 
     trained: str

@@ -84,7 +84,7 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
-    """Group tensors as module -> ending of the key -> tensor; empty if a key does not end like an adapter's.
+    """Group tensors by module, then by the ending of their key; empty if a key does not end like an adapter's.
 
     Args:
         path: a tensor file; for anything else, the result is empty.

@@ -1,4 +1,4 @@
-"""Compute an update of a convolution as its trainer did, if the trainer padded with zeros and the layer does not.
+"""Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.
 
 PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the width
 of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other values.

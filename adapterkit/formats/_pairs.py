@@ -37,7 +37,7 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Group tensors as module -> field -> tensor, by the endings of their keys.
+    """Group tensors by module, then by the update's field; the ending of a key determines the field.
 
     Args:
         tensors: the tensors by key.
@@ -219,7 +219,7 @@ def whole_rank(value: object, where: str) -> int:
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """Return the layout in which the base stores a weight.
 
-    Without a base, judge by whether the name is an embedding's.
+    Without a base, assume an embedding's layout if the weight has the name of an embedding.
     """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]

@@ -103,7 +103,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names of the modules in diffusers' naming into which a fused module may be split."""
+    """Yield the names that the parts of a fused module may have in diffusers' naming."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -264,12 +264,12 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the acceptable selections: all updates, and all updates except some that were reported as omitted."""
+        """Return the sets of updates that the file may contain: all updates, or all except some reported as omitted."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                # For many omitted rows there would be too many subsets. Then try only none and all of them.
+                # Many omitted rows would give too many subsets. Then try only two: omit none of the rows, or omit all.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
@@ -288,7 +288,10 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that rename targets such that each module has one name; the first function changes nothing."""
+    """Return functions that rename targets, so that a module has the same name in both adapters.
+
+    The first function changes nothing.
+    """
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 

@@ -44,7 +44,7 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
-    """Return functions for those departures of the adapter's source formats that depend on the layer."""
+    """Return the `at_layer` functions of the departures that the adapter's source formats have."""
     names = {
         str(step.args.get("format"))
         for step in recipe
@@ -68,7 +68,7 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return sites with their updates as `as_trained` returns them; the padding of layers is unknown here.
+    """Apply `as_trained` to the updates of each site, and return the sites; the padding of layers is unknown here.
 
     Args:
         sites: the places in a base where the adapter's updates apply. Sites of stacked weights, or of rows of a weight,

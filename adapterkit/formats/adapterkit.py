@@ -304,7 +304,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
-    """Check that an update has only names that its method knows, and has every name without a default value."""
+    """Check that the method knows all given names, and that no name without a default value is missing."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

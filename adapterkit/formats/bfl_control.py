@@ -1,4 +1,4 @@
-"""Black Forest Labs' control LoRA for FLUX: native names, `lora_B.bias`, whole scales of norms; no alpha.
+"""Black Forest Labs' control LoRA for FLUX: native names, biases `lora_B.bias`, replaced scales of norms, no alpha.
 
 The LoRA on `img_in` has more input channels than the base. It fits a base whose `img_in` was enlarged with zeros.
 """

@@ -1,9 +1,9 @@
 """loralib's checkpoints: a torch file with `lora_A` and `lora_B`; alpha and blocks are in `loralib.json` next to it.
 
-For an embedding, B A is the transposed change of the weight. A `MergedLinear` has blocks of equally many outputs. It
-adapts some blocks, and stores the pairs of these blocks in one A and one B. The file does not show the number of
-blocks, or which blocks are adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with
-a larger rank.
+For an embedding, B A is the transposed change of the weight. A `MergedLinear` has blocks of equal size. It adapts
+some blocks, and stores the pairs of these blocks in one A and one B. The file does not show the number of blocks, or
+which blocks are adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with a larger
+rank.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Group the tensors as (path of an attention or MLP, word for the part) -> factor + slot -> tensor.
+    """Group the tensors by (path of an attention or MLP, word for the part), then by factor and slot.
 
     Raises:
         Malformed: a key is not NOLA's, or a key is missing.

@@ -46,7 +46,7 @@ def turned(leaf: Lazy) -> Lazy:
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # Not reshaped after the first swap.
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # False after a reshape.
         return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
@@ -66,7 +66,7 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's numbers are read unchanged or transposed from a file, in contrast to computed numbers."""
+    """Whether a tensor's numbers come from a file, unchanged or transposed, and not from a computation."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 

@@ -41,10 +41,10 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: name -> lazy tensor, in the order of the files and in each file's order.
+        tensors: lazy tensors by name, in the order of the files and in each file's order.
         files: the weight files, in order; `home` maps each tensor to one of them.
-        home: tensor name -> weight file.
-        metadata: weight file -> its safetensors metadata; empty for torch files.
+        home: the weight file of each tensor, by the tensor's name.
+        metadata: the safetensors metadata of each weight file; empty for torch files.
         config: the model's `config.json`, if one is next to the weights.
         index: the parsed index file of a sharded checkpoint; None for a single file.
     """

@@ -20,7 +20,7 @@ BLOCKS = {
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
 }  # fmt: skip
-"""Type name -> (ggml's number for the type, elements per block, bytes per block)."""
+"""For each type: ggml's number for the type, the elements per block, and the bytes per block."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 

@@ -65,7 +65,7 @@ _K: dict[str, Callable[[Array], list[Array]]] = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Return two values: the fields of Q4_K or Q5_K before the numbers, as bytes, and the quantized numbers."""
+    """Return the bytes of the fields that precede the numbers in Q4_K and Q5_K, and the quantized numbers."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -86,7 +86,7 @@ def _columns(blocks: Array, size: int) -> Array:
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return the scale of each run with the least squared error; quantized numbers are from -most to most - 1."""
+    """Return the best scale for each run, by squared error; quantized numbers are from -most to most - 1."""
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -99,13 +99,14 @@ def _around_zero(x: Array, most: int) -> Array:
         xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
         fitted = divided_by(xq, qq)
         gain = fitted * xq
-        # The best scale minimises sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2, so it has the largest gain.
+        # The best scale minimises sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2, so it has the
+        # largest gain: (sum x q)^2 / sum q^2.
         scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
     return scale
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """Return the scale and the negated minimum of each run with the least squared error; numbers are 0 to `most`."""
+    """Return the best scale and negated minimum for each run, by squared error; quantized numbers are 0 to `most`."""
     import numpy as np
 
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)

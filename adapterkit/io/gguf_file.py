@@ -32,14 +32,14 @@ SCALARS = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""GGUF's number for a type of metadata values -> (type name, `struct` code)."""
+"""A map from GGUF's numbers for types of metadata values to (type name, `struct` code)."""
 
 STRING, ARRAY = 8, 9
 VALUE_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
 VALUE_NAMES = {number: name for name, number in VALUE_NUMBERS.items()}
 
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
-"""ggml's number for an unquantized tensor type -> element type."""
+"""A map from ggml's numbers for unquantized tensor types to element types."""
 
 Q8_0 = 8
 TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
@@ -204,8 +204,8 @@ def read_entries(
     """Read the table of tensors.
 
     Returns:
-        name -> (shape, type, offset of the data); name -> offset of the type field in the header; the offset at which
-        the data begins; the alignment.
+        by tensor name, (shape, type, offset of the data); by tensor name, the offset of the type field in the header;
+        the offset at which the data begins; the alignment.
     """
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -262,9 +262,9 @@ class Gguf:
     """The content of a file.
 
     Attributes:
-        values: key -> value, in the file's order.
-        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 tensors appear as F32.
-        types: name -> name of the tensor's type in the file.
+        values: the metadata values by key, in the file's order.
+        tensors: the tensors by name, in the file's order, with axes in numpy's order; Q8_0 tensors appear as F32.
+        types: the name of each tensor's type in the file, by the tensor's name.
         version: the version of the container.
     """
 
@@ -338,7 +338,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""The type of most matrices in a file -> llama.cpp's number for it in `general.file_type`."""
+"""A map from the most frequent type in a file to llama.cpp's number for `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -346,14 +346,14 @@ class GgufFields:
     """The header of a model file, and the location of its tensors.
 
     Attributes:
-        values: key -> value.
-        types: tensor name -> type name, in the file's order.
-        shapes: tensor name -> shape in numpy's axis order.
-        spans: tensor name -> the location of its bytes, including the padding before the next tensor.
+        values: the metadata values by key.
+        types: the names of the tensors' types, by tensor name, in the file's order.
+        shapes: the shapes of the tensors, by tensor name, with axes in numpy's order.
+        spans: the location of each tensor's bytes, including the padding before the next tensor, by tensor name.
         alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: tensor name -> offset of its type field in the header. The next field is the data offset.
-        places: key -> offset of its value in the header.
+        entries: by tensor name, the offset of the type field in the header. The next field is the data offset.
+        places: by key, the offset of the value in the header.
     """
 
     values: Mapping[str, GgufValue]
@@ -381,7 +381,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the most frequent type, counted by the numbers in the file's matrices."""
+        """Return the type that most numbers in the file's matrices have."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -447,8 +447,8 @@ def write_gguf(
     Args:
         path: the file.
         values: the key-values.
-        tensors: name -> tensor.
-        types: name -> `Q8_0` for each tensor to quantize; all other tensors keep their element type.
+        tensors: the tensors by name.
+        types: `Q8_0` for the name of each tensor to quantize; all other tensors keep their element type.
 
     Raises:
         Unsupported: GGUF has no such element type.

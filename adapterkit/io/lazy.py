@@ -80,13 +80,13 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""safetensors name -> `DType`. The safetensors library sorts the tensors of a file by dtype in this order."""
+"""A map from safetensors names to `DType`. The safetensors library sorts a file's tensors by dtype, in this order."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
-"""torch dtype name (`bfloat16`) -> `DType`."""
+"""A map from names of torch dtypes (`bfloat16`) to `DType`."""
 
 _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": "F32", "fp64": "F64", "double": "F64"}
-"""Other common names of element types -> safetensors name."""
+"""A map from other common names of element types to safetensors names."""
 
 
 def dtype_named(name: str) -> DType | None:
@@ -118,7 +118,7 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Local sparse files whose data is elsewhere, such as on a hub: path -> function that fetches the bytes of a span."""
+"""Paths of local sparse files whose data is elsewhere, such as on a hub, with functions that fetch a span's bytes."""
 
 
 @contextmanager
@@ -147,7 +147,7 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The most tensors that `fetch_once` caches: parts of packed weights, which are needed whole for each run of rows."""
+"""The most tensors that `fetch_once` caches: parts of packed weights that every run of rows needs whole."""
 
 MOST_OPEN = 16
 """The most files that stay open. A base can have hundreds of files, and a deleted file uses disk space while open."""
@@ -220,7 +220,7 @@ class NotComputed(Exception):
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """The error that a tensor cannot have a requested shape, or lacks requested positions.
+    """Raised if a tensor cannot have a requested shape, or lacks requested positions.
 
     This error is also a ValueError, like the errors of numpy and torch, so callers can catch all these errors with one
     `except`. If no caller catches it, the user sees a typed error of adapterkit.
@@ -308,7 +308,7 @@ class Lazy:
             raise Unsupported(why, path=self.file, cure="Remove this tensor: it has no elements")
 
     def map(self, f: Callable[[Array], Array], shape: Shape) -> Lazy:
-        """Return the tensor that `f` makes of the array: `f` reshapes, transposes or slices to the shape `shape`."""
+        """Return a tensor with the result of `f`, which reshapes, transposes or slices the array to the given shape."""
 
         def fetch() -> Buffer:
             return bytes_of(f(self.numpy()))
@@ -471,7 +471,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""Types that numpy lacks -> (mask, the value of the masked bits if the number is a NaN or an infinity).
+"""For types that numpy lacks: a mask, and the value of the masked bits of a NaN or an infinity.
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf

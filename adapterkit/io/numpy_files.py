@@ -26,14 +26,14 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive may expand to `UNPACKED` bytes, or to this many times its size. Without a limit, 1 MB could be 1 GB."""
+"""An archive may expand to `UNPACKED` bytes or `EXPANDED` times its size. Without a limit, 1 MB could become 1 GB."""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""numpy's `descr` of an element type -> the type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
+"""A map from numpy's `descr` to element types. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 

@@ -32,10 +32,10 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""ONNX's number for an element type -> type name."""
+"""A map from ONNX's numbers for element types to type names."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
-"""`struct` code of a flatbuffer integer -> size in bytes."""
+"""A map from the `struct` codes of flatbuffer integers to their sizes in bytes."""
 
 _NUMBERS = {name: number for number, name in TYPES.items()}
 
@@ -45,7 +45,7 @@ MAX_AXES = 64
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""The file is read in pages of this many bytes; this many pages stay in memory."""
+"""The size of a page in bytes, and the number of pages in memory: the file is read page by page."""
 
 LARGEST = (1 << 31) - 1
 """The largest flatbuffer in bytes, because its offsets have 31 bits."""
@@ -229,7 +229,8 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
     dtype = DTYPES[TYPES[number]]
     start, count = buffer.vector(table, 3, 1, LARGEST)
     if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
-        raise buffer.damaged(f"{name!r} has {count} bytes for {list(shape)} of {dtype}", table.at)
+        why = f"{name!r} has {count} bytes, which do not fit its shape {list(shape)} in {dtype}"
+        raise buffer.damaged(why, table.at)
     source = source_of(buffer.path, name, dtype, count)
     if source is not None and source.shape == shape:
         return source

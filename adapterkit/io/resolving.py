@@ -1,8 +1,8 @@
 """The interface by which other packages call the hub package without importing it.
 
 Functions that take a path also take a uri, such as `hf://org/repo`. The packages that define these functions cannot
-import the hub package, because the hub package imports them. `adapterkit/__init__.py` installs a function that returns
-the hub package, and these packages call it.
+import the hub package, because the hub package imports them. So `adapterkit/__init__.py` installs a function that
+returns the hub package, and these packages call this function.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def install(load: Callable[[], Hub]) -> None:
 
 
 def hub() -> Hub:
-    """Return the hub package from the installed function."""
+    """Call the function that `install` set, and return the hub package."""
     # `adapterkit/__init__.py` installs the hub, and Python runs that file before any other module of the package.
     assert _load is not None
     return _load()

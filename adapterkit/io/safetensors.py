@@ -238,7 +238,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: the header first, then the tensors. `append` describes the memory that this takes.
+    """Write a file atomically: the header first, then the tensors. For the memory use, see `append`.
 
     The tensors have the same order as in files of the safetensors library: widest dtype first, then by name. So the
     same tensors always give the same bytes, and the library writes the same bytes.
@@ -296,7 +296,7 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     """Check all entries of a header.
 
     Args:
-        fields: name -> dtype, shape and offsets as in the file.
+        fields: by tensor name, the dtype, shape and offsets as in the file.
         start: the offset of the file's data.
         path: the file, for errors.
         regular: True if all values in the header are strings or non-negative integers. Then dtype and shape are checked

@@ -69,7 +69,7 @@ def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
 
     Args:
         made_from: the digest of everything that determined the output.
-        files: name relative to the output's folder -> the written file.
+        files: the written files, by their name relative to the output's folder.
     """
     told = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
     return zlib.compress(json.dumps(told, sort_keys=True).encode())

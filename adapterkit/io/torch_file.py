@@ -213,7 +213,7 @@ def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict
 
 
 Places = Mapping[str, int]
-"""Storage key -> offset of its bytes in the file."""
+"""A map from the keys of storages to the offsets of their bytes in the file."""
 
 _DEEPEST = 8
 """The most levels of nested dicts and lists."""

@@ -23,7 +23,7 @@ class Written:
     """A file that was written.
 
     Attributes:
-        sources: tensor name in the file -> the source tensor.
+        sources: the source tensors, by tensor name in the file.
         read: a function that returns the tensors in the file as lazy tensors, which read from the disk.
     """
 

@@ -150,7 +150,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
         adapter: the adapter that was read from the file.
         format: the format of the file.
         path: the file or folder.
-        convert: whether to search a conversion for each tool that does not load the whole file; this may load tensors.
+        convert: whether to look for a conversion for each tool that does not load the whole file; may load tensors.
 
     Returns:
         one answer for each tool that supports this kind of model, sorted by name.
@@ -444,7 +444,7 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
         try:
             writer.fit(seen.adapter, profile)
         except UsageError:
-            pass  # The base is missing; the tool's `needs` adds it.
+            pass  # The base is missing; `tool.needs` adds the argument for it.
         except Unrepresentable:
             if not all(_promotable(update) for update in updates):
                 return ""

@@ -112,7 +112,7 @@ class AdapterHubNaming:
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path under which a tensor that the whole model shares is stored."""
+        """Return the path that keys have for a tensor that the whole model shares."""
         return ".".join(part for part in (self.root, name) if part)
 
 
@@ -153,7 +153,7 @@ class AdapterHubPart:
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
-        """Group the keys of one kind as module -> slot -> key.
+        """Group the keys of one kind by module, then by slot.
 
         Raises:
             Malformed: two keys have the same meaning.

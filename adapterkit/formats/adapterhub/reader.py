@@ -1,4 +1,7 @@
-"""Decode a config and tensors into an `Adapter`. A tensor without an update must be on a list of unused tensors."""
+"""Decode a config and tensors into an `Adapter`.
+
+Refuse a tensor that belongs to no update, unless it is known to be unused.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         config: the contents of the source config.
         file: the name of the tensor file.
         root: the path of the base inside the saved model, as keys have it; empty if unknown.
-        keys: a map from the key that the writer would choose to the different key in the file.
+        keys: the file's keys that differ from the keys that the writer would choose, by the writer's key.
         compat: the caller's `compat`.
         interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.

@@ -1,4 +1,4 @@
-"""List the values of `compat`: where the adapters library departs from papers, and what its files leave open."""
+"""Define the values of `compat`: differences between the adapters library and papers, and ambiguous files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .._format import Departure
 
 DEPARTURES = {
     "dora_norm_and_bias": Departure(
-        "dora_outputs: the norm is that of W + B @ A without the scaling, and the factor multiplies the bias, too",
+        "dora_outputs: the norm is that of W + B @ A, without the scaling; m / norm multiplies the bias, too",
         "dora: the norm is that of W + scaling * B @ A, and the bias is unchanged",
     ),
     "lora_before_1_1": Departure(

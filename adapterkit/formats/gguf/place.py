@@ -74,7 +74,7 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Refuse a number of rows that is not the config's heads times width: the heads determine the order of rows."""
+        """Refuse a number of rows other than heads * width in the config, because heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
             why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
@@ -135,8 +135,8 @@ class GgufPlace:
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
-        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. `placed` refuses other
-        # rows.
+        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. `placed` refuses rows that
+        # are not whole parts.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:

@@ -204,7 +204,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
     """Return the order in which a `ggla` file has the rows of a weight; None if the order is the base's.
 
-    llama.cpp's converter kept PEFT's order of rows. llama.cpp's training had the order of the GGUF base.
+    llama.cpp's converter kept PEFT's order of rows. llama.cpp's training used the order of the GGUF base.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":

@@ -133,11 +133,11 @@ def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
 def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
     """Return the tensors A and B of a stack, by key.
 
-    If the experts have different outer factors, these factors are concatenated into one. The inner factor of each
-    expert then is zero, except at the ranks of this expert.
+    If the experts have different outer factors, these factors are concatenated into one. Then the inner
+    factor of each expert is zero, except at the rank indices of this expert.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has it at the other.
+    axis = 1 if writes else 0  # The outer factor's axis of the rank; the inner factor's is 1 - axis.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

@@ -52,7 +52,7 @@ class AdapterHubFamily(ABC):
         """Yield the updates of this family in a file, and the keys that are only stored.
 
         Raises:
-            Malformed: a tensor lacks its partners.
+            Malformed: the file lacks some of an update's tensors.
             ShapeMismatch: the tensors' shapes contradict the config.
             Unsupported: the file needs a feature that this version does not have.
         """

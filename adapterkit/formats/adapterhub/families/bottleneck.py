@@ -73,7 +73,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Map slots to fields, for tensors that all adapters in the model share; one tensor may be several fields."""
+    """Map slots to fields, for tensors that all adapters in the model share; one tensor may fill several fields."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -107,7 +107,7 @@ def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
 
 
 def _one_rule(updates: Sequence[Update]) -> bool:
-    """Whether one rule is shared by the down and up layers of all updates."""
+    """Whether the down and up layers of all updates share one `phm_rule`."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
@@ -129,11 +129,11 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config describes bottleneck adapters by one form for all adapters, the kinds of positions, and the layers
-# without adapters.
+# A new config has one set of settings for all bottleneck adapters, the kinds of positions, and the layers without
+# adapters.
 # In every other layer, the adapters library creates an adapter at each position of these kinds, and an adapter changes
-# the model. So the updates must cover all these positions, and the base must be known, because it shows the number of
-# layers.
+# the model. So the updates must cover all these positions. The base must be known, because the base shows the number
+# of layers.
 
 
 FRESH = {
@@ -163,7 +163,7 @@ def placed(updates: Updates) -> list[tuple[Target, Update]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group these adapters by method and names of tensors; a union has a separate config for each group."""
+    """Group the adapters inside blocks by method and tensor names; a union has a separate config for each group."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -259,7 +259,10 @@ def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> 
 
 
 def _form(update: Update) -> tuple[object, ...]:
-    """Return what must be equal in all adapters, because a config has only one value: all but position and size."""
+    """Return the properties that must be equal in all adapters, because a config stores one value for all adapters.
+
+    Positions and bottleneck sizes may differ.
+    """
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
@@ -296,7 +299,7 @@ def _sizes(update: Update) -> tuple[int, int]:
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the reduction factor for which `hidden` // factor is `inner`, as the adapters library computes it."""
+    """Return a reduction factor for which the adapters library's formula, int(`hidden` // factor), gives `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -332,7 +335,7 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """A map from old names of activations, in configs without a version, to today's names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from slots to fields, for a norm whose tensors are stored a second time, in addition to `adapter_down`."""
+"""A map from slots to fields for the norm before the adapter, which files also store inside `adapter_down`."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
-"""LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
+"""LoRA and methods with LoRA's keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
 
-A layer may have queries, keys and values in one weight. `attn_matrices` then lists which n of the three are adapted.
-Each of them has a pair of factors, and a file has the n pairs concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3
-* n, r]. Each pair becomes an update of a third of the rows.
+A layer may have queries, keys and values in one weight. `attn_matrices` then lists the adapted thirds of this weight.
+For n adapted thirds, the file has n pairs of factors, concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3 * n,
+r]. Each pair becomes an update of a third of the rows.
 """
 
 from __future__ import annotations

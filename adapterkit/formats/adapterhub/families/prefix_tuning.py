@@ -38,7 +38,7 @@ DEPTHS = {
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Fields of the base's config with the number of layers in each group, for models with an encoder and a decoder."""
+"""Config fields with the number of layers, by group (see `group_of`), for a base with an encoder and a decoder."""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
@@ -80,7 +80,7 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
 
 
 def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
-    """Return the number of the base's attention modules in each group."""
+    """Count the base's attention modules in each group (see `group_of`)."""
     found: dict[str, set[str]] = {}
     for name in base.tensors:
         for ending in ATTENTIONS.get(model_type, ()):
@@ -98,7 +98,7 @@ def unlike(update: Any, first: Any) -> str:
 
 
 def group_of(path: str, model_type: str | None) -> str:
-    """Return the adapters library's name for the kind (group) of an attention module."""
+    """Return the group of an attention module: the adapters library's name for this kind of attention."""
     if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
         return "cross_prefix"
     inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
@@ -113,9 +113,9 @@ def layer_of(path: str) -> int:
 
 # Prefix tuning: all attention modules of a kind (`encoder_`, `cross_` or `self_prefix`) share one network or flat
 # tensor.
-# The adapters library has the network once but lists it under every attention module, so a file contains it many times.
-# In adapterkit, each attention module is a target. It prepends its own part of the prefix's keys and values, without
-# positions.
+# The adapters library lists the shared network under every attention module, so a file contains many copies.
+# In adapterkit, each attention module is a target. Its update prepends this module's part of the prefix's keys and
+# values, without positions.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -140,7 +140,10 @@ NETWORK = {
 """A map from slots of a group to fields. The last two slots contain the values of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""Fields of the base's config with the number of heads of keys and values; the encoder's number is used for both."""
+"""Fields of the base's config with the number of heads of keys and values; the first existing field is used.
+
+For a base with an encoder and a decoder, this is the encoder's number.
+"""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
@@ -286,7 +289,10 @@ def _group_updates(
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     own_heads = (part.base.config or {}).get("decoder_attention_heads", heads) if part.base is not None else heads
     if name != "encoder_prefix" and own_heads != heads:
-        why = f"the keys and values have {heads} heads, but the decoder has {own_heads}; adapters cannot run that"
+        why = (
+            f"the keys and values have {heads} heads, but the decoder has {own_heads}; "
+            "the adapters library cannot run that"
+        )
         raise ShapeMismatch(
             why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
         )
