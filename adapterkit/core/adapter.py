@@ -77,8 +77,8 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
     """Whether the result depends on the order in which the updates of one weight's targets are applied.
 
-    The order matters if two targets share rows, and an update of the two is not additive. Otherwise the changes are
-    simply added. The targets may come from several adapters.
+    The order matters if two targets share rows, and at least one of their updates is not additive. Otherwise the
+    changes are simply added. The targets may come from several adapters.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
