@@ -83,7 +83,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield the globals in the pickles of a file that a state dict does not need.
+    """Yield the globals in a file's pickles, except those that a state dict needs.
 
     Args:
         name: the file's name in findings.
@@ -264,7 +264,7 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
 
 
 def appended_archive(file: Path) -> bool:
-    """Whether a zip archive follows the content of a file that is none itself."""
+    """Whether a zip archive follows the content of a file that is not a zip archive itself."""
     with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

@@ -507,7 +507,7 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url, and the smallest chunk that the registry accepts before the last chunk."""
+    """Start an upload; return its url, and the smallest size in bytes of any chunk but the last."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
