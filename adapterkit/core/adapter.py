@@ -487,7 +487,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axes whose sizes must agree for all updates of a target; the starred axis `rest` begins with `in`."""
+    """Return the sizes that must agree for all updates of a target; the first size of `rest` counts as `in`."""
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})

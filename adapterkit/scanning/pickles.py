@@ -202,7 +202,7 @@ class _Reader:
         """Yield the globals that the pickles in some bytes ask for.
 
         pickletools decodes text as ASCII, but unpicklers also accept other bytes, so the bytes of protocols 0 and 1 are
-        scanned a second time without them.
+        scanned a second time without the bytes outside ASCII.
         """
         yield from self.globals_of(place, data, cut)
         if data[:1] != b"\x80" and not data.isascii():

@@ -391,8 +391,8 @@ class Distribution(Remote):
 #
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
 # many bytes it received; this may be a part of a chunk. Docker's registry 2.8 puts a signed byte count into its upload
-# urls, and refuses to continue if it received more bytes than that (half a chunk, or a chunk whose reply was lost).
-# Then the blob is sent again from its start.
+# urls. If it received more bytes (half a chunk, or a chunk whose reply was lost), it refuses to continue. Then the
+# blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
