@@ -83,7 +83,7 @@ Line = Mapping[str, object]
 """The JSON object that the program printed for a path; its fields and types are not yet checked."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that runs a verb on paths. It returns one answer for each path; `compute` and `merge`, one for both."""
+"""A function that runs a verb on paths. It returns one answer per path; for `compute` and `merge`, one in all."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:

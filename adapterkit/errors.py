@@ -36,7 +36,7 @@ _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""Matches a secret in a piece of a url without a scheme, such as a file's path on a hub whose uri has a query."""
+"""Matches a secret in a url's query if the scheme is missing, as in the path of a file on a hub."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 

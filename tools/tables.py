@@ -167,7 +167,7 @@ def combine() -> str:
 RANKS = {
     "one's": "at most one adapter's",
     "sum": "at most the sum of the adapters' ranks",
-    "more": "higher than the sum",
+    "more": "up to full rank",
 }
 
 

@@ -46,7 +46,7 @@ class Carried(Exception):
 
 @contextmanager
 def carried() -> Iterator[None]:
-    """Wrap exceptions that click would misinterpret in `Carried`."""
+    """Wrap in `Carried` the exceptions that click would misinterpret."""
     try:
         yield
     except (OSError, EOFError) as error:

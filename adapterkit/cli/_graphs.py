@@ -63,7 +63,7 @@ ONLY_FOLDERS = {
     "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
     "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",
 }  # fmt: skip
-"""Parameters that do not work for a graph -> the cure in the error."""
+"""Parameter that does not work for a graph -> the cure in the error message."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
 """Parameters that work only for graphs."""

@@ -124,7 +124,7 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in click's `Context.meta` for the arguments of `adapterkit.read` with values that a file does not state."""
+"""Key in click's `Context.meta` for the arguments of `adapterkit.read` that supply values missing from a file."""
 
 
 V = TypeVar("V")

@@ -20,7 +20,7 @@ PATIENCE = 2.0
 """On a terminal, seconds without output after which a line with the current step is printed."""
 
 PLAIN_PATIENCE = 5.0
-"""The same seconds if standard error is not a terminal but, e.g., a log. ADAPTERKIT_PATIENCE overrides both values."""
+"""The same limit if standard error is not a terminal (e.g. a log). ADAPTERKIT_PATIENCE overrides both limits."""
 
 AGAIN = 10.0
 """Seconds between two lines about the same step."""

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 @_options.allow_partial
 @click.option(
     "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
-    help="constant writes the adapter into the graph; slots makes its tensors optional inputs; rows stacks these "
-    "inputs so that each row of a batch picks its adapter; inputs makes required inputs, which every runtime supports.",
+    help="constant: write the adapter into the graph; slots: make its tensors optional inputs; rows: stack these "
+    "inputs, so that each row of a batch picks its adapter; inputs: make them required inputs, which every runtime "
+    "supports.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",

@@ -88,7 +88,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--for", "consumer", type=click.Choice(["ollama"]),
-    help="Write a Modelfile for ollama create next to OUT, because Ollama refuses adapters.",
+    help="Write a Modelfile next to OUT, for `ollama create`. Ollama does not load adapters, only merged models.",
 )  # fmt: skip
 @click.option("--onto", metavar="DIR", help="Original 16-bit weights of a quantized base.")
 @click.option("--seed", type=int, help="Round stochastically with this random seed, instead of to the nearest value.")
@@ -386,7 +386,10 @@ def _remainder(
     settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Adapter | str], rank: int, *,
     weights: Sequence[float] | None, allow_partial: bool, rename: Sequence[str],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Write the LoRA of --remainder to OUT; return its path and rank, and the norms of the loss without and with it."""
+    """Write the LoRA of --remainder to OUT.
+
+    Return the LoRA's path and rank, and the norm of the rounding error without and with the LoRA.
+    """
     import math
     from pathlib import Path
 

@@ -77,8 +77,8 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
     """Whether the result depends on the order in which the updates of one weight's targets are applied.
 
-    The order matters if two targets share rows, and an update of the two is not additive. Otherwise the changes are
-    simply added. The targets may come from several adapters.
+    The order matters if two targets share rows, and at least one of their updates is not additive. Otherwise the
+    changes are simply added. The targets may come from several adapters.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -487,7 +487,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axes whose sizes must agree for all updates of a target; the starred axis `rest` begins with `in`."""
+    """Return the sizes that must agree for all updates of a target; the first size of `rest` counts as `in`."""
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})

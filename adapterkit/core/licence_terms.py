@@ -36,7 +36,7 @@ def licence_called(name: str | Licence | None) -> Licence:
 
 
 def licence_of(card: str) -> Licence:
-    """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression of some."""
+    """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression."""
     told = dict(metadata(card))
     listed = told.get("license")
     if isinstance(listed, list) and all(isinstance(each, str) and alternatives(each) for each in listed):
@@ -143,7 +143,7 @@ def is_expression(licence: Licence) -> bool:
 
 
 def spdx_expression_of(licence: Licence) -> str | None:
-    """Return an expression with SPDX's identifiers; None if a licence in it has none that is known here."""
+    """Return an expression with SPDX's identifiers; None if one of its licences has no known identifier."""
     words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
     found, exception = [], False
     for word in words:
@@ -159,7 +159,7 @@ def spdx_expression_of(licence: Licence) -> str | None:
 def choices(licence: Licence) -> list[list[Licence]]:
     """Return the sets of single licences among which a card lets its readers choose.
 
-    Sets with an unknown licence are left out if another set has none.
+    If at least one set has only known licences, sets with an unknown licence are left out.
     """
     found = alternatives(licence.get("license", "")) if is_expression(licence) else None
     if found is None:
@@ -278,7 +278,7 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
     if found:
         cure = (
             "Choose parts whose licences agree, name the licence in the README.md of each, or leave out "
-            "--strict-licence (strict_licence=False), which makes these warnings"
+            "--strict-licence (strict_licence=False): the contradictions are then only warnings"
         )
         raise CheckFailed(f"licences: {'; '.join(found)}", path=path, cure=cure)
 

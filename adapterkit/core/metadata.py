@@ -12,19 +12,19 @@ from typing import Any
 from .adapter import Adapter, Step
 
 METADATA = "metadata"
-"""Name of the argument of a lineage step with the text metadata of the source files."""
+"""The argument of a lineage step that holds the text metadata of the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""Name of the argument of a lineage step with the fingerprint of the step's base."""
+"""The argument of a lineage step that holds the fingerprint of the step's base."""
 
 SHAPES = "base_shapes"
-"""Name of the argument of a lineage step with a digest of the tensor names and shapes of the step's base."""
+"""The argument of a lineage step that holds a digest of the tensor names and shapes of the step's base."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Name of an argument of lineage steps -> the metadata key for its value in formats without lineage, such as PEFT's."""
+"""Argument of a lineage step -> the metadata key that holds its value in formats without lineage, such as PEFT's."""
 
 MODEL_TYPE = "model_type"
-"""Name of the argument of a lineage step with the base's `model_type` in transformers."""
+"""The argument of a lineage step that holds the base's `model_type` in transformers."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
@@ -129,7 +129,7 @@ def shapes_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values of the argument `name` in lineage steps, and the values of its key in the file's metadata."""
+    """Return the values of an argument of lineage steps, and the values of the matching key in the file's metadata."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))

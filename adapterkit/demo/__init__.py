@@ -1,4 +1,4 @@
-"""The demo: merge adapters for changed tasks into a small model, verify and score the results, all offline."""
+"""The demo: merge adapters into a small model, each for a variant of its task; verify and score the results offline."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run(progress: Progress | None = None) -> dict[str, Any]:
 
     Returns:
         Plain data: `images`, the number of images; `plain`, the accuracy of the base on its original task; and `rows`,
-        one for each changed task. A row has the method, the accuracy (0 to 1) of the base and of the merged model on
-        the task, whether the merge was verified, and the duration in seconds.
+        one for each variant of the task. A row has the method, the accuracy (0 to 1) of the base and of the merged
+        model on the variant, whether the merge was verified, and the duration in seconds.
     """
     from .model import DATA, TASKS, accuracy, build, held_out
 

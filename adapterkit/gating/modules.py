@@ -41,7 +41,8 @@ UNCHANGED = 0.1
 """If a weight contains less than this share of the change, it counts as unchanged."""
 
 RESIDUE = 0.2
-"""A difference counts as a multiple of the change if its part orthogonal to the change is smaller than this share."""
+"""A wrong change counts as a multiple of the right change if its part orthogonal to the right change is at most this,
+relative to the larger of the two changes."""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
 """The fault of a weight that cannot be compared begins with one of these texts."""

@@ -113,10 +113,9 @@ class BlockDifference:
 
     Attributes:
         block: the number of the block; 0 stands for the embedding.
-        difference: the norm of the difference between the states of the merged model and of the base with adapters,
-            relative to the norm of the states of the base with adapters.
-        change: the norm of the difference between the states of the base with adapters and of the base, also relative
-            to the norm of the states of the base with adapters.
+        difference: |merged - adapted| / |adapted|; `merged` means the states of the merged model, `adapted` the states
+            of the base with adapters.
+        change: |adapted - base| / |adapted|; `base` means the states of the base.
     """
 
     block: int

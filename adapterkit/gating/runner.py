@@ -42,11 +42,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""A graph is compared with the base with adapters at these factors of the change, to find the factor in the graph."""
+"""Factors of the adapters' change. A graph is compared with the base at each of them, to find which one it contains."""
 
 EXACT = 1e-3
-"""A graph contains a factor of the change if its divergence at this factor is below this share of the largest
-divergence."""
+"""The factor with the smallest divergence is the graph's factor if this divergence is at most this share of the largest
+one."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 """Dtype of the computation -> the relative rounding step; 0 for float32, whose rounding is negligible."""

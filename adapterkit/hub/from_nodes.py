@@ -1,8 +1,9 @@
 """Write to a hub from many machines: each machine uploads whole weight files, and one process makes them visible.
 
 The process that makes the files visible does not have the weights. It builds the output in a local folder, in which
-each weight file is replaced by a sketch: a sparse file with the real header. Small files next to the folder record the
-hub's answer for each uploaded weight file, so that the same command can resume after the process was killed.
+each weight file is replaced by a sketch: a sparse file with the real header. For each uploaded weight file, a small
+file next to the folder records the hub's answer. With these records, the same command can resume after the process was
+killed.
 """
 
 from __future__ import annotations

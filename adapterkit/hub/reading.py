@@ -168,7 +168,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        if end <= length:  # The header of a file that is copied unchanged.
+        if end <= length:  # A file that is copied unchanged: its header is already in memory.
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
@@ -278,8 +278,8 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
-            # Compare the header of the verified file with the header that the plan was made from, which was fetched by
-            # a range request and not verified.
+            # The plan was made from a header that a range request fetched, without verification. Compare this header
+            # with the header of the verified file.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header

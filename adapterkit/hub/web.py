@@ -24,7 +24,7 @@ MAX_SAID = 64 << 10
 """The most bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
-"""The largest document of a hub except an error or a file (a manifest, a list of files, a token), in bytes.
+"""The largest document to read from a hub, in bytes: a manifest, a list of files, a token; not an error or a file.
 
 The largest documents in practice are pages of a repository's file list: 1,000 entries of about 1 KB. The pages of S3
 have a similar size.

@@ -1,8 +1,8 @@
 """Read signature files strictly: the Sigstore bundles that OpenSSF model signing writes.
 
-The signature covers only the payload of the file. Most tools ignore unknown keys and unused bits of base64 in the rest
-of the file, so several different files are accepted as the same signature. This reader accepts only known keys and
-canonical base64. So either this reader or the cryptographic check refuses a file with any changed bit.
+The signature covers only the payload of the file. In the rest of the file, most tools ignore unknown keys and unused
+bits of base64. They therefore accept several different files as the same signature. This reader accepts only known keys
+and canonical base64. So either this reader or the cryptographic check refuses a file with any changed bit.
 """
 
 from __future__ import annotations

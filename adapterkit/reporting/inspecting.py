@@ -464,7 +464,7 @@ def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
 
 
 _DENOISER = 8_000
-"""A base with more tensors is not an image model: no published U-Net or transformer has so many, with all its parts."""
+"""A base with more tensors than this is not an image model: no published one has so many, even with all its parts."""
 
 _GGUF = {"architecture": "general.architecture", "name": "general.name"}
 """Field of the record -> key in the header of a GGUF file."""

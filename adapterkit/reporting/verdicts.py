@@ -24,11 +24,11 @@ MOST = 5
 """The most sentences that are shown for a rule."""
 
 HELD = 0.25
-"""A sentence names a target, layer or module if it has at least this share of an adapter's squared norm, and the
-condition of `TIMES` is met."""
+"""A sentence names a target, layer or module only if the named thing has at least this share of an adapter's squared
+norm; `TIMES` is a further condition."""
 
 TIMES = 4
-"""A sentence names a target, layer or module only if its share of the squared norm is at least this many times the
+"""A sentence names a target, layer or module only if the share of the named thing is at least this many times the
 average share."""
 
 SCALED = 3.0

@@ -96,7 +96,7 @@ def confusable(text: str) -> str:
 
 
 def _as_ascii(char: str) -> bool:
-    """Whether a letter, a space, a mark of punctuation or a sign looks like one of ASCII."""
+    """Whether a letter, space, punctuation mark or symbol outside ASCII looks like an ASCII character."""
     if char.isascii() or unicodedata.category(char)[0] not in "LPZS" or unicodedata.category(char) == "So":
         return False
     return char in _SLASHES or unicodedata.normalize("NFKC", char).isascii()

@@ -83,7 +83,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield the globals in the pickles of a file that a state dict does not need.
+    """Yield the globals in a file's pickles, except those that a state dict needs.
 
     Args:
         name: the file's name in findings.
@@ -202,7 +202,7 @@ class _Reader:
         """Yield the globals that the pickles in some bytes ask for.
 
         pickletools decodes text as ASCII, but unpicklers also accept other bytes, so the bytes of protocols 0 and 1 are
-        scanned a second time without them.
+        scanned a second time without the bytes outside ASCII.
         """
         yield from self.globals_of(place, data, cut)
         if data[:1] != b"\x80" and not data.isascii():
@@ -264,7 +264,7 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
 
 
 def appended_archive(file: Path) -> bool:
-    """Whether a zip archive follows the content of a file that is none itself."""
+    """Whether a zip archive follows the content of a file that is not a zip archive itself."""
     with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Measure the rank of a combiner's result, and whether the result depends on more than the combined changes."""
+"""Measure the rank of a combiner's result, and whether the result depends on more than the weight changes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""The factor that makes changes small: a power of two, which does not affect rounding."""
+"""The factor that makes weight changes small: a power of two, which does not affect rounding."""
 
 SAME = 1e-6
 """Results count as equal if their difference, relative to the largest entry, is at most this."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
-    """Return the properties of the input that change the result although the combined changes stay the same.
+    """Return the properties of the input that affect the result although the weight changes stay the same.
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters to compare. A property is returned if it changes one result.
+        draws: the number of random sets of adapters to compare. A property is returned if it affects one result.
         options: further arguments of `adapterkit.combine`.
     """
     found = set()
@@ -58,7 +58,7 @@ def rank_of_result(name: str, **options: Any) -> str:
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
-    """Return an adapter with the same changes, but with other factors."""
+    """Return an adapter with the same weight changes, but with other factors."""
     import numpy as np
 
     R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
@@ -73,7 +73,7 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""Property -> a function that changes this property of the adapters, or the seed, but keeps their changes."""
+"""Property -> a function that returns adapters and a seed that differ only in this property; `size` scales changes."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
@@ -89,7 +89,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return the change of an update in float64; if the update has factors, compute it from them."""
+    """Return the weight change of an adapter in float64; if its update has factors, compute it from them."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]

@@ -1,4 +1,4 @@
-"""An update is the change at one target. It has one of four kinds, which decides the operations that it supports.
+"""An update is the change at one target. Its kind, one of four, decides which operations it supports.
 
 A method is a subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived
 from the fields and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.

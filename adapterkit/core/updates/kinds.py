@@ -129,7 +129,7 @@ class WeightUpdate(Update):
         return None
 
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by row, V = W + B @ A; or None.
+        """Return m `[out]`, B `[out, r]`, A `[r, in * k]` with W' = m * V / |V| and V = W + B @ A, |V| by row; or None.
 
         A merge computes this formula in a compiled loop.
         """
@@ -159,15 +159,15 @@ class OutputUpdate(Update):
     `layer.call`: the arguments with which the model was called, by name. A method lists the arguments that it needs in
         `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
         `input_ids` starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter.
-        `shadow` is the state of a network in parallel with the model: each block reads the state by `state` and passes
-        it on by `keep`.
+        `shadow` is the state of a network in parallel with the model: at each block, the formula reads the state with
+        `state`, and stores the next block's state with `keep`.
 
     Class attributes:
         placed: True if the method defines `inside`, so that several updates can apply before residual and norm.
         asks: arguments of the model's call that the formula needs.
         hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with a changed input.
-        of_model: True if the update's target is the whole model, `Target("")`, as long as its experts are missing.
+        of_model: True for a router whose target is the whole model, `Target("")`, while its experts are missing.
 
     Attributes that locate an update, if the method has them:
         residual: path, relative to the target's parent, of the module whose input is added to the target's output.

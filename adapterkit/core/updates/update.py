@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
 class Update:
-    """The change of one method at one target. Subclasses automatically become frozen, keyword-only dataclasses.
+    """The change that one method makes at one target. Subclasses automatically become frozen, keyword-only dataclasses.
 
     Class attributes:
         kind: the name of the kind, set by the four kinds.

@@ -21,7 +21,7 @@ class Listing(Remote):
     cards_below = True
 
     @cached_property
-    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - reads as the property does
+    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
         told = sorted((file.path, file.size, file.digest) for file in self.files)
         if not told:
             raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")

@@ -391,8 +391,8 @@ class Distribution(Remote):
 #
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
 # many bytes it received; this may be a part of a chunk. Docker's registry 2.8 puts a signed byte count into its upload
-# urls, and refuses to continue if it received more bytes than that (half a chunk, or a chunk whose reply was lost).
-# Then the blob is sent again from its start.
+# urls. If it received more bytes (half a chunk, or a chunk whose reply was lost), it refuses to continue. Then the
+# blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
@@ -507,7 +507,7 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url, and the smallest chunk that the registry accepts before the last chunk."""
+    """Start an upload; return its url, and the smallest size in bytes of any chunk but the last."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
