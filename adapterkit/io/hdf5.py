@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
-MOST_OBJECTS = 1 << 18
+MOST_OBJECTS = 1 << 16
 """The largest number of groups and tensors in a file."""
-
-DEEPEST = 8
-"""The largest depth of a group. Hard links can form a cycle, so the depth needs a limit."""
 
 LONGEST_TEXT = 256
 """The largest size, in bytes, of a text attribute that is read."""
@@ -65,7 +62,7 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
         with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             with h5py.File(file, "r") as root:
-                tensors = {name: _tensor(h5py, path, name, node, size) for name, node in _walk(h5py, root, "", path)}
+                tensors = {name: _tensor(h5py, path, name, node, size) for name, node in _walk(h5py, root)}
                 return tensors, _text(root, attribute)
     except AdapterkitError as error:
         raise error.at(path=path) from None
@@ -77,25 +74,30 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
         raise _corrupt(path, error) from error
 
 
-def _walk(h5py: ModuleType, group: Any, where: str, path: Path, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield all tensors below a group, with their paths; follow only hard links."""
-    if depth > DEEPEST or len(group) > MOST_OBJECTS:
-        raise Unsupported(
-            f"the file has more than {DEEPEST} levels of groups, or too many names", where=where, cure=_AGAIN
-        )
-    for name in group:
-        place = f"{where}/{name}" if where else name
-        link = group.get(name, getlink=True)
-        if type(link) is not h5py.HardLink:
-            why = f"the file has a {'link to another file' if type(link) is h5py.ExternalLink else 'soft link'}"
-            raise Unsupported(why, where=place, cure=_AGAIN)
-        node = group[name]
-        if isinstance(node, h5py.Group):
-            yield from _walk(h5py, node, place, path, depth + 1)
-        elif isinstance(node, h5py.Dataset):
-            yield place, node
-        else:
-            raise Unsupported("this is neither a group nor a tensor", where=place, cure=_AGAIN)
+def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors with their paths; follow only hard links, and visit no group twice."""
+    waiting, seen, count = [("", root)], set[int](), 0
+    while waiting:
+        where, group = waiting.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:  # Hard links can form a cycle.
+            raise Unsupported("this group has two names", where=where, cure=_AGAIN)
+        seen.add(address)
+        for name in group:
+            place, count = f"{where}/{name}" if where else name, count + 1
+            if count > MOST_OBJECTS:
+                raise Unsupported(f"the file has more than {MOST_OBJECTS} names", where=where, cure=_AGAIN)
+            link = group.get(name, getlink=True)
+            if type(link) is not h5py.HardLink:
+                kind = "a link to another file" if type(link) is h5py.ExternalLink else "a soft link"
+                raise Unsupported(f"this is {kind}", where=place, cure=_AGAIN)
+            node = group[name]
+            if isinstance(node, h5py.Group):
+                waiting.append((place, node))
+            elif isinstance(node, h5py.Dataset):
+                yield place, node
+            else:
+                raise Unsupported("this is neither a group nor a tensor", where=place, cure=_AGAIN)
 
 
 def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> Lazy:
