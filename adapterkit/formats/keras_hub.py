@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import DType
-    from ._pairs import Pair, Pairs
+    from ._pairs import Pair, Pairs, Slots
 
     Array = np.ndarray[Any, Any]
 
@@ -50,7 +50,7 @@ MODEL_TYPE = "adapterkit_model_type"
 """The attribute of the file's root with transformers' `model_type`. Keras ignores it; Keras's own files lack it."""
 
 DEFAULT = ("query", "value")
-"""The layers that `load_lora_weights` adapts by itself. A file must have them, or Keras Hub cannot load it."""
+"""The layers that `load_lora_weights` adapts by itself. It fails if a file lacks one, and ignores all others."""
 
 MOST_ELEMENTS = 1 << 31
 """The largest number of elements of B that reading a layer may create; a hostile file could state many heads."""
@@ -109,7 +109,7 @@ class KerasHub(Format):
         # Convert before folding, so that a scaling does not round to a half-precision type.
         pairs, folded = of_no_number(_wide(pairs), dialect="Keras Hub", on_loss=on_loss)
         held = _by_layer(pairs, names)
-        writer = _Writer(family, held, _Sizes.of(base, pairs), hints.get("rank", 1))
+        writer = _Writer(family, held, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
         return lines + folded + writer.notes(max(map(rank_of, pairs.values())))
 
@@ -160,13 +160,13 @@ def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]
     if rank is None or rank.shape != () or rank.dtype.name not in ("I32", "I64"):
         raise Malformed("the file has no rank", where=RANK, cure=DAMAGED)
     value = int(rank.numpy())
-    for number, slots in layers.items():
+    for index, slots in layers.items():
         if len(slots) != 2:
-            raise Malformed(f"this layer has only {next(iter(slots))}", where=f"lora/{number}", cure=DAMAGED)
+            raise Malformed(f"this layer has only {next(iter(slots))}", where=f"lora/{index}", cure=DAMAGED)
         other = {leaf.dtype.name for leaf in slots.values()} - _FACTORS
         if other:
             why = f"this layer has tensors of dtype {', '.join(other)}"
-            raise Unsupported(why, where=f"lora/{number}", cure=f"Convert them to {', '.join(sorted(_FACTORS))}")
+            raise Unsupported(why, where=f"lora/{index}", cure=f"Convert them to {', '.join(sorted(_FACTORS))}")
     if not layers:
         raise Malformed("the file has no layers", where="lora", cure=DAMAGED)
     return value, layers
@@ -190,13 +190,11 @@ def _decode(
             )
         block, own = found
         layer = family.layers[own]
-        A, B = _pair(layer, layers[number], rank, heads, own, f"lora/{number}")
-        yield Target(names.back(f"{block}.{layer.name}")), LoRA(A=A, B=B)
+        pair: Slots = _pair(layer, layers[number], rank, heads, own, f"lora/{number}")
+        yield Target(names.back(f"{block}.{layer.name}")), LoRA(**pair)
 
 
-def _pair(
-    layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads | None, own: str, where: str
-) -> tuple[Lazy, Lazy]:
+def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads | None, own: str, where: str) -> Slots:
     """Return A and B of a layer.
 
     Raises:
@@ -210,7 +208,7 @@ def _pair(
     if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
         raise _other_heads(where, a.shape[:2], heads)
     if not layer.shares:
-        return turned(a.reshape(-1, rank)), turned(b)
+        return {"A": turned(a.reshape(-1, rank)), "B": turned(b)}
     first = layer.axes == "heads in dim"
     count, width = (a.shape[0], a.shape[1]) if first else (a.shape[1], a.shape[0])
     wanted = None if heads is None else (_count(own, heads), heads.dim)
@@ -223,7 +221,7 @@ def _pair(
         )
     order = (0, 2, 1) if first else (1, 2, 0)
     A = a.map(lambda values: values.transpose(order).reshape(count * rank, width), (count * rank, width))
-    return A, block_diagonal([turned(b)] * count)
+    return {"A": A, "B": block_diagonal([turned(b)] * count)}
 
 
 def _other_heads(where: str, found: tuple[int, ...], heads: Heads) -> ShapeMismatch:
@@ -270,19 +268,17 @@ def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Numbers of the base: its blocks and heads, and the shape [out, in] of its matrices by module name."""
+    """The numbers of blocks and heads of the base."""
 
     blocks: int
     heads: Heads
-    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, base: Checkpoint | None, pairs: Pairs) -> _Sizes:
+    def of(cls, base: Checkpoint | None) -> _Sizes:
         """Read the numbers.
 
         Raises:
             UsageError: the base's config does not state them.
-            ShapeMismatch: the adapter has more blocks than the base.
         """
         assert base is not None
         config: Mapping[str, object] = base.config or {}
@@ -290,8 +286,7 @@ class _Sizes:
         blocks = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
         if type(blocks) is not int or blocks < 1:
             raise UsageError("the base's config does not state num_hidden_layers", where="config.json", cure=_GIVE)
-        shapes = {n.removesuffix(".weight"): leaf.shape for n, leaf in base.tensors.items() if len(leaf.shape) == 2}
-        return cls(blocks, heads_of(config, "self_attn.q_proj"), shapes)
+        return cls(blocks, heads_of(config, "self_attn.q_proj"))
 
 
 class _Writer:
@@ -305,7 +300,7 @@ class _Writer:
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         self.dtype: DType = as_lazy(next(iter(held.values())).A).dtype
         adapted = {own for _, own in held}
-        self.adapted = [own for own, layer in family.layers.items() if own in adapted or layer.name in DEFAULT]
+        self.adapted = [own for own in family.layers if own in adapted]
         needs = (self._needs(own, update) for (_, own), update in held.items())
         self.rank = max(least, *needs)
 
@@ -329,9 +324,9 @@ class _Writer:
         if self.rank > rank:
             why = "the heads of query, key and value share one lora_kernel_b"
             lines.append(f"the rank grew from {rank} to {self.rank}: in Keras Hub, {why}")
-        if {*names} - {*DEFAULT}:
+        if {*names} != {*DEFAULT}:
             call = f"backbone.enable_lora({self.rank}, target_layer_names={names})"
-            lines.append(f"call {call} before load_lora_weights: without it, Keras Hub loads only query and value")
+            lines.append(f"call {call} before load_lora_weights, which by itself loads only query and value")
         return lines
 
     def _needs(self, own: str, update: Pair) -> int:
@@ -406,18 +401,8 @@ class _Writer:
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
     def _shape(self, own: str) -> tuple[int, int]:
-        """Return [out, in] of a module that the adapter does not change in some block.
-
-        Raises:
-            UsageError: neither the adapter nor the base shows the shape.
-        """
-        alike = (u for (_, name), u in self.held.items() if name == own)
-        found: tuple[int, ...] | None = next(((u.B.shape[0], u.A.shape[1]) for u in alike), None)
-        found = found or next((s for name, s in self.sizes.shapes.items() if name.endswith(f"layers.0.{own}")), None)
-        if found is None:
-            why = "Keras Hub adapts this module in all blocks; only the base's weights show its shape"
-            raise UsageError(why, where=own, cure="Give the base with --base (base=)")
-        return int(found[0]), int(found[1])
+        """Return [out, in] of a module, by its update in another block."""
+        return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.held.items() if name == own)
 
 
 def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:

@@ -115,14 +115,18 @@ def test_heads_that_share_their_rows_keep_the_rank(path):
     assert np.allclose(changes(path)["model.layers.0.self_attn.q_proj"], expected, rtol=0, atol=1e-6)
 
 
-def test_query_and_value_of_all_blocks_are_always_in_the_file(path):
-    """load_lora_weights adapts them by default, and fails if the file lacks one."""
-    ak.write(llama(layers=(1,), names=("self_attn.k_proj",), scaling=1.0), path, "keras_hub", BASE)
+def test_a_layer_is_adapted_in_all_blocks(path):
+    lines = ak.write(llama(layers=(1,), names=("self_attn.k_proj",), scaling=1.0), path, "keras_hub", BASE)
     found = changes(path)
-    assert found.keys() == {
-        f"model.layers.{n}.self_attn.{own}" for n in range(2) for own in ("q_proj", "k_proj", "v_proj")
-    }
-    assert [name for name, value in found.items() if value.any()] == ["model.layers.1.self_attn.k_proj"]
+    assert {name: value.any() for name, value in found.items()} == {
+        "model.layers.0.self_attn.k_proj": False, "model.layers.1.self_attn.k_proj": True,
+    }  # fmt: skip
+    assert any("enable_lora(4, target_layer_names=['key'])" in line for line in lines)
+
+
+def test_query_and_value_need_no_call_before_loading(path):
+    names = ("self_attn.q_proj", "self_attn.v_proj")
+    assert not any("enable_lora" in line for line in ak.write(llama(names=names, scaling=1.0), path, "keras_hub", BASE))
 
 
 def test_half_precision_is_widened_before_the_scaling_is_folded(path):
