@@ -23,7 +23,7 @@ from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError
 from ..io.arrange import block_diagonal, padded, turned, widened, zeros
 from ..io.hdf5 import is_hdf5, read_hdf5, write_hdf5
-from ..io.lazy import DTYPES, Lazy, as_array, as_lazy, bytes_of
+from ..io.lazy import DTYPES, Lazy, as_array, as_lazy, bytes_of, check_finite
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
 from ..naming.keras_hub import KerasFamily, KerasLayer, families
@@ -107,6 +107,7 @@ class KerasHub(Format):
 
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
         # Convert before folding, so that a scaling does not round to a half-precision type.
+        _check_shapes(pairs, base)
         pairs, folded = of_no_number(_wide(pairs), dialect="Keras Hub", on_loss=on_loss)
         held = _by_layer(pairs, names)
         writer = _Writer(family, held, _Sizes.of(base), hints.get("rank", 1))
@@ -246,6 +247,24 @@ def _wide(pairs: Pairs) -> Pairs:
         target: update.replace(A=widened(as_lazy(update.A), kind), B=widened(as_lazy(update.B), kind))
         for target, update in pairs.items()
     }
+
+
+def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
+    """Check that updates fit the base's weights: the writer copies their shapes to the same layer of other blocks.
+
+    Raises:
+        ShapeMismatch: an update does not fit.
+        Malformed: a factor holds a NaN or an infinity.
+    """
+    for target, update in pairs.items():
+        weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+        shape = (update.B.shape[0], update.A.shape[1])
+        # The stored tensor of a quantized weight may have another shape.
+        if weight is not None and weight.dtype.floating and weight.shape != shape:
+            why = f"the update is for a weight {list(shape)}, and the base's is {list(weight.shape)}"
+            raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        for name in ("A", "B"):
+            check_finite(update.tensors[name], f"{target}: {update.method}.{name}")
 
 
 def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
@@ -396,7 +415,13 @@ class _Writer:
             else:
                 for head, row, column in places:
                     whole[head, :, column] += factor[row]
-            return np.ascontiguousarray(whole if first else whole.transpose(1, 0, 2), self.dtype.array)
+            with np.errstate(over="ignore"):
+                made = np.ascontiguousarray(whole if first else whole.transpose(1, 0, 2), self.dtype.array)
+            largest = float(np.abs(whole).max())
+            if not np.isfinite(made).all() or 0 < largest < float(np.finfo(self.dtype.array).smallest_normal):
+                cure = "Write a format that stores A and B, such as adapterkit's own: --to adapterkit"
+                raise Malformed(f"the change is outside the range of {self.dtype}", where=layer.name, cure=cure)
+            return made
 
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
@@ -427,7 +452,7 @@ def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]
         if at == len(rows):
             rows.append(values)
         places.append((int(head), int(row), at))
-    return (np.stack(rows) if rows else np.zeros((0, by_head.shape[1]), B.dtype)), places
+    return (np.stack(rows) if rows else np.zeros((0, by_head.shape[2]), B.dtype)), places
 
 
 def _computed(shape: tuple[int, ...], dtype: DType, compute: Callable[[], Array]) -> Lazy:

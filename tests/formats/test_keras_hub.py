@@ -18,6 +18,8 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
+from adapterkit.io.lazy import from_numpy
+from adapterkit.methods.lora import LoRA
 
 VECTOR = VECTORS / "formats" / "keras_hub" / "every" / "adapter.lora.h5"
 HEADS, KV, DIM, STRIDE = 4, 2, 4, 11
@@ -105,11 +107,7 @@ def test_one_key_head_keeps_its_rank(path, tmp_path):
 def test_heads_that_share_their_rows_keep_the_rank(path):
     rng = np.random.default_rng(0)
     shared, A = rng.normal(size=(DIM, 2)).astype("f4"), rng.normal(size=(2, 16)).astype("f4")
-    from adapterkit.io.lazy import from_numpy
-    from adapterkit.methods.lora import LoRA
-
-    update = LoRA(A=from_numpy(A), B=from_numpy(np.tile(shared, (HEADS, 1))))
-    ak.write(ak.Adapter({ak.Target("model.layers.0.self_attn.q_proj"): (update,)}), path, "keras_hub", BASE)
+    ak.write(of_query(A, np.tile(shared, (HEADS, 1))), path, "keras_hub", BASE)
     assert rank_of(path) == 2
     expected = np.tile(shared, (HEADS, 1)).astype("f8") @ A
     assert np.allclose(changes(path)["model.layers.0.self_attn.q_proj"], expected, rtol=0, atol=1e-6)
@@ -134,6 +132,33 @@ def test_half_precision_is_widened_before_the_scaling_is_folded(path):
     ak.write(adapter, path, "keras_hub", BASE, on_loss="fold")
     expected, found = deltas(adapter), changes(path)
     assert all(np.abs(found[n] - value).max() <= 1e-6 * np.abs(value).max() for n, value in expected.items())
+
+
+def of_query(A, B):
+    factors = {name: from_numpy(np.asarray(value, "f4")) for name, value in (("A", A), ("B", B))}
+    return ak.Adapter({ak.Target("model.layers.0.self_attn.q_proj"): (LoRA(**factors),)})
+
+
+def test_an_update_without_effect_is_written(path):
+    ak.write(of_query(np.ones((2, 16)), np.zeros((16, 2))), path, "keras_hub", BASE)
+    assert not any(value.any() for value in changes(path).values())
+
+
+BIG = np.random.default_rng(0).normal(size=(16, 2))
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "error"),
+    [
+        (BIG.T * 1e30, BIG * 1e30, Malformed), (BIG.T * 1e-30, BIG * 1e-30, Malformed), (BIG.T, BIG * np.nan, Malformed), (BIG.T * np.inf, BIG, Malformed),
+        (BIG.T, BIG[:12], ShapeMismatch), (BIG.T[:, :12], BIG, ShapeMismatch),
+    ],
+    ids=["overflow", "underflow", "nan", "infinity", "rows", "columns"],
+)  # fmt: skip
+def test_an_update_that_the_file_cannot_hold_is_refused(A, B, error, path):
+    with pytest.raises(error, match=r"query|q_proj"):
+        ak.write(of_query(A, B), path, "keras_hub", BASE)
+    assert not path.exists()
 
 
 def test_own_files_need_no_base_to_be_read_and_keras_files_do(path):
