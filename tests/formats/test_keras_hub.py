@@ -150,7 +150,8 @@ BIG = np.random.default_rng(0).normal(size=(16, 2))
 @pytest.mark.parametrize(
     ("A", "B", "error"),
     [
-        (BIG.T * 1e30, BIG * 1e30, Malformed), (BIG.T * 1e-30, BIG * 1e-30, Malformed), (BIG.T, BIG * np.nan, Malformed), (BIG.T * np.inf, BIG, Malformed),
+        (BIG.T * 1e30, BIG * 1e30, Malformed), (BIG.T * 1e-30, BIG * 1e-30, Malformed),
+        (BIG.T, BIG * np.nan, Malformed), (BIG.T * np.inf, BIG, Malformed),
         (BIG.T, BIG[:12], ShapeMismatch), (BIG.T[:, :12], BIG, ShapeMismatch),
     ],
     ids=["overflow", "underflow", "nan", "infinity", "rows", "columns"],
