@@ -22,7 +22,7 @@ ON_LOSS = ("refuse", "fold", "promote", "drop")
 LEFT_OUT, CHANGED = "left out ", "changed "
 """The first words of the lines that report an omitted or changed update; see `Format.write`."""
 
-TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
+TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter", ".h5"}
 """Suffixes of adapters' tensor files; in a folder, all other files are model cards, configs and the like."""
 
 

@@ -9,12 +9,14 @@ from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.formats import FORMATS
+from adapterkit.io.hdf5 import read_hdf5
 from adapterkit.io.ort_adapter import read_ort_adapter
 from adapterkit.io.torch_file import read_torch_file
 
 CASES = sorted(path.parent for path in (VECTORS / "formats").glob("*/*/expected.merged.safetensors"))
 FILES = {
-    "gguf": "adapter.gguf", "loralib": "lora.pt", "olive": "adapter.onnx_adapter", "torchtune": "adapter_model.pt",
+    "gguf": "adapter.gguf", "keras_hub": "adapter.lora.h5", "loralib": "lora.pt", "olive": "adapter.onnx_adapter",
+    "torchtune": "adapter_model.pt",
 }  # fmt: skip
 
 cases = pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
@@ -59,6 +61,8 @@ def test_is_written_again_as_it_was(folder, tmp_path):
         ours, theirs = (read_ort_adapter(file).tensors for file in (again, path))
         assert list(ours) == list(theirs)
         same(*({key: leaf.numpy() for key, leaf in each.items()} for each in (ours, theirs)))
+    elif name == "keras_hub":
+        same(*({key: leaf.numpy() for key, leaf in read_hdf5(file)[0].items()} for file in (again, path)))
     elif name == "mlx":
         assert (again / "adapter_config.json").read_bytes() == (path / "adapter_config.json").read_bytes()
         same(load_file(again / "adapters.safetensors"), load_file(path / "adapters.safetensors"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "spec" / "vectors"
 
-OF_LLAMA = {"megatron", "minlora", "nemo", "olive", "tensorrt_llm"}
+OF_LLAMA = {"keras_hub", "megatron", "minlora", "nemo", "olive", "tensorrt_llm"}
 """Formats with samples for this base."""
 
 BESIDE = ("converted.", "expected.", "forward.")

@@ -78,10 +78,13 @@ def write_base(folder, config, shapes):
 
 FOLDERS = {"adapterhub", "litgpt", "mlx", "peft", "shared_outer", "tensorrt_llm", "tinker"}
 
+OTHERS = {"keras_hub": "a.lora.h5", "nola": "a.pt"}
+"""Formats whose files need a suffix of their own."""
+
 
 def where(folder, name):
     """Return a path for a format's files in a folder."""
     if name in FILES:
         return place(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / (name if name in FOLDERS else "a.pt" if name == "nola" else "a.safetensors")
+    return folder / (name if name in FOLDERS else OTHERS.get(name, "a.safetensors"))

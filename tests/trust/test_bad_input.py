@@ -16,6 +16,7 @@ import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.formats import FORMATS
 from adapterkit.io.gguf_file import read_gguf, write_gguf
+from adapterkit.io.hdf5 import read_hdf5, write_hdf5
 from adapterkit.io.lazy import from_numpy
 from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
@@ -24,7 +25,8 @@ FIRST = {"adapterhub": "lora_bert", "diffusers": "plain", "lycoris": "locon_rs",
 """Which of a format's vectors is spoilt, where it is not the first; LoRA's, where there is one."""
 WITH_BASE = {"gguf", "litgpt", "mlx", "torchtune"}
 FACTOR = re.compile(
-    r"(?i)lora_?[ab]\b|lora_embedding_[ab]|lora[_.](down|up)|linear_(in|out)|hada_w\d_[ab]|\.(down|up)\.weight|\.[ab]$"
+    r"(?i)lora_?[ab]\b|lora_(embedding|kernel)_[ab]|lora[_.](down|up)|linear_(in|out)|hada_w\d_[ab]"
+    r"|\.(down|up)\.weight|\.[ab]$"
 )
 FOREIGN = "zz.of_another.dialect_w1"
 
@@ -152,9 +154,15 @@ def _npz(file, change):
     np.savez(file, **{key: value.numpy() for key, value in change(arrays).items()})
 
 
+def _hdf5(file, change):
+    tensors, _ = read_hdf5(file)
+    arrays = {key: torch.from_numpy(np.array(leaf.numpy())) for key, leaf in tensors.items()}
+    write_hdf5(file, {k: from_numpy(v.numpy()) for k, v in change(arrays).items()}, {})
+
+
 KEYED = {
     ".safetensors": _safetensors, ".pt": _torch, ".bin": _torch, ".lora": _torch, ".gguf": _gguf,
-    ".onnx_adapter": _ort, ".npz": _npz,
+    ".onnx_adapter": _ort, ".npz": _npz, ".h5": _hdf5,
 }  # fmt: skip
 
 

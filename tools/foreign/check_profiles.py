@@ -5,11 +5,11 @@
     python tools/foreign/check_profiles.py check DIR                       the table; exit code 1 where one is wrong
 
 The adapter has an alpha other than its rank, and another rank and scale at one module. `make` writes it as adapterkit
-writes it for each run time, and as it should not be: with a scale of 1 for llama.cpp, as PEFT's folder for the others.
-`run` lets the run time load both on the base, and weights that were merged by the formula in float64, and keeps
-log-probabilities of the next token. `check` compares: the run time must be right with what was written for it, and
-wrong, or refuse, with the other; adapterkit's own merge must be right, too. Keras Hub and Tunix read no adapters of
-other tools, and Ollama refuses adapters: they get the merge.
+writes it for each run time, and as it should not be: with a scale of 1 for llama.cpp and Keras Hub, as PEFT's folder
+for the others. `run` lets the run time load both on the base, and weights that were merged by the formula in float64,
+and keeps log-probabilities of the next token. `check` compares: the run time must be right with what was written for
+it, and wrong, or refuse, with the other; adapterkit's own merge must be right, too. Tunix reads no adapters of other
+tools, and Ollama refuses adapters: they get the merge.
 
 | RUNTIME | packages |
 |---|---|
@@ -90,6 +90,8 @@ def make(folder: Path) -> None:
     ak.write(adapter, folder / "mlx", format="mlx", base=there, on_loss="fold")
     ak.write(adapter, folder / "lora.gguf", format="gguf", base=there, on_loss="fold")
     ak.write(ak.Adapter(unscaled), folder / "unscaled.gguf", format="gguf", base=there, on_loss="fold")
+    ak.write(adapter, folder / "written.lora.h5", format="keras_hub", base=there, on_loss="fold")
+    ak.write(ak.Adapter(unscaled), folder / "unscaled.lora.h5", format="keras_hub", base=there)
     ak.write(adapter, folder / "openvino_genai", format="peft", profile="openvino_genai")
     ak.write(adapter, folder / "executorch", format="peft", profile="executorch")
     few = adapter.replace(updates={target: found for target, found in updates.items() if target.path in FEW})
@@ -300,16 +302,28 @@ def executorch(model_path: Path, adapter: Path | None) -> Any:
     return np.stack([torch.log_softmax(method.execute([row[None]])[0][0].flatten(), -1).numpy() for row in ids])
 
 
+KERAS = [
+    "query", "key", "value", "attention_output", "feedforward_gate_dense", "feedforward_intermediate_dense",
+    "feedforward_output_dense",
+]  # fmt: skip
+"""The layers of Keras Hub's llama that the adapter changes; without them, Keras Hub loads only query and value."""
+
+
 def keras_hub(model_path: Path, adapter: Path | None) -> Any:
     """Keras Hub: it converts folders of transformers."""
     import os
 
     os.environ["KERAS_BACKEND"] = "torch"
+    import h5py
     import keras_hub
     import torch
 
-    assert adapter is None
     model = keras_hub.models.LlamaBackbone.from_preset(str(model_path), dtype="float32")
+    if adapter is not None:
+        with h5py.File(adapter) as file:
+            rank = int(file["lora/vars/rank"][()])
+        model.enable_lora(rank, target_layer_names=KERAS)
+        model.load_lora_weights(str(adapter))
     with torch.no_grad():
         hidden = model({"token_ids": prompts(), "padding_mask": np.ones_like(prompts())})
         return torch.log_softmax(model.token_embedding(hidden, reverse=True)[:, -1].float(), -1).cpu().numpy()
@@ -364,7 +378,8 @@ RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] 
         "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
     }),
     "keras_hub": (keras_hub, {
-        "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
+        "expected": ("merged", None), "base": ("base", None), "otherwise": ("base", "unscaled.lora.h5"),
+        "written": ("base", "written.lora.h5"), "merged": ("ours", None),
     }),
 }  # fmt: skip
 """Run time -> what runs it, and the cases: a model and an adapter."""

@@ -5,8 +5,8 @@
 
 `expected.merged.safetensors` beside a tool's files has the weights that the tool merged.
 
-Run it in an environment with mlx-lm, torchtune, litgpt, loralib, gguf and olive-ai, or with some of them, if they
-conflict. Missing tools are listed and skipped.
+Run it in an environment with mlx-lm, torchtune, litgpt, loralib, gguf, keras-hub and olive-ai, or with some of them, if
+they conflict. Missing tools are listed and skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parents[2]
 DEST = ROOT / "spec" / "vectors" / "formats"
 BASES = ROOT / "spec" / "vectors" / "bases"
-TOOLS = ("gguf", "litgpt", "loralib", "mlx", "olive", "torchtune")
+TOOLS = ("gguf", "keras_hub", "litgpt", "loralib", "mlx", "olive", "torchtune")
 MERGED = "expected.merged.safetensors"
 
 

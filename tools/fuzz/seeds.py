@@ -21,7 +21,7 @@ LARGEST = 400_000
 _BESIDE = ("converted.", "expected.", "forward.")
 """Starts of the names of files that no tool of the format writes."""
 
-_OF_LLAMA = ("gguf", "litgpt", "mlx", "torchtune", "megatron", "minlora", "nemo", "olive", "tensorrt_llm")
+_OF_LLAMA = ("gguf", "keras_hub", "litgpt", "mlx", "torchtune", "megatron", "minlora", "nemo", "olive", "tensorrt_llm")
 _NEEDS = {**dict.fromkeys(_OF_LLAMA, "llama"), "loralib": "loralib"}
 """Formats whose vectors are read beside one of the bases of `spec/vectors/bases`."""
 

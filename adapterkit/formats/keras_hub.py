@@ -1,0 +1,463 @@
+"""Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
+
+A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`. It
+stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
+
+The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all heads:
+
+    change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
+
+The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B into
+`lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole change.
+Both are exact, and both need a larger rank. All other layers take A and B as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError
+from ..io.arrange import block_diagonal, padded, turned, widened, zeros
+from ..io.hdf5 import is_hdf5, read_hdf5, write_hdf5
+from ..io.lazy import DTYPES, Lazy, as_array, as_lazy, bytes_of, check_finite
+from ..methods.lora import LoRA
+from ..naming.heads import Heads, heads_of
+from ..naming.keras_hub import KerasFamily, KerasLayer, families
+from ..naming.tables import TableNames, modules_of
+from ._format import Format
+from ._leftovers import Leftovers, remembered
+from ._one_number import of_no_number
+from ._pairs import DAMAGED, expressible, rank_of, unfit
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import DType
+    from ._pairs import Pair, Pairs, Slots
+
+    Array = np.ndarray[Any, Any]
+
+FORMAT = "keras_hub"
+SUFFIX = ".lora.h5"
+RANK, A_KEY, B_KEY = "lora/vars/rank", "lora_kernel_a", "lora_kernel_b"
+
+MODEL_TYPE = "adapterkit_model_type"
+"""The attribute of the file's root with transformers' `model_type`. Keras ignores it; Keras's own files lack it."""
+
+DEFAULT = ("query", "value")
+"""The layers that `load_lora_weights` adapts by itself. It fails if a file lacks one, and ignores all others."""
+
+MOST_ELEMENTS = 1 << 31
+"""The largest number of elements of B that reading a layer may create; a hostile file could state many heads."""
+
+_FACTORS = {"F16", "F32", "F64"}
+_GIVE = "Give the base, with its config.json: --base (base=)"
+
+
+class KerasHubHints(Leftovers, total=False):
+    """The leftovers of a file: its rank, and the model type."""
+
+    rank: int
+    model_type: str
+
+
+class KerasHub(Format):
+    """LoRA files of Keras Hub's backbones."""
+
+    url = "https://keras.io/keras_hub/api/base_classes/backbone/"
+    description = "Keras Hub: a .lora.h5 file from backbone.save_lora_weights"
+    models = "language"
+    methods = frozenset({"lora"})
+    dtypes = frozenset({"F32", "F64"})
+    file = f"adapter{SUFFIX}"
+
+    def sniff(self, path: Path) -> bool:
+        return path.name.endswith(SUFFIX) and is_hdf5(path)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            tensors, kind = read_hdf5(path, MODEL_TYPE)
+            family, kind = _family(base, kind)
+            rank, layers = _layers(tensors)
+            updates = {t: (u,) for t, u in _decode(family, rank, layers, base)}
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"order": list(tensors), "rank": rank, "model_type": kind}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        if not path.name.endswith(SUFFIX):
+            cure = f"Name the file {path.name.partition('.')[0]}{SUFFIX}"
+            raise UsageError(f"Keras Hub loads only files whose name ends in {SUFFIX}", path=path, cure=cure)
+        hints = remembered(adapter, FORMAT, KerasHubHints)
+        family, kind = _family(base, "")
+        names = TableNames(family.table)
+
+        def why_not(target: Target, update: Pair) -> str:
+            if names.there(target.path) is None:
+                return f"Keras Hub's backbones of {kind} have no layer that can adapt this module"
+            return "its weight is stored as [in, out]" if target.layout != "out *in" else unfit(target, update)
+
+        pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
+        # Convert before folding, so that a scaling does not round to a half-precision type.
+        _check_shapes(pairs, base)
+        pairs, folded = of_no_number(_wide(pairs), dialect="Keras Hub", on_loss=on_loss)
+        held = _by_layer(pairs, names)
+        writer = _Writer(family, held, _Sizes.of(base), hints.get("rank", 1))
+        write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
+        return lines + folded + writer.notes(max(map(rank_of, pairs.values())))
+
+
+def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
+    """Return the family of the base, or of the model type in a file; and the model type.
+
+    Raises:
+        UsageError: neither the base's config nor the file states the model type.
+        Unsupported: the order of the layers of this model type is unknown.
+        Malformed: the file is for a family other than the base's.
+    """
+    config = None if base is None else base.config
+    kind = stored if config is None else str(config.get("model_type", ""))
+    if not kind:
+        why = "the file stores layers by their number; only the base's model type shows which modules they are"
+        raise UsageError(why, where="config.json: model_type", cure=_GIVE)
+    family = families().get(kind)
+    if family is None:
+        cure = f"Known: {', '.join(families())}. Merge the adapter instead: adapterkit merge"
+        raise Unsupported(f"the order of layers in Keras Hub's models of type {kind!r} is unknown", cure=cure)
+    if stored and families().get(stored) is not family:
+        cure = "Is this the base that the adapter was trained on?"
+        raise Malformed(f"the file is for a {stored}, and the base is a {kind}", where=MODEL_TYPE, cure=cure)
+    return family, kind
+
+
+# Reading
+
+
+def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]]]:
+    """Return the file's rank, and the two tensors of each layer by the layer's number.
+
+    Raises:
+        Malformed: the file has an unknown key, an invalid rank, or a layer with only one tensor.
+    """
+    layers: dict[int, dict[str, Lazy]] = {}
+    for key, leaf in tensors.items():
+        if key == RANK:
+            continue
+        match key.split("/"):
+            case ["lora", number, "vars", name] if _is_number(number) and name in (A_KEY, B_KEY):
+                layers.setdefault(int(number), {})[name] = leaf
+            case _:
+                cure = f"Its keys are {RANK} and lora/<number>/vars/{A_KEY} or {B_KEY}"
+                raise Malformed("this is not a key of Keras Hub's LoRA files", where=key, cure=cure)
+    rank = tensors.get(RANK)
+    if rank is None or rank.shape != () or rank.dtype.name not in ("I32", "I64"):
+        raise Malformed("the file has no rank", where=RANK, cure=DAMAGED)
+    value = int(rank.numpy())
+    for index, slots in layers.items():
+        if len(slots) != 2:
+            raise Malformed(f"this layer has only {next(iter(slots))}", where=f"lora/{index}", cure=DAMAGED)
+        other = {leaf.dtype.name for leaf in slots.values()} - _FACTORS
+        if other:
+            why = f"this layer has tensors of dtype {', '.join(other)}"
+            raise Unsupported(why, where=f"lora/{index}", cure=f"Convert them to {', '.join(sorted(_FACTORS))}")
+    if not layers:
+        raise Malformed("the file has no layers", where="lora", cure=DAMAGED)
+    return value, layers
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10 and (text == "0" or text[0] != "0")
+
+
+def _decode(
+    family: KerasFamily, rank: int, layers: Mapping[int, dict[str, Lazy]], base: Checkpoint | None
+) -> Iterator[tuple[Target, LoRA]]:
+    names = TableNames(family.table, None if base is None else modules_of(base.tensors))
+    heads = None if base is None or base.config is None else heads_of(base.config, A_KEY)
+    for number in sorted(layers):
+        found = family.at(number)
+        if found is None:
+            cure = "Is this the base that the adapter was trained on?"
+            raise Malformed(
+                f"{family.name} has no layer with this number that can have LoRA", where=f"lora/{number}", cure=cure
+            )
+        block, own = found
+        layer = family.layers[own]
+        pair: Slots = _pair(layer, layers[number], rank, heads, own, f"lora/{number}")
+        yield Target(names.back(f"{block}.{layer.name}")), LoRA(**pair)
+
+
+def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads | None, own: str, where: str) -> Slots:
+    """Return A and B of a layer.
+
+    Raises:
+        ShapeMismatch: the tensors do not have the shapes of this layer, or the base has other heads.
+    """
+    a, b = slots[A_KEY], slots[B_KEY]
+    right = len(a.shape) == len(layer.axes.split()) and len(b.shape) == 2 and rank > 0 and 0 not in (*a.shape, *b.shape)
+    if not right or a.shape[-1] != rank or b.shape[0] != rank:
+        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; the layer is {layer.name}, the rank {rank}"
+        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
+        raise _other_heads(where, a.shape[:2], heads)
+    if not layer.shares:
+        return {"A": turned(a.reshape(-1, rank)), "B": turned(b)}
+    first = layer.axes == "heads in dim"
+    count, width = (a.shape[0], a.shape[1]) if first else (a.shape[1], a.shape[0])
+    wanted = None if heads is None else (_count(own, heads), heads.dim)
+    if heads is not None and (count, b.shape[1]) != wanted:
+        raise _other_heads(where, (count, b.shape[1]), heads)
+    if count * count * rank * b.shape[1] > MOST_ELEMENTS:
+        why = f"{count} heads with rank {rank} would give a B of {count * b.shape[1]} x {count * rank}"
+        raise Unsupported(
+            why, where=where, cure="Merge the file in Keras Hub, and compare the models: adapterkit extract"
+        )
+    order = (0, 2, 1) if first else (1, 2, 0)
+    A = a.map(lambda values: values.transpose(order).reshape(count * rank, width), (count * rank, width))
+    return {"A": A, "B": block_diagonal([turned(b)] * count)}
+
+
+def _other_heads(where: str, found: tuple[int, ...], heads: Heads) -> ShapeMismatch:
+    why = (
+        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} and {heads.kv} of {heads.dim}"
+    )
+    return ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+
+
+def _count(own: str, heads: Heads) -> int:
+    return heads.query if own == "self_attn.q_proj" else heads.kv
+
+
+# Writing
+
+
+def _wide(pairs: Pairs) -> Pairs:
+    """Convert all factors to float32, or to float64 if one of them is: a file of Keras has one type."""
+    kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
+    kind = "F64" if "F64" in kinds else "F32"
+    return {
+        target: update.replace(A=widened(as_lazy(update.A), kind), B=widened(as_lazy(update.B), kind))
+        for target, update in pairs.items()
+    }
+
+
+def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
+    """Check that updates fit the base's weights: the writer copies their shapes to the same layer of other blocks.
+
+    Raises:
+        ShapeMismatch: an update does not fit.
+        Malformed: a factor holds a NaN or an infinity.
+    """
+    for target, update in pairs.items():
+        weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+        shape = (update.B.shape[0], update.A.shape[1])
+        # The stored tensor of a quantized weight may have another shape.
+        if weight is not None and weight.dtype.floating and weight.shape != shape:
+            why = f"the update is for a weight {list(shape)}, and the base's is {list(weight.shape)}"
+            raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        for name in ("A", "B"):
+            check_finite(update.tensors[name], f"{target}: {update.method}.{name}")
+
+
+def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
+    """Map (number of the block, our name of the module in it) to its update.
+
+    Raises:
+        UsageError: two targets are the same module, with different prefixes.
+    """
+    held: dict[tuple[int, str], Pair] = {}
+    for target, update in pairs.items():
+        foreign = names.there(target.path)
+        assert foreign is not None
+        block, own = str(names.table.back(foreign)).removeprefix("model.layers.").split(".", 1)
+        if (int(block), own) in held:
+            why = "another target of the adapter is the same layer of Keras Hub"
+            raise UsageError(why, where=str(target), cure="Write the two as separate files, or remove one of them")
+        held[int(block), own] = update
+    return held
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The numbers of blocks and heads of the base."""
+
+    blocks: int
+    heads: Heads
+
+    @classmethod
+    def of(cls, base: Checkpoint | None) -> _Sizes:
+        """Read the numbers.
+
+        Raises:
+            UsageError: the base's config does not state them.
+        """
+        assert base is not None
+        config: Mapping[str, object] = base.config or {}
+        inner = config.get("text_config")
+        blocks = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
+        if type(blocks) is not int or blocks < 1:
+            raise UsageError("the base's config does not state num_hidden_layers", where="config.json", cure=_GIVE)
+        return cls(blocks, heads_of(config, "self_attn.q_proj"))
+
+
+class _Writer:
+    """Encodes pairs with scaling 1. Keras Hub adapts a layer in all blocks, so missing pairs become zeros."""
+
+    def __init__(self, family: KerasFamily, held: Mapping[tuple[int, str], Pair], sizes: _Sizes, least: int) -> None:
+        self.family, self.held, self.sizes = family, held, sizes
+        beyond = max(block for block, _ in held)
+        if beyond >= sizes.blocks:
+            why = f"the adapter changes block {beyond}, and the base has {sizes.blocks} blocks"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        self.dtype: DType = as_lazy(next(iter(held.values())).A).dtype
+        adapted = {own for _, own in held}
+        self.adapted = [own for own in family.layers if own in adapted]
+        needs = (self._needs(own, update) for (_, own), update in held.items())
+        self.rank = max(least, *needs)
+
+    def tensors(self) -> dict[str, Lazy]:
+        """Return the tensors of the file, in the order of the numbers in the file."""
+        made = {RANK: _integer(self.rank)}
+        places = [
+            (self.family.number(n, self.family.layers[own]), n, own)
+            for n in range(self.sizes.blocks)
+            for own in self.adapted
+        ]
+        for number, block, own in sorted(places):
+            a, b = self._layer(block, own)
+            made |= {f"lora/{number}/vars/{A_KEY}": a, f"lora/{number}/vars/{B_KEY}": b}
+        return made
+
+    def notes(self, rank: int) -> list[str]:
+        """Return lines about the rank, and about the call that loads the file."""
+        names = [self.family.layers[own].name for own in self.adapted]
+        lines = []
+        if self.rank > rank:
+            why = "the heads of query, key and value share one lora_kernel_b"
+            lines.append(f"the rank grew from {rank} to {self.rank}: in Keras Hub, {why}")
+        if {*names} != {*DEFAULT}:
+            call = f"backbone.enable_lora({self.rank}, target_layer_names={names})"
+            lines.append(f"call {call} before load_lora_weights, which by itself loads only query and value")
+        return lines
+
+    def _needs(self, own: str, update: Pair) -> int:
+        """Return the rank that a pair needs in the file."""
+        layer = self.family.layers[own]
+        if not layer.shares:
+            return rank_of(update)
+        rows, _ = _shared_rows(as_array(update.B), self._heads(own, update))
+        return max(1, min(len(rows), self.sizes.heads.dim))
+
+    def _heads(self, own: str, update: Pair) -> int:
+        """Return the number of heads of a projection, after a check of the pair's shape."""
+        count, heads = _count(own, self.sizes.heads), self.sizes.heads
+        if update.B.shape[0] != count * heads.dim:
+            why = f"B has {update.B.shape[0]} rows, and the base has {count} heads of width {heads.dim}"
+            raise ShapeMismatch(why, where=own, cure="Is this the base that the adapter was trained on?")
+        return count
+
+    def _layer(self, block: int, own: str) -> tuple[Lazy, Lazy]:
+        layer, update = self.family.layers[own], self.held.get((block, own))
+        heads = self.sizes.heads
+        if update is None:
+            out, width = self._shape(own)
+            lead = {
+                "in out": (width,), "heads dim out": (heads.query, heads.dim),
+                "in heads dim": (width, _count(own, heads)), "heads in dim": (_count(own, heads), width),
+            }[layer.axes]  # fmt: skip
+            last = heads.dim if layer.shares else out
+            return zeros((*lead, self.rank), self.dtype), zeros((self.rank, last), self.dtype)
+        A, B = as_lazy(update.A), as_lazy(update.B)
+        if not layer.shares:
+            a = padded(turned(A), self.rank, 1)
+            if layer.axes == "heads dim out":
+                if A.shape[1] != heads.query * heads.dim:
+                    why = f"A has {A.shape[1]} columns, and the base has {heads.query} heads of width {heads.dim}"
+                    raise ShapeMismatch(why, where=own, cure="Is this the base that the adapter was trained on?")
+                a = a.reshape(heads.query, heads.dim, self.rank)
+            return a, padded(turned(B), self.rank, 0)
+        return self._shared(A, B, self._heads(own, update), layer)
+
+    def _shared(self, A: Lazy, B: Lazy, count: int, layer: KerasLayer) -> tuple[Lazy, Lazy]:
+        """Return the tensors of a projection whose heads share `lora_kernel_b`."""
+        dim, width = self.sizes.heads.dim, A.shape[1]
+        first = layer.axes == "heads in dim"
+        shape = (count, width, self.rank) if first else (width, count, self.rank)
+
+        def b() -> Array:
+            import numpy as np
+
+            rows, _ = _shared_rows(as_array(B), count)
+            whole = np.zeros((self.rank, dim), self.dtype.array)
+            if len(rows) > dim:
+                np.fill_diagonal(whole[:dim], 1)
+            else:
+                whole[: len(rows)] = rows
+            return whole
+
+        def a() -> Array:
+            import numpy as np
+
+            rows, places = _shared_rows(as_array(B), count)
+            factor = as_array(A).astype("f8")
+            whole = np.zeros((count, width, self.rank))
+            if len(rows) > dim:
+                change = as_array(B).astype("f8") @ factor
+                whole[:, :, :dim] = change.reshape(count, dim, width).transpose(0, 2, 1)
+            else:
+                for head, row, column in places:
+                    whole[head, :, column] += factor[row]
+            with np.errstate(over="ignore"):
+                made = np.ascontiguousarray(whole if first else whole.transpose(1, 0, 2), self.dtype.array)
+            largest = float(np.abs(whole).max())
+            if not np.isfinite(made).all() or 0 < largest < float(np.finfo(self.dtype.array).smallest_normal):
+                cure = "Write a format that stores A and B, such as adapterkit's own: --to adapterkit"
+                raise Malformed(f"the change is outside the range of {self.dtype}", where=layer.name, cure=cure)
+            return made
+
+        return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
+
+    def _shape(self, own: str) -> tuple[int, int]:
+        """Return [out, in] of a module, by its update in another block."""
+        return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.held.items() if name == own)
+
+
+def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:
+    """Return the different rows that the heads of a B need, and their places.
+
+    Args:
+        B: `[heads * dim, r]`.
+        count: the number of heads.
+
+    Returns:
+        The rows `[n, dim]` that are not zero, and for each use of a row its head, its row of A and its index.
+    """
+    import numpy as np
+
+    by_head = B.reshape(count, -1, B.shape[1]).transpose(0, 2, 1)
+    index: dict[bytes, int] = {}
+    rows: list[Array] = []
+    places: list[tuple[int, int, int]] = []
+    for head, row in np.argwhere(by_head.any(axis=2)):
+        values = by_head[head, row] + 0  # A negative zero becomes zero.
+        at = index.setdefault(values.tobytes(), len(rows))
+        if at == len(rows):
+            rows.append(values)
+        places.append((int(head), int(row), at))
+    return (np.stack(rows) if rows else np.zeros((0, by_head.shape[2]), B.dtype)), places
+
+
+def _computed(shape: tuple[int, ...], dtype: DType, compute: Callable[[], Array]) -> Lazy:
+    return Lazy(shape, dtype, lambda: bytes_of(compute()))
+
+
+def _integer(value: int) -> Lazy:
+    return Lazy((), DTYPES["I64"], lambda: value.to_bytes(8, "little", signed=True))

@@ -1,0 +1,165 @@
+"""Read and write HDF5 files of plain tensors, as Keras writes weights: no filters, no links, no other files.
+
+Only the headers are read with h5py. The data of a tensor is one run of bytes in the file, and is read without h5py. All
+features of HDF5 that lead to other files or expand data are refused: soft and external links, external storage, virtual
+and compressed tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import AdapterkitError, Corrupt, Malformed, Unsupported, storage_error
+from .atomic import replacing
+from .inputs import open_input
+from .lazy import DTYPES, Lazy, Span, as_array
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MAGIC = b"\x89HDF\r\n\x1a\n"
+
+MOST_OBJECTS = 1 << 16
+"""The largest number of groups and tensors in a file."""
+
+LONGEST_TEXT = 256
+"""The largest size, in bytes, of a text attribute that is read."""
+
+_KINDS = {DTYPES[name].numpy: DTYPES[name] for name in ("F16", "F32", "F64", "I32", "I64", "U8")}
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file starts like an HDF5 file. Needs no h5py."""
+    try:
+        with open_input(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, AdapterkitError):
+        return False
+
+
+def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
+    """Read the tensors of an HDF5 file lazily.
+
+    Args:
+        path: the file.
+        attribute: the name of a text attribute of the file's root.
+
+    Returns:
+        The tensors by their path in the file, such as `lora/9/vars/lora_kernel_a`; and the text of the attribute, empty
+        if the file does not have it.
+
+    Raises:
+        Malformed: the path is not a regular file.
+        Corrupt: the file is damaged, or a tensor extends beyond the end of the file.
+        Unsupported: h5py is not installed, or the file has links, filters, other files' data or an unknown dtype.
+        StorageError: the file cannot be read.
+    """
+    h5py = _h5py()
+    try:
+        with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            with h5py.File(file, "r") as root:
+                tensors = {name: _tensor(h5py, path, name, node, size) for name, node in _walk(h5py, root)}
+                return tensors, _text(root, attribute)
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise storage_error(error, path) from error
+        raise _corrupt(path, error) from error
+    except (RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors with their paths; follow only hard links, and visit no group twice."""
+    waiting, seen, count = [("", root)], set[int](), 0
+    while waiting:
+        where, group = waiting.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:  # Hard links can form a cycle.
+            raise Unsupported("this group has two names", where=where, cure=_AGAIN)
+        seen.add(address)
+        for name in group:
+            place, count = f"{where}/{name}" if where else name, count + 1
+            if count > MOST_OBJECTS:
+                raise Unsupported(f"the file has more than {MOST_OBJECTS} names", where=where, cure=_AGAIN)
+            link = group.get(name, getlink=True)
+            if type(link) is not h5py.HardLink:
+                kind = "a link to another file" if type(link) is h5py.ExternalLink else "a soft link"
+                raise Unsupported(f"this is {kind}", where=place, cure=_AGAIN)
+            node = group[name]
+            if isinstance(node, h5py.Group):
+                waiting.append((place, node))
+            elif isinstance(node, h5py.Dataset):
+                yield place, node
+            else:
+                raise Unsupported("this is neither a group nor a tensor", where=place, cure=_AGAIN)
+
+
+def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> Lazy:
+    """Return a lazy tensor that reads the bytes of a dataset from the file."""
+    if node.is_virtual or node.external or node.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
+        why = "the tensor is compressed, in chunks, or in another file"
+        raise Unsupported(why, where=where, cure="Save it as one plain run of numbers, as Keras does")
+    dtype = _KINDS.get(node.dtype.str if node.dtype.itemsize > 1 else f"|{node.dtype.str[1:]}")
+    if dtype is None or node.shape is None:
+        raise Unsupported(f"the tensor has dtype {node.dtype}", where=where, cure=f"Save it as {', '.join(_NAMES)}")
+    count = 1
+    for length in node.shape:
+        count *= int(length)
+    offset = node.id.get_offset()
+    if offset is None or offset < 0 or offset + count * dtype.itemsize > size:
+        raise Corrupt("the tensor extends beyond the end of the file", where=where, cure=_AGAIN)
+    return Lazy(tuple(map(int, node.shape)), dtype, None, Span(os.fspath(path), offset, count * dtype.itemsize))
+
+
+def _text(root: Any, name: str) -> str:
+    """Return a text attribute of the root; empty if it is absent, or not a short text of fixed length."""
+    if not name or name not in root.attrs:
+        return ""
+    held = root.attrs.get_id(name)
+    if held.dtype.kind != "S" or held.shape != () or held.dtype.itemsize > LONGEST_TEXT:
+        raise Malformed("the attribute is not a short text", where=name, cure=_AGAIN)
+    return bytes(root.attrs[name]).decode("ascii", "replace")
+
+
+def write_hdf5(path: Path, tensors: Mapping[str, Lazy], attributes: Mapping[str, str]) -> None:
+    """Write an HDF5 file atomically.
+
+    Args:
+        path: the file.
+        tensors: the tensors by their path in the file; groups are created as needed.
+        attributes: ASCII texts, stored at the root.
+
+    Raises:
+        Unsupported: h5py is not installed.
+        StorageError: the file cannot be written.
+    """
+    import numpy as np
+
+    h5py = _h5py()
+    with replacing(path) as file, h5py.File(file, "w") as root:
+        for name, text in attributes.items():
+            root.attrs[name] = np.bytes_(text)
+        for name, leaf in tensors.items():
+            root.create_dataset(name, data=as_array(leaf))
+
+
+def _h5py() -> ModuleType:
+    try:
+        import h5py
+    except ImportError:
+        raise Unsupported("HDF5 files need h5py, which is not installed", cure="pip install h5py") from None
+    return cast("ModuleType", h5py)
+
+
+def _corrupt(path: Path, error: Exception) -> Corrupt:
+    return Corrupt(f"h5py cannot read the file: {error}", path=path, cure=_AGAIN)
+
+
+_AGAIN = "Save the file again with the tool that made it"
+_NAMES = ("F16", "F32", "F64")
