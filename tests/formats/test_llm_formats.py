@@ -404,10 +404,11 @@ def test_what_a_consumer_cannot_run_is_refused_by_name(profile, tmp_path):
         ak.write(head, tmp_path, "peft", profile=profile, base=base_for(profile))
 
 
-def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(tmp_path):
+@pytest.mark.parametrize("profile", ["openvino_genai", "maxtext"])
+def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(profile, tmp_path):
     """B @ A alone is the change; read back, the file is the same function with alpha equal to r."""
     adapter = llama(scaling=3.5)
-    lines = ak.write(adapter, tmp_path, "peft", profile="openvino_genai")
+    lines = ak.write(adapter, tmp_path, "peft", profile=profile)
     assert len(lines) == len(adapter.updates)
     tensors = ak.io.safetensors.read(tmp_path / "adapter_model.safetensors")
     for path, delta in deltas(adapter).items():
@@ -416,7 +417,7 @@ def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 2
     same(deltas(adapter), deltas(ak.read(tmp_path)), 1e-6)
-    assert not ak.write(llama(scaling=1.0), tmp_path / "plain", "peft", profile="openvino_genai")
+    assert not ak.write(llama(scaling=1.0), tmp_path / "plain", "peft", profile=profile)
 
 
 def test_executorch_gets_zeros_for_layers_without_an_update(tmp_path):
