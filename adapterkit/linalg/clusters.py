@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 """scikit-learn's stopping tolerance for the centers' movement, relative to the mean variance of the columns."""
 
 CLOSE = 2e-6
-"""Squared distances are a tie if they differ by less than this, relative to the largest: float32 cannot order them."""
+"""The largest relative difference between two squared distances that counts as a tie: float32 cannot order them."""
 
 
 def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:

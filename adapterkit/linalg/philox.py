@@ -17,7 +17,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 CHUNK = 1 << 16
-"""The number of random numbers in memory together; drawing is twice as fast if they fit in a core's cache."""
+"""The number of random numbers drawn at a time; drawing is twice as fast if they fit in a core's cache."""
 
 
 def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:

@@ -25,6 +25,6 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
 
-    A gate computes one factor for keys and values, or a factor for each. The result is `[batch, 2, heads, n, d]`.
+    A gate computes one factor for both keys and values, or one for each. The result is `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class AdaptionPrompt(ContextUpdate):
     """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to the heads' outputs; all heads share one gate, or each has its own.
 
-    If `projected` is false, the sum is added after the projection that mixes the heads instead of before it. PEFT does
-    this for GPT-2.
+    If `projected` is false, this term is added after the projection that mixes the heads, not before the projection.
+    PEFT does this for GPT-2.
     """
 
     place = "attention"

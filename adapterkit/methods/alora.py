@@ -1,4 +1,4 @@
-"""Activated LoRA: y' = y + scaling * B @ A x, beginning with the last invocation in a row.
+"""Activated LoRA: y' = y + scaling * B @ A x, from the last invocation in each row of the batch to the row's end.
 
 Greenewald et al. 2025, https://arxiv.org/abs/2504.12397. An invocation is a given sequence of token ids. Positions
 before the last invocation, and rows without an invocation, keep the base's output. So a cache that the base computed is

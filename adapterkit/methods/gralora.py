@@ -2,8 +2,8 @@
 
 Jung et al. 2025, https://arxiv.org/abs/2505.20355
 
-Each block has rank q, so that the g blocks of a slice of inputs have r = g * q ranks together. The hybrid form adds a
-LoRA of the whole weight.
+Each block has rank q, and the g blocks of one slice of inputs together have rank r = g * q. The hybrid form adds a LoRA
+of the whole weight.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
-groups, so the change cannot be merged. n is, for each output, the norm over all channels of the change plus W, where W
-is zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A in
+groups, so the change cannot be merged. For each output, n is the norm of W plus the change over all channels; W counts
+as zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A in
 the shape of W, where B' is B read row by row as `[out / groups, r]`. With one group, both are DoRA's norm.
 """
 

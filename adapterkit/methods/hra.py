@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class HRA(WeightUpdate):
-    """Reflects W at the columns of `u` in sequence, or with `gram_schmidt` at all together: W - 2 W @ U @ U^T."""
+    """Reflects W at one column of `u` at a time or, with `gram_schmidt`, at all at once: W - 2 W @ U @ U^T."""
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2405.17484"

@@ -28,7 +28,7 @@ class Invertible(OutputUpdate):
 
     paper = "https://arxiv.org/abs/2005.00052"
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="kernel == 0", meaning="the channels are not the last axis of a convolution"),
+        Rule(require="kernel == 0", meaning="the target is a convolution, whose channels are not the last axis"),
         Rule(
             when="not reverse",
             require="first + second == out",

@@ -61,7 +61,7 @@ class OFTPatches(OutputUpdate):
         given = x.shape[-3] if len(layer.shape) > 2 else channels
         # Check only integers: in an exported graph, the size may be unknown.
         if isinstance(given, int) and given != channels:
-            cure = "Merge it into the weight as method oft, which PEFT's own merge does, or remove this layer"
+            cure = "Convert the update to the method oft and merge that, as PEFT's own merge does, or remove this layer"
             why = f"the patches have {given} channels, but the convolution's groups have {channels}"
             raise Unsupported(why, cure=cure)
         if high * wide == 1:

@@ -3,7 +3,7 @@
 Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
 The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). It also covers prefixes
-that a network computed and whose output is stored, as in PEFT's files.
+that a network computed, if the file stores the network's output, as PEFT's files do.
 """
 
 from __future__ import annotations

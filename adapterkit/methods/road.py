@@ -34,7 +34,11 @@ class RoAd(WeightUpdate):
             error="Malformed",
             meaning="a group has an odd number of outputs",
         ),
-        Rule(require="size * 2 % variant == 0", where="theta", meaning="the number of angles does not fit whole pairs"),
+        Rule(
+            require="size * 2 % variant == 0",
+            where="theta",
+            meaning="the number of angles does not match a whole number of outputs",
+        ),
         Rule(define="out", value="size * 2 // variant", where="theta"),
     )
 

@@ -79,7 +79,7 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return each distinct way to map a name to the base, with (naming of the name, naming of the base)."""
+        """Return every distinct way to map a name to the base, with two namings: the name's and the base's."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
         # Also try the name with prefixes that the base lacks. If the base is one part of a model, its names lack the
@@ -153,8 +153,8 @@ class FamilyNames:
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has exact names of the family. If so, a prefix is removed only if the base has no
-                name with the prefix, and has all of the prefix's names without it.
+            in_part: whether the base has some of the family's names without any change. If so, a prefix is changed only
+                if that maps every name with this prefix to the base, and the base has none of these names unchanged.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}

@@ -122,9 +122,10 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the only candidate that differs from `off` just by added or just by dropped words.
+    """Return a list with the only candidate that merely adds words to `off`, or merely drops words from it.
 
-    The candidate must also keep words of `off` that every other candidate lacks. Otherwise the list is empty.
+    The list is empty unless exactly one candidate does so. It is also empty if this candidate keeps no words of `off`
+    but `model` and `transformer`, or if another candidate keeps all words that this one keeps.
 
     Video-LLaVA has two towers of the same shape: `image_tower.vision_model.` becomes `image_tower.`, not
     `video_tower.`.

@@ -1,6 +1,6 @@
 """Translate names between MLX-LM's models and the models on a hub.
 
-Most differences are experts, which MLX-LM stacks.
+Most differences concern experts, whose tensors MLX-LM stacks.
 
 The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the base.
 Without a base, all families that have a name are tried. These families must agree on names of experts; other names stay
@@ -124,7 +124,7 @@ def _common() -> Iterator[Architecture]:
 
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
-    """List (family, templates); the templates are the names, in every naming, of the weights that MLX-LM renames."""
+    """List (family, templates): for each weight that MLX-LM renames, the templates of its name in all namings."""
     found = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same(each, weight)]

@@ -80,7 +80,8 @@ class Resolution:
     """The result of mapping an adapter's names to a base.
 
     Attributes:
-        moves: a map from each name in the adapter to the parts' destinations in the base.
+        moves: a map from each name in the adapter to the destinations of its parts in the base. There is one part,
+            unless the base stores the target in several tensors.
         missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
         prefixes: the changes of prefix that were used, as (removed, added).

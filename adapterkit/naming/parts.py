@@ -16,7 +16,10 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""Kinds of parts -> part -> words in prefixes that name the part. Parts of one kind may have the same shapes."""
+"""A map from each kind of part to the parts of this kind, each with the words in prefixes that name the part.
+
+Parts of one kind may have the same shapes.
+"""
 
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
@@ -55,7 +58,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether `on` only lacks words of `off`, or else lacks no word of `off` but `model` and `transformer`."""
+    """Whether the change from `off` to `on` only drops words, or drops at most the words `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)

@@ -262,8 +262,8 @@ class Places:
     """The slots of a stack that a route's rows use.
 
     Attributes:
-        token: the value of `SETTINGS.token` before the adapters' switches were read.
-        active: the scope's `active` at the same time.
+        token: the value of `SETTINGS.token`, read before the adapters' switches.
+        active: the value of `Scope.active` at that moment.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
         padded: `[used * most]`, the rows of each used slot; a slot with fewer than `most` rows repeats its first row.

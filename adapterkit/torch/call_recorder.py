@@ -35,7 +35,10 @@ class KeyValueCache(Protocol):
 
 
 class Recording(threading.local):
-    """One thread's arguments of a call, and its own Shadow networks: functional_call exchanges their parameters."""
+    """The arguments of one thread's call, and the thread's Shadow networks.
+
+    Threads cannot share the networks, because functional_call exchanges their parameters.
+    """
 
     def __init__(self) -> None:
         self.words: Mapping[str, object] = {}
@@ -49,7 +52,7 @@ class Recording(threading.local):
 
 
 class CallRecorder:
-    """Keep the inputs that one adapter's updates ask for, for the length of a call."""
+    """Keep the inputs that one adapter's updates ask for, until the call ends."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
@@ -67,8 +70,8 @@ class CallRecorder:
         """Return the inputs of the call in progress."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # In a backward pass, return the last call's inputs: a checkpointed block runs again there, on CUDA in
-            # another thread.
+            # In a backward pass, return the last call's inputs: a checkpointed block is run again during the pass (on
+            # CUDA, in another thread).
             words = self.last
         return dict(words)
 

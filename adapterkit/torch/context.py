@@ -213,7 +213,7 @@ def _at_attention(
 def _with_prompts(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], words: Words
 ) -> object:
-    """Run an attention and add to its output what the same queries read from the prompts."""
+    """Run an attention, and add to its output the attention of the same queries over the prompts."""
     heads, x = heads_of(module), words["hidden_states"]
     assert isinstance(x, Tensor)
     out = forward(**words)

@@ -638,9 +638,9 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return a hook to which the earlier parts of `hook` can be attached, after all of them were detached.
+    """Return the hook to which the parts that were detached from `hook` can be attached again.
 
-    Returns None if another tool has put a forward on the module, or removed one, since then.
+    Returns None if another tool has put a forward on the module, or removed one, since the parts were detached.
 
     Args:
         hook: a hook without parts.

@@ -63,7 +63,7 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
-    # With a frozen A (LoRA-FA), autograd keeps x A^T here instead of x, so less than the functions below keep.
+    # With a frozen A (LoRA-FA), autograd keeps only x A^T here. That is less than x, which the functions below keep.
     if most > SMALL and (A.requires_grad or not B.requires_grad):
         return None
     y = functional.linear(x, W, b)

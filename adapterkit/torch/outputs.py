@@ -1,4 +1,4 @@
-"""Run updates of outputs: offer any module's call, with its residual and norm, through the interface that they use.
+"""Run updates of outputs: wrap any module's call, with its residual and norm, in the interface that the updates use.
 
 A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
 Then the output before the residual is computed by running the module on a residual of 0 and skipping its norm.
@@ -212,7 +212,10 @@ class ModuleCall:
         return h if whole or self.given is None else h - self.given
 
     def ended(self, y: Tensor) -> object:
-        """Return the module's result with another output; if it returns several values, the output is the first."""
+        """Return the module's result with its output replaced by `y`.
+
+        If the module returns several values, only the first is replaced.
+        """
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
             y = y.to(self.dtype)  # Float32 factors made y wider than the module's own output.
         return y if self.rest is None else (y, *self.rest)

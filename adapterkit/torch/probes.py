@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ForwardProbe:
-    """Check, at the module's next call, whether another tool's forward, which replaced the hook's, calls the hook.
+    """At the module's next call, check whether another tool's forward calls the hook that this forward replaced.
 
     Args:
         hook: the hook.

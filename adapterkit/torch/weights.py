@@ -13,7 +13,7 @@ from ..io.lazy import for_formulas
 from ..naming.binding import fold, view
 
 Change = tuple[float, Sequence[tuple[Target, Sequence[Update]]]]
-"""The weight of an adapter, and its targets at one parameter with their updates, all in order."""
+"""(weight of the adapter, its targets at one parameter, each with its updates in the order of application)."""
 
 Formula = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 """A function that applies the updates of one target to a stored weight or bias."""

@@ -27,7 +27,7 @@ _LIBRARIES = {
     "sentence_transformers": ("auto_model", "model", "0"),  # `model` since its version 5.
     "trl": ("pretrained_model",),  # Models with a value head.
 }
-"""Library -> the attributes of its modules that hold the wrapped module."""
+"""A map from each library to the attributes of its modules that hold the wrapped module."""
 
 
 def unwrapped(model: nn.Module, path: str) -> str:

@@ -1,8 +1,8 @@
 """Match two adapters for the same mixture of experts, without the base.
 
 One adapter changes stacks of experts, the other adapter changes single experts. The names and shapes of the adapter
-with single experts replace those of the missing base. The functions try every family whose file has both namings; all
-families that fit must agree.
+with single experts replace those of the missing base. The functions try every family whose file has names for both the
+stacks and the single experts; all families that fit must agree.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def _out_of_groups(size: int, config: Config, target: Target) -> Array:
 
 
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
-    """Return the ratio queries : keys : values of the rows of a fused projection, as three integers."""
+    """Return the ratio of query rows to key rows to value rows in a fused projection, as three integers."""
     heads = heads_of(config, str(target))
     return heads.query, heads.kv, heads.kv
 

@@ -133,8 +133,8 @@ class Bound:
 
     Attributes:
         sites: the stored tensors of the targets, in the adapter's order. A target that is split has several sites.
-        origins: for each site, the target in the adapter; for a stack joined from single experts, the first expert's
-            target.
+        origins: for each site, the target in the adapter. For a stack that was joined from single experts, it is the
+            target of the first expert.
         missing: the targets that the base does not have.
         rules: the rules that were used.
         renamed: the first change of prefix that was used, as (removed, added).
@@ -161,7 +161,8 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target that has only output updates may be any module: one that contains stored tensors, or one of `modules`.
+    A target whose updates all change the module's output need not have a weight. The target may be any module that
+    contains stored tensors, or that is listed in `modules`.
 
     Args:
         adapter: the adapter.
