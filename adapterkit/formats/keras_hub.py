@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from ..io.arrange import block_diagonal, padded, turned, widened, zeros
 from ..io.hdf5 import is_hdf5, read_hdf5, write_hdf5
 from ..io.lazy import DTYPES, Lazy, as_array, as_lazy, bytes_of, check_finite
@@ -97,7 +97,10 @@ class KerasHub(Format):
             cure = f"Name the file {path.name.partition('.')[0]}{SUFFIX}"
             raise UsageError(f"Keras Hub loads only files whose name ends in {SUFFIX}", path=path, cure=cure)
         hints = remembered(adapter, FORMAT, KerasHubHints)
-        family, kind = _family(base, "")
+        try:
+            family, kind = _family(base, "")
+        except Unsupported as error:
+            raise Unrepresentable(error.why, cure=error.cure) from None
         names = TableNames(family.table)
 
         def why_not(target: Target, update: Pair) -> str:
@@ -112,7 +115,9 @@ class KerasHub(Format):
         held = _by_layer(pairs, names)
         writer = _Writer(family, held, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
-        return lines + folded + writer.notes(max(map(rank_of, pairs.values())))
+        # An adapter that was read from such a file loads by the same call as that file.
+        notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
+        return lines + folded + notes
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:

@@ -72,7 +72,12 @@ def attributes(adapter):
 
 
 VECTORS = [folder for folder in EVERY if folder.parent.name in FORMATS]
-ONE_EACH = [next(f for f in VECTORS if f.parent.name == name) for name in sorted({f.parent.name for f in VECTORS})]
+# The heads of Keras Hub's files share B, so its writer makes other factors of the same change, which
+# tests/formats/test_keras_hub.py compares.
+ONE_EACH = [
+    next(f for f in VECTORS if f.parent.name == name)
+    for name in sorted({f.parent.name for f in VECTORS} - {"keras_hub"})
+]
 
 
 @pytest.mark.parametrize("folder", ONE_EACH, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
