@@ -15,7 +15,6 @@ from adapterkit.errors import (
     Malformed,
     ShapeMismatch,
     Unrepresentable,
-    Unrepresentable,
     Unsupported,
     UsageError,
 )
