@@ -188,7 +188,7 @@ def other_base(tmp_path, **fields):
 
 
 def test_an_unknown_model_type_is_refused_by_name(path, tmp_path):
-    with pytest.raises(Unrepresentable, match="'falcon'.*adapterkit merge"):
+    with pytest.raises(Unrepresentable, match=r"'falcon'.*adapterkit merge"):
         ak.write(llama(scaling=1.0), path, "keras_hub", other_base(tmp_path, model_type="falcon"))
 
 
