@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .reporting.report import AdapterReport
     from .scanning import scan
     from .scanning.findings import Scan
-    from .searching import search
+    from .searching import TextData, search
     from .searching.result import Search
     from .writing import write
 
