@@ -16,11 +16,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def method_and_settings(default: str | None) -> Callable[[F], F]:
-    """Add the options `--method` and `--set`."""
+    """Add the options `--method`, `--set` and `--data`."""
     said = f"; {default} if absent" if default else ""
 
     def decorated(command: F) -> F:
         for option in (
+            click.option(
+                "--data", metavar="FILE", multiple=True,
+                help="Texts for methods that learn from data: one per line, JSON Lines with a 'text' field, or "
+                "'builtin'. Repeat it to give each adapter its own. Requires a base.",
+            ),
             click.option(
                 "--set", "parameters", multiple=True, metavar="NAME=VALUE",
                 help="Set a parameter of --method to a number, a word, or a YAML list or mapping. Repeatable.",
@@ -34,14 +39,6 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
         return command
 
     return decorated
-
-
-data_option = click.option(
-    "--data", metavar="FILE", multiple=True,
-    help="Texts for methods that learn from data: one per line, JSON Lines with a 'text' field, or 'builtin'. "
-    "Repeat it to give each adapter its own. Needs --base.",
-)  # fmt: skip
-"""The option `--data` of commands that combine."""
 
 
 def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:

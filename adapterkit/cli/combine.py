@@ -15,15 +15,7 @@ import click
 
 from . import _options, _writing
 from ._allocator import keep_freed_memory
-from ._combining import (
-    combination,
-    data_option,
-    learned_data,
-    method_and_settings,
-    named_by,
-    recipe_of,
-    recipe_option,
-)
+from ._combining import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
 from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
 
@@ -36,7 +28,6 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="A...", nargs=-1)
 @method_and_settings(default="linear")
 @_options.weights
-@data_option
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",

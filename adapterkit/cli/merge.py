@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._combining import (
-    combination,
-    data_option,
-    learned_data,
-    method_and_settings,
-    named_by,
-    recipe_of,
-    recipe_option,
-)
+from ._combining import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
@@ -42,7 +34,6 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", metavar="OUT", help="Folder, file or hub URI to write. Required, except with --plan.")
 @_options.weights
 @method_and_settings(default=None)
-@data_option
 @recipe_option
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",

@@ -277,20 +277,26 @@ def test_projections_that_are_packed_into_one(fused, tmp_path):
             ak.onnx.inject(path, shift, tmp_path / "bad.onnx", base_weights=tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_changes_of_recurrent_layers(kind, tmp_path):
-    """As torch's legacy exporter writes them: two directions, two layers, torch's own order of gates lost."""
-    torch.manual_seed(0)
-    made = getattr(torch.nn, kind)(16, 8, num_layers=2, bidirectional=True, batch_first=True)
+def exported_recurrent(made, path):
+    """Export a recurrent module by torch's legacy exporter; return a model that yields only its sequence of outputs."""
     whole = torch.nn.ModuleDict({"rnn": made}).eval()
     whole.forward = lambda x: whole.rnn(x)[0]
-    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             whole, (torch.tensor(X),), str(path), dynamo=False, opset_version=17, input_names=["x"],
             dynamic_axes={"x": {0: "batch", 1: "length"}},
         )  # fmt: skip
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_changes_of_recurrent_layers(kind, tmp_path):
+    """As torch's legacy exporter writes them: two directions, two layers, torch's own order of gates lost."""
+    torch.manual_seed(0)
+    made = getattr(torch.nn, kind)(16, 8, num_layers=2, bidirectional=True, batch_first=True)
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    whole = exported_recurrent(made, path)
     save_file(whole.state_dict(), tmp_path / "base.safetensors")
     updates, changed = {}, ("weight_ih_l0", "weight_hh_l0_reverse", "weight_ih_l1_reverse", "weight_ih_l0_reverse")
     with torch.no_grad():
@@ -325,15 +331,8 @@ def test_biases_of_recurrent_layers(kind, biased, tmp_path):
     """IA3 scales a bias, too; the graph stores the biases of both directions, inputs and states in one tensor."""
     torch.manual_seed(0)
     made = getattr(torch.nn, kind)(16, 8, bidirectional=True, batch_first=True, bias=biased)
-    whole = torch.nn.ModuleDict({"rnn": made}).eval()
-    whole.forward = lambda x: whole.rnn(x)[0]
     path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            whole, (torch.tensor(X),), str(path), dynamo=False, opset_version=17, input_names=["x"],
-            dynamic_axes={"x": {0: "batch", 1: "length"}},
-        )  # fmt: skip
+    whole = exported_recurrent(made, path)
     updates, names = {}, ["ih_l0", "hh_l0", "hh_l0_reverse"]
     with torch.no_grad():
         for name in names:
