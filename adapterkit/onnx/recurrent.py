@@ -66,8 +66,7 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        # argsort inverts the permutation, from ONNX's order of gates to torch's.
-        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
+        copy, order = held_apart(cls.operand_of(node)), GATES_BACK[node.op_type]
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
     @property
@@ -117,18 +116,18 @@ class Recurrent(Layer):
     @classmethod
     def detached_bias(cls, node: ir.Node, held: ir.Value) -> Callable[[], Array]:
         """Return a function that returns the present bias, even after the node was changed."""
-        copy, order = held_apart(held), np.argsort(GATES[node.op_type])
+        copy, order = held_apart(held), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.own_half()], order)
 
     @classmethod
     def changed_bias(cls, node: ir.Node, held: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Return a function that computes the stacked biases, with this weight's bias changed by `f`."""
-        copy, order = held_apart(held), np.array(GATES[node.op_type])
+        copy, order, back = held_apart(held), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)
             own = np.split(stacked[cls.direction], 2)[cls.own_half()]  # A view, so writing to it changes `stacked`.
-            own[:] = _reordered(f(_reordered(own, np.argsort(order))), order)
+            own[:] = _reordered(f(_reordered(own, back)), order)
             return stacked
 
         return make
@@ -163,11 +162,11 @@ class Recurrent(Layer):
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
-        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
+        copy, order, back = held_apart(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)
-            W = _reordered(stacked[cls.direction], np.argsort(order))
+            W = _reordered(stacked[cls.direction], back)
             stacked[cls.direction] = _reordered(f(W), order)
             return stacked
 
@@ -184,8 +183,8 @@ class Recurrent(Layer):
         return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
 
 
-def _reordered(W: Array, order: Array) -> Array:
-    gates: Array = W.reshape(len(order), -1)[order]
+def _reordered(W: Array, order: Sequence[int]) -> Array:
+    gates: Array = W.reshape(len(order), -1)[list(order)]
     return gates.reshape(W.shape)
 
 
