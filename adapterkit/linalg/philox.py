@@ -7,8 +7,6 @@ in torch.
 
 from __future__ import annotations
 
-from typing import cast
-
 from .namespace import N, namespace, summed
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -77,7 +75,8 @@ def _term(coefficients: N, seeds: N, stream: int, first: int, count: int) -> N:
         return weighed(coefficients)
     from torch.utils.checkpoint import checkpoint
 
-    return cast(N, checkpoint(weighed, coefficients, use_reentrant=False))
+    summed: N = checkpoint(weighed, coefficients, use_reentrant=False)
+    return summed
 
 
 def _device(array: object) -> object:

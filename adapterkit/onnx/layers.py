@@ -660,7 +660,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     assert W is not None
     third = shape_of(W)[1] // 3
     # By default, queries, keys and values have equal sizes.
-    ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
+    ends = [int(end) for end in np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)]
     branch, kind = Branch(building, node.name or "attention"), np.dtype(np.float32) if packed else element_type(W)
     if packed:  # MatMulIntegerToFloat reads scales and zero points in another order.
         order = [x, W, *((*node.inputs, *[None] * 5)[at] for at in (3, 4, 6, 7)), bias]

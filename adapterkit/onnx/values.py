@@ -402,13 +402,19 @@ class Symbols:
         return _each("Erf", np.vectorize(math.erf), x)
 
     def sum(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        return x.sum(axis=axis, keepdims=keepdims)
+        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        made: Operand = reducible.sum(axis=axis, keepdims=keepdims)
+        return made
 
     def mean(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        return x.mean(axis=axis, keepdims=keepdims)
+        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        made: Operand = reducible.mean(axis=axis, keepdims=keepdims)
+        return made
 
     def max(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        return x.max(axis=axis, keepdims=keepdims)
+        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        made: Operand = reducible.max(axis=axis, keepdims=keepdims)
+        return made
 
     def cumulative_sum(self, x: Operand, axis: int) -> Operand:
         return x.cumsum(axis)
