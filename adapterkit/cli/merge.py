@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._combining import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
+from ._options import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
 from .verify import record_of, verdict

@@ -28,8 +28,8 @@ def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int,
     """Run `adapterkit.ui.server.serve`."""
     from ..ui.server import serve
     from . import adapterkit
-    from ._completion import PATHS
-    from ._stages import busy
+    from ._progress import busy
+    from .completion import PATHS
 
     def started(address: str) -> None:
         # Do not use `show`: it removes secrets, such as the key in this address.

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array, DType
     from ..io.strict_json import JsonValue
-    from ..ops.criteria import Criterion
     from ..ops.resizing import Cut, Report
+    from ..ops.sketching import Criterion
     from .execute import Progress
 
 
@@ -65,7 +65,7 @@ def remainder_of(
         report: a function that is called with a `Cut` for each weight.
         progress: a function that is called with (bytes done, total bytes).
     """
-    from ..ops.criteria import Criterion
+    from ..ops.sketching import Criterion
 
     stage("decomposing what rounding lost")
     stored = dequantized(merged)

@@ -14,9 +14,8 @@ from ..linalg.namespace import summed
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
-from .at_base import additive, check_kind
 from .building import balanced, low_rank, of_several
-from .lowering import Change, loaded
+from .lowering import Change, additive, check_kind, loaded
 from .lowrank import svd
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Step
 from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
-from ..errors import Unsupported
+from ..errors import AdapterkitError, Unrepresentable, Unsupported
 from ..io.computed import held
-from ..io.lazy import DTYPES, dtype_named
+from ..io.lazy import DTYPES, Lazy, NotComputed, as_lazy, dtype_named
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.lazy import DType, Lazy, Shape
+    from ..io.lazy import Buffer, DType, Leaf, Shape
 
+if TYPE_CHECKING:
     Hold = Callable[[Array, DType], Lazy]
 
 
@@ -116,3 +117,53 @@ def _filled(array: Array, rank: int, axis: int) -> Array:
     widths = [(0, 0), (0, 0)]
     widths[axis] = (0, rank - array.shape[axis])
     return np.pad(array, widths)
+
+
+# Describe a combination's result before it is computed, so that a format can refuse the result early.
+
+
+def unread(leaf: Leaf) -> Lazy:
+    """Return a placeholder with the tensor's shape and dtype, which cannot be read."""
+    known = as_lazy(leaf)
+    return unknown(known.shape, known.dtype)
+
+
+def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
+    """Return a placeholder for a tensor that is not computed yet; it cannot be read."""
+
+    def fetch() -> Buffer:
+        raise NotComputed
+
+    return Lazy(tuple(shape), dtype, fetch)
+
+
+def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
+    """Replace all tensors of the updates by placeholders that cannot be read."""
+    return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
+
+
+def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
+    """Check that a format can store a result, before the result is computed.
+
+    Args:
+        outline: an adapter with the result's lineage, and updates from `blank`.
+        write: a function that writes an adapter to a temporary folder. Writers check updates before they read any
+            tensor.
+        what: the format and the method, for messages.
+
+    Raises:
+        Unrepresentable: the format cannot store some updates; the message names the first.
+    """
+    try:
+        write(outline)
+    # The writer accepted the outline: it tried to read a tensor.
+    except NotComputed:
+        return
+    except Unrepresentable as error:
+        first = f": {error.items[0]}" if error.items else f": {error.why}"
+        more = f" (and {len(error.items) - 1} more)" if len(error.items) > 1 else ""
+        cure = "Write --to adapterkit (format='adapterkit'), or leave them out by --on-loss drop (on_loss='drop')"
+        raise Unrepresentable(f"{what}{first}{more}", cure=cure) from None
+    except AdapterkitError as error:
+        error.path = None
+        raise

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
-from .conversions import compute_dtype
-from .leaves import LiveUpdates
+from .leaves import LiveUpdates, compute_dtype
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .scopes import Switch
 from .structure import embedding_of, heads_of, is_encoder_decoder, sizes_of

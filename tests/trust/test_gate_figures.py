@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 import adapterkit as ak
 from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
 from adapterkit.gating.inputs import texts_of
-from adapterkit.gating.null import null_adapter
 from adapterkit.gating.result import AdapterEffect, KeptEffect, ModulePart, Thresholds
+from adapterkit.gating.runner import null_adapter
 from adapterkit.gating.verdicts import checks_of
 from adapterkit.io.checkpoint import open_checkpoint
 

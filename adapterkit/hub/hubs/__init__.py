@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from ...core.registry import Registry
 from ...errors import UsageError, nearest
-from ..remote import Remote
-from ..uris import Address, Uri, check_name, scheme_of
+from ..remote import Address, Remote, Uri, check_name, scheme_of
 from ._filesystems import filesystem
 
 HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remote)

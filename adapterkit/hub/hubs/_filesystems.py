@@ -10,9 +10,8 @@ from functools import cache, cached_property
 from typing import Any
 
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported, UsageError
-from ..remote import Remote, RemoteFile
-from ..retries import Passing
-from ..uris import Address, Uri, address
+from ..remote import Address, Remote, RemoteFile, Uri, address
+from ..web import Passing
 
 
 class Listing(Remote):

@@ -39,7 +39,7 @@ class SubspaceBoosting(PlugIn):
         import numpy as np
 
         from ..lowrank import whole_core
-        from ._spectra import leading
+        from ._changes import leading
 
         merged = self.inner.matrix(deltas, weights, at)
         # This run only collects statistics for the combiner `then`; its result is ignored.

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import whole
-from ._combiner import PlugIn
-from ._pairs import checked_pairs
+from ._combiner import PlugIn, checked_pairs
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._changes import whole
+from ._changes import leading, whole
 from ._combiner import PlugIn
-from ._spectra import leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array

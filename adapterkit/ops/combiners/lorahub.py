@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from ...linalg.namespace import summed
 from ._changes import mixed
-from ._combiner import parameter
+from ._combiner import checked_pairs, parameter
 from ._learned import Learned
-from ._pairs import checked_pairs
 
 if TYPE_CHECKING:
     from ...core.adapter import Target

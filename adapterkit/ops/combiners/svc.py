@@ -35,7 +35,7 @@ class SVC(PlugIn):
         import numpy as np
 
         from ..lowrank import whole_core
-        from ._spectra import leading
+        from ._changes import leading
 
         merged = self.inner.matrix(deltas, weights, at)
         # This run only collects statistics for the combiner `then`; its result is ignored.

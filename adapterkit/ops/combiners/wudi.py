@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ._changes import whole
 from ._combiner import Spectral, parameter
+from ._entrywise import Scaled
 from ._learned import Adam
-from ._scaled import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array
