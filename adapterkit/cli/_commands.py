@@ -439,7 +439,7 @@ class Commands(click.Group):
             cure = nearest(args[0], known) or f"Known: {', '.join(known)}"
             raise UsageError(f"no such command {args[0]!r}", cure=cure)
         from ..io.stages import detail
-        from ._defaults import for_command
+        from ._options import for_command
         from ._progress import STAGES
 
         name, command, rest = super().resolve_command(ctx, args)

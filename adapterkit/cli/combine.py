@@ -127,7 +127,7 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
     from tempfile import TemporaryDirectory
 
     from ..formats import FORMATS
-    from ..ops.building import check_writable
+    from ..ops.lowering import check_writable
     from ..writing import write
 
     with TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from shlex import quote
 
 import click
 
-from ..core.collection import collection_off
+from ..core.adapter import collection_off
 from . import _options
 from ._graphs import graph_in, is_graphs
 from ._render import (

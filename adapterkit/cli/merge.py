@@ -265,7 +265,7 @@ def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.
     """
-    from ..gating.inputs import texts_of
+    from ..gating.models import texts_of
     from ..merging.requantize import TEXTS
 
     texts_of(calibration)

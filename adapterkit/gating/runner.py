@@ -27,9 +27,8 @@ from ..naming.binding.bases import check_base
 from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 from ..quant import dequantized, is_quantized
-from .inputs import Inputs, inputs_for, texts_of
-from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds
-from .verdicts import checks_of, verdicts_of
+from .models import Inputs, inputs_for, texts_of
+from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds, checks_of, verdicts_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
     from ..merging.planned import Plan
     from ..ops.lowering import Change, Delta
     from .models import Adapted, Graph, ModelOutput, Run, StateSums
+
+    Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
 
 RANK = 8
 """The rank of the random change if the adapter's change has full rank."""
@@ -140,10 +142,6 @@ def _torch(array: Array) -> torch.Tensor:
 
     return torch.from_numpy(array.astype("float32"))
 
-
-if TYPE_CHECKING:
-    Base = Checkpoint | str | PathLike[str]
-    Source = Adapter | str | PathLike[str]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which the models can run."""

@@ -17,9 +17,8 @@ from ..io.computed import load
 from ..io.stages import stage
 from ..naming.binding import view
 from ..naming.binding.bases import identity_of
-from ..ops.building import balanced, low_rank, result_type
 from ..ops.differences import frobenius, left
-from ..ops.lowering import Change
+from ..ops.lowering import Change, balanced, low_rank, result_type
 from ..ops.prefetch import ahead, most_workers, one_blas_thread
 from ..quant import Dequantized, dequantized
 from .arrays import NumpyArrays, Workspace

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate
-from ..core.updates.kinds import Composed
+from ..core.updates import Additive, Composed, OutputUpdate, Update, WeightUpdate
 from ..errors import AdapterkitError, Unsupported
 from ..io.lazy import as_array
 from ..methods.dense import Dense

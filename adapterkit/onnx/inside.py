@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from ..core.updates import OutputUpdate, Update
-from ..core.updates.kinds import Composed
+from ..core.updates import Composed, OutputUpdate, Update
 from ..errors import Unsupported
 from .layers import BEFORE, weight_at
 from .norms import groups_of

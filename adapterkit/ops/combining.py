@@ -24,14 +24,13 @@ from ..methods.lora import LoRA
 from .algebra import summed_at
 from .alignment import places, side_by_side, source_adapter
 from .blocks import Blocks
-from .building import balanced, blank, dense, low_rank, of_several, result_type, unknown
 from .combiners import COMBINERS
 from .combiners._combiner import made
 from .combiners._entrywise import Entrywise
 from .combiners._learned import Learned, WeightTrial
 from .context import Census, FormulaContext
 from .differences import errors_at
-from .lowering import Delta, Weights
+from .lowering import Delta, Weights, balanced, blank, dense, low_rank, of_several, result_type, unknown
 from .parameters import Asked, one_of, peft_result, resolved
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
 from .resizing import Cut
@@ -43,9 +42,8 @@ if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import DType, Shape
     from .alignment import AlignedPlace, Source
-    from .building import Hold
     from .combiners._combiner import Combiner, Value
-    from .lowering import Base, Change
+    from .lowering import Base, Change, Hold
     from .parameters import Setting
     from .resizing import Report
     from .sketching import Decomposition
@@ -288,7 +286,7 @@ class Evaluation:
         """Return the combined change of a weight."""
         import numpy as np
 
-        from .combiners._changes import whole
+        from .combiners._combiner import whole
 
         weights = self._present(place, at)
         if len(place.shape) == 1:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import Shape
     from .blocks import Blocks
-    from .combiners._combiner import Combiner
 
 
 class Census:
@@ -187,7 +186,7 @@ class FormulaContext:
     learned: Array | None = None
     base: Callable[[], Array] = _no_base
 
-    def each(self, method: Combiner, name: str) -> list[Any]:
+    def each(self, method: object, name: str) -> list[Any]:
         """Return the value of a parameter for each present adapter."""
         own = [self.overrides[t] if self.overrides else {} for t in self.present]
         return [values.get(name, getattr(method, name)) for values in own]

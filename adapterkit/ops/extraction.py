@@ -37,9 +37,8 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import resolve
 from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
-from .building import balanced, low_rank, result_type
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
-from .lowering import Change
+from .lowering import Change, balanced, low_rank, result_type
 from .prefetch import ahead, most_workers, one_blas_thread
 from .resizing import Cut, seed_of
 from .sketching import Criterion, dominant, first
@@ -54,11 +53,12 @@ if TYPE_CHECKING:
     from .resizing import Report
     from .sketching import Decomposition
 
-# Approximate a matrix's difference by LoHa, LoKr or SHiRA.
-
-
-if TYPE_CHECKING:
     Form = Callable[[Array, Criterion, int, DType], Additive]
+
+    Progress = Callable[[int, int], Any]
+    Weights = Checkpoint | str | PathLike[str]
+
+# Approximate a matrix's difference by LoHa, LoKr or SHiRA.
 
 
 SWEEPS = 12
@@ -163,11 +163,6 @@ FORMS: Mapping[str, Form] = {"loha": loha, "lokr": lokr, "shira": shira}
 
 
 # Extract an adapter.
-
-
-if TYPE_CHECKING:
-    Progress = Callable[[int, int], Any]
-    Weights = Checkpoint | str | PathLike[str]
 
 
 def extract(

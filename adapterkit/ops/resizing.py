@@ -17,9 +17,8 @@ from ..errors import UsageError
 from ..io.stages import stage
 from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
-from .building import balanced, low_rank, result_type
 from .differences import errors_at
-from .lowering import Change, Delta
+from .lowering import Change, Delta, balanced, low_rank, result_type
 from .lowrank import distance, svd
 from .prefetch import one_blas_thread
 from .sketching import Criterion, dominant, first

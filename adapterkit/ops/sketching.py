@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from ..io.computed import Array
 
-if TYPE_CHECKING:
     Decomposition = tuple[Array, Array, Array]
+
 
 SMALL = 384
 """Matrices whose smaller side is at most this number are decomposed exactly."""

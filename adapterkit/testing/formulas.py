@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import Leaf
 
+    Guise = Callable[[list[Adapter], int], tuple[list[Adapter], int]]
+
 
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
     """Return an update of a linear layer with random numbers in all trained tensors.
@@ -222,9 +224,6 @@ def _wide(leaf: Leaf) -> Leaf:
     assert isinstance(leaf, torch.Tensor)
     return leaf.double() if leaf.is_floating_point() else leaf
 
-
-if TYPE_CHECKING:
-    Guise = Callable[[list[Adapter], int], tuple[list[Adapter], int]]
 
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3

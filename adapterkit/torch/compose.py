@@ -327,7 +327,7 @@ class Chain(ComposedBlock):
     """Apply the children in sequence: each sees the layer as the earlier children change it."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        from ..core.updates.kinds import Composed
+        from ..core.updates import Composed
 
         *before, last = self.present
         for child in before:

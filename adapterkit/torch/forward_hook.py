@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import order_counts
-from ..core.updates import Additive, Update
-from ..core.updates.kinds import Composed
+from ..core.updates import Additive, Composed, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
 from .bypass import ForwardProbe, inner_slot, note_call, slot_of, unwatch_reads, value_in, watch_reads

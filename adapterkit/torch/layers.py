@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.adapter import Adapter
-from ..core.updates import Additive, Update
-from ..core.updates.kinds import Composed
+from ..core.updates import Additive, Composed, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
 from ..formats.peft.compose import DROPOUTS
 from .leaves import casts_layerwise

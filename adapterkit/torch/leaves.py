@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from ..io.lazy import Leaf as Value
 
-if TYPE_CHECKING:
     Device = torch.device | str | int
+
 
 PREFIX = "adapterkit:"
 """The start of the names of registered tensors; it is not a valid Python identifier, so it clashes with no

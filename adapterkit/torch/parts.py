@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.adapter import Target
-from ..core.updates import OutputUpdate, Update
-from ..core.updates.kinds import Composed
+from ..core.updates import Composed, OutputUpdate, Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from .layers import Layer, moved
 from .leaves import LiveUpdates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -159,6 +160,41 @@ def embedding_of(module: nn.Module) -> nn.Module:
         why = f"a {type(module).__name__} does not say which module embeds its tokens"
         raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
     return found
+
+
+HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
+WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""The names, in attentions, of the number of heads of the keys, and of the width of a head."""
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module passes keys and values to the function that its config names."""
+    own = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
+    return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def key_sizes(module: nn.Module) -> dict[str, int]:
+    """Return `heads` and `d` of an attention's keys, and the `width` of its input, as far as they are known."""
+    config = module.config
+    grouped = getattr(config, HEADS[0], None)
+    heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
+    d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
+    found = {"heads": heads, "d": d, "width": getattr(config, "hidden_size", None)}
+    return {name: int(size) for name, size in found.items() if size}
+
+
+def positions_of(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the attention with the relative positions that the attention at `path` uses: in T5, the first one."""
+    if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
+        return None
+    tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
+    return max(tables.items(), key=lambda item: _shared(item[0], path), default=("", None))[1]
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many names two paths share from the start."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)
 
 
 # Convert between a module's name in the base and its name under wrappers.

@@ -13,8 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, dataclass
 from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ...linalg.namespace import namespace
-from ..shapes import Axes, Dims, tensor
-from .rules import DAMAGED, Rule, apply_rules, attribute, check_attribute, check_fits, misplaced, plain, repeated
+from ..shapes import (
+    DAMAGED,
+    Axes,
+    Dims,
+    Rule,
+    apply_rules,
+    attribute,
+    check_attribute,
+    check_fits,
+    misplaced,
+    plain,
+    repeated,
+    tensor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +34,8 @@ if TYPE_CHECKING:
 
     from ...io.lazy import Leaf
     from ...io.strict_json import JsonValue
+
+    Random = Callable[[tuple[int, ...]], torch.Tensor]
 
 
 class Layer(Protocol):
@@ -88,10 +102,6 @@ class Layer(Protocol):
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
         """Return the layer's output if `hidden(x)` were h. If `whole` is false, add neither residual nor norm."""
         ...
-
-
-if TYPE_CHECKING:
-    Random = Callable[[tuple[int, ...]], torch.Tensor]
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
 from ..remote import RemoteFile, Uri
 from ..web import CHUNK, MAX_TOLD, PASSING, Passing, begins_at, range_header
-from ._filesystems import Listing, unknown
+from . import Listing, unknown
 from .hf import HuggingFace
 
 

@@ -42,7 +42,7 @@ from ..web import (
     offline,
     range_header,
 )
-from ._filesystems import Listing, unknown
+from . import Listing, unknown
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from ...native import loops
 from ..blocks import Blocks
-from ._changes import whole
-from ._combiner import Combiner, parameter
+from ._combiner import Combiner, parameter, whole
 
 if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
     from ..lowering import Delta
 
-# Drop entries of changes at random, in place, in a compiled loop. `drop` below does the same with numpy.
+    Formula = Callable[[Array, slice], Array]
+    Mask = Callable[[Array, slice], tuple[Array | None, Array | float]]
+
+# Drop entries of changes at random, in place, in a compiled loop. `by_numpy` below does the same with numpy.
 #
 # With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time is spent on
 # sorting rows and drawing numbers, each with several steps over whole arrays. The loop does all steps row by row, and
@@ -81,10 +83,6 @@ def _pointer(D: Array) -> ctypes.c_void_p:
 
 # The base classes.
 
-
-if TYPE_CHECKING:
-    Formula = Callable[[Array, slice], Array]
-    Mask = Callable[[Array, slice], tuple[Array | None, Array | float]]
 
 COUNTS = ("reference", "floor", "at_least_one")
 SIGNS = ("none", "total", "frequency")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._changes import leading, polar
-from ._combiner import Spectral, parameter
+from ._combiner import Spectral, leading, parameter, polar
 from ._entrywise import DENSITY, Scaled
 
 if TYPE_CHECKING:

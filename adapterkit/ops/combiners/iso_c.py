@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._changes import leading
-from ._combiner import Spectral, parameter
+from ._combiner import Spectral, leading, parameter
 from ._entrywise import Scaled
 
 if TYPE_CHECKING:

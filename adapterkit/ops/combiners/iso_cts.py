@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._changes import joined, leading
-from ._combiner import Spectral, parameter
+from ._combiner import Spectral, joined, leading, parameter
 from ._entrywise import Scaled
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...linalg.namespace import summed
-from ._changes import mixed
-from ._combiner import checked_pairs, parameter
+from ._combiner import checked_pairs, mixed, parameter
 from ._learned import Learned
 
 if TYPE_CHECKING:
