@@ -57,7 +57,7 @@ def test_entries_are_those_of_numpy(seed, columns, kinds, density, epsilon, resc
         own["density"] = max(density, 0.1)
     method = COMBINERS[name](**own)
     at = FormulaContext(Q, changes.shape[1:], (0, 3), seed=seed)
-    whole = Blocks([ak.ops.combiners._changes.whole(D) for D in changes])
+    whole = Blocks([ak.ops.combiners._combiner.whole(D) for D in changes])
     rows = slice(first, first + len(kinds))
     with np.errstate(over="ignore", invalid="ignore"):
         ours = method._kept(whole, at)(changes.copy(), rows)
