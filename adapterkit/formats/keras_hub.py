@@ -1,46 +1,120 @@
-"""Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
-
-A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`. It
-stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
-
-The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all heads:
-
-    change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
-
-The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B into
-`lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole change.
-Both are exact, and both need a larger rank. All other layers take A and B as they are.
-"""
+"""Provide the numbers, names and kernel axes of layers in Keras Hub's backbones, from spec/keras_hub.toml."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from ..io.arrange import block_diagonal, padded, turned, widened, zeros
 from ..io.hdf5 import is_hdf5, read_hdf5, write_hdf5
+from ..io.inputs import read_input
 from ..io.lazy import DTYPES, Lazy, as_array, as_lazy, bytes_of, check_finite
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
-from ..naming.keras_hub import KerasFamily, KerasLayer, families
-from ..naming.tables import TableNames, modules_of
+from ..naming.tool_names import NameTable, TableNames, modules_of
 from ._format import Format
-from ._leftovers import Leftovers, remembered
-from ._one_number import of_no_number
-from ._pairs import DAMAGED, expressible, rank_of, unfit
+from ._kit import DAMAGED, Leftovers, expressible, of_no_number, rank_of, remembered, unfit
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import DType
-    from ._pairs import Pair, Pairs, Slots
+    from ._kit import Pair, Pairs, Slots
 
     Array = np.ndarray[Any, Any]
+
+
+class KerasLayer(NamedTuple):
+    """A layer of a block.
+
+    Attributes:
+        name: its name in Keras Hub, such as `query`.
+        offset: its number, counted from the block's own number.
+        axes: the axes of its kernel, such as `in heads dim`.
+    """
+
+    name: str
+    offset: int
+    axes: str
+
+    @property
+    def shares(self) -> bool:
+        """Whether all heads share the layer's B: B has the kernel's last axis, the width of a head."""
+        return self.axes.endswith("dim")
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    model_types: list[str]
+    first: int
+    stride: int
+    modules: dict[str, tuple[str, int, str]]
+
+
+@dataclass(frozen=True)
+class KerasFamily:
+    """The backbones of Keras Hub whose layers have the same order.
+
+    Attributes:
+        name: the name in spec/keras_hub.toml.
+        record: the entry of the file.
+    """
+
+    name: str
+    record: _Record
+
+    @cached_property
+    def layers(self) -> Mapping[str, KerasLayer]:
+        """The layers by our name of the module in a block, such as `self_attn.q_proj`."""
+        return {own: KerasLayer(*layer) for own, layer in self.record.modules.items()}
+
+    @cached_property
+    def table(self) -> NameTable:
+        """A table from our names to the number of the block and the layer's name, as in `{n}.query`."""
+        return NameTable({f"model.layers.{{n}}.{own}": f"{{n}}.{layer.name}" for own, layer in self.layers.items()})
+
+    def number(self, block: int, layer: KerasLayer) -> int:
+        """Return the number of a layer in files."""
+        return self.record.first + self.record.stride * block + layer.offset
+
+    def at(self, number: int) -> tuple[int, str] | None:
+        """Return the block and our module name for a number in a file; None if that layer has no LoRA."""
+        block, offset = divmod(number - self.record.first, self.record.stride)
+        own = next((own for own, layer in self.layers.items() if layer.offset == offset), None)
+        return None if own is None or block < 0 else (block, own)
+
+
+@cache
+def families() -> Mapping[str, KerasFamily]:
+    """Return the families by transformers' `model_type`."""
+    installed = Path(__file__).parent / "data" / "keras_hub.toml"
+    file = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "keras_hub.toml"
+    records = msgspec.toml.decode(read_input(file), type=dict[str, _Record])
+    made = [KerasFamily(name, record) for name, record in records.items()]
+    return {kind: family for family in made for kind in family.record.model_types}
+
+
+# Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
+#
+# A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`.
+# It stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
+#
+# The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all
+# heads:
+#
+#     change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
+#
+# The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B
+# into `lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole
+# change. Both are exact, and both need a larger rank. All other layers take A and B as they are.
+
 
 FORMAT = "keras_hub"
 SUFFIX = ".lora.h5"

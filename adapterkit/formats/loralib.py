@@ -17,17 +17,27 @@ from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable,
 from ..io.arrange import joined, part
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
-from ..naming.litgpt import is_litgpt
+from ..naming.tool_names import is_litgpt
+from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_one_alpha
-from ._pairs import DAMAGED, Pairs, check_factors, grouped, rank_of, stored_layout, unfit
-from ._state_dicts import keys_of, load, read_settings, save, write_settings
+from ._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    grouped,
+    in_order,
+    of_one_alpha,
+    rank_of,
+    remembered,
+    stored_layout,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "loralib"
 SETTINGS = "loralib.json"

@@ -22,9 +22,9 @@ from ..io.checkpoint import read_json
 from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
+from ._containers import save, write_settings
 from ._format import LEFT_OUT, Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._state_dicts import save, write_settings
+from ._kit import Leftovers, in_order, remembered
 
 if TYPE_CHECKING:
     from ..core.updates import Update

@@ -21,7 +21,7 @@ from ..io.lazy import as_lazy
 from ..io.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ..methods import METHODS
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
+from ._kit import Leftovers, in_order, remembered
 from .adapterkit import MAX_RECORD, ForeignRecord, decode_record, encode_record
 from .olive import has_olives_names
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, UsageError
+from ..io.inputs import is_gguf
 from ..io.lazy import as_torch, files_kept_open
-from ..io.magic_bytes import is_gguf
 from ..quant import dequantized, is_quantized
 from .measuring import ModelOutput, output_of, run_torch
 

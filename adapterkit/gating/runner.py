@@ -18,7 +18,7 @@ from ..io.locations import exists, located, path_text
 from ..io.stages import stage
 from ..merging import plan
 from ..merging.vocabulary import parse_vocab
-from ..naming.binding.bases import check_base
+from ..naming.binding.fitting import check_base
 from ..quant import dequantized, is_quantized
 from .inputs import Inputs, inputs_for, texts_of
 from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds

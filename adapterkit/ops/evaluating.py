@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..errors import UsageError
-from ..io.computed import held
-from ..io.spool import Spool
+from ..io.computed import Spool, held
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .algebra import summed_at

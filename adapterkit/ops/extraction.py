@@ -26,12 +26,10 @@ from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
 from ..naming.binding import view
-from ..naming.binding.bases import check_tuned, identity_of
-from ..naming.binding.fitting import paths_of
-from ..naming.layouts import stored_in_out
+from ..naming.binding.fitting import check_tuned, identity_of, paths_of
+from ..naming.moves import Names, stored_in_out
 from ..naming.renames import parse_renames
 from ..naming.resolver import resolve
-from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion

@@ -17,7 +17,7 @@ from ..errors import Corrupt, NetworkError, UsageError, first_line, public, stor
 from ..io.checkpoint import PREFIX, fingerprint, opened
 from ..io.locations import check_exists
 from ..io.stages import stage
-from ..naming.binding.bases import relation
+from ..naming.binding.fitting import relation
 from .bundles import DISTRUST, SignatureBundle, read_bundle
 from .keys import model_signing, verifier
 from .signing import linked_folders, settled

@@ -16,7 +16,7 @@ from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import AdapterkitError, UnknownFormat, first_line, public
 from ..formats import detect, read
 from ..io.checkpoint import opened
-from ..naming.binding.bases import merge_record
+from ..naming.binding.fitting import merge_record
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter

@@ -120,8 +120,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     """Return, for each format, the way in which it can store the adapter, judged by methods and kind of model."""
     from ..formats import FORMATS
     from ..methods import METHODS
-    from ..naming.image import component_of
-    from ..naming.patterns import shape
+    from ..naming.image import component_of, shape
 
     # Blocks have the same names, so checking one block is enough.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()

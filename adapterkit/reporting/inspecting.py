@@ -161,7 +161,7 @@ def inspected(
     from ..formats._others import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
 
     graph = graph_file(src)
     if graph is not None and (graph == src or not _is_adapter(Path(src))):
@@ -275,7 +275,7 @@ def _layers(
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
     """Return the rules that map the adapter's names to the base's names, or the reason why the adapter does not fit."""
     from ..errors import AdapterkitError
-    from ..naming.binding.tables import name_map
+    from ..naming.binding.fitting import name_map
 
     try:
         found = name_map(base, adapter, rename=rename)
@@ -416,7 +416,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     A lazy tensor of a quantized GGUF weight is only bytes, so its shape and type are read from the header.
     """
     from ..io.gguf_file import read_model
-    from ..io.magic_bytes import is_gguf
+    from ..io.inputs import is_gguf
 
     headers = {file.name: read_model(file) for file in base.files if is_gguf(file)}
     records = []

@@ -22,7 +22,7 @@ from ..core.adapter import Adapter
 from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import Unsupported, UsageError
-from ..formats.peft.compose import DROPOUTS
+from ..formats.peft.spelling import DROPOUTS
 from .layers import Layer, WeightDifference
 
 if TYPE_CHECKING:

@@ -13,16 +13,15 @@ from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, Unsupported, UsageError, nearest
 from ...io.lazy import DTYPES, Lazy, at_once
 from ...naming.image import families, families_with, rooted
-from ...naming.stored_names import WRAPPERS
+from ...naming.moves import WRAPPERS
 from .._format import Departure, Format
-from .._padding import lora_among_zeros, refused
-from . import container
+from .._trained import lora_among_zeros, refused
 from .bundles import PREFIX, ImageBundle, split
 from .deciding import FAMILY, Origin, check_said, denoiser_targets
-from .file import AGAIN, ImageKey, ImageModule, Rules, rules_for
+from .file import AGAIN, ImageKey, ImageModule, Rules, load_tensors, rules_for, save_tensors
 from .hints import ImageLeftovers
-from .laws import decode
 from .placing import check_biases, placed
+from .slots import decode
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
@@ -30,9 +29,8 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from .._format import LayerFacts
-    from .container import Metadata
     from .deciding import Origin
-    from .file import ImageUpdate
+    from .file import ImageUpdate, Metadata
     from .hints import ImageHints
     from .translate import Changed, Losses
 
@@ -139,7 +137,7 @@ class ImageFormat(Format, ABC):
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
         """Return the reason why this format's files cannot express an update at a target; empty if they can."""
-        from .encode import why_not
+        from .slots import why_not
 
         return why_not(update, rules)
 
@@ -162,7 +160,7 @@ class ImageFormat(Format, ABC):
     ) -> Adapter:
 
         try:
-            tensors, metadata = container.load(self.chosen(path))
+            tensors, metadata = load_tensors(self.chosen(path))
             adapter = decoded(self, tensors, of_family(metadata, family), compat, base)
             if family is not None:
                 check_family(adapter, family)
@@ -179,7 +177,7 @@ class ImageFormat(Format, ABC):
         tensors, metadata, lines = encoded(self, adapter, there, on_loss, base)
         if not there.parent.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
-        container.save(there, tensors, metadata)
+        save_tensors(there, tensors, metadata)
         return lines
 
     def switch(self, stem: str) -> str:

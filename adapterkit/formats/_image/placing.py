@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...core.adapter import Target, Updates
@@ -11,17 +13,26 @@ from ...core.updates import Update
 from ...errors import Malformed, TargetNotFound, nearest
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
-from ...naming.image import ROOTS, rooted
-from .deciding import Origin, families_in
-from .file import AGAIN, ImageModule
+from ...naming.image import (
+    ROOTS,
+    ImageFamily,
+    Piece,
+    beside,
+    component_of,
+    encoders,
+    families,
+    families_of,
+    flatten,
+    in_other_words,
+    is_xl,
+    rooted,
+)
+from .deciding import Origin, complete, families_in, likely, narrowed, said
+from .file import AGAIN, ImageModule, inputs_of
 from .translate import in_naming
-from .underscores import modules_of
 
 if TYPE_CHECKING:
-    from ...core.adapter import Target, Updates
-    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
-
 
 _DENOISERS = ("unet", "transformer")
 
@@ -109,3 +120,299 @@ def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> 
                 )
                 for target in party[own]
             )
+
+
+# Find the modules whose dotted names kohya and LyCORIS flattened: they replaced all dots with underscores.
+#
+# Each flattened name is compared with the flattened module names of the base. Without a base, it is compared with the
+# tables of known families. A name that fits no module or several modules is an error.
+
+
+STEM = re.compile(
+    r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lora_prior_(?:unet|te)|lycoris)_(.+)"
+)
+
+_PARTS = {
+    "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
+    "Hunyuan_video_I2V_lora": ("transformer",),
+    "lora_prior_unet": ("unet",), "lora_prior_te": ("text_encoder",),
+    "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
+    "lycoris": ("unet", "transformer", "text_encoder"),
+}  # fmt: skip
+"""A map from the prefix of a flattened name to the pipeline's components that the prefix may mean."""
+
+_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
+"""Prefixes of flattened names of modules in the U-Net or the transformer."""
+
+_FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
+"""A map from a prefix to the only family whose trainer writes this prefix."""
+
+_ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
+"""A map from a model's name in a file's metadata to the component that is this model's T5."""
+
+
+def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
+    """Return the dotted path of each module, by the module's flattened name (its stem).
+
+    Args:
+        modules: the modules of the file, by stem.
+        metadata: the file's metadata.
+        base: the base whose module names are compared, or None.
+
+    Raises:
+        TargetNotFound: a stem fits no module, or several modules; the error names the nearest module.
+    """
+    known = list(modules)
+    walked = None if base is None else _walked(base)
+    words = {stem: _words(stem) for stem in known}
+    third = _third(words.values(), metadata)
+    found: dict[str, str] = {}
+    for stem, (tag, flat) in words.items() if walked is not None else ():
+        if here := _here(stem, tag, flat, walked or {}):
+            found[stem] = here
+    rest = {stem: words[stem] for stem in known if stem not in found}
+    of_base = () if base is None else families_in(base)
+    sizes = inputs_of(module for stem, module in modules.items() if words[stem][0] in _DENOISER)
+    found |= _together(rest, words, metadata, None if base is None else of_base, sizes)
+    return {stem: found.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
+
+
+def _together(
+    rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
+    of_base: Collection[str] | None, sizes: Collection[int],
+) -> dict[str, str]:  # fmt: skip
+    """Return the dotted paths of all stems in the denoiser if one family has all of them; otherwise an empty dict.
+
+    Args:
+        rest: a map from each stem that is not resolved yet to (prefix, flattened name).
+        words: a map from every stem to (prefix, flattened name); the stems of text encoders help to choose the family.
+        metadata: the file's metadata.
+        of_base: the possible families of the base; None without a base.
+        sizes: the input sizes of the denoiser's adapted weights.
+
+    Raises:
+        TargetNotFound: several families have all stems, but for modules with different paths.
+    """
+    inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
+    if not inside:
+        return {}
+    component = {part for stem in inside for part in _PARTS[words[stem][0]]}
+    readings = {family: _reading(family, inside) for family in families() if family.component in component}
+    fitting = [family for family, reading in readings.items() if reading]
+    if not fitting:
+        return {}
+    fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = likely(fitting, (), (), Origin(families=tuple(of_base or ()), metadata=metadata))
+    tags = {words[stem][0] for stem in inside}
+    own = {_FAMILIES.get(tag) for tag in tags}
+    fitting = narrowed(
+        fitting, lambda family: family.name in own or not tags.isdisjoint(family.facts.prefixes.values())
+    )
+    fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
+    if any(words[stem][0] == "oft_unet" for stem in inside):
+        fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
+    fitting = narrowed(fitting, lambda family: said(family, metadata))
+    kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
+    fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
+    # Compare the sizes of inputs: FLUX.2 and HunyuanVideo 1.5 have names of FLUX and HunyuanVideo, but other sizes.
+    fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
+    fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
+    first = readings[fitting[0]]
+    # With a base, targets are translated to the base's names later. Then the families only have to agree on the names
+    # in diffusers.
+    same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
+    for family in () if same else fitting[1:]:
+        odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
+        if odd is not None:
+            why = f"the name fits {first[odd]} of {fitting[0].title}, and {readings[family][odd]} of {family.title}"
+            raise TargetNotFound(why, where=odd, cure=_DECIDE)
+    return first
+
+
+_DECIDE = "Name the family with --family (family=), or give the base with --base (base=), to use its names"
+
+
+def _kind(flat: str) -> str:
+    """Return the kind of text encoder that has a module with this flattened name; empty if no known kind has it."""
+    return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
+
+
+def _kinds(family: ImageFamily) -> set[str]:
+    return {encoder.kind for encoder in family.facts.encoders.values()}
+
+
+def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
+    paths = [rooted(path)[1] for path in reading.values()]
+    naming = family.naming_of(paths)
+    return tuple(family.moves(path, naming, "diffusers") for path in paths)
+
+
+def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
+    """Return the path of each stem, by the family's first naming that has all stems; empty if no naming has all."""
+    if not all(family.may_have(flat) for flat in inside.values()):
+        return {}
+    for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
+        found = {stem: family.unflattened(flat, naming) for stem, flat in inside.items()}
+        if all(len(paths) == 1 for paths in found.values()):
+            return {stem: f"{family.component}.{paths[0]}" for stem, paths in found.items()}
+    return {}
+
+
+def _words(stem: str) -> tuple[str, str]:
+    found = STEM.fullmatch(stem)
+    assert found is not None
+    # Strip extra underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
+    # writes `lora_unet_..._to_q_`.
+    return found[1], found[2].strip("_")
+
+
+def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
+    """Return the only module of the base whose flattened name is this stem; empty if there is no such module."""
+    here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
+    if len(here) > 1:
+        raise TargetNotFound(
+            f"the name fits several modules: {', '.join(here)}", where=stem, cure="Rename the key in the file"
+        )
+    return here[0] if here else ""
+
+
+def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, list[tuple[str, str]]] | None) -> str:
+    found = list(dict.fromkeys(_by_tables(tag, flat, third)))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TargetNotFound(f"the name fits several modules: {', '.join(found)}", where=stem, cure=_DECIDE)
+    if tag == "lora_te3" and encoders()["t5"].unflattened(flat):
+        why = "the file does not show which text encoder lora_te3 is: the second, as FLUX's T5, or the third, as SD 3's"
+        raise TargetNotFound(why, where=stem, cure=_DECIDE)
+    raise TargetNotFound("no known model has a module with this name", where=stem, cure=_near(flat, walked))
+
+
+def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
+    if tag in _DENOISER:
+        yield from _beside(flat)
+        for family in families():
+            if family.component in _PARTS[tag]:
+                for naming in family.namings:
+                    yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
+    if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
+        part = _PARTS[tag][-1]
+        # Do not try names of language models for LyCORIS's prefix: LyCORIS writes the same names for adapters of plain
+        # LLMs.
+        kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
+        yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
+    if tag == "lora_te3" and third:
+        yield from (f"{third}.{name}" for name in encoders()["t5"].unflattened(flat))
+
+
+def _beside(flat: str) -> list[str]:
+    """Return the path of a module that is a separate component in diffusers, but part of the authors' denoiser.
+
+    Anima's adapter of its text encoder is such a component.
+    """
+    for family in families():
+        for part in family.facts.modules:
+            start = f"{flatten(rooted(family.facts.beside[part])[1])}_"
+            if flat.startswith(start):
+                return [f"{part}.{name}" for name in family.modules(part).unflattened(flat.removeprefix(start))]
+    return []
+
+
+def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
+    """Return the component that `lora_te3` means: FLUX's second or SD 3's third text encoder; empty if unknown."""
+    version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
+    told = {part for name, part in _ARCHITECTURES.items() if name in version}
+    inside = [flat for tag, flat in words if tag in _DENOISER]
+    for family in families():
+        part = next((part for part, each in family.facts.encoders.items() if each.kind == "t5"), "")
+        if part in _PARTS["lora_te3"] and (said(family, metadata) or (inside and not told and _has(family, inside))):
+            told.add(part)
+    return next(iter(told)) if len(told) == 1 else ""
+
+
+def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
+    """Whether one naming of the family has all of these flattened names."""
+    return any(all(family.unflattened(flat, naming) for flat in flats) for naming in family.namings)
+
+
+def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
+    """Map each flattened module name of the base, with and without its prefix, to (component, dotted path) pairs."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in modules_of(base):
+        root, rest = rooted(path)
+        part = ROOTS.get(root[:-1], "")
+        part = {"denoiser": "unet", "t5": "text_encoder_3"}.get(part, part)
+        places = [(part, path), ("transformer", path)] if root[:-1].endswith("diffusion_model") else [(part, path)]
+        found.setdefault(flatten(rest), []).extend(places)
+        if root:
+            found.setdefault(flatten(path), []).extend(places)
+    return found
+
+
+def modules_of(base: Checkpoint) -> list[str]:
+    """List the dotted paths of the base's modules that have tensors."""
+    names = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors)
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _near(flat: str, walked: Mapping[str, object] | None) -> str:
+    if walked is not None:
+        return nearest(flat, walked) or "Is this the base that the adapter was trained on?"
+    known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
+    shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
+    near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
+    return f"{near}{'. ' if near else ''}Give the base, so that its names are used: --base (base=)"
+
+
+def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
+    """Return kohya's flattened name (stem) for a target's path; None if the module is not in an image model.
+
+    Args:
+        path: the target's path.
+        paths: the paths of all targets in the file.
+        tag: the prefix of stems in the U-Net or the transformer.
+        lycoris: whether to return a stem with LyCORIS's prefix for a module that is not in an image model.
+    """
+    component, (_, rest) = component_of(path), rooted(path)
+    own = prefixes_of(paths)
+    if component is not None and component in own and tag == "lora_unet":
+        return f"{own[component]}_{flatten(rest)}"
+    if component in ("unet", "transformer"):
+        return f"{tag}_{flatten(rest)}"
+    there = in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()})
+    if there.startswith("diffusion_model."):
+        return f"{tag}_{flatten(rooted(there)[1])}"
+    if component is not None and component.startswith("text_encoder"):
+        return f"{_encoder(component, rest, paths)}_{flatten(rest)}"
+    return f"lycoris_{flatten(path)}" if lycoris and component is None else None
+
+
+def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
+    """Map each component to its prefix in keys, if the paths belong to a family with unusual prefixes; else empty."""
+    unusual = [family for family in families() if family.facts.prefixes]
+    inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
+    return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
+
+
+def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
+    """Return kohya's prefix for a text encoder, with a number if the model has several text encoders."""
+    if rest in encoders()["t5"] and component != "text_encoder":
+        return "lora_te3"
+    if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):
+        return f"lora_te{component[-1]}"
+    if rest in encoders()["llm"]:
+        others = ("text_encoder_2", "text_encoder_3", "text_encoder_4")
+        return "lora_te1" if any(component_of(path) in others for path in paths) else "lora_te"
+    several = any(_has_several(path) for path in paths)
+    return "lora_te1" if several else "lora_te"
+
+
+@lru_cache(maxsize=1 << 16)
+def _has_several(path: str) -> bool:
+    """Whether the path shows that the model has more than one text encoder."""
+    rest = rooted(path)[1]
+    component = component_of(path)
+    if component in ("text_encoder_2", "text_encoder_3", "transformer"):
+        return True
+    return component == "unet" and is_xl([rest]) and bool(families_of(rest, "native") or families_of(rest, "diffusers"))

@@ -7,11 +7,14 @@ where the scaling is stored.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import msgspec
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
-from ..io.arrange import REAL, joined, padded, part, reordered
+from ..io.arrange import REAL, joined, padded, part, reordered, times
 from ..io.lazy import Lazy, as_lazy, dtype_of
 from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
@@ -19,7 +22,8 @@ from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
 
 if TYPE_CHECKING:
-    from ..core.adapter import Adapter, Target
+    from ..core.adapter import Adapter, Target, Updates
+    from ..core.updates import Update
     from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
 
@@ -187,7 +191,7 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
     return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
 
 
-def finite(value: object, where: str) -> float:
+def is_finite(value: object, where: str) -> float:
     """Check a number in a file's settings, such as alpha.
 
     Returns:
@@ -226,3 +230,212 @@ def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     if weight is not None and len(weight.shape) == 2 and out != in_:
         return "in out *k" if weight.shape == (in_, out) else "out *in"
     return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"
+
+
+# Choose the single alpha or scaling that a file stores for all modules, and fold all other scalings into B.
+
+
+def of_one_alpha(
+    adapter: Adapter,
+    why: Callable[[Target, Pair], str],
+    *,
+    dialect: str,
+    on_loss: str,
+    first: float | None = None,
+    one_rank: bool = False,
+) -> tuple[float, Pairs, list[str]]:
+    """Return the file's alpha, the updates that the format can express, and a line for each omitted or changed update.
+
+    Args:
+        adapter: the adapter to write.
+        why: a function that returns the reason why the format cannot express an update; empty if it can.
+        dialect: the format's name, for messages.
+        on_loss: how to treat updates that the format cannot express.
+        first: the alpha in the source file; None if unknown.
+        one_rank: whether all modules must have the same rank.
+
+    Raises:
+        Unrepresentable: see `_pairs.expressible` and `one_number`.
+    """
+    pairs, lines = expressible(adapter, dialect, on_loss, why)
+    held = of_one_rank(pairs) if one_rank else pairs
+    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
+    return alpha, held, lines + folded
+
+
+def one_alpha(
+    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
+) -> tuple[float, Pairs, list[str]]:
+    """Choose the alpha of a file in which every module's scaling is alpha / rank; see `one_number`."""
+    from .peft.patterns import exact_alpha
+
+    def rank(update: Pair) -> int:
+        # Read the rank from B, because the rank is always B's last axis.
+        return int(update.B.shape[-1])
+
+    return one_number(
+        pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),
+        dialect=dialect, on_loss=on_loss, default=float(rank(next(iter(pairs.values())))), first=first,
+    )  # fmt: skip
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """Give all updates the largest rank without changing their functions: pad the factors with zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def one_number(
+    pairs: Mapping[Target, Pair],
+    of: Callable[[Pair], float | None],
+    gives: Callable[[float, Pair], float],
+    *,
+    dialect: str,
+    on_loss: str,
+    default: float,
+    first: float | None = None,
+) -> tuple[float, Pairs, list[str]]:
+    """Choose the value, such as an alpha, that determines the scalings of all modules; fold all other scalings into B.
+
+    Args:
+        pairs: the updates by target.
+        of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
+        gives: a function that returns the scaling that a value yields for an update.
+        dialect: the format's name, for messages.
+        on_loss: `fold` and `promote` allow folding scalings.
+        default: the value to use if `of` returns None for every update.
+        first: the value in the source file; chosen if no other value fits more updates.
+
+    Raises:
+        Unrepresentable: the updates need different values, and `on_loss` does not allow folding.
+    """
+    count = Counter(number for number in map(of, pairs.values()) if number)
+    ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
+    number = ranked[0] if ranked else default
+    needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
+    if needy and on_loss not in FOLDING:
+        items = [
+            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
+        ]
+        raise Unrepresentable(f"{dialect} stores one scaling for all modules", items=items, cure=_ALLOW)
+    changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
+    return number, changed, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
+    """Fold every scaling into B, for a format that stores no scalings; return a line for each folded scaling.
+
+    Raises:
+        Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
+    """
+    needy = [target for target, update in pairs.items() if update.scaling != 1]
+    if needy and on_loss not in FOLDING:
+        items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
+        raise Unrepresentable(f"{dialect} stores no scaling", items=items, cure=_ALLOW)
+    plain = {target: folded(update, 1.0) for target, update in pairs.items()}
+    return plain, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def folded(update: Pair, scaling: float) -> Pair:
+    """Give an update another scaling without changing its function: multiply B by old / new, and round once."""
+    if update.scaling == scaling:
+        return update
+    factor = update.scaling / scaling
+    scaled = {name: times(as_lazy(update.tensors[name]), factor) for name in ("B", "bias") if name in update.tensors}
+    return update.replace(scaling=scaling, **scaled)
+
+
+def whole_number(value: float) -> float:
+    """Return a float without a fraction as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
+    return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
+
+
+FOLDING = ("fold", "promote")
+"""The values of `on_loss` that allow folding a scaling."""
+
+_ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
+
+# Store file contents that adapter fields cannot express (leftovers) in the adapter, for the same format's writer.
+
+
+T = TypeVar("T")
+L = TypeVar("L", bound="Leftovers")
+
+
+def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
+    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty `record`.
+
+    Raises:
+        Malformed: the leftovers are damaged.
+    """
+    if adapter.foreign is None or adapter.foreign.format != format:
+        return record()
+    try:
+        return msgspec.convert(dict(adapter.foreign.data), record)
+    except msgspec.ValidationError as error:
+        why = f"the stored data of the {format} file is damaged ({error})"
+        raise Malformed(why, where="foreign", cure="Remove the data: adapter.replace(foreign=None)") from None
+
+
+class Leftovers(TypedDict, total=False):
+    """The leftovers that every reader stores in the adapter for the writer of the same format: the order of keys."""
+
+    order: list[str]
+
+
+def remembered(adapter: Adapter, name: str, shape: type[L]) -> L:
+    """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other adapter.
+
+    Raises:
+        Malformed: the leftovers are damaged.
+    """
+    return leftovers(adapter, name, shape)
+
+
+def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:
+    """Return the tensors in the key order of the source file, if this order is known; new tensors come last."""
+    read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
+    return {**read, **tensors}
+
+
+# Find updates that a format cannot express, and refuse or omit them.
+
+
+Loss = tuple["Target", int, str]
+"""A target, the index of an update of this target, and the reason why the format cannot express the update."""
+
+
+def all_expressible(
+    updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
+) -> tuple[Updates, list[str]]:
+    """Return the updates that one file of the format can store together, and a line for each omitted update.
+
+    Args:
+        updates: the updates to write.
+        find: a function that returns the updates that the format cannot express. It is called again on the remaining
+            updates, until it returns no update.
+        dialect: the format's name, for messages.
+        place: a phrase for messages that names the output, such as "a file of this format".
+        on_loss: `drop` omits updates that the format cannot express; every other value refuses them.
+
+    Raises:
+        Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
+    """
+    lines: list[str] = []
+    while losses := [*find(updates)]:
+        items = [f"{target}: {why}" for target, _, why in losses]
+        if on_loss != "drop":
+            cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
+            places = [(target, position) for target, position, _ in losses]
+            raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
+        lines += [f"left out {item}" for item in items]
+        updates = _without(updates, {(target, position) for target, position, _ in losses})
+    if not updates:
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable(f"{place} can express none of the adapter's updates", items=lines, cure=cure)
+    return updates, lines
+
+
+def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
+    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
+    return {target: found for target, found in kept.items() if found}
