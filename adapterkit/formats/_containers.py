@@ -1,4 +1,4 @@
-"""Read and create adapter folders with a config and one tensor file, as several libraries write them."""
+"""Read and write what several libraries use as containers: folders, state dicts with a settings file, YAML configs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from ._kit import is_finite
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
+
+
+# Read and create adapter folders with a config and one tensor file, as several libraries write them.
 
 
 def folder_of(path: Path) -> Path:

@@ -1,8 +1,4 @@
-"""Shared code for language-model formats that store one pair of factors, A and B, for each module.
-
-Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and in
-where the scaling is stored.
-"""
+"""What readers and writers of formats share: pairs of factors, one alpha for all modules, leftovers, losses."""
 
 from __future__ import annotations
 
@@ -26,6 +22,13 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
+
+
+# Shared code for language-model formats that store one pair of factors, A and B, for each module.
+#
+# Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and
+# in where the scaling is stored.
+
 
 Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
@@ -255,7 +258,7 @@ def of_one_alpha(
         one_rank: whether all modules must have the same rank.
 
     Raises:
-        Unrepresentable: see `_pairs.expressible` and `one_number`.
+        Unrepresentable: see `expressible` and `one_number`.
     """
     pairs, lines = expressible(adapter, dialect, on_loss, why)
     held = of_one_rank(pairs) if one_rank else pairs
@@ -359,7 +362,6 @@ _ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
 
 
 T = TypeVar("T")
-L = TypeVar("L", bound="Leftovers")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
@@ -381,15 +383,6 @@ class Leftovers(TypedDict, total=False):
     """The leftovers that every reader stores in the adapter for the writer of the same format: the order of keys."""
 
     order: list[str]
-
-
-def remembered(adapter: Adapter, name: str, shape: type[L]) -> L:
-    """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other adapter.
-
-    Raises:
-        Malformed: the leftovers are damaged.
-    """
-    return leftovers(adapter, name, shape)
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:

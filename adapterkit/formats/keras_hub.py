@@ -1,4 +1,16 @@
-"""Provide the numbers, names and kernel axes of layers in Keras Hub's backbones, from spec/keras_hub.toml."""
+"""Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
+
+A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`. It
+stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
+
+The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all heads:
+
+    change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
+
+The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B into
+`lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole change.
+Both are exact, and both need a larger rank. All other layers take A and B as they are.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +32,7 @@ from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
 from ..naming.tool_names import NameTable, TableNames, modules_of
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, expressible, of_no_number, rank_of, remembered, unfit
+from ._kit import DAMAGED, Leftovers, expressible, leftovers, of_no_number, rank_of, unfit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +42,9 @@ if TYPE_CHECKING:
     from ._kit import Pair, Pairs, Slots
 
     Array = np.ndarray[Any, Any]
+
+
+# Provide the numbers, names and kernel axes of layers in Keras Hub's backbones, from spec/keras_hub.toml.
 
 
 class KerasLayer(NamedTuple):
@@ -101,19 +116,7 @@ def families() -> Mapping[str, KerasFamily]:
     return {kind: family for family in made for kind in family.record.model_types}
 
 
-# Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
-#
-# A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`.
-# It stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
-#
-# The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all
-# heads:
-#
-#     change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
-#
-# The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B
-# into `lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole
-# change. Both are exact, and both need a larger rank. All other layers take A and B as they are.
+# The format.
 
 
 FORMAT = "keras_hub"
@@ -170,7 +173,7 @@ class KerasHub(Format):
         if not path.name.endswith(SUFFIX):
             cure = f"Name the file {path.name.partition('.')[0]}{SUFFIX}"
             raise UsageError(f"Keras Hub loads only files whose name ends in {SUFFIX}", path=path, cure=cure)
-        hints = remembered(adapter, FORMAT, KerasHubHints)
+        hints = leftovers(adapter, FORMAT, KerasHubHints)
         try:
             family, kind = _family(base, "")
         except Unsupported as error:

@@ -30,9 +30,9 @@ from ._kit import (
     grouped,
     in_order,
     is_finite,
+    leftovers,
     of_one_alpha,
     rank_of,
-    remembered,
     unfit,
     whole_number,
     whole_rank,
@@ -96,7 +96,7 @@ class Litgpt(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, LitgptHints)
+        hints = leftovers(adapter, FORMAT, LitgptHints)
         before = hints.get("settings", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(

@@ -27,9 +27,9 @@ from ._kit import (
     check_factors,
     grouped,
     in_order,
+    leftovers,
     of_one_alpha,
     rank_of,
-    remembered,
     stored_layout,
     unfit,
 )
@@ -87,7 +87,7 @@ class LoraLib(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, LoralibHints)
+        hints = leftovers(adapter, FORMAT, LoralibHints)
         read = hints.get("settings", {})
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)

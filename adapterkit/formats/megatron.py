@@ -1,4 +1,8 @@
-"""Convert LoRA in Megatron's layout: one pair A, B for each fused weight or, in canonical LoRA, for each part."""
+"""LoRA of Megatron-Bridge and NeMo 2: a torch or safetensors state dict; alpha is in `megatron.json` next to it.
+
+Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for each part. If a checkpoint is distributed over
+ranks, its parts must be gathered first.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,10 @@ from ._kit import (
     grouped,
     in_order,
     in_row_order,
+    leftovers,
     of_one_alpha,
     of_rows,
     over_rows,
-    remembered,
     unfit,
 )
 
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.strict_json import JsonValue
     from ._kit import Pair
+
+
+# Convert LoRA in Megatron's layout: one pair A, B for each fused weight or, in canonical LoRA, for each part.
+
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
 Modules = Mapping[str, tuple[str, ...]]
@@ -199,10 +207,7 @@ def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, wher
     return heads
 
 
-# LoRA of Megatron-Bridge and NeMo 2: a torch or safetensors state dict; alpha is in `megatron.json` next to it.
-#
-# Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for each part. If a checkpoint is distributed
-# over ranks, its parts must be gathered first.
+# The format.
 
 
 FORMAT = "megatron"
@@ -248,7 +253,7 @@ class Megatron(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, MegatronHints)
+        hints = leftovers(adapter, FORMAT, MegatronHints)
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(bridge()), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )

@@ -17,7 +17,7 @@ from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, check_factors, grouped, in_order, of_one_alpha, remembered, stored_layout, unfit
+from ._kit import DAMAGED, Leftovers, check_factors, grouped, in_order, leftovers, of_one_alpha, stored_layout, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ class MinLora(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, MinLoraHints)
+        hints = leftovers(adapter, FORMAT, MinLoraHints)
         first = hints.get("settings", {}).get("alpha")
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}

@@ -31,7 +31,7 @@ from ..naming.heads import Heads, heads_of
 from ..naming.tool_names import NEMO
 from ._containers import LIMIT, dump_yaml, load_yaml, save
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, in_order, is_finite, of_one_alpha, rank_of, remembered, whole_number
+from ._kit import DAMAGED, Leftovers, in_order, is_finite, leftovers, of_one_alpha, rank_of, whole_number
 from .megatron import decode, encode, heads_again, why_not
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Nemo(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, NemoHints)
+        hints = leftovers(adapter, FORMAT, NemoHints)
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )

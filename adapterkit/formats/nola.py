@@ -24,7 +24,7 @@ from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
 from ._containers import save, write_settings
 from ._format import LEFT_OUT, Format
-from ._kit import Leftovers, in_order, remembered
+from ._kit import Leftovers, in_order, leftovers
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -94,7 +94,7 @@ class Nola(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, NolaHints)
+        hints = leftovers(adapter, FORMAT, NolaHints)
         seeds = adapter.foreign.tensors if hints and adapter.foreign is not None else {}
         stems, tensors, alphas = _stems(seeds), dict[str, Lazy](), set[float]()
         lost: list[str] = []

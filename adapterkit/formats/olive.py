@@ -27,8 +27,8 @@ from ._kit import (
     expressible,
     grouped,
     in_order,
+    leftovers,
     of_no_number,
-    remembered,
     stored_layout,
     unfit,
 )
@@ -86,7 +86,7 @@ class Olive(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, OliveHints)
+        hints = leftovers(adapter, FORMAT, OliveHints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="Olive", on_loss=on_loss)
         tensors: dict[str, Lazy] = {}

@@ -30,9 +30,9 @@ from ._kit import (
     check_factors,
     in_order,
     is_finite,
+    leftovers,
     of_one_alpha,
     rank_of,
-    remembered,
     unfit,
     whole_number,
     whole_rank,
@@ -217,7 +217,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
         Unrepresentable: experts have different outer factors, and `on_loss` is not `promote`; or a method is not LoRA.
         UsageError: experts are in a stack, and no base is given, which shows the family of models.
     """
-    hints = remembered(adapter, FORMAT, SharedOuterHints)
+    hints = leftovers(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
     alpha, pairs, lines = of_one_alpha(
         _apart(adapter, base), lambda target, update: unfit(target, update), dialect="SGLang", on_loss=on_loss,

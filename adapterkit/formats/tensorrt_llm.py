@@ -32,7 +32,7 @@ from ..naming.architectures import namings_of
 from ..naming.tool_names import OWN, modules_of
 from ._containers import folder_of, make_folder
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, Pairs, expressible, of_no_number, rank_of, remembered, unfit
+from ._kit import DAMAGED, Leftovers, Pairs, expressible, leftovers, of_no_number, rank_of, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ class TensorRtLlm(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TensorRTHints)
+        hints = leftovers(adapter, FORMAT, TensorRTHints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}

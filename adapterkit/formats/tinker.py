@@ -27,9 +27,9 @@ from ._kit import (
     grouped,
     in_order,
     is_finite,
+    leftovers,
     of_one_alpha,
     rank_of,
-    remembered,
     unfit,
     whole_number,
     whole_rank,
@@ -124,7 +124,7 @@ class Tinker(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TinkerHints)
+        hints = leftovers(adapter, FORMAT, TinkerHints)
         before = hints.get("config", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(

@@ -30,9 +30,9 @@ from ._kit import (
     in_order,
     in_row_order,
     is_finite,
+    leftovers,
     one_alpha,
     pair,
-    remembered,
     unfit,
 )
 
@@ -87,7 +87,7 @@ class Torchtune(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TorchtuneHints)
+        hints = leftovers(adapter, FORMAT, TorchtuneHints)
         names, order = TableNames(table()), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:

@@ -232,7 +232,7 @@ def _q2_fields(blocks: Array) -> list[Array]:
     d, sc = _whole(scales.reshape(-1, 16), 15)
     lower, m = _whole(least.reshape(-1, 16), 15)
     q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, 3)
-    return [_bytes(sc) | _bytes(m) << 4, _joined(q, (0, 2, 4, 6), 32), _halves(d), _halves(lower)]
+    return [_bytes(sc) | _bytes(m) << 4, _joined(q, (0, 2, 4, 6), 32), _half(d), _half(lower)]
 
 
 def _q3_fields(blocks: Array) -> list[Array]:
@@ -240,7 +240,7 @@ def _q3_fields(blocks: Array) -> list[Array]:
     d, sc = _signed(_around_zero(x, 4).reshape(-1, 16), 32)
     q, u = _rounded(x, _flat(d * sc), -4, 3), _bytes(sc + 32)
     high, low = _joined(q >> 2, tuple(range(8)), 32), _joined(q & 3, (0, 2, 4, 6), 32)
-    return [high, low, _joined(u & 15, (0, 4), 8), _joined(u >> 4, (0, 2, 4, 6), 4), _halves(d)]
+    return [high, low, _joined(u & 15, (0, 4), 8), _joined(u >> 4, (0, 2, 4, 6), 4), _half(d)]
 
 
 def _q4_fields(blocks: Array) -> list[Array]:
@@ -260,7 +260,7 @@ def _q6_fields(blocks: Array) -> list[Array]:
     d, sc = _signed(_around_zero(x, 32).reshape(-1, 16), 128)
     q = _rounded(x, _flat(d * sc), -32, 31)
     low, high = _joined(q & 15, (0, 4), 64), _joined(q >> 4, (0, 2, 4, 6), 32)
-    return [low, high, sc.astype(np.int8).view(np.uint8), _halves(d)]
+    return [low, high, sc.astype(np.int8).view(np.uint8), _half(d)]
 
 
 _FIELDS: dict[str, Callable[[Array], list[Array]]] = {
@@ -283,7 +283,7 @@ def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
     q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, most)
     s, n = _bytes(sc), _bytes(m)
     a, b = (low[:, :4] | low[:, 4:] >> 4 << 6 for low in (s, n))
-    return [_halves(d), _halves(lower), np.concatenate([a, b, s[:, 4:] & 15 | n[:, 4:] << 4], axis=1)], q
+    return [_half(d), _half(lower), np.concatenate([a, b, s[:, 4:] & 15 | n[:, 4:] << 4], axis=1)], q
 
 
 def _columns(blocks: Array, size: int) -> Array:
@@ -407,9 +407,3 @@ def _bytes(q: Array) -> Array:
 
 def _stored(values: Array) -> Array:
     return values.astype("<f2").astype("f4")
-
-
-def _halves(values: Array) -> Array:
-    import numpy as np
-
-    return np.asarray(values.astype("<f2").view(np.uint8))

@@ -1,4 +1,4 @@
-"""Describe the result of mapping names: where each target's parts are in the base, and which rules were used."""
+"""The vocabulary of mapping names: moves and rules, the index of a base's names, parts of models, stored layouts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from ..errors import TargetNotFound
 from .architectures import HOLE, QKV, Architecture, Place, architecture_of, is_family, shape_of
+
+# Describe the result of mapping names: where each target's parts are in the base, and which rules were used.
 
 
 class PathPart(NamedTuple):

@@ -1,7 +1,4 @@
-"""The names that tools for language models give to modules, and their translation in both directions.
-
-A table has pairs of templates.
-"""
+"""Translate the names that tools for language models give to modules, in both directions, with tables of templates."""
 
 from __future__ import annotations
 
@@ -16,6 +13,12 @@ from .architectures import namings_of
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
     from ..io.safetensors import Entry
+
+
+# The names that tools for language models give to modules, and their translation in both directions.
+#
+# A table has pairs of templates.
+
 
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
 """Prefixes that multimodal bases put before the names of their language model."""

@@ -1,4 +1,9 @@
-"""The interface of a quantization scheme: recognise its bases, and find their packed weights."""
+"""Read quantized bases. Each quantization scheme has one module, which reads the weights that the scheme packed.
+
+A packed weight consists of several stored tensors, such as codes and scales. It is offered as a lazy tensor, which
+reads runs of rows and returns the same values as the scheme's own library. So a merge does not need to know how the
+weight is stored.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
 
     Merged = Callable[[int, int], Array]
     from ._calibration import Calibration
+
+
+# The interface of a quantization scheme: recognise its bases, and find their packed weights.
+
 
 DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
 
@@ -333,11 +342,7 @@ def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]
 
 
-# Read quantized bases. Each quantization scheme has one module, which reads the weights that the scheme packed.
-#
-# A packed weight consists of several stored tensors, such as codes and scales. It is offered as a lazy tensor, which
-# reads runs of rows and returns the same values as the scheme's own library. So a merge does not need to know how the
-# weight is stored.
+# The registry of schemes, and the entry points.
 
 
 __all__ = [

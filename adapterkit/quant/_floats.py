@@ -1,4 +1,4 @@
-"""Read and write weights of 8-bit floats with one scale per tensor, row or block, which several schemes use."""
+"""Read and write weights of 8-bit and 4-bit floats, which several schemes use."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ from . import (
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from . import Array, Merged
+
+
+# Read and write weights of 8-bit floats with one scale per tensor, row or block, which several schemes use.
+
 
 DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")

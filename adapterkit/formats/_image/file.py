@@ -1,4 +1,4 @@
-"""Define the data of one module in a file: its tensors by slot, the format's rules, and the module's updates."""
+"""The data of one module in a file (its tensors by slot, the format's rules, its updates), and the files themselves."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from .._format import FORMULA, Departure
 
 if TYPE_CHECKING:
     from ...io.lazy import Leaf
+
+
+# Define the data of one module in a file: its tensors by slot, the format's rules, and the module's updates.
+
 
 AGAIN = "Write the file again with the tool that made it"
 

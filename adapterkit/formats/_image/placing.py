@@ -1,4 +1,4 @@
-"""Translate targets to the module names of a given base, which has its own prefix and naming."""
+"""Translate targets to the module names of a given base, and find the modules whose dotted names were flattened."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ from .translate import in_naming
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
+
+
+# Translate targets to the module names of a given base, which has its own prefix and naming.
+
 
 _DENOISERS = ("unet", "transformer")
 

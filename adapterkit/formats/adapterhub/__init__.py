@@ -1,4 +1,9 @@
-"""Define the values of `compat`: differences between the adapters library and papers, and ambiguous files."""
+"""Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
+
+A key contains the adapter's name, and the path of the base inside the saved model. The tensors and the config's
+sub-dict `config` determine the method. For each value of `architecture`, a class (its family) converts keys to updates
+and back; see spec/formats/adapterhub.toml.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,10 @@ from .._format import FORMULA, Departure, Format, derived
 if TYPE_CHECKING:
     from ...core.adapter import Adapter
     from ...io.checkpoint import Checkpoint
+
+
+# Define the values of `compat`: differences between the adapters library and papers, and ambiguous files.
+
 
 DEPARTURES = {
     "dora_norm_and_bias": Departure(
@@ -194,11 +203,7 @@ def _write(path: Path, tensors: Mapping[str, Lazy]) -> None:
     return write_bytes(path, buffer.getvalue())
 
 
-# Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
-#
-# A key contains the adapter's name, and the path of the base inside the saved model. The tensors and the config's sub-
-# dict `config` determine the method. For each value of `architecture`, a class (its family) converts keys to updates
-# and back; see spec/formats/adapterhub.toml.
+# The format.
 
 
 def _methods() -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Define the top-level fields of a config, and interpret the release that wrote the config."""
+"""Decode a config and tensors into an `Adapter`, and encode an `Adapter` as the contents of a folder."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from ...io.strict_json import JsonValue
+
+
+# Define the top-level fields of a config, and interpret the release that wrote the config.
+
 
 LIBRARY = "adapters."
 """The beginning of `version` in configs of the `adapters` library; adapter-transformers wrote other versions."""

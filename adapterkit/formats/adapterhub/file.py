@@ -1,4 +1,4 @@
-"""Parse a file's keys, select the keys that belong to one config, and compose keys for a writer."""
+"""The keys of a file: parse them, select those of one config, compose them; and the layers that they may name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ...io.lazy import Leaf
     from ...io.strict_json import JsonValue
     from .conversion import Settings
+
+
+# Parse a file's keys, select the keys that belong to one config, and compose keys for a writer.
+
 
 KINDS = {
     "adapters": "adapters",

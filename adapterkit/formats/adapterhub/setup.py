@@ -1,4 +1,4 @@
-"""Read and write compositions of adapters: a tree of blocks in `adapter_setup.json`, and a folder for each adapter."""
+"""Read and write compositions of adapters (a tree of blocks, a folder for each adapter), and read AdapterFusion."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from ...io.strict_json import JsonValue
+
+
+# Read and write compositions of adapters: a tree of blocks in `adapter_setup.json`, and a folder for each adapter.
+
 
 CONFIG = "adapter_setup.json"
 

@@ -1,4 +1,4 @@
-"""Translate an adapter to a GGUF file: rename modules, reorder rows, stack experts."""
+"""Decode llama.cpp's adapters, GGUF and the older ggla, into an `Adapter`, and encode an `Adapter` as GGUF."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from .._kit import (
     grouped,
     in_order,
     in_row_order,
+    leftovers,
     one_number,
     pair,
-    remembered,
     unfit,
 )
 
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from ...naming.heads import Rows
     from ...naming.moves import Move
     from .._kit import Pair, Slots
+
+
+# Translate an adapter to a GGUF file: rename modules, reorder rows, stack experts.
+
 
 SLOTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
 EMBEDDING = "token_embd"
@@ -486,7 +490,7 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
     Raises:
         Unrepresentable: llama.cpp cannot express an update, and `on_loss` does not allow rewriting the update.
     """
-    hints = remembered(adapter, FORMAT, GgufHints)
+    hints = leftovers(adapter, FORMAT, GgufHints)
     place = _place(hints, adapter, base)
     invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
     moves = place.moves(adapter.updates)

@@ -1,4 +1,8 @@
-"""Recognise and save an MLX-LM folder: a JSON config and one tensor file."""
+"""MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
+
+Module names are those of MLX's models, and mostly equal those in transformers. Factors of linear layers are transposed,
+compared with the papers; factors of stacked experts are not. All modules share one scale.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
     from ...core.adapter import Adapter
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+
+
+# Recognise and save an MLX-LM folder: a JSON config and one tensor file.
+
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapters.safetensors"
@@ -57,10 +65,7 @@ def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping
     write_bytes(folder / CONFIG, text.encode())
 
 
-# MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
-#
-# Module names are those of MLX's models, and mostly equal those in transformers. Factors of linear layers are
-# transposed, compared with the papers; factors of stacked experts are not. All modules share one scale.
+# The format.
 
 
 class Mlx(Format):

@@ -1,11 +1,4 @@
-"""Translate names between MLX-LM's models and the models on a hub.
-
-Most differences concern experts, whose tensors MLX-LM stacks.
-
-The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the base.
-Without a base, all families that have a name are tried. These families must agree on names of experts; other names stay
-unchanged if the families disagree.
-"""
+"""Translate names between MLX-LM and the hub, decode a folder to an `Adapter`, and encode an `Adapter` as a folder."""
 
 from __future__ import annotations
 
@@ -52,10 +45,10 @@ from .._kit import (
     grouped,
     in_order,
     is_finite,
+    leftovers,
     one_number,
     pair,
     rank_of,
-    remembered,
     to_rank,
     unfit,
 )
@@ -66,6 +59,16 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
     from .._kit import Pair, Slots
+
+
+# Translate names between MLX-LM's models and the models on a hub.
+#
+# Most differences concern experts, whose tensors MLX-LM stacks.
+#
+# The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the
+# base. Without a base, all families that have a name are tried. These families must agree on names of experts; other
+# names stay unchanged if the families disagree.
+
 
 NAMING = "mlx"
 
@@ -449,7 +452,7 @@ def written(
     Raises:
         Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow rewriting or omitting the update.
     """
-    hints = remembered(adapter, FORMAT, MlxHints)
+    hints = leftovers(adapter, FORMAT, MlxHints)
     config_of_base = None if base is None else base.config
     adapter, absent = _without_absent(adapter, config_of_base, on_loss)
     adapter, joined = _stacked(adapter, config_of_base)

@@ -1,4 +1,8 @@
-"""Load and save a PEFT folder: a JSON config and one tensor file."""
+"""PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
+
+The file's tensors and about twelve fields of the config determine the method. The module `config` lists every field and
+its effect. Each family of tensors has a module that converts keys to updates; `writer` does the reverse.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
+
+
+# Load and save a PEFT folder: a JSON config and one tensor file.
+
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -127,10 +135,7 @@ def _weights(folder: Path) -> Path:
     )
 
 
-# PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
-#
-# The file's tensors and about twelve fields of the config determine the method. The module `config` lists every field
-# and its effect. Each family of tensors has a module that converts keys to updates; `writer` does the reverse.
+# The format.
 
 
 def _methods() -> frozenset[str]:

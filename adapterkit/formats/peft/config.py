@@ -1,4 +1,4 @@
-"""Define the config fields that change the meaning of the tensors, with PEFT's defaults."""
+"""The config: the fields that change the meaning of the tensors, and every other field that PEFT has ever written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from .patterns import first_match, matches, unwrapped
 
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
+
+
+# Define the config fields that change the meaning of the tensors, with PEFT's defaults.
+
 
 RESIDUAL = ("olora", "pissa")
 """Initialisations that subtract an exactly computable value from the base. The methods have the same names."""

@@ -1,10 +1,4 @@
-"""Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
-
-The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In an
-`nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which belong to the
-attention's name. PEFT's forward adds the change of the output projection twice
-(https://github.com/huggingface/peft/pull/3774).
-"""
+"""Decode LoRA, DoRA and LoRA-XS of modules, and updates of no family: whole parameters, IA3, token rows, norms."""
 
 from __future__ import annotations
 
@@ -34,6 +28,15 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.lazy import Shape
     from .._format import LayerFacts
+
+
+# Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
+#
+# The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In
+# an `nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which belong to the
+# attention's name. PEFT's forward adds the change of the output projection twice
+# (https://github.com/huggingface/peft/pull/3774).
+
 
 # Compute adapters of convolutions as PEFT does, where PEFT's forward is not equivalent to a change of the weight.
 #

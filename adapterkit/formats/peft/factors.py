@@ -1,4 +1,4 @@
-"""Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config."""
+"""The factors of each LoRA or DoRA with their rank and scaling: of modules, and of parameters (stacks of experts)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ...io.lazy import Array, Buffer, Shape
     from ...io.strict_json import JsonValue
     from .config import Settings
+
+
+# Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.
+
 
 FIELDS = {
     ("lora_A", "weight"): "A",

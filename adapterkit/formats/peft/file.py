@@ -1,4 +1,4 @@
-"""Define the data that all decoders share: keys, the parsed tensor file, and the updates that decoders yield."""
+"""The parsed file: keys, tensors, the updates that decoders yield, and details that only the writer needs again."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Leaf, Shape
     from .config import Settings
+
+
+# Define the data that all decoders share: keys, the parsed tensor file, and the updates that decoders yield.
+
 
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")

@@ -1,4 +1,4 @@
-"""Match module names against the regular expressions in a config, in bounded time: a config may be hostile."""
+"""Match modules against the patterns of a config, in bounded time (a config may be hostile); compose patterns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ...naming.moves import WRAPPERS
 
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
+
+
+# Match module names against the regular expressions in a config, in bounded time: a config may be hostile.
+
 
 SURE = 2_000_000
 """`re` is used for patterns that need at most this number of steps per name, which takes a few milliseconds."""

@@ -1,4 +1,4 @@
-"""Convert updates to keys and stored tensors; the inverse of `keys`."""
+"""Convert updates to keys and stored tensors, the inverse of parsing keys; and compose the config beside them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
+
+
+# Convert updates to keys and stored tensors; the inverse of `keys`.
+
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
 """Globs for paths of embeddings, used to find embeddings among targets that are stored as [in, out]."""

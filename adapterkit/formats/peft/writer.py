@@ -1,4 +1,4 @@
-"""Find the updates that a PEFT file cannot express, before the file is written."""
+"""Encode an `Adapter` as a config and tensors, or list the updates that PEFT's format cannot express."""
 
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Leaf
     from ...io.strict_json import JsonValue
+
+
+# Find the updates that a PEFT file cannot express, before the file is written.
+
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
 """A map from where a context update acts (`place`) to the method that stores its output instead of its network."""

@@ -1,4 +1,4 @@
-"""Check whether updates fit a stored shape."""
+"""Check whether updates fit the stored shapes of a base, and whether an adapter was made for this base."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ...core.shapes import Dims
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
+
+
+# Check whether updates fit a stored shape.
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of stored tensors, by name."""

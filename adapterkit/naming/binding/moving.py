@@ -1,8 +1,4 @@
-"""Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
-
-An update with several destinations is split into one update per destination: some rows of its outputs, or the slice of
-one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
-"""
+"""Move updates between namings: into and out of fused weights and stacks. Factors are sliced, never multiplied."""
 
 from __future__ import annotations
 
@@ -25,6 +21,13 @@ from .fitting import Shapes, fits, paths_of
 
 if TYPE_CHECKING:
     from ...io.lazy import Array, Leaf
+
+
+# Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
+#
+# An update with several destinations is split into one update per destination: some rows of its outputs, or the slice
+# of one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
+
 
 Config = Mapping[str, object] | None
 

@@ -1,4 +1,4 @@
-"""Define the base class of families. A family has config fields, and converts keys to updates and back."""
+"""The families of AdapterHub's tensors: a family has config fields, and converts keys to updates and back."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
     from ..conversion import Settings
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
+
+
+# Define the base class of families. A family has config fields, and converts keys to updates and back.
+
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]

@@ -1,4 +1,4 @@
-"""List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA."""
+"""The families of tensors in PEFT's folders, each with a `peft_type` and kinds of keys; and the methods of LoRA."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from ..._format import Departure
     from ..config import Settings
     from ..file import File, Findings, Found, Key
+
+
+# List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA.
+
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
 """The methods that store a pair of factors, A and B."""

@@ -1,4 +1,4 @@
-"""Shared code for families that adapt whole weights: sizes of the base's weights, GPT-2's Conv1D, patterns of sizes."""
+"""Shared code for families that adapt whole weights: sizes of the base's weights, patterns, the order of modules."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
     from ..file import File
+
+
+# Shared code for families that adapt whole weights: sizes of the base's weights, GPT-2's Conv1D, patterns of sizes.
 
 
 def layout(file: File, path: str) -> str:
