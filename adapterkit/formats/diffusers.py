@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
-    from .peft.config import Settings
+    from .peft.file import Settings
 
 
 CONFIG = "lora_adapter_metadata"

@@ -19,7 +19,7 @@ from ._format import FORMULA, Departure
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import AGAIN, OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
-from ._image.placing import prefixes_of, resolve, stem_of
+from ._image.underscores import prefixes_of, resolve, stem_of
 
 if TYPE_CHECKING:
     from ..core.updates import Update

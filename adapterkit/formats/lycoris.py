@@ -15,7 +15,7 @@ from ._format import FORMULA, Departure
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
-from ._image.placing import resolve, stem_of
+from ._image.underscores import resolve, stem_of
 from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
 

@@ -79,7 +79,7 @@ UNKNOWN = Origin()
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
     """Return what an adapter's source files, or the base, show about the naming of the targets."""
-    from .placing import modules_of
+    from .underscores import modules_of
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
     naming = next(iter(told)) if len(told) == 1 else ""
@@ -125,7 +125,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
     """List a base's possible families: the families of its diffusers class, or families with its module names."""
-    from .placing import modules_of
+    from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
     if named := tuple(family.name for family in families_of_class(str(kind))):

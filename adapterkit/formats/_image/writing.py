@@ -17,9 +17,9 @@ from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
 from .bundles import keyed
 from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
+from .dialect import kernel_of, mixed_biases
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
-from .placing import kernel_of, mixed_biases
 from .slots import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 
 if TYPE_CHECKING:

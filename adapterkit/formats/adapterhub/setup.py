@@ -19,8 +19,8 @@ from ...io.atomic import write_bytes
 from ...io.checkpoint import read_json
 from .._containers import read_tensors
 from . import save
-from .conversion import FORMAT, RELEASE, AdapterHubHints, encode, hints_of
-from .file import standing
+from .conversion import FORMAT, AdapterHubHints, encode, hints_of
+from .file import RELEASE, standing
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter

@@ -18,10 +18,9 @@ from ...methods.replacement import Replacement
 from .._format import Departure
 from .._trained import lora_among_zeros, refused
 from . import factors
-from .config import Settings
 from .factors import PeftFactors, adapt, check_rank, find_factors
 from .families import OUTPUT_TIMES
-from .file import File, Findings, Found, Kept, Key, make
+from .file import File, Findings, Found, Kept, Key, Settings, make
 from .patterns import matches, unwrapped
 
 if TYPE_CHECKING:

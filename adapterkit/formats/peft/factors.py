@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of, from_numpy
 from ...naming.moves import stored_in_out
-from .config import names_module, parse_version, written_by_unsloth
-from .file import LATENT, File, Findings, Found, Key, make
+from .file import LATENT, File, Findings, Found, Key, make, names_module, parse_version, written_by_unsloth
 from .patterns import unwrapped
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.lazy import Array, Buffer, Shape
     from ...io.strict_json import JsonValue
-    from .config import Settings
+    from .file import Settings
 
 
 # Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
-    from ..conversion import Settings
-    from ..file import AdapterHubNaming, AdapterHubPart, Findings
+    from ..file import AdapterHubNaming, AdapterHubPart, Findings, Settings
 
 
 # Define the base class of families. A family has config fields, and converts keys to updates and back.

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
-    from ..conversion import Settings
-    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings, Settings
 
 
 PHM = {

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..._format import Departure
-    from ..config import Settings
-    from ..file import File, Findings, Found, Key
+    from ..file import File, Findings, Found, Key, Settings
 
 
 # List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA.

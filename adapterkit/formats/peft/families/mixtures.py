@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
-    from ..config import Settings
-    from ..file import Findings
+    from ..file import Findings, Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
 """A map from a word in keys to the update's field."""

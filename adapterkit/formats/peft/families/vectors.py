@@ -18,8 +18,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.unilora import UniLoRA
 from ....methods.vblora import VBLoRA
-from ..config import names_module
-from ..file import File, Findings, Found, Key, make
+from ..file import File, Findings, Found, Key, make, names_module
 from . import Family, Own, Parts, check_parts
 from ._weights import check_size, declared_by, in_order, layout, not_linear, side, weight_shape
 
