@@ -213,7 +213,7 @@ class _File:
     adapter: Adapter
     format: str
     keys: tuple[str, ...]
-    file: str
+    container: str
     families: tuple[ImageFamily, ...]
     inside: bool
 

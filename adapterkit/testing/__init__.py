@@ -22,7 +22,7 @@ The entry points:
 | `adapterkit.quant` | `adapterkit.quant.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | `Family` of `adapterkit.formats.adapterhub.families` | the same |
+| `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families.AdapterHubFamily` | the same |
 
 The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """

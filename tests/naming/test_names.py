@@ -11,7 +11,7 @@ from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
 from adapterkit.naming.tool_names import NameTable, TableNames
 
-TABLES = {"litgpt": tool_names.table().pairs, "torchtune": torchtune.table().pairs}
+TABLES = {"litgpt": tool_names.litgpt_table().pairs, "torchtune": torchtune.table().pairs}
 
 
 @pytest.mark.parametrize("pairs", TABLES.values(), ids=TABLES.keys())

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 from .file import RESIDUAL, Settings
 
-
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }

@@ -17,8 +17,7 @@ from ...methods.oft_patches import OFTPatches
 from ...methods.replacement import Replacement
 from .._format import Departure
 from .._trained import lora_among_zeros, refused
-from . import factors
-from .factors import PeftFactors, adapt, check_rank, find_factors
+from .factors import PeftFactors, adapt, adapts_parameter, check_rank, decode_parameters, find_factors
 from .families import OUTPUT_TIMES
 from .file import File, Findings, Found, Kept, Key, Settings, make
 from .patterns import matches, unwrapped
@@ -118,14 +117,14 @@ def decode(file: File) -> Findings:
     modules: list[PeftFactors] = []
     parameters: list[PeftFactors] = []
     for each in find_factors(file):
-        (parameters if factors.adapts_parameter(file, each.key.path) else modules).append(each)
+        (parameters if adapts_parameter(file, each.key.path) else modules).append(each)
     attentions = file.attentions()
     for each in modules:
         if file.settings.enable_lora is not None and len(each.B.shape) == 3 and len(each.A.shape) == 2:
             yield from decode_blocks(file.settings, each)
         else:
             yield from _module(file, each, attentions)
-    yield from factors.decode(file, parameters)
+    yield from decode_parameters(file, parameters)
 
 
 def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Findings:

@@ -267,7 +267,7 @@ def adapts_parameter(file: File, path: str) -> bool:
     )
 
 
-def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
+def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Yield the updates of parameters.
 
     Raises:
