@@ -1,4 +1,4 @@
-"""What readers and writers of formats share: pairs of factors, one alpha for all modules, leftovers, losses."""
+"""Shared code of readers and writers of formats: pairs of factors, one alpha for all modules, leftovers, losses."""
 
 from __future__ import annotations
 
