@@ -18,7 +18,7 @@ The entry points:
 |---|---|---|
 | `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
 | `adapterkit.methods` | a class derived from one kind in `adapterkit.core.updates` | `MethodTests` |
-| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Method` | `CombinerTests` |
+| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Combiner` | `CombinerTests` |
 | `adapterkit.quant` | `adapterkit.quant.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families.Family` | `MethodTests` of its method |
