@@ -20,8 +20,7 @@ from .io.checkpoint import opened
 from .io.inputs import inputs_kept
 from .io.locations import is_address, path_text
 from .naming.binding import renamed
-from .naming.binding.bases import check_base
-from .naming.binding.tables import name_map
+from .naming.binding.fitting import check_base, name_map
 
 if TYPE_CHECKING:
     from .formats import ReadOptions

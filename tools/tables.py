@@ -27,9 +27,13 @@ from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, inst
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.core.updates import Additive  # noqa: E402
-from adapterkit.naming.image import COMFYUI, KOHYA, ImageFamily  # noqa: E402
+from adapterkit.naming.image import (  # noqa: E402
+    COMFYUI,
+    KOHYA,
+    ImageFamily,
+    fill_numbers,
+)
 from adapterkit.naming.image import families as image_families  # noqa: E402
-from adapterkit.naming.patterns import fill  # noqa: E402
 from adapterkit.ops.combiners import COMBINERS  # noqa: E402
 from adapterkit.ops.combiners._combiner import DEPENDENCES  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
@@ -148,7 +152,10 @@ def _names(family: ImageFamily, format_name: str) -> str:
         return "="
     if naming not in family.namings:
         return ""
-    moves = [family.moves(fill(pattern, "0000"), "diffusers", naming) for pattern in family.names("diffusers").patterns]
+    moves = [
+        family.moves(fill_numbers(pattern, "0000"), "diffusers", naming)
+        for pattern in family.names("diffusers").patterns
+    ]
     known = [pieces for pieces in moves if pieces]
     if any(not piece.there.whole and len(pieces) == 1 for pieces in known for piece in pieces):
         return "F"

@@ -202,7 +202,7 @@ def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], bas
     if base is None:
         return []
     from ..formats import read
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
 
     held = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
     found = check_base([*zip(sources, held, strict=True)], base, strict=False)

@@ -58,7 +58,7 @@ def command(
     """Run `adapterkit.ops.extract`."""
     from .. import ops
     from ..io.checkpoint import opened
-    from ..naming.binding.bases import check_tuned
+    from ..naming.binding.fitting import check_tuned
 
     # By default, write a folder for PEFT; a single .safetensors file can only be in adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")

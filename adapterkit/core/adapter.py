@@ -338,7 +338,7 @@ class Adapter:
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
         from ..naming.binding import bind
-        from ..naming.binding.bases import identified
+        from ..naming.binding.fitting import identified
 
         bound = bind(self, base, rename=rename)
         rules = [str(rule) for rule in bound.rules if rule.kind != "exact"]

@@ -20,12 +20,12 @@ from ..errors import (  # fmt: skip
     public,
     storage_error,
 )
+from ..io.atomic import sources_remembered
 from ..io.checkpoint import SINGLE, TORCH_SINGLE, Checkpoint, opened
 from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
 from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
-from ..io.written import sources_remembered
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def read(
             adapter = _as_member(adapter, member)
         adapter.validate()
         if strict_base:
-            from ..naming.binding.bases import check_base  # Detection needs no binding.
+            from ..naming.binding.fitting import check_base  # Detection needs no binding.
 
             check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
@@ -274,11 +274,11 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Name the format with --from (format=)")
-    from ._image import container
+    from ._image.file import tensor_names
     from ._others import adapter_modules, other_file
 
     source = _existing(path)
-    other = other_file(container.names(source))
+    other = other_file(tensor_names(source))
     if other is not None:
         kind, key = other
         why = f"this is {kind.name}, which adapterkit does not read: {kind.why}"

@@ -25,9 +25,9 @@ from ._format import CHANGED, LEFT_OUT
 if TYPE_CHECKING:
     from ..core.adapter import Updates
     from ..core.updates import Update
+    from ..io.atomic import Written
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
-    from ..io.written import Written
     from ._format import Format
 
 SINGLE = 2.0**-22
@@ -104,7 +104,7 @@ def _named(line: str) -> Iterator[str]:
 
 def _in_parts(name: str) -> Iterator[str]:
     """Yield the names that the parts of a fused module may have in diffusers' naming."""
-    from ._image.naming import parts_of
+    from ._image.translate import parts_of
 
     path, bracket, rows = name.partition("[")
     return (f"{part}{bracket}{rows}" for part in parts_of(path))
@@ -293,7 +293,7 @@ def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callabl
     The first function changes nothing.
     """
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
-    from ._image.naming import in_components, in_parts
+    from ._image.translate import in_components, in_parts
 
     ways: list[Callable[[Updates], Updates]] = [dict, in_components]
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))

@@ -11,7 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError
+from ..errors import AdapterkitError, Unsupported
+from ..methods._low_rank import AcrossGroups
+from ..methods.lora import LoRA
 from ..naming.binding.fitting import viewed
 from . import FORMATS
 from ._format import FORMULA, LayerFacts
@@ -89,3 +91,34 @@ def sites_as_trained(
         same = all(one is other for one, other in zip(updates, site.updates, strict=True))
         found.append(site if same else replace(site, updates=updates))
     return found if rules else sites
+
+
+# Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.
+#
+# PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
+# width of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other
+# values.
+
+
+def lora_among_zeros(update: Update) -> Update | None:
+    """Return a LoRA, grouped if needed, that pads its input with zeros; None if the update's method cannot do so."""
+    if isinstance(update, LoRA):
+        from ..methods.grouped_lora import GroupedLoRA
+
+        return GroupedLoRA(A=update.A, B=update.B, bias=update.bias, scaling=update.scaling, zero_padded=True)
+    return update.replace(zero_padded=True) if isinstance(update, AcrossGroups) else None
+
+
+def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
+    """Return the error for an update if no method can compute the same function as the update's trainer.
+
+    Args:
+        update: the update.
+        layer: properties of the layer, including its padding.
+        trainer: the trainer's name, for the message.
+    """
+    why = (
+        f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
+        "and no change of the weight computes the same; the formula uses the layer's padding"
+    )
+    return Unsupported(why, cure='Read the adapter by the formula, as for merging: --compat formula (compat="formula")')

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Target, Updates
 from ..naming.image import component_of, families_of, rooted
-from ._image import container
-from ._image.container import Metadata
 from ._image.dialect import ImageFormat
-from ._image.file import ImageKey, ImageModule, Rules
+from ._image.file import ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ class BflControl(ImageFormat):
     naming = "native"
 
     def sniff(self, path: Path) -> bool:
-        keys = container.names(path)
+        keys = tensor_names(path)
         # Other models have a `final_layer`, too. So check that every name is a name of FLUX.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}

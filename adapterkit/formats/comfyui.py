@@ -32,9 +32,7 @@ from ..naming.image import (
     in_other_words,
     rooted,
 )
-from ..naming.stored_names import WRAPPERS
-from ._image import container
-from ._image.container import Metadata
+from ..naming.moves import WRAPPERS
 from ._image.deciding import (
     CONTROLNET,
     PREFIXES,
@@ -47,7 +45,7 @@ from ._image.deciding import (
     said,
 )
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, ImageKey, ImageModule, Rules, inputs_of
+from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, inputs_of, tensor_names
 from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
@@ -101,7 +99,7 @@ class Comfyui(ImageFormat):
     _fitting: tuple[str, ...] = ()
 
     def sniff(self, path: Path) -> bool:
-        keys = container.names(path)
+        keys = tensor_names(path)
         if any(map(_KEY.fullmatch, keys)):
             return True
         from .bfl_control import BflControl

@@ -25,13 +25,11 @@ from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
 from ..naming.image import PARTS, component_of, families, rooted
-from ._image import container
-from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets
 from ._image.dialect import ImageFormat, folder_file
-from ._image.file import ImageKey, ImageModule, ImageUpdate, Rules
-from ._image.fusing import narrow
+from ._image.file import TORCH_SUFFIXES, ImageKey, ImageModule, ImageUpdate, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.translate import narrow
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
-    from .peft.settings import Settings
+    from .peft.file import Settings
 
 
 CONFIG = "lora_adapter_metadata"
@@ -106,13 +104,13 @@ class Diffusers(ImageFormat):
 
         Torch files have no header for scalings, so alphas of the source file are written.
         """
-        if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
+        if file.suffix not in TORCH_SUFFIXES or len(hints.without_alpha) < len(hints.stems):
             return self.rules
         return replace(self.rules, slots=tuple(slot for slot in self.rules.slots if slot != "alpha"))
 
     def sniff(self, path: Path) -> bool:
         try:
-            keys = container.names(self.chosen(path))
+            keys = tensor_names(self.chosen(path))
         except AdapterkitError:
             return False
         # Refuse NOLA's checkpoints of GPT-2. GPT-2's modules begin with `transformer`, too, but NOLA's keys have
@@ -334,7 +332,7 @@ def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, Json
 
 
 def _fields(part: str, found: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
-    from .peft.alphas import number_fields
+    from .peft.patterns import number_fields
 
     fields, inexact = number_fields(
         {name: (rank, scaling) for name, (rank, scaling, _) in found.items()}, (False, True)

@@ -16,11 +16,8 @@ from ..errors import Malformed, ShapeMismatch
 from ..methods.oft import OFT
 from ..naming.image import KOHYA, component_of, families, families_of, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
-from ._image import container
-from ._image.arguments import OPTIONS
-from ._image.container import Metadata
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
-from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.file import AGAIN, OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.underscores import prefixes_of, resolve, stem_of
 
@@ -58,7 +55,7 @@ class Kohya(ImageFormat):
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))
 
     def sniff(self, path: Path) -> bool:
-        keys = container.names(path)
+        keys = tensor_names(path)
         return any(map(self.parse, keys)) and not any(key.startswith("lycoris_") or _foreign(key) for key in keys)
 
     def parse(self, key: str) -> ImageKey | None:

@@ -19,19 +19,28 @@ from ..io.inputs import read_input
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
-from ..naming.litgpt import FLAGS, MLP, QKV, is_litgpt, parts, table
-from ..naming.tables import NameTable, without_prefix
-from ._folders import make_folder
+from ..naming.tool_names import FLAGS, LITGPT_QKV, MLP, NameTable, is_litgpt, litgpt_parts, litgpt_table, without_prefix
+from ._containers import LIMIT, dump_yaml, keys_of, load, load_yaml, make_folder, save
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit, whole_rank
-from ._state_dicts import keys_of, load, save
-from ._yaml import LIMIT, dump_yaml, load_yaml
+from ._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    grouped,
+    in_order,
+    is_finite,
+    leftovers,
+    of_one_alpha,
+    rank_of,
+    unfit,
+    whole_number,
+    whole_rank,
+)
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "litgpt"
 TENSORS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
@@ -42,7 +51,7 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 @cache
 def _qkv() -> NameTable:
     """Map our name templates of q, k and v to litgpt's names: the name of the fused weight, and then of the part."""
-    return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
+    return NameTable({own: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, own in litgpt_parts().items()})
 
 
 class LitgptHints(Leftovers, total=False):
@@ -75,7 +84,7 @@ class Litgpt(Format):
             updates = {t: (u,) for t, u in _decode(tensors, settings, model, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        heads = _heads(model, base) if any(QKV in key for key in tensors) else None
+        heads = _heads(model, base) if any(LITGPT_QKV in key for key in tensors) else None
         data = {
             "order": list(tensors), "settings": settings, "model": model, "texts": texts,
             "heads": None if heads is None else [heads.query, heads.kv, heads.dim],
@@ -87,14 +96,17 @@ class Litgpt(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, LitgptHints)
+        hints = leftovers(adapter, FORMAT, LitgptHints)
         before = hints.get("settings", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
             adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
-        flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*parts(), *FLAGS.values())}
+        flags = {
+            f"lora_{name}": any(_flag(target) == name for target in pairs)
+            for name in (*litgpt_parts(), *FLAGS.values())
+        }
         tensors = _Writer(
             pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
         ).tensors()
@@ -111,18 +123,18 @@ def _decode(
         why = f"the model has {kind}, whose module names are unknown"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
-    alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
+    alpha = is_finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
     if not alpha:
         raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=SETTINGS, cure=DAMAGED)
-    enabled = [name for name in parts() if settings.get(f"lora_{name}")]
+    enabled = [name for name in litgpt_parts() if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
-        if module.endswith(QKV):
+        if module.endswith(LITGPT_QKV):
             yield from _split(module, slots, enabled, rank, alpha / rank, _heads(model, base))
             continue
         if module.endswith("attn.attn"):
             why = "q, k and v are ordered by groups of heads, as in litgpt before 0.5"
             raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
-        own = table().back(module)
+        own = litgpt_table().back(module)
         if own is None or check_factors(module, slots) != rank:
             raise Malformed(f"the module is unknown, or its rank is not {rank}", where=module, cure=DAMAGED)
         yield Target(own), LoRA(**slots, scaling=alpha / rank)
@@ -131,7 +143,7 @@ def _decode(
 def _split(
     module: str, slots: Slots, enabled: list[str], rank: int, scaling: float, heads: Heads
 ) -> Iterator[tuple[Target, LoRA]]:
-    sizes = dict(zip(parts(), heads.sizes, strict=True))
+    sizes = dict(zip(litgpt_parts(), heads.sizes, strict=True))
     A, B = slots["A"], slots["B"]
     rows = sum(sizes[name] for name in enabled)
     if len(A.shape) != 2 or A.shape[0] != rank * len(enabled) or B.shape != (rows, rank):
@@ -167,31 +179,31 @@ class _Writer:
     def tensors(self) -> dict[str, Lazy]:
         made: dict[str, Lazy] = {}
         for layer in range(self.layers):
-            enabled = [name for name in parts() if self.flags[f"lora_{name}"]]
+            enabled = [name for name in litgpt_parts() if self.flags[f"lora_{name}"]]
             if enabled:
-                made |= _named_pair(f"transformer.h.{layer}.{QKV}", *self.fused(layer, enabled))
+                made |= _named_pair(f"transformer.h.{layer}.{LITGPT_QKV}", *self.fused(layer, enabled))
             for end, flag in FLAGS.items():
                 if end != "lm_head" and self.flags[f"lora_{flag}"]:
                     made |= self.plain(f"transformer.h.{layer}.{end}")
         return made | (self.plain("lm_head") if self.flags["lora_head"] else {})
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
-        found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
+        found = [self.own.get(litgpt_parts()[name].replace("{n}", str(layer))) for name in enabled]
         # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs. At
         # least one layer has an update of q, k or v.
-        names = {_below(parts()[name]) for name in enabled}
+        names = {_below(litgpt_parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
-        sizes = dict(zip(parts(), self.heads.sizes, strict=True)) if self.heads else {}
+        sizes = dict(zip(litgpt_parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, found, strict=True):
             if update is None and not sizes:
                 why = f"layer {layer} has no {name}; the number of zero rows in its place depends on the base's heads"
-                raise UsageError(why, where=QKV, cure="Give the base, with its config.json: --base (base=)")
+                raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
     def plain(self, foreign: str) -> dict[str, Lazy]:
-        own = str(table().back(foreign))
+        own = str(litgpt_table().back(foreign))
         if own in self.own:
             return _named_pair(foreign, as_lazy(self.own[own].A), as_lazy(self.own[own].B))
         alike = (u for path, u in self.own.items() if _below(path) == _below(own))
@@ -222,13 +234,13 @@ def _named_pair(module: str, A: Lazy, B: Lazy) -> dict[str, Lazy]:
 
 
 def _named(path: str) -> str | None:
-    return _qkv().there(path) or table().there(path)
+    return _qkv().there(path) or litgpt_table().there(path)
 
 
 def _flag(target: Target) -> str:
     """Return the name of the setting that enables adapters in a module."""
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
-    if f".{QKV}." in foreign:
+    if f".{LITGPT_QKV}." in foreign:
         return foreign.rpartition(".")[2]
     return next(flag for end, flag in FLAGS.items() if foreign == end or foreign.endswith(f".{end}"))
 

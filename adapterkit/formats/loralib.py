@@ -17,17 +17,27 @@ from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable,
 from ..io.arrange import joined, part
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
-from ..naming.litgpt import is_litgpt
+from ..naming.tool_names import is_litgpt
+from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_one_alpha
-from ._pairs import DAMAGED, Pairs, check_factors, grouped, rank_of, stored_layout, unfit
-from ._state_dicts import keys_of, load, read_settings, save, write_settings
+from ._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    grouped,
+    in_order,
+    leftovers,
+    of_one_alpha,
+    rank_of,
+    stored_layout,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "loralib"
 SETTINGS = "loralib.json"
@@ -77,7 +87,7 @@ class LoraLib(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, LoralibHints)
+        hints = leftovers(adapter, FORMAT, LoralibHints)
         read = hints.get("settings", {})
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)

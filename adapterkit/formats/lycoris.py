@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core.adapter import Target
 from ._format import FORMULA, Departure
-from ._image import container
-from ._image.arguments import OPTIONS
-from ._image.container import Metadata
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
-from ._image.file import ImageKey, ImageModule, Rules
+from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.underscores import resolve, stem_of
 from .kohya import LYCORIS
@@ -55,7 +52,7 @@ class Lycoris(ImageFormat):
     rules = Rules(alpha_needed=True, norms=True, slots=(*SLOTS, "hada_", "lokr_"))
 
     def sniff(self, path: Path) -> bool:
-        keys = [key for key in container.names(path) if self.parse(key)]
+        keys = [key for key in tensor_names(path) if self.parse(key)]
         return any(key.startswith("lycoris_") or key.partition(".")[2].startswith(LYCORIS) for key in keys)
 
     def parse(self, key: str) -> ImageKey | None:

@@ -15,15 +15,13 @@ from ..io.arrange import turned
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
+from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_one_alpha
-from ._pairs import DAMAGED, check_factors, grouped, stored_layout, unfit
-from ._state_dicts import keys_of, load, read_settings, save, write_settings
+from ._kit import DAMAGED, Leftovers, check_factors, grouped, in_order, leftovers, of_one_alpha, stored_layout, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "minlora"
 SETTINGS = "minlora.json"
@@ -64,7 +62,7 @@ class MinLora(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, MinLoraHints)
+        hints = leftovers(adapter, FORMAT, MinLoraHints)
         first = hints.get("settings", {}).get("alpha")
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}

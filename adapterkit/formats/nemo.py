@@ -28,14 +28,11 @@ from ..io.lazy import DTYPES, Lazy
 from ..io.staging import staged
 from ..io.torch_file import read_torch_file
 from ..naming.heads import Heads, heads_of
-from ..naming.megatron import NEMO
+from ..naming.tool_names import NEMO
+from ._containers import LIMIT, dump_yaml, load_yaml, save
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._megatron import decode, encode, heads_again, why_not
-from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, finite, rank_of
-from ._state_dicts import save
-from ._yaml import LIMIT, dump_yaml, load_yaml
+from ._kit import DAMAGED, Leftovers, in_order, is_finite, leftovers, of_one_alpha, rank_of, whole_number
+from .megatron import decode, encode, heads_again, why_not
 
 if TYPE_CHECKING:
     from typing import IO
@@ -103,7 +100,7 @@ class Nemo(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, NemoHints)
+        hints = leftovers(adapter, FORMAT, NemoHints)
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
@@ -244,7 +241,7 @@ def _check(config: Mapping[str, object]) -> float:
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
             raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
-    alpha = finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
+    alpha = is_finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
         raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct alpha")
     return alpha

@@ -22,9 +22,9 @@ from ..io.checkpoint import read_json
 from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
+from ._containers import save, write_settings
 from ._format import LEFT_OUT, Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._state_dicts import save, write_settings
+from ._kit import Leftovers, in_order, leftovers
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -94,7 +94,7 @@ class Nola(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, NolaHints)
+        hints = leftovers(adapter, FORMAT, NolaHints)
         seeds = adapter.foreign.tensors if hints and adapter.foreign is not None else {}
         stems, tensors, alphas = _stems(seeds), dict[str, Lazy](), set[float]()
         lost: list[str] = []

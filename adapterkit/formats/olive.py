@@ -21,13 +21,21 @@ from ..io.numpy_files import read_npz, write_npz
 from ..io.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ..methods.lora import LoRA
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_no_number
-from ._pairs import check_factors, expressible, grouped, stored_layout, unfit
+from ._kit import (
+    Leftovers,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    leftovers,
+    of_no_number,
+    stored_layout,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "olive"
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -78,7 +86,7 @@ class Olive(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, OliveHints)
+        hints = leftovers(adapter, FORMAT, OliveHints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="Olive", on_loss=on_loss)
         tensors: dict[str, Lazy] = {}

@@ -21,7 +21,7 @@ from ..io.lazy import as_lazy
 from ..io.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ..methods import METHODS
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
+from ._kit import Leftovers, in_order, leftovers
 from .adapterkit import MAX_RECORD, ForeignRecord, decode_record, encode_record
 from .olive import has_olives_names
 
@@ -82,7 +82,7 @@ class OnnxAdapter(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, OnnxAdapterHints)
+        hints = leftovers(adapter, FORMAT, OnnxAdapterHints)
         told = adapter.replace(foreign=None) if hints else adapter
         tensors: dict[str, Leaf] = {}
         record = encode_record(told, tensors)

@@ -24,22 +24,19 @@ from ..errors import (  # fmt: skip
     UsageError,
 )
 from ..io.arrange import joined, padded, part, run, same_type
+from ..io.inputs import is_npy
 from ..io.lazy import DTYPES, Lazy, as_lazy
-from ..io.magic_bytes import is_npy
 from ..io.numpy_files import read_npy, write_npy
 from ..methods.lora import LoRA
 from ..naming.architectures import namings_of
-from ..naming.megatron import OWN
-from ..naming.tables import modules_of
-from ._folders import folder_of, make_folder
+from ..naming.tool_names import OWN, modules_of
+from ._containers import folder_of, make_folder
 from ._format import Format
-from ._leftovers import Leftovers, remembered
-from ._one_number import of_no_number
-from ._pairs import DAMAGED, Pairs, expressible, rank_of, unfit
+from ._kit import DAMAGED, Leftovers, Pairs, expressible, leftovers, of_no_number, rank_of, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 FORMAT = "tensorrt_llm"
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
@@ -86,7 +83,7 @@ class TensorRtLlm(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TensorRTHints)
+        hints = leftovers(adapter, FORMAT, TensorRTHints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}

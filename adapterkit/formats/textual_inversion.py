@@ -20,10 +20,9 @@ from ..io.torch_file import is_torch_file, read_torch_value
 from ..methods.textual_inversion import TextualInversion
 from ..naming.image import rooted
 from ._format import CHANGED, Format
-from ._image import container
 from ._image.bundles import EMBEDDING
-from ._image.container import TORCH, Metadata
 from ._image.dialect import folder_file
+from ._image.file import TORCH_SUFFIXES, Metadata, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -74,13 +73,13 @@ class TextualInversionFiles(Format):
         data = adapter.foreign.data if adapter.foreign and adapter.foreign.format == FORMAT else {}
         file = path / FILES[0] if path.is_dir() or not path.suffix else path
         file.parent.mkdir(parents=True, exist_ok=True)
-        wrapper = data.get("wrapper") if file.suffix in TORCH else None
+        wrapper = data.get("wrapper") if file.suffix in TORCH_SUFFIXES else None
         tensors = _keys(found, data, wrapped=wrapper is not None)
         if wrapper is not None:
             _save_wrapped(file, tensors, {**wrapper, "name": _token_of(found)})
             return lines
         metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
-        container.save(file, tensors, metadata)
+        save_tensors(file, tensors, metadata)
         return lines + _renamed(found, tensors, file)
 
 
@@ -89,8 +88,8 @@ FORMAT = "textual_inversion"
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] | None]:
     """Return the tensors, the metadata, and the dict that contains the tensors in AUTOMATIC1111's files (or None)."""
-    if path.suffix not in TORCH and not is_torch_file(path):
-        return *container.load(path), None
+    if path.suffix not in TORCH_SUFFIXES and not is_torch_file(path):
+        return *load_tensors(path), None
     value = read_torch_value(path)
     if not isinstance(value, dict):
         raise Malformed("this is not a dict of tensors", where="top level", cure=_AGAIN)

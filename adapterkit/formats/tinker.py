@@ -16,18 +16,29 @@ from ..io import safetensors
 from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
-from ..naming.tables import PREFIXES, NameTable, TableNames, modules_of, without_prefix
-from ..naming.tinker import EXPERTS, HEAD, is_tinker
-from ._folders import folder_of
+from ..naming.tool_names import EXPERTS, HEAD, PREFIXES, NameTable, TableNames, is_tinker, modules_of, without_prefix
+from ._containers import folder_of
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit, whole_rank
-from .peft.container import CONFIG, SAFETENSORS, load, save
+from ._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    grouped,
+    in_order,
+    is_finite,
+    leftovers,
+    of_one_alpha,
+    rank_of,
+    unfit,
+    whole_number,
+    whole_rank,
+)
+from .peft import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._pairs import Pair, Slots
+    from ._kit import Pair, Slots
 
 
 # Map names of single experts to the name of a stack, and back: some formats stack experts that the base has separately.
@@ -113,7 +124,7 @@ class Tinker(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TinkerHints)
+        hints = leftovers(adapter, FORMAT, TinkerHints)
         before = hints.get("config", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
@@ -135,7 +146,7 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
         cure = "Tinker does not write this field; read the folder as PEFT's: --from peft (format='peft')"
         raise Unsupported(f"{wrong} is {config[wrong]!r}", where=f"{CONFIG}: {wrong}", cure=cure)
     rank = whole_rank(config.get("r"), f"{CONFIG}: r")
-    alpha = finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
+    alpha = is_finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
     if not alpha:
         raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=CONFIG, cure=DAMAGED)
     return rank, alpha

@@ -19,18 +19,28 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.architectures import namings_of
 from ..naming.heads import heads_of, rope_pairs, undone
-from ..naming.tables import NameTable, TableNames, modules_of
+from ..naming.tool_names import NameTable, TableNames, modules_of
+from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._leftovers import Leftovers, in_order, remembered
-from ._one_number import one_alpha
-from ._pairs import check_factors, expressible, finite, grouped, in_row_order, pair, unfit
-from ._state_dicts import keys_of, load, read_settings, save, write_settings
+from ._kit import (
+    Leftovers,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    in_row_order,
+    is_finite,
+    leftovers,
+    one_alpha,
+    pair,
+    unfit,
+)
 
 if TYPE_CHECKING:
     from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
     from ..naming.heads import Rows
-    from ._pairs import Pair
+    from ._kit import Pair
 
 FORMAT = "torchtune"
 SETTINGS, CONFIG = "torchtune.json", "adapter_config.json"
@@ -77,7 +87,7 @@ class Torchtune(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, TorchtuneHints)
+        hints = leftovers(adapter, FORMAT, TorchtuneHints)
         names, order = TableNames(table()), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:
@@ -131,7 +141,7 @@ class _Order:
 def _alpha(path: Path) -> float:
     config = path.with_name(CONFIG)
     if not path.with_name(SETTINGS).exists() and config.exists():
-        alpha = finite(read_json(config, strict=True).get("lora_alpha"), f"{CONFIG}: lora_alpha")
+        alpha = is_finite(read_json(config, strict=True).get("lora_alpha"), f"{CONFIG}: lora_alpha")
         if alpha:
             return alpha
     return float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <lora_alpha>}')["alpha"])

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Target
 from ..errors import ShapeMismatch
 from ..naming.image import rooted
-from ._image import container
-from ._image.container import Metadata
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ class Xlabs(ImageFormat):
     rows = True
 
     def sniff(self, path: Path) -> bool:
-        return any(map(self.parse, container.names(path)))
+        return any(map(self.parse, tensor_names(path)))
 
     def parse(self, key: str) -> ImageKey | None:
         found = _KEY.fullmatch(key)

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported, UsageError, first_line
-from ..io.inputs import read_input
+from ..io.inputs import is_gguf, read_input
 from ..io.lazy import as_torch, files_kept_open
 from ..io.locations import located
-from ..io.magic_bytes import is_gguf
 from ..quant import dequantized, is_quantized
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ..merging import plan
 from ..merging.vocabulary import parse_vocab
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from ..naming.binding.bases import check_base
+from ..naming.binding.fitting import check_base
 from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 from ..quant import dequantized, is_quantized

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, StorageError, UsageError, shown, storage_error
 from . import safetensors
-from .inputs import open_input, read_input
+from .inputs import is_gguf, open_input, read_input
 from .lazy import DTYPES, Lazy, Span, files_kept_open
 from .locations import check_exists, exists, located
-from .magic_bytes import is_gguf
 from .stages import detail
 from .strict_json import check_size, load_json
 from .torch_file import is_torch_file, read_torch_file

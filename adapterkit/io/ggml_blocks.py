@@ -7,10 +7,10 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..native import loops
-from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
     from .lazy import Array, Buffer
@@ -174,15 +174,15 @@ def _q3(blocks: Array) -> Array:
 
 
 def _q4(blocks: Array) -> Array:
-    return _with_least(blocks, _pairs(blocks[:, 16:], (0, 4), 32, 15))
+    return _scales_and_minima(blocks, _pairs(blocks[:, 16:], (0, 4), 32, 15))
 
 
 def _q5(blocks: Array) -> Array:
     high = _pairs(blocks[:, 16:48], tuple(range(8)), 32, 1)
-    return _with_least(blocks, _pairs(blocks[:, 48:], (0, 4), 32, 15) | high << 4)
+    return _scales_and_minima(blocks, _pairs(blocks[:, 48:], (0, 4), 32, 15) | high << 4)
 
 
-def _with_least(blocks: Array, q: Array) -> Array:
+def _scales_and_minima(blocks: Array, q: Array) -> Array:
     """Decode the scales and minima of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima per block.
 
     The bytes of the first four scales and minima also contain the two high bits of the last four scales and minima.
@@ -206,3 +206,204 @@ def _q6(blocks: Array) -> Array:
 
 
 _K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
+
+# Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32 numbers. Each run has a scale, also quantized.
+#
+# The layout is ggml's. For each run, a few scales are tried near the scale at which the largest number of the run just
+# fits, and the scale with the least squared error is chosen. The scales are quantized, and then the numbers are
+# rounded with the quantized scales. llama.cpp minimizes a weighted error, so its bytes differ; the error is about the
+# same.
+# Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
+
+
+STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
+"""The scales to try for a run. Each is given by the distance, in steps, between the run's largest number and the end of
+the quantized range."""
+
+
+def k_pieces(kind: str, blocks: Array) -> list[Array]:
+    """Encode float32 blocks `[n, 256]`; return the fields of the layout as bytes, in their order."""
+    return _FIELDS[kind](blocks)
+
+
+def _q2_fields(blocks: Array) -> list[Array]:
+    x = _columns(blocks, 16)
+    scales, least = _with_least(x, 3)
+    d, sc = _whole(scales.reshape(-1, 16), 15)
+    lower, m = _whole(least.reshape(-1, 16), 15)
+    q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, 3)
+    return [_bytes(sc) | _bytes(m) << 4, _joined(q, (0, 2, 4, 6), 32), _half(d), _half(lower)]
+
+
+def _q3_fields(blocks: Array) -> list[Array]:
+    x = _columns(blocks, 16)
+    d, sc = _signed(_around_zero(x, 4).reshape(-1, 16), 32)
+    q, u = _rounded(x, _flat(d * sc), -4, 3), _bytes(sc + 32)
+    high, low = _joined(q >> 2, tuple(range(8)), 32), _joined(q & 3, (0, 2, 4, 6), 32)
+    return [high, low, _joined(u & 15, (0, 4), 8), _joined(u >> 4, (0, 2, 4, 6), 4), _half(d)]
+
+
+def _q4_fields(blocks: Array) -> list[Array]:
+    head, q = _six_bits(blocks, 15)
+    return [*head, _joined(q, (0, 4), 32)]
+
+
+def _q5_fields(blocks: Array) -> list[Array]:
+    head, q = _six_bits(blocks, 31)
+    return [*head, _joined(q >> 4, tuple(range(8)), 32), _joined(q & 15, (0, 4), 32)]
+
+
+def _q6_fields(blocks: Array) -> list[Array]:
+    import numpy as np
+
+    x = _columns(blocks, 16)
+    d, sc = _signed(_around_zero(x, 32).reshape(-1, 16), 128)
+    q = _rounded(x, _flat(d * sc), -32, 31)
+    low, high = _joined(q & 15, (0, 4), 64), _joined(q >> 4, (0, 2, 4, 6), 32)
+    return [low, high, sc.astype(np.int8).view(np.uint8), _half(d)]
+
+
+_FIELDS: dict[str, Callable[[Array], list[Array]]] = {
+    "Q2_K": _q2_fields,
+    "Q3_K": _q3_fields,
+    "Q4_K": _q4_fields,
+    "Q5_K": _q5_fields,
+    "Q6_K": _q6_fields,
+}
+
+
+def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
+    """Return the bytes of the fields that precede the numbers in Q4_K and Q5_K, and the quantized numbers."""
+    import numpy as np
+
+    x = _columns(blocks, 32)
+    scales, least = _with_least(x, most)
+    d, sc = _whole(scales.reshape(-1, 8), 63)
+    lower, m = _whole(least.reshape(-1, 8), 63)
+    q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, most)
+    s, n = _bytes(sc), _bytes(m)
+    a, b = (low[:, :4] | low[:, 4:] >> 4 << 6 for low in (s, n))
+    return [_half(d), _half(lower), np.concatenate([a, b, s[:, 4:] & 15 | n[:, 4:] << 4], axis=1)], q
+
+
+def _columns(blocks: Array, size: int) -> Array:
+    """Return the runs as columns `[size, runs]`, so that numpy processes thousands of runs per operation."""
+    import numpy as np
+
+    return np.ascontiguousarray(blocks.reshape(-1, size).T)
+
+
+def _around_zero(x: Array, most: int) -> Array:
+    """Return the best scale for each run, by squared error; quantized numbers are from -most to most - 1."""
+    import numpy as np
+
+    top, bottom = x.max(0), x.min(0)
+    largest = np.where(top > -bottom, top, bottom)
+    best, scale = np.full(len(largest), -1, "f4"), np.zeros(len(largest), "f4")
+    q, product = np.empty_like(x), np.empty_like(x)
+    for stretch in STRETCHES:
+        np.multiply(x, divided_by(np.float32(-most - stretch), largest), out=q)
+        np.clip(np.rint(q, out=q), -most, most - 1, out=q)
+        xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
+        fitted = divided_by(xq, qq)
+        gain = fitted * xq
+        # The best scale minimises sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2, so it has the
+        # largest gain: (sum x q)^2 / sum q^2.
+        scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
+    return scale
+
+
+def _with_least(x: Array, most: int) -> tuple[Array, Array]:
+    """Return the best scale and negated minimum for each run, by squared error; quantized numbers are 0 to `most`."""
+    import numpy as np
+
+    size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
+    above, q, product = x - low, np.empty_like(x), np.empty_like(x)
+    best, scale, least = np.full_like(low, np.inf), np.zeros_like(low), -low
+    for stretch in STRETCHES:
+        np.multiply(above, divided_by(np.float32(most + stretch), x.max(0) - low), out=q)
+        np.clip(np.rint(q, out=q), 0, most, out=q)
+        xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
+        slope, begin, error = _line(size, total, q.sum(0), xq, qq)
+        better = (error < best) & (slope >= 0)
+        scale, least, best = (np.where(better, *pair) for pair in ((slope, scale), (begin, least), (error, best)))
+    return scale, least
+
+
+def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
+    """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin, and the error minus sum x^2.
+
+    Args:
+        size: the number of values x in a run.
+        total: the sum of x.
+        s: the sum of the steps q.
+        xq: the sum of x * q.
+        qq: the sum of q * q.
+    """
+    import numpy as np
+
+    slope = divided_by(size * xq - total * s, size * qq - s * s)
+    begin = (slope * s - total) / size
+    # The stored minimum is never positive. If the fit has a positive minimum, fit a line through zero instead.
+    slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
+    return (
+        slope,
+        begin,
+        slope * slope * qq + size * begin * begin - 2 * (slope * xq + slope * begin * s - begin * total),
+    )
+
+
+def _whole(values: Array, most: int) -> tuple[Array, Array]:
+    """Quantize non-negative values; return the unit of each block `[n, 1]`, and the values as multiples of the unit."""
+    import numpy as np
+
+    unit = _stored(values.max(1, keepdims=True) / np.float32(most))
+    return unit, np.clip(np.rint(divided_by(values, unit)), 0, most)
+
+
+def _signed(values: Array, most: int) -> tuple[Array, Array]:
+    """Like `_whole` for values of either sign, with multiples from -most to most - 1."""
+    import numpy as np
+
+    largest = np.take_along_axis(values, np.abs(values).argmax(1, keepdims=True), 1)
+    unit = _stored(largest / np.float32(-most))
+    return unit, np.clip(np.rint(divided_by(values, unit)), -most, most - 1)
+
+
+def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
+    """Quantize columns with their scales; return the quantized numbers minus `low` as blocks of bytes."""
+    import numpy as np
+
+    q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
+    q *= scales != 0
+    np.clip(np.rint(q, out=q), low, high, out=q)
+    return np.ascontiguousarray(_bytes(q - np.float32(low)).T).reshape(-1, 256)
+
+
+def _flat(values: Array) -> Array:
+    return values.reshape(-1)
+
+
+def divided_by(values: object, by: Array) -> Array:
+    """Return values / by; the quotient is 0 if `by` is 0."""
+    import numpy as np
+
+    return np.asarray(np.where(by == 0, np.float32(0), values / np.where(by == 0, np.float32(1), by)))
+
+
+def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
+    """Pack small integers into bytes: `run` bytes get `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, ..."""
+    import numpy as np
+
+    split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
+    return np.asarray(np.bitwise_or.reduce(split, axis=2).reshape(len(q), -1))
+
+
+def _bytes(q: Array) -> Array:
+    import numpy as np
+
+    return np.asarray(q.astype(np.uint8))
+
+
+def _stored(values: Array) -> Array:
+    return values.astype("<f2").astype("f4")

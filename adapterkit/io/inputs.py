@@ -1,4 +1,4 @@
-"""Open untrusted files: only regular files, and documents only up to a size limit."""
+"""Open untrusted files: only regular files, documents only up to a size limit; know files by magic bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, BinaryIO, TypeVar, TypeVarTuple, cast
 
-from ..errors import Malformed, Path, storage_error
+from ..errors import AdapterkitError, Malformed, Path, storage_error
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -106,3 +106,35 @@ def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
 
 
 _KEPT: ContextVar[dict[tuple[str, str], tuple[Any, Exception | None]] | None] = ContextVar("_KEPT", default=None)
+
+# Recognize the type of a tensor file by its magic bytes, without importing a reader.
+
+
+GGUF = b"GGUF"
+GGLA = b"algg"
+"""The letters of `ggla` in reverse order, because the file stores the integer 0x67676c61 in little-endian order."""
+NPY = b"\x93NUMPY"
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like a GGUF file; never raises an error."""
+    return has_mark(path, GGUF)
+
+
+def is_ggla(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like an adapter of llama.cpp before GGUF; never raises an error."""
+    return has_mark(path, GGLA)
+
+
+def is_npy(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like a `.npy` file; never raises an error."""
+    return has_mark(path, NPY)
+
+
+def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
+    """Whether a file has these bytes at an offset; never raises an error."""
+    try:
+        with open_input(path) as file:
+            return file.read(at + len(mark))[at:] == mark
+    except (OSError, AdapterkitError):
+        return False

@@ -17,9 +17,8 @@ from typing import IO, BinaryIO
 
 from ..errors import Malformed, Unsupported, shown, storage_error
 from .atomic import replacing
-from .inputs import open_input
+from .inputs import NPY, open_input
 from .lazy import DTYPES, DType, Lazy, Span
-from .magic_bytes import NPY
 
 MAX_HEADER = 1 << 16
 MAX_MEMBERS = 1 << 17

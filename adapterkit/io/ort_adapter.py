@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported, storage_error
 from .arrange import is_moved
-from .atomic import replacing
-from .inputs import open_input
+from .atomic import remember, replacing, source_of
+from .inputs import has_mark, open_input
 from .lazy import DTYPES, Lazy, Span
-from .magic_bytes import has_mark
-from .written import remember, source_of
 
 if TYPE_CHECKING:
     from .lazy import Buffer

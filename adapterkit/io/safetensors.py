@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Corrupt, Malformed, storage_error
-from .atomic import replacing
+from .atomic import remember, replacing, sources_of
 from .direct import OpenFiles, Writer
 from .inputs import kept, open_input
 from .lazy import DTYPES, ELSEWHERE, Buffer, DType, Lazy, Shape, Span
 from .strict_json import load_table
-from .written import remember, sources_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

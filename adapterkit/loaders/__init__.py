@@ -18,13 +18,12 @@ from ..core.updates import Additive
 from ..errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
-from ..formats._image import container
 from ..formats._image.deciding import FAMILY, candidates, denoiser_targets, origin_of
 from ..formats._image.dialect import ImageFormat
+from ..formats._image.file import TORCH_SUFFIXES, tensor_names
 from ..methods.lora import LoRA
 from ..naming import architectures
-from ..naming.image import component_of, encoders, families, rooted
-from ..naming.patterns import alike
+from ..naming.image import alike, component_of, encoders, families, rooted
 from ..writing import Promotion
 
 if TYPE_CHECKING:
@@ -226,8 +225,8 @@ class _File:
             inside_folder = [each for each in sorted(path.iterdir()) if each.suffix.lower() in TENSORS]
             own = [each for each in inside_folder if each.name in writer.owns]
             file = next(iter(own or inside_folder), path)
-        keys = tuple(container.names(file)) if isinstance(writer, ImageFormat) else ()
-        kind = "torch" if file.suffix in container.TORCH else "safetensors"
+        keys = tuple(tensor_names(file)) if isinstance(writer, ImageFormat) else ()
+        kind = "torch" if file.suffix in TORCH_SUFFIXES else "safetensors"
         inside = any(component_of(target.path) for target in adapter.updates) or isinstance(writer, ImageFormat)
         targets = denoiser_targets(adapter.updates, ()) if inside else []
         found = candidates(adapter.updates, targets, origin_of(adapter, None)) if targets else []

@@ -323,7 +323,7 @@ def verify(
         if adapters or sample is not None:
             raise UsageError("the base is missing", cure="Give the base, or only the output")
         return check_written(merged, progress)
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
     from .quantized import as_read
     from .verification import compare, compare_bases
 
@@ -476,7 +476,7 @@ def _accompanied(
     """Add the companion files, the base's fingerprint and all warnings to the plan."""
     from ..core.licence_terms import BASE, check_licences, conflicts
     from ..formats import warnings_of
-    from ..naming.binding.bases import check_bases
+    from ..naming.binding.fitting import check_bases
     from .companions import companions
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import StorageError, Unsupported, UsageError
 from ..io.atomic import write_bytes
 from ..io.checkpoint import open_checkpoint
-from ..io.magic_bytes import is_gguf
+from ..io.inputs import is_gguf
 from ..quant import is_quantized
 
 if TYPE_CHECKING:

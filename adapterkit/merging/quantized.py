@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
-from ..naming.binding.bases import merge_record
+from ..naming.binding.fitting import merge_record
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
 from ..quant._calibration import Calibration, read_calibration
 

@@ -18,8 +18,7 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, Lazy
 from ..naming.binding import view
 from ..native import KINDS, loops
-from ..quant import Dequantized, Packed
-from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
+from ..quant import NO_PACKING, STEP, Dequantized, Packed, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
 from .keeping import directions, kept

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..io.computed import load
 from ..io.stages import stage
 from ..naming.binding import view
-from ..naming.binding.bases import identity_of
+from ..naming.binding.fitting import identity_of
 from ..ops.differences import frobenius, left
 from ..ops.lowering import Change, balanced, low_rank, result_type
 from ..ops.prefetch import ahead, most_workers, one_blas_thread

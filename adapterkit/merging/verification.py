@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..io.checkpoint import PREFIX, Checkpoint, fingerprint
 from ..io.lazy import DType, Lazy
 from ..io.stages import stage
-from ..naming.binding.bases import merge_record, relation
+from ..naming.binding.fitting import merge_record, relation
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
 from .checksums import recorded, wrong_runs

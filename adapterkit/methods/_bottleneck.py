@@ -6,13 +6,32 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import Unsupported
-from ..linalg.activations import ACTIVATIONS, layer_norm
-from ._gates import row_shares
+from ..linalg.activations import ACTIVATIONS, layer_norm, sigmoid
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates.update import Layer
+
+
+def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
+    """Return the mean of sigmoid(logits) over all axes except rows and channels."""
+    channel %= logits.ndim
+    places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
+    shares = sigmoid(logits)
+    return namespace(shares).mean(shares, axis=places, keepdims=True) if places else shares
+
+
+def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
+
+    A gate computes one factor for both keys and values, or one for each. The result is `[batch, 2, heads, n, d]`.
+    """
+    return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
+
+
+# Base classes of bottleneck adapters: gate, norms and scale.
 
 
 class Sublayer(OutputUpdate):

@@ -1,12 +1,16 @@
-"""Base class of methods that replace a part of W by a low-rank product."""
+"""Base class of methods that replace a part of W by a low-rank product, and the decompositions of W that they need."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, MutableMapping
+from functools import cache
+from typing import TYPE_CHECKING, cast
 
 from ..core.updates import WeightUpdate, tensor
+from ..linalg.namespace import N, Namespace, namespace
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -30,3 +34,61 @@ class InPlace(WeightUpdate):
     def new_weight(self, W: Tensor) -> Tensor:
         new: Tensor = W - self.taken(W) + (self.scaling * self.left()) @ self.A
         return new
+
+
+# Decompose weights, for methods whose formula needs a decomposition; each weight of a live model is decomposed once.
+#
+# No gradient flows through a decomposition, because such a method uses the base's decomposition at the start of
+# training.
+
+
+Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
+"""A decomposition of a matrix by the functions of a namespace."""
+
+
+def svd(W: N) -> tuple[N, N, N]:
+    """Return (U, S, V) with W = (U * S) @ V, thin, S descending; in W's dtype, computed in float32 or wider."""
+    U, S, V = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
+    return U, S, V
+
+
+def qr(W: N) -> tuple[N, N]:
+    """Return the thin (Q, R) with W = Q @ R, Q's columns orthonormal; in W's dtype, computed in float32 or wider."""
+    Q, R = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
+    return Q, R
+
+
+def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
+    """Decompose W. The parts of a torch tensor are cached until the tensor is freed, written to, moved or cast."""
+    # Skip the cache while torch.compile traces, because a lookup would break the graph.
+    if not hasattr(W, "_version") or _compiling():
+        return _parts(W, decompose)
+    # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.
+    weight = cast("torch.Tensor", W)
+    decomposed = cast("Decompose[torch.Tensor]", decompose)
+    state = weight._version, weight.data_ptr(), weight.dtype, weight.device
+    held = _memory().setdefault(weight, {})
+    if name not in held or held[name][0] != state:
+        held[name] = state, _parts(weight.detach(), decomposed)
+    return cast("tuple[N, ...]", held[name][1])
+
+
+def _parts(W: N, decompose: Decompose[N]) -> tuple[N, ...]:
+    xp = namespace(W)
+    # Compute in float32 or wider: linear algebra libraries have no 16-bit routines.
+    wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
+    return tuple(xp.astype(part, W.dtype) for part in decompose(xp, wide))
+
+
+def _compiling() -> bool:
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+@cache
+def _memory() -> MutableMapping[torch.Tensor, dict[str, tuple[object, tuple[torch.Tensor, ...]]]]:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    memory: MutableMapping[torch.Tensor, dict[str, tuple[object, tuple[torch.Tensor, ...]]]] = WeakTensorKeyDictionary()
+    return memory

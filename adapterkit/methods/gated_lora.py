@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 from ..core.updates import OutputUpdate, tensor
-from ._gates import row_shares
+from ._bottleneck import row_shares
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import ContextUpdate, Rule, tensor
-from ._gates import gated
+from ._bottleneck import gated
 
 if TYPE_CHECKING:
     from torch import Tensor

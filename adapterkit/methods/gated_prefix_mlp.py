@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, tensor
-from ._gates import gated
+from ._bottleneck import gated
 from .prefix_mlp import PrefixMLP
 
 if TYPE_CHECKING:

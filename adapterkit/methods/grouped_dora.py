@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.namespace import constant, lengths, namespace
-from ._grouped import AcrossGroups, fresh_pair
+from ._low_rank import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import attribute, tensor
-from ._grouped import AcrossGroups, fresh_pair
+from ._low_rank import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule
-from ..linalg.decompositions import qr
-from ._in_place import InPlace
+from ._in_place import InPlace, qr
 
 if TYPE_CHECKING:
     from torch import Tensor

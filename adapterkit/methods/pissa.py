@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule
-from ..linalg.decompositions import svd
-from ._in_place import InPlace
+from ._in_place import InPlace, svd
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,5 +1,5 @@
 /* Converts float32 to the bytes of ggml's block types, and back. The loops do the same float32 operations as
- * `io/ggml_blocks.py` and `io/ggml_k_blocks.py`, in numpy's order, so they give the same bits. They are compiled
+ * `io/ggml_blocks.py`, in numpy's order, so they give the same bits. They are compiled
  * without fused operations, which round once where numpy rounds twice.
  *
  * numpy computes whole arrays at each step; here, a few blocks go through all steps while they are in the cache. If the

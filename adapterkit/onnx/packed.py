@@ -16,8 +16,8 @@ from ..errors import Unsupported
 from ..io.lazy import DTYPES
 from ..merging.quantized import WHY
 from ..merging.requantize import damage_of
+from ..quant import joined
 from ..quant._grouped import Grouped
-from ..quant._scheme import joined
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
 from .integer_layers import IntegerLayer, initializer

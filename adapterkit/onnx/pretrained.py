@@ -25,7 +25,7 @@ from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
 from ..io.stages import steps
 from ..naming.binding import renamed
-from ..naming.binding.bases import check_base
+from ..naming.binding.fitting import check_base
 from ..torch.pretrained import check_transformers, load_pretrained
 from .exporting import (
     CARRIED,

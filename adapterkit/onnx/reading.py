@@ -55,7 +55,7 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     """
     if base is None:
         return ()
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
 
     return check_base(adapters, base, strict)
 

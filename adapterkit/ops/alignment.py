@@ -13,11 +13,11 @@ from ..core.adapter import Adapter, Target
 from ..core.updates import Additive
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..formats import read
-from ..formats._image.naming import in_one_naming
+from ..formats._image.translate import in_one_naming
 from ..io.checkpoint import opened
 from ..naming.binding import renamed, weight_shape
-from ..naming.binding.bases import check_base
-from ..naming.binding.by_expert import by_expert, by_rows
+from ..naming.binding.fitting import check_base
+from ..naming.binding.moving import by_expert, by_rows
 from .lowering import Change, Delta, additive, bound
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..core.adapter import Adapter
 from ..errors import UsageError
 from ..io.checkpoint import opened
-from ..io.computed import held
-from ..io.spool import Spool
+from ..io.computed import Spool, held
 from ..io.stages import stage
 from ..methods.dense import Dense
 from ..methods.lora import LoRA

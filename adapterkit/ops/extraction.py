@@ -30,12 +30,10 @@ from ..methods.rows import Rows
 from ..methods.shira import SHiRA
 from ..naming.architectures import architecture_of
 from ..naming.binding import view
-from ..naming.binding.bases import check_tuned, identity_of
-from ..naming.binding.fitting import paths_of
-from ..naming.layouts import stored_in_out
+from ..naming.binding.fitting import check_tuned, identity_of, paths_of
+from ..naming.moves import Names, stored_in_out
 from ..naming.renames import parse_renames
 from ..naming.resolver import resolve
-from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
 from .lowering import Change, balanced, low_rank, result_type

@@ -27,7 +27,7 @@ from ..io.inputs import open_input
 from ..io.locations import check_exists
 from ..io.stages import stage
 from ..io.strict_json import load_json
-from ..naming.binding.bases import relation
+from ..naming.binding.fitting import relation
 from .signing import PREDICATE, linked_folders, model_signing, settled, verifier
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from ..io.inputs import open_input
 from ..io.locations import NOTE, check_exists
 from ..io.stages import stage
 from ..io.staging import check_free, check_inputs, staged
-from ..naming.binding.bases import merge_record
+from ..naming.binding.fitting import merge_record
 
 if TYPE_CHECKING:
     from types import ModuleType

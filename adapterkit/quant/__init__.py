@@ -7,19 +7,343 @@ weight is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.registry import Registry
-from ..errors import Malformed, Unsupported
+from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.checkpoint import Checkpoint
-from ._scheme import QUANTIZATION, Packed, Scheme, said_quantization
+from ..io.lazy import BY_TORCH, DTYPES, DType, Lazy, Shape
+from ..native import loops
 
 if TYPE_CHECKING:
-    from ..io.lazy import Lazy
+    from ..io.lazy import Array as Array
+    from ..io.lazy import Buffer
     from ..io.strict_json import JsonValue
+
+    Merged = Callable[[int, int], Array]
     from ._calibration import Calibration
+
+
+# The interface of a quantization scheme: recognise its bases, and find their packed weights.
+
+
+DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
+
+NO_PACKING = "Merge with quantized=/--quantized dequantize, and quantize the result with the scheme's own tool"
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The sixteen values of a 4-bit float with one sign bit, two exponent bits and one mantissa bit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(ABC):
+    """A packed weight: one weight that a scheme stores as one or several tensors. Each scheme has a subclass.
+
+    Attributes:
+        name: the weight's name in the unquantized base.
+        shape: the weight's shape in the unquantized base.
+        dtype: the dtype to which the scheme's library dequantizes.
+        members: the names of the stored tensors of the weight. In lists of tensors, the weight is at the position of
+            the first.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType
+    members: tuple[str, ...]
+
+    @property
+    def merged(self) -> str:
+        """The dtype of the merged values that `pack` expects."""
+        return "F32"
+
+    @property
+    def changes(self) -> bool:
+        """Whether the weight is written in another type than the stored type, even if no adapter changes it."""
+        return False
+
+    @property
+    def written(self) -> Lazy:
+        """If the weight `changes`: the stored tensor as it will be written, of which only the size is known.
+
+        Raises:
+            Unsupported: the scheme has only one type.
+        """
+        raise Unsupported("the scheme cannot write the weight in another type", where=self.name, cure=NO_PACKING)
+
+    @property
+    def share(self) -> Lazy | None:
+        """If several weights share a stored tensor: this weight's bytes as they will be written; otherwise None."""
+        return None
+
+    def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
+        """Return the weight read from new stored tensors; None if only the scheme's `find` can create the weight."""
+        return None
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows of the weight as `[rows, width]`, in `dtype`'s numpy type; width is the weight's last axis.
+
+        Raises:
+            Malformed: a scale is a NaN or an infinity.
+        """
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        """Quantize new values for this weight with the scheme's formula.
+
+        Args:
+            merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called several
+                times for the same rows.
+
+        Returns:
+            The stored tensors that change, in their stored dtypes and shapes.
+
+        Raises:
+            Unsupported: quantizing to this scheme is not implemented.
+        """
+        raise Unsupported("adapterkit cannot quantize to this scheme", where=self.name, cure=NO_PACKING)
+
+    def lazy(self) -> Lazy:
+        """Return the weight as a lazy tensor that reads only the requested rows."""
+        return Lazy(self.shape, self.dtype, lambda: self._part(0, math.prod(self.shape)), part=self._part)
+
+    def _part(self, first: int, count: int) -> Buffer:
+        import numpy as np
+
+        width = self.shape[-1] if self.shape else 1
+        if not count or not width:
+            return b""
+        start, stop = first // width, -(-(first + count) // width)
+        with np.errstate(all="ignore"):
+            values = np.ascontiguousarray(self.rows(start, stop), dtype=self.dtype.array)
+        flat = values.reshape(-1)[first - start * width :][:count]
+        return flat.view("u1").tobytes()
+
+
+class Rowwise(Packed):
+    """A packed weight of which a run of rows can be merged, packed and written without the other rows."""
+
+    @property
+    @abstractmethod
+    def apart(self) -> bool:
+        """Whether runs of this weight's rows can be packed separately."""
+
+    @abstractmethod
+    def closed(self, row: int) -> bool:
+        """Whether a run may begin at this row: all earlier rows precede it in each stored tensor that changes."""
+
+    @abstractmethod
+    def places(self, row: int) -> dict[str, int]:
+        """Return the offset of a row's first byte in each stored tensor that changes, as it will be written.
+
+        Args:
+            row: the number of the row; `closed` is true for it.
+        """
+
+    @abstractmethod
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        """Quantize rows from `start` on; return their bytes in each stored tensor that changes.
+
+        `closed` must be true for the first row and for the row after the last.
+
+        Args:
+            start: the number of the first row.
+            rows: the rows `[rows, width]`, in the dtype `merged`.
+        """
+
+    @abstractmethod
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        """Return the dequantized values, `[rows, width]`, of rows that `pack_rows` packed, in the dtype of `rows`."""
+
+
+class Scheme:
+    """A quantization scheme, which packs weights as integers or 8-bit floats.
+
+    Define each subclass in a separate module; the module's name is the scheme's name. A base without a config, and
+    without integer or 8-bit float tensors, counts as unquantized.
+
+    Class attributes:
+        url: the address of a description of the layout.
+        description: a line for tables.
+        oracle: the library that uses the format; tests compare the dequantization with this library.
+    """
+
+    url: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    oracle: ClassVar[str] = ""
+
+    def detect(self, base: Checkpoint) -> bool:
+        """Whether this scheme packed the base, as far as headers and config show."""
+        raise Unsupported(f"{type(self).__name__} cannot be detected")
+
+    def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
+        """Return the config that is used to match adapters' names with the names of packed weights."""
+        return base.config
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        """Yield the packed weights.
+
+        Raises:
+            Malformed, ShapeMismatch: parts of a weight are missing, damaged or do not fit together.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot be read")
+
+
+def settings(base: Checkpoint) -> dict[str, Any]:
+    """Return the `quantization_config` of the base's config; empty if there is none."""
+    found = said_quantization(base.config)
+    return found if isinstance(found, dict) else {}
+
+
+def said_quantization(config: Mapping[str, JsonValue] | None) -> Any:
+    """Return a config's entry about quantization, or None.
+
+    A model with several parts may have the entry in the config of its language model, as in Kimi K2.5.
+    """
+    config = config or {}
+    text = config.get("text_config")
+    own = config.get(QUANTIZATION)
+    return text.get(QUANTIZATION) if own is None and isinstance(text, dict) else own
+
+
+QUANTIZATION = "quantization_config"
+
+
+def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
+    """Return the dtype to dequantize to: that of 16-bit scales, else that of a 16-bit model, else bfloat16."""
+    if scale is not None and scale.dtype.name in ("F16", "BF16"):
+        return scale.dtype
+    config = base.config or {}
+    said = BY_TORCH.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."))
+    return said if said is not None and said.name == "F16" else DTYPES["BF16"]
+
+
+def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -> Lazy:
+    """Return a stored tensor that a packed weight needs.
+
+    Raises:
+        Malformed: the tensor is missing.
+        ShapeMismatch: the tensor has another dtype.
+    """
+    found = base.tensors.get(name)
+    if found is None:
+        raise Malformed(f"the weight is quantized, but {name} is missing", path=base.root, where=weight, cure=DAMAGED)
+    if found.dtype.name not in dtypes:
+        why = f"the dtype is {found.dtype}, not {' or '.join(dtypes)}"
+        raise ShapeMismatch(why, path=base.root, where=name, cure=DAMAGED)
+    return found
+
+
+def expect(shape: Shape, wanted: Shape, name: str) -> None:
+    """Check the shape of a packed weight's stored tensor.
+
+    Raises:
+        ShapeMismatch: the shape differs.
+    """
+    if shape != wanted:
+        raise ShapeMismatch(f"the shape is {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
+
+
+def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
+    """Read some consecutive elements of a stored tensor, flat, in a dtype for arithmetic."""
+    import numpy as np
+
+    size = math.prod(tensor.shape) - first if count is None else count
+    return np.frombuffer(tensor.read(first, size), dtype=tensor.dtype.array)
+
+
+def held(data: bytes, dtype: DType, *rows: int) -> Lazy:
+    """Return bytes as a tensor; `rows` is the shape without the first axis, whose size follows from the bytes."""
+    count = len(data) // dtype.itemsize // math.prod(rows)
+    return Lazy((count, *rows), dtype, lambda: data)
+
+
+def rows_of(tensor: Lazy, start: int, stop: int) -> Array:
+    """Read rows `start` to `stop` of a stored tensor as `[rows, width]`."""
+    width = tensor.shape[-1]
+    return numbers(tensor, start * width, (stop - start) * width).reshape(stop - start, width)
+
+
+def finite(scales: Array, name: str) -> Array:
+    """Return the scales in float32; float64 scales stay float64.
+
+    Raises:
+        Malformed: a scale is a NaN or an infinity.
+    """
+    import numpy as np
+
+    wide = scales if scales.dtype == np.float64 else scales.astype(np.float32)
+    if not np.isfinite(wide).all():
+        raise Malformed("a scale is not a finite number", where=name, cure=DAMAGED)
+    return wide
+
+
+def nibbles(packed: Array, *, high_first: bool = False) -> Array:
+    """Split each byte into two 4-bit values along the last axis, which becomes twice as long."""
+    import numpy as np
+
+    halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
+    return np.stack(halves, axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+STEP = 1 << 17
+"""The number of values that are quantized in one step; this many fit in a processor core's cache."""
+
+
+def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield runs of rows to quantize in one step.
+
+    The number of rows is a multiple of `granule`, except in the last run.
+    """
+    rows = math.prod(shape[:-1])
+    step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def divided(values: Array, scale: Array | float) -> Array:
+    """Return values / scale, and 0 where the scale is 0."""
+    import numpy as np
+
+    wide = np.broadcast_to(np.asarray(scale, np.float32), values.shape)
+    return np.divide(values, wide, out=np.zeros_like(values), where=wide != 0)
+
+
+def nearest_e2m1(values: Array) -> Array:
+    """Return the codes (uint8) of the nearest E2M1 values; ties go to the even mantissa."""
+    import numpy as np
+
+    loaded = loops() if values.dtype == np.float32 else None
+    if loaded is not None:
+        given, found = np.ascontiguousarray(values), np.empty(values.shape, np.uint8)
+        loaded.adapterkit_e2m1(given.ctypes.data, given.size, found.ctypes.data)
+        return found
+    levels = np.array(E2M1[:8], np.float32)
+    middles, sizes = (levels[1:] + levels[:-1]) / 2, np.abs(values)
+    low, high = (np.searchsorted(middles, sizes, side) for side in ("left", "right"))
+    q = np.where(low % 2 == 0, low, high).astype(np.uint8)
+    return np.asarray(q | np.signbit(values).astype(np.uint8) << 3)
+
+
+def halves(q: Array, *, high_first: bool = False) -> Array:
+    """Pack pairs of 4-bit values along the last axis (of even length) into bytes; the inverse of `nibbles`."""
+    first, second = q[..., 0::2], q[..., 1::2]
+    return (first << 4 | second) if high_first else (first | second << 4)
+
+
+def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
+    """Join pieces of several arrays, each array along its axis in `axes`."""
+    import numpy as np
+
+    return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]
+
+
+# The registry of schemes, and the entry points.
+
 
 __all__ = [
     "SCHEMES",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from ..errors import ShapeMismatch
 from ..io.lazy import Lazy, fetch_once
 from ..native import loops
-from ._scheme import DAMAGED, Packed, divided, numbers, steps
+from . import DAMAGED, Packed, divided, numbers, steps
 
 if TYPE_CHECKING:
-    from ._scheme import Array, Merged
+    from . import Array, Merged
 
 BITS = (2, 4, 8)
 """Bit widths at which no value spans two 32-bit words."""

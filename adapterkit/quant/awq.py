@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
 from ..io.lazy import Lazy
+from . import Packed, Scheme, expect, finite, joined, part_of, settings
 from ._grouped import Grouped, unpacked, whole, words
-from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._scheme import Array
+    from . import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """The position in a word of each of eight outputs."""

@@ -20,7 +20,7 @@ from ..errors import Malformed, ShapeMismatch
 from ..io.lazy import BY_TORCH, Lazy, from_numpy
 from ..io.strict_json import load_json
 from ..native import KINDS, loops
-from ._scheme import (
+from . import (
     DAMAGED,
     Packed,
     Rowwise,
@@ -38,7 +38,7 @@ from ._scheme import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._scheme import Array, Merged
+    from . import Array, Merged
 
 STATE = ".quant_state.bitsandbytes__"
 LARGEST_STATE = 1 << 16

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import Unsupported
 from ..io.lazy import Lazy
-from ._scheme import (
+from . import (
     DAMAGED,
     Packed,
     Rowwise,
@@ -30,7 +30,7 @@ from ._scheme import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._scheme import Array, Merged
+    from . import Array, Merged
 
 ONE_127TH = 7.874015718698502e-3
 

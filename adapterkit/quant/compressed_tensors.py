@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import Lazy, Shape
-from ._float4 import float4
-from ._float8 import DTYPES, SCALES, scaled
-from ._grouped import BITS, Grouped, unpacked, whole, words
-from ._scheme import (
+from . import (
     DAMAGED,
     NO_PACKING,
     Packed,
@@ -28,11 +25,13 @@ from ._scheme import (
     settings,
     sixteen_bits,
 )
+from ._floats import DTYPES, SCALES, float4, scaled
+from ._grouped import BITS, Grouped, unpacked, whole, words
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.strict_json import JsonValue
-    from ._scheme import Array, Merged
+    from . import Array, Merged
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 

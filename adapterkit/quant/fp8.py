@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import Malformed, Unsupported
-from ._float8 import DTYPES, scaled
-from ._scheme import DAMAGED, Packed, Scheme, settings
+from . import DAMAGED, Packed, Scheme, settings
+from ._floats import DTYPES, scaled
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, cast
 from ..errors import Malformed, Unsupported, UsageError
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
 from ..io.gguf_file import PLAIN, GgufFields, raw_size, read_model
+from ..io.inputs import is_gguf
 from ..io.lazy import DTYPES, Lazy, Span
-from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill, of_gguf
 from ..naming.gguf import (
     ARCHITECTURE,
@@ -31,15 +31,14 @@ from ..naming.gguf import (
     rows_apart,
 )
 from ..naming.image import families_of_model
-from ._scheme import DAMAGED, Packed, Rowwise, Scheme, numbers, steps
+from . import DAMAGED, Packed, Rowwise, Scheme, numbers, steps
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Buffer
     from ..io.strict_json import JsonValue
     from ..naming.architectures import Architecture, Place
-    from . import Dequantized
-    from ._scheme import Array, Merged
+    from . import Array, Dequantized, Merged
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import Malformed, Unsupported
 from ..io.lazy import BY_TORCH, Lazy
+from . import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
 from ._grouped import whole
-from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

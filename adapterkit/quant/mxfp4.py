@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import Malformed
 from ..io.lazy import DTYPES, Lazy
-from ._scheme import (
+from . import (
     DAMAGED,
     E2M1,
     Packed,
@@ -33,7 +33,7 @@ from ._scheme import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ._scheme import Array, Merged
+    from . import Array, Merged
 
 GROUP = 32
 

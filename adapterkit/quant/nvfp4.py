@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ._float4 import float4
-from ._scheme import Packed, Scheme
+from . import Packed, Scheme
+from ._floats import float4
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

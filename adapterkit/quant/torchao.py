@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import BY_TORCH, Lazy
 from ..io.strict_json import load_json
-from ._float8 import DTYPES, scaled
+from . import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
+from ._floats import DTYPES, scaled
 from ._grouped import Grouped
-from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import DType
-    from ._scheme import Array
+    from . import Array
 
 KNOWN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 ORIGINAL = f"Known: {', '.join(KNOWN)}. Or merge into the 16-bit weights that it was quantized from"

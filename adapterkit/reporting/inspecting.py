@@ -127,8 +127,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     """Return, for each format, the way in which it can store the adapter, judged by methods and kind of model."""
     from ..formats import FORMATS
     from ..methods import METHODS
-    from ..naming.image import component_of
-    from ..naming.patterns import shape
+    from ..naming.image import component_of, shape
 
     # Blocks have the same names, so checking one block is enough.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()
@@ -289,7 +288,7 @@ def inspected(
     from ..formats._others import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
 
     graph = graph_file(src)
     if graph is not None and (graph == src or not _is_adapter(Path(src))):
@@ -403,7 +402,7 @@ def _layers(
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
     """Return the rules that map the adapter's names to the base's names, or the reason why the adapter does not fit."""
     from ..errors import AdapterkitError
-    from ..naming.binding.tables import name_map
+    from ..naming.binding.fitting import name_map
 
     try:
         found = name_map(base, adapter, rename=rename)
@@ -544,7 +543,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     A lazy tensor of a quantized GGUF weight is only bytes, so its shape and type are read from the header.
     """
     from ..io.gguf_file import read_model
-    from ..io.magic_bytes import is_gguf
+    from ..io.inputs import is_gguf
 
     headers = {file.name: read_model(file) for file in base.files if is_gguf(file)}
     records = []

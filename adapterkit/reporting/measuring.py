@@ -288,7 +288,7 @@ def measure(
         AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
     """
     stage("measuring the updates")
-    from ..naming.binding.bases import check_base
+    from ..naming.binding.fitting import check_base
 
     base_why: str | None = None
     bases: tuple[str, ...] = ()

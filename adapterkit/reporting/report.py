@@ -643,7 +643,7 @@ def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
     """Return the weights of the adapters in a merge, from the record that the merge wrote."""
     if merged is None:
         return None
-    from ..naming.binding.bases import merge_record
+    from ..naming.binding.fitting import merge_record
 
     told = merge_record(merged).get("adapters")
     if not isinstance(told, list) or len(told) != count:

@@ -21,8 +21,7 @@ from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats import FORMATS
-from ..formats.adapterhub.fusion import read_fusion
-from ..formats.adapterhub.setup import Setup, read_setup
+from ..formats.adapterhub.setup import Setup, read_fusion, read_setup
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..linalg.activations import softmax
 from ..linalg.namespace import namespace

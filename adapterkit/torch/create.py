@@ -23,8 +23,8 @@ from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.binding import view
-from ..naming.binding.bases import identity_of
-from ..naming.layouts import stored_in_out
+from ..naming.binding.fitting import identity_of
+from ..naming.moves import stored_in_out
 from .layers import Conv1D, check_dropout, dequantized, is_packed, stored_layout, stored_shape
 from .leaves import casts_layerwise, check_on_hand, is_leaf_name, names_sharing, put_away
 from .sharding import check_gathered, whole

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..core.adapter import Adapter
 from ..core.updates import Additive, Composed, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
-from ..formats.peft.compose import DROPOUTS
+from ..formats.peft.spelling import DROPOUTS
 from .leaves import casts_layerwise
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.errors import ShapeMismatch, Unsupported, UsageError
-from adapterkit.linalg.clusters import k_means
+from adapterkit.formats.peft.families.adamss import k_means
 
 
 def model_of():

@@ -23,9 +23,9 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
-from adapterkit.formats.adapterhub.container import load
+from adapterkit.formats.adapterhub import load
+from adapterkit.formats.adapterhub.conversion import decode
 from adapterkit.formats.adapterhub.families import FAMILIES
-from adapterkit.formats.adapterhub.reader import decode
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.lazy import from_numpy
 

@@ -10,7 +10,7 @@ from tool_modules import tool_module
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter
-from adapterkit.formats._image.naming import in_parts
+from adapterkit.formats._image.translate import in_parts
 from adapterkit.naming.image import families
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,14 +5,13 @@ import itertools
 import pytest
 
 from adapterkit.naming import image
-from adapterkit.naming.patterns import fill, flatten, names_of
-from adapterkit.naming.pieces import Piece
+from adapterkit.naming.image import Piece, fill_numbers, flatten, names_of
 
 NUMBERS = ("3", "0", "1", "2")
 
 
 def filled(pattern):
-    return fill(pattern, NUMBERS)
+    return fill_numbers(pattern, NUMBERS)
 
 
 @pytest.mark.parametrize("family", image.families(), ids=lambda family: family.name)

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from adapterkit.formats.peft.families._weights import ORDERS, in_order
 from adapterkit.formats.peft.families.spectra import FAULTY, FILTERS
 from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.naming.orders import ORDERS, in_order
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
-from adapterkit.formats.peft.alphas import exact_alpha
+from adapterkit.formats.peft.patterns import exact_alpha
 from adapterkit.methods import METHODS
 
 Q = "base_model.model.a.q."

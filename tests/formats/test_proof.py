@@ -20,7 +20,7 @@ from adapterkit.errors import AdapterkitError, Miswritten, Unrepresentable, Usag
 from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
 from adapterkit.formats._image.dialect import ImageFormat
-from adapterkit.formats._image.naming import in_parts
+from adapterkit.formats._image.translate import in_parts
 from adapterkit.io import safetensors
 from adapterkit.io.arrange import turned
 from adapterkit.io.lazy import DTYPES, as_lazy, from_numpy
@@ -342,7 +342,7 @@ def test_a_scaling_in_b_alone_is_compared_without_products(tmp_path, monkeypatch
 @pytest.mark.parametrize("fault", [None, "value", "token"])
 def test_a_network_is_compared_with_the_tokens_that_it_computes(fault, tmp_path, monkeypatch):
     """PEFT's files hold the tokens and not the network; other tokens, or fewer, are refused."""
-    from adapterkit.formats.peft import losses as encoders
+    from adapterkit.formats.peft import writer as encoders
 
     rng = np.random.default_rng(3)
     E, D = (from_numpy(rng.normal(size=(3, 4)).astype("f4")) for _ in range(2))
@@ -431,7 +431,7 @@ def at(array, position, change):
 )  # fmt: skip
 def test_a_fault_in_folding_is_caught(end, kind, tmp_path, monkeypatch):
     """Olive's writer folds a scaling into B and turns both factors; every number of B is compared, wherever it is."""
-    from adapterkit.formats import _one_number
+    from adapterkit.formats import _kit
     from adapterkit.io.lazy import as_array
 
     rng = np.random.default_rng(5)
@@ -440,7 +440,7 @@ def test_a_fault_in_folding_is_caught(end, kind, tmp_path, monkeypatch):
     adapter = Adapter({Q_PROJ: (LoRA(A=there[0], B=there[1], scaling=2.0),)})
     source = tmp_path / "source.safetensors"
     ak.write(adapter, source)
-    real = _one_number.folded
+    real = _kit.folded
     for name, spoil in FOLDED.items():
 
         def folded(update, scaling, spoil=spoil):
@@ -455,7 +455,7 @@ def test_a_fault_in_folding_is_caught(end, kind, tmp_path, monkeypatch):
                 }
             )
 
-        monkeypatch.setattr(_one_number, "folded", folded)
+        monkeypatch.setattr(_kit, "folded", folded)
         out = tmp_path / f"out{end}"
         if name == "nothing":
             assert ak.write(ak.read(source), out, "olive", on_loss="fold") == [f"folded the scaling into B of {Q_PROJ}"]

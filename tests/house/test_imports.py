@@ -273,7 +273,7 @@ def lora_of_peft(tmp_path):
 def test_detecting_among_all_formats_loads_none_that_reads_or_writes(lora_of_peft):
     loaded = modules_after("import sys, adapterkit as ak; assert ak.detect(sys.argv[1]) == 'peft'", lora_of_peft)
     assert {f"adapterkit.formats.{file.stem}" for file in FORMATS} <= loaded
-    assert not [name for name in loaded if {"reader", "writer", "reading", "writing"} & set(name.split("."))]
+    assert not [name for name in loaded if {"reader", "writer", "conversion"} & set(name.split("."))]
     assert not [name for name in loaded if ".families" in name]
 
 
@@ -300,7 +300,7 @@ assert not is_quantized(open_checkpoint(sys.argv[1]))
 def test_a_plain_key_means_the_same_to_all_families():
     """Such keys are taken apart without asking them."""
     from adapterkit.formats.peft.families import FAMILIES
-    from adapterkit.formats.peft.keys import PREFIX, parse_by_families, parse_key
+    from adapterkit.formats.peft.file import PREFIX, parse_by_families, parse_key
 
     stems = [
         "q",

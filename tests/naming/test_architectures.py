@@ -15,7 +15,7 @@ from adapterkit.methods import METHODS
 from adapterkit.naming import architectures
 from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
 from adapterkit.naming.binding import find_sites
-from adapterkit.naming.layouts import stored_in_out
+from adapterkit.naming.moves import stored_in_out
 
 LoRA = METHODS["lora"]
 FILES = sorted(folder().glob("*.toml"))

@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 
 from adapterkit.naming.architectures import architecture_of
-from adapterkit.naming.moves import Move, PathPart
+from adapterkit.naming.moves import Move, Names, PathPart
 from adapterkit.naming.resolver import resolve
-from adapterkit.naming.stored_names import Names
 
 VISION = [f"vision_encoder.blocks.{n}.{name}" for n in range(2) for name in ("attn.qkv", "attn.proj", "mlp.c_fc")]
 

@@ -15,7 +15,7 @@ from adapterkit.core.adapter import Step
 from adapterkit.core.metadata import model_types_of
 from adapterkit.errors import TargetNotFound
 from adapterkit.naming.architectures import folder, load
-from adapterkit.naming.model_types import table
+from adapterkit.naming.binding.sites import table
 
 H = 4
 NAME = "model.layers.0.self_attn.q_proj"

@@ -27,10 +27,9 @@ from adapterkit.io import inputs, lazy, safetensors
 from adapterkit.io.checkpoint import fingerprint, open_checkpoint
 from adapterkit.merging import plan
 from adapterkit.methods.lora import LoRA
-from adapterkit.naming import binding, by_family
-from adapterkit.naming.moves import Move
+from adapterkit.naming import binding, resolver
+from adapterkit.naming.moves import Move, Names
 from adapterkit.naming.resolver import resolve
-from adapterkit.naming.stored_names import Names
 from adapterkit.ops import comparison
 
 HIDDEN, INNER = 8, 6
@@ -332,7 +331,7 @@ def test_a_rank_for_each_module_is_looked_up(monkeypatch: pytest.MonkeyPatch, wr
 
 def test_names_of_a_base_are_compared_with_its_family_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = open_checkpoint(made(4)[0])
-    calls = counted(monkeypatch, by_family.FamilyNames, "__init__")
+    calls = counted(monkeypatch, resolver.FamilyNames, "__init__")
     for layer in range(2):
         shape = binding.fitting.live_shape(base, f"model.layers.{layer}.mlp.experts.gate_up_proj")
         assert shape == (4, 2 * INNER, HIDDEN)

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.core.adapter import Target
 from adapterkit.errors import Unrepresentable, UsageError
+from adapterkit.formats.mlx.conversion import is_absent, to_mlx
 from adapterkit.methods.lora import LoRA
 from adapterkit.naming.architectures import with_naming
-from adapterkit.naming.mlx import is_absent, to_mlx
 
 PLACES = {
     ("qwen2_vl", "model.layers.3.self_attn.q_proj"): "language_model.model.layers.3.self_attn.q_proj",

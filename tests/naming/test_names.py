@@ -6,12 +6,12 @@ import pytest
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
 from adapterkit.formats import torchtune
 from adapterkit.formats.tinker import Experts
-from adapterkit.naming import litgpt, tinker
+from adapterkit.naming import tool_names
 from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
-from adapterkit.naming.tables import NameTable, TableNames
+from adapterkit.naming.tool_names import NameTable, TableNames
 
-TABLES = {"litgpt": litgpt.table().pairs, "torchtune": torchtune.table().pairs}
+TABLES = {"litgpt": tool_names.litgpt_table().pairs, "torchtune": torchtune.table().pairs}
 
 
 @pytest.mark.parametrize("pairs", TABLES.values(), ids=TABLES.keys())
@@ -26,7 +26,7 @@ def test_a_table_is_undone_by_its_other_way(pairs):
     assert table.back("blk.00.attn_q") is None
 
 
-@pytest.mark.parametrize("pairs", [tinker.EXPERTS])
+@pytest.mark.parametrize("pairs", [tool_names.EXPERTS])
 def test_a_stack_is_undone_by_its_experts(pairs):
     experts = Experts(pairs)
     for own, stack in pairs.items():

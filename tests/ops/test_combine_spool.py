@@ -14,7 +14,7 @@ import pytest
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import StorageError
-from adapterkit.io import spool
+from adapterkit.io import computed
 from adapterkit.io.lazy import DTYPES, from_numpy
 from adapterkit.methods import METHODS
 
@@ -32,7 +32,7 @@ def _adapters(count: int) -> list[Adapter]:
 
 @pytest.mark.parametrize("kind", ["F32", "F64", "BF16", "F16"])
 def test_what_is_kept_in_a_file_is_what_was_given(kind: str) -> None:
-    kept, values = spool.Spool(memory=100), np.random.default_rng(0).standard_normal((3, 5, 7))
+    kept, values = computed.Spool(memory=100), np.random.default_rng(0).standard_normal((3, 5, 7))
     leaves = [kept.held(values[n], DTYPES[kind]) for n in range(3)] + [kept.held(values[:0], DTYPES[kind])]
     for n, leaf in enumerate(leaves[:3]):
         wanted = values[n].astype(DTYPES[kind].array)
@@ -47,7 +47,7 @@ def test_the_result_is_the_same_and_is_not_held(monkeypatch: pytest.MonkeyPatch)
     whole = ak.ops.combine(adapters, "tsv", workers=1)
     wanted = {target: whole.delta(str(target)) for target, _ in whole}
     size = sum(leaf.nbytes for _, update in whole for leaf in update.tensors.values())  # type: ignore[union-attr]
-    monkeypatch.setattr(spool.Spool.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(computed.Spool.__init__, "__defaults__", (1 << 20,))
     tracemalloc.start()
     made = ak.ops.combine(adapters, "tsv", workers=1)
     gc.collect()
@@ -61,7 +61,7 @@ def test_the_result_is_the_same_and_is_not_held(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
 def test_the_file_goes_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool.Spool.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(computed.Spool.__init__, "__defaults__", (0,))
 
     def temporary() -> int:
         links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
@@ -77,7 +77,7 @@ def test_the_file_goes_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_full_disk_is_an_error_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool.Spool.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(computed.Spool.__init__, "__defaults__", (0,))
 
     def full(*_: object, **__: object) -> object:
         raise OSError(28, "No space left on device")

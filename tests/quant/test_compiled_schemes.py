@@ -11,10 +11,10 @@ from compiled_loops import needs_loops
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterkit import quant
 from adapterkit.io.checkpoint import Checkpoint
 from adapterkit.io.lazy import from_numpy
-from adapterkit.quant import _grouped, _scheme
-from adapterkit.quant._scheme import Packed, nearest_e2m1
+from adapterkit.quant import Packed, _grouped, nearest_e2m1
 from adapterkit.quant.gptq import Gptq
 
 pytestmark = needs_loops
@@ -63,6 +63,6 @@ def test_four_bit_floats_are_those_of_numpy(seed: int, count: int, scale: float)
     values[rng.integers(0, count, 7)] = rng.choice(ties, 7) * rng.choice(np.float32([1, -1]), 7)
     ours = nearest_e2m1(values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_scheme, "loops", lambda: None)
+        patch.setattr(quant, "loops", lambda: None)
         wanted = nearest_e2m1(values)
     assert np.array_equal(ours, wanted)

@@ -20,7 +20,7 @@ from adapterkit.errors import (
     shown,
 )
 from adapterkit.formats import FORMATS
-from adapterkit.formats._pairs import finite, whole_rank
+from adapterkit.formats._kit import is_finite, whole_rank
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
@@ -41,15 +41,15 @@ def lora(**more):
 )
 def test_a_number_must_be_finite_and_held_exactly_by_a_float(value):
     with pytest.raises(Malformed, match="is not a finite number") as raised:
-        finite(value, "config: alpha")
+        is_finite(value, "config: alpha")
     assert raised.value.where == "config: alpha"
     assert len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("value", [0, 16, -3, 2**53, 0.5, 1e308, 5e-324])
 def test_other_numbers_are_taken_as_they_are(value):
-    assert finite(value, "alpha") == value
-    assert isinstance(finite(value, "alpha"), float)
+    assert is_finite(value, "alpha") == value
+    assert isinstance(is_finite(value, "alpha"), float)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**31 + 1, 10**400, HUGE, 2.0, True, "2", None], ids=shown)

@@ -134,7 +134,7 @@ def _places(stored: dict[str, Any], became: dict[str, Any]) -> dict[str, Any]:
 
 def check(folder: Path) -> int:
     """Print what differs; returns 1 if anything does."""
-    from adapterkit.naming.mlx import is_absent, to_mlx
+    from adapterkit.formats.mlx.conversion import is_absent, to_mlx
 
     failed = 0
     for model_type, facts in json.loads((folder / FACTS).read_text()).items():

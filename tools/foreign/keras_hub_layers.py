@@ -24,9 +24,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import adapterkit as ak
+from adapterkit.formats.keras_hub import families
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
-from adapterkit.naming.keras_hub import families
 
 HIDDEN, INNER, HEADS, KV, DIM, BLOCKS = 24, 40, 4, 2, 8, 3
 CLOSE = 1e-6

@@ -12,10 +12,9 @@ import msgspec
 from ...core.adapter import Adapter, Target
 from ...core.updates import Update
 from ...io.lazy import Lazy, as_lazy
-from .._leftovers import leftovers
-from .container import Metadata
-from .encode import encode
-from .file import ImageModule, ImageUpdate, Rules, StoredTensor, rules_at
+from .._kit import leftovers
+from .file import ImageModule, ImageUpdate, Metadata, Rules, StoredTensor, rules_at
+from .slots import encode
 
 if TYPE_CHECKING:
     from ...io.lazy import Leaf

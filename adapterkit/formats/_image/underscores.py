@@ -15,23 +15,23 @@ from ...errors import TargetNotFound, nearest
 from ...naming.image import (
     ROOTS,
     ImageFamily,
+    Piece,
     beside,
     component_of,
     encoders,
     families,
     families_of,
+    flatten,
     in_other_words,
     is_xl,
     rooted,
 )
-from ...naming.patterns import flatten
-from ...naming.pieces import Piece
 from .deciding import Origin, complete, families_in, likely, narrowed, said
-from .file import inputs_of
+from .file import ImageModule, inputs_of
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
-    from .file import ImageModule
+
 
 STEM = re.compile(
     r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lora_prior_(?:unet|te)|lycoris)_(.+)"

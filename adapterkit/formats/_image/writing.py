@@ -17,10 +17,10 @@ from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
 from .bundles import keyed
 from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
-from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
+from .dialect import kernel_of, mixed_biases
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
-from .placing import kernel_of, mixed_biases
+from .slots import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
-    from .container import Metadata
     from .deciding import Origin
     from .dialect import ImageFormat
-    from .file import Rules, StoredTensor
+    from .file import Metadata, Rules, StoredTensor
 
 
 def encoded(

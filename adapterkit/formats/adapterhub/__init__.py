@@ -7,19 +7,203 @@ and back; see spec/formats/adapterhub.toml.
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import AdapterkitError
+from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
+from ...io import safetensors
+from ...io.atomic import write_bytes
+from ...io.checkpoint import read_json
+from ...io.inputs import open_input
+from ...io.lazy import Lazy, as_torch
+from ...io.strict_json import load_json
+from .._containers import folder_of, make_folder, read_tensors
 from .._format import FORMULA, Departure, Format, derived
-from .container import CONFIG, HEAD_CONFIG, HEADS, INTERFACE, SAFETENSORS, TORCH, load, save, sniff
-from .readings import DEPARTURES, REFT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ...core.adapter import Adapter
     from ...io.checkpoint import Checkpoint
+
+
+# Define the values of `compat`: differences between the adapters library and papers, and ambiguous files.
+
+
+DEPARTURES = {
+    "dora_norm_and_bias": Departure(
+        "dora_outputs: the norm is that of W + B @ A, without the scaling; m / norm multiplies the bias, too",
+        "dora: the norm is that of W + scaling * B @ A, and the bias is unchanged",
+    ),
+    "lora_before_1_1": Departure(
+        "LoRA from adapters before 1.1 has the scaling 1, also inside a union",
+        "alpha / r",
+    ),
+}
+
+REFT = ("noreft", "direft")
+"""The two possible meanings of a ReFT without orthogonality, for which the adapters library writes the same file."""
+
+# Load and save an AdapterHub folder: a JSON config, one tensor file, and optional further files.
+
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter.safetensors"
+TORCH = "pytorch_adapter.bin"
+INTERFACE = "adapter_interface.json"
+HEAD_CONFIG = "head_config.json"
+HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
+COMPOSITIONS = {
+    "adapter_setup.json": "a composition of adapters",
+    "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
+}
+"""Files that mark a folder as a composition of several adapters, with a phrase for messages."""
+
+OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
+"""Keys in the configs of PEFT and MLX. These config files have the same name as AdapterHub's."""
+
+MAX_SNIFF = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """The contents of an AdapterHub folder.
+
+    Attributes:
+        config: the contents of `adapter_config.json`.
+        tensors: the tensors by key.
+        file: the name of the tensor file.
+        interface: the contents of `adapter_interface.json`, which names the modules of a model that the adapters
+            library does not know; None if the file is missing.
+        head: the config of a prediction head that was saved with the adapter, or None.
+        head_tensors: the head's tensors by key.
+        head_file: the name of the head's tensor file, or None.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Lazy]
+    file: str = SAFETENSORS
+    interface: Mapping[str, Any] | None = None
+    head: Mapping[str, Any] | None = None
+    head_tensors: Mapping[str, Lazy] = field(default_factory=dict)
+    head_file: str | None = None
+
+
+def sniff(path: Path) -> bool:
+    """Whether the folder at `path`, or around the file `path`, has AdapterHub's config or a composition of adapters."""
+    if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
+        return False
+    folder = folder_of(path)
+    text = _start(folder / CONFIG)
+    if text is None:
+        return any((folder / name).is_file() for name in COMPOSITIONS)
+    try:
+        config = load_json(text)
+    except (ValueError, RecursionError):
+        return '"adapters.' in text and not any(f'"{key}"' in text for key in OTHERS)
+    return _is_config(config)
+
+
+def load(path: Path) -> Content:
+    """Load the contents of a folder.
+
+    Args:
+        path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
+
+    Raises:
+        StorageError: the config or the tensor file is missing.
+        Malformed: one of the files is damaged, or the config is not AdapterHub's.
+        Unsupported: the folder has a composition of adapters.
+    """
+    folder = folder_of(path)
+    _check_single(folder)
+    weights = path if path.is_file() and path.name != CONFIG else _first(folder, (SAFETENSORS, TORCH))
+    if weights is None:
+        why, cure = f"the folder has neither {SAFETENSORS} nor {TORCH}", "Fetch the tensor file, too"
+        raise StorageError(why, path=folder, cure=cure)
+    config = read_json(folder / CONFIG, strict=True)
+    if not _is_config(config):
+        why = "this is not AdapterHub's config: it has no sub-dict `config`, or has another tool's keys"
+        raise Malformed(
+            why,
+            path=folder / CONFIG,
+            where="config",
+            cure="Name its format with --from (format=), or omit it to detect the format",
+        )
+    head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
+    return Content(
+        config=config,
+        tensors=read_tensors(weights),
+        file=weights.name if weights.name in (SAFETENSORS, TORCH) else SAFETENSORS,
+        interface=read_json(folder / INTERFACE, strict=True) if (folder / INTERFACE).exists() else None,
+        head=read_json(head, strict=True) if head.exists() else None,
+        head_tensors={} if head_weights is None else read_tensors(head_weights),
+        head_file=None if head_weights is None else head_weights.name,
+    )
+
+
+def save(folder: Path, content: Content) -> None:
+    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted.
+
+    Raises:
+        StorageError: the folder cannot be created or written.
+    """
+    make_folder(folder)
+    _write(folder / content.file, content.tensors)
+    if content.head_file is not None:
+        _write(folder / content.head_file, content.head_tensors)
+    for name, value in ((INTERFACE, content.interface), (HEAD_CONFIG, content.head), (CONFIG, content.config)):
+        if value is not None:
+            write_bytes(folder / name, json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode())
+
+
+def _is_config(config: object) -> bool:
+    if not isinstance(config, dict) or any(key in config for key in OTHERS):
+        return False
+    return isinstance(config.get("config"), dict) or str(config.get("version", "")).startswith("adapters.")
+
+
+def _check_single(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        return
+    for name, what in COMPOSITIONS.items():
+        if (folder / name).exists():
+            why = f"this is {what}, not one adapter"
+            cure = "Read the subfolders of its adapters one by one, or load the composition with ak.torch.compose.load"
+            raise Unsupported(why, path=folder / name, cure=cure)
+    raise StorageError(
+        f"the folder of the tensors has no {CONFIG}",
+        path=folder,
+        cure="Fetch the config, which states the method and the settings",
+    )
+
+
+def _start(path: Path) -> str | None:
+    try:
+        with open_input(path) as file:
+            return file.read(MAX_SNIFF).decode("utf-8", "replace")
+    except (OSError, AdapterkitError):
+        return None
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _write(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    if path.suffix != ".bin":
+        return safetensors.write(path, tensors, {})
+    import torch
+
+    loaded = {id(leaf): as_torch(leaf) for leaf in tensors.values()}
+    buffer = io.BytesIO()
+    torch.save({key: loaded[id(leaf)] for key, leaf in tensors.items()}, buffer)
+    return write_bytes(path, buffer.getvalue())
+
+
+# The format.
 
 
 def _methods() -> frozenset[str]:
@@ -43,7 +227,7 @@ class AdapterHub(Format):
         return sniff(path)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        from .reader import decode
+        from .conversion import decode
 
         try:
             return decode(load(path), compat=compat, base=base)
@@ -53,7 +237,7 @@ class AdapterHub(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        from .writer import encode
+        from .conversion import encode
 
         content, lines = encode(adapter, on_loss=on_loss, base=base)
         save(path, content)

@@ -1,24 +1,83 @@
-"""Parse a file's keys, select the keys that belong to one config, and compose keys for a writer."""
+"""A file's settings and keys: parse them, select those of one config, compose them; and the layers that they name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ...errors import Malformed
 from ...io.lazy import Lazy
 from ...methods import METHODS
-from ...naming.layouts import stored_in_out
+from ...naming.binding.fitting import biasless
+from ...naming.moves import stored_in_out
 from .._format import FORMULA
+from ..peft.patterns import exact_alpha
 
 if TYPE_CHECKING:
-    from ...core.adapter import Target
+    from ...core.adapter import Target, Updates
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Leaf
-    from .settings import Settings
+    from ...io.strict_json import JsonValue
+
+# Define the top-level fields of a config, and interpret the release that wrote the config.
+
+
+LIBRARY = "adapters."
+"""The beginning of `version` in configs of the `adapters` library; adapter-transformers wrote other versions."""
+
+RELEASE = "adapters.1.3.0"
+"""The `version` in new configs."""
+
+UNSCALED_UNTIL = ((1, 1, 0), True)
+"""Before this release, the adapters library trained LoRA without a scaling."""
+
+Release = tuple[tuple[int, ...], bool]
+"""The numbers of a release, and whether the release is final; so `1.1.0.dev0` sorts before `1.1.0`."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The top-level fields of a config.
+
+    Attributes:
+        name: the adapter's name, which the keys contain.
+        model_type: the base's `model_type` in transformers.
+        model_name: the base's name, such as a repository on the hub.
+        version: the library that wrote the file, and its release, such as `adapters.1.3.0`.
+        interface: the contents of `adapter_interface.json`, or None.
+    """
+
+    name: str
+    model_type: str | None = None
+    model_name: str | None = None
+    version: str | None = None
+    interface: dict[str, Any] | None = None
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether training computed LoRA without the scaling alpha / r, as `adapters` did before release 1.1."""
+        release = _release(self.version)
+        return release is not None and release < UNSCALED_UNTIL
+
+
+def _release(version: str | None) -> Release | None:
+    """Parse a release of `adapters`; return None for other texts, such as releases of adapter-transformers."""
+    found = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
+    if found is None:
+        return None
+    numbers = tuple(int(number) for number in found[1].split("."))
+    return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", found[2])
+
+
+# The keys of a file: parse them, select those of one config, compose them; and the layers that they may name.
+
+
+# Parse a file's keys, select the keys that belong to one config, and compose keys for a writer.
 
 
 KINDS = {
@@ -243,3 +302,338 @@ def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -
 
 
 AGAIN = "Save the adapter again with the adapters library"
+
+# List the linear layers that the adapters library can adapt, and write configs that select some of them.
+
+
+Roles = Mapping[str, tuple[str, ...]]
+
+BERT: Roles = {
+    "q": (".self.query",),
+    "k": (".self.key",),
+    "v": (".self.value",),
+    "intermediate": (".intermediate.dense",),
+    "output": (".output.dense",),
+}
+VIT: Roles = {**BERT, "q": (".attention.query",), "k": (".attention.key",), "v": (".attention.value",)}
+LLAMA: Roles = {
+    "q": (".self_attn.q_proj",),
+    "k": (".self_attn.k_proj",),
+    "v": (".self_attn.v_proj",),
+    "intermediate": (".mlp.down_proj",),
+    "output": (".mlp.up_proj",),
+}
+PLUGIN: Roles = {**LLAMA, "intermediate": (".mlp.up_proj",), "output": (".mlp.down_proj",)}
+BART: Roles = {
+    "q": ("_attn.q_proj",),
+    "k": ("_attn.k_proj",),
+    "v": ("_attn.v_proj",),
+    "intermediate": (".fc1",),
+    "output": (".fc2",),
+}
+T5: Roles = {
+    "q": ("Attention.q",),
+    "k": ("Attention.k",),
+    "v": ("Attention.v",),
+    "intermediate": (".DenseReluDense.wi", ".DenseReluDense.wi_1"),
+    "output": (".DenseReluDense.wo",),
+}
+GPT2: Roles = {"qkv": (".attn.c_attn",), "intermediate": (".mlp.c_fc",), "output": (".mlp.c_proj",)}
+GPTJ: Roles = {
+    "q": (".attn.q_proj",),
+    "k": (".attn.k_proj",),
+    "v": (".attn.v_proj",),
+    "intermediate": (".mlp.fc_in",),
+    "output": (".mlp.fc_out",),
+}
+DISTILBERT: Roles = {
+    "q": (".attention.q_lin",),
+    "k": (".attention.k_lin",),
+    "v": (".attention.v_lin",),
+    "intermediate": (".ffn.lin1",),
+    "output": (".ffn.lin2",),
+}
+
+ROLES: Mapping[str, Roles] = {
+    **dict.fromkeys(("bert", "bert-generation", "electra", "roberta", "xlm-roberta", "xmod"), BERT),
+    **dict.fromkeys(("beit", "vit"), VIT),
+    **dict.fromkeys(("llama", "mistral"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text", "qwen2", "qwen3"), PLUGIN),
+    **dict.fromkeys(("bart", "mbart", "plbart", "whisper", "clip"), BART),
+    **dict.fromkeys(("mt5", "t5"), T5),
+    "distilbert": DISTILBERT,
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+}
+
+FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wqkv"}
+"""The name of the linear layer that computes queries, keys and values together, by model_type."""
+
+
+def model_type_of(base: Checkpoint | None) -> str | None:
+    """Return the `model_type` in a base's config; None without a base, or if the config has none."""
+    found = (base.config or {}).get("model_type") if base is not None else None
+    return found if isinstance(found, str) else None
+
+
+def role(path: str, model_type: str) -> str | None:
+    """Return the word by which configs select the linear layer at a path.
+
+    None if the adapters library does not adapt the layer.
+    """
+    roles = ROLES.get(model_type, {})
+    return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
+
+
+def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
+    """Return a `model_type` in which the adapters library can adapt every path; None if there is no such type.
+
+    If `model_type` is None, try all types. If several types fit, all must use the same words for the paths.
+    """
+    paths = list(paths)
+    if model_type is not None:
+        return model_type if model_type in ROLES else None
+    fits = {name: tuple(role(path, name) for path in paths) for name in ROLES}
+    whole = {name: roles for name, roles in fits.items() if None not in roles}
+    return next(iter(whole)) if len(set(whole.values())) == 1 else None
+
+
+# A new config for LoRA and similar methods has one rank and scaling for all layers, and words for kinds of layers.
+# The adapters library adapts all layers of these kinds. A layer without tensors in the file gets a new adapter, which
+# has no effect.
+
+
+QKV = ("q", "k", "v")
+
+
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the config fields for these updates."""
+    some = next(iter(updates.values()))[0]
+    words = _words(updates, base)
+    rank, alpha = _numbers(some)
+    vera = some.method == "vera_matrices"
+    return {
+        "alpha": alpha,
+        "attn_matrices": [word for word in QKV if word in words],
+        "composition_mode": "scale" if some.method == "ia3" else "add",
+        "init_weights": {"ia3": "ia3", "vera_matrices": "vera"}.get(some.method, "lora"),
+        "intermediate_lora": "intermediate" in words,
+        "output_lora": "output" in words,
+        "r": rank,
+        "selfattn_lora": not words.isdisjoint(QKV),
+        "use_dora": some.method in ("dora", "dora_outputs"),
+        "use_gating": some.method == "gated_lora",
+        "vera_b": 0.0 if vera else None,
+        "vera_d": 0.1 if vera else None,
+    }
+
+
+def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """Yield each update that a new config cannot express, with the reason."""
+    first = _law(next(iter(updates.values()))[0])
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
+            if not why and _law(update) != first:
+                why = "its method, rank or scaling differs from the others; a config states one of each"
+            if why:
+                yield target, position, why
+    yield from _unplaced(updates, base)
+
+
+def _law(update: Any) -> tuple[object, ...]:
+    if update.method == "ia3":
+        return (update.method,)
+    shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
+    return update.method, int(update.A.shape[0]), update.attributes.get("scaling"), shared
+
+
+def _numbers(update: Any) -> tuple[int, int | float]:
+    """Return the rank and the alpha. `losses` must have checked that an alpha exists; IA3 ignores both."""
+    rank = 1 if update.method == "ia3" else int(update.A.shape[0])
+    return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
+
+
+def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
+    if target.stacked:
+        return f"the adapters library has no {update.method} on stacked experts"
+    if update.method == "ia3":
+        return "" if update.l is not None else "the adapters library has no ia3 on inputs"
+    if len(update.A.shape) != 2:
+        return f"the adapters library has no {update.method} on a convolution"
+    if 0 in update.A.shape:
+        return f"its {update.method} has rank 0"
+    if update.method == "lora" and update.bias is not None:
+        return "the adapters library has no lora with a bias"
+    scaling = float(update.attributes.get("scaling", 1.0))
+    if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
+        return "no alpha yields its exact scaling"
+    if update.method == "dora_outputs":
+        return "the adapters library has no dora on a weight stored as [in, out]" if target.layout != "out *in" else ""
+    return _why_not_dora(target, update, base) if update.method == "dora" else ""
+
+
+def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
+    """Return the reason why the adapters library cannot express a DoRA; empty if it can.
+
+    The adapters library computes the method `dora_outputs` instead. Both methods are equal if the scaling is 1 and the
+    layer has no bias.
+    """
+    if target.layout != "out *in":
+        return "the adapters library has no dora on a weight stored as [in, out]"
+    if update.scaling != 1:
+        return "the scaling of this dora is not 1, but the adapters library computes the norm with 1"
+    if base is None:
+        return "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
+    return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
+
+
+def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
+    """Replace each DoRA with `dora_outputs`, which the adapters library has, if both compute the same function."""
+    return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
+
+
+def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
+    if update.method != "dora" or len(update.A.shape) != 2 or _why_not_dora(target, update, base):
+        return update
+    return make("dora_outputs", update.tensors, scaling=update.scaling)
+
+
+def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
+    """Return the words by which a config selects the kinds of all adapted layers."""
+    model_type = base_family(updates, base) or ""
+    words: set[str] = set()
+    for target in updates:
+        word = role(target.path, model_type) or ""
+        size = target.rows[1] - target.rows[0] if target.rows else 0
+        words.add(QKV[target.rows[0] // size] if word == "qkv" and target.rows else word)
+    return words
+
+
+def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
+    """Return the model type in the base's config; without a base, a type that fits the targets' paths."""
+    return family_of_base((target.path for target in updates), model_type_of(base))
+
+
+def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """Yield targets that a config cannot select. A config selects kinds of modules, not single modules."""
+    family = base_family(updates, base)
+    for target, found in updates.items():
+        word = role(target.path, family or "")
+        if family is None:
+            why = "the kinds of these layers are unknown; give the base with --base (base=)"
+        elif word is None:
+            why = f"the adapters library does not adapt this layer of {family}"
+        elif (word == "qkv") != (target.rows is not None):
+            why = "it adapts all of a fused weight" if target.rows is None else "it adapts only some rows of a weight"
+        elif target.rows is not None and not _third(target.rows):
+            why = "its rows are not a third of a fused weight"
+        else:
+            continue
+        yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))
+
+
+def _third(rows: tuple[int, int]) -> bool:
+    start, size = rows[0], rows[1] - rows[0]
+    return start % size == 0 and start // size < 3
+
+
+# List where the adapters library puts bottleneck adapters, by `model_type`, and the base's module at each position.
+#
+# The adapters library attaches an adapter to the block whose residual connection the adapter replaces. A target is the
+# module of the base whose output changes. If this module does not add the residual, `residual` and `norm` name the
+# modules that do this.
+
+
+@dataclass(frozen=True, slots=True)
+class SublayerRule:
+    """One kind of position for adapters. A path has a common beginning, followed by `module` or by `target`.
+
+    Attributes:
+        models: the values of `model_type` that have this position.
+        module: the end of the path of the adapters library's module, which contains the adapter.
+        target: the end of the path of the target, whose output changes.
+        flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.
+        residual: the name of a module in the target's parent. Its input is added to the target's output. Empty if the
+            target already adds the residual.
+        norm: the name of a module in the target's parent. It normalises the sum. Empty if the target already does so.
+        within: a word that must be one of the parts of the common beginning; empty if there is no such condition.
+    """
+
+    models: tuple[str, ...]
+    module: str
+    target: str
+    flag: str
+    residual: str = ""
+    norm: str = ""
+    within: str = ""
+
+
+BERT_POSITIONS = ("bert", "bert-generation", "electra", "roberta", "xlm-roberta")
+LLAMA_POSITIONS = ("llama", "mistral", "qwen2", "qwen3")
+T5_POSITIONS = ("mt5", "t5")
+PRE_NORM_BART = ("mbart", "whisper")
+
+RULES = (
+    SublayerRule(BERT_POSITIONS, ".crossattention.output", ".crossattention.output", "mh_adapter"),
+    SublayerRule(BERT_POSITIONS, ".attention.output", ".attention.output", "mh_adapter"),
+    SublayerRule(BERT_POSITIONS, ".output", ".output", "output_adapter"),
+    SublayerRule(("vit",), ".output.output_adapters", ".output", "output_adapter"),
+    SublayerRule(("vit",), ".attention_adapters", ".attention", "mh_adapter", "layernorm_before"),
+    SublayerRule(("distilbert",), ".attention_adapters", ".attention", "mh_adapter", "attention", "sa_layer_norm"),
+    SublayerRule(("distilbert",), ".output_adapters", ".ffn", "output_adapter", "ffn", "output_layer_norm"),
+    SublayerRule(("gpt2",), ".attention_adapters", ".attn", "mh_adapter", "ln_1"),
+    SublayerRule(("gpt2",), ".output_adapters", ".mlp", "output_adapter", "ln_2"),
+    SublayerRule(LLAMA_POSITIONS, ".attention_adapters", ".self_attn", "mh_adapter", "input_layernorm"),
+    SublayerRule(LLAMA_POSITIONS, ".output_adapters", ".mlp", "output_adapter", "post_attention_layernorm"),
+    SublayerRule(T5_POSITIONS, ".layer.0", ".layer.0.SelfAttention", "mh_adapter", "layer_norm"),
+    SublayerRule(T5_POSITIONS, ".layer.1", ".layer.1.EncDecAttention", "cross_adapter", "layer_norm", within="decoder"),
+    SublayerRule(T5_POSITIONS, ".layer.1", ".layer.1.DenseReluDense", "output_adapter", "layer_norm", within="encoder"),
+    SublayerRule(T5_POSITIONS, ".layer.2", ".layer.2.DenseReluDense", "output_adapter", "layer_norm", within="decoder"),
+    SublayerRule(
+        ("bart", "plbart"), ".attention_adapters", ".self_attn", "mh_adapter", "self_attn", "self_attn_layer_norm"
+    ),
+    SublayerRule(("bart", "plbart"), ".output_adapters", ".fc2", "output_adapter", "fc1", "final_layer_norm"),
+    SublayerRule(
+        ("bart", "plbart"), ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn",
+        "encoder_attn_layer_norm",
+    ),
+    SublayerRule(PRE_NORM_BART, ".attention_adapters", ".self_attn", "mh_adapter", "self_attn_layer_norm"),
+    SublayerRule(PRE_NORM_BART, ".output_adapters", ".fc2", "output_adapter", "final_layer_norm"),
+    SublayerRule(
+        PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
+    ),
+)  # fmt: skip
+"""All rules; more specific endings come first."""
+
+MODELS = frozenset(chain.from_iterable(rule.models for rule in RULES))
+
+EMBEDDINGS = {
+    **dict.fromkeys((*BERT_POSITIONS, "distilbert", "vit"), "embeddings"),
+    **dict.fromkeys(LLAMA_POSITIONS, "embed_tokens"),
+    "gpt2": "drop",
+}
+"""The last module of the embeddings: invertible adapters change its output, and prompts are prepended to its output."""
+
+
+def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
+    """Return the target's path, and the rule, for the path of the library's module; None if no rule fits."""
+    found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
+    return None if found is None else (path.removesuffix(found.module) + found.target, found)
+
+
+def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
+    """Return the path of the adapters library's module, and the rule, for a target's path; None if no rule fits."""
+    for rule in _rules(model_type):
+        if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
+            return path.removesuffix(rule.target) + rule.module, rule
+    return None
+
+
+def _rules(model_type: str | None) -> Iterator[SublayerRule]:
+    return (rule for rule in RULES if model_type is None or model_type in rule.models)
+
+
+def _fits(path: str, ending: str, rule: SublayerRule) -> bool:
+    stem = path.removesuffix(ending)
+    return path.endswith(ending) and stem != path and (not rule.within or rule.within in stem.split("."))

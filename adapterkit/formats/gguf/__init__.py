@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from ...io.magic_bytes import is_ggla, is_gguf
+from ...io.inputs import is_ggla, is_gguf
 from .._format import Format
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GgufAdapter(Format):
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         from ...io.gguf_file import read_gguf
-        from .reader import decode, read_legacy
+        from .conversion import decode, read_legacy
 
         try:
             if is_ggla(path):
@@ -47,21 +47,21 @@ class GgufAdapter(Format):
 
     def outline(self, path: Path) -> Adapter:
         from ...io.gguf_file import read_gguf
-        from .reader import decode
+        from .conversion import decode
 
         return self.read(path) if is_ggla(path) else decode(read_gguf(path), None, outline=True)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        from .writer import save
+        from .conversion import save
 
         return save(adapter, path, on_loss, base)
 
 
 def _is_adapter(path: Path) -> bool:
     from ...io.gguf_file import GgufValue, read_gguf
-    from .reader import TYPE
+    from .conversion import TYPE
 
     try:
         return read_gguf(path, tensors=False).values.get(TYPE) == GgufValue("string", "adapter")

@@ -21,10 +21,9 @@ from ...io.inputs import open_input, read_input
 from ...io.lazy import Lazy
 from ...io.torch_file import is_torch_file, read_torch_file, read_torch_value
 from ...naming.image import families, looks_of_pipeline, rooted
-from .container import CONFIG, SAFETENSORS, TORCH
-from .container import sniff as sniff_config
-from .file import Key
-from .keys import PREFIX, parse_key
+from . import CONFIG, SAFETENSORS, TORCH
+from . import sniff as sniff_config
+from .file import PREFIX, Key, parse_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

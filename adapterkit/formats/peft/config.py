@@ -10,11 +10,11 @@ import msgspec
 
 from ...errors import Malformed, Unsupported
 from .families import FAMILIES, PEFT_TYPES, family_of_type
-from .settings import RESIDUAL, Settings
 
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
+from .file import RESIDUAL, Settings
 
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",

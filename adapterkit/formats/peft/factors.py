@@ -1,22 +1,30 @@
-"""Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config."""
+"""The factors of each LoRA or DoRA with their rank and scaling: of modules, and of parameters (stacks of experts)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import permutations
+from typing import TYPE_CHECKING, Any, cast
 
-from ...errors import Malformed, ShapeMismatch, Unsupported
-from ...io.lazy import from_numpy
-from .file import Key, make
-from .keys import LATENT
+from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ...io.lazy import Lazy, as_lazy, bytes_of, from_numpy
+from ...naming.moves import stored_in_out
+from .file import LATENT, File, Findings, Found, Key, make, names_module, parse_version, written_by_unsloth
+from .patterns import unwrapped
 
 if TYPE_CHECKING:
+    from ...core.adapter import Target
     from ...core.updates import Update
-    from ...io.lazy import Lazy
-    from .file import File
-    from .settings import Settings
+    from ...io.lazy import Array, Buffer, Shape
+    from ...io.strict_json import JsonValue
+    from .file import Settings
+
+
+# Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.
+
 
 FIELDS = {
     ("lora_A", "weight"): "A",
@@ -215,3 +223,354 @@ _WORDS = {
     "diag": "lora_diag of KaSA",
 }  # fmt: skip
 _AGAIN = "Save the adapter again with PEFT"
+
+# Read and write LoRA of parameters (`target_parameters`): stacks of experts.
+#
+# The two matrices of a pair, lora_A and lora_B, contain the factors of all experts.
+#
+# A file has keys such as `experts.lora_A` and `experts.base_layer.lora_A`, without the names of the parameters. PEFT
+# wraps a module once for each adapted parameter, in the order in which the module declares its parameters. The config
+# lists the names in any order; shapes show which pair belongs to which parameter.
+#
+# The keys do not show two differences between files:
+#
+# * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
+#   these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
+# * lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
+#   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-
+# zoo
+#   #1232, #1269).
+
+
+RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
+
+ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
+"""The values of `experts_order`. The first two are also values of `lora_B_layout` in a config."""
+
+SWAPPED_BEFORE = (0, 19)
+"""The first release of PEFT that reads the axes of a stack in the order in which the model stores them."""
+
+OLD_VERSION = "0.18.1"
+"""The `peft_version` in new configs for stacks with the axes of PEFT before 0.19."""
+
+MAX_NAMES = 6
+"""The limit on the number of adapted parameters of one module; in real models, modules have at most two."""
+
+IN_ORDER = ("gate_up_proj", "down_proj")
+"""The parameters of stacked experts in transformers, in the order in which the module declares them."""
+
+
+def adapts_parameter(file: File, path: str) -> bool:
+    """Whether the pair at a module adapts a parameter of the module; `target_modules` takes precedence, as in PEFT."""
+    return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
+        file.settings.target_modules, path
+    )
+
+
+def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
+    """Yield the updates of parameters.
+
+    Raises:
+        UsageError: the pair may adapt several parameters, and no base is given, which could show the right parameter.
+        Unsupported: the pair may adapt several parameters, and not even the base shows the right parameter.
+        ShapeMismatch: the rank of a pair is not the config's.
+    """
+    modules: dict[str, list[PeftFactors]] = {}
+    for each in factors:
+        modules.setdefault(each.key.path, []).append(each)
+    for path, group in modules.items():
+        for each in group:
+            _check_matrices(each)
+        names = _assign(file, path, group)
+        sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
+        related = _related(sizes)
+        for each, name in zip(group, names, strict=True):
+            yield _parameter(file, each, f"{path}.{name}", None if related is None else related == "swapped")
+
+
+def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
+    """Reorder lora_B from PEFT's [out, r * e] to [e, out, r].
+
+    Args:
+        B: the matrix lora_B, which has the columns of all experts.
+        experts: the number of experts.
+        order: the order of the columns: `rank_major` (the expert varies fastest) or `grouped_by_expert` (slowest).
+    """
+    out, r = B.shape[0], B.shape[1] // experts
+    if order == GROUPED:
+        return _by_expert(B, (experts, out, r), lambda b, e: b.reshape(out, experts, r)[:, e].transpose(1, 0, 2))
+    return _by_expert(B, (experts, out, r), lambda b, e: b.reshape(out, r, experts)[:, :, e].transpose(2, 0, 1))
+
+
+def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
+    """Return A as [e, r, in] and B as [e, out, r] for a file in which the axes of outputs and inputs are swapped.
+
+    Args:
+        A: the matrix lora_A, [r * e, out]; the expert varies slowest.
+        B: the matrix lora_B, [in, r * e].
+        experts: the number of experts.
+        order: the order of B's columns; see `stack`.
+    """
+    (rows, out), in_ = A.shape, B.shape[0]
+    r = rows // experts
+    axes = (in_, experts, r) if order == GROUPED else (in_, r, experts)
+    forward = (1, 2, 0) if order == GROUPED else (2, 1, 0)
+
+    def inputs(b: Array, e: slice) -> Array:
+        return b.reshape(axes).transpose(forward)[e]
+
+    def outputs(a: Array, e: slice) -> Array:
+        return a.reshape(experts, r, out)[e].swapaxes(1, 2)
+
+    return _by_expert(B, (experts, r, in_), inputs), _by_expert(A, (experts, out, r), outputs)
+
+
+def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
+    """Return a stack whose values are scattered over a matrix. Reading a few experts reorders only these experts."""
+    each = math.prod(shape[1:])
+
+    def part(first: int, count: int) -> Buffer:
+        start, stop = first // each, -(-(first + count) // each)
+        size, skipped = leaf.dtype.itemsize, first - start * each
+        return bytes_of(take(_values(leaf), slice(start, stop)))[skipped * size : (skipped + count) * size]
+
+    return Lazy(shape, leaf.dtype, lambda: part(0, math.prod(shape)), part=part)
+
+
+@lru_cache(maxsize=4)
+def _values(leaf: Lazy) -> Array:
+    """Read a whole matrix, and cache its values: the columns of one expert are scattered over the file.
+
+    Merging into a base with separate experts reads one expert after another, alternately from two parameters.
+    """
+    return leaf.numpy()
+
+
+def unstack(B: Lazy) -> Lazy:
+    """Reorder lora_B from [e, out, r] to PEFT's [out, r * e]."""
+    experts, out, r = B.shape
+    return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
+
+
+def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
+    """Return lora_A or lora_B for a file with the layout `order`; the inverse of `stack` and `stack_swapped`.
+
+    Args:
+        order: the layout: `grouped_by_expert` or `peft_0.18`.
+        name: the matrix to return, `A` or `B`.
+        target: the parameter; its layout decides whether PEFT before 0.19 swaps outputs and inputs.
+        update: the parameter's LoRA, with A `[e, r, in]` and B `[e, out, r]`.
+    """
+    A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
+    swaps = order == PEFT_0_18 and target.layout == "e out *in"
+    if name == "A":
+        rows = B.map(lambda b: b.swapaxes(1, 2), (B.shape[0], B.shape[2], B.shape[1])) if swaps else A
+        return rows.reshape(-1, rows.shape[-1])
+    columns = A.map(lambda a: a.swapaxes(1, 2), (A.shape[0], A.shape[2], A.shape[1])) if swaps else B
+    if order != GROUPED:
+        return unstack(columns)
+    experts, out, r = columns.shape
+    return columns.map(lambda b: b.transpose(1, 0, 2).reshape(out, experts * r), (out, experts * r))
+
+
+def in_order_of(
+    config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
+) -> Mapping[str, JsonValue]:
+    """Return the config with the layout of stacks: in Unsloth's field, or as an old release in `peft_version`."""
+    if order is None or not any(target.stacked for target in updates):
+        return config
+    if order == PEFT_0_18:
+        return {**{k: v for k, v in config.items() if k != "lora_B_layout"}, "peft_version": OLD_VERSION}
+    return {**config, "lora_B_layout": order}
+
+
+def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) -> Found:
+    rank = file.settings.rank(path)
+    experts = max(factors.A.shape[0] // rank, 1)
+    check_rank(factors, rank, experts)
+    keys = {name: factors.keys[name] for name in ("A", "B")}
+    shape = file.base_shape(path)
+    if experts == 1 and (shape is None or len(shape) == 2):
+        return Found(path, adapt(file.settings, path, {"A": factors.A, "B": factors.B}), keys)
+    order = _order(file, factors, experts, rank)
+    if file.compat == PEFT_0_18 or _swaps(file, factors, path, shape, swaps):
+        A, B = stack_swapped(factors.A, factors.B, experts, order)
+        return Found(path, adapt(file.settings, path, {"A": A, "B": B}), keys, "e out *in")
+    tensors = {
+        "A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts, order)
+    }  # fmt: skip
+    turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
+    if turned and shape is not None and shape[1] == shape[2]:
+        # A square matrix fits both layouts, so look the layout up in the family's table.
+        turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
+    return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
+
+
+def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
+    """Return the order of lora_B's columns: `rank_major` or `grouped_by_expert`.
+
+    Raises:
+        UsageError: Unsloth wrote the file, and the config does not have the order.
+    """
+    settings = file.settings
+    if file.compat in ORDERS:
+        return GROUPED if file.compat == GROUPED else RANK_MAJOR
+    if settings.lora_B_layout is not None:
+        return settings.lora_B_layout
+    if settings.unsloth and experts > 1 and rank > 1:
+        raise UsageError(
+            f"Unsloth wrote this adapter without lora_B_layout; the columns of {list(factors.B.shape)} are rank_major "
+            "(PEFT's order, and Unsloth's since September 2026) or grouped_by_expert (Unsloth's order before)",
+            where=factors.keys["B"].text,
+            cure="Give the order: --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
+        )
+    return RANK_MAJOR
+
+
+def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
+    """Whether lora_A has the axis of the outputs and lora_B the axis of the inputs, as in PEFT before 0.19.
+
+    Args:
+        file: the adapter's file.
+        factors: the pair of one parameter.
+        path: the parameter's path.
+        shape: the parameter's shape in the base, if known.
+        related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not decide.
+
+    Raises:
+        UsageError: PEFT before 0.19 wrote the file, and no base is given, which could decide.
+    """
+    if related is not None:
+        return related
+    sides, old = (factors.A.shape[1], factors.B.shape[0]), file.settings.before(SWAPPED_BEFORE)
+    if shape is None:
+        if old and file.compat is None:
+            raise UsageError(
+                "PEFT before 0.19 wrote this file: lora_A has the inputs if the model stores experts as "
+                "[expert, in, out] (gpt-oss), and the outputs if it stores [expert, out, in] (nearly all others)",
+                where=factors.keys["A"].text,
+                cure="Pass --base (base=), or --experts-order rank_major for inputs in lora_A, peft_0.18 for outputs "
+                "(experts_order=)",
+            )
+        return False
+    in_out = stored_in_out(path, None if file.base is None else file.base.config)
+    if shape[1:] == sides[::-1] != sides:
+        return False
+    return not in_out and (old or (in_out is False and sides[0] != sides[1]))
+
+
+def _check_matrices(factors: PeftFactors) -> None:
+    for field in ("A", "B"):
+        if len(factors.tensors[field].shape) != 2:
+            why = f"a parameter's factor must be a matrix, but this one has shape {list(factors.tensors[field].shape)}"
+            raise ShapeMismatch(why, where=factors.keys[field].text, cure="Write the adapter again with PEFT")
+
+
+def _names(file: File, path: str) -> list[str]:
+    """List the module's parameters to which an entry of `target_parameters` may refer."""
+    path = unwrapped(path)
+    known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
+    names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
+    return list(dict.fromkeys(names))
+
+
+def _named(file: File, path: str) -> list[str]:
+    """List the module's parameters that `target_parameters` names together with the module, such as `gate.weight`."""
+    path = unwrapped(path)
+    known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
+    return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
+
+
+def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, ...]:
+    if all(each.stem in file.parameters for each in group):
+        return tuple(file.parameters[each.stem].rpartition(".")[2] for each in group)
+    names = _names(file, path)
+    if len(names) > MAX_NAMES or len(group) > len(names):
+        why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
+        raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
+    options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
+    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. If a router has one pair, the pair adapts
+    # `gate.weight`.
+    sure = [option for option in options if set(option) == set(_named(file, path))]
+    if file.base is None and len(sure) == 1:
+        options = sure
+    if len(options) == 1:
+        return options[0]
+    if not options:
+        why = f"none of the parameters {', '.join(names)} has a shape that fits these factors"
+        raise Malformed(why, where=group[0].key.text, cure="The config or the base does not belong to this file")
+    where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
+    if file.base is None:
+        raise UsageError(
+            f"the file does not show whether this adapts {which}", where=where, cure="Give the base with --base (base=)"
+        )
+    why = f"nothing shows whether this adapts {which}: both have the same shape"
+    raise Unsupported(why, where=where, cure="Merge the adapter with PEFT")
+
+
+def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[str]) -> bool:
+    sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
+    if None in sizes.values():
+        return False
+    shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
+    if any(shapes.values()):
+        # A base that has one of these parameters has all of them. So a named parameter that it lacks does not fit.
+        return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
+    return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
+
+
+def _size(file: File, factors: PeftFactors, path: str) -> tuple[int, int, int] | None:
+    """Return (experts, out, in) if the pair's shapes fit the parameter's rank in the config; otherwise None."""
+    (rows, in_), (out, columns) = factors.A.shape, factors.B.shape
+    experts, rest = divmod(rows, file.settings.rank(path))
+    return None if rest or rows != columns else (experts, out, in_)
+
+
+def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
+    experts, out, in_ = size
+    return shape in ((experts, out, in_), (experts, in_, out)) or (experts == 1 and shape == (out, in_))
+
+
+def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
+    """Whether the shapes of gate_up_proj and down_proj fit each other, swapped or not; true if one is not adapted."""
+    gate_up, down = (sizes.get(name) for name in IN_ORDER)
+    return not gate_up or not down or _related(sizes) is not None
+
+
+def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
+    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj decide; otherwise None.
+
+    gate_up has twice as many outputs as down has inputs. No shapes fit both answers, because one width would then have
+    to be twice itself.
+    """
+    gate_up, down = (sizes.get(name) for name in IN_ORDER)
+    if not gate_up or not down:
+        return None
+    (_, out, in_), (_, down_out, down_in) = gate_up, down
+    if (out, in_) == (2 * down_in, down_out):
+        return "straight"
+    return "swapped" if (in_, out) == (2 * down_out, down_in) else None
+
+
+def told_apart(names: Sequence[str]) -> bool:
+    """Whether the order in which a module declares these parameters is known."""
+    return len(names) == 1 or set(names) <= set(IN_ORDER)
+
+
+def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Yield each adapted parameter of a module, with the number of wrappers inside its own wrapper; innermost first."""
+    ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
+    return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
+
+
+def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return a config for a file with the column order of `unstack`, the only order that PEFT reads since 0.19.
+
+    PEFT ignores `lora_B_layout`. With another order, PEFT would silently use the wrong experts.
+    """
+    config = dict(config)
+    if "lora_B_layout" in config or written_by_unsloth(config):
+        config["lora_B_layout"] = RANK_MAJOR
+    if parse_version(cast("str | None", config.get("peft_version"))) < SWAPPED_BEFORE:
+        config["peft_version"] = None
+    return config

@@ -1,22 +1,35 @@
-"""Define the data that all decoders share: keys, the parsed tensor file, and the updates that decoders yield."""
+"""The parsed file: settings, keys, tensors, the updates that decoders yield, and details that only the writer needs."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache, cached_property, lru_cache
+from sys import intern
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+import msgspec
+
+from ...core.adapter import Adapter, Target
 from ...core.updates import Update
+from ...errors import Malformed
+from ...io.lazy import Lazy
 from ...methods import METHODS
 from ...naming.binding.fitting import live_shape
 from .._format import FORMULA
+from .._kit import leftovers
+from .families import FAMILIES, Family, family_of_type
+from .patterns import first_match, matches, unwrapped
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
-    from ...io.lazy import Lazy, Leaf, Shape
-    from .settings import Settings
+    from ...io.lazy import Leaf, Shape
+    from ...io.strict_json import JsonValue
+
+# Define the data that all decoders share: keys, the parsed tensor file, and the updates that decoders yield.
 
 
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
@@ -201,3 +214,335 @@ Findings = Iterator[Found | Kept]
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
     """Create an update from a method's name and tensors that are not loaded yet."""
     return METHODS[method](**leaves, **attributes)
+
+
+# Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
+#
+# A tensor that all modules of a family share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by
+# wrapping it, so a path may contain words of wrappers: `base_layer`, once for each further adapted parameter;
+# `token_adapter`; and `modules_to_save.<adapter name>`, in state dicts that users saved without PEFT's function.
+
+
+PREFIX = "base_model.model."
+LATENT = "lora_latent_mapping"
+"""The part of a key for LoRA-XS's R. PEFT removes `.default` from R's module name as if it were an adapter's name."""
+SHARED_PREFIX = "base_model."
+
+_SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
+_COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
+"""Matches keys without an adapter's name that `save_embedding_layers` copies from the wrapper of a trained module."""
+_LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
+_PLAIN = re.compile(
+    rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
+    re.DOTALL,
+)
+"""Matches most keys. They belong to no family, so they are parsed without importing the families."""
+
+
+def prefix_of(peft_type: str) -> str:
+    """Return the prefix that PEFT writes before the base's module names in a file with this `peft_type`."""
+    family = family_of_type(peft_type)
+    return PREFIX if family is None else family.prefix
+
+
+def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, dict[Key, Lazy]]:
+    """Return the prefix of all keys, and the tensors by parsed key, in the file's order.
+
+    Args:
+        tensors: the tensors by key.
+        usual: the usual prefix; either all keys or no keys must have it.
+
+    Raises:
+        Malformed: only some keys have the prefix, or keys belong to several adapters.
+    """
+    prefix = usual if any(text.startswith(usual) and not _stands_alone(text) for text in tensors) else ""
+    for text in tensors:
+        if (not text.startswith(prefix) or text == prefix) and not _stands_alone(text):
+            raise Malformed(f"the key does not begin with {usual!r}, but others do", where=text, cure=_REWRITE)
+    keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
+    _check_names(keys)
+    return prefix, keys
+
+
+def _stands_alone(text: str) -> bool:
+    """Whether a key belongs to a tensor that all modules of a family share."""
+    return _PLAIN.fullmatch(text) is None and _shared().fullmatch(text) is not None
+
+
+@lru_cache(maxsize=1 << 14)
+def parse_key(text: str, prefix: str) -> Key:
+    """Parse one key. The result is cached, because a file is read again right after it was written, for a check."""
+    if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
+        # Intern the strings to save memory: all keys of a module have the same stem, and all keys share a few words.
+        return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
+    return parse_by_families(text, prefix)
+
+
+def parse_by_families(text: str, prefix: str) -> Key:
+    """Parse one key, using the words of all families."""
+    if found := _shared().fullmatch(text):
+        names, leaf = _tail(found["rest"])
+        return Key(text, "", found["part"] + names[1], leaf, names[0])
+    body = text[len(prefix) :]
+    if LATENT in body and (found := _LATENT.fullmatch(body)):
+        return Key(text, found["stem"], LATENT, "weight")
+    if found := _part().fullmatch(body):
+        names, leaf = _tail(found["rest"])
+        return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
+    if found := _SAVED.fullmatch(body):
+        return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"], copy="modules_to_save")
+    if found := _COPY.fullmatch(body):
+        return Key(text, f"{found['stem']}.{found['rest']}", copy=found["copy"])
+    return Key(text, body)
+
+
+@cache
+def _part() -> re.Pattern[str]:
+    own = _words(pattern for f in _families() for pattern in f.parts)
+    words = rf"(?:lora|ia3|ln_tuning|trainable_tokens)_\w+|{own}"
+    return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
+
+
+@cache
+def _shared() -> re.Pattern[str]:
+    words = _words(pattern for f in _families() for pattern in f.shared)
+    return re.compile(rf"(?:{re.escape(SHARED_PREFIX)})?(?P<part>{words})(?P<rest>(?:\.[^.]+)*)")
+
+
+@cache
+def _family_part() -> re.Pattern[str]:
+    return re.compile(_words(pattern for f in _families() for pattern in (*f.parts, *f.shared)))
+
+
+def _families() -> Iterable[type[Family]]:
+    return FAMILIES.values()
+
+
+def _words(patterns: Iterable[str]) -> str:
+    """Return a regular expression for the parts of keys; it matches nothing if `patterns` is empty.
+
+    In a pattern, `*` stands for one word.
+
+    Longer words come first, because a word may be the beginning of another.
+    """
+    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
+    return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
+
+
+def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
+    """Split a key's ending, such as `.default.weight`, into the adapter's name, the rest of the part, and the leaf."""
+    names = rest.split(".")[1:]
+    leaf = names.pop() if names and names[-1] in ("weight", "bias") else ""
+    adapter = names.pop(0) if names else None
+    return (adapter, "".join(f".{name}" for name in names)), leaf
+
+
+def _check_names(keys: Iterable[Key]) -> None:
+    """Check that all keys have the same adapter's name, or that none has one.
+
+    Keys of the base's parameters may lack the adapter's name.
+    """
+    named: dict[str | None, Key] = {}
+    for key in keys:
+        if key.part in _NAMED or (key.part and _family_part().fullmatch(key.part)):
+            named.setdefault(key.adapter, key)
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        raise Malformed(
+            f"this key and {first.text} belong to different adapters",
+            where=second.text,
+            cure="Save each adapter in its own file",
+        )
+
+
+_NAMED = (
+    "ia3_l",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "trainable_tokens_delta",
+)
+_REWRITE = "Write the adapter again with PEFT"
+
+# Record details of a PEFT file that an adapter's fields cannot store, so that the same file can be written again.
+
+
+FORMAT = "peft"
+
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The leftovers of a PEFT file.
+
+    Attributes:
+        config: the source config.
+        targets: a fingerprint of the source's targets. If it still matches, the lists of modules in the config are
+            correct.
+        prefix: the prefix of all keys.
+        compat: the caller's `compat`. If the written file is read with this `compat`, it must yield the same adapter.
+        experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
+        keys: a map from the key that the writer would choose to the different key in the file.
+        shapes: the shape of a tensor in the file, by key, if the writer would choose another shape for the same
+            elements.
+    """
+
+    config: dict[str, Any] = {}
+    targets: str = ""
+    prefix: str = PREFIX
+    compat: str | None = None
+    experts_order: str | None = None
+    keys: dict[str, str] = {}
+    shapes: dict[str, list[Size]] = {}
+
+
+def hints_of(adapter: Adapter) -> PeftHints:
+    """Return the leftovers of an adapter that was read from PEFT's format; empty leftovers for any other adapter.
+
+    Raises:
+        Malformed: the leftovers are damaged.
+    """
+    return leftovers(adapter, FORMAT, PeftHints)
+
+
+def fingerprint(targets: Iterable[Target]) -> str:
+    """Return the sha256 of the targets' paths and rows."""
+    return hashlib.sha256("\n".join(sorted(map(str, targets))).encode()).hexdigest()
+
+
+# Define the config fields that change the meaning of the tensors, with PEFT's defaults.
+
+
+RESIDUAL = ("olora", "pissa")
+"""Initialisations that subtract an exactly computable value from the base. The methods have the same names."""
+
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
+
+
+class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kasa_config`: the weights of the terms that KaSA adds to the loss in training."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+
+class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`use_bdlora`: words in module names. They select the modules whose A, or whose B, is block-diagonal."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Rank = 1
+    match_strict: bool = True
+
+    def factor(self, name: str) -> str:
+        """Return `A` or `B`, whichever is block-diagonal in the module `name`; empty if neither is."""
+        named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
+        found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
+        if len(found) > 1:
+            why = "both target_modules_bd_a and target_modules_bd_b name this module"
+            raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
+        return found[0] if found else ""
+
+
+class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arrow_config`: how Arrow selects experts, and the experts' names; the experts are not loaded.
+
+    PEFT searches for the router's vectors with random numbers, so the config has a seed. adapterkit computes the
+    vectors exactly.
+    """
+
+    top_k: Rank = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The config fields that change the function, with PEFT's defaults; `own` has the fields of a family."""
+
+    peft_type: str
+    r: Rank = 8
+    lora_alpha: Number = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | None = True
+    kasa_config: Kasa | None = None
+    use_bdlora: BlockSettings | None = None
+    alora_invocation_tokens: Tokens | None = None
+    arrow_config: Router | None = None
+    enable_lora: list[bool] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Tokens | dict[str, Tokens] | None = None
+    token_indices: Tokens | None = None
+    feedforward_modules: list[str] | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
+    peft_version: str | None = None
+    auto_mapping: Any = None
+    own: Any = None
+
+    @property
+    def unsloth(self) -> bool:
+        """Whether the config shows that Unsloth wrote the file, or that the base is one of Unsloth's copies."""
+        return written_by_unsloth(
+            {"auto_mapping": self.auto_mapping, "base_model_name_or_path": self.base_model_name_or_path}
+        )
+
+    def before(self, release: tuple[int, int]) -> bool:
+        """Whether the file was written by a PEFT release older than `release`; False if the config has no release."""
+        return parse_version(self.peft_version) < release
+
+    @property
+    def residual(self) -> str:
+        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; otherwise empty."""
+        word = self.init_lora_weights
+        return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
+
+    def rank(self, name: str) -> int:
+        """Return the rank of the module or parameter `name`."""
+        return first_match(self.rank_pattern or {}, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """Return the scaling of B @ A for the module or parameter `name`."""
+        alpha, rank = first_match(self.alpha_pattern or {}, name, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
+    """Whether a config shows that Unsloth wrote the file, or that the base is one of Unsloth's copies."""
+    mapping = config.get("auto_mapping")
+    marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
+    return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
+
+
+def parse_version(version: str | None) -> tuple[int, ...]:
+    """Return the first two numbers of a PEFT release, such as (0, 18).
+
+    A very large number if the release is missing.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else (1 << 30,)
+
+
+def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
+    """Whether `target_modules` selects a module.
+
+    A text is a pattern. An item of a list is a path or the end of a path.
+    """
+    path = unwrapped(path)
+    if isinstance(target_modules, str):
+        return matches(target_modules, path, whole=True)
+    return any(path == name or path.endswith(f".{name}") for name in target_modules or ())

@@ -24,17 +24,16 @@ from ...io.arrange import times, zeros
 from ...io.inputs import read_input
 from ...io.lazy import as_lazy
 from ...naming.architectures import WEIGHT, architecture_of
-from ...naming.binding.translating import moves_of, translated
-from .._one_number import one_alpha, whole_number
-from .._pairs import expressible, rank_of, to_rank, unfit
-from .compose import COMMON, FRESH
-from .hints import FORMAT, PeftHints, fingerprint, hints_of
+from ...naming.binding.moving import moves_of, translated
+from .._kit import expressible, one_alpha, rank_of, to_rank, unfit, whole_number
+from .file import FORMAT, PeftHints, fingerprint, hints_of
+from .spelling import COMMON, FRESH
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target
     from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Architecture
-    from .._pairs import Pair, Pairs
+    from .._kit import Pair, Pairs
 
 VERSION = 1
 """The version of the file format of `spec/profiles` that this code reads."""

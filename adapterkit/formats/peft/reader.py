@@ -13,12 +13,10 @@ from ...io.lazy import as_lazy
 from ...methods.replacement import Replacement
 from .._format import UNKNOWN
 from . import config as fields
-from . import lora, plain
-from .experts import ORDERS
+from . import decoders
+from .factors import ORDERS
 from .families import family_of_type
-from .file import File, Findings, Found, Kept, Key
-from .hints import FORMAT, PeftHints, fingerprint
-from .keys import parse_keys, prefix_of
+from .file import FORMAT, File, Findings, Found, Kept, Key, PeftHints, fingerprint, parse_keys, prefix_of
 from .spelling import are_plain, spell_updates, stored
 
 if TYPE_CHECKING:
@@ -28,10 +26,10 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 BUILT_IN = {
-    "IA3": (plain.decode_replacement, plain.decode_ia3),
-    "LN_TUNING": (plain.decode_replacement, plain.decode_ln_tuning),
-    "LORA": (plain.decode_replacement, lora.decode, plain.decode_rows),
-    "TRAINABLE_TOKENS": (plain.decode_replacement, plain.decode_rows),
+    "IA3": (decoders.decode_replacement, decoders.decode_ia3),
+    "LN_TUNING": (decoders.decode_replacement, decoders.decode_ln_tuning),
+    "LORA": (decoders.decode_replacement, decoders.decode, decoders.decode_rows),
+    "TRAINABLE_TOKENS": (decoders.decode_replacement, decoders.decode_rows),
 }
 """The decoders for each `peft_type`, in the order in which PEFT applies updates; other types are in `families`."""
 
@@ -117,7 +115,7 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
 
 def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
     family = family_of_type(peft_type)
-    return BUILT_IN[peft_type] if family is None else (plain.decode_replacement, family.decode)
+    return BUILT_IN[peft_type] if family is None else (decoders.decode_replacement, family.decode)
 
 
 def _check_all_used(file: File, used: set[Key]) -> None:

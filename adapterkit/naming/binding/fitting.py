@@ -1,25 +1,36 @@
-"""Check whether updates fit a stored shape."""
+"""Check whether updates fit the stored shapes of a base, and whether an adapter was made for this base."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ...core.adapter import Target
+from ...core.adapter import Target, config_hash
+from ...core.metadata import FINGERPRINT, REPORT, SHAPES, fingerprints_of, shapes_of
 from ...core.updates import Update
-from ...errors import AdapterkitError, TargetNotFound
-from ..architectures import STORED_AS, Architecture, architecture_of, with_names
+from ...errors import AdapterkitError, CheckFailed, TargetNotFound, UsageError
+from ...io.checkpoint import PREFIX, SHAPES_PREFIX, opened, shapes_digest
+from ...io.locations import is_repo, source_of
+from ..architectures import STORED_AS, Architecture, architecture_of, shape_of, with_names
 from ..heads import heads_of
-from ..moves import PathPart
+from ..moves import Names, PathPart
 from ..resolver import resolve
-from ..stored_names import Names
+from ..ties import aliases
 
 if TYPE_CHECKING:
+    from ...core.adapter import Adapter
     from ...core.shapes import Dims
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
+
+
+# Check whether updates fit a stored shape.
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of stored tensors, by name."""
@@ -155,3 +166,243 @@ def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[
 @lru_cache(maxsize=2)
 def _names_of(base: Checkpoint) -> Names:
     return Names(paths_of(base.tensors))
+
+
+# Check whether an adapter was made for a given base, by comparing names, configs and fingerprints of weights.
+
+
+_CACHED = re.compile(r"models--(.+)")
+"""Matches a repository's folder in huggingface_hub's cache: `models--org--name`."""
+
+
+def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
+    """Compare the base that the adapter records with the given base; return a sentence for each difference.
+
+    Args:
+        name: the adapter's name, to use in the sentences.
+        adapter: the adapter.
+        base: the base.
+        fingerprint: the fingerprint of the base's weights; None if it was not computed.
+    """
+    found = []
+    known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
+    if fingerprint is not None and known and fingerprint not in known:
+        how = relation(base, shapes_of(adapter))
+        found.append(
+            f"{name} was made for a base with the fingerprint {', '.join(known)}; this base has {fingerprint}"
+            + (f" ({how})" if how else "")
+        )  # fmt: skip
+    wanted = adapter.base
+    if wanted is None:
+        return found
+    proven = fingerprint is not None and fingerprint in known
+    names = names_of(base)
+    if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
+        found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
+    # Skip GGUF files: adapterkit builds their config from key-values, so the hash cannot match a recorded hash.
+    if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
+        given = config_hash(base.config)
+        if given != wanted.config_hash:
+            found.append(
+                f"{name} was made for a base whose config has the hash {wanted.config_hash}; this config has {given}"
+            )
+    return found
+
+
+def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
+    """Return a phrase that says how a base with another fingerprint differs from the recorded base; empty if unknown.
+
+    Args:
+        base: the base.
+        shapes: the digests of names and shapes that the adapter records, see `io/checkpoint.py`.
+    """
+    known = [each for each in shapes if each.startswith(SHAPES_PREFIX)]
+    if not known:
+        return ""
+    return "same architecture, other weights" if shapes_digest(base) in known else "other names or shapes of tensors"
+
+
+def identity_of(base: Checkpoint) -> dict[str, str]:
+    """Return the arguments of a lineage step: a fingerprint of the base's weights, and a digest of its shapes.
+
+    The function reads 16 MiB of the base, spread over all tensors.
+    """
+    from ...io.checkpoint import fingerprint
+
+    return {FINGERPRINT: fingerprint(base), SHAPES: shapes_digest(base)}
+
+
+def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict[str, str]:
+    """Return `identity_of` for an adapter without a recorded fingerprint; otherwise an empty dict."""
+    from ...io.checkpoint import opened
+
+    return {} if fingerprints_of(adapter) else identity_of(opened(base))
+
+
+def check_bases(
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
+) -> tuple[str, ...]:
+    """Return the sentences of `mismatches` for all adapters.
+
+    Args:
+        adapters: (name, adapter) pairs.
+        base: the base.
+        fingerprint: the fingerprint of the base's weights; None if it was not computed.
+        strict: whether to raise an error instead of returning warnings.
+
+    Raises:
+        CheckFailed: `mismatches` returns a sentence, and `strict` is set.
+    """
+    found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
+    if found and strict:
+        cure = "Give the base that the adapter was made for, or omit --strict-base (strict_base=True)"
+        raise CheckFailed("; ".join(found), path=base.root, cure=cure)
+    return tuple(dict.fromkeys(found))
+
+
+def check_base(
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
+) -> tuple[str, ...]:
+    """Call `check_bases`; compute the base's fingerprint only if an adapter records a fingerprint.
+
+    `formats.read` calls this function if a base is given. Functions that accept adapters that are already in memory
+    call it as well. Without a base, it compares nothing.
+
+    Raises:
+        CheckFailed: see `check_bases`.
+        UsageError: `strict` is set, but no base is given.
+    """
+    from ...io.checkpoint import fingerprint, opened
+
+    if base is None:
+        if strict:
+            cure = "Give the base with --base (base=), or omit --strict-base (strict_base=True)"
+            raise UsageError("without a base, the adapters' recorded bases cannot be checked", cure=cure)
+        return ()
+    checkpoint = opened(base)
+    taken = fingerprint(checkpoint) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
+    return check_bases(adapters, checkpoint, taken, strict)
+
+
+def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
+    """Return a warning if adapterkit merged the tuned weights from another base, as their merge record states.
+
+    Raises:
+        CheckFailed: there is a warning, and `strict` is set.
+    """
+    from ...io.checkpoint import fingerprint
+
+    recorded = merge_record(tuned).get("base_fingerprint")
+    if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):
+        return ()
+    how = relation(base, [str(merge_record(tuned).get(SHAPES))])
+    why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this base has {given}"
+    why += f" ({how})" if how else ""
+    if strict:
+        cure = "Give the base that the weights were merged from, or omit --strict-base (strict_base=True)"
+        raise CheckFailed(why, path=base.root, cure=cure)
+    return (why,)
+
+
+def merge_record(merged: Checkpoint) -> dict[str, Any]:
+    """Return the record that adapterkit's merge wrote into its output folder; empty for the output of other tools."""
+    from ...io.checkpoint import read_json
+
+    try:
+        return read_json(merged.folder / REPORT)
+    except AdapterkitError:
+        return {}
+
+
+def names_of(base: Checkpoint) -> tuple[str, ...]:
+    """List the repositories named in a base's pull record, in the name of its cache folder, or in its config."""
+    names = []
+    source = source_of(base.folder)
+    if source is not None:
+        names.append(source.repo)
+    for part in base.folder.absolute().parts:
+        cached = _CACHED.fullmatch(part)
+        if cached is not None:
+            names.append(cached[1].replace("--", "/"))
+    if not names and base.config is not None and is_repo(_text(base.config.get("_name_or_path"))):
+        names.append(str(base.config["_name_or_path"]))
+    return tuple(dict.fromkeys(names))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+# List, as plain data, the names in a base to which an adapter's names are mapped.
+
+
+def name_map(
+    base: Checkpoint | str | PathLike[str],
+    adapter: Adapter | None = None,
+    *,
+    rename: str | Sequence[str] = (),
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Return the stored names of an adapter's targets, and the rules that mapped the names.
+
+    Args:
+        base: an open checkpoint, or its path.
+        adapter: the adapter. If None, the result lists the names in the base, each with the names that other tools use.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
+        partial: whether to list targets that the base does not have, instead of refusing them.
+
+    Returns:
+        a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
+        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name (one of
+        several that differ only in numbers), with its name in each naming.
+
+    Raises:
+        TargetNotFound: the base does not have a target, or a target's name can mean two modules.
+        ShapeMismatch: the shape of a target's weight does not fit.
+    """
+    base = opened(base)
+    architecture = architecture_of(base.config)
+    record: dict[str, Any] = {
+        "base": str(base.root), "model_type": (base.config or {}).get("model_type"),
+        "family": architecture.family if architecture else None,
+    }  # fmt: skip
+    if adapter is None:
+        return record | {"weights": _weights(base)}
+    from . import bind
+
+    bound = bind(adapter, base, partial=partial, aliases=aliases(base), rename=rename)
+    targets = [
+        {
+            "target": str(origin), "path": site.target.path, "rows": site.target.rows, "layout": site.target.layout,
+            "tensor": site.weight or site.bias,
+        }
+        for origin, site in zip(bound.origins, bound.sites, strict=True)
+    ]  # fmt: skip
+    rules = [{"rule": str(rule), "targets": rule.targets} for rule in bound.rules]
+    return record | {"targets": targets, "rules": rules, "missing": [str(target) for target in bound.missing]}
+
+
+def _weights(base: Checkpoint) -> list[JsonValue]:
+    """List the base's modules (one of several that differ only in numbers) with their names in every naming."""
+    architecture = architecture_of(base.config)
+    paths = dict.fromkeys(
+        name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors
+    )
+    counts: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for path in paths:
+        template = shape_of(path)
+        counts[template] = counts.get(template, 0) + 1
+        examples.setdefault(template, path)
+    found: list[JsonValue] = []
+    for template, count in counts.items():
+        names: dict[str, str] = {}
+        for naming in architecture.namings if architecture else ():
+            weights = architecture.find(examples[template], naming) if architecture else []
+            for weight, _, _ in weights:
+                for other in architecture.namings if architecture else ():
+                    place = architecture.place(weight, other) if architecture else None
+                    if place is not None:
+                        names[other] = place.name
+        found.append({"name": template, "tensors": count, "names": names})
+    return found

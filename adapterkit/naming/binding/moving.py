@@ -1,28 +1,33 @@
-"""Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
-
-An update with several destinations is split into one update per destination: some rows of its outputs, or the slice of
-one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
-"""
+"""Move updates between namings: into and out of fused weights and stacks. Factors are sliced, never multiplied."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ...core.adapter import Target
+from ...core.adapter import Adapter, Target
 from ...core.updates import Update
-from ...errors import NotMergeable, ShapeMismatch, Unsupported
+from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, Unsupported, UsageError
 from ...io import arrange
 from ...io.lazy import Lazy, as_lazy
-from ..architectures import Place
+from ..architectures import Architecture, Place, with_stacks
 from ..gguf import row_order
 from ..heads import Heads, by_group, heads_of, undone
-from ..moves import Move, PathPart
+from ..moves import Move, Names, PathPart
+from ..resolver import resolve, translate
+from .fitting import Shapes, fits, paths_of
 
 if TYPE_CHECKING:
     from ...io.lazy import Array, Leaf
-    from .fitting import Shapes
+
+
+# Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
+#
+# An update with several destinations is split into one update per destination: some rows of its outputs, or the slice
+# of one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
+
 
 Config = Mapping[str, object] | None
 
@@ -363,3 +368,214 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 _ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"
+
+# Translate an adapter to a naming of its family, without a base; for writers of files.
+
+
+def moves_of(
+    updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
+) -> dict[str, tuple[Move, ...]]:
+    """Map each target to its names in another naming. The result lacks targets that the naming does not have.
+
+    Raises:
+        TargetNotFound: a name can mean two different weights.
+    """
+    found = {}
+    for target, given in updates.items():
+        moves = translate(target.path, architecture, naming, _experts(target, given))
+        if moves is not None:
+            found[target.path] = moves
+    return found
+
+
+def translated(
+    updates: Mapping[Target, tuple[Update, ...]],
+    moves: Mapping[str, tuple[Move, ...]],
+    experts: int = 0,
+    config: Mapping[str, object] | None = None,
+) -> dict[Target, tuple[Update, ...]]:
+    """Apply the result of `moves_of` to the updates: split updates of fused weights, and join or split stacks.
+
+    Args:
+        updates: the updates by target. The result lacks updates without moves.
+        moves: the result of `moves_of`.
+        experts: the number of experts in a stack; 0 for as many as the updates need.
+        config: the base's config. Its numbers of heads determine the sizes of the parts of a fused projection.
+
+    Raises:
+        NotMergeable, ShapeMismatch, Unsupported: an update cannot be split or joined.
+    """
+    found: dict[Target, tuple[Update, ...]] = {}
+    for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
+        # Use the layout [e, out, in] for stacks: only some families store experts as [e, in, out], and only in their
+        # own naming.
+        layout = "e out *in" if there.stacked else "out *in"
+        there = replace(there, layout=layout) if target.stacked else there
+        found[there] = (*found.get(there, ()), *given)
+    return found
+
+
+def _experts(target: Target, updates: tuple[Update, ...]) -> int:
+    count = updates[0].dims(True).get("e") if target.stacked else 0
+    return count if isinstance(count, int) else 0
+
+
+def _shapes(
+    updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each destination, `[out, in]` or for a stack `[e, out, in]`, as far as updates show it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
+    for target, given in updates.items():
+        dims: dict[str, Any] = dict(given[0].dims(target.stacked))
+        for move in moves.get(target.path, ()):
+            out = dims.get("out")
+            if isinstance(out, int):
+                cut = move.take.of if move.take and target.rows is None else 1
+                out = out // cut * (move.into.of if move.into else 1)
+            counts[move.path] = max(counts.get(move.path, experts), 0 if move.slot is None else move.slot + 1)
+            lead = (dims["e"],) if target.stacked and move.expert is None else ()
+            shapes[move.path] = (*lead, out or 0, dims.get("in") or 0)
+    return {
+        path: (counts[path], *shape) if counts[path] and len(shape) == 2 and _slotted(path, moves) else shape
+        for path, shape in shapes.items()
+    }
+
+
+def _slotted(path: str, moves: Mapping[str, tuple[Move, ...]]) -> bool:
+    return any(move.path == path and move.slot is not None for given in moves.values() for move in given)
+
+
+# Match two adapters for the same mixture of experts, without the base.
+#
+# One adapter changes stacks of experts, the other adapter changes single experts. The names and shapes of the adapter
+# with single experts replace those of the missing base. The functions try every family whose file has names for both
+# the stacks and the single experts; all families that fit must agree.
+
+
+Moves = dict[str, tuple[Move, ...]]
+
+
+def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Translate adapters of stacked experts to the names of an adapter that adapts the experts one by one.
+
+    Args:
+        adapters: adapters for the same unknown base.
+
+    Returns:
+        the adapters in the same order. An adapter is unchanged if no adapter has single experts. It is also unchanged
+        if no family's file maps its stacks to the names of the first adapter with single experts.
+
+    Raises:
+        UsageError: two families map a stack to different names.
+    """
+    reference = next((adapter for adapter in adapters if _has_single_experts(adapter)), None)
+    if reference is None:
+        return list(adapters)
+    shapes = _stored_shapes(reference)
+    names = Names(paths_of(shapes))
+    return [a if a is reference or not _has_stacks(a) else _in_parts(a, names, shapes) for a in adapters]
+
+
+def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
+
+    Args:
+        adapters: adapters for one base, in its names.
+
+    Returns:
+        the adapters in the same order. An update is not split if the other adapters' parts do not cover all rows, or if
+        the update's formula cannot be split.
+    """
+    spans: dict[str, set[tuple[int, int]]] = {}
+    for adapter in adapters:
+        for target in adapter.updates:
+            if target.rows is not None:
+                spans.setdefault(target.path, set()).add(target.rows)
+    return [_at_rows(adapter, spans) for adapter in adapters] if spans else list(adapters)
+
+
+def _at_rows(adapter: Adapter, spans: Mapping[str, set[tuple[int, int]]]) -> Adapter:
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, given in adapter.updates.items():
+        rows = sorted(spans.get(target.path, ()))
+        out = given[0].dims(target.stacked).get("out")
+        tiles = [start for start, _ in rows] == [0, *(stop for _, stop in rows[:-1])] and rows and rows[-1][1] == out
+        if target.rows is not None or not tiles or not all(update.cuts("out") for update in given):
+            updates[target] = given
+            continue
+        for start, stop in rows:
+            updates[replace(target, rows=(start, stop))] = tuple(
+                cut_rows(update, start, stop, 1, target.stacked) for update in given
+            )
+    return adapter.replace(updates=updates)
+
+
+def _has_single_experts(adapter: Adapter) -> bool:
+    return any(
+        word == "experts" and after.isdigit()
+        for target in adapter.updates
+        if not target.stacked
+        for word, after in pairwise(target.path.split("."))
+    )
+
+
+def _has_stacks(adapter: Adapter) -> bool:
+    return any(target.stacked for target in adapter.updates)
+
+
+def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return a map from each weight that an adapter changes to its shape `[out, in]`, as far as the updates show it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target, updates in adapter.updates.items():
+        dims = updates[0].dims(target.stacked)
+        out, in_ = dims.get("out"), dims.get("in")
+        known = isinstance(out, int) and isinstance(in_, int) and not target.stacked
+        shapes[f"{target.path}.weight"] = (out, in_) if known else ()  # type: ignore[assignment]
+    return shapes
+
+
+def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
+    """Split the stacks of one adapter into single experts, if the family files that fit agree on one result."""
+    stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
+    found: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
+    paths = [target.path for target in stacks]
+    for architecture in with_stacks(paths):
+        try:
+            moves = resolve(paths, names, architecture=architecture, partial=True).moves
+            placed = moved(stacks, moves, shapes)
+        except AdapterkitError:
+            continue
+        whole = all(_whole(target, given, moves) for target, given in stacks.items() if target.path in moves)
+        if moves and whole and _fit(placed, shapes):
+            found[tuple(sorted(moves.items()))] = architecture.family
+    if not found:
+        return adapter
+    if len(found) > 1:
+        why = f"the families {' and '.join(found.values())} split the experts differently"
+        raise UsageError(
+            why, where=str(next(iter(stacks))), cure="Give the base, which shows the family: --base (base=)"
+        )
+    (only,) = found
+    parts: dict[Target, list[Placed]] = {}
+    for each in moved(stacks, dict(only), shapes):
+        parts.setdefault(each[0], []).append(each)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, given in adapter.updates.items():
+        places = parts.get(target, [(target, target, given)])
+        updates |= {there: part for _, there, part in places}
+    return adapter.replace(updates=updates)
+
+
+def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
+    """Return whether every part of every expert in a stack has a destination."""
+    given = moves[target.path]
+    parts = {move.take for move in given}
+    count = next((take.of for take in parts if take is not None), 1)
+    experts = updates[0].dims(target.stacked).get("e")
+    return len(parts) == count and {move.expert for move in given} == set(range(int(str(experts))))
+
+
+def _fit(placed: Sequence[Placed], shapes: Shapes) -> bool:
+    """Return whether every part has the shape of its destination."""
+    return all(fits(there, updates, shapes[f"{there.path}.weight"]) for _, there, updates in placed)

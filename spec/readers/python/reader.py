@@ -24,7 +24,7 @@ from adapterkit.errors import AdapterkitError, Malformed, StorageError, Unsuppor
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.strict_json import load_json
 from adapterkit.methods._bottleneck import Sublayer
-from adapterkit.methods._grouped import AcrossGroups
+from adapterkit.methods._low_rank import AcrossGroups
 from adapterkit.methods.invertible import Invertible
 from adapterkit.methods.reft import ReFT
 from adapterkit.naming.binding import Site, check_site

@@ -1,14 +1,91 @@
-"""Find the family of an `architecture`. Each family has its own module. Bottleneck configs have no `architecture`."""
+"""The families of AdapterHub's tensors: a family has config fields, and converts keys to updates and back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
 
 from ....core.registry import Registry
-from ._family import AdapterHubFamily
 
 if TYPE_CHECKING:
+    from ....core.adapter import Target, Updates
     from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
+    from ..file import AdapterHubNaming, AdapterHubPart, Findings, Settings
+
+
+# Define the base class of families. A family has config fields, and converts keys to updates and back.
+
+
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+class Fields(msgspec.Struct, frozen=True, kw_only=True):
+    """The config fields that a family reads, with the adapters library's defaults."""
+
+
+class AdapterHubFamily(ABC):
+    """Converts the files with one `architecture`. Each subclass has its own module, with the architecture's name.
+
+    Class attributes:
+        methods: the names of the methods that the family reads and writes.
+        fields: a struct with the config fields that change the meaning of the tensors.
+        read: for each of these fields, a phrase that describes its effect.
+        harmless: for each other known field, a phrase that says why it has no effect.
+        fresh: config fields for an adapter that was not read from AdapterHub's format.
+    """
+
+    methods: ClassVar[frozenset[str]]
+    fields: ClassVar[type[Fields]] = Fields
+    read: ClassVar[Mapping[str, str]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+    fresh: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def settle(cls, fields: Any, settings: Settings) -> Any:
+        """Translate values that old releases wrote under other names; return the fields with today's values."""
+        return fields
+
+    @classmethod
+    @abstractmethod
+    def decode(cls, part: AdapterHubPart) -> Findings:
+        """Yield the updates of this family in a file, and the keys that are only stored.
+
+        Raises:
+            Malformed: the file lacks some of an update's tensors.
+            ShapeMismatch: the tensors' shapes contradict the config.
+            Unsupported: the file needs a feature that this version does not have.
+        """
+
+    @classmethod
+    @abstractmethod
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
+        """Yield (key, tensor) for all tensors of these updates; all updates belong to this family."""
+
+    @classmethod
+    @abstractmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+        """Return the config fields for these updates, except the fields in `fresh`."""
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        """Yield (target, index of the update, reason) for each update that a file cannot express."""
+        return iter(())
+
+    @classmethod
+    def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
+        """Yield those keys of stored tensors that do not fit these updates any more."""
+        return iter(())
+
+
+# Find the family of an `architecture`. Each family has its own module. Bottleneck configs have no `architecture`.
+
 
 FAMILIES: Registry[type[AdapterHubFamily]] = Registry(
     "AdapterHub family", __name__, "adapterkit.adapterhub_families", AdapterHubFamily

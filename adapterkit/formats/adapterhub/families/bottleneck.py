@@ -17,17 +17,25 @@ from ....core.adapter import Target, Updates
 from ....errors import Malformed, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.activations import ACTIVATIONS
-from ..file import AdapterHubUpdate, check_same, make, take
-from ..layers import model_type_of
-from ..sublayers import EMBEDDINGS, MODELS, SublayerRule, hanging, standing
-from ._family import AdapterHubFamily, Fields, Number
+from ..file import (
+    EMBEDDINGS,
+    MODELS,
+    AdapterHubUpdate,
+    SublayerRule,
+    check_same,
+    hanging,
+    make,
+    model_type_of,
+    standing,
+    take,
+)
+from . import AdapterHubFamily, Fields, Number
 
 if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
-    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
-    from ..settings import Settings
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings, Settings
 
 
 PHM = {

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
-from .. import layers
-from ..file import AGAIN, AdapterHubUpdate, KeptKey, joined, make, sliced, take
-from ..layers import FUSED, QKV
-from ._family import AdapterHubFamily, Fields, Number, Size
+from .. import file
+from ..file import AGAIN, FUSED, QKV, AdapterHubUpdate, KeptKey, joined, make, sliced, take
+from . import AdapterHubFamily, Fields, Number, Size
 
 if TYPE_CHECKING:
     from ....core.updates import Update
@@ -96,11 +95,11 @@ class LoraFamily(AdapterHubFamily):
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-        return layers.compose(updates, base)
+        return file.compose(updates, base)
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        return layers.losses(updates, base)
+        return file.losses(updates, base)
 
 
 def _kind(part: AdapterHubPart) -> str:

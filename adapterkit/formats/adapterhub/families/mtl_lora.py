@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
-from ...peft.alphas import exact_alpha
-from ..file import AdapterHubUpdate, make, take
-from ..layers import QKV, base_family, role
-from ._family import AdapterHubFamily, Fields, Number, Size
+from ...peft.patterns import exact_alpha
+from ..file import QKV, AdapterHubUpdate, base_family, make, role, take
+from . import AdapterHubFamily, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_lazy
-from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, sliced, take
-from ..layers import model_type_of
-from ._family import AdapterHubFamily, Fields, Size
+from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
+from . import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
-from ..file import AdapterHubUpdate, make, take
-from ..sublayers import EMBEDDINGS
-from ._family import AdapterHubFamily, Fields, Size
+from ..file import EMBEDDINGS, AdapterHubUpdate, make, take
+from . import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint

@@ -9,9 +9,9 @@ from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
+from .. import REFT
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, make, take
-from ..readings import REFT
-from ._family import AdapterHubFamily, Fields, Size
+from . import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     import numpy as np

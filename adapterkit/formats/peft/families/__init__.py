@@ -1,19 +1,395 @@
-"""Find families of tensors. A family has a `peft_type`, kinds of keys and config fields; it reads and writes files.
-
-LoRA, DoRA, IA3, token rows and whole parameters belong to no family; modules next to this package read them.
-"""
+"""The families of tensors in PEFT's folders, each with a `peft_type` and kinds of keys; and the methods of LoRA."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
 
 from ....core.registry import Registry
-from ..pairs import BESIDE
-from ._family import Family, Parts
+from ....errors import Malformed, ShapeMismatch
+from ....io.lazy import Lazy, as_lazy
+from ....methods.alora import ALoRA
+from ....methods.arrow import Arrow
+from ....methods.bdlora import BDLoRA
+from ....methods.dora import DoRA
+from ....methods.grouped_dora import GroupedDoRA
+from ....methods.grouped_lora import GroupedLoRA
+from ....methods.ia3 import IA3
+from ....methods.kasa import KaSA
+from ....methods.lora import LoRA
+from ....methods.olora import OLoRA
+from ....methods.pissa import PiSSA
+from ....methods.replacement import Replacement
+from ....methods.rows import Rows
+from ..patterns import first_match, number_fields
 
 if TYPE_CHECKING:
+    from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
+    from ..._format import Departure
+    from ..file import File, Findings, Found, Key, Settings
+
+
+# List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA.
+
+
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
+"""The methods that store a pair of factors, A and B."""
+
+BESIDE = (*PAIRS, IA3, Replacement, Rows)
+"""All methods that belong to no family."""
+
+LINEAR = (KaSA, BDLoRA)
+"""The methods that PEFT supports only for linear layers."""
+
+ROUTED = (ALoRA, Arrow)
+"""The methods that PEFT supports only for linear layers and Conv1D."""
+
+BIASED = (LoRA, ALoRA, GroupedLoRA)
+"""The methods that may have a bias."""
+
+RESIDUAL = (OLoRA, PiSSA)
+"""The methods that subtract their initial values from the base. PEFT has them for linear layers and Conv1D."""
+
+OUTPUT_TIMES = 2.0
+"""How many times PEFT's forward adds the change of the output projection of an `nn.MultiheadAttention`."""
+
+TOGETHER: tuple[tuple[type[Update], ...], ...] = (
+    (LoRA, BDLoRA),
+    (LoRA, OLoRA),
+    (LoRA, PiSSA),
+    (LoRA, GroupedLoRA),
+    (DoRA, GroupedDoRA),
+)
+"""Groups of methods that can be in one file together."""
+
+_KASA = {"beta": 1e-4, "gamma": 1e-3}
+"""PEFT's default weights for the terms that KaSA adds to the loss in training."""
+
+
+def rank_of(update: Update, stacked: bool = False) -> int:
+    """Return the rank of a pair."""
+    if isinstance(update, BDLoRA):
+        blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
+        return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
+    A: Any = update.tensors.get("A", update.tensors.get("idle_A"))
+    return int(A.shape[int(stacked)])
+
+
+def from_blocks(leaf: Lazy) -> Lazy:
+    """Reshape [n, rows, columns] to PEFT's shape [n * rows, columns]."""
+    return leaf.reshape(-1, leaf.shape[-1])
+
+
+def may_stand(update: Update, method: type[Update] | None) -> bool:
+    """Whether an update may be in a file whose main method is `method`."""
+    return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
+
+
+def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the config fields that select the formula of these pairs; `before` is the old config."""
+    kinds = {type(update) for update in updates.values()}
+    residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
+    was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
+    return {
+        "use_dora": bool(kinds & {DoRA, GroupedDoRA}),
+        "lora_bias": any(isinstance(update, BIASED) and update.bias is not None for update in updates.values()),
+        "kasa_config": (before.get("kasa_config") or _KASA) if KaSA in kinds else None,
+        "use_bdlora": _blocks(updates) if BDLoRA in kinds else None,
+        **_invocation(updates, before),
+        "arrow_config": _router(updates, before),
+        **({"init_lora_weights": residual or True} if residual or was else {}),
+    }
+
+
+def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the field with the tokens that activate aLoRA; PEFT searches for these tokens only in causal models."""
+    some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
+    if some is None:
+        return {"alora_invocation_tokens": None}
+    tokens = as_lazy(some.invocation).numpy().tolist()
+    return {"alora_invocation_tokens": tokens, "task_type": before.get("task_type") or "CAUSAL_LM"}
+
+
+def _router(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
+    """Return the settings of Arrow's router, with new names for the experts."""
+    some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
+    if some is None:
+        return None
+    names = {"task": some.tasks, "gks": some.general}
+    listed = {f"{name}_adapter_names": [f"{name}_{i}" for i in range(count)] for name, count in names.items()}
+    said = before.get("arrow_config")
+    seed = said.get("rng_seed") if isinstance(said, Mapping) else None
+    numbers = {"top_k": some.top_k, "router_temperature": some.temperature, "rng_seed": seed}
+    return {**numbers, "use_gks": some.general > 0, **listed}
+
+
+def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
+    own = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
+    A = sorted(path for path, update in own.items() if update.A_blocks is not None)
+    some: Any = next(iter(own.values()))
+    return {
+        "target_modules_bd_a": A or None,
+        "target_modules_bd_b": sorted(own.keys() - set(A)) or None,
+        "nblocks": int((some.B_blocks if some.A_blocks is None else some.A_blocks).shape[0]),
+        "match_strict": len(own) == len(updates),
+    }
+
+
+def why_not_there(target: Target, update: Update) -> str:
+    """Return the reason why a file cannot store a pair at this target; empty if no special rule forbids it."""
+    if isinstance(update, LINEAR) and target.layout != "out *in":
+        return f"PEFT has no {update.method} on a weight stored as [in, out]"
+    if isinstance(update, Arrow) and not update.lacks_experts:
+        return "this arrow stores its experts, but PEFT has them in separate folders"
+    return ""
+
+
+# Define the base class of families. A family has a `peft_type`, and converts keys to updates and back.
+
+
+Parts = dict[str, "tuple[str, Lazy]"]
+"""A map from each field of an update to (part of the key, tensor as PEFT stores it)."""
+
+
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+class Own(msgspec.Struct, frozen=True, kw_only=True):
+    """The config fields that only this family reads."""
+
+
+class Family(ABC):
+    """Converts the files with one `peft_type`. If a module defines several families, each has a `name`.
+
+    Class attributes:
+        name: the family's name; needed only if a module defines several families.
+        peft_type: the value of `peft_type` in the config.
+        method: the class of most or all of the family's updates.
+        others: further classes of the family's updates; one file may have updates of several classes.
+        parts: the parts of keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
+        shared: the keys, without `shared_prefix`, of tensors that all modules share.
+        shared_prefix: the prefix that is written before a shared key; keys with and without `base_model.` can be read.
+        prefix: the prefix that is written before the base's module names.
+        names_modules: whether the config lists the modules that have tensors in the file.
+        own: the config fields that only this family reads, with PEFT's defaults.
+        read: for each field in `own` that changes the meaning of the tensors, a phrase that describes the effect.
+        harmless: for each other field of this `peft_type`, a phrase that says why the field has no effect.
+        fresh: config fields for an adapter that was not read from PEFT's format.
+        departures: the cases, by name, in which PEFT's forward differs from the paper's formula; see `Format`.
+        empty: whether tensors of the family's updates may have no elements.
+        folds: fields of an update; a scaling that the config cannot express is folded into the first of them that
+            exists.
+    """
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str]
+    method: ClassVar[type[Update]]
+    others: ClassVar[tuple[type[Update], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    shared_prefix: ClassVar[str] = "base_model."
+    prefix: ClassVar[str] = "base_model.model."
+    names_modules: ClassVar[bool] = True
+    own: ClassVar[type[Own]] = Own
+    read: ClassVar[Mapping[str, str]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+    fresh: ClassVar[Mapping[str, Any]] = {}
+    departures: ClassVar[Mapping[str, Departure]] = {}
+    empty: ClassVar[bool] = False
+    folds: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def methods(cls) -> tuple[type[Update], ...]:
+        """Return all classes that the family's updates may have."""
+        return (cls.method, *cls.others)
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        """Yield the updates of this family in a file.
+
+        Raises:
+            Malformed: a tensor lacks its partners.
+            ShapeMismatch: the tensors' shapes contradict the config.
+        """
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
+            yield cls.found(file, keys)
+
+    @classmethod
+    @abstractmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        """Return the update of one module.
+
+        `keys` has the module's keys by part, and `file.shared` has the shared keys.
+        """
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, update: Any) -> Parts:
+        """Map each field of an update, or `FIELD.0`, `FIELD.1`, ..., to (part or shared key, tensor as PEFT stores it).
+
+        A part that begins with a dot belongs to the module, even if a shared key has the same name.
+        """
+
+    @classmethod
+    def encode_at(cls, update: Any, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
+        """Encode an update of a module. `shape` is the shape of the module's weight in the base; None if unknown."""
+        return cls.encode(update)
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        """Return the reason why a file cannot store an update of this target; empty if it can."""
+        return (
+            "" if target.layout == "out *in" else f"a file cannot store {update.method} of a weight stored as [in, out]"
+        )
+
+    @classmethod
+    @abstractmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        """Return the config fields whose values the tensors do not show: ranks, scalings, variants."""
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        """Encode all updates of this family, in order.
+
+        Override this method if an update's keys depend on other updates.
+        """
+        for target, found in updates.items():
+            weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+            for update in (update for update in found if type(update) in cls.methods()):
+                yield cls.encode_at(update, None if weight is None else weight.shape)
+
+    @classmethod
+    def guesses(cls, target: Target) -> bool:
+        """Whether the keys of a target are uncertain, because it may be an embedding or a Conv1D, whose keys differ."""
+        return False
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
+        """Return the fields of `numbers`. Override this method if the fields depend on the base's shapes."""
+        return cls.numbers(updates)
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """Yield (target, reason) for updates that cannot be in one file together with the other updates."""
+        yield from ()
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Return the fields of updates whose tensors need not be written, because the config determines the values."""
+        return frozenset()
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        """Return the paths of updates whose scaling has no exact alpha."""
+        return []
+
+    @classmethod
+    def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        """Return the updates of this family by path.
+
+        Updates of stacked experts are omitted: in PEFT's files only LoRA has stacks, and the writer refuses all others.
+        """
+        whole = {target: found for target, found in updates.items() if not target.stacked}
+        return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
+
+    @classmethod
+    def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
+        """Return the value of `fan_in_fan_out`: whether at least one of the family's weights is stored as [in, out]."""
+        own = (target for target, found in updates.items() if any(type(update) in cls.methods() for update in found))
+        return any(target.layout == "in out *k" for target in own)
+
+
+class Scaled(Own, frozen=True, kw_only=True):
+    """The config fields of a family whose scaling is alpha / r."""
+
+    alpha: float = 8
+
+    def scaling(self, settings: Settings, name: str) -> float:
+        """Return the scaling of the module `name`."""
+        return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
+
+
+def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonValue]:
+    """Return the config fields for the ranks and alphas of modules, given (rank, scaling) by module."""
+    fields, _ = number_fields(scales, (False,))
+    del fields["use_rslora"]
+    return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
+
+
+def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
+    """Return the modules whose scaling has no exact alpha, given (rank, scaling) by module."""
+    return number_fields(scales, (False,))[1]
+
+
+def minority(said: Mapping[Target, object]) -> list[Target]:
+    """Return the targets that do not have the most common value; of equally common values, the first one counts."""
+    count = Counter(said.values())
+    most = max(count, key=lambda value: count[value], default=None)
+    return [target for target, value in said.items() if value != most]
+
+
+def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
+    """Return the number of inputs of a linear layer's weight in the base; None if the base does not show it."""
+    weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return weight.shape[0 if target.layout == "in out *k" else 1]
+
+
+def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
+    """Check that a module's keys have exactly the parts in `wanted`.
+
+    Raises:
+        Malformed: a part is missing, or the module has a further part.
+    """
+    some = next(iter(keys.values()))
+    missing = next((part for part in wanted if part not in keys), None)
+    if missing:
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
+    extra = next((key for part, key in keys.items() if part not in wanted), None)
+    if extra:
+        raise Malformed("this tensor does not fit the module's other tensors", where=extra.text, cure=_AGAIN)
+
+
+def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
+    """Check the size of one axis of a factor against the rank in the config.
+
+    Raises:
+        ShapeMismatch: the axis has another size, or the factor has no such axis.
+    """
+    if len(tensor.shape) < 2 or tensor.shape[axis] != rank:
+        why = f"the shape is {list(tensor.shape)}, but the config states rank {rank}"
+        cure = "The config does not belong to this file, or its rank_pattern is damaged"
+        raise ShapeMismatch(why, where=key.text, cure=cure)
+
+
+def check_stem(stem: str, key: Key) -> None:
+    """Check that a module is adapted only once.
+
+    Raises:
+        Malformed: the module is inside the wrapper of another adapter.
+    """
+    if stem.endswith(".base_layer"):
+        raise Malformed("this adapter is nested in another adapter", where=key.text, cure=_AGAIN)
+
+
+_AGAIN = "Save the adapter again with PEFT"
+
+# Find families of tensors. A family has a `peft_type`, kinds of keys and config fields; it reads and writes files.
+#
+# LoRA, DoRA, IA3, token rows and whole parameters belong to no family; modules next to this package read them.
+
 
 __all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_method", "family_of_type"]
 

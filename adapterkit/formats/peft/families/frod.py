@@ -13,7 +13,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy, from_numpy
 from ....methods.frod import FRoD
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Parts, check_parts
+from . import Family, Own, Parts, check_parts
 from ._weights import not_embedded
 
 if TYPE_CHECKING:

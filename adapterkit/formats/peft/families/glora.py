@@ -10,7 +10,7 @@ from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
 from ..file import File, Findings, Found, Kept, Key, make
-from ._family import Family, Own, check_rank
+from . import Family, Own, check_rank
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

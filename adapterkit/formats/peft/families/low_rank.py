@@ -18,10 +18,9 @@ from ....methods.deft import DEFT
 from ....methods.gralora import GraLoRA
 from ....methods.osf import OSF
 from ....methods.peanut import PEANuT
-from ..alphas import exact_alpha
 from ..file import File, Found, Key, make
-from ..patterns import exactly, finds
-from ._family import Family, Own, Parts, Rank, check_parts, check_rank, minority
+from ..patterns import exact_alpha, exactly, finds
+from . import Family, Own, Parts, Rank, check_parts, check_rank, minority
 from ._weights import check_size, layout, not_embedded, not_linear, side, unlike
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ....io.lazy import as_lazy
 from ....methods.miss import MiSS
 from ....methods.miss_bat import MiSSBat
 from ..file import File, Found, Key, make
-from ._family import Family, Own, check_rank, minority
+from . import Family, Own, check_rank, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -22,7 +22,7 @@ from ....methods.lily import Lily
 from ....methods.poly import Poly
 from ....methods.xlora import XLoRA
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
-    from ..file import Findings
-    from ..settings import Settings
+    from ..file import Findings, Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
 """A map from a word in keys to the update's field."""

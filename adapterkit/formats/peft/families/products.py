@@ -21,7 +21,7 @@ from ....methods.loha import LoHa
 from ....methods.lokr import LoKr
 from ..._format import Departure
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Parts, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
+from . import Family, Own, Parts, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -17,9 +17,9 @@ from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.pvera import PVeRA
 from ....methods.randlora import RandLoRA
 from ....methods.vera import VeRA
-from ..alphas import exact_alpha
 from ..file import File, Findings, Found, Key, make
-from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority, stored_inputs
+from ..patterns import exact_alpha
+from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority, stored_inputs
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import File, Findings
-    from ._family import Own
+    from . import Own
 
 
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]

@@ -16,7 +16,7 @@ from ....methods.multitask_prompt import MultitaskPrompt
 from ....methods.prefix import Prefix
 from ....methods.prompt import Prompt
 from ..file import File, Findings, Found, Key, make
-from ._family import Family, Own, check_parts
+from . import Family, Own, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

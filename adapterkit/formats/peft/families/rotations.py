@@ -18,9 +18,9 @@ from ....methods.oft import OFT
 from ....methods.oft_patches import OFTPatches
 from ....methods.psoft import PSOFT
 from ..._format import Departure
-from ..convolutions import on_patches, turns_patches
+from ..decoders import on_patches, turns_patches
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Parts, check_parts
+from . import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -15,7 +15,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.shadow import Shadow
 from ..file import File, Found, Kept, Key, make
-from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -13,7 +13,7 @@ from ....methods.dense import Dense
 from ....methods.hra import HRA
 from ....methods.road import RoAd
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Parts, check_parts, check_rank, scaled_numbers
+from . import Family, Own, Parts, check_parts, check_rank, scaled_numbers
 from ._weights import check_size, side, size_at, size_fields
 
 if TYPE_CHECKING:

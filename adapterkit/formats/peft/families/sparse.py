@@ -12,9 +12,9 @@ from ....errors import Unrepresentable, Unsupported
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
 from ....methods.supertuning import SuperTuning
-from ..alphas import exact_alpha
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Parts, check_parts
+from ..patterns import exact_alpha
+from . import Family, Own, Parts, check_parts
 from ._weights import check_size, side, unlike, weight_in
 
 if TYPE_CHECKING:

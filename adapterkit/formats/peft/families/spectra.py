@@ -24,7 +24,7 @@ from ....methods.waveft import WaveFT
 from ..._format import Departure
 from ..file import File, Found, Key, make
 from ..patterns import exactly, first_match
-from ._family import Family, Own, Parts
+from . import Family, Own, Parts
 from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ import msgspec
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.tinylora import TinyLoRA
-from ....naming.orders import declared_by, in_order
 from ..file import File, Findings, Found, Key, make
-from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, side
+from . import Family, Own, Parts, check_parts
+from ._weights import check_size, declared_by, in_order, layout, side
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -18,11 +18,9 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.unilora import UniLoRA
 from ....methods.vblora import VBLoRA
-from ....naming.orders import declared_by, in_order
-from ..file import File, Findings, Found, Key, make
-from ..settings import names_module
-from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, not_linear, side, weight_shape
+from ..file import File, Findings, Found, Key, make, names_module
+from . import Family, Own, Parts, check_parts
+from ._weights import check_size, declared_by, in_order, layout, not_linear, side, weight_shape
 
 if TYPE_CHECKING:
     import torch

@@ -1,21 +1,66 @@
-"""Read and write torch state dicts, and the small settings file next to a state dict that stores alpha."""
+"""Read and write what several libraries use as containers: folders, state dicts with a settings file, YAML configs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from ..errors import AdapterkitError, Malformed, UsageError
-from ..io import safetensors
+from ..errors import AdapterkitError, Malformed, UsageError, storage_error
+from ..io import safetensors, strict_yaml
 from ..io.atomic import write_bytes
 from ..io.checkpoint import read_json
 from ..io.lazy import Lazy, as_torch
 from ..io.staging import staged, unwritten
 from ..io.torch_file import is_torch_file, read_torch_file
-from ._pairs import finite
+from ._format import TENSORS
+from ._kit import is_finite
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
+
+# Read and create adapter folders with a config and one tensor file, as several libraries write them.
+
+
+def folder_of(path: Path) -> Path:
+    """Return the adapter's folder, given the folder or one of its files."""
+    return path if path.is_dir() else path.parent
+
+
+def read_tensors(path: Path) -> dict[str, Lazy]:
+    """Return the tensors of a safetensors file or a torch file, by key.
+
+    Raises:
+        Malformed: the file is damaged, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise Malformed("this is a folder; a tensor file is expected here", path=path, cure="Fetch the adapter again")
+    if path.suffix == ".bin" or is_torch_file(path):
+        return read_torch_file(path)
+    return safetensors.read(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder of an adapter, with its parents.
+
+    Raises:
+        UsageError: the path has the suffix of a tensor file.
+        StorageError: the folder cannot be created.
+    """
+    if folder.suffix.lower() in TENSORS and not folder.is_dir():
+        why = "this format writes a folder, but the path ends like a file"
+        cure = "Name a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
+        raise UsageError(why, path=folder, cure=cure)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+# Read and write torch state dicts, and the small settings file next to a state dict that stores alpha.
 
 
 def keys_of(path: Path) -> list[str]:
@@ -90,7 +135,7 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
     if unknown is not None or "alpha" not in settings:
         why = "the settings have no alpha" if unknown is None else f"unknown setting {unknown!r}"
         raise Malformed(why, path=file, cure=f"The file must be {example}")
-    if not finite(settings["alpha"], f"{file.name}: alpha"):
+    if not is_finite(settings["alpha"], f"{file.name}: alpha"):
         why = "alpha is zero, so the adapter would do nothing"
         raise Malformed(why, path=file, where="alpha", cure="Correct alpha")
     return settings
@@ -99,3 +144,35 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
 def write_settings(file: Path, settings: Mapping[str, object]) -> None:
     """Write the settings file next to a state dict."""
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())
+
+
+# Read and write adapter configs in YAML, which are mappings with strings as keys.
+
+
+LIMIT = strict_yaml.MAX_BYTES
+
+
+def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
+    """Parse a mapping with strings as keys.
+
+    Raises:
+        Malformed: the data is not a mapping, is too large, or has YAML features other than plain values.
+    """
+    value = strict_yaml.load_yaml(data, where=where)
+    if not isinstance(value, dict):
+        raise Malformed(
+            "the YAML is not a mapping with names as keys", where=where, cure="Fetch or write the file again"
+        )
+    return value
+
+
+def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
+    """Return a mapping as YAML, with its keys in order.
+
+    If the source text `read` has the same content, return `read`.
+    """
+    import yaml
+
+    if read and load_yaml(read.encode(), "what was read") == value:
+        return read.encode()
+    return bytes(yaml.safe_dump(value, sort_keys=False).encode())

@@ -1,0 +1,434 @@
+"""Shared code of readers and writers of formats: pairs of factors, one alpha for all modules, leftovers, losses."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import msgspec
+
+from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
+from ..io.arrange import REAL, joined, padded, part, reordered, times
+from ..io.lazy import Lazy, as_lazy, dtype_of
+from ..methods.alora import ALoRA
+from ..methods.dora import DoRA
+from ..methods.lora import LoRA
+from ..naming.ties import EMBEDDINGS
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter, Target, Updates
+    from ..core.updates import Update
+    from ..io.arrange import Order
+    from ..io.checkpoint import Checkpoint
+
+
+# Shared code for language-model formats that store one pair of factors, A and B, for each module.
+#
+# Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and
+# in where the scaling is stored.
+
+
+Pair = LoRA | DoRA | ALoRA
+Pairs = dict["Target", Pair]
+Slots = dict[str, Any]
+"""The tensors of one module, by field of the update."""
+
+EXACT = 1 << 53
+"""The largest integer up to which floats are exact; integers in JSON and YAML may be larger."""
+
+LARGEST_RANK = 1 << 31
+
+DAMAGED = "Write the file again with the tool that made it"
+
+
+def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
+    """Group tensors by module, then by the update's field; the ending of a key determines the field.
+
+    Args:
+        tensors: the tensors by key.
+        slots: a map from the ending of a key to the update's field; every module must have the fields A and B.
+        what: the format's name, for messages.
+
+    Raises:
+        Malformed: a key has no known ending, or a module lacks A or B.
+        Unsupported: a factor's dtype is not a type of real numbers.
+    """
+    groups: dict[str, Slots] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in slots if key.endswith(end)), None)
+        if end is None or key == end:
+            raise Malformed(f"this is not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+        if tensor.dtype.name not in REAL:
+            raise Unsupported(
+                f"this factor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {', '.join(REAL)}"
+            )
+        groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
+    if not groups:
+        raise Malformed("the file has no tensors", cure=DAMAGED)
+    for module, found in groups.items():
+        missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in found), None)
+        if missing is not None:
+            raise Malformed(f"this module has no {missing.lstrip('.')}", where=module, cure=DAMAGED)
+    return groups
+
+
+def pair(slots: Slots, scaling: float) -> Pair:
+    """Create a DoRA if a magnitude is among the tensors, otherwise a LoRA."""
+    return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
+
+
+def check_factors(where: str, slots: Slots) -> int:
+    """Check the shapes of A, `[rank, in]`, and B, `[out, rank]`, and return the rank.
+
+    Raises:
+        ShapeMismatch: A and B do not have these shapes.
+    """
+    A, B = slots["A"].shape, slots["B"].shape
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
+        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=where, cure=DAMAGED)
+    return int(A[0])
+
+
+def expressible(
+    adapter: Adapter,
+    dialect: str,
+    on_loss: str,
+    why: Callable[[Target, Pair], str],
+    methods: tuple[type[Pair], ...] = (LoRA,),
+    dtypes: Collection[str] = REAL,
+) -> tuple[Pairs, list[str]]:
+    """Return the updates that a format with one pair per module can express, and a line for each omitted update.
+
+    Args:
+        adapter: the adapter to write.
+        dialect: the format's name, for messages.
+        on_loss: how to treat updates that the format cannot express.
+        why: a function that returns the reason why the format cannot express an update; empty if it can. The update
+            already has one of the `methods`.
+        methods: the methods that the format supports.
+        dtypes: the dtypes that A and B may have: those that the format's reader accepts (see `grouped`), or those that
+            the writer converts.
+
+    Raises:
+        Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
+    """
+    kept: Pairs = {}
+    items: list[str] = []
+    places: list[tuple[Target, int]] = []
+    for target, position, update in ((t, i, u) for t, us in adapter.updates.items() for i, u in enumerate(us)):
+        if not isinstance(update, methods):
+            reason = f"{update.method} is not supported, only {' and '.join(m.__name__ for m in methods)}"
+        else:
+            other = _kinds(update) - {*dtypes}
+            reason = why(target, update) or (f"its factors have dtype {', '.join(sorted(other))}" if other else "")
+            reason = reason or ("the target has more than one update" if target in kept else "")
+        if reason:
+            items.append(f"{target}: {reason}")
+            places.append((target, position))
+        elif isinstance(update, Pair):
+            kept[target] = update
+    if items and on_loss != "drop":
+        cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
+        raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
+    if not kept:
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable(f"{dialect} can express none of the adapter's updates", items=items, cure=cure)
+    return kept, [f"left out {item}" for item in items]
+
+
+def _kinds(update: Pair) -> set[str]:
+    """Return the names of the factors' dtypes; integer tensors are not factors."""
+    fields = update.tensor_fields()
+    return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
+
+
+def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
+    """Return the reason why two plain matrices A and B cannot express an update; empty if they can."""
+    if target.rows is not None:
+        return "it changes only some rows of a weight"
+    if target.stacked and not stacked:
+        return "it changes stacked experts"
+    if len(update.A.shape) != 2 + target.stacked:
+        return "it changes a convolution"
+    if isinstance(update, LoRA | ALoRA) and update.bias is not None and not bias:
+        return "it has a bias"
+    return ""
+
+
+def rank_of(update: Pair, stacked: bool = False) -> int:
+    return int(update.A.shape[int(stacked)])
+
+
+def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
+    """Pad an update to a larger rank: add zero rows to A and zero columns to B."""
+    if rank_of(update, stacked) == rank:
+        return update
+    lead = int(stacked)
+    return update.replace(A=padded(as_lazy(update.A), rank, lead), B=padded(as_lazy(update.B), rank, 1 + lead))
+
+
+def in_row_order(update: Pair, order: Order) -> Pair:
+    """Return the update with its rows in another order, for a weight with reordered rows."""
+    changes = {}
+    for name, leaf in update.tensors.items():
+        axis = update.tensor_fields()[name].metadata["axes"].index("out")
+        if axis is not None:
+            changes[name] = reordered(as_lazy(leaf), order, axis)
+    return update.replace(**changes)
+
+
+def of_rows(update: Pair, start: int, stop: int) -> Pair:
+    """Return an update for some rows of a fused weight, cut from the update of all rows; A stays the same."""
+    names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
+    tensors = update.tensors
+    return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
+
+
+def over_rows(updates: Iterable[Pair]) -> Pair:
+    """Join updates of consecutive row blocks, with the same A and scaling, into one update of the fused weight."""
+    first, *others = updates
+    names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
+    held = [name for name in names if name in first.tensors]
+    return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
+
+
+def is_finite(value: object, where: str) -> float:
+    """Check a number in a file's settings, such as alpha.
+
+    Returns:
+        the number as a float, without rounding.
+
+    Raises:
+        Malformed: the value is not a number, not finite, or an integer that a float cannot represent exactly.
+    """
+    if type(value) is int and abs(value) <= EXACT:
+        return float(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    cure = f"Write a finite number there; an integer may be at most {EXACT}"
+    raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
+
+
+def whole_rank(value: object, where: str) -> int:
+    """Check a rank in a file's settings.
+
+    Raises:
+        Malformed: the value is not an integer from 1 to 2 ** 31.
+    """
+    if type(value) is not int or not 1 <= value <= LARGEST_RANK:
+        cure = f"Write an integer from 1 to {LARGEST_RANK} there"
+        raise Malformed(f"{shown(value)} is not a rank", where=where, cure=cure)
+    return value
+
+
+def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
+    """Return the layout in which the base stores a weight.
+
+    Without a base, assume an embedding's layout if the weight has the name of an embedding.
+    """
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    out, in_ = update.B.shape[0], update.A.shape[1]
+    if weight is not None and len(weight.shape) == 2 and out != in_:
+        return "in out *k" if weight.shape == (in_, out) else "out *in"
+    return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"
+
+
+# Choose the single alpha or scaling that a file stores for all modules, and fold all other scalings into B.
+
+
+def of_one_alpha(
+    adapter: Adapter,
+    why: Callable[[Target, Pair], str],
+    *,
+    dialect: str,
+    on_loss: str,
+    first: float | None = None,
+    one_rank: bool = False,
+) -> tuple[float, Pairs, list[str]]:
+    """Return the file's alpha, the updates that the format can express, and a line for each omitted or changed update.
+
+    Args:
+        adapter: the adapter to write.
+        why: a function that returns the reason why the format cannot express an update; empty if it can.
+        dialect: the format's name, for messages.
+        on_loss: how to treat updates that the format cannot express.
+        first: the alpha in the source file; None if unknown.
+        one_rank: whether all modules must have the same rank.
+
+    Raises:
+        Unrepresentable: see `expressible` and `one_number`.
+    """
+    pairs, lines = expressible(adapter, dialect, on_loss, why)
+    held = of_one_rank(pairs) if one_rank else pairs
+    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
+    return alpha, held, lines + folded
+
+
+def one_alpha(
+    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
+) -> tuple[float, Pairs, list[str]]:
+    """Choose the alpha of a file in which every module's scaling is alpha / rank; see `one_number`."""
+    from .peft.patterns import exact_alpha
+
+    def rank(update: Pair) -> int:
+        # Read the rank from B, because the rank is always B's last axis.
+        return int(update.B.shape[-1])
+
+    return one_number(
+        pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),
+        dialect=dialect, on_loss=on_loss, default=float(rank(next(iter(pairs.values())))), first=first,
+    )  # fmt: skip
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """Give all updates the largest rank without changing their functions: pad the factors with zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def one_number(
+    pairs: Mapping[Target, Pair],
+    of: Callable[[Pair], float | None],
+    gives: Callable[[float, Pair], float],
+    *,
+    dialect: str,
+    on_loss: str,
+    default: float,
+    first: float | None = None,
+) -> tuple[float, Pairs, list[str]]:
+    """Choose the value, such as an alpha, that determines the scalings of all modules; fold all other scalings into B.
+
+    Args:
+        pairs: the updates by target.
+        of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
+        gives: a function that returns the scaling that a value yields for an update.
+        dialect: the format's name, for messages.
+        on_loss: `fold` and `promote` allow folding scalings.
+        default: the value to use if `of` returns None for every update.
+        first: the value in the source file; chosen if no other value fits more updates.
+
+    Raises:
+        Unrepresentable: the updates need different values, and `on_loss` does not allow folding.
+    """
+    count = Counter(number for number in map(of, pairs.values()) if number)
+    ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
+    number = ranked[0] if ranked else default
+    needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
+    if needy and on_loss not in FOLDING:
+        items = [
+            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
+        ]
+        raise Unrepresentable(f"{dialect} stores one scaling for all modules", items=items, cure=_ALLOW)
+    changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
+    return number, changed, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
+    """Fold every scaling into B, for a format that stores no scalings; return a line for each folded scaling.
+
+    Raises:
+        Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
+    """
+    needy = [target for target, update in pairs.items() if update.scaling != 1]
+    if needy and on_loss not in FOLDING:
+        items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
+        raise Unrepresentable(f"{dialect} stores no scaling", items=items, cure=_ALLOW)
+    plain = {target: folded(update, 1.0) for target, update in pairs.items()}
+    return plain, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def folded(update: Pair, scaling: float) -> Pair:
+    """Give an update another scaling without changing its function: multiply B by old / new, and round once."""
+    if update.scaling == scaling:
+        return update
+    factor = update.scaling / scaling
+    scaled = {name: times(as_lazy(update.tensors[name]), factor) for name in ("B", "bias") if name in update.tensors}
+    return update.replace(scaling=scaling, **scaled)
+
+
+def whole_number(value: float) -> float:
+    """Return a float without a fraction as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
+    return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
+
+
+FOLDING = ("fold", "promote")
+"""The values of `on_loss` that allow folding a scaling."""
+
+_ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
+
+# Store file contents that adapter fields cannot express (leftovers) in the adapter, for the same format's writer.
+
+
+T = TypeVar("T")
+
+
+def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
+    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty `record`.
+
+    Raises:
+        Malformed: the leftovers are damaged.
+    """
+    if adapter.foreign is None or adapter.foreign.format != format:
+        return record()
+    try:
+        return msgspec.convert(dict(adapter.foreign.data), record)
+    except msgspec.ValidationError as error:
+        why = f"the stored data of the {format} file is damaged ({error})"
+        raise Malformed(why, where="foreign", cure="Remove the data: adapter.replace(foreign=None)") from None
+
+
+class Leftovers(TypedDict, total=False):
+    """The leftovers that every reader stores in the adapter for the writer of the same format: the order of keys."""
+
+    order: list[str]
+
+
+def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:
+    """Return the tensors in the key order of the source file, if this order is known; new tensors come last."""
+    read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
+    return {**read, **tensors}
+
+
+# Find updates that a format cannot express, and refuse or omit them.
+
+
+Loss = tuple["Target", int, str]
+"""A target, the index of an update of this target, and the reason why the format cannot express the update."""
+
+
+def all_expressible(
+    updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
+) -> tuple[Updates, list[str]]:
+    """Return the updates that one file of the format can store together, and a line for each omitted update.
+
+    Args:
+        updates: the updates to write.
+        find: a function that returns the updates that the format cannot express. It is called again on the remaining
+            updates, until it returns no update.
+        dialect: the format's name, for messages.
+        place: a phrase for messages that names the output, such as "a file of this format".
+        on_loss: `drop` omits updates that the format cannot express; every other value refuses them.
+
+    Raises:
+        Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
+    """
+    lines: list[str] = []
+    while losses := [*find(updates)]:
+        items = [f"{target}: {why}" for target, _, why in losses]
+        if on_loss != "drop":
+            cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
+            places = [(target, position) for target, position, _ in losses]
+            raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
+        lines += [f"left out {item}" for item in items]
+        updates = _without(updates, {(target, position) for target, position, _ in losses})
+    if not updates:
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable(f"{place} can express none of the adapter's updates", items=lines, cure=cure)
+    return updates, lines
+
+
+def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
+    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
+    return {target: found for target, found in kept.items() if found}

@@ -1,0 +1,581 @@
+"""Decode llama.cpp's adapters, GGUF and the older ggla, into an `Adapter`, and encode an `Adapter` as GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...core.adapter import Adapter, Foreign, Step, Target
+from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
+from ...io.arrange import reordered, turned
+from ...io.ggml_blocks import BLOCKS, decoded, encoded
+from ...io.gguf_file import Gguf, GgufValue, read_ggla, write_gguf
+from ...io.lazy import Lazy, as_array, as_lazy, from_numpy
+from ...methods.alora import ALoRA
+from ...methods.lora import LoRA
+from ...naming.architectures import WEIGHT, Architecture, expert_count, of_gguf
+from ...naming.binding import bind
+from ...naming.binding.moving import moves_of, translated
+from ...naming.gguf import NAMING, column_order, family_of, name_for, place_of, row_order
+from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of, sharing, undone
+from ...naming.moves import stored_in_out
+from ...naming.resolver import translate
+from ...naming.ties import aliases, is_embedding
+from ...naming.tool_names import modules_of, without_prefix
+from .._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    in_row_order,
+    leftovers,
+    one_number,
+    pair,
+    unfit,
+)
+
+if TYPE_CHECKING:
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...naming.architectures import Place as Where
+    from ...naming.heads import Rows
+    from ...naming.moves import Move
+    from .._kit import Pair, Slots
+
+
+# Translate an adapter to a GGUF file: rename modules, reorder rows, stack experts.
+
+
+SLOTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
+EMBEDDING = "token_embd"
+
+
+@dataclass(slots=True, eq=False)
+class GgufPlace:
+    """The module names and the order of rows in GGUF files of one architecture.
+
+    Attributes:
+        name: the file's `general.architecture`.
+        family: the family of models with this architecture.
+        config: the base's config, which has the numbers of heads; None without a base.
+        known: the numbers of heads that the source file or the config has, by `query`, `kv` and `LINEAR_FIELDS`.
+        experts: the number of experts in a stack; 0 if unknown.
+    """
+
+    name: str
+    family: Architecture
+    config: Mapping[str, Any] | None = None
+    known: dict[str, int] = field(default_factory=dict)
+    experts: int = 0
+
+    @classmethod
+    def of_base(cls, base: Checkpoint) -> GgufPlace:
+        """Create the object for writing, from the base's config.
+
+        Raises:
+            UsageError: the base has no config.
+            Unsupported: no support for the base's family in llama.cpp is known.
+        """
+        name, family = name_for(base.config)
+        return cls(name, family, base.config, {}, expert_count(base.config))
+
+    def where(self, foreign: str) -> Where | None:
+        """Return which weights of the base a module of the file contains; None if the family has no such weight."""
+        found = place_of(self.family, foreign)
+        return None if found is None else found[1]
+
+    def order(self, foreign: str, rows: int) -> Rows | None:
+        """Return the order in which the file has the rows of a weight; None if the order is the base's."""
+        where = self.where(foreign)
+        if where is None or where.rows is None:
+            return None
+        heads = self.heads(foreign)
+        if where.rows == "rope" and self.config is not None:
+            self._check_width(rows, sharing(heads, where.heads, foreign), foreign)
+        return row_order(where, rows, heads, foreign)
+
+    def _check_width(self, rows: int, count: int, foreign: str) -> None:
+        """Refuse a number of rows other than heads * width in the config, because heads determine the order of rows."""
+        dim = heads_of(self.config, foreign).dim
+        if rows != count * dim:
+            why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
+            raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
+
+    def columns(self, foreign: str, columns: int) -> Rows | None:
+        """Return the order in which the file has the inputs of a weight; None if the order is the base's."""
+        where = self.where(foreign)
+        return (
+            None
+            if where is None or where.columns is None
+            else column_order(where, columns, self.heads(foreign), foreign)
+        )
+
+    def heads(self, where: str) -> Heads:
+        """Return the base's numbers of heads.
+
+        Raises:
+            UsageError: neither the source file nor a base's config contains the numbers.
+        """
+        if not {"query", "kv"} <= self.known.keys():
+            found = heads_of(self.config, where)
+            self.known |= {"query": found.query, "kv": found.kv}
+            self.known |= {"rotary": found.rotary} if found.rotary else {}
+            if found.linear is not None:
+                counts = (found.linear.keys, found.linear.values, found.linear.key_dim, found.linear.value_dim)
+                self.known |= dict(zip(LINEAR_FIELDS, counts, strict=True))
+        return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
+
+    def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
+        """Map each target to its modules, rows and experts in the file.
+
+        Targets that no file can contain are omitted.
+        """
+        return moves_of(updates, self.family, NAMING)
+
+    def why_not(self, target: Target, update: Pair, moves: Mapping[str, tuple[Move, ...]]) -> str:
+        """Return the reason why a GGUF file cannot contain an update; empty if it can."""
+        if target.path not in moves:
+            return f"its name in GGUF files of the architecture {self.name} is unknown"
+        place = self.where(moves[target.path][0].path)
+        if place is None:
+            # Nomic: one tensor of the GGUF file combines several weights, and an adapter file cannot say which is
+            # adapted.
+            return "its tensor has several weights of the family: merge the adapter into the GGUF model"
+        if place.beside is not None:
+            return (
+                "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
+            )
+        if place.rows == "rotary":
+            # Refuse: GLM-4 and GLM-4V have the same architecture in GGUF files, but different orders of rows.
+            why = "an adapter file does not state which of two orders its rows have"
+            return f"{why}: merge the adapter into the GGUF model"
+        if any(move.take is not None and move.take.groups for move in moves[target.path]):
+            # InternLM2: the rows of the queries are not contiguous in the base's tensor, so a target cannot name them.
+            why = "the base has queries, keys and values group by group in one tensor"
+            return f"{why}: merge the adapter into the GGUF model"
+        experts = target.stacked or any(move.slot is not None for move in moves[target.path])
+        if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
+            return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
+        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. `placed` refuses rows that
+        # are not whole parts.
+        return unfit(replace(target, rows=None), update, stacked=True)
+
+    def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
+        """Return the updates under the file's module names; updates of experts are joined into stacks.
+
+        Raises:
+            Unrepresentable: two updates adapt the same tensor of the GGUF model.
+        """
+        found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config)
+        twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]
+        if twice:
+            why = "a GGUF adapter has one pair of factors per tensor"
+            raise Unrepresentable(why, items=twice, cure="Combine the updates first, or write another format")
+        return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
+
+    def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
+        """Return the tensors A and B of an update by key, with rows and inputs in the file's order."""
+        A, B = as_lazy(update.A), as_lazy(update.B)
+        if not target.stacked:
+            order = self.order(target.path, B.shape[0])
+            held = update if order is None else in_row_order(update, lambda: order)
+            A, B = as_lazy(held.A), as_lazy(held.B)
+            columns = self.columns(target.path, A.shape[-1])
+            A = A if columns is None else reordered(A, lambda: columns, 1)
+        return dict(zip(keys(target.path), (turned(A) if target.path == EMBEDDING else A, B), strict=True))
+
+
+def keys(foreign: str) -> list[str]:
+    """Return the keys of A and B for a module name in the file."""
+    return [foreign + end for end in SLOTS]
+
+
+# Decode a GGUF file into an `Adapter`.
+
+
+FORMAT = "gguf"
+ARCHITECTURE, TYPE, KIND, ALPHA = "general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"
+
+
+def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Adapter:
+    """Return the adapter in a GGUF file.
+
+    Args:
+        file: the file.
+        base: the base; its config has the numbers of heads, which determine the order of rows.
+        outline: accept a file whose order of rows is unknown without a base. Loading such values then raises the error.
+
+    Raises:
+        Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.
+        TargetNotFound: the family or the base has no weight for a name in the file.
+        UsageError: the order of rows depends on the numbers of heads, and no base provides them.
+    """
+    name = _text(file, ARCHITECTURE)
+    for key, word in ((TYPE, "adapter"), (KIND, "lora")):
+        if _text(file, key) != word:
+            raise Unsupported(f"{key} is {_text(file, key)!r}, not {word!r}", where=key, cure="Give a LoRA adapter")
+    invocation = invocation_of(file)
+    alpha = file.values.get(ALPHA, GgufValue("f32", 0.0))
+    if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
+        raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=DAMAGED)
+    kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
+    pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
+    groups = grouped(pairs, SLOTS, "a GGUF adapter")
+    place = GgufPlace(name, _family(name, groups, base), None if base is None else base.config)
+    held: dict[Target, tuple[Pair, ...]] = {}
+    for foreign, slots in groups.items():
+        target, update = _update(place, foreign, slots, alpha.value, outline)
+        held[target] = (update,)
+    updates = _own(held, place, invocation)
+    if base is not None:
+        _check_alone(updates, base)
+        bound = bind(Adapter(updates), base, aliases=aliases(base))
+        updates = dict(bound.adapter.updates)
+    data = {
+        "architecture": name, "alpha": alpha.value, "heads": place.known, "experts": place.experts,
+        "values": [[key, value.type, value.value] for key, value in file.values.items()],
+        "order": list(file.tensors), "types": {key: kind for key, kind in file.types.items() if kind == "Q8_0"},
+    }  # fmt: skip
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data, kept))
+
+
+def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
+    """Refuse a base that contains the same module name several times, under different prefixes.
+
+    Raises:
+        TargetNotFound: a name in the file fits two modules of the base.
+    """
+    places: dict[str, list[str]] = {}
+    for name in dict.fromkeys(modules_of(base.tensors)):
+        for bare in dict.fromkeys(without_prefix(name)):
+            places.setdefault(bare, []).append(name)
+    for target in updates:
+        if len(found := places.get(target.path, ())) > 1:
+            why = f"the base has {len(found)} modules with this name: {', '.join(found)}"
+            raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
+
+
+def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
+    """Find the family of models of an adapter file.
+
+    Some families, such as Granite 4, can only be recognised if the base is given.
+    """
+    with suppress(Unsupported, UsageError):
+        own, family = name_for(None if base is None else base.config)
+        if own == name and family.record.gguf_key is not None:
+            return family
+    return family_of(name, modules)
+
+
+def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
+    """Create the update of one tensor, with the file's module name as target, and with rows in the base's order.
+
+    Raises:
+        TargetNotFound: the family has no weight for this module name.
+        ShapeMismatch: the tensors do not have the shapes of A and B.
+    """
+    where = place.where(foreign)
+    if where is None:
+        why = f"{place.family.family} has no known weight with this name"
+        raise TargetNotFound(
+            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge the adapter with llama.cpp"
+        )
+    if where.stacked:
+        A, B = slots["A"], slots["B"]
+        if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
+            raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=foreign, cure=DAMAGED)
+        place.experts = A.shape[0]
+        return Target(foreign, "e out *in"), LoRA(**slots, scaling=alpha / A.shape[1] if alpha else 1.0)
+    if foreign == EMBEDDING and len(slots["A"].shape) == 2:
+        slots = {**slots, "A": turned(slots["A"])}
+    rank = check_factors(foreign, slots)
+    update = pair(slots, alpha / rank if alpha else 1.0)
+    try:
+        order = place.order(foreign, update.B.shape[0])
+        columns = place.columns(foreign, update.A.shape[-1])
+    except UsageError as error:
+        if not outline:
+            raise
+        return Target(foreign), _unordered(update, error)
+    if columns is not None:
+        update = update.replace(A=reordered(as_lazy(update.A), lambda: undone(columns), 1))
+    return Target(foreign), update if order is None else in_row_order(update, lambda: undone(order))
+
+
+def _unordered(update: Pair, error: UsageError) -> Pair:
+    """Return an update that has the right shapes, but raises `error` when a value is loaded."""
+
+    def order() -> NoReturn:
+        raise error
+
+    return update.replace(A=reordered(as_lazy(update.A), order, 1), B=reordered(as_lazy(update.B), order))
+
+
+def _own(
+    held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
+) -> dict[Target, tuple[Update, ...]]:
+    """Rename targets from the file's to the family's names, with the layout in which the family stores each weight."""
+    config = {"model_type": place.family.record.model_types[0]}
+    found: dict[Target, tuple[Update, ...]] = {}
+    for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
+        inputs_first = is_embedding(f"{target.path}.weight") or stored_in_out(target.path, config)
+        layout = "in out *k" if inputs_first and not target.stacked else target.layout
+        own = Target(target.path, layout, target.rows)
+        found[own] = (activated(own, update, invocation),)  # type: ignore[arg-type]
+    return found
+
+
+def _text(file: Gguf, key: str) -> str:
+    value = file.values.get(key)
+    if value is None or value.type != "string":
+        raise Malformed("the file has no text under this key", where=key, cure="Give an adapter for llama.cpp")
+    return str(value.value)
+
+
+# Read `ggla` files, the format before GGUF. It supports only Llama, stores A transposed, and has one rank and one alpha
+# for all modules.
+
+
+def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
+    """Read the adapter in a `ggla` file; `compat` is the tool that wrote the file, or None."""
+    file = read_ggla(path)
+    place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
+    held: dict[Target, tuple[Pair, ...]] = {}
+    for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
+        foreign = _modern(name)
+        slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
+        if check_factors(name, slots) != file.rank:
+            raise ShapeMismatch(f"the rank is not the file's {file.rank}", where=name, cure=DAMAGED)
+        update = LoRA(**slots, scaling=file.alpha / file.rank)
+        order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
+        held[Target(foreign)] = (
+            update if order is None else in_row_order(update, lambda order=order: undone(order)),  # type: ignore[misc]
+        )  # fmt: skip
+    moves = moves_of(held, place.family, WEIGHT)
+    if unknown := next((target.path for target in held if target.path not in moves), None):
+        raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=DAMAGED)
+    updates = translated(held, moves)
+    if base is not None:
+        updates = dict(bind(Adapter(updates), base).adapter.updates)
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
+
+
+def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
+    """Return the order in which a `ggla` file has the rows of a weight; None if the order is the base's.
+
+    llama.cpp's converter kept PEFT's order of rows. llama.cpp's training used the order of the GGUF base.
+    """
+    where = place.where(foreign)
+    if where is None or where.rows is None or compat == "convert-lora-to-ggml":
+        return None
+    if name.startswith("layers.") and compat is None:
+        return None
+    if compat is None:
+        why = "the order of these rows depends on the tool that wrote the file, which the file does not state"
+        cure = (
+            "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
+        )
+        raise UsageError(why, where=name, cure=cure)
+    return place.order(foreign, rows)
+
+
+_OLD = {
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+}  # fmt: skip
+
+
+def _modern(name: str) -> str:
+    """Translate a module name in `ggla` files to the name in GGUF files."""
+    first, _, rest = name.partition(".")
+    number, _, module = rest.partition(".")
+    return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name
+
+
+# Read and write the tokens that activate an activated LoRA. A file stores them once, for all modules.
+
+
+INVOCATION = "adapter.alora.invocation_tokens"
+LARGEST = (1 << 32) - 1
+"""The largest token id, because the file stores token ids as u32."""
+
+
+def invocation_of(file: Gguf) -> Lazy | None:
+    """Return the activation tokens in a file, as one tensor for all updates; None if the file has no activated LoRA.
+
+    Raises:
+        Malformed: the value is not a list of tokens, or is empty.
+    """
+    value = file.values.get(INVOCATION)
+    if value is None:
+        return None
+    if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
+        raise Malformed(
+            f"the value of type {value.type} is not a list of tokens, or is empty", where=INVOCATION, cure=DAMAGED
+        )
+    import numpy as np
+
+    return from_numpy(np.array(value.value, dtype=np.int64))
+
+
+def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
+    """Convert an update to an activated LoRA if the file has activation tokens.
+
+    Raises:
+        Unsupported: the update is of an embedding, which activated LoRA does not support.
+    """
+    if invocation is None:
+        return update
+    if target.layout != "out *in":
+        why = "an activated LoRA cannot adapt an embedding or a Conv1D"
+        raise Unsupported(why, where=str(target), cure="Run the adapter with llama.cpp, or remove this module")
+    leaves: dict[str, Any] = {"A": update.A, "B": update.B, "invocation": invocation}
+    return ALoRA(**leaves, scaling=update.scaling)
+
+
+class Invocation:
+    """The activation tokens to write: the tokens of the adapter's first update."""
+
+    def __init__(self, updates: Iterable[object]) -> None:
+        first = next(iter(updates), None)
+        self.tokens = _tokens(first)
+
+    def why_not(self, update: Pair) -> str:
+        """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
+        own = _tokens(update)
+        if own != self.tokens:
+            return "its invocation differs from the first update's; a file has one invocation for all"
+        return (
+            "its invocation has token numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+        )
+
+    def values(self) -> dict[str, GgufValue]:
+        """Return the key and the value that store the tokens; empty if there are no tokens."""
+        return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
+
+
+def _tokens(update: object) -> tuple[int, ...] | None:
+    return tuple(as_lazy(update.invocation).numpy().tolist()) if isinstance(update, ALoRA) else None
+
+
+# Encode an `Adapter` as a GGUF file.
+
+
+METHODS = (LoRA, ALoRA)
+
+
+class GgufHints(Leftovers, total=False):
+    """The leftovers of a GGUF file.
+
+    `values` are the (key, type, value) triples of the file, `types` the block types of quantized tensors.
+    """
+
+    architecture: str
+    alpha: float
+    heads: dict[str, int]
+    experts: int
+    values: list[tuple[str, str, Any]]
+    types: dict[str, str]
+
+
+def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
+    """Write the file, and return one line for each omitted or rewritten update.
+
+    Raises:
+        Unrepresentable: llama.cpp cannot express an update, and `on_loss` does not allow rewriting the update.
+    """
+    hints = leftovers(adapter, FORMAT, GgufHints)
+    place = _place(hints, adapter, base)
+    invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
+    moves = place.moves(adapter.updates)
+
+    def why_not(target: Target, update: Pair) -> str:
+        return place.why_not(target, update, moves) or invocation.why_not(update)
+
+    pairs, lines = expressible(adapter, "llama.cpp", on_loss, why_not, METHODS)
+    pairs = place.placed(pairs, moves)
+    alpha, pairs, folded = one_number(
+        pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
+        default=float(_rank(next(iter(pairs.values())))), first=hints.get("alpha"),
+    )  # fmt: skip
+    tensors: dict[str, Lazy] = {}
+    for target, update in pairs.items():
+        tensors |= place.spelled(target, update)
+    kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
+    tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
+    types = {
+        name: kind for name, kind in hints.get("types", {}).items() if name in tensors and _holds(kind, tensors[name])
+    }
+    write_gguf(path, _values(hints, place.name, alpha) | invocation.values(), in_order(tensors, hints), types)
+    return lines + folded
+
+
+def _holds(kind: str, tensor: Lazy) -> bool:
+    """Whether a quantized block type stores a tensor's values without rounding.
+
+    This is true for values that llama.cpp quantized and that are unchanged since then: each is a multiple of 1/127 of
+    the largest value in its block. Other values would be rounded, so their tensors are written in their own dtype.
+    """
+    import numpy as np
+
+    values = as_array(tensor)
+    if values.size % BLOCKS[kind][1]:
+        return False
+    return np.array_equal(decoded(kind, encoded(kind, values)), values.reshape(-1))
+
+
+def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
+    """Return the file's names and orders, from the base's config or, without a config, from the source file."""
+    if (base is not None and base.config is not None) or not hints:
+        return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
+    name = str(hints.get("architecture"))
+    paths = {target.path for target in adapter.updates}
+    families = of_gguf(name) or [family_of(name, ())]
+    family = max(families, key=lambda each: sum(_has(each, path) for path in paths))
+    return GgufPlace(name, family, None, dict(hints.get("heads", {})), int(hints.get("experts", 0)))
+
+
+def _has(family: Architecture, path: str) -> bool:
+    return translate(path, family, NAMING, 1) is not None
+
+
+def _rank(update: Pair) -> int:
+    """Return the rank of an update; for a stack of experts, the rank of each expert."""
+    return int(update.B.shape[-1])
+
+
+def _exact_alpha(update: Pair) -> float | None:
+    """Return the f32 alpha for which llama.cpp computes exactly the update's scaling.
+
+    None if there is no such alpha.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        alpha = float(np.float32(update.scaling * _rank(update)))
+    return alpha if alpha and alpha / _rank(update) == update.scaling else None
+
+
+def _scaling(alpha: float, update: Pair) -> float:
+    return alpha / _rank(update)
+
+
+def _values(hints: GgufHints, architecture: str, alpha: float) -> dict[str, GgufValue]:
+    read = {key: GgufValue(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
+    start = read or {
+        ARCHITECTURE: GgufValue("string", architecture),
+        TYPE: GgufValue("string", "adapter"),
+        KIND: GgufValue("string", "lora"),
+    }
+    told = ALPHA in start or alpha != hints.get("alpha")
+    return {
+        **start,
+        ARCHITECTURE: GgufValue("string", architecture),
+        **({ALPHA: GgufValue("f32", alpha)} if told else {}),
+    }

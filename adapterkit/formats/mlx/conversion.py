@@ -1,0 +1,680 @@
+"""Translate names between MLX-LM and the hub, decode a folder to an `Adapter`, and encode an `Adapter` as a folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ...core.adapter import Adapter, Foreign, Step, Target
+from ...core.metadata import with_metadata
+from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
+from ...io import safetensors
+from ...io.arrange import item, turned
+from ...io.lazy import Lazy, as_lazy
+from ...io.strict_json import load_json
+from ...methods.dora import DoRA
+from ...methods.lora import LoRA
+from ...methods.replacement import Replacement
+from ...naming.architectures import (
+    HOLE,
+    WEIGHT,
+    Architecture,
+    Place,
+    architecture_of,
+    expert_count,
+    shape_of,
+    with_naming,
+)
+from ...naming.binding import bind
+from ...naming.binding.moving import translated
+from ...naming.moves import Move
+from ...naming.resolver import translate, variants
+from ...naming.ties import EMBEDDINGS
+from ...naming.tool_names import modules_of, without_prefix
+from .._joining import with_joined_rows
+from .._kit import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    is_finite,
+    leftovers,
+    one_number,
+    pair,
+    rank_of,
+    to_rank,
+    unfit,
+)
+from . import CONFIG
+
+if TYPE_CHECKING:
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
+    from .._kit import Pair, Slots
+
+
+# Translate names between MLX-LM's models and the models on a hub.
+#
+# Most differences concern experts, whose tensors MLX-LM stacks.
+#
+# The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the
+# base. Without a base, all families that have a name are tried. These families must agree on names of experts; other
+# names stay unchanged if the families disagree.
+
+
+NAMING = "mlx"
+
+
+def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
+    """Find where a target's weights are in MLX-LM's model; None if the name is the same as on a hub.
+
+    Args:
+        name: the target's name, in any naming of its family.
+        config: the base's config, if known.
+        experts: the number of experts in a stack with this name.
+
+    Raises:
+        UsageError: several families have this name but different names in MLX-LM, and `config` names no family.
+    """
+    return _translated(name, config, experts, NAMING)
+
+
+def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
+    """Find the hub's names of the weights (and single experts) in a module of MLX-LM's model.
+
+    The arguments are those of `to_mlx`.
+    """
+    return _translated(name, config, experts, WEIGHT)
+
+
+def _translated(name: str, config: Mapping[str, object] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
+    found: dict[tuple[Move, ...], str] = {}
+    family = _family(config)
+    for each in _candidates(name, naming) if family is None else [family]:
+        there = each.find(name, NAMING)
+        if naming == WEIGHT and not there:
+            continue
+        same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
+        # Keep the name if the hub's model fuses the same weights as MLX-LM, such as queries, keys and values.
+        moves = (Move(name),) if same else translate(name, each, naming, experts)
+        if moves:
+            found.setdefault(moves, each.family)
+    if family is None and found and any(_keep(own) for own in variants(name)):
+        found.setdefault((Move(name),), "other families")
+    if len(found) > 1 and any(move.plain for moves in found for move in moves):
+        # Keep the name if families disagree: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
+        # vision-language models than in its other models.
+        return None
+    if len(found) > 1:
+        why = f"{' and '.join(found.values())} have different names for it: {', '.join(m[0].path for m in found)}"
+        raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
+    return next(iter(found), None)
+
+
+def _candidates(name: str, naming: str) -> list[Architecture]:
+    """Return the families that have this name and in which MLX-LM's name differs from the hub's.
+
+    When translating to the hub's names, prefer families whose experts are separate on hubs, because only these have
+    names for single experts.
+    """
+    shapes = [shape_of(own) for own in variants(name)]
+    found = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
+    apart = [each for each in found if naming == WEIGHT and each.find(name, NAMING) and _on_hub(each, name)]
+    return apart or found
+
+
+def _keep(name: str) -> bool:
+    return shape_of(name) in _kept()
+
+
+def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
+    """Whether MLX-LM's models lack the weight with this name, according to every family that has the name.
+
+    DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. Other
+    examples: the layers in Prism's packs are rotated, and the parts of Muse Spark's fused queries, keys, values and
+    gates have unequal sizes.
+    """
+    family = _family(config)
+    found = [
+        each.record.weights[weight].get(NAMING)
+        for each in ([family] if family is not None else _candidates(name, NAMING))
+        for naming in each.namings_with(name)
+        if naming != NAMING
+        for weight, _, _ in each.find(name, naming)
+    ]
+    return bool(found) and all(place == "" for place in found)
+
+
+def _on_hub(family: Architecture, name: str) -> bool:
+    """Whether the hub's model has separate names for the weights that MLX-LM stores in one module."""
+    places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
+    return all(place is not None and place.of is None and not place.stacked for place in places)
+
+
+def _family(config: Mapping[str, object] | None) -> Architecture | None:
+    for each in (config, (config or {}).get("text_config")):
+        found = architecture_of(each) if isinstance(each, dict) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _common() -> Iterator[Architecture]:
+    """Yield the families of MLX-LM, except those marked `rare`.
+
+    In a rare family, experts have names that other families use for other weights.
+    """
+    return (each for each in with_naming(NAMING) if not each.record.rare)
+
+
+@cache
+def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
+    """List (family, templates): for each weight that MLX-LM renames, the templates of its name in all namings."""
+    found = []
+    for each in _common():
+        changed = [weight for weight, places in each.record.weights.items() if not _same_place(each, weight)]
+        places = (each.place(weight, naming) for weight in changed for naming in (*each.namings, WEIGHT))
+        found.append((each, frozenset(_shape(place) for place in places if place is not None)))
+    return tuple(each for each in found if each[1])
+
+
+@cache
+def _kept() -> frozenset[str]:
+    """List the templates of all names that, in some family, are the same in MLX-LM and on a hub."""
+    return frozenset(
+        _shape(Place(weight)) if place is None else _shape(place)
+        for each in _common()
+        for weight in each.record.weights
+        if _same_place(each, weight)
+        for place in [each.place(weight, "hub")]
+    )
+
+
+def _same_place(family: Architecture, weight: str) -> bool:
+    """Whether MLX-LM and hubs have the same name for a weight."""
+    return family.record.weights[weight].get(NAMING) is None
+
+
+def _shape(place: Place) -> str:
+    return shape_of(HOLE.sub("0", place.name))
+
+
+# Decode a config and tensors into an `Adapter`.
+
+
+FORMAT = "mlx"
+KINDS = ("lora", "dora", "full")
+_SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
+
+
+class Modules:
+    """Translates MLX's module names to the base's names; without a base, to the names in the hub's checkpoints."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        self.base = base
+        self.config = None if base is None else base.config
+        self.own: dict[str, list[str]] | None = None
+        if base is not None:
+            self.own = {}
+            for name in dict.fromkeys(modules_of(base.tensors)):
+                for bare in dict.fromkeys(without_prefix(name)):
+                    self.own.setdefault(bare, []).append(name)
+
+    def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
+        """Return the updates with experts as the base stores them: each separately, or in stacks.
+
+        Raises:
+            TargetNotFound, ShapeMismatch: the base does not have one of the experts.
+        """
+        if self.base is None:
+            return updates
+        paths = {path for paths in (self.own or {}).values() for path in paths}
+        lost = {target: found for target, found in updates.items() if target.path not in paths}
+        if not lost:
+            return updates
+        found = bind(Adapter(lost), self.base).adapter.updates
+        return {target: held for target, held in updates.items() if target not in lost} | dict(found)
+
+    def named(self, name: str) -> str:
+        """Return the base's name of a module; without a base, the name in the hub's checkpoint.
+
+        Raises:
+            TargetNotFound: the base does not have the module, or has several modules with this name.
+        """
+        moves = from_mlx(name, self.config, 0)
+        if moves is not None and len(moves) == 1 and moves[0].plain:
+            name = moves[0].path
+        if self.own is None:
+            return name
+        bare = list(without_prefix(name))
+        found = next((self.own[each] for each in bare if each in self.own), [])
+        exact = [own for own in found if own == name] or found
+        if len(exact) != 1:
+            why = f"exactly one module must have this name, but the base has {len(exact)}"
+            raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
+        return exact[0]
+
+
+def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modules) -> Adapter:
+    """Return the adapter in an MLX-LM folder.
+
+    Raises:
+        Malformed, Unsupported, ShapeMismatch: the tensors do not fit the config, or `fine_tune_type` is unknown.
+        TargetNotFound: the base does not have a module of the file.
+    """
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise Unsupported(f"fine_tune_type {kind!r} is unknown", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
+    header = safetensors.read_header(file)
+    tensors = safetensors.handles(header)
+    names: dict[str, str] = {}
+    found = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, update in found:
+        if target in updates:
+            raise TargetNotFound("two names in the file are names of this target", where=str(target), cure=DAMAGED)
+        updates[target] = (update,)
+    updates = modules.placed(updates)
+    data = {
+        "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
+        "names": {own: name for own, name in names.items() if own != name},
+    }  # fmt: skip
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+
+Found = Iterator[tuple[Target, "Update"]]
+
+
+def _pairs(
+    config: Mapping[str, JsonValue], kind: str, tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]
+) -> Found:
+    scale = _scale(config)
+    for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
+        if ("magnitude" in slots) != (kind == "dora"):
+            why = f"fine_tune_type is {kind}, but the module has {'a' if 'magnitude' in slots else 'no'} magnitude"
+            raise Malformed(why, where=name, cure=DAMAGED)
+        name, part, count = _listed(name, tensors)
+        if count:
+            yield from _fused(name, part, count, slots, scale, tensors, modules, names)
+        elif len(slots["A"].shape) == 3:
+            yield from _stack(name, slots, scale, modules, names)
+        elif parts := _parts(name, modules):
+            # Split layers that MLX-LM fuses and hubs store separately, such as queries, keys and values, by rows of B.
+            for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
+                names[target.path] = target.path
+                yield target, given[0]
+        else:
+            own = modules.named(name)
+            names[own] = name
+            yield _target(own), _one(name, slots, scale)
+
+
+def _one(name: str, slots: Slots, scale: float) -> Pair:
+    if any(len(slots[field].shape) != 2 for field in "AB"):
+        raise ShapeMismatch(f"A is {list(slots['A'].shape)}, B is {list(slots['B'].shape)}", where=name, cure=DAMAGED)
+    own = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
+    check_factors(name, own)
+    if "magnitude" in own and (name.rpartition(".")[2] in EMBEDDINGS or own["magnitude"].shape != own["B"].shape[:1]):
+        why = "for an embedding, MLX computes a norm per token, but DoRA computes a norm per dimension"
+        raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
+    return pair(own, scale)
+
+
+def _target(own: str) -> Target:
+    return Target(own, "in out *k" if own.rpartition(".")[2] in EMBEDDINGS else "out *in")
+
+
+def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
+    """Yield the updates of stacked experts. Their A `[e, r, in]` and B `[e, out, r]` are not transposed."""
+    A, B = slots["A"].shape, slots["B"].shape
+    if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
+        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
+    for index, own in enumerate(_experts(name, A[0], modules)):
+        names[own] = own
+        one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
+        yield _target(own), LoRA(**one, scaling=scale)
+
+
+def _experts(name: str, count: int, modules: Modules) -> list[str]:
+    """Return the names of all experts of a stack in the hub's checkpoints, by the experts' numbers.
+
+    Raises:
+        TargetNotFound: no family has this stack.
+        UsageError: several families of models have this stack, with different names of experts.
+    """
+    moves = from_mlx(name, modules.config, count)
+    if moves is None or [move.expert for move in moves] != list(range(count)):
+        raise TargetNotFound("the name of this stack of experts is unknown", where=name, cure="Report the model")
+    return [move.path for move in moves]
+
+
+def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
+    """Return the parts of a layer that MLX-LM fused; empty if the hub's checkpoints have the same fused layer."""
+    moves = from_mlx(name, modules.config, 0) or ()
+    return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
+
+
+def _is_stack(name: str, modules: Modules) -> bool:
+    """Whether a module is a stack of experts. Three axes do not prove this, because convolutions have them, too."""
+    moves = from_mlx(name, modules.config, 1)
+    return moves is not None and moves[0].expert is not None
+
+
+def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Rename keys of fused layers, `X.lora_a.0` to `X#0.lora_a`, so that each part becomes a separate pair."""
+    changed = {}
+    for key, tensor in tensors.items():
+        stem, _, last = key.rpartition(".")
+        listed = last.isdigit() and stem.endswith((".lora_a", ".lora_b"))
+        changed[f"{stem[:-7]}#{last}{stem[-7:]}" if listed else key] = tensor
+    return changed
+
+
+def _listed(name: str, tensors: Mapping[str, Lazy]) -> tuple[str, int, int]:
+    module, hash_, part = name.partition("#")
+    if not hash_:
+        return name, 0, 0
+    return module, int(part), sum(1 for key in tensors if key.startswith(f"{module}.lora_b."))
+
+
+def _fused(
+    name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
+    names: dict[str, str],
+) -> Found:  # fmt: skip
+    """Yield the update of one part of a fused weight; the rows of the parts follow one another in order."""
+    keys = [f"{name}.lora_b.{index}" for index in range(count)]
+    if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
+        raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
+    start = sum(tensors[key].shape[1] for key in keys[:part])
+    own = modules.named(name)
+    names[own] = name
+    update = _one(name, slots, scale)
+    yield Target(own, rows=(start, start + update.B.shape[0])), update
+
+
+def _scale(config: Mapping[str, JsonValue]) -> float:
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict) or "scale" not in parameters:
+        cure = "Add lora_parameters.scale, which MLX-LM needs, too"
+        raise Malformed(
+            "the config has no scale, so the adapter's scaling is unknown", where="lora_parameters", cure=cure
+        )
+    return is_finite(parameters["scale"], "lora_parameters.scale")
+
+
+def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]) -> Found:
+    held: dict[str, Slots] = {}
+    for key, tensor in tensors.items():
+        module, _, field = key.rpartition(".")
+        if field not in ("weight", "bias") or not module:
+            raise Malformed("this is neither a weight nor a bias", where=key, cure=DAMAGED)
+        held.setdefault(module, {})[field] = tensor
+    for name, fields in held.items():
+        if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):
+            for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
+                names[own] = own
+                part: Slots = {field: item(leaf, index) for field, leaf in fields.items()}
+                yield Target(own), Replacement(**part)
+            continue
+        own = modules.named(name)
+        names[own] = name
+        yield Target(own), Replacement(**fields)
+
+
+# Encode an `Adapter` as a config and tensors.
+
+
+METADATA = {"format": "mlx"}
+
+
+class MlxHints(Leftovers, total=False):
+    """The leftovers of a folder: the config, its text, the tensors' metadata, and a map from our to MLX's names."""
+
+    config: dict[str, Any]
+    text: str
+    metadata: dict[str, str]
+    names: dict[str, str]
+
+
+def written(
+    adapter: Adapter, on_loss: str, base: Checkpoint | None = None
+) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
+    """Return the config's text, the tensors, the metadata, and one line for each omitted or rewritten update.
+
+    Raises:
+        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow rewriting or omitting the update.
+    """
+    hints = leftovers(adapter, FORMAT, MlxHints)
+    config_of_base = None if base is None else base.config
+    adapter, absent = _without_absent(adapter, config_of_base, on_loss)
+    adapter, joined = _stacked(adapter, config_of_base)
+    only = all(isinstance(update, Replacement) for _, update in adapter)
+    config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
+    text = json.dumps(dict(sorted(config.items())), indent=4)
+    return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), absent + joined + lines
+
+
+def _without_absent(
+    adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
+) -> tuple[Adapter, list[str]]:
+    """Omit targets that MLX-LM's model lacks; return the adapter without them, and a line for each of these targets.
+
+    Raises:
+        Unrepresentable: `on_loss` is not `drop`, or MLX-LM's model lacks all targets.
+    """
+    absent = [target for target in adapter.updates if is_absent(target.path, config)]
+    if not absent:
+        return adapter, []
+    items = [
+        f"{target}: MLX-LM's model has no separate layer for this weight that could have an adapter"
+        for target in absent
+    ]
+    if on_loss != "drop" or len(absent) == len(adapter.updates):
+        cure = (
+            "Omit these with --on-loss drop (on_loss='drop'), or merge the adapter into the base and convert the base"
+        )
+        raise Unrepresentable("MLX-LM cannot express these updates", items=items, cure=cure)
+    kept = {target: updates for target, updates in adapter.updates.items() if target not in absent}
+    return adapter.replace(updates=kept), [f"left out {item}" for item in items]
+
+
+def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
+    """Stack experts and fuse weights as MLX-LM does; return the new adapter, and a line for each changed rank.
+
+    Raises:
+        UsageError: the possible families of models store experts differently, and no base shows which family is right.
+        Unrepresentable: some experts have no updates, and no base shows the number of experts.
+    """
+    moves = {}
+    for target, updates in adapter.updates.items():
+        count = updates[0].dims(True).get("e") if target.stacked else 0
+        found = to_mlx(target.path, config, count if isinstance(count, int) else 0)
+        if found is not None:
+            moves[target.path] = found
+    if not moves:
+        return adapter, []
+    experts = expert_count(config)
+    _check_all(moves, experts)
+    own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
+    there = translated(adapter.updates, moves, experts)
+    # Join the parts of a fused layer into one LoRA. Only MLX-LM's FusedLinear has a separate LoRA for each part.
+    fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
+    sizes = {
+        target.path: fused[target.path] * (target.rows[1] - target.rows[0])
+        for target in there
+        if target.path in fused and target.rows is not None
+    }
+    joined, lines = with_joined_rows(there, None, sizes)
+    return adapter.replace(updates={**own, **joined}), lines
+
+
+def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
+    """Refuse a stack in which experts have no update, unless the base shows the number of experts."""
+    slots: dict[str, set[int]] = {}
+    for given in moves.values():
+        for move in given:
+            if move.slot is not None:
+                slots.setdefault(move.path, set()).add(move.slot)
+    gaps = [f"{name}: the adapter has experts {sorted(held)}" for name, held in slots.items() if len(held) <= max(held)]
+    if gaps and not experts:
+        raise Unrepresentable(
+            "MLX-LM stores the LoRAs of all experts of a module in one stack", items=gaps, cure=_EXPERTS
+        )
+
+
+def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
+    return dict(with_metadata(hints.get("metadata", METADATA).items(), adapter))
+
+
+def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
+    """Write LoRA or DoRA, whichever has more updates, because a file has only one method.
+
+    Return the config, the tensors, and a line for each change.
+
+    Raises:
+        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow omitting the update.
+    """
+    kinds = Counter(type(update) for _, update in adapter if isinstance(update, LoRA | DoRA))
+    dora = kinds[DoRA] > kinds[LoRA]
+
+    def why(target: Target, update: Pair) -> str:
+        if isinstance(update, DoRA) and target.layout != "out *in":
+            return "MLX has another formula, or none, for DoRA on an embedding or on stacked experts"
+        return unfit(Target(target.path, target.layout), update, stacked=True)
+
+    pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
+    first = cast("float | None", _parameters(hints).get("scale"))
+    scale, pairs, folded = one_number(
+        pairs, lambda u: u.scaling, lambda scale, _: scale, dialect="MLX-LM", on_loss=on_loss, default=1.0, first=first
+    )
+    pairs, widened = _of_one_rank(pairs, hints)
+    tensors = _spelled(pairs, hints)
+    return _config(hints, pairs, scale, "dora" if dora else "lora"), tensors, lines + folded + widened
+
+
+def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
+    """Pad all updates with zeros to the largest rank, and return a line for each padded update.
+
+    MLX-LM creates all layers with the one rank in the config, and since 0.32 refuses tensors of another rank. If the
+    adapter still has exactly the targets of its source file, ranks stay as they are, because the source config is
+    written unchanged.
+    """
+    ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
+    rank = max(ranks.values(), default=0)
+    narrow = [target for target in pairs if ranks[target] != rank]
+    if not narrow or (hints.get("config") and _same(hints, pairs)):
+        return pairs, []
+    wide = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
+    return wide, [f"padded {target} to rank {rank} with zeros" for target in narrow]
+
+
+def _spelled(pairs: Pairs, hints: MlxHints) -> dict[str, Lazy]:
+    tensors: dict[str, Lazy] = {}
+    slices: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
+    for target, update in pairs.items():
+        name = _name(target, hints)
+        if target.rows is not None:
+            slices.setdefault(name, []).append((target.rows, update))
+        else:
+            ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
+            # Transpose the factors. Factors of stacked experts are not transposed: A is [e, r, in], B is [e, out, r].
+            turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
+            tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
+    for name, parts in slices.items():
+        tensors |= _of_slices(name, sorted(parts, key=lambda item: item[0]))
+    return tensors
+
+
+def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str, Lazy]:
+    ends = [0, *(rows[1] for rows, _ in parts)]
+    if [rows[0] for rows, _ in parts] != ends[:-1] or len(parts) < 2 or any(isinstance(u, DoRA) for _, u in parts):
+        items = [f"{name}: rows {', '.join(f'{a} to {b}' for (a, b), _ in parts)}"]
+        raise Unrepresentable("MLX-LM needs a LoRA for every slice of a fused weight", items=items, cure=_EXPERTS)
+    tensors: dict[str, Lazy] = {}
+    for index, (_, update) in enumerate(parts):
+        tensors |= {
+            f"{name}.lora_a.{index}": turned(as_lazy(update.A)),
+            f"{name}.lora_b.{index}": turned(as_lazy(update.B)),
+        }
+    return tensors
+
+
+def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
+    """Return the source config if it is still correct; otherwise a config with the fields that MLX-LM needs."""
+    read = dict(hints.get("config", {}))
+    before = _parameters(hints)
+    if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
+        return read
+    ranks = Counter(rank_of(update, target.stacked) for target, update in pairs.items())
+    rank = min(ranks, key=lambda rank: (-ranks[rank], rank))
+    keys = sorted({_key(_name(target, hints)) for target in pairs})
+    parameters = {"dropout": 0.0, **before, "rank": rank, "scale": scale, "keys": keys}
+    return {**read, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+
+
+def _parameters(hints: MlxHints) -> dict[str, JsonValue]:
+    found = hints.get("config", {}).get("lora_parameters")
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _same(hints: MlxHints, pairs: Pairs) -> bool:
+    return {*hints.get("order", ())} == {*_spelled(pairs, hints)}
+
+
+def _key(name: str) -> str:
+    """Return the module's name in `lora_parameters.keys`: relative to its block.
+
+    For an expert, return the name of the expert's stack.
+    """
+    head, layers, rest = name.rpartition(".layers.")
+    return rest.partition(".")[2] if layers else head + rest
+
+
+def _whole(adapter: Adapter, hints: MlxHints) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
+    """Return the config, tensors and lines for an adapter that only replaces whole parameters.
+
+    Raises:
+        Unrepresentable: an update replaces only some rows of a parameter.
+    """
+    tensors: dict[str, Lazy] = {}
+    for target, update in adapter:
+        if target.rows is not None:
+            raise Unrepresentable(
+                "MLX-LM cannot replace only some rows of a parameter", items=[str(target)], cure="Write another format"
+            )
+        name = _name(target, hints)
+        for field, leaf in update.tensors.items():
+            stored = as_lazy(leaf)
+            inputs_first = field == "weight" and target.layout in ("in out *k", "e in out *k")
+            tensors[f"{name}.{field}"] = turned(stored) if inputs_first else stored
+    config = {**hints.get("config", {}), "fine_tune_type": "full"}
+    return {"num_layers": -1, **config}, tensors, []
+
+
+def _name(target: Target, hints: MlxHints) -> str:
+    known = hints.get("names", {})
+    return str(known.get(target.path, target.path))
+
+
+def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
+    """Return the source config's text if it still has the same contents, because the text keeps the order of keys."""
+    text = str(hints.get("text", ""))
+    try:
+        return text if text and load_json(text) == config else ""
+    except ValueError as error:
+        raise Malformed(
+            f"the stored data of the MLX-LM file is damaged ({error})",
+            where="foreign",
+            cure="Remove the data: adapter.replace(foreign=None)",
+        ) from None
+
+
+_EXPERTS = "Train all experts, or all parts, of the module; or write another format"

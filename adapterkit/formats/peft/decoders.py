@@ -1,0 +1,467 @@
+"""Decode LoRA, DoRA and LoRA-XS of modules, and updates of no family: whole parameters, IA3, token rows, norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...io.lazy import DTYPES, Lazy
+from ...methods.dora import DoRA
+from ...methods.grouped_dora import GroupedDoRA
+from ...methods.ia3 import IA3
+from ...methods.oft import OFT
+from ...methods.oft_patches import OFTPatches
+from ...methods.replacement import Replacement
+from .._format import Departure
+from .._trained import lora_among_zeros, refused
+from .factors import PeftFactors, adapt, adapts_parameter, check_rank, decode_parameters, find_factors
+from .families import OUTPUT_TIMES
+from .file import File, Findings, Found, Kept, Key, Settings, make
+from .patterns import matches, unwrapped
+
+if TYPE_CHECKING:
+    from ...core.updates import Update
+    from ...io.lazy import Shape
+    from .._format import LayerFacts
+
+
+# Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
+#
+# The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In
+# an `nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which belong to the
+# attention's name. PEFT's forward adds the change of the output projection twice
+# (https://github.com/huggingface/peft/pull/3774).
+
+
+# Compute adapters of convolutions as PEFT does, where PEFT's forward is not equivalent to a change of the weight.
+#
+# PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base
+# layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads
+# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding, which
+# also pads with zeros. OFT rotates the patches of the input.
+
+
+UNPADDED = (IA3, OFTPatches, Replacement)
+"""The methods whose forward in PEFT calls the base layer, and so has the base layer's padding."""
+
+
+def turns_patches(shape: tuple[int, ...]) -> bool:
+    """Whether PEFT's OFT rotates patches of the input for a weight of this shape: a Conv2d with a kernel above 1."""
+    return len(shape) == 4 and math.prod(shape[2:]) > 1
+
+
+def on_patches(update: Update, layer: LayerFacts) -> Update:
+    """Return an OFT update as PEFT's forward computes it at this layer."""
+    if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
+        return update
+    same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
+    return OFTPatches(pairs=update.pairs, **same)
+
+
+def zero_padded(update: Update, layer: LayerFacts) -> Update:
+    """Return the update as PEFT's forward computes it on a convolution whose padding is not zeros.
+
+    Raises:
+        Unsupported: no method of adapterkit computes PEFT's forward at this layer.
+    """
+    if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
+        return update
+    if isinstance(update, DoRA):
+        pair = {name: getattr(update, name) for name in ("A", "B", "magnitude", "scaling")}
+        return GroupedDoRA(**pair, zero_padded=True)
+    changed = lora_among_zeros(update)
+    if changed is None:
+        raise refused(update, layer, "PEFT")
+    return changed
+
+
+DEPARTURES = {
+    "attention_output_twice": Departure(
+        "the change of nn.MultiheadAttention's output projection is added twice",
+        "the change is added once",
+    ),
+    "attention_input_bias": Departure(
+        "with lora_bias, the bias of nn.MultiheadAttention's input projection has no effect",
+        "the bias is added to the projection's bias",
+    ),
+    "grouped_dora_norm": Departure(
+        "DoRA on a grouped convolution divides by the norms of another matrix than the one in its forward: "
+        "W + B @ A with B's values read as [out / groups, r]",
+        "DoRA divides by the norms of the kernels that it computes with, over all channels",
+    ),
+    "convolution_padding": Departure(
+        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same (the live layer shows "
+        "this, a file does not): lora_A reads zeros around the input and is not dilated; methods other than LoRA and "
+        "DoRA are refused there",
+        "the change of the weight, with the layer's padding and dilation, as PEFT merges it",
+        zero_padded,
+    ),
+}
+"""The cases in which PEFT's forward differs from the formulas of LoRA and its variants."""
+
+TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
+"""The first words of key parts whose tensors matter only in training."""
+
+
+def decode(file: File) -> Findings:
+    """Yield all LoRA and DoRA updates in a file.
+
+    Raises:
+        Malformed: a tensor's partner is missing, or a tensor contradicts the config.
+        ShapeMismatch: the tensors' shapes contradict each other or the ranks in the config.
+    """
+    yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
+    modules: list[PeftFactors] = []
+    parameters: list[PeftFactors] = []
+    for each in find_factors(file):
+        (parameters if adapts_parameter(file, each.key.path) else modules).append(each)
+    attentions = file.attentions()
+    for each in modules:
+        if file.settings.enable_lora is not None and len(each.B.shape) == 3 and len(each.A.shape) == 2:
+            yield from decode_blocks(file.settings, each)
+        else:
+            yield from _module(file, each, attentions)
+    yield from decode_parameters(file, parameters)
+
+
+def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Findings:
+    key = factors.key
+    name, path = (key.module, key.path) if key.wrapped else (key.stem, key.stem)
+    blocks = file.settings.use_bdlora
+    if blocks is not None and blocks.factor(name) and not factors.embedding:
+        yield _blocked(file, factors, blocks.factor(name), blocks.nblocks)
+        return
+    _check_plain(factors, file.settings.rank(name))
+    tensors = {"A": factors.A, "B": _flat_output(factors)}
+    for field in ("magnitude", "diag", "bias"):
+        if field in factors.tensors:
+            tensors[field] = _vector(factors, field)
+    if "R" in factors.tensors:
+        tensors["R"] = factors.tensors["R"]
+    keys, times = factors.keys, 1.0
+    if name in attentions and not file.by_formula:
+        if name == path and "bias" in tensors:
+            del tensors["bias"]
+            yield Kept(keys["bias"])
+            keys = {field: key for field, key in keys.items() if field != "bias"}
+        times = 1.0 if name == path else OUTPUT_TIMES
+    if path == name and path in attentions:
+        path = f"{path}.in_proj_weight"
+    update = adapt(file.settings, name, tensors, times, embedding=factors.embedding, by_formula=file.by_formula)
+    if update.method == "arrow":
+        idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
+        keys = {idle.get(field, field): key for field, key in keys.items()}
+    yield Found(path, update, keys, _layout(file, factors, attentions))
+
+
+def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
+    """Decode a BD-LoRA; `factor` is A or B, whichever is block-diagonal, with its n blocks as a stack."""
+    name, A, B = factors.key.path, factors.A, factors.B
+    rank = file.settings.rank(name)
+    inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]
+    flat = len(A.shape) == len(B.shape) == 2
+    if not flat or (A.shape[0], B.shape[1]) != (rank, inner) or rank % n or rows % n:
+        why = f"A is {list(A.shape)} and B is {list(B.shape)}; the config states rank {rank} and {n} blocks of {factor}"
+        raise ShapeMismatch(why, where=factors.keys[factor].text, cure="The config does not belong to this file")
+    tensors, keys = dict(factors.tensors), dict(factors.keys)
+    tensors[f"{factor}_blocks"] = tensors.pop(factor).reshape(n, rows // n, factors.tensors[factor].shape[1])
+    keys[f"{factor}_blocks"] = keys.pop(factor)
+    return Found(name, adapt(file.settings, name, tensors), keys)
+
+
+def _check_plain(factors: PeftFactors, rank: int) -> None:
+    if factors.key.depth:
+        why = "the key has a parameter's form, but target_parameters lists no parameter of this module"
+        raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
+    check_rank(factors, rank, groups=_groups(factors))
+
+
+def _groups(factors: PeftFactors) -> int:
+    """Return the number of groups of a grouped convolution. In PEFT, only B is split into groups."""
+    rank, share = factors.A.shape[0], factors.B.shape[1]
+    return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
+
+
+def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> str:
+    if factors.embedding:
+        return "in out *k"
+    turned = file.settings.fan_in_fan_out and len(factors.A.shape) == 2 and factors.key.module not in attentions
+    return "in out *k" if turned else "out *in"
+
+
+def _flat_output(factors: PeftFactors) -> Lazy:
+    """Return B as [out, r]. The kernel of a convolution's B has size 1, so all further axes have size 1."""
+    A, B = factors.A, factors.B
+    if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
+        why = f"B {list(B.shape)} does not fit A {list(A.shape)}"
+        raise ShapeMismatch(why, where=factors.keys["B"].text, cure="Save the adapter again with PEFT")
+    return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
+
+
+def _vector(factors: PeftFactors, field: str) -> Lazy:
+    tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
+    if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
+        why = f"the shape is {list(tensor.shape)}, but lora_B implies {out} values"
+        raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
+    return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
+
+
+# Decode LoRA of equal blocks of a fused weight (`enable_lora`), which only PEFT 0.1 and 0.2 wrote.
+# The outputs of a weight form n equal blocks. Only the enabled blocks are adapted, and B has the rows of these blocks,
+# in order. The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
+
+
+def decode_blocks(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
+    """Yield a LoRA for each run of adjacent rows of the weight that belong to one group.
+
+    Raises:
+        ShapeMismatch: the tensors do not fit these blocks or this rank.
+    """
+    enabled = [block for block, on in enumerate(settings.enable_lora or ()) if on]
+    groups = _block_groups(settings, factors, len(enabled))
+    size, high = factors.B.shape[0] // len(enabled), factors.B.shape[0] // groups
+    rank, scaling = factors.B.shape[1], settings.scaling(factors.key.path)
+    layout = "in out *k" if settings.fan_in_fan_out else "out *in"
+    for start, stop in _runs(factors.B.shape[0], size, high):
+        group, to = start // high, enabled[start // size] * size + start % size
+        A = _rows(factors.A, group * rank, (group + 1) * rank)
+        B = _rows(factors.B.reshape(*factors.B.shape[:2]), start, stop)
+        update = make("lora", {"A": A, "B": B}, scaling=scaling)
+        yield Found(factors.key.path, update, factors.keys, layout, (to, to + stop - start))
+
+
+def _block_groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
+    """Return the number of groups that A and B have."""
+    (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
+    groups = rows // inner if inner else 0
+    whole = groups and rows == inner * groups and outputs % groups == 0 and blocks and outputs % blocks == 0
+    if not whole or last != 1 or rows != settings.r * blocks:
+        raise ShapeMismatch(
+            f"B {list(factors.B.shape)} and A {list(factors.A.shape)} do not form {blocks} blocks of rank {settings.r}",
+            where=factors.key.text, cure="The config does not belong to this file",
+        )  # fmt: skip
+    return groups
+
+
+def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
+    """Split B's rows into runs that end at the end of a block or of a group."""
+    cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
+    return pairwise(cuts)
+
+
+def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:
+    return tensor.map(lambda values: values[start:stop], (stop - start, *tensor.shape[1:]))
+
+
+# Decode updates that are not pairs and belong to no family: whole parameters, IA3, token rows, layer norms.
+#
+# Whole parameters have the base's names as keys: `modules_to_save`, trained biases, embeddings.
+#
+# PEFT loads every tensor whose key is a parameter's name into the model, so each such tensor replaces a parameter.
+# PEFT also saves a copy of an adapted embedding next to its factors. The copy is a replacement, too, and is applied
+# before the factors.
+
+
+def decode_replacement(file: File) -> Findings:
+    """Yield the parameters that the file stores whole, not as factors.
+
+    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
+
+    Raises:
+        Unsupported: a parameter is a scalar.
+    """
+    whole = {key for key, tensor in file.tensors.items() if not key.part and not tensor.dtype.floating}
+    whole |= set(_unread(file))
+    packed = tuple(f"{key.text}." for key in whole)
+    attentions = file.attentions()
+    modules: dict[str, dict[str, Key]] = {}
+    for key, tensor in file.tensors.items():
+        if key in whole or (not key.part and key.text.startswith(packed)):
+            yield Kept(key)
+        elif not key.part:
+            path, field = place(key.path, len(tensor.shape), attentions)
+            modules.setdefault(path, {})[field] = key
+    for path, keys in modules.items():
+        yield replaced(file, path, keys)
+
+
+def _unread(file: File) -> Iterator[Key]:
+    """Yield the keys of copies of a module that PEFT ignores when it loads the file.
+
+    With `save_embedding_layers`, PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
+    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. When PEFT loads the file, it uses only the first.
+    """
+    plain = {key.path for key in file.tensors if not key.part and not key.copy}
+    trained = {key.path for key in file.tensors if key.copy == "modules_to_save"}
+    for key in file.tensors:
+        if key.copy and key.path in (plain if key.copy == "modules_to_save" else plain | trained):
+            yield key
+
+
+def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
+    """Create the update of a module's parameters.
+
+    The layout is [in, out] only if the bias fits the weight's second axis.
+    """
+    tensors = {field: file.tensors[key] for field, key in keys.items()}
+    shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
+    turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
+    return Found(path, make("replacement", tensors), keys, "in out *k" if turned else "out *in")
+
+
+def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
+    """Return (target, field) for a parameter: the module and `weight` or `bias`, or else the parameter and `weight`."""
+    if not axes:
+        raise Unsupported(
+            "a single number cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"
+        )
+    module, _, field = name.rpartition(".")
+    if module and (field == "weight" or (field == "bias" and axes == 1)):
+        return module, field
+    if field == "in_proj_bias" and module in attentions:
+        return f"{module}.in_proj_weight", "bias"
+    return name, "weight"
+
+
+# IA3: `ia3_l` scales outputs, [out, 1], or the inputs of `feedforward_modules`, [1, in]; on convolutions, [1, n, 1].
+
+
+IA3_PART = "ia3_l"
+
+
+def decode_ia3(file: File) -> Findings:
+    """Yield all IA3 updates in a file.
+
+    Raises:
+        ShapeMismatch: a vector does not have the shape that the config implies.
+    """
+    for slots in file.groups({IA3_PART}).values():
+        if (IA3_PART, "") not in slots:
+            continue
+        key = slots[IA3_PART, ""]
+        tensor = file.tensors[key]
+        inputs = _scales_inputs(file.settings, key, tensor.shape)
+        vector = tensor.reshape(max(tensor.shape))
+        field = "l_in" if inputs else "l"
+        turned = file.settings.fan_in_fan_out and len(tensor.shape) == 2
+        yield Found(key.path, make("ia3", {field: vector}), {field: key}, "in out *k" if turned else "out *in")
+
+
+def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
+    named = feedforward(settings, key.path)
+    inputs = shape[:1] == (1,) if named is None else named
+    fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
+    if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
+        kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
+        why = f"the shape is {list(shape)}, but feedforward_modules requires a scale of {kind}"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+    return inputs
+
+
+def feedforward(settings: Settings, path: str) -> bool | None:
+    """Whether IA3 scales a module's inputs; names match by their ends, as in PEFT. None if the config has no list."""
+    named = settings.feedforward_modules
+    if named is None:
+        return None
+    path = unwrapped(path)
+    return matches(named, path, whole=True) if isinstance(named, str) else path.endswith(tuple(named))
+
+
+# Decode trainable tokens. Despite its name, `trainable_tokens_delta` has whole new rows. The config has the token ids.
+
+
+TOKENS_PART = "trainable_tokens_delta"
+ORIGINAL = "trainable_tokens_original"
+"""The part of keys for a copy of the base's original rows."""
+
+
+def decode_rows(file: File) -> Findings:
+    """Yield the token rows in a file.
+
+    Raises:
+        Malformed: the config has no token ids for the rows.
+        ShapeMismatch: the number of token ids is not the number of rows.
+    """
+    yield from (Kept(key) for key in file.tensors if key.part == ORIGINAL)
+    keys = [slots[TOKENS_PART, ""] for slots in file.groups({TOKENS_PART}).values() if (TOKENS_PART, "") in slots]
+    for key in keys:
+        index, values = _index(file.settings, key.path), file.tensors[key]
+        if index is None:
+            raise Malformed("the config has no token ids for these rows", where=key.text, cure=_AGAIN)
+        if values.shape[:1] != (len(index),) or len(values.shape) != 2:
+            why = f"the shape {list(values.shape)} is not that of rows for {len(index)} tokens"
+            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        update = make("rows", {"index": integers(index), "values": values})
+        yield Found(key.path, update, {"values": key}, "in out *k")
+
+
+def integers(values: list[int]) -> Lazy:
+    """Return integers as an int64 tensor."""
+    return Lazy((len(values),), DTYPES["I64"], lambda: b"".join(value.to_bytes(8, "little") for value in values))
+
+
+def _index(settings: Settings, path: str) -> list[int] | None:
+    """Return the ids of the tokens whose rows a module has; None if the config does not have them."""
+    if settings.peft_type == "TRAINABLE_TOKENS":
+        return settings.token_indices
+    named = settings.trainable_token_indices
+    if not isinstance(named, dict):
+        # PEFT uses one list of ids for the input embeddings and for all layers that are tied to them.
+        return named
+    fitting = [name for name in named if path.endswith(name)]
+    exact = [name for name in fitting if name == path]
+    if not fitting and len(named) == 1:
+        # A head that is tied to the embedding has no entry, so use the only entry.
+        return next(iter(named.values()))
+    return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
+
+
+_AGAIN = "Save the adapter again with PEFT"
+
+
+# LN tuning: a trained copy of a module, `<m>.ln_tuning_layers.<parameter>`, replaces the module.
+# PEFT uses the copy instead of the module, so every floating-point parameter and buffer of the copy is a replacement.
+
+
+NORM_PART = "ln_tuning_layers"
+
+
+def decode_ln_tuning(file: File) -> Findings:
+    """Yield the trained copies in a file.
+
+    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
+
+    Raises:
+        Unsupported: a parameter is a scalar.
+    """
+    modules: dict[str, dict[str, Key]] = {}
+    for key, tensor in file.tensors.items():
+        if not key.part.startswith(NORM_PART):
+            continue
+        if not tensor.dtype.floating:
+            yield Kept(key)
+            continue
+        path, field = place(_norm_name(key), len(tensor.shape), ())
+        modules.setdefault(path, {})[field] = key
+    yield from (replaced(file, path, keys) for path, keys in modules.items())
+
+
+def norm_spelled(name: str) -> str:
+    """Return the key of the trained copy of a parameter, given the parameter's name in the base."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.{NORM_PART}.{parameter}"
+
+
+def _norm_name(key: Key) -> str:
+    """Return the path of the parameter that a key names.
+
+    The parser of keys mistakes the name of a child module for an adapter's name. This function undoes the mistake.
+    """
+    inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
+    words = [part for part in inside if part]
+    if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of children. Remove it.
+        del words[0]
+    return ".".join([key.path, *words])

@@ -1,0 +1,278 @@
+"""Translate the names that tools for language models give to modules, in both directions, with tables of templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+from ..errors import TargetNotFound, nearest
+from .architectures import namings_of
+
+if TYPE_CHECKING:
+    from ..io.lazy import Lazy
+    from ..io.safetensors import Entry
+
+
+# The names that tools for language models give to modules, and their translation in both directions.
+#
+# A table has pairs of templates.
+
+
+PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
+"""Prefixes that multimodal bases put before the names of their language model."""
+
+
+class NameTable:
+    """A one-to-one table between our names and a tool's names.
+
+    Args:
+        pairs: a map from our templates to the tool's templates; both have the same placeholders.
+    """
+
+    def __init__(self, pairs: Mapping[str, str]) -> None:
+        self.pairs = dict(pairs)
+        assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
+
+    def there(self, own: str) -> str | None:
+        """Return the tool's name for our name; None if the table does not have our name."""
+        return _translate(own, self._there)
+
+    def back(self, foreign: str) -> str | None:
+        """Return our name for a tool's name; None if the table does not have the tool's name."""
+        return _translate(foreign, self._back)
+
+    @cached_property
+    def _there(self) -> dict[str, str]:
+        return {_shape(own): foreign for own, foreign in self.pairs.items()}
+
+    @cached_property
+    def _back(self) -> dict[str, str]:
+        return {_shape(foreign): own for own, foreign in self.pairs.items()}
+
+
+class TableNames:
+    """A `NameTable` applied to one base, whose names may have a prefix that the table lacks.
+
+    Args:
+        table: the table of the base's family.
+        modules: the base's names, if known. If given, `back` returns only names in the base, with a prefix such as
+            `language_model.` if the base has it.
+    """
+
+    def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
+        self.table = table
+        self.walked: dict[str, list[str]] | None = None
+        if modules is not None:
+            self.walked = {}
+            for own in dict.fromkeys(modules):
+                foreign = self.there(own)
+                if foreign is not None:
+                    self.walked.setdefault(foreign, []).append(own)
+
+    def there(self, own: str) -> str | None:
+        """Return the tool's name for our name, which may have a prefix; None if the table does not have the name."""
+        return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
+
+    def back(self, foreign: str) -> str:
+        """Return our name for a tool's name.
+
+        Raises:
+            TargetNotFound: the table does not have the name, or not exactly one module of the base has it.
+        """
+        if self.walked is None:
+            own = self.table.back(foreign)
+            if own is None:
+                cure = nearest(foreign, self.table.pairs.values()) or "Give the base with --base (base=)"
+                raise TargetNotFound("the family's table does not have this name", where=foreign, cure=cure)
+            return own
+        found = self.walked.get(foreign, [])
+        if len(found) != 1:
+            why = f"exactly one module must have this name, but the base has {', '.join(found) or 'none'}"
+            cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
+            raise TargetNotFound(why, where=foreign, cure=cure)
+        return found[0]
+
+
+def without_prefix(name: str) -> Iterable[str]:
+    """Yield the name, and the name without each prefix in `PREFIXES` with which it begins."""
+    yield name
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            yield from without_prefix(rest)
+            if not rest.startswith("model."):
+                yield from without_prefix(f"model.{rest}")
+
+
+def modules_of(names: Iterable[str]) -> Iterable[str]:
+    """Yield the names of stored tensors, and those of their modules."""
+    for name in names:
+        yield name
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias"):
+            yield module
+
+
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
+_HOLE = re.compile(r"\{[a-z]\}")
+
+
+def _shape(template: str) -> str:
+    return _HOLE.sub("#", template)
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    found = table.get(_NUMBER.sub("#", name))
+    if found is None:
+        return None
+    numbers = iter(_NUMBER.findall(name))
+    return _HOLE.sub(lambda _: next(numbers), found)
+
+
+# Provide litgpt's module names (from spec/architectures/namings) and the settings that enable LoRA for each module.
+
+
+LITGPT_QKV = "attn.qkv"
+
+
+@cache
+def litgpt_parts() -> dict[str, str]:
+    """Return a map from `query`, `key` and `value` to our template for that projection, in the order of rows."""
+    return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
+
+
+@cache
+def litgpt_table() -> NameTable:
+    """Return the table of names for litgpt's modules that may have LoRA, without fused projections."""
+    places = namings_of("litgpt")[0].places()
+    found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
+    return NameTable(found | {"lm_head": "lm_head"})
+
+
+FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
+"""A map from the end of a module's name to the setting that enables its LoRA."""
+
+MLP = ("LLaMAMLP", "GemmaMLP")
+"""Values of `mlp_class_name` that the table supports."""
+
+_LITGPT_KEY = re.compile(
+    r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))|lm_head)\.lora_[AB]"
+)
+
+
+def is_litgpt(keys: Collection[str]) -> bool:
+    """Whether all keys have the form of litgpt's keys."""
+    return any(key.startswith("transformer.h.") for key in keys) and all(_LITGPT_KEY.fullmatch(key) for key in keys)
+
+
+# Provide the names of Megatron's adapter modules, each with the transformers weights that its layer contains.
+#
+# Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's adapter_mixins.py.
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""The parts of a fused projection, whose rows are ordered by groups: for each group its queries, its key, its value."""
+
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+"""The parts of a fused MLP projection: gate before up, as on a single tensor-parallel rank."""
+
+
+@cache
+def bridge() -> dict[str, tuple[str, ...]]:
+    """Return a map from Megatron-Bridge's and NeMo 2's adapter modules to our modules.
+
+    Names are relative to the layer.
+
+    Canonical LoRA has factors for each part of a fused weight. Their module is named after the part: `adapter_q` for
+    `q_proj`.
+    """
+    fused: dict[str, list[str]] = {}
+    for key, place in namings_of("megatron")[0].places().items():
+        fused.setdefault(place.name.rpartition("{n}.")[2], []).append(key.rpartition("{n}.")[2])
+    found: dict[str, tuple[str, ...]] = {}
+    for module, own in fused.items():
+        found[f"{module}.adapter"] = tuple(own)
+        for each in own if len(own) > 1 else ():
+            found[f"{module}.adapter.adapter_{each.rpartition('.')[2].partition('_')[0]}"] = (each,)
+    return found
+
+
+_ATTENTION, _MLP = "self_attention.adapter_layer.", "mlp.adapter_layer."
+NEMO = {
+    _ATTENTION + "lora_kqv_adapter": QKV,
+    _ATTENTION + "lora_unfused_kqv_adapter.q_adapter": QKV[:1],
+    _ATTENTION + "lora_unfused_kqv_adapter.k_adapter": QKV[1:2],
+    _ATTENTION + "lora_unfused_kqv_adapter.v_adapter": QKV[2:],
+    _ATTENTION + "lora_dense_attention_adapter": ("self_attn.o_proj",),
+    _MLP + "lora_hto4h_adapter": GATE_UP,
+    _MLP + "lora_unfused_hto4h_adapter.gate_adapter": GATE_UP[:1],
+    _MLP + "lora_unfused_hto4h_adapter.up_adapter": GATE_UP[1:],
+    _MLP + "lora_4htoh_adapter": ("mlp.down_proj",),
+}
+"""A map from NeMo 1's adapter modules to our modules; names are relative to the layer."""
+
+LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
+"""Matches a module's name with any prefix, because each wrapper around a model adds a prefix."""
+
+OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")
+
+# Translate names in Tinker's adapters that differ from PEFT's names.
+#
+# Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
+
+
+EXPERTS = {
+    "model.layers.{n}.mlp.experts.{e}.gate_proj": "model.layers.{n}.mlp.experts.w1",
+    "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
+    "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
+}
+"""A map from our template for a single expert's module to Tinker's template for the stack."""
+
+HEAD = {"lm_head": "model.unembed_tokens"}
+
+_MARKS = tuple(
+    f".{module}.lora_{factor}.weight"
+    for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
+    for factor in "AB"
+)
+"""Endings of keys that occur only in Tinker's files."""
+
+
+def is_tinker(keys: Iterable[str]) -> bool:
+    """Whether some keys occur only in Tinker's files."""
+    return any(key.endswith(_MARKS) for key in keys)
+
+
+# Recognise SGLang's and Megatron-Bridge's form of adapters whose experts share the outer LoRA factors.
+#
+# Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
+# export of such adapters (#5588, #6076).
+
+
+INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
+"""Modules whose inputs are the hidden states; their experts share A."""
+
+OUTER = ("down_proj", "w2")
+"""Modules whose outputs are the hidden states; their experts share B."""
+
+STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
+"""Matches the key of a stack with the factors of all experts."""
+
+EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
+"""Matches the key of one expert's factor; the factor that the experts share may be in a stack."""
+
+
+def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
+    """Whether a file's keys and shapes have this form: tensors with three axes contain the factors of the experts."""
+    # Check shapes first: counting axes excludes nearly every other file, and is faster than parsing 90,000 keys.
+    stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
+    return any(map(_is_stack, stacks)) and not is_tinker(entries)
+
+
+def _is_stack(key: str) -> bool:
+    return key.endswith(_ENDS) and STACK.fullmatch(key[: -len(_ENDS[0])]) is not None
+
+
+_ENDS = (".lora_A.weight", ".lora_B.weight")
