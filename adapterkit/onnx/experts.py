@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Unsupported
 from .building import Array, Branch, Building, Dtype, element_type
 from .changes import Fresh, Stored, lazily
 from .layers import Layer, weight_at
@@ -36,6 +35,7 @@ OPERATORS = ("MoE", "QMoE")
 
 LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
 """Matches a name up to the number of its layer."""
+
 
 def is_routed(node: ir.Node) -> bool:
     """Whether a node holds the weights of several experts."""
@@ -90,11 +90,8 @@ def _unknown_packing(node: ir.Node) -> str | None:
 def _width(node: ir.Node, bias: int) -> int | None:
     """Return the number of the node's inputs as its second bias or the shape of its input shows it."""
     held, x = _at(node, bias), node.inputs[0]
-    if held is not None and held.shape is not None and isinstance(held.shape[-1], int):
-        return held.shape[-1]
-    shape = None if x is None else x.shape
-    last = None if shape is None else shape[-1]
-    return last if isinstance(last, int) else None
+    shapes = [one.shape for one in (held, x) if one is not None and one.shape is not None]
+    return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
 
 
 def _bits(node: ir.Node) -> int:

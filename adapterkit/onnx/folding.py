@@ -190,7 +190,10 @@ class Folding:
         if self.spot.kind.inside:
             if must:
                 why = f"no nodes beside the node {self.spot.node.name} can add the change"
-                cure = "Merge with --quantized requantize --keep-change packed (quantized='requantize', keep_change='packed')"
+                cure = (
+                    "Merge with --quantized requantize --keep-change packed "
+                    "(quantized='requantize', keep_change='packed')"
+                )
                 raise Unsupported(why, where=self.name, cure=cure)
             return []
         if len(self.at) == 1 and self.at[0][1] == 1 and must:

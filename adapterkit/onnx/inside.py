@@ -120,7 +120,9 @@ def experts_changed(layer: Layer, parts: Sequence[tuple[Found, FormulaLayer, Seq
         _reads(layer.node, layer.position, layer.operand, new)
     if bias is not None:
         read = layer.own_bias
-        at = next(at for at in range(len(layer.node.inputs)) if at > layer.position and weight_at(layer.node, at) is read)
+        at = next(
+            at for at in range(len(layer.node.inputs)) if at > layer.position and weight_at(layer.node, at) is read
+        )
         _reads(layer.node, at, read, bias)
     layer.branch.close()
 

@@ -104,9 +104,7 @@ def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:
     return any((stem := stem_of(node)) is not None and layer_of(stem) == number for node in nodes)
 
 
-def _check(
-    target: Target, updates: Sequence[Update], stack: Stack, found: Sequence[_Reading], model: ir.Model
-) -> None:
+def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Sequence[_Reading], model: ir.Model) -> None:
     if not found:
         why = "the order of rows in this stack of experts depends on the model's family, which is unknown"
         cure = "Pass the model's folder, whose config.json names the family: --base-weights DIR (base_weights=DIR)"
