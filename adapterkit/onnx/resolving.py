@@ -42,7 +42,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
-from .routed import by_expert
+from .routed import by_expert, compare_experts
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -134,6 +134,7 @@ def resolve(
         from .matching import compare
 
         found = compare(found, base)
+        compare_experts(found, whole, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)

@@ -11,12 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..core.metadata import model_types_of
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..io.arrange import item
+from ..io.lazy import as_array
 from ..naming.architectures import Architecture, Place, architecture_of
 from ..naming.binding.moving import moved
 from ..naming.moves import Move, PathPart
 from .experts import LAYER, Stack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
+from .found import NEAR
+from .modules import same_end
 from .operands import nodes_of
 from .reading import GENAI_TYPE
 
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Adapter, Target
     from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from .building import Array
+    from .found import Found
 
 TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
 """Model types of onnxruntime-genai that differ from transformers'."""
@@ -98,6 +107,42 @@ def by_expert(
             updates[there] = (*updates.get(there, ()), *part)
             whole[there] = target
     return adapter.replace(updates=updates), whole
+
+
+def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base: Checkpoint) -> None:
+    """Compare experts in a graph with the base's weights, where the base has them under the adapter's names.
+
+    Args:
+        found: the targets of an adapter.
+        whole: the second result of `by_expert`.
+        base: the weights that the graph was exported from.
+
+    Raises:
+        TargetNotFound: an expert differs from the base by more than quantization explains.
+    """
+    read: dict[tuple[str, int], Array] = {}
+    held: dict[tuple[ir.Node, object], Array] = {}
+    for place in found:
+        asked = whole.get(place.asked)
+        if asked is None or place.target.rows is None:
+            continue
+        names = [name for name in base.tensors if same_end(name.removesuffix(".weight"), asked.path)]
+        if len(names) != 1 or not base.tensors[names[0]].dtype.floating:
+            continue
+        number, spot = int(place.target.path.split(".")[-2]), place.spots[0]
+        if (names[0], number) not in read:
+            tensor = base.tensors[names[0]]
+            own = item(tensor, number) if len(tensor.shape) == 3 else tensor
+            read[names[0], number] = as_array(own).astype(np.float32)
+        if (spot.node, spot.kind) not in held:
+            held[spot.node, spot.kind] = spot.kind.held(spot.node).astype(np.float32)
+        first, stop = spot.rows or place.target.rows
+        V, W = held[spot.node, spot.kind][first:stop], read[names[0], number]
+        half = [way for U in (W, W.T) for way in (U, U[: len(U) // 2], U[len(U) // 2 :], U[::2], U[1::2])]
+        far = min((float(np.linalg.norm(V - U)) for U in half if U.shape == V.shape), default=float("inf"))
+        if far > NEAR * max(float(np.linalg.norm(V)), 1e-30):
+            why = f"expert {number} in the graph differs from the base's weight {names[0]}"
+            raise TargetNotFound(why, where=str(asked), cure="Is this the base that the graph was exported from?")
 
 
 def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:

@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import ShapeMismatch, Unsupported
+from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
 
 EXPERTS, HIDDEN, INNER, USED = 4, 32, 48, 2
@@ -342,3 +343,27 @@ def test_a_change_can_be_ejected_and_two_adapters_be_merged(tmp_path):
     one, two = (changed(W, adapter)["up"] - W["up"] for adapter in pair)
     wanted = layer({**W, "up": W["up"] + 0.5 * one + 2 * two}, X, True)
     np.testing.assert_allclose(run(tmp_path / "both", X), wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_another_base_is_refused(tmp_path, kind, bits):
+    """The base is given to name the family, and its weights are compared."""
+    W, (adapter, _) = graph(tmp_path / "graph", bits=bits, size=16), stacks(kind)
+    mixed = STACKS[kind][1]
+    both = interleaved(W) if mixed else np.concatenate([W["gate"], W["up"]], 1)
+    held = {"gate_up_proj": both, "down_proj": W["down"]}
+    held = {name: stack.swapaxes(1, 2) if mixed else stack for name, stack in held.items()}
+    how = {} if bits is None else {"quantized": "requantize"}
+    for number, factor in enumerate((1, -1)):
+        base = tmp_path / f"base{number}"
+        base.mkdir()
+        held["down_proj"] = held["down_proj"] * np.float32(factor)
+        stem = STACKS[kind][0]
+        save_file({f"{stem}.{n}": np.ascontiguousarray(a) for n, a in held.items()}, base / "model.safetensors")
+        (base / "config.json").write_text(json.dumps({"model_type": kind, "num_local_experts": EXPERTS}))
+        if factor == 1:
+            ak.onnx.merge(tmp_path / "graph", adapter, tmp_path / "out", base_weights=base, **how)
+            continue
+        with pytest.raises(TargetNotFound, match=r"expert 0 in the graph differs from the base's weight .*down_proj"):
+            ak.onnx.merge(tmp_path / "graph", adapter, tmp_path / "no", base_weights=base, **how)
