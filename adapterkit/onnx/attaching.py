@@ -16,8 +16,9 @@ from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
+from .experts import Experts, PackedExperts
 from .found import FoldedNorm, Found, Spot
-from .inside import changed_inside, refuse_outputs
+from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
 from .outlets import Ended
@@ -182,12 +183,69 @@ def attach(
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
     found = opened_up(found, building)
+    stacks: dict[tuple[ir.Node, type[Experts]], list[Found]] = {}
     for place in in_order(found, building.model.graph):
+        if place.spots and issubclass(kind := place.spots[0].kind, Experts):
+            _check_experts(place, kind, slots is not None)
+            stacks.setdefault((place.spots[0].node, kind), []).append(place)
+            continue
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
         if not place.spots:
             _attach(place, None, building, slots, words)
+    for (node, kind), places in stacks.items():
+        _attach_experts(node, kind, places, building)
     words.shadows.close()
+
+
+def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
+    """Refuse what nodes before a node of experts cannot change.
+
+    Raises:
+        Unsupported: the experts are packed; or the adapter shall be swappable, and each call would compute all experts'
+            weights anew.
+    """
+    node = place.spots[0].node
+    where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
+    if issubclass(kind, PackedExperts):
+        why = f"{where}, which reads packed weights, so no nodes can change them"
+        cure = f"Merge it instead: adapterkit merge {_PACKED}"
+        raise Unsupported(why, where=str(place.asked), cure=cure)
+    if slots:
+        why = f"{where}, so with slots, each call would compute the weights of all experts anew"
+        cure = "Inject it with --mode constant (mode='constant'), or merge it: adapterkit merge GRAPH A -o OUT"
+        raise Unsupported(why, where=str(place.asked), cure=cure)
+    refuse_outputs(place, node.op_type)
+
+
+def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building) -> None:
+    """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
+    # Targets with the same rows, such as those of two adapters, follow each other.
+    rounds: list[list[Found]] = []
+    for place in places:
+        free = (one for one in rounds if not any(_overlap(place, other) for other in one))
+        if (own := next(free, None)) is None:
+            rounds.append(own := [])
+        own.append(place)
+    for number, together in enumerate(rounds):
+        branch = Branch(building, f"adapterkit/{kind.operand_of(node).name}{f'_{number}' if number else ''}")
+        layer, parts = kind(node, branch), []
+        for place in together:
+            assert place.target.rows is not None
+            seen = Slice(layer, place.target.rows)
+            _check(place, layer, layer.bias)
+            given = [_valued(update, layer, place, at, None) for at, update in enumerate(place.updates)]
+            try:
+                new = [_weighable(update, seen, branch) or _worked_out(update, seen) for update in given]
+            except AdapterkitError as error:
+                raise error.at(where=str(place.asked)) from None
+            parts.append((place, cast("FormulaLayer", seen), new))
+        experts_changed(layer, parts)
+
+
+def _overlap(one: Found, other: Found) -> bool:
+    (a, b), (c, d) = (place.target.rows or (0, 0) for place in (one, other))
+    return a < d and c < b
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
@@ -463,6 +521,7 @@ def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
             node.graph.remove(node, safe=True)
 
 
+_PACKED = "GRAPH A -o OUT --quantized requantize or dequantize (quantized='requantize' or 'dequantize')"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"
 _CONSTANT = "Inject it with --mode constant (mode='constant')"

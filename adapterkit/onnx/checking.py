@@ -19,6 +19,7 @@ from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
 from .building import Array, Building
+from .experts import as_floats as experts_as_floats
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
@@ -303,8 +304,8 @@ def checked_merge(
     smooth, coarse = _rounds(source.model) and _smooth(plain), _differs(found)
     # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
-    if quantized == "dequantize":
-        found = unpacked(found, building)
+    # No nodes can change packed experts, so compare with an injection into their dequantized weights.
+    found = (unpacked if quantized == "dequantize" else experts_as_floats)(found, building)
     try:
         attach(found, building)
     except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.

@@ -330,6 +330,9 @@ def export(
     from ..torch.inject import config_of_model
 
     target, named = Path(path_text(out)), _named(adapter)
+    if isinstance(args, Mapping) or not isinstance(args, Sequence):
+        cure = "Pass a mapping as kwargs=, and a tensor as args=(tensor,)"
+        raise UsageError(f"args is a {type(args).__name__}, and must be a tuple", where="args", cure=cure)
     _check_call(torch_model, target, named, mode, allow_partial)
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)

@@ -36,10 +36,10 @@ from ..io.staging import files_below, staged
 from ..naming.binding import renamed
 from .contexts import parted
 from .model_file import opened
-from .reading import config_of, inputs_of, loaded
+from .reading import inputs_of, known_config, loaded
 from .report import GraphReport
 from .resolving import is_named, spots_of, taken
-from .routed import refuse_routed
+from .routed import by_expert
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -249,13 +249,14 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
             own[part.name] = adapter if context else None
             continue
         model = opened(part.path).model
-        kept, _ = taken(model, may, base, _config(base, part.path))
+        kept, _ = taken(model, may, base, known_config(base, part.path))
         seen |= set(kept.updates)
         own[part.name] = adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
     lost = tuple(target for target in rest.updates if target not in seen)
     if lost and (not allow_partial or not seen):
         for part in parts:
-            refuse_routed(opened(part.path).model, rest.replace(updates={t: rest.updates[t] for t in lost}))
+            inside = rest.replace(updates={t: rest.updates[t] for t in lost})
+            by_expert(inside, opened(part.path).model, known_config(base, part.path))  # Raises for experts in one node.
         raise _nowhere(lost, parts, bool(seen))
     return Division(adapter, own, lost)
 
@@ -265,13 +266,6 @@ def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, 
     for target, update in context:
         found[target] = (*found.get(target, ()), update)
     return found
-
-
-def _config(base: Checkpoint | None, path: Path) -> Mapping[str, object] | None:
-    try:
-        return config_of(base, path)
-    except UsageError:
-        return None
 
 
 def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> TargetNotFound:

@@ -21,6 +21,9 @@ from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
+from .experts import Experts, PackedExperts
+from .experts import as_floats as experts_as_floats
+from .experts import packing_of as packing_of_experts
 from .found import Found, Spot
 from .integer_layers import opened_up
 from .layers import BEFORE, Layer, refuse_fused_bias
@@ -80,7 +83,7 @@ def fold(
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
-    found = opened_up(found, building)
+    found = experts_as_floats(opened_up(found, building), building)
     made: Fresh = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
@@ -148,7 +151,8 @@ class Folding:
             why = f"the batch norm {normed.name} is folded into this quantized weight, which cannot be quantized again"
             raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')")
         if packed and any(update.changes_weight for update in self.updates):
-            packing = packing_of(self.spot, self.building, self.fresh)
+            find = packing_of_experts if issubclass(self.spot.kind, PackedExperts) else packing_of
+            packing = find(self.spot, self.building, self.fresh)
             change = StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
             found, told = packing.tried(change)
             if damage is not None:
@@ -161,6 +165,8 @@ class Folding:
         self._bias(layer)
         if issubclass(self.spot.kind, Recurrent):
             self._recurrent(layer.operand, self.spot.kind)
+        elif issubclass(self.spot.kind, Experts):
+            self._experts(layer.operand, self.spot.kind)
         elif normed is not None and any(update.changes_weight for update in self.updates):
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
             new = self._made(layer.operand, make, "weight", id(layer.operand))
@@ -181,6 +187,15 @@ class Folding:
         Raises:
             Unsupported: `must` is set, and the sum of the attached updates is not equal to the merge.
         """
+        if self.spot.kind.inside:
+            if must:
+                why = f"no nodes beside the node {self.spot.node.name} can add the change"
+                cure = (
+                    "Merge with --quantized requantize --keep-change packed "
+                    "(quantized='requantize', keep_change='packed')"
+                )
+                raise Unsupported(why, where=self.name, cure=cure)
+            return []
         if len(self.at) == 1 and self.at[0][1] == 1 and must:
             return [replace(self.at[0][0], spots=(self.spot,))]
         apart = []
@@ -218,7 +233,7 @@ class Folding:
             return
         kind, node = self.spot.kind, self.spot.node
         change = partial(_bias, self.spot, self.at, kind.detached(node))
-        if issubclass(kind, Recurrent):
+        if issubclass(kind, Recurrent | Experts):
             new = self._made(bias, kind.changed_bias(node, bias, change), "bias", id(bias), kind.__name__)
         else:
             copy = held_apart(bias)
@@ -228,6 +243,11 @@ class Folding:
 
     def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
         make = kind.changed(self.spot.node, partial(_added, self.at))
+        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
+
+    def _experts(self, held: ir.Value, kind: type[Experts]) -> None:
+        number, name = kind_of(held), self.name
+        make = kind.changed(self.spot.node, lambda W, start: _rounded(_added(self.at, W, start), number, name))
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
@@ -302,12 +322,16 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shap
     return seen_by(after, spot).reshape(shape)
 
 
-def _added(at: list[PlannedUpdate], W: Array) -> Array:
-    """Return the changed weight, computed as a whole, in float64."""
+def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
+    """Return the changed weight, computed as a whole, in float64; `W` has the target's rows from `start` on."""
     after = W.copy()
     for place, factor in at:
-        rows = slice(*place.target.rows) if place.target.rows else slice(None)
-        after[rows] += factor * (through(place, W[rows])[0] - W[rows])
+        first, last = place.target.rows or (start, start + len(W))
+        if start <= first and last <= start + len(W):
+            rows = slice(first - start, last - start)
+            part = W[rows].T if place.turned else W[rows]
+            change = factor * (through(place, part)[0] - part)
+            after[rows] += change.T if place.turned else change
     return after
 
 

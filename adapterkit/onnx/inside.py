@@ -88,6 +88,53 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     branch.close()
 
 
+def experts_changed(layer: Layer, parts: Sequence[tuple[Found, FormulaLayer, Sequence[Update]]]) -> None:
+    """Insert nodes that compute the changed stack of all experts and their biases, and make the node read the results.
+
+    All parts of a stack are joined at once: joining them one after the other would copy the stack for each part.
+
+    Args:
+        layer: the stack of experts.
+        parts: the targets, whose rows do not overlap; each with the rows as a layer, and with its updates.
+    """
+    W, b = layer.weight, layer.bias
+    weights: list[tuple[tuple[int, int], Value]] = []
+    biases: list[tuple[tuple[int, int], Value]] = []
+    for place, seen, updates in parts:
+        chain = seen
+        for update in updates:
+            chain = cast("FormulaLayer", Composed(chain, update))
+        assert place.target.rows is not None
+        if any(update.changes_weight for update in updates):
+            part = cast(Value, chain.weight)
+            weights.append((place.target.rows, part.swapaxes(0, 1) if place.turned else part))
+        if b is not None and any(update.changes_bias for update in updates):
+            biases.append((place.target.rows, cast(Value, chain.bias)))
+    new = layer.back(_joined(W, weights)) if weights else None
+    bias = layer.back_bias(_joined(b, biases)) if b is not None and biases else None
+    graph, made = layer.node.graph, [value for value in (new, bias) if value is not None]
+    assert graph is not None
+    graph.insert_before(layer.node, layer.branch.waiting([value.value for value in made]))
+    if new is not None:
+        _reads(layer.node, layer.position, layer.operand, new)
+    if bias is not None:
+        read = layer.own_bias
+        at = next(
+            at for at in range(len(layer.node.inputs)) if at > layer.position and weight_at(layer.node, at) is read
+        )
+        _reads(layer.node, at, read, bias)
+    layer.branch.close()
+
+
+def _joined(whole: Value, parts: Sequence[tuple[tuple[int, int], Value]]) -> Value:
+    """Return a matrix or vector with some ranges of its rows replaced."""
+    pieces, end = list[Value](), 0
+    for (start, stop), part in sorted(parts, key=lambda each: each[0]):
+        pieces += [whole[end:start], part] if end < start else [part]
+        end = stop
+    return concatenated([*pieces, *([whole[end:]] if end < whole.shape[0] else [])], 0)
+
+
 def _reads(node: ir.Node, position: int, base: ir.Value | None, new: Value) -> None:
     """Make a node read a computed weight or bias; record the name of the base's tensor for `fit`."""
     if base is not None and base.name is not None and is_constant(base):

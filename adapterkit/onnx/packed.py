@@ -581,7 +581,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
         if not isinstance(new.zero, int):
             arrays.append(joined_bits(new.zero, bits).reshape(zeros_shape))
         for at, array in enumerate(arrays, 1):
-            node.replace_input_with(at, _value(building, fresh, node.inputs[at], array))
+            node.replace_input_with(at, replaced(building, fresh, node.inputs[at], array))
 
     def rows(W: Array) -> Array:
         return np.pad(W, ((0, 0), (0, blocks * size - K)))
@@ -596,10 +596,10 @@ def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     seen = Seen(shape_of(held), numbers(scale), len(shape_of(held)) - 1, 0)
 
     def put(new: PackedNumbers) -> None:
-        node.replace_input_with(1, _value(building, fresh, held, seen.back(new.q)))
+        node.replace_input_with(1, replaced(building, fresh, held, seen.back(new.q)))
         if zero is not None:
-            node.replace_input_with(3, _value(building, fresh, zero, seen.small(new.zero, numbers(zero))))
-        fresh_scale = _value(building, fresh, scale, seen.small(new.scale, numbers(scale)))
+            node.replace_input_with(3, replaced(building, fresh, zero, seen.small(new.zero, numbers(zero))))
+        fresh_scale = replaced(building, fresh, scale, seen.small(new.scale, numbers(scale)))
         product = next(v.producer() for v in mul.inputs if v is not None and v.producer().op_type == "Mul")  # type: ignore[union-attr]
         assert product is not None
         inputs = [fresh_scale if one is scale else one for one in product.inputs]
@@ -620,10 +620,10 @@ def _in_operator(layer: IntegerLayer, building: Building, fresh: Fresh) -> Packi
     seen = Seen(shape_of(held), numbers(scale), layer.axis(layer.node), 0)
 
     def put(new: PackedNumbers) -> None:
-        values = [_value(building, fresh, held, seen.back(new.q))]
-        values.append(_value(building, fresh, scale, seen.small(new.scale, numbers(scale))))
+        values = [replaced(building, fresh, held, seen.back(new.q))]
+        values.append(replaced(building, fresh, scale, seen.small(new.scale, numbers(scale))))
         if zero is not None:
-            values.append(_value(building, fresh, zero, seen.small(new.zero, numbers(zero))))
+            values.append(replaced(building, fresh, zero, seen.small(new.zero, numbers(zero))))
         layer.put(values)
 
     found = seen.numbers_of(layer.node, numbers(held), None if zero is None else numbers(zero))
@@ -642,7 +642,7 @@ def _in_linear(
     def put(new: PackedNumbers) -> None:
         arrays = [seen.back(new.q), seen.small(new.scale, scale)]
         arrays += [] if zero is None else [seen.small(new.zero, zero)]
-        values = [_value(building, fresh, one, array) for one, array in zip(given, arrays, strict=False)]
+        values = [replaced(building, fresh, one, array) for one, array in zip(given, arrays, strict=False)]
         _copied(spot, node, stored, values, building)
 
     return Packing(stored, held.shape, seen.numbers_of(spot.node, held, zero), seen.rows, put)
@@ -668,10 +668,10 @@ def _in_product(
     def put(new: PackedNumbers) -> None:
         out = ir.Value(name=building.name(f"{held.name}.merged/Cast_output"), type=cast.type)  # type: ignore[union-attr]
         words = {name: one.value for name, one in made_by.attributes.items()}
-        again = ir.node("Cast", [_value(building, fresh, held, seen.back(new.q))], words, outputs=[out])
+        again = ir.node("Cast", [replaced(building, fresh, held, seen.back(new.q))], words, outputs=[out])
         again.name = building.name(f"{made_by.name}.merged")
         node.graph.insert_before(node, again)  # type: ignore[union-attr]
-        factor = _value(building, fresh, scale, seen.small(new.scale, factors))
+        factor = replaced(building, fresh, scale, seen.small(new.scale, factors))
         inputs = [out if one is cast else factor for one in node.inputs]
         _copied(spot, node, stored, inputs, building)
 
@@ -690,7 +690,7 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
     drop(node)
 
 
-def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
+def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
     """Return a new tensor that replaces an old one, in the same dtype; nodes with equal values share the new tensor."""
     assert old is not None
     assert old.const_value is not None

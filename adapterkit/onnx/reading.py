@@ -60,6 +60,23 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     return check_base(adapters, base, strict)
 
 
+GENAI_TYPE = "genai_model_type"
+"""Key of a config for the model type in `genai_config.json`, if that is all that is known of the model."""
+
+
+def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
+    """Return the config of the exported model; without one, the model type beside the graph, or None."""
+    try:
+        return config_of(base, path)
+    except UsageError:
+        beside = None if path is None else path.parent / "genai_config.json"
+    if beside is None or not beside.is_file():
+        return None
+    model = read_json(beside).get("model")
+    kind = model.get("type") if isinstance(model, Mapping) else None
+    return {GENAI_TYPE: kind} if isinstance(kind, str) else None
+
+
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object]:
     """Return the config of the exported model, from the base or from the graph's folder.
 

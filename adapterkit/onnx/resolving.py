@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .experts import EXPERTS, Experts, in_experts
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
@@ -41,7 +42,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
-from .routed import refuse_routed
+from .routed import by_expert, compare_experts
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -52,13 +53,16 @@ KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
     FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
-"""The kinds of layers; a node is a layer of at most one kind, except recurrent nodes."""
+"""The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
+
+SEVERAL: tuple[type[Layer], ...] = (*RECURRENT, *EXPERTS)
+"""The kinds of nodes with several weights: a recurrent layer, or the experts of a layer."""
 
 
 def kinds_of(node: ir.Node) -> list[type[Layer]]:
-    """Return the kinds of layers at a node: at most one kind, but for a recurrent node, one kind per weight."""
+    """Return the kinds of layers at a node: at most one kind, but for a node with several weights, one per weight."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
-    return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
+    return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
 
 
 # Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
@@ -98,8 +102,8 @@ def resolve(
     tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
+    adapter, whole = by_expert(adapter, model, tying.config)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
-    refuse_routed(model, adapter)
     modules = _modules(model, adapter, known)
     norms = norms_at(model, adapter, known, base)
     apart = {*modules, *norms}
@@ -130,10 +134,12 @@ def resolve(
         from .matching import compare
 
         found = compare(found, base)
+        compare_experts(found, whole, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
+    ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
     return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
@@ -164,8 +170,10 @@ def taken(
     """
     spots = spots_of(model)
     known = by_name(spots)
-    whole_adapter = adapter
+    whole_adapter, refused = adapter, list[Target]()
+    adapter, stacks = by_expert(adapter, model, config, refused)
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
+    whole |= stacks
     modules = _modules(model, adapter, known)
     apart = {*modules, *norms_at(model, adapter, known, base)}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
@@ -176,7 +184,7 @@ def taken(
             lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
         elif lost:
             _check_named(layered, lost, spots)
-    gone = dict.fromkeys(whole.get(target, target) for target in lost)
+    gone = dict.fromkeys([*refused, *(whole.get(target, target) for target in lost)])
     kept = {t: updates for t, updates in whole_adapter.updates.items() if t not in gone}
     return whole_adapter.replace(updates=kept), tuple(gone)
 
@@ -347,6 +355,8 @@ def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
 def _names(
     node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
+    if issubclass(kind, Experts):
+        return {}  # Each part of an expert has a name; see `in_experts`.
     if issubclass(kind, Recurrent):
         said = kind.name(node)
         return {} if said is None else {"path": (said,)}
@@ -376,7 +386,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 def by_name(spots: Sequence[Spot]) -> Known:
     """Return all names of weights; each with the first method that found the name, and the layers with that weight."""
     known: Known = {}
-    spots = [*spots, *in_heads(spots)]
+    spots = [*spots, *in_heads(spots), *in_experts(spots)]
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
         for spot in spots:
@@ -427,7 +437,10 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
 
 
-BUILDER_NAMES = (("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"))
+BUILDER_NAMES = (
+    ("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"),
+    ("moe.router", "feed_forward.gate"), ("moe.router", "block_sparse_moe.gate"), ("moe.router", "router.proj"),
+)  # fmt: skip
 """Pairs of names for the same layer, first the graph's: onnxruntime-genai's builder calls every attention `attn`, and
 every router of experts `moe.router`."""
 

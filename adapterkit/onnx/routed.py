@@ -1,55 +1,233 @@
-"""Refuse targets in experts that one node routes, multiplies and activates: `MoE` and `QMoE` of onnxruntime.
+"""Map an adapter's targets in experts to the parts of the experts in a graph; see experts.py.
 
-Such a node holds the weights of all experts and selects them for each token. Its output is no sum of products with
-these weights, so nodes beside it cannot add an adapter's change.
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
+An adapter changes single experts, such as `mlp.experts.3.gate_proj`, or stacks of them, such as
+`mlp.experts.gate_up_proj`. Stacks are split into updates of single experts. The file of the model's family shows which
+weights a stack fuses, and in which order of rows.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported
+import numpy as np
+
+from ..core.metadata import model_types_of
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..io.arrange import item
+from ..io.lazy import as_array
+from ..naming.architectures import Architecture, Place, architecture_of
+from ..naming.binding.moving import moved
+from ..naming.moves import Move, PathPart
+from .experts import LAYER, Stack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
+from .found import NEAR
+from .modules import same_end
 from .operands import nodes_of
+from .reading import GENAI_TYPE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..core.adapter import Adapter
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from .building import Array
+    from .found import Found
 
-OPERATORS = ("MoE", "QMoE")
+TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Model types of onnxruntime-genai that differ from transformers'."""
 
-_LAYER = re.compile(r"(?:^|[./])(?:layers|h|blocks)[./](\d+)[./]")
+PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
+         "w2": "down_proj"}  # fmt: skip
+"""The names of an expert's weights in all models whose experts have separate weights."""
+
+Config = Mapping[str, object] | None
 
 
-def refuse_routed(model: ir.Model, adapter: Adapter) -> None:
-    """Refuse an adapter's targets in experts if a node of the same layer holds all experts.
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A weight of experts under a target's name.
+
+    Attributes:
+        part: one of the values of `PARTS`.
+        expert: the number of the expert; None for a stack of all experts.
+        rows: the rows of the target that belong to the weight; None for all rows.
+    """
+
+    part: str
+    expert: int | None
+    rows: PathPart | None
+
+
+def by_expert(
+    adapter: Adapter, model: ir.Model, config: Config, refused: list[Target] | None = None
+) -> tuple[Adapter, dict[Target, Target]]:
+    """Split an adapter's updates of experts that one node holds into updates of single experts.
+
+    Args:
+        adapter: the adapter.
+        model: the graph.
+        config: the base's config, whose `model_type` selects the family.
+        refused: a list that gets the targets that cannot be changed, instead of an error; the result lacks them.
+
+    Returns:
+        the adapter, with the graph's names of experts; and a map from each such target to the adapter's target.
 
     Raises:
-        Unsupported: there is such a target; the error names the node and its operator.
+        Unsupported: the layout of a node's weights is unknown, or the family of a stack is.
+        ShapeMismatch: the adapter has another number of experts than the graph.
     """
-    targets = [target for target in adapter.updates if "experts" in target.path.split(".")]
-    if not targets:
-        return
-    nodes = [node for node in nodes_of(model) if node.domain == "com.microsoft" and node.op_type in OPERATORS]
-    for target in targets:
-        layer = _layer(f"{target.path}.")
-        for node in nodes:
-            held = [value.name or "" for value in node.inputs if value is not None and "experts" in (value.name or "")]
-            if layer is not None and layer in {_layer(name) for name in (node.name or "", *held)}:
-                why = (
-                    f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type}), which "
-                    "selects, multiplies and activates them at once, so nodes beside it cannot add the change"
-                )
-                cure = (
-                    "Merge the adapter into the base (adapterkit merge BASE A -o OUT), and build the graph from that; "
-                    "or omit such targets: --allow-partial (allow_partial=True)"
-                )
-                raise Unsupported(why, where=str(target), cure=cure)
+    nodes = [node for node in nodes_of(model) if is_routed(node)]
+    if not nodes:
+        return adapter, {}
+    stacks, family = stacks_of(nodes), _family(adapter, config)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    whole: dict[Target, Target] = {}
+    for target, given in adapter.updates.items():
+        number = layer_of(target.path)
+        found = () if number is None else _readings(target.path, family)
+        named = "experts" in target.path.split(".")
+        if number is None or not (found or named) or not _in_layer(nodes, number):
+            updates[target] = given
+            continue
+        try:
+            stack = stacks.get(number)
+            if stack is None:
+                node = next(node for node in nodes if (stem := stem_of(node)) and layer_of(stem) == number)
+                raise _refused(target, node, unknown_layout(node) or "no name shows its layer")
+            _check(target, given, stack, found, model)
+        except Unsupported:
+            if refused is None:
+                raise
+            refused.append(target)
+            continue
+        moves = [move for reading in found for move in _moves(reading, stack)]
+        for _, there, part in moved({target: given}, {target.path: tuple(moves)}, {}):
+            updates[there] = (*updates.get(there, ()), *part)
+            whole[there] = target
+    return adapter.replace(updates=updates), whole
 
 
-def _layer(name: str) -> str | None:
-    """Return the number of the layer in a name of a module, tensor or node; None if it has none."""
-    found = _LAYER.search(name)
-    return None if found is None else found.group(1)
+def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base: Checkpoint) -> None:
+    """Compare experts in a graph with the base's weights, where the base has them under the adapter's names.
+
+    Args:
+        found: the targets of an adapter.
+        whole: the second result of `by_expert`.
+        base: the weights that the graph was exported from.
+
+    Raises:
+        TargetNotFound: an expert differs from the base by more than quantization explains.
+    """
+    read: dict[tuple[str, int], Array] = {}
+    held: dict[tuple[ir.Node, object], Array] = {}
+    for place in found:
+        asked = whole.get(place.asked)
+        if asked is None or place.target.rows is None:
+            continue
+        names = [name for name in base.tensors if same_end(name.removesuffix(".weight"), asked.path)]
+        if len(names) != 1 or not base.tensors[names[0]].dtype.floating:
+            continue
+        number, spot = int(place.target.path.split(".")[-2]), place.spots[0]
+        if (names[0], number) not in read:
+            tensor = base.tensors[names[0]]
+            own = item(tensor, number) if len(tensor.shape) == 3 else tensor
+            read[names[0], number] = as_array(own).astype(np.float32)
+        if (spot.node, spot.kind) not in held:
+            held[spot.node, spot.kind] = spot.kind.held(spot.node).astype(np.float32)
+        first, stop = spot.rows or place.target.rows
+        V, W = held[spot.node, spot.kind][first:stop], read[names[0], number]
+        half = [way for U in (W, W.T) for way in (U, U[: len(U) // 2], U[len(U) // 2 :], U[::2], U[1::2])]
+        far = min((float(np.linalg.norm(V - U)) for U in half if U.shape == V.shape), default=float("inf"))
+        if far > NEAR * max(float(np.linalg.norm(V)), 1e-30):
+            why = f"expert {number} in the graph differs from the base's weight {names[0]}"
+            raise TargetNotFound(why, where=str(asked), cure="Is this the base that the graph was exported from?")
+
+
+def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:
+    return any((stem := stem_of(node)) is not None and layer_of(stem) == number for node in nodes)
+
+
+def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Sequence[_Reading], model: ir.Model) -> None:
+    if not found:
+        why = "the order of rows in this stack of experts depends on the model's family, which is unknown"
+        cure = "Pass the model's folder, whose config.json names the family: --base-weights DIR (base_weights=DIR)"
+        raise Unsupported(why, where=str(target), cure=cure)
+    count = updates[0].dims(True).get("e") if target.stacked else stack.experts
+    if count != stack.experts:
+        why = f"the adapter has {count} experts, and the graph {stack.experts}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+    # The builder multiplies the second weights of Gemma 4 by a scale of each expert; a change would need it, too.
+    scale = f"{stack.stem}.moe.router.scale"
+    if any(reading.part == "down_proj" for reading in found) and scale in model.graph.initializers:
+        raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
+    if fused(stack.node) == 1 and any(reading.part == "gate_proj" for reading in found):
+        raise _refused(target, stack.node, "its experts have no gate")
+    loose = [update.method for update in updates if update.changes_bias and target.stacked]
+    if loose:
+        raise _refused(target, stack.node, f"{loose[0]} changes a bias, and the biases are another stack")
+
+
+def _refused(target: Target, node: ir.Node, why: str) -> Unsupported:
+    """Return the error for a target inside a node."""
+    text = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type}), and {why}"
+    return Unsupported(text, where=str(target), cure=OTHERWISE)
+
+
+OTHERWISE = (
+    "Merge the adapter into the base (adapterkit merge BASE A -o OUT), and build the graph from that; or omit such "
+    "targets: --allow-partial (allow_partial=True)"
+)
+"""The cure for targets inside nodes that cannot be changed."""
+
+
+def _family(adapter: Adapter, config: Config) -> Architecture | None:
+    """Return the family that the base's config names, or else the one that the adapter was trained on."""
+    text = (config or {}).get("text_config")
+    named = [(config or {}).get("model_type"), (config or {}).get(GENAI_TYPE)]
+    named += [text.get("model_type")] if isinstance(text, Mapping) else []
+    for kind in (*named, *model_types_of(adapter)):
+        known = None if not isinstance(kind, str) else architecture_of({"model_type": TYPES.get(kind, kind)})
+        if known is not None:
+            return known
+    return None
+
+
+def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
+    """Return the weights of experts under a name; empty if the name is not that of experts, or the family is unknown.
+
+    Names are compared after the number of the layer: words before it differ between classes of one family.
+    """
+    layer = LAYER.match(path)
+    inner = "" if layer is None else path[layer.end() :].strip(".")
+    words = inner.split(".")
+    if len(words) > 2 and words[-3] == "experts" and words[-2].isdigit() and words[-1] in PARTS:
+        return (_Reading(PARTS[words[-1]], int(words[-2]), None),)
+    found: dict[str, _Reading] = {}
+    for weight in family.record.weights if family is not None else ():
+        part = PARTS.get(weight.rpartition(".")[2])
+        if family is None or part is None or "{e}" not in weight:
+            continue
+        for naming in family.namings:
+            place = family.place(weight, naming)
+            if place is not None and place.stacked and place.name.partition("{n}.")[2] == inner:
+                found.setdefault(part, _Reading(part, None, _rows(place)))
+    if {reading.rows for reading in found.values()} == {PathPart(0, 2), PathPart(1, 2)}:
+        return (_Reading("gate_up_proj", None, None),)
+    return tuple(found.values())
+
+
+def _rows(place: Place) -> PathPart | None:
+    if place.part is None or place.of is None:
+        return None
+    return PathPart(place.part, place.of, place.interleaved)
+
+
+def _moves(reading: _Reading, stack: Stack) -> list[Move]:
+    if reading.expert is not None:
+        return [Move(path_of(stack.stem, reading.expert, reading.part))]
+    return [
+        Move(path_of(stack.stem, expert, reading.part), take=reading.rows, expert=expert)
+        for expert in range(stack.experts)
+    ]

@@ -34,8 +34,8 @@ _TYPES = {
 Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
-"""Sizes from the configs beside a graph: `head_size` and `heads` of the past; `channels`, `height`, `width` of
-images."""
+"""Sizes from the configs beside a graph: `head_size`, `heads` and `window` of the past; `channels`, `height`, `width`
+of images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
@@ -49,13 +49,14 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     model = _config(graph.parent / "genai_config.json").get("model")
     found_decoder = model.get("decoder") if isinstance(model, dict) else None
     decoder = found_decoder if isinstance(found_decoder, dict) else {}
+    window = decoder.get("sliding_window")
     config = _config(graph.parent / "config.json")
     image = config.get("image_size", config.get("sample_size"))
     height, width = image[:2] if isinstance(image, list) and len(image) > 1 else (image, image)
     channels = config.get("num_channels", config.get("in_channels"))
     found = {
         "head_size": decoder.get("head_size"), "heads": decoder.get("num_key_value_heads"), "channels": channels,
-        "height": height, "width": width,
+        "height": height, "width": width, "window": window.get("window_size") if isinstance(window, dict) else None,
     }  # fmt: skip
     return {word: size for word, size in found.items() if isinstance(size, int) and 0 < size < 1 << 16}
 
@@ -105,7 +106,8 @@ def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
-    words = (None, "heads", None, "head_size") if past else (None, "channels", "height", "width")
+    # A cache of a sliding window must have the window's length; all caches have the same length.
+    words = (None, "heads", "window", "head_size") if past else (None, "channels", "height", "width")
     if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
         return
     for axis, word in zip(entry.shape, words, strict=True):

@@ -21,7 +21,7 @@ from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
 from .found import METHODS, NEAR, Found, Spot
 from .packed import is_packed
-from .reading import config_of
+from .reading import known_config
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -48,11 +48,7 @@ class Tying:
         Raises:
             UsageError: the choice is unknown.
         """
-        try:
-            config = config_of(base, path)
-        except UsageError:
-            config = None
-        return cls(parse_tied(tied), config)
+        return cls(parse_tied(tied), known_config(base, path))
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:

@@ -331,15 +331,14 @@ def test_a_router_of_experts(tmp_path, word, way):
     np.testing.assert_allclose(session.run(None, {"x": x, **feeds})[0], wanted, atol=1e-5 * abs(wanted).max())
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_experts_in_one_node_are_refused_by_its_name(tmp_path, stacked):
+def test_experts_of_an_unknown_layout_are_refused_by_the_name_of_their_node(tmp_path):
+    """A third weight is not run by onnxruntime's kernel for processors, so nothing proves what it does."""
     routed(tmp_path / "model")
-    if stacked:
-        target = Target("model.layers.0.mlp.experts.gate_up_proj", layout="e out *in")
-        update = METHODS["lora"](A=torch.ones(EXPERTS, 2, HIDDEN), B=torch.ones(EXPERTS, INNER, 2))
-    else:
-        target = Target("model.layers.0.mlp.experts.1.up_proj")
-        update = METHODS["lora"](A=torch.ones(2, HIDDEN), B=torch.ones(INNER, 2))
+    model = onnx.load(tmp_path / "model" / "model.onnx")
+    model.graph.node[1].input.extend(["", model.graph.node[1].input[2]])
+    onnx.save(model, tmp_path / "model" / "model.onnx")
+    target = Target("model.layers.0.mlp.experts.1.up_proj")
+    update = METHODS["lora"](A=torch.ones(2, HIDDEN), B=torch.ones(INNER, 2))
     router = METHODS["lora"](A=torch.ones(2, HIDDEN), B=torch.ones(EXPERTS, 2))
     held = Adapter({target: (update,), Target("model.layers.0.mlp.router"): (router,)})
     for source in (tmp_path / "model", tmp_path / "model" / "model.onnx"):
@@ -349,9 +348,8 @@ def test_experts_in_one_node_are_refused_by_its_name(tmp_path, stacked):
                 change(source, held, out)
             assert "--allow-partial (allow_partial=True)" in str(error.value)
         assert not out.exists()
-        report = ak.onnx.inject(source, held, out, allow_partial=True)
+        report = ak.onnx.inject(source, held, out, allow_partial=True, check=False)
         assert [str(found.asked) for found in report.found] == ["model.layers.0.mlp.router"]
     other = Adapter({Target("model.layers.1.mlp.experts.1.up_proj"): held.updates[target]})
-    if not stacked:
-        with pytest.raises(TargetNotFound):  # The graph has no such layer.
-            ak.onnx.inject(tmp_path / "model" / "model.onnx", other, tmp_path / "no.onnx")
+    with pytest.raises(TargetNotFound):  # The graph has no such layer.
+        ak.onnx.inject(tmp_path / "model" / "model.onnx", other, tmp_path / "no.onnx")

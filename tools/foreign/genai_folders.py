@@ -46,13 +46,38 @@ def configs() -> dict[str, tuple[Any, list[str]]]:
         "qwen3": (t.Qwen3Config(**grouped, head_dim=16), apart),
         "phi3": (t.Phi3Config(**grouped, original_max_position_embeddings=128), ["qkv_proj", "o_proj", "gate_up_proj"]),
         "gemma": (t.GemmaConfig(**grouped, head_dim=16), apart),
+        **experts(grouped),
     }
 
 
-def peft_config(kind: str, targets: list[str]) -> Any:
+def experts(sizes: dict[str, Any]) -> dict[str, tuple[Any, list[str]]]:
+    """Return the models whose experts the builder puts into one node."""
+    import transformers as t
+
+    several = {**sizes, "num_experts_per_tok": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    oss = t.GptOssConfig(**several, head_dim=16, num_local_experts=4, layer_types=kinds, sliding_window=8)
+    lfm = t.Lfm2MoeConfig(
+        **several, moe_intermediate_size=64, num_experts=4, num_dense_layers=1, layer_types=["conv", kinds[1]]
+    )
+    return {"gptoss": (oss, ["q_proj"]), "lfm2moe": (lfm, ["q_proj"])}
+
+
+PARAMETERS = {
+    "gptoss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"],
+    "lfm2moe": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+}
+"""Model -> the stacks of experts, and the router, that its LoRA adapts."""
+
+
+def peft_config(kind: str, targets: list[str], name: str = "") -> Any:
     """Return PEFT's config of one method."""
     import peft
 
+    if name in PARAMETERS:
+        return peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=targets, target_parameters=PARAMETERS[name], init_lora_weights=False
+        )
     if kind == "ia3":
         return peft.IA3Config(target_modules=targets, feedforward_modules=targets[-1:], init_ia3_weights=False)
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_dora=kind == "dora")
@@ -83,10 +108,10 @@ def make(folder: Path) -> None:
                     parameter.add_(0.08 * torch.randn_like(parameter))
             model.save_pretrained(home / "base")
             tokenizer().save_pretrained(home / "base")
-            for kind in METHODS:
+            for kind in METHODS if name not in PARAMETERS else METHODS[:1]:
                 changed = peft.get_peft_model(
                     AutoModelForCausalLM.from_pretrained(home / "base", trust_remote_code=False),
-                    peft_config(kind, targets),
+                    peft_config(kind, targets, name),
                 )
                 with torch.no_grad():
                     for key, parameter in changed.named_parameters():
@@ -94,6 +119,8 @@ def make(folder: Path) -> None:
                             parameter.add_(0.1 * torch.randn_like(parameter))
                 changed.save_pretrained(home / kind)
         for kind, (precision, options) in TYPES.items():
+            if name in PARAMETERS and kind != "fp32":  # The dequantized weights of other types are not compared.
+                continue
             if (home / kind / "genai_config.json").exists():
                 continue
             device = "cuda" if precision == "fp16" else "cpu"

@@ -1,0 +1,444 @@
+"""Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
+
+The output is no sum of products with these weights, so nodes after such a node cannot add a change. Nodes before it
+compute a changed stack, or a merge changes the stored stack.
+
+Formulas see a stack `[expert, out, in]` as one matrix with the experts' rows in turn, so that each part of an expert is
+a range of rows, as in torch. Fused gates and ups are stored row by row, with a gate first.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MoE
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array, Branch, Building, Dtype, element_type
+from .changes import Fresh, Stored, lazily
+from .layers import Layer, weight_at
+from .modules import dotted
+from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .packed import PackedNumbers, Packing, joined_bits, numbers_in, replaced, split, unpacked
+from .values import Value
+
+if TYPE_CHECKING:
+    from ..io.lazy import Lazy
+    from .found import Found, Spot
+
+OPERATORS = ("MoE", "QMoE")
+
+LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
+"""Matches a name up to the number of its layer."""
+
+
+def is_routed(node: ir.Node) -> bool:
+    """Whether a node holds the weights of several experts."""
+    return node.domain == "com.microsoft" and node.op_type in OPERATORS
+
+
+def fused(node: ir.Node) -> int:
+    """Return the number of weights that the first stack fuses: 2 for gate and up, otherwise 1."""
+    return 2 if attribute(node, "activation_type", "relu") == "swiglu" else 1
+
+
+def unknown_layout(node: ir.Node) -> str | None:
+    """Return why the layout of a node's weights is unknown; None if it is known."""
+    packed = node.op_type == "QMoE"
+    first, second, third = (2, 5, 8) if packed else (2, 4, 6)
+    if any(_at(node, at) is None or not is_constant(weight_at(node, at)) for at in (first, second)):
+        return "its weights are no constants"
+    if _at(node, third) is not None:
+        return "it has a third weight (fc3), which onnxruntime's kernel for processors does not run"
+    if fused(node) == 2 and attribute(node, "swiglu_fusion", 0) != 1:
+        return "its gates and ups are not interleaved, and onnxruntime's kernel for processors does not run this order"
+    if packed and (why := _unknown_packing(node)) is not None:
+        return why
+    one, two = (shape_of(_weight(node, at)) for at in (first, second))
+    if len(one) != 3 or len(two) != 3:
+        return "its weights do not have three axes"
+    per = 8 // _bits(node) if packed else 1
+    hidden, inner = two[1], two[2] * per
+    # In an older layout, input and output axes are swapped in the shape. Its shapes can equal those of this layout, so
+    # compare another tensor that shows the width.
+    width = _width(node, 7 if packed else 5)
+    if one != (two[0], fused(node) * inner, hidden // per) or hidden % per or (width is not None and width != hidden):
+        return "its weights are stored in an older or a prepacked layout"
+    if width is None and fused(node) == 1 and hidden != inner:
+        return "neither a bias nor the shape of its input shows which axis of its weights is the input"
+    return None
+
+
+def _unknown_packing(node: ir.Node) -> str | None:
+    bits = {attribute(node, f"{word}expert_weight_bits", _bits(node)) for word in ("", "fc1_", "fc2_")}
+    if attribute(node, "quant_type", "int") != "int" or not bits <= {4, 8} or len(bits) > 1:
+        return "its weights are neither 4-bit nor 8-bit integers"
+    if attribute(node, "weights_prepacked", 0) == 1:
+        return "its weights are prepacked for one kind of processor"
+    if any(one is not None for one in node.inputs[11:]):
+        return "it has zero points, global scales or separate weights of routes"
+    if any(not is_constant(_at(node, position)) for position in (3, 6)):
+        return "its scales are no constants"
+    return None
+
+
+def _width(node: ir.Node, bias: int) -> int | None:
+    """Return the number of the node's inputs as its second bias or the shape of its input shows it."""
+    held, x = _at(node, bias), node.inputs[0]
+    shapes = [one.shape for one in (held, x) if one is not None and one.shape is not None]
+    return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
+
+
+def _bits(node: ir.Node) -> int:
+    return int(attribute(node, "expert_weight_bits", 4))
+
+
+def _at(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if len(node.inputs) > position else None
+
+
+def _weight(node: ir.Node, position: int) -> ir.Value:
+    found = weight_at(node, position)
+    assert found is not None
+    return found
+
+
+class Experts(Layer):
+    """The first weights of all experts, `[experts * out, in]`: each expert's gate and up, or a single weight.
+
+    Class attributes:
+        vector: the position of the biases.
+        first: True for the first weights, which may fuse gates and ups.
+    """
+
+    op_type = "MoE"
+    position, inside = 2, True
+    vector: ClassVar[int] = 3
+    first: ClassVar[bool] = True
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return is_routed(node) and node.op_type == cls.op_type and unknown_layout(node) is None
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    @classmethod
+    def sizes(cls, node: ir.Node) -> tuple[int, int, int]:
+        """Return the numbers of experts, of outputs and of inputs."""
+        experts, out, in_ = shape_of(cls.operand_of(node))
+        return experts, out, in_
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        experts, out, in_ = cls.sizes(node)
+        return experts * out, in_
+
+    @classmethod
+    def parts(cls, node: ir.Node) -> int:
+        """Return how many weights of torch's are interleaved in each expert."""
+        return fused(node) if cls.first else 1
+
+    @classmethod
+    def apart(cls, stack: Array, node: ir.Node) -> Array:
+        """Convert experts `[e, out, ...]` to torch's order of rows."""
+        several, parts = stack.reshape(len(stack), -1, cls.parts(node), *stack.shape[2:]), cls.parts(node)
+        return stack if parts == 1 else several.swapaxes(1, 2).reshape(stack.shape)
+
+    @classmethod
+    def together(cls, stack: Array, node: ir.Node) -> Array:
+        """Convert experts `[e, out, ...]` from torch's order of rows to the node's."""
+        several, parts = stack.reshape(len(stack), cls.parts(node), -1, *stack.shape[2:]), cls.parts(node)
+        return stack if parts == 1 else several.swapaxes(1, 2).reshape(stack.shape)
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        copy, shape = held_apart(cls.operand_of(node)), cls.held_shape(node)
+        return lambda: cls.apart(numbers(copy), node).reshape(shape)
+
+    @classmethod
+    def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
+        """Return a function that computes the stack, one expert after the other.
+
+        Args:
+            node: the node.
+            f: changes the rows of one expert, `[out, in]` in float64; its second argument is the first row's number.
+        """
+        copy, out = held_apart(cls.operand_of(node)), cls.sizes(node)[1]
+
+        def make() -> Array:
+            stack: Array = numbers(copy).copy()
+            for expert in range(len(stack)):
+                W = cls.apart(stack[expert : expert + 1].astype(np.float64), node)[0]
+                stack[expert] = cls.together(f(W, expert * out)[None], node)[0]
+            return stack
+
+        return make
+
+    @property
+    def weight(self) -> Value:
+        experts, out, in_ = self.sizes(self.node)
+        read = self.node.inputs[self.position]
+        assert read is not None
+        stack = Value(self.branch, (experts, out, in_), self.dtype, read)
+        return Value(
+            self.branch, (experts * out, in_), self.dtype, self._ordered(stack, True).value, self.detached(self.node)
+        )
+
+    def back(self, W: Value) -> Value:
+        return self._ordered(W.reshape(*self.sizes(self.node)), False, flat=False)
+
+    def _ordered(self, stack: Value, apart: bool, flat: bool = True) -> Value:
+        """Convert experts `[e, out, ...]` between the node's order of rows and torch's."""
+        (experts, out, *rest), parts = stack.shape, self.parts(self.node)
+        if parts > 1:
+            split = (out // parts, parts) if apart else (parts, out // parts)
+            stack = stack.reshape(experts, *split, *rest).swapaxes(1, 2)
+        return stack.reshape(*((experts * out, *rest) if flat else (experts, out, *rest)))
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        held = weight_at(self.node, self.vector) if _at(self.node, self.vector) is not None else None
+        return held if is_constant(held) else None
+
+    @property
+    def has_bias(self) -> bool:
+        return _at(self.node, self.vector) is not None
+
+    @property
+    def bias(self) -> Value | None:
+        held, read = self.own_bias, _at(self.node, self.vector)
+        if held is None or read is None:
+            return None
+        stack = Value(self.branch, shape_of(held), element_type(held), read)
+        copy, node = held_apart(held), self.node
+        known = self._ordered(stack, True)
+        return Value(
+            self.branch, known.shape, stack.dtype, known.value, lambda: self.apart(numbers(copy), node).reshape(-1)
+        )
+
+    def back_bias(self, b: Value) -> Value:
+        experts, out, _ = self.sizes(self.node)
+        return self._ordered(b.reshape(experts, out), False, flat=False)
+
+    @classmethod
+    def changed_bias(cls, node: ir.Node, held: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
+        """Return a function that computes the stacked biases, changed by `f` in torch's order, `[experts * out]`."""
+        copy = held_apart(held)
+
+        def make() -> Array:
+            stack = numbers(copy).astype(np.float64)
+            return cls.together(f(cls.apart(stack, node).reshape(-1)).reshape(stack.shape), node)
+
+        return make
+
+
+class SecondExperts(Experts):
+    """The second weights of all experts, `[experts * hidden, inner]`."""
+
+    position, vector, first = 4, 5, False
+
+
+class PackedExperts(Experts):
+    """The first weights of a `QMoE`, packed along the inputs; each row, or each block in it, has a scale."""
+
+    op_type = "QMoE"
+    vector = 4
+
+    @classmethod
+    def sizes(cls, node: ir.Node) -> tuple[int, int, int]:
+        experts, out, bytes_ = shape_of(cls.operand_of(node))
+        return experts, out, bytes_ * 8 // _bits(node)
+
+    @classmethod
+    def scales(cls, node: ir.Node) -> ir.Value:
+        """Return the scales, `[experts, out]` or `[experts, out, blocks]`."""
+        return _weight(node, cls.position + 1)
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        (experts, out, in_), bits = cls.sizes(node), _bits(node)
+        packed, scales = held_apart(cls.operand_of(node)), held_apart(cls.scales(node))
+        size = attribute(node, "block_size", 0) or in_
+
+        def make() -> Array:
+            q = unpacked(numbers(packed).reshape(experts * out, -1), bits).astype(np.float32) - (1 << (bits - 1))
+            factors = numbers(scales).reshape(experts * out, -1).astype(np.float32)
+            W = q * np.repeat(factors, size, axis=1)[:, :in_]
+            return cls.apart(W.reshape(experts, out, in_), node).reshape(experts * out, in_)
+
+        return make
+
+    @property
+    def dtype(self) -> Dtype:
+        x = self.node.inputs[0]
+        known = next((one for one in (x, self.node.outputs[0]) if one is not None and one.dtype is not None), None)
+        return np.dtype(np.float32) if known is None else element_type(known)
+
+
+class SecondPackedExperts(PackedExperts):
+    """The second weights of a `QMoE`."""
+
+    position, vector, first = 5, 7, False
+
+
+EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, SecondPackedExperts)
+
+
+# Names of the experts in a graph. onnxruntime-genai's builder calls every layer of experts `moe`, so names in a graph
+# are `model.layers.0.moe.experts.3.gate_proj`, whatever the model calls them.
+
+
+def layer_of(name: str) -> str | None:
+    """Return the number of the layer in a name; None if the name has none."""
+    found = LAYER.match(dotted(name) if name.startswith("/") else name)
+    return None if found is None else found.group(1)
+
+
+def stem_of(node: ir.Node) -> str | None:
+    """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
+    held = [value.name or "" for value in node.inputs[2:] if value is not None]
+    for name in (*held, dotted(node.name or "")):
+        found = LAYER.match(name)
+        if found is not None:
+            return found.group(0)
+    return None
+
+
+def path_of(stem: str, expert: int, part: str) -> str:
+    """Return the name of a part of an expert in a graph."""
+    return f"{stem}.moe.experts.{expert}.{part}"
+
+
+def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
+    """Yield the parts of each expert as layers, each with its rows and name."""
+    for spot in spots:
+        if not issubclass(spot.kind, Experts) or (stem := stem_of(spot.node)) is None:
+            continue
+        experts, out, in_ = spot.kind.sizes(spot.node)
+        for expert in range(experts):
+            for part, start, stop in _parts(spot.kind, spot.node, out):
+                rows = (expert * out + start, expert * out + stop)
+                names = {"initializer": (f"{path_of(stem, expert, part)}.weight",)}
+                yield replace(spot, names=names, rows=rows, shape=(stop - start, in_))
+
+
+def _parts(kind: type[Experts], node: ir.Node, out: int) -> list[tuple[str, int, int]]:
+    if not kind.first:
+        return [("down_proj", 0, out)]
+    if fused(node) == 1:
+        return [("up_proj", 0, out)]
+    return [("gate_proj", 0, out // 2), ("up_proj", out // 2, out), ("gate_up_proj", 0, out)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """A layer of experts in a graph.
+
+    Attributes:
+        node: the node.
+        stem: the layer's name, such as `model.layers.0`.
+        experts: the number of experts.
+    """
+
+    node: ir.Node
+    stem: str
+    experts: int
+
+
+def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, Stack]:
+    """Return a map from the number of a layer to its experts, for nodes whose layout is known."""
+    found: dict[str, Stack] = {}
+    for node in nodes:
+        stem = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
+        number = None if stem is None else layer_of(stem)
+        if stem is not None and number is not None:
+            found[number] = Stack(node, stem, shape_of(_weight(node, 2))[0])
+    return found
+
+
+def as_floats(found: Sequence[Found], building: Building) -> list[Found]:
+    """Replace each `QMoE` among the targets' nodes by a `MoE` with dequantized weights; return the new targets."""
+    new: dict[ir.Node, ir.Node] = {}
+    spots: dict[Spot, Spot] = {}
+    for spot in (spot for place in found for spot in place.spots):
+        if not issubclass(spot.kind, PackedExperts) or spot in spots:
+            continue
+        if spot.node not in new:
+            new[spot.node] = _as_float(spot.node, building)
+        kind = Experts if spot.kind.first else SecondExperts
+        spots[spot] = replace(spot, node=new[spot.node], kind=kind, sources=(kind.operand_of(new[spot.node]),))
+    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in found]
+
+
+def _as_float(node: ir.Node, building: Building) -> ir.Node:
+    inputs: list[ir.Value | None] = [*node.inputs[:2]]
+    for kind in (PackedExperts, SecondPackedExperts):
+        make, sizes = kind.detached(node), kind.sizes(node)
+        dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
+        name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
+        # Bind the loop's values: the tensor is computed when it is written.
+        tensor = ir.LazyTensor(
+            lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
+                np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,
+                name=name,
+            ),
+            dtype, ir.Shape(sizes), cache=False, name=name,
+        )  # fmt: skip
+        value = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype), const_value=tensor)
+        building.model.graph.register_initializer(value)
+        inputs += [value, _at(node, kind.vector)]
+    kept = {"k", "activation_type", "activation_alpha", "activation_beta", "normalize_routing_weights",
+            "swiglu_fusion", "swiglu_limit", "use_sparse_mixer"}  # fmt: skip
+    words = {name: held.value for name, held in node.attributes.items() if name in kept}
+    out = ir.Value(name=building.name(f"{node.outputs[0].name}.floats"), type=node.outputs[0].type)
+    out.shape = node.outputs[0].shape
+    plain = ir.node("MoE", inputs, words, outputs=[out], domain="com.microsoft", name=node.name)
+    plain.metadata_props.update(node.metadata_props)
+    graph = node.graph
+    assert graph is not None
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [plain], [node.outputs[0]], [out])
+    return plain
+
+
+class ExpertPacking(Packing):
+    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` are those of one matrix of all experts."""
+
+    def source(self, spot: Spot) -> Lazy:
+        """Return the dequantized stack as one matrix, in torch's order of rows, float32."""
+        return lazily(spot.kind.detached(spot.node), self.shape, ir.DataType.FLOAT)
+
+
+def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
+    """Return how a stack of a `QMoE` is packed."""
+    kind, node = spot.kind, spot.node
+    assert issubclass(kind, PackedExperts)
+    (experts, out, in_), bits = kind.sizes(node), _bits(node)
+    held, scales = kind.operand_of(node), kind.scales(node)
+    size = attribute(node, "block_size", 0) or in_
+    blocks, middle = -(-in_ // size), 1 << (bits - 1)
+    packed, factors = numbers(held), numbers(scales)
+    # Pad the last block with zeros, which do not change its scale.
+    wide = ((0, 0), (0, blocks * size - in_))
+    q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=middle)
+    found = numbers_in(node, q, middle, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)
+
+    def put(new: PackedNumbers) -> None:
+        arrays = joined_bits(new.q[:, :in_], bits).reshape(packed.shape), new.scale.reshape(factors.shape)
+        for at, old, array in zip((kind.position, kind.position + 1), (held, scales), arrays, strict=True):
+            node.replace_input_with(at, replaced(building, fresh, old, array))
+
+    def rows(W: Array) -> Array:
+        return np.pad(kind.together(W.reshape(experts, out, in_), node).reshape(experts * out, in_), wide)
+
+    return ExpertPacking(Stored(held, False, ()), (experts * out, in_), found, rows, put)
