@@ -101,7 +101,7 @@ def resolve(
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     refuse_routed(model, adapter)
     modules = _modules(model, adapter, known)
-    norms = norms_at(model, adapter, known, base)
+    norms = norms_at(model, adapter, known, base, tying.role)
     apart = {*modules, *norms}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     own = _own_names(layered, known)
@@ -148,7 +148,7 @@ def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node 
 
 
 def taken(
-    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None, role: str | None = None
 ) -> tuple[Adapter, tuple[Target, ...]]:
     """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
 
@@ -157,6 +157,7 @@ def taken(
         adapter: updates of weights and of outputs of layers.
         base: the weights that the graph was exported from, to find layers without names by values.
         config: the base's config.
+        role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
 
     Raises:
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
@@ -167,7 +168,7 @@ def taken(
     whole_adapter = adapter
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    apart = {*modules, *norms_at(model, adapter, known, base)}
+    apart = {*modules, *norms_at(model, adapter, known, base, role)}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     lost: tuple[Target, ...] = ()
     if layered.updates:

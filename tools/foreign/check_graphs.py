@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from graph_reference import Constants, Formula, Reference, Weighted, session
+from graph_reference import Formula, Reference, Weighted, session
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -1,8 +1,8 @@
-"""Applies an adapter's formula to the layers of a graph by the onnx package alone, as an expectation for changed graphs.
+"""Applies an adapter's formula to the layers of a graph by the onnx package alone: an expectation for changed graphs.
 
 Weights are computed by onnxruntime from what the graph stores, dequantized where they are packed. The formulas of LoRA,
-DoRA and IA3 are written here in numpy, in float64. After each node of a layer, a copy of the node with the change as its
-weight is added; recurrent nodes get the changed weight. Nothing here uses adapterkit.
+DoRA and IA3 are written here in numpy, in float64. After each node of a layer, a copy of the node with the change as
+its weight is added; recurrent nodes get the changed weight. Nothing here uses adapterkit.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Reference:
         lead = W.shape[:-2] if "MatMul" in node.op_type else ()
         if any(size != 1 for size in lead):
             return None
-        W = W.reshape(W.shape[len(lead):]).astype("f8")
+        W = W.reshape(W.shape[len(lead) :]).astype("f8")
         W = W.swapaxes(0, 1) if self._turns(node, at) else W
         return Weighted(W, self._bias(known, graph, node, y, len(W)), [Used(graph, node, at, x, y)])
 
@@ -127,7 +127,7 @@ class Reference:
     def _turns(node: NodeProto, at: int) -> bool:
         if node.op_type == "Gemm":
             return not attributes(node).get("transB", 0)
-        return "Conv" not in node.op_type and at == 1 or node.op_type in ("ConvTranspose", "Gather")
+        return ("Conv" not in node.op_type and at == 1) or node.op_type in ("ConvTranspose", "Gather")
 
     def _integer(
         self, known: Constants, graph: Any, node: NodeProto, W: np.ndarray
@@ -167,7 +167,7 @@ class Reference:
             return None
         other = next((name for name in after[0].input if name != y), y)
         held = known.value(other) if known.is_constant(other) else None
-        if held is None or held.size != outputs or held.ndim > 1 and "Conv" not in node.op_type:
+        if held is None or held.size != outputs or (held.ndim > 1 and "Conv" not in node.op_type):
             return None
         return held.astype("f8").reshape(-1)
 
@@ -180,10 +180,9 @@ class Reference:
             for back, W in enumerate(known.value(node.input[at])):
                 bias = None if B is None else np.split(B[back], 2)[at - 1]
                 used = Used(graph, node, at, node.input[0], node.output[0], back)
-                yield (
-                    next(filter(None, node.output)), f"{kind}{'_reverse' if back else ''}",
-                    Weighted(in_blocks(W, order).astype("f8"), None if bias is None else in_blocks(bias, order), [used]),
-                )  # fmt: skip
+                own = None if bias is None else in_blocks(bias, order)
+                layer = Weighted(in_blocks(W, order).astype("f8"), own, [used])
+                yield next(filter(None, node.output)), f"{kind}{'_reverse' if back else ''}", layer
 
     def change(self, layer: Weighted, formula: Formula, replaced: bool = False) -> None:
         """Apply a formula to a layer; `replaced` gives packed nodes a floating-point weight."""
