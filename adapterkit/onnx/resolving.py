@@ -41,6 +41,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
+from .roles import elsewhere
 from .routed import refuse_routed
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ def resolve(
     tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
+    for target in adapter.updates:
+        if elsewhere(target.path, tying.role, known):
+            why = f"the target is in another part of the model: by its file's name, this graph is the {tying.role}"
+            cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
+            raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     refuse_routed(model, adapter)
     modules = _modules(model, adapter, known)
@@ -166,6 +172,8 @@ def taken(
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter = adapter
+    away = tuple(target for target in adapter.updates if elsewhere(target.path, role, known))
+    adapter = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in away})
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
     apart = {*modules, *norms_at(model, adapter, known, base, role)}
@@ -177,7 +185,7 @@ def taken(
             lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
         elif lost:
             _check_named(layered, lost, spots)
-    gone = dict.fromkeys(whole.get(target, target) for target in lost)
+    gone = dict.fromkeys([*away, *(whole.get(target, target) for target in lost)])
     kept = {t: updates for t, updates in whole_adapter.updates.items() if t not in gone}
     return whole_adapter.replace(updates=kept), tuple(gone)
 

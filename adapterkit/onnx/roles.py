@@ -7,6 +7,7 @@ Folders for transformers.js and sentence-transformers have the same model severa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 FILE_WORDS = (
@@ -38,7 +39,23 @@ def role_of(name: Path) -> str | None:
     # If the file's name does not show the part, as in `model.onnx`, use the name of the folder around it.
     if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
         words = re.split(r"[_\-.]+", name.parts[0].lower())
+    if {"encoder", "decoder"} <= {*words}:
+        return None
     return next((role for word, role in FILE_WORDS if word in words), None)
+
+
+def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
+    """Whether a target is in the decoder and the graph is the encoder, or the reverse.
+
+    Args:
+        path: the target's path.
+        role: the part that the graph holds, by its file's name.
+        names: the names of the graph's layers. A name with the target's part proves more than the file's name.
+    """
+    said = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
+    if {said, role} != {"encoder", "decoder"}:
+        return False
+    return not any(said in name.split(".") for name in names)
 
 
 def same_layers(one: Path, other: Path) -> bool:

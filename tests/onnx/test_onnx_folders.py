@@ -351,6 +351,23 @@ def test_each_form_of_a_graph_gets_the_whole_adapter(tmp_path, way):
         np.testing.assert_allclose(y, h @ changed(held, names[2]).T, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("way", ["inject", "merge"])
+def test_a_target_of_another_part_is_not_for_a_single_graph(tmp_path, way):
+    """The encoder's graph has a layer of the decoder's name, since it omits the word `encoder`."""
+    graph, out = optimum(tmp_path / "model") / "encoder_model.onnx", tmp_path / "out.onnx"
+    change = getattr(ak.onnx, way)
+    with pytest.raises(TargetNotFound, match="this graph is the encoder") as caught:
+        change(graph, adapter(DECODER), out)
+    assert "--allow-partial" in caught.value.cure
+    held = adapter(ENCODER, DECODER)
+    (told,) = change(graph, held, out, allow_partial=True).warnings
+    assert DECODER in told
+    x, y = run(out)
+    np.testing.assert_allclose(y, x @ changed(held, ENCODER).T, rtol=2e-4, atol=2e-5)
+    other = graph.rename(tmp_path / "model.onnx")  # Its name no longer tells, so the layer's name decides.
+    assert len(change(other, adapter(ENCODER), out).found) == 1
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -401,8 +418,10 @@ def test_norms_of_an_encoder_and_in_both_branches(tmp_path, way):
         ("decoder", "decoder_model_merged.onnx", {"use_cache_branch": np.array([past])}) for past in (True, False)
     ]
     for part, name, more in cases:
-        feeds = ak.onnx.fit(out / name, held) if way == "slots" else {}
+        target = Target(f"model.{part}.layers.0.norm")
+        own = Adapter({target: held.updates[target]})
+        feeds = ak.onnx.fit(out / name, own) if way == "slots" else {}
         x, y = run(out / name, **more, **feeds)
-        parameters = new[f"model.{part}.layers.0.norm"]
+        parameters = new[target.path]
         wanted = torch.nn.functional.layer_norm(torch.from_numpy(x), (SIZE,), *parameters.values(), eps=1e-5)
         np.testing.assert_allclose(y, wanted.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{name} {more}")
