@@ -247,7 +247,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
             "To find layers by their values, pass the base: --base-weights DIR (base_weights=). To omit such targets: "
             "--allow-partial (allow_partial=True)"
         )
-        raise TargetNotFound(why, where=str(missing[0]), cure=cure)
+        raise TargetNotFound(why, where=str(next(iter(missing))), cure=cure)
     return Division(adapter, own, lost, lacking)
 
 

@@ -64,7 +64,7 @@ class Formula:
     method: str
     tensors: Mapping[str, np.ndarray]
 
-    def change(self, W: np.ndarray) -> np.ndarray:
+    def change(self, W: np.ndarray) -> Any:
         """Return how much the weight changes."""
         t = {name: each.astype("f8") for name, each in self.tensors.items()}
         if self.method == "ia3":
@@ -75,7 +75,7 @@ class Formula:
         V = (W + D).reshape(len(W), -1)
         return (V * (t["magnitude"] / np.sqrt((V * V).sum(1)))[:, None]).reshape(W.shape) - W
 
-    def bias_change(self, b: np.ndarray | None) -> np.ndarray | None:
+    def bias_change(self, b: np.ndarray | None) -> Any:
         """Return how much the bias changes; None if it does not."""
         return None if b is None or self.method != "ia3" else (self.tensors["l"].astype("f8") - 1) * b
 
@@ -174,7 +174,7 @@ class Reference:
     def _recurrent(self, known: Constants, graph: Any, node: NodeProto) -> Iterator[tuple[str, str, Weighted]]:
         if not all(known.is_constant(node.input[at]) for at in (1, 2)):
             return
-        order = np.argsort(RECURRENT[node.op_type])
+        order = [int(at) for at in np.argsort(RECURRENT[node.op_type])]
         B = known.value(node.input[3]) if len(node.input) > 3 and node.input[3] else None
         for at, kind in ((1, "ih"), (2, "hh")):
             for back, W in enumerate(known.value(node.input[at])):
