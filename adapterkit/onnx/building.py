@@ -168,7 +168,11 @@ class Branch:
         self.nodes.clear()
 
 
-KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Concat", "Gather", "Mul"})
+KEEPS_TYPE = frozenset({
+    "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Concat", "Gather", "Mul", "Add", "Sub", "Div",
+    "MatMul", "Gemm", "Conv", "Relu", "Gelu", "Tanh", "Sigmoid", "Erf", "Sqrt", "Softmax", "LayerNormalization",
+    "Split", "Flatten", "Expand", "ReduceMean", "Clip",
+})  # fmt: skip
 """Operators whose output has the element type of their first input."""
 
 

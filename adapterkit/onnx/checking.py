@@ -493,6 +493,9 @@ def _most_empty(model: bytes) -> float:
     """Return the largest accepted difference between a graph with empty slots and the original graph."""
     if _rounds_outputs(model):
         return STEP
+    # A fused attention of 16 bits rounds less often than the nodes into which it is split.
+    if b"Attention" in model and _computes_narrow(model):
+        return TOLERANCE["V"]
     # onnxruntime packs the constant weights of recurrent layers, and then sums in another order than for computed
     # weights.
     return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0

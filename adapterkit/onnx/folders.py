@@ -10,7 +10,6 @@ of files are compared first: they show which part of the model a graph holds.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from .model_file import opened
 from .reading import inputs_of, known_config, loaded
 from .report import GraphReport
 from .resolving import is_named, spots_of, taken
+from .roles import PATH_WORDS, role_of, same_layers
 from .routed import by_expert
 
 if TYPE_CHECKING:
@@ -56,21 +56,6 @@ DEEP = 2
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 """Suffixes of weight files of other frameworks. A changed folder gets no copies of these files, because they hold the
 old weights."""
-
-FILE_WORDS = (
-    ("vae", "vae"), ("vision", "vision"), ("visual", "vision"), ("image", "vision"), ("speech", "audio"),
-    ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
-    ("encoder", "encoder"),
-)  # fmt: skip
-"""Word in a file's or a folder's name -> the part of the model in it; the first word that matches decides."""
-
-PATH_WORDS = {
-    "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
-    "vision_tower": "vision", "visual": "vision", "vision_encoder": "vision", "audio_tower": "audio",
-    "audio_model": "audio", "speech_encoder": "audio", "audio_encoder": "audio", "language_model": "text",
-    "text_model": "text", "text_encoder": "text", "vae": "vae",
-}  # fmt: skip
-"""Segment of a target's path -> the part that the target belongs to; the first segment that matches decides."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
 """Part in a file -> the parts whose targets the file may hold. A decoder beside a vision part is the language model."""
@@ -156,17 +141,9 @@ def parts_of(folder: Path) -> list[GraphPart]:
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
     return [
-        GraphPart(graph, name, None if alone else said.get(name.as_posix(), _role(name)), opened(graph).data)
+        GraphPart(graph, name, None if alone else said.get(name.as_posix(), role_of(name)), opened(graph).data)
         for graph, name in zip(graphs, names, strict=True)
     ]
-
-
-def _role(name: Path) -> str | None:
-    words = re.split(r"[_\-.]+", name.stem.lower())
-    # If the file's name does not show the part, as in `model.onnx`, use the name of the folder around it.
-    if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
-        words = re.split(r"[_\-.]+", name.parts[0].lower())
-    return next((role for word, role in FILE_WORDS if word in words), None)
 
 
 def _roles_of_genai(folder: Path) -> dict[str, str]:
@@ -194,16 +171,19 @@ class Division:
         whole: the adapter.
         of: for each graph, its part of the adapter; None if the graph has none of the targets.
         lost: targets that no graph has.
+        lacking: for a graph, the targets that another form of the same graph has.
     """
 
     whole: Adapter
     of: Mapping[Path, Adapter | None]
     lost: tuple[Target, ...]
+    lacking: Mapping[Path, tuple[Target, ...]]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence about omitted targets."""
-        return left_line(self.lost, "no graph has them")
+        """Sentences about omitted targets."""
+        lines = [left_line(lost, f"{name.as_posix()} does not have them") for name, lost in self.lacking.items()]
+        return (*left_line(self.lost, "no graph has them"), *(line for each in lines for line in each))
 
 
 def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
@@ -222,7 +202,7 @@ def left_out(
     Raises:
         TargetNotFound: the graph has none of the targets.
     """
-    kept, lost = taken(model, adapter, base, tying.config)
+    kept, lost = taken(model, adapter, base, tying.config, tying.role)
     # If no target is left, return the whole adapter: the later search by name then raises the error with the nearest
     # names.
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
@@ -232,7 +212,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     """Give each graph the updates whose targets it has.
 
     Raises:
-        TargetNotFound: no graph has any of the targets; or a target is in no graph, and `allow_partial` is not set.
+        TargetNotFound: no graph has any of the targets; or `allow_partial` is not set, and a target is in no graph, or
+            is missing in one form of a graph, such as `model_O2.onnx` beside `model.onnx`.
         Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is inside a node
             with all experts of a layer.
     """
@@ -249,7 +230,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
             own[part.name] = adapter if context else None
             continue
         model = opened(part.path).model
-        kept, _ = taken(model, may, base, known_config(base, part.path))
+        kept, _ = taken(model, may, base, known_config(base, part.path), part.role)
         seen |= set(kept.updates)
         own[part.name] = adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
     lost = tuple(target for target in rest.updates if target not in seen)
@@ -258,7 +239,26 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
             inside = rest.replace(updates={t: rest.updates[t] for t in lost})
             by_expert(inside, opened(part.path).model, known_config(base, part.path))  # Raises for experts in one node.
         raise _nowhere(lost, parts, bool(seen))
-    return Division(adapter, own, lost)
+    lacking = {part.name: missing for part in parts if (missing := _lacking(part, parts, own))}
+    if lacking and not allow_partial:
+        name, missing = next(iter(lacking.items()))
+        more = f" ({len(missing)} targets)" if len(missing) > 1 else ""
+        why = f"{name.as_posix()} does not have this target, but another form of the same graph has it{more}"
+        cure = (
+            "To find layers by their values, pass the base: --base-weights DIR (base_weights=). To omit such targets: "
+            "--allow-partial (allow_partial=True)"
+        )
+        raise TargetNotFound(why, where=str(next(iter(missing))), cure=cure)
+    return Division(adapter, own, lost, lacking)
+
+
+def _lacking(part: GraphPart, parts: Sequence[GraphPart], own: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
+    """Return the targets that a graph lacks, but that a graph has whose name shows the same layers."""
+    held = own[part.name]
+    there = {} if held is None else held.updates
+    others = [own[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]
+    wanted = [target for other in others if other is not None for target in other.updates]
+    return tuple(dict.fromkeys(target for target in wanted if target not in there))
 
 
 def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, ...]]:

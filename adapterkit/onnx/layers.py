@@ -61,6 +61,7 @@ class Layer:
             change, and nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
+        indexed: True if the input is indices, not numbers of the weight's type.
 
     Args:
         node: the node.
@@ -76,6 +77,7 @@ class Layer:
     axes: ClassVar[Container[int]] = (2,)
     inside: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    indexed: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
@@ -84,7 +86,8 @@ class Layer:
         self.after = None if self.has_bias else bias_after(node, plain, self.shape[0])
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
-        self.x = self._value(self.given)
+        # Some converters remove the types of values; the input has the type of the weight, except for indices.
+        self.x = self._value(self.given, like=None if self.indexed else self.dtype)
         self.y = self._value(self.end, like=self.dtype)
         self.call: object = None
 
@@ -569,6 +572,7 @@ class Gather(Layer):
 
     op_type = "Gather"
     position = 0
+    indexed = True
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:

@@ -150,11 +150,19 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
             continue
         held = spot.kind.held(spot.node)
         held = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
-        for start in np.flatnonzero((held == W[0]).all(1)):
-            if np.array_equal(held[start : start + len(W)], W):
+        for start in np.flatnonzero(_same(held, W[0]).all(1)):
+            part = held[start : start + len(W)]
+            if part.shape == W.shape and _same(part, W).all():
                 rows = (int(start), int(start) + len(W))
                 found.append(replace(spot, rows=rows, shape=W.shape))
     return found
+
+
+def _same(held: Array, W: Array) -> Array:
+    """Compare each number; numbers of 16 bits may be rounded, and tiny ones replaced, as by float16's converters."""
+    if held.dtype.itemsize > 2:
+        return np.asarray(held == W)
+    return np.asarray(abs(held.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)
 
 
 def _array(base: Checkpoint, name: str) -> Array:

@@ -173,7 +173,7 @@ def _named(stored: Sequence[ir.Value]) -> str:
 
 
 def norms_at(
-    model: ir.Model, adapter: Adapter, others: Mapping[str, Any], base: Checkpoint | None
+    model: ir.Model, adapter: Adapter, others: Mapping[str, Any], base: Checkpoint | None, role: str | None = None
 ) -> dict[Target, Found]:
     """Return the targets that are norms.
 
@@ -182,6 +182,7 @@ def norms_at(
         adapter: the adapter.
         others: names of the weights of other layers.
         base: the weights that the graph was exported from.
+        role: the part of the model that the graph holds, such as `encoder`, by its file's name.
 
     Raises:
         ShapeMismatch: an update does not fit a norm's channels.
@@ -196,18 +197,21 @@ def norms_at(
     norms = norms_of(model) if wanted else {}
     found: dict[Target, Found] = {}
     for target in wanted:
-        names = [target.path] if target.path in norms else [name for name in norms if _is_same(name, target.path)]
+        names = [target.path] if target.path in norms else [name for name in norms if _is_same(name, target.path, role)]
         if len(names) == 1:
             found[target] = _found(target, names[0], norms[names[0]], adapter.updates[target], base)
     return found
 
 
-def _is_same(name: str, path: str) -> bool:
-    """Whether a norm has a target's name, except for a prefix; graphs of encoders and decoders omit these words."""
+def _is_same(name: str, path: str, role: str | None) -> bool:
+    """Whether a norm has a target's name, except for a prefix.
+
+    Graphs of encoders and decoders omit these words, so only a file's name shows which of them the graph is.
+    """
     if not same_end(name, path):
         return False
     prefix = path.removesuffix(name) if len(path) > len(name) else name.removesuffix(path)
-    return not {"encoder", "decoder"} & {*prefix.split(".")}
+    return not ({"encoder", "decoder"} - {role}) & {*prefix.split(".")}
 
 
 def _found(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -118,10 +119,15 @@ def worked_out(
     """
     from ..io.checkpoint import opened as opened_base
     from .resolving import by_name, resolve, spots_of
+    from .tying import Tying
 
     packed = in_packed(named, by_name(spots_of(model)))
     whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
-    (place, *_) = resolve(model, whole, None if base is None else opened_base(base))
+    held_by = None if base is None else opened_base(base)
+    # The graph's list of slots pairs both names, so a word that the graph omits shows which part the graph is.
+    omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
+    tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
+    (place, *_) = resolve(model, whole, held_by, tying)
     update, *more = place.updates
     if more:
         methods = ", ".join(update.method for update in place.updates)

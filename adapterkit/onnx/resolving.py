@@ -42,6 +42,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
+from .roles import elsewhere
 from .routed import by_expert, compare_experts
 
 if TYPE_CHECKING:
@@ -102,10 +103,15 @@ def resolve(
     tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
+    for target in adapter.updates:
+        if elsewhere(target.path, tying.role, known):
+            why = f"the target is in another part of the model: by its file's name, this graph is the {tying.role}"
+            cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
+            raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    norms = norms_at(model, adapter, known, base)
+    norms = norms_at(model, adapter, known, base, tying.role)
     apart = {*modules, *norms}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     own = _own_names(layered, known)
@@ -154,7 +160,7 @@ def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node 
 
 
 def taken(
-    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None, role: str | None = None
 ) -> tuple[Adapter, tuple[Target, ...]]:
     """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
 
@@ -163,6 +169,7 @@ def taken(
         adapter: updates of weights and of outputs of layers.
         base: the weights that the graph was exported from, to find layers without names by values.
         config: the base's config.
+        role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
 
     Raises:
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
@@ -171,11 +178,13 @@ def taken(
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter, refused = adapter, list[Target]()
+    away = tuple(target for target in adapter.updates if elsewhere(target.path, role, known))
+    adapter = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in away})
     adapter, stacks = by_expert(adapter, model, config, refused)
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     whole |= stacks
     modules = _modules(model, adapter, known)
-    apart = {*modules, *norms_at(model, adapter, known, base)}
+    apart = {*modules, *norms_at(model, adapter, known, base, role)}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     lost: tuple[Target, ...] = ()
     if layered.updates:
@@ -184,7 +193,7 @@ def taken(
             lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
         elif lost:
             _check_named(layered, lost, spots)
-    gone = dict.fromkeys([*refused, *(whole.get(target, target) for target in lost)])
+    gone = dict.fromkeys([*away, *refused, *(whole.get(target, target) for target in lost)])
     kept = {t: updates for t, updates in whole_adapter.updates.items() if t not in gone}
     return whole_adapter.replace(updates=kept), tuple(gone)
 

@@ -22,6 +22,7 @@ from .building import Array
 from .found import METHODS, NEAR, Found, Spot
 from .packed import is_packed
 from .reading import known_config
+from .roles import role_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -34,11 +35,13 @@ class Tying:
     Attributes:
         tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
+        role: the part of the model that the graph holds, by its file's name; None if the name does not show it.
         warnings: a list to which a sentence is added for each omitted update.
     """
 
     tied: str | None = None
     config: Mapping[str, Any] | None = None
+    role: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
@@ -48,7 +51,7 @@ class Tying:
         Raises:
             UsageError: the choice is unknown.
         """
-        return cls(parse_tied(tied), known_config(base, path))
+        return cls(parse_tied(tied), known_config(base, path), None if path is None else role_of(Path(path.name)))
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,11 +13,13 @@ import torch
 from command_line import record
 from command_line import run as command
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import StorageError, TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
+from adapterkit.onnx.roles import same_layers
 
 SIZE = 6
 ENCODER, DECODER = "model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"
@@ -302,3 +305,123 @@ def test_commands_take_folders(tmp_path):
     shown = command("merge", folder, tmp_path / "a.safetensors", "--plan")
     assert shown.exit_code == 0, shown.output
     assert "6 targets" in shown.stdout
+
+
+def forms(folder):
+    """A folder as sentence-transformers writes it: a graph, and a form of it that packs two layers without names."""
+    folder.mkdir()
+    names = ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", ENCODER.removeprefix("model.encoder."))
+    (q, Q), (v, V), (last, W) = (
+        layer(name.replace(".self_attn.", "/self_attn/"), name, into, out, f"onnx::MatMul_{at}")
+        for at, (name, into, out) in enumerate(zip(names, ("x", "x", "h"), ("q", "v", "y"), strict=True))
+    )
+    both = helper.make_node("Add", ["q", "v"], ["h"])
+    written(folder, "model.onnx", [q, v, both, last], [Q, V, W], [value("x")], [value("y")])
+    packed = np.concatenate([weight(name) for name in names[:2]]).T
+    nodes = [
+        helper.make_node("MatMul", ["x", "packed"], ["qv"]),
+        helper.make_node("Split", ["qv", "sizes"], ["q", "v"], axis=-1), both, last,
+    ]  # fmt: skip
+    held = [
+        numpy_helper.from_array(np.ascontiguousarray(packed), "packed"),
+        numpy_helper.from_array(np.array([SIZE, SIZE]), "sizes"),
+    ]
+    written(folder, "model_O2.onnx", nodes, [*held, W], [value("x")], [value("y")])
+    save_file({f"{name}.weight": torch.from_numpy(weight(name)) for name in names}, folder.parent / "b.safetensors")
+    return names
+
+
+@pytest.mark.parametrize("way", ["inject", "merge"])
+def test_each_form_of_a_graph_gets_the_whole_adapter(tmp_path, way):
+    """An optimizer lost the names of two layers in one form; the other form has them, so they must not be left out."""
+    names, folder, out = forms(tmp_path / "model"), tmp_path / "model", tmp_path / "out"
+    held, change = adapter(*names), getattr(ak.onnx, way)
+    with pytest.raises(TargetNotFound, match="another form of the same graph has it \\(2 targets\\)") as caught:
+        change(folder, held, out)
+    assert "model_O2.onnx" in caught.value.why
+    assert "--base-weights DIR" in caught.value.cure
+    assert "--allow-partial" in caught.value.cure
+    assert not out.exists()
+    (told,) = change(folder, held, out, allow_partial=True).warnings
+    assert "model_O2.onnx does not have them" in told
+    change(folder, held, out, base_weights=tmp_path / "b.safetensors")
+    for name in ("model.onnx", "model_O2.onnx"):
+        x, y = run(out / name)
+        h = x @ (changed(held, names[0]) + changed(held, names[1])).T
+        np.testing.assert_allclose(y, h @ changed(held, names[2]).T, rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("way", ["inject", "merge"])
+def test_a_target_of_another_part_is_not_for_a_single_graph(tmp_path, way):
+    """The encoder's graph has a layer of the decoder's name, since it omits the word `encoder`."""
+    graph, out = optimum(tmp_path / "model") / "encoder_model.onnx", tmp_path / "out.onnx"
+    change = getattr(ak.onnx, way)
+    with pytest.raises(TargetNotFound, match="this graph is the encoder") as caught:
+        change(graph, adapter(DECODER), out)
+    assert "--allow-partial" in caught.value.cure
+    held = adapter(ENCODER, DECODER)
+    (told,) = change(graph, held, out, allow_partial=True).warnings
+    assert DECODER in told
+    x, y = run(out)
+    np.testing.assert_allclose(y, x @ changed(held, ENCODER).T, rtol=2e-4, atol=2e-5)
+    other = graph.rename(tmp_path / "model.onnx")  # Its name no longer tells, so the layer's name decides.
+    assert len(change(other, adapter(ENCODER), out).found) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("model", "model_fp16", True), ("model_q4f16", "model_quantized", True),
+        ("model_qint8_avx512_vnni", "model", True), ("model_O2", "model_merged", True),
+        ("decoder_model", "decoder_model_merged_q4", True), ("decoder_model_merged", "decoder_model", False),
+        ("decoder_model", "decoder_with_past_model", False), ("encoder_model", "decoder_model", False),
+    ],
+)  # fmt: skip
+def test_names_of_forms(one, other, same):
+    assert same_layers(Path(f"onnx/{one}.onnx"), Path(f"onnx/{other}.onnx")) == same
+    assert not same_layers(Path(f"unet/{one}.onnx"), Path(f"vae/{other}.onnx"))
+
+
+@pytest.mark.parametrize("way", ["inject", "slots", "merge"])
+def test_norms_of_an_encoder_and_in_both_branches(tmp_path, way):
+    """The encoder's graph omits the word `encoder`; one vector serves both branches of the decoder's If."""
+    folder, rng = tmp_path / "model", np.random.default_rng(2)
+    folder.mkdir()
+    vectors = [numpy_helper.from_array(rng.normal(size=SIZE).astype("f4"), name) for name in ("g", "onnx::b")]
+    words = ("LayerNormalization", ["x", "g", "onnx::b"], ["y"])
+
+    def norm(module):
+        return helper.make_node(*words, f"/{module}/LayerNormalization", axis=-1, epsilon=1e-5)
+
+    written(folder, "encoder_model.onnx", [norm("layers.0/norm")], vectors, [value("x")], [value("y")])
+    branch = norm("model/decoder/layers.0/norm")
+    branches = {
+        "then_branch": helper.make_graph([branch], "with_past", [], [value("y")]),
+        "else_branch": helper.make_graph([branch], "without", [], [value("y")]),
+    }
+    choice = helper.make_node("If", ["use_cache_branch"], ["out"], **branches)
+    inputs = [value("x"), value("use_cache_branch", TensorProto.BOOL, [1])]
+    written(folder, "decoder_model_merged.onnx", [choice], vectors, inputs, [value("out")])
+    new = {
+        f"model.{part}.layers.0.norm": {key: torch.from_numpy(rng.normal(size=SIZE).astype("f4")) for key in names}
+        for part, names in (("encoder", ("weight", "bias")), ("decoder", ("weight", "bias")))
+    }
+    held = Adapter({Target(name): (METHODS["replacement"](**each),) for name, each in new.items()})
+    out = tmp_path / "out"
+    report = ak.onnx.merge(folder, held, out) if way == "merge" else ak.onnx.inject(
+        folder, held, out, mode="constant" if way == "inject" else "slots")  # fmt: skip
+    assert {name: len(part.found) for name, part in report.parts.items()} == {
+        "encoder_model.onnx": 1, "decoder_model_merged.onnx": 1,
+    }  # fmt: skip
+    cases = [("encoder", "encoder_model.onnx", {})]
+    cases += [
+        ("decoder", "decoder_model_merged.onnx", {"use_cache_branch": np.array([past])}) for past in (True, False)
+    ]
+    for part, name, more in cases:
+        target = Target(f"model.{part}.layers.0.norm")
+        own = Adapter({target: held.updates[target]})
+        feeds = ak.onnx.fit(out / name, own) if way == "slots" else {}
+        x, y = run(out / name, **more, **feeds)
+        parameters = new[target.path]
+        wanted = torch.nn.functional.layer_norm(torch.from_numpy(x), (SIZE,), *parameters.values(), eps=1e-5)
+        np.testing.assert_allclose(y, wanted.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{name} {more}")

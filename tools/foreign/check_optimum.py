@@ -20,6 +20,8 @@ MODELS = ("whisper", "t5", "bart", "gpt2", "llama", "mistral", "bert", "vit")
 EXPORTED = ("whisper", "t5", "bart")
 """Models of encoder and decoder that are exported by this checkout, too."""
 
+METHODS = ("lora", "dora", "ia3", "ln")
+
 EXPORTS = ("export merged", "export attached")
 
 LIMIT = 1e-5
@@ -33,7 +35,7 @@ def main() -> int:
     cases = [
         Case(model, "fp32", method, mode, source=f"{model}/onnx", limit=LIMIT)
         for model in chosen or MODELS
-        for method in ("lora", "dora", "ia3")
+        for method in METHODS
         for mode in ("constant", "merge", "slots", *(EXPORTS if model in EXPORTED else ()))
     ]
     return run_cases(tool, cases)

@@ -21,7 +21,14 @@ import torch
 SMALL = {"vocab_size": 99, "max_position_embeddings": 64}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENDS = {**TOKENS, "decoder_start_token_id": 1}
-TYPES = ("lora", "dora", "ia3")
+TYPES = ("lora", "dora", "ia3", "ln")
+NORMS = {
+    "whisper": ["self_attn_layer_norm", "final_layer_norm"], "t5": ["layer_norm", "final_layer_norm"],
+    "bart": ["self_attn_layer_norm", "final_layer_norm"], "gpt2": ["ln_1", "ln_f"],
+    "llama": ["input_layernorm", "norm"], "mistral": ["input_layernorm", "norm"], "bert": ["LayerNorm"],
+    "vit": ["layernorm_before", "layernorm"],
+}  # fmt: skip
+"""Model -> its norms, which LN tuning changes."""
 
 
 def configs() -> dict[str, tuple[Any, str, list[str]]]:
@@ -61,10 +68,12 @@ KINDS = {
 }
 
 
-def peft_config(kind: str, targets: list[str]) -> Any:
+def peft_config(kind: str, name: str, targets: list[str]) -> Any:
     """Return PEFT's config of one method."""
     import peft
 
+    if kind == "ln":
+        return peft.LNTuningConfig(target_modules=NORMS[name])
     if kind == "ia3":
         return peft.IA3Config(target_modules=targets, feedforward_modules=targets[-1:], init_ia3_weights=False)
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_dora=kind == "dora")
@@ -74,37 +83,43 @@ def make(folder: Path) -> None:
     """Write everything, but for what is there already."""
     import peft
     import transformers
-    from optimum.exporters.onnx import main_export
 
     for name, (config, task, targets) in configs().items():
         home = folder / name
-        if (home / "done").exists():
-            continue
-        torch.manual_seed(len(name))
         auto = getattr(transformers, KINDS[task][0])
-        model = auto.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(home / "base")
-        if name == "whisper":
-            extractor = transformers.WhisperFeatureExtractor(feature_size=8)
-            extractor.save_pretrained(home / "base")
-        if name == "vit":
-            transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(home / "base")
+        torch.manual_seed(len(name))
+        if not (home / "done").exists():
+            _make_model(home, name, auto, config, task)
         for kind in TYPES:
+            if (home / kind).exists():
+                continue
             changed = peft.get_peft_model(
-                auto.from_pretrained(home / "base", trust_remote_code=False), peft_config(kind, targets)
+                auto.from_pretrained(home / "base", trust_remote_code=False), peft_config(kind, name, targets)
             )
             with torch.no_grad():
                 for key, parameter in changed.named_parameters():
-                    if "lora_" in key or "ia3_" in key:
+                    if "lora_" in key or "ia3_" in key or "ln_tuning_" in key:
                         parameter.add_(0.1 * torch.randn_like(parameter))
             changed.save_pretrained(home / kind)
-        main_export(str(home / "base"), output=home / "onnx", task=task, do_validation=False)
-        (home / "task").write_text(task)
-        (home / "done").touch()
-        print(name, sorted(file.name for file in (home / "onnx").iterdir()), flush=True)
+
+
+def _make_model(home: Path, name: str, auto: Any, config: Any, task: str) -> None:
+    import transformers
+    from optimum.exporters.onnx import main_export
+
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(home / "base")
+    if name == "whisper":
+        transformers.WhisperFeatureExtractor(feature_size=8).save_pretrained(home / "base")
+    if name == "vit":
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(home / "base")
+    main_export(str(home / "base"), output=home / "onnx", task=task, do_validation=False)
+    (home / "task").write_text(task)
+    (home / "done").touch()
+    print(name, sorted(file.name for file in (home / "onnx").iterdir()), flush=True)
 
 
 def compare(folder: Path, name: str, adapter: str, changed: Path) -> dict[str, Any]:
