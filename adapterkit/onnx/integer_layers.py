@@ -33,7 +33,6 @@ class IntegerLayer(Layer):
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
         out: the positions of the output's scale and zero point; None if the output is floating-point.
-        vector: the position of the bias.
         floating: the kind of layer that computes the same with a float weight.
     """
 
@@ -41,7 +40,6 @@ class IntegerLayer(Layer):
     parts: ClassVar[tuple[int, int, int]]
     origin: ClassVar[tuple[int, ...]] = (0, 1, 2)
     out: ClassVar[tuple[int, int] | None] = None
-    vector: ClassVar[int | None] = None
     floating: ClassVar[type[Layer]] = MatMul
 
     @classmethod
@@ -139,12 +137,8 @@ class IntegerLayer(Layer):
         return None
 
     @property
-    def has_bias(self) -> bool:
-        return self.vector is not None and _at(self.node, self.vector) is not None
-
-    @property
     def bias(self) -> Value | None:
-        held = self.float_bias(self.node)
+        held = None if self.apart else self.float_bias(self.node)
         if held is None:
             return super().bias
         return Value(self.branch, shape_of(held), self.dtype, None, lambda: numbers(held))

@@ -21,7 +21,7 @@ from ..io.lazy import as_array
 from .building import Array, element_type
 from .found import APART, NEAR, FoldedNorm, distance
 from .integer_layers import IntegerLayer
-from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader, weight_at
+from .layers import Conv, ConvTranspose, Gemm, LeftMatMul, MatMul, bias_after, dequantized, only_reader, weight_at
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
 from .packed import ConvInteger
@@ -100,7 +100,8 @@ def _bias_of(spot: Spot) -> ir.Value | None:
         added = spot.kind.added(spot.node)
         return None if added is None else added[1]
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
-        after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
+        channel = -2 if issubclass(spot.kind, LeftMatMul) else -1
+        after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0], channel)
         return None if after is None else after[1]
     held = weight_at(spot.node, 2) if len(spot.node.inputs) > 2 else None
     return held if is_constant(held) else None

@@ -194,6 +194,7 @@ class MatMulNBits(Layer):
     """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K that have a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
+    vector = 5
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -242,10 +243,6 @@ class MatMulNBits(Layer):
         scales = self.node.inputs[2]
         assert scales is not None
         return element_type(scales)
-
-    @property
-    def own_bias(self) -> ir.Value | None:
-        return self.node.inputs[5] if len(self.node.inputs) > 5 else None
 
 
 class MatMulInteger(Layer):
@@ -300,9 +297,10 @@ class ConvInteger(MatMulInteger, Conv):
     """A convolution like `MatMulInteger`; an Add of its bias may follow."""
 
     op_type = "ConvInteger"
+    vector = None
 
     @property
-    def own_bias(self) -> ir.Value | None:
+    def stated_bias(self) -> ir.Value | None:
         added = self.added(self.node)
         return None if added is None else added[1]
 

@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .biases import with_base_bias
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
@@ -134,7 +135,10 @@ def resolve(
     # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
-    return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+    ended += norms.values()
+    if base is not None:
+        ended = [with_base_bias(place, base) for place in ended]
+    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:

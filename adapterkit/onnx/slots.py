@@ -269,7 +269,7 @@ class Slots:
         if is_worked_out(update, dict.fromkeys(slots, "")):
             factors = template(update, place)
             assert factors is not None
-            update = factors
+            update = factors.replace(adds_more=layer.adds_more)
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
         # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and other calls may differ.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
