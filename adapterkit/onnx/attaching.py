@@ -22,7 +22,7 @@ from .found import FoldedNorm, Found, Spot
 from .inside import changed_inside, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
-from .outlets import Ended
+from .outlets import Ended, computes_apart
 from .rowwise import RowSlots
 from .values import Unsayable, Value, computed_over
 
@@ -221,7 +221,7 @@ def _attach(
         _insert(layer, y.value, branch)
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
-    more = layer.adds_more
+    more = computes_apart(layer, place)
     if spot is not None and spot.kind.inside:
         assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises for such nodes.
         _change_inside(given, seen, layer, place, slots, spot)
@@ -429,7 +429,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
         updates: the updates of the layer, in order.
         added: True to compute the change of the output and add the change to the layer's output. An update without
             effect then keeps every bit.
-        more: True if the layer's output contains more than its product and bias, such as a residual that was fused.
+        more: True to add changes of the product to the layer's output; see `computes_apart`.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]

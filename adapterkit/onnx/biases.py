@@ -64,8 +64,8 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
     leaf = base.tensors.get(name)
     if leaf is not None and not leaf.dtype.floating:
         return None
-    vectors = {key: one for key, one in base.tensors.items() if len(one.shape) == 1 and one.dtype.floating}
-    others = {key: as_array(one).astype(np.float32) for key, one in vectors.items() if key != name}
+    others = {key: one for key, one in base.tensors.items() if len(one.shape) == 1 and one.dtype.floating}
+    others.pop(name, None)
     return BaseBias(None if leaf is None else as_array(leaf).astype(np.float32).reshape(-1), others)
 
 
@@ -223,8 +223,7 @@ def _in_base(vector: Array, place: Found) -> bool | None:
     assert place.bias is not None
     base, rows = place.bias.numbers, slice(*place.target.rows) if place.target.rows else slice(None)
     if base is None:
-        alike = [name for name, other in place.bias.others.items() if _near(vector, other)]
-        if alike or not vector.any():
+        if not vector.any() or _is_other(vector, place.bias):
             return False
         why = "the graph adds a vector to the layer's output, and the base has neither a bias nor such a vector there"
         raise Unsupported(why, where=str(place.asked), cure="Pass all weights of the base: --base-weights DIR")
@@ -232,11 +231,17 @@ def _in_base(vector: Array, place: Found) -> bool | None:
         if part.shape == base.shape:
             if _near(part, base):
                 return True
-            if any(_near(part, other) for other in place.bias.others.values()):
+            if _is_other(part, place.bias):
                 return False
             why = "the vector that the graph adds to the layer's output holds other numbers than the base's bias"
             raise Unsupported(why, where=str(place.asked), cure="Is this the base that the graph was exported from?")
     return None
+
+
+def _is_other(vector: Array, bias: BaseBias) -> bool:
+    """Whether a vector is another one of the base."""
+    alike = (leaf for leaf in bias.others.values() if tuple(leaf.shape) == vector.shape)
+    return any(_near(vector, as_array(leaf).astype(np.float32)) for leaf in alike)
 
 
 def _near(one: Array, other: Array) -> bool:

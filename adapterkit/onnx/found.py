@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .building import Array
     from .layers import Layer
@@ -107,11 +108,11 @@ class BaseBias:
 
     Attributes:
         numbers: the bias, float32; None if the layer has none.
-        others: the base's other vectors of the same size, by name.
+        others: all other vectors of the base, by name.
     """
 
     numbers: Array | None
-    others: Mapping[str, Array]
+    others: Mapping[str, Leaf]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

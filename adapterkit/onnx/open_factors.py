@@ -39,7 +39,7 @@ FACTORS = ("A", "B", "s")
 class OpenFactors(Additive):
     """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d.
 
-    If the layer adds more than a bias (`adds_more`), W @ x replaces y - b.
+    If the output is not W @ x + b (`adds_more`), W @ x is computed again; see `computes_apart`.
     """
 
     A: Tensor = tensor("r in *k")
