@@ -20,7 +20,7 @@ from ..quant._grouped import Grouped
 from ..quant._scheme import joined
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
-from .integer_layers import IntegerLayer, initializer
+from .integer_layers import IntegerLayer, in_module_of, initializer
 from .layers import Attention, Conv, Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
@@ -474,8 +474,8 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
         if b is not None and not isinstance(layer, Conv):
             y = branch.node("Add", [y, b], None, layer.dtype, None)
     node = branch.nodes[0]
+    in_module_of(layer.node, branch)
     graph.insert_after(last, branch.nodes)
-    node.metadata_props.update(layer.node.metadata_props)
     _replaced(layer.result, y, branch)
     node.name = layer.node.name
     return node
