@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from ..io.lazy import as_array
-from .building import Branch, Building, takes_over
+from .building import Branch, Building, element_type, takes_over
 from .found import NEAR, BaseBias, Found, Spot
-from .layers import Attention, Gather, Layer, by_channel, refuse_fused_bias
+from .layers import Attention, Gather, Layer, by_channel, only_reader, refuse_fused_bias
 from .modules import SCOPES, listed, same_end
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent
@@ -125,6 +125,8 @@ class _Added:
 def _settle(spot: Spot, place: Found, building: Building) -> None:
     layer = spot.kind(spot.node, Branch(building, f"adapterkit/{place.target}"))
     where = str(place.asked)
+    if _in_float_sums(layer):
+        layer = spot.kind(spot.node, layer.branch)
     if layer.stated_bias is not None:
         if layer.bias is not None and _is_bias(layer, layer.node, _numbers_of(layer), place, plain=True):
             return
@@ -161,6 +163,48 @@ def _settle(spot: Spot, place: Found, building: Building) -> None:
         building.apart.discard(layer.node)
         return
     _refuse_lost(place, where)
+
+
+def _in_float_sums(layer: Layer) -> bool:
+    """Replace a QLinearAdd of a constant after a layer by an Add between a DequantizeLinear and a QuantizeLinear.
+
+    Returns:
+        True if there was such a node.
+    """
+    value = layer.result
+    again = only_reader(value, "QuantizeLinear")
+    value = value if again is None else again.outputs[0]
+    uses = list(value.uses())
+    node = uses[0].node if len(uses) == 1 else None
+    if node is None or (node.op_type, node.domain) != ("QLinearAdd", "com.microsoft") or len(node.inputs) < 7:
+        return False
+    first, second = node.inputs[:3], node.inputs[3:6]
+    own, other = (first, second) if uses[0].idx == 0 else (second, first)
+    if node.graph is not layer.node.graph or uses[0].idx not in (0, 3) or not all(map(is_constant, other[:2])):
+        return False
+    q, scale, zero = (None if one is None else numbers(one).astype(np.float32) for one in other)
+    assert q is not None
+    assert scale is not None
+    b = ((q - (0 if zero is None else zero)) * scale).astype(np.float32)
+    branch, building, graph = layer.branch, layer.branch.building, node.graph
+    assert graph is not None
+    name = f"{(other[0].name or 'bias').removesuffix('_quantized')}"  # type: ignore[union-attr]
+    held = building.tensor(("sum", name, b.tobytes()), name, lambda: b)
+    if not held.is_initializer():
+        building.model.graph.register_initializer(held)
+    y = branch.node("DequantizeLinear", own, None, np.float32, None)
+    total = branch.node("Add", [y, held], None, np.float32, None)
+    branch.nodes[-1].name = building.name(node.name or "Add")
+    branch.nodes[-1].metadata_props.update(node.metadata_props)
+    limits = [*node.inputs[6:8], None][:2]
+    kind = np.uint8 if limits[1] is None else element_type(limits[1])
+    new = branch.node("QuantizeLinear", [total, *limits], None, kind, None)
+    y.shape = total.shape = node.outputs[0].shape
+    graph.insert_after(node, branch.nodes)
+    takes_over(node.outputs[0], new, branch)
+    graph.remove(node, safe=True)
+    branch.nodes.clear()
+    return True
 
 
 def _zero(place: Found) -> bool:

@@ -527,8 +527,15 @@ def by_channel(shape: Sequence[int], outputs: int, channel: int) -> bool:
     return at >= 0 and shape[at] == outputs and math.prod(shape) == outputs
 
 
-FUSED_BIASES = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
+FUSED_BIASES = {
+    "SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "SkipGroupNorm": 4, "BiasGelu": 1,
+    "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1,
+}  # fmt: skip
 """A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+
+
+PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "DecoderMaskedMultiHeadAttention": 10}
+"""A map from each attention of onnxruntime to the position of the packed biases of queries, keys and values."""
 
 
 def refuse_fused_bias(layer: Layer, where: str) -> None:
@@ -542,8 +549,9 @@ def refuse_fused_bias(layer: Layer, where: str) -> None:
         cut = next(iter(node.outputs[0].uses()), None) if node.op_type == "Slice" else None
         if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
             node = cut.node
-        elif node.op_type == "MultiHeadAttention" and _adds_at(node, use.idx, layer.outputs):
-            pass
+        elif node.op_type in PACKED_BIASES:
+            if not _adds_at(node, use.idx, layer.outputs):
+                continue
         elif node.domain != "com.microsoft" or position is None or len(node.inputs) <= position:
             continue
         why = f"the bias of this layer is inside a {node.op_type}"
@@ -551,8 +559,9 @@ def refuse_fused_bias(layer: Layer, where: str) -> None:
 
 
 def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
-    """Whether a MultiHeadAttention adds a bias to its queries (0), keys (1) or values (2)."""
-    held = node.inputs[3] if len(node.inputs) > 3 else None
+    """Whether an attention adds a bias to its queries (0), keys (1) or values (2)."""
+    position = PACKED_BIASES[node.op_type]
+    held = node.inputs[position] if len(node.inputs) > position else None
     if held is None or at > 2:
         return False
     if not is_constant(held):

@@ -1,10 +1,13 @@
 """What is the bias of a layer: IA3 and DoRA, injected and merged, against float64 formulas."""
 
+import contextlib
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from safetensors.numpy import save_file
 
 import adapterkit as ak
@@ -255,6 +258,32 @@ def test_layers_that_share_a_weight_or_a_bias(tmp_path):
     for change in (ak.onnx.inject, ak.onnx.merge):
         change(path, Adapter({Target("q"): (ia3(),)}), out)
         np.testing.assert_allclose(ran(out, X), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Inputs(CalibrationDataReader):
+    def __init__(self):
+        self.left = [{"x": 2 * X}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_a_bias_that_integers_hold(form, tmp_path):
+    path = saved(
+        tmp_path / "base.onnx", X, [PRODUCT, added("Add", ["0", "q.bias"])], {"q.weight": W.T, "q.bias": 3 * b}
+    )
+    packed, out, adapter = tmp_path / "packed.onnx", tmp_path / "out.onnx", Adapter({Target("q"): (ia3(),)})
+    with contextlib.redirect_stderr(None):
+        quantize_static(path, packed, Inputs(), quant_format=getattr(QuantFormat, form), weight_type=QuantType.QInt8)
+    wanted = linear(X, W, 3 * b) * SCALES
+    for mode in ("constant", "slots", "merge"):
+        if mode == "merge":
+            ak.onnx.merge(packed, adapter, out, quantized="dequantize")
+        else:
+            ak.onnx.inject(packed, adapter, out, mode=mode)
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        assert abs(ran(out, X, **feeds) - wanted).max() < 0.04 * abs(wanted).max()
 
 
 def test_a_norm_whose_bias_is_computed(tmp_path):
