@@ -414,7 +414,7 @@ class Gemm(Layer):
     """`alpha * x @ W + beta * C`: a linear layer for inputs of two axes; x and W may be transposed."""
 
     op_type = "Gemm"
-    vector = 2
+    vector: ClassVar[int | None] = 2
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         super().__init__(node, branch)
@@ -580,7 +580,7 @@ class Conv(Layer):
     op_type = "Conv"
     floating_type: ClassVar[str] = "Conv"  # Packed and fused convolutions have another operator.
     axes = range(3, 9)
-    vector = 2
+    vector: ClassVar[int | None] = 2
 
     @property
     def channel(self) -> int:
@@ -677,7 +677,7 @@ class Attention(Layer):
     """The projections to queries, keys and values: rows of one weight."""
 
     op_type = "Attention"
-    vector = 2
+    vector: ClassVar[int | None] = 2
 
     def _bias_after(self, out: ir.Value) -> None:
         return None

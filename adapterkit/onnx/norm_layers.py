@@ -43,7 +43,7 @@ class NormLayer(Layer):
     inside = True
     axes = (1,)
     operators: ClassVar[tuple[tuple[str, str], ...]] = (("", "LayerNormalization"), ("", "GroupNormalization"))
-    vector = 2
+    vector: ClassVar[int | None] = 2
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
