@@ -21,7 +21,8 @@ from .found import FoldedNorm, Found, Spot
 from .inside import changed_inside, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
-from .outlets import Ended, computes_apart
+from .norms import computes_apart
+from .outlets import Ended
 from .rowwise import RowSlots
 from .values import Unsayable, Value, computed_over
 

@@ -24,11 +24,13 @@ from .integer_layers import IntegerLayer
 from .layers import Conv, ConvTranspose, Gemm, LeftMatMul, MatMul, bias_after, dequantized, only_reader, weight_at
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
-from .packed import ConvInteger
+from .packed import ConvInteger, is_packed
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from .found import Found, Spot
+    from .layers import Layer
+    from .outlets import Ended
 
 ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
@@ -44,6 +46,15 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 def groups_of(spot: Spot) -> int:
     """Return the number of groups of a transposed convolution; 1 for layers that have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
+
+
+def computes_apart(layer: Layer | Ended, place: Found) -> bool:
+    """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
+
+    The node may also add a residual that was fused. If a batch norm is folded into a packed weight, formulas see the
+    weight of the base, and the node computes with a rounded one.
+    """
+    return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
 
 def refuse_folded(found: Sequence[Found]) -> None:

@@ -20,12 +20,10 @@ from ..errors import Unsupported
 from .building import Branch, Copies, Dtype, between, copied
 from .modules import Module, module_at
 from .operands import attribute, is_constant
-from .packed import is_packed
 from .values import Unsayable, Value, plain
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .found import Found
     from .layers import Layer
 
 
@@ -251,15 +249,6 @@ class Ended:
         if found is None:
             return _Unread(self.branch, None, self.y.dtype)
         return plain(self.branch.building.now(found), self.branch)
-
-
-def computes_apart(layer: Layer | Ended, place: Found) -> bool:
-    """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
-
-    The node may also add a residual that was fused. If a batch norm is folded into a packed weight, formulas see the
-    weight of the base, and the node computes with a rounded one.
-    """
-    return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
 
 class _Unread(Value):

@@ -31,8 +31,8 @@ from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
 from .model_file import opened
+from .norms import computes_apart
 from .open_factors import is_worked_out, template, worked_out
-from .outlets import computes_apart
 from .reading import loaded
 from .values import OpenSize, Value
 
