@@ -14,6 +14,7 @@ from ..errors import AdapterkitError, Unsupported
 from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
+from .biases import settle_biases
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
 from .experts import Experts, PackedExperts
@@ -21,6 +22,7 @@ from .found import FoldedNorm, Found, Spot
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
+from .norms import computes_apart
 from .outlets import Ended
 from .rowwise import RowSlots
 from .values import Unsayable, Value, computed_over
@@ -183,6 +185,7 @@ def attach(
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
     found = opened_up(found, building)
+    settle_biases(found, building)
     stacks: dict[tuple[ir.Node, type[Experts]], list[Found]] = {}
     for place in in_order(found, building.model.graph):
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
@@ -276,6 +279,7 @@ def _attach(
         _insert(layer, y.value, branch)
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
+    more = computes_apart(layer, place)
     if spot is not None and spot.kind.inside:
         assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises for such nodes.
         _change_inside(given, seen, layer, place, slots, spot)
@@ -285,7 +289,7 @@ def _attach(
             said = [_sayable(update, seen, branch, True) for update in given]
         else:
             said = [_slotted(one, position, seen, layer, place, slots) for position, one in enumerate(given)]
-        y = _output(seen, said, added=slots is not None)
+        y = _output(seen, said, added=slots is not None, more=more)
         y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
@@ -475,7 +479,7 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
     return cast("Tensor", Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array)))
 
 
-def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -> Value:
+def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, more: bool = False) -> Value:
     """Compute the layer's new output by the updates' formulas; for a grouped layer, change only weight and bias.
 
     Args:
@@ -483,19 +487,22 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -
         updates: the updates of the layer, in order.
         added: True to compute the change of the output and add the change to the layer's output. An update without
             effect then keeps every bit.
+        more: True to add changes of the product to the layer's output; see `computes_apart`.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
+    sums = all(isinstance(update, Additive) for update in inner)
     # Formulas are typed for tensors; graph values support the same operators.
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
-    if (layer.direct and (not added or not weights or not inner)) or not inner:
+    # Only sums keep the output of the layer; other formulas compute a new product.
+    if (layer.direct and (sums if more else not added or not weights)) or not inner:
         return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:
         raise Unsayable("an output update follows an update of weights")
-    if not added:
+    if not added and not more:
         y = layer.op(layer.x, cast(Value, chain.weight))
         return y if chain.bias is None else y + layer.per_channel(cast(Value, chain.bias))
     y = layer(layer.x) + layer.op(layer.x, cast(Value, chain.weight) - known_weight(layer))

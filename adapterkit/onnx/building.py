@@ -36,6 +36,9 @@ class Building:
 
     Args:
         model: the model that is being changed.
+
+    Attributes:
+        apart: layers whose output contains a vector that is not their bias; see biases.py.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -47,6 +50,7 @@ class Building:
         self.kept: list[object] = []
         self.inputs: list[ir.Value] = []
         self.moved: dict[ir.Value, ir.Value] = {}
+        self.apart: set[ir.Node] = set()
 
     def now(self, value: ir.Value) -> ir.Value:
         """Return the current replacement of a value of the original graph; the value itself if it was not replaced."""

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..core.updates import Additive
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
 from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
@@ -23,7 +22,6 @@ from .experts import as_floats as experts_as_floats
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
-from .packed import is_packed
 from .resolving import resolve
 from .rowwise import INDEX
 from .saturation import Saturation, quantizers
@@ -202,12 +200,12 @@ def checked_injection(
     if not adapter.updates:  # Context changes nothing in a run without new tokens, or with a past.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
-    bare, coarse = not _exact(source.model), False
+    bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
         rough = _rounds(source.model)
         found = resolve(source.model, adapter, base, tying)
-        smooth, coarse = rough and _smooth(plain), _differs(found)
+        smooth = rough and _smooth(plain)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
             # Dequantize only if the graph can run without rounding its activations: a dequantized layer would not round
             # them.
@@ -218,9 +216,9 @@ def checked_injection(
     bare = bare and other is not None
     if by_rows and other is not None:
         mixed = _compared_by_rows(other, plain, out, fed, known, bare)
-        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare, coarse=coarse)
+        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
         return whole if mixed is None else replace(whole, difference=max(mixed, whole.difference or 0.0))
-    return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare, coarse=coarse)
+    return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
 
 
 def _compared_by_rows(
@@ -290,7 +288,7 @@ def checked_merge(
     """
     stage("running the graph and comparing it")
     if beside:
-        return _checked_beside(model, adapters, factors, base, out, quantized, given, tying, beside)
+        return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
         return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter at weight 1")
     from ..io.checkpoint import opened as opened_base
@@ -301,7 +299,7 @@ def checked_merge(
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     found = resolve(source.model, adapters[0], weights, tying)
-    smooth, coarse = _rounds(source.model) and _smooth(plain), _differs(found)
+    smooth = _rounds(source.model) and _smooth(plain)
     # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # No nodes can change packed experts, so compare with an injection into their dequantized weights.
@@ -312,12 +310,12 @@ def checked_merge(
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
     judged, other = quantized != "requantize", inline(source.model)
-    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, coarse=coarse)
+    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
 
 
 def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
-    quantized: str | None, given: Feeds | None, tying: Tying | None, beside: Sequence[Found],
+    quantized: str | None, given: Feeds | None, tying: Tying | None,
 ) -> CheckOutcome:  # fmt: skip
     """Compare two graphs: changes beside packed weights, and the same changes in dequantized weights."""
     from ..io.checkpoint import opened as opened_base
@@ -328,7 +326,7 @@ def _checked_beside(
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     rough = _rounds(source.model)
-    smooth, coarse = rough and _smooth(plain), _differs(beside)
+    smooth = rough and _smooth(plain)
     bare = smooth or not _exact(source.model)
     folds = [
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
@@ -339,7 +337,7 @@ def _checked_beside(
             fold(folds, building, "dequantize")
             other = inline(source.model)
     bare, judged = bare and other is not None, quantized is None
-    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, coarse=coarse)
+    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
 
 
 def _exact(model: ir.Model) -> bool:
@@ -352,16 +350,6 @@ def _exact(model: ir.Model) -> bool:
         node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
         for node in model.graph.all_nodes()
     )
-
-
-def _differs(found: Sequence[Found]) -> bool:
-    """Whether a merge and an injection differ by the rounding of weights.
-
-    If a batch norm is folded into a quantized weight, a merge applies formulas to the base's weight. An injection
-    applies formulas such as DoRA's to the output of the quantized layer.
-    """
-    normed = [place for place in found if place.norm is not None and any(is_packed(spot) for spot in place.spots)]
-    return any(not isinstance(update, Additive) for place in normed for update in place.updates)
 
 
 def _rounds(model: ir.Model) -> bool:
@@ -417,7 +405,7 @@ def _compared(wanted: bytes | None, out: Path, more: Feeds, **options: Any) -> C
 def _run_both(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
-    bare: bool = False, coarse: bool = False,
+    bare: bool = False,
 ) -> CheckOutcome:  # fmt: skip
     """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes that work.
 
@@ -431,7 +419,6 @@ def _run_both(
         given: inputs, by name.
         known: sizes from the configs beside the graph.
         bare: run both graphs without optimizations, and without rounding activations.
-        coarse: allow the rounding of weights as a difference.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -459,7 +446,7 @@ def _run_both(
         difference = difference_of(got, results)
         if judged and not exact:
             most = _most(wanted, feeds, results, difference, bare)
-            _judge(difference, out, TOLERANCE["V"] if coarse else most)
+            _judge(difference, out, most)
         if exact and difference > 0:
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
             # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the

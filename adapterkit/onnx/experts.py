@@ -146,7 +146,7 @@ class Experts(Layer):
         return fused(node) if cls.first else 1
 
     @classmethod
-    def apart(cls, stack: Array, node: ir.Node) -> Array:
+    def by_matrix(cls, stack: Array, node: ir.Node) -> Array:
         """Convert experts `[e, out, ...]` to torch's order of rows."""
         several, parts = stack.reshape(len(stack), -1, cls.parts(node), *stack.shape[2:]), cls.parts(node)
         return stack if parts == 1 else several.swapaxes(1, 2).reshape(stack.shape)
@@ -164,7 +164,7 @@ class Experts(Layer):
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         copy, shape = held_apart(cls.operand_of(node)), cls.held_shape(node)
-        return lambda: cls.apart(numbers(copy), node).reshape(shape)
+        return lambda: cls.by_matrix(numbers(copy), node).reshape(shape)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
@@ -179,7 +179,7 @@ class Experts(Layer):
         def make() -> Array:
             stack: Array = numbers(copy).copy()
             for expert in range(len(stack)):
-                W = cls.apart(stack[expert : expert + 1].astype(np.float64), node)[0]
+                W = cls.by_matrix(stack[expert : expert + 1].astype(np.float64), node)[0]
                 stack[expert] = cls.together(f(W, expert * out)[None], node)[0]
             return stack
 
@@ -224,7 +224,7 @@ class Experts(Layer):
         copy, node = held_apart(held), self.node
         known = self._ordered(stack, True)
         return Value(
-            self.branch, known.shape, stack.dtype, known.value, lambda: self.apart(numbers(copy), node).reshape(-1)
+            self.branch, known.shape, stack.dtype, known.value, lambda: self.by_matrix(numbers(copy), node).reshape(-1)
         )
 
     def back_bias(self, b: Value) -> Value:
@@ -238,7 +238,7 @@ class Experts(Layer):
 
         def make() -> Array:
             stack = numbers(copy).astype(np.float64)
-            return cls.together(f(cls.apart(stack, node).reshape(-1)).reshape(stack.shape), node)
+            return cls.together(f(cls.by_matrix(stack, node).reshape(-1)).reshape(stack.shape), node)
 
         return make
 
@@ -275,7 +275,7 @@ class PackedExperts(Experts):
             q = unpacked(numbers(packed).reshape(experts * out, -1), bits).astype(np.float32) - (1 << (bits - 1))
             factors = numbers(scales).reshape(experts * out, -1).astype(np.float32)
             W = q * np.repeat(factors, size, axis=1)[:, :in_]
-            return cls.apart(W.reshape(experts, out, in_), node).reshape(experts * out, in_)
+            return cls.by_matrix(W.reshape(experts, out, in_), node).reshape(experts * out, in_)
 
         return make
 

@@ -19,6 +19,7 @@ from ..core.updates import Additive, Update
 from ..errors import Malformed, NotMergeable, Unsupported
 from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
+from .biases import settle_biases
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .experts import Experts, PackedExperts
@@ -64,6 +65,7 @@ def fold(
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
+    settle_biases([place for place, _ in folds], building)
     fresh: Fresh = {}
     # Fold all targets of a node together, so that the node's weight is rounded only once.
     # The queries, keys and values of one packed layer are different spots at one node.
@@ -218,9 +220,9 @@ class Folding:
         changing = self.updates
         if not any(update.changes_bias for update in changing):
             return
-        bias = layer.own_bias if layer.after is None else layer.after[1]
+        bias = layer.held_bias
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
-        if bias is None and layer.has_bias:
+        if bias is None and layer.bias is not None:
             why = f"the update changes the bias of a node that computes with integers ({self.spot.node.op_type})"
             cure = "Merge with --quantized dequantize (quantized='dequantize')"
             raise Unsupported(why, where=self.name, cure=cure)

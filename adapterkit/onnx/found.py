@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .building import Array
     from .layers import Layer
@@ -102,6 +103,19 @@ class FoldedNorm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BaseBias:
+    """The bias of a target's layer in the base.
+
+    Attributes:
+        numbers: the bias, float32; None if the layer has none.
+        others: all other vectors of the base, by name.
+    """
+
+    numbers: Array | None
+    others: Mapping[str, Leaf]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Found:
     """An adapter's target in a graph.
 
@@ -117,6 +131,7 @@ class Found:
         outlet: where the target's output is in the graph, if no single node produces it. A module without a weight has
             an outlet and no layers.
         norm: the batch normalisation that an exporter folded into the layer.
+        bias: the layer's bias in the base; None if it is unknown.
     """
 
     target: Target
@@ -128,6 +143,7 @@ class Found:
     turned: bool = False
     outlet: Outlet | None = None
     norm: FoldedNorm | None = None
+    bias: BaseBias | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -33,7 +33,6 @@ class IntegerLayer(Layer):
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
         out: the positions of the output's scale and zero point; None if the output is floating-point.
-        vector: the position of the bias.
         floating: the kind of layer that computes the same with a float weight.
     """
 
@@ -41,7 +40,6 @@ class IntegerLayer(Layer):
     parts: ClassVar[tuple[int, int, int]]
     origin: ClassVar[tuple[int, ...]] = (0, 1, 2)
     out: ClassVar[tuple[int, int] | None] = None
-    vector: ClassVar[int | None] = None
     floating: ClassVar[type[Layer]] = MatMul
 
     @classmethod
@@ -139,12 +137,8 @@ class IntegerLayer(Layer):
         return None
 
     @property
-    def has_bias(self) -> bool:
-        return self.vector is not None and _at(self.node, self.vector) is not None
-
-    @property
     def bias(self) -> Value | None:
-        held = self.float_bias(self.node)
+        held = None if self.apart else self.float_bias(self.node)
         if held is None:
             return super().bias
         return Value(self.branch, shape_of(held), self.dtype, None, lambda: numbers(held))
@@ -352,15 +346,24 @@ def _in_floats(
     given = [_at(node, position) for position in kind.origin]
     y = layer.in_floats(W, branch.node("DequantizeLinear", given, None, np.float32, None))
     made = next(one for one in branch.nodes if one.op_type == kind.floating.op_type)
+    in_module_of(node, branch)
     graph.insert_after(node, branch.nodes)
     back = quantizer.inputs[0]
     assert back is not None
     quantizer.replace_input_with(0, y)
     y.shape = back.shape
-    made.metadata_props.update(node.metadata_props)
     made.name = node.name
     for old in (back.producer(), node):
         if old is not None and not any(out.uses() or out.is_graph_output() for out in old.outputs):
             graph.remove(old, safe=True)
     branch.nodes.clear()
     return made, kind.floating
+
+
+def in_module_of(node: ir.Node, branch: Branch) -> None:
+    """Give the nodes that replace a node its exporter's metadata, and an Add of its bias a name in the same module."""
+    for one in branch.nodes:
+        if one.op_type not in ("DequantizeLinear", "Transpose"):
+            one.metadata_props.update(node.metadata_props)
+        if one.op_type == "Add":
+            one.name = branch.building.name(f"{node.name}_bias")

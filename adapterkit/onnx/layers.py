@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ..errors import Malformed, Unsupported
 from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
-from .values import Value
+from .values import Unsayable, Value
 
 BEFORE = "adapterkit.weight"
 """Prefix of a metadata key of a node. The key ends with the position of a computed input; the key's value is the name
@@ -62,12 +62,15 @@ class Layer:
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
         indexed: True if the input is indices, not numbers of the weight's type.
+        vector: the position of the bias among the node's inputs; None if the node adds no bias.
 
     Args:
         node: the node.
         branch: collects the nodes that formulas append.
 
     Attributes:
+        after: the Add after the node that adds the layer's bias, and the bias; None if the node itself adds the bias.
+        apart: True if the vector that is added to the product is not the layer's bias; see biases.py.
         call: the inputs of the model's call, for formulas that read them; see calls.py.
         moved: the new input of a module whose input a formula replaced; None for layers.
     """
@@ -78,12 +81,14 @@ class Layer:
     inside: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     indexed: ClassVar[bool] = False
+    vector: ClassVar[int | None] = None
     moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
+        self.apart = node in branch.building.apart
         plain = dequantized(self.result)
-        self.after = None if self.has_bias else bias_after(node, plain, self.shape[0])
+        self.after = None if self.apart or self.stated_bias is not None else self._bias_after(plain)
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
         # Some converters remove the types of values; the input has the type of the weight, except for indices.
@@ -174,18 +179,40 @@ class Layer:
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
     @property
-    def own_bias(self) -> ir.Value | None:
-        """The bias that the node itself adds, or None."""
-        return None
+    def stated_bias(self) -> ir.Value | None:
+        """What the node itself adds: the layer's bias, or a matrix or computed value; None if it adds nothing."""
+        stated = self.vector is not None and len(self.node.inputs) > self.vector
+        return weight_at(self.node, self.vector) if self.vector is not None and stated else None
 
     @property
-    def has_bias(self) -> bool:
-        """Whether the node itself adds a bias."""
-        return self.own_bias is not None
+    def own_bias(self) -> ir.Value | None:
+        """The bias that the node itself adds; None if it adds none, or if the graph computes it."""
+        held = self.stated_bias
+        return held if is_constant(held) else None
+
+    @property
+    def held_bias(self) -> ir.Value | None:
+        """The layer's bias, which the node or an Add after the node adds; None if the layer has none."""
+        if self.apart:
+            return None
+        return self.own_bias if self.after is None else self.after[1]
+
+    @property
+    def adds_more(self) -> bool:
+        """Whether the node adds something that is not the layer's bias, so that formulas must keep its output."""
+        return self.stated_bias is not None and self.bias is None
+
+    @property
+    def outputs(self) -> int:
+        """The number of output channels."""
+        return self.shape[0]
+
+    def _bias_after(self, out: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+        return None if self.inside else bias_after(self.node, out, self.outputs, self.channel)
 
     @property
     def bias(self) -> Value | None:
-        held = self.own_bias if self.after is None else self.after[1]
+        held = self.held_bias
         if held is None:
             return None
         b = Value(self.branch, shape_of(held), self.dtype, held, lambda: numbers(held))
@@ -216,6 +243,8 @@ class Layer:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             return self.y
+        if self.adds_more:
+            raise Unsayable(f"the {self.node.op_type} adds more than a bias")
         y = self.op(x, self.weight)
         return y if self.bias is None else y + self.per_channel(self.bias)
 
@@ -388,6 +417,7 @@ class Gemm(Layer):
     """`alpha * x @ W + beta * C`: a linear layer for inputs of two axes; x and W may be transposed."""
 
     op_type = "Gemm"
+    vector: ClassVar[int | None] = 2
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         super().__init__(node, branch)
@@ -398,10 +428,9 @@ class Gemm(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
-        if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
-            raise Unsupported("the bias of a Gemm is not a vector", where=self.node.name, cure="Export the model again")
-        return held
+        held = super().own_bias
+        # A Gemm may also add a matrix or a scalar, e.g. a residual that onnxruntime's optimizer fused.
+        return None if held is None or not by_channel(shape_of(held), self.outputs, -1) else held
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
         folded, back = given.producer(), only_reader(end, "Reshape")
@@ -411,16 +440,15 @@ class Gemm(Layer):
         ranks = [None if one is None or one.shape is None else len(one.shape) for one in (whole, out)]
         return (whole, out) if None not in ranks and ranks[0] == ranks[1] else (given, end)  # type: ignore[return-value]
 
-    @property
-    def outputs(self) -> int:
-        return shape_of(self.operand)[0 if attribute(self.node, "transB", 0) else 1]
-
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
         return not attribute(node, "transB", 0)
 
     def op(self, x: Value, w: Value) -> Value:
-        return super().op(x.swapaxes(0, 1) if attribute(self.node, "transA", 0) else x, w)
+        if attribute(self.node, "transA", 0):
+            # The input of a Gemm has two axes, also if the graph does not say so.
+            x = Value(self.branch, x.sizes or (None, None), x.dtype, x.value, x.known).swapaxes(0, 1)
+        return super().op(x, w)
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
@@ -468,21 +496,49 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
     return node is not None and node.op_type == op_type and node.domain in ("", "ai.onnx")
 
 
-def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
-    """If the only reader of a linear layer is an Add of a bias, return the Add and the bias; otherwise None."""
-    add = only_reader(out, "Add") if "MatMul" in node.op_type or node.op_type == "Einsum" else None
+def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tuple[ir.Node, ir.Value] | None:
+    """If the only reader of a layer is an Add of one number for each channel, return the Add and its constant.
+
+    Args:
+        node: the layer's node.
+        out: the layer's output, before the Add.
+        outputs: the number of output channels.
+        channel: the axis of the output's channels, counted from the back.
+    """
+    add = only_reader(out, "Add")
     if add is None:
         return None
     other = add.inputs[1 - list(add.inputs).index(out)]
-    if other is None or not is_constant(other):
+    if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
-    # Accept only a vector with one entry per output as a bias; another constant may be a mask or a table of positions.
-    on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
-    return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
+    # A constant with more axes than the output would give the sum more axes, too. Most layers keep that of the input.
+    most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
+    return (add, other) if len(shape_of(other)) <= most else None
 
 
-FUSED_BIASES = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
+def axes_of(value: ir.Value | None) -> int:
+    """Return the number of axes of a value; 0 if the graph does not show it."""
+    if value is None or value.shape is not None:
+        return 0 if value is None or value.shape is None else len(value.shape)
+    order = attribute(node, "perm", ()) if (node := value.producer()) is not None and _is(node, "Transpose") else ()
+    return len(order)
+
+
+def by_channel(shape: Sequence[int], outputs: int, channel: int) -> bool:
+    """Whether an array has one number for each output channel; another array may be a mask or a table of positions."""
+    at = len(shape) + channel
+    return at >= 0 and shape[at] == outputs and math.prod(shape) == outputs
+
+
+FUSED_BIASES = {
+    "SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "SkipGroupNorm": 4, "BiasGelu": 1,
+    "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1,
+}  # fmt: skip
 """A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+
+
+PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "DecoderMaskedMultiHeadAttention": 10}
+"""A map from each attention of onnxruntime to the position of the packed biases of queries, keys and values."""
 
 
 def refuse_fused_bias(layer: Layer, where: str) -> None:
@@ -496,10 +552,26 @@ def refuse_fused_bias(layer: Layer, where: str) -> None:
         cut = next(iter(node.outputs[0].uses()), None) if node.op_type == "Slice" else None
         if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
             node = cut.node
+        elif node.op_type in PACKED_BIASES:
+            if not _adds_at(node, use.idx, layer.outputs):
+                continue
         elif node.domain != "com.microsoft" or position is None or len(node.inputs) <= position:
             continue
         why = f"the bias of this layer is inside a {node.op_type}"
         raise Unsupported(why, where=where, cure="Use the graph before it is optimized")
+
+
+def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
+    """Whether an attention adds a bias to its queries (0), keys (1) or values (2)."""
+    position = PACKED_BIASES[node.op_type]
+    held = node.inputs[position] if len(node.inputs) > position else None
+    if held is None or at > 2:
+        return False
+    if not is_constant(held):
+        return True
+    b = numbers(held).reshape(-1)
+    # The vector packs the biases of queries, keys and values; those of values may have another size.
+    return bool((b[at * outputs : (at + 1) * outputs] if at < 2 else b[-outputs:]).any())
 
 
 # Layers other than matrix products: convolutions along any number of axes, and embeddings.
@@ -511,15 +583,11 @@ class Conv(Layer):
     op_type = "Conv"
     floating_type: ClassVar[str] = "Conv"  # Packed and fused convolutions have another operator.
     axes = range(3, 9)
+    vector: ClassVar[int | None] = 2
 
     @property
     def channel(self) -> int:
         return 1 - len(self.shape)
-
-    @property
-    def own_bias(self) -> ir.Value | None:
-        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
-        return held if is_constant(held) else None
 
     @property
     def direct(self) -> bool:
@@ -562,6 +630,10 @@ class ConvTranspose(Conv):
 
     op_type = floating_type = "ConvTranspose"
 
+    @property
+    def outputs(self) -> int:
+        return self.shape[0] * int(attribute(self.node, "group", 1))
+
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
         return True
@@ -573,6 +645,9 @@ class Gather(Layer):
     op_type = "Gather"
     position = 0
     indexed = True
+
+    def _bias_after(self, out: ir.Value) -> None:
+        return None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -606,16 +681,15 @@ class Attention(Layer):
     """The projections to queries, keys and values: rows of one weight."""
 
     op_type = "Attention"
+    vector: ClassVar[int | None] = 2
+
+    def _bias_after(self, out: ir.Value) -> None:
+        return None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
         return known and is_constant(node.inputs[1])
-
-    @property
-    def own_bias(self) -> ir.Value | None:
-        held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
-        return held if is_constant(held) else None
 
 
 class FusedGemm(Gemm):

@@ -43,7 +43,7 @@ class NormLayer(Layer):
     inside = True
     axes = (1,)
     operators: ClassVar[tuple[tuple[str, str], ...]] = (("", "LayerNormalization"), ("", "GroupNormalization"))
-    shift: ClassVar[int | None] = 2
+    vector: ClassVar[int | None] = 2
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -61,12 +61,6 @@ class NormLayer(Layer):
     def shape(self) -> tuple[int, ...]:
         return self.held_shape(self.node)
 
-    @property
-    def own_bias(self) -> ir.Value | None:
-        there = self.shift is not None and len(self.node.inputs) > self.shift
-        held = weight_at(self.node, self.shift) if self.shift is not None and there else None
-        return held if is_constant(held) else None
-
 
 class RMSNorm(NormLayer):
     """A node that normalizes by the mean square, and scales."""
@@ -76,28 +70,28 @@ class RMSNorm(NormLayer):
         ("", "SimplifiedLayerNormalization"),
         (MICROSOFT, "SimplifiedLayerNormalization"),
     )
-    shift = None
+    vector = None
 
 
 class SkipNorm(NormLayer):
     """A norm of a sum, as onnxruntime's optimizer fuses it."""
 
     operators = ((MICROSOFT, "SkipLayerNormalization"),)
-    position, shift = 2, 3
+    position, vector = 2, 3
 
 
 class SkipRMSNorm(NormLayer):
     """An RMS norm of a sum."""
 
     operators = ((MICROSOFT, "SkipSimplifiedLayerNormalization"),)
-    position, shift = 2, None
+    position, vector = 2, None
 
 
 class ScaledNorm(NormLayer):
     """The product with the weight, in a module whose norm is several nodes."""
 
     operators = (("", "Mul"),)
-    shift = None
+    vector = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         super().__init__(node, branch)

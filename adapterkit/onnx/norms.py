@@ -21,14 +21,16 @@ from ..io.lazy import as_array
 from .building import Array, element_type
 from .found import APART, NEAR, FoldedNorm, distance
 from .integer_layers import IntegerLayer
-from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader, weight_at
+from .layers import Conv, ConvTranspose, Gemm, LeftMatMul, MatMul, bias_after, dequantized, only_reader, weight_at
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
-from .packed import ConvInteger
+from .packed import ConvInteger, is_packed
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from .found import Found, Spot
+    from .layers import Layer
+    from .outlets import Ended
 
 ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
@@ -44,6 +46,15 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 def groups_of(spot: Spot) -> int:
     """Return the number of groups of a transposed convolution; 1 for layers that have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
+
+
+def computes_apart(layer: Layer | Ended, place: Found) -> bool:
+    """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
+
+    The node may also add a residual that was fused. If a batch norm is folded into a packed weight, formulas see the
+    weight of the base, and the node computes with a rounded one.
+    """
+    return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
@@ -100,7 +111,8 @@ def _bias_of(spot: Spot) -> ir.Value | None:
         added = spot.kind.added(spot.node)
         return None if added is None else added[1]
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
-        after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
+        channel = -2 if issubclass(spot.kind, LeftMatMul) else -1
+        after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0], channel)
         return None if after is None else after[1]
     held = weight_at(spot.node, 2) if len(spot.node.inputs) > 2 else None
     return held if is_constant(held) else None

@@ -38,12 +38,16 @@ FACTORS = ("A", "B", "s")
 
 
 class OpenFactors(Additive):
-    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d."""
+    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d.
+
+    If the output is not W @ x + b (`adds_more`), W @ x is computed again; see `computes_apart`.
+    """
 
     A: Tensor = tensor("r in *k")
     B: Tensor = tensor("out r")
     s: Tensor = tensor("out")
     d: Tensor | None = tensor("out", optional=True)
+    adds_more: bool = False
 
     neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
 
@@ -53,7 +57,7 @@ class OpenFactors(Additive):
 
     def forward(self, x: Tensor, layer: FormulaLayer) -> Tensor:
         y, b = layer(x), layer.bias
-        core = y if b is None else y - layer.per_channel(b)
+        core = layer.op(x, layer.weight) if self.adds_more else y if b is None else y - layer.per_channel(b)
         h = layer.mix(layer.op(x, self.A), self.B)
         out = y + core * layer.per_channel(self.s - 1) + h * layer.per_channel(self.s)
         return out if self.d is None else out + layer.per_channel(self.d)

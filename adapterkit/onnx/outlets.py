@@ -177,6 +177,11 @@ class Ended:
         return None if self.layer is None else self.layer.bias
 
     @property
+    def adds_more(self) -> bool:
+        """Whether the layer's node adds something that is not its bias."""
+        return self.layer is not None and self.layer.adds_more
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape; empty for a module."""
         return () if self.layer is None else self.layer.shape

@@ -20,7 +20,7 @@ from ..quant import joined
 from ..quant._grouped import Grouped
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
-from .integer_layers import IntegerLayer, initializer
+from .integer_layers import IntegerLayer, in_module_of, initializer
 from .layers import Attention, Conv, Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
@@ -194,6 +194,7 @@ class MatMulNBits(Layer):
     """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K that have a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
+    vector = 5
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -242,10 +243,6 @@ class MatMulNBits(Layer):
         scales = self.node.inputs[2]
         assert scales is not None
         return element_type(scales)
-
-    @property
-    def own_bias(self) -> ir.Value | None:
-        return self.node.inputs[5] if len(self.node.inputs) > 5 else None
 
 
 class MatMulInteger(Layer):
@@ -300,9 +297,10 @@ class ConvInteger(MatMulInteger, Conv):
     """A convolution like `MatMulInteger`; an Add of its bias may follow."""
 
     op_type = "ConvInteger"
+    vector = None
 
     @property
-    def own_bias(self) -> ir.Value | None:
+    def stated_bias(self) -> ir.Value | None:
         added = self.added(self.node)
         return None if added is None else added[1]
 
@@ -476,8 +474,8 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
         if b is not None and not isinstance(layer, Conv):
             y = branch.node("Add", [y, b], None, layer.dtype, None)
     node = branch.nodes[0]
+    in_module_of(layer.node, branch)
     graph.insert_after(last, branch.nodes)
-    node.metadata_props.update(layer.node.metadata_props)
     _replaced(layer.result, y, branch)
     node.name = layer.node.name
     return node

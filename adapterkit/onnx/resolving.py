@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .biases import with_base_bias
 from .experts import EXPERTS, Experts, in_experts
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
@@ -146,7 +147,11 @@ def resolve(
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
-    return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+    ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
+    ended += norms.values()
+    if base is not None:
+        ended = [with_base_bias(place, base) for place in ended]
+    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:

@@ -31,6 +31,7 @@ from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
 from .model_file import opened
+from .norms import computes_apart
 from .open_factors import is_worked_out, template, worked_out
 from .reading import loaded
 from .values import OpenSize, Value
@@ -269,7 +270,7 @@ class Slots:
         if is_worked_out(update, dict.fromkeys(slots, "")):
             factors = template(update, place)
             assert factors is not None
-            update = factors
+            update = factors.replace(adds_more=computes_apart(layer, place))
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
         # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and other calls may differ.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})

@@ -1,0 +1,474 @@
+"""Find out whether a vector that a graph adds to a layer's output is the layer's bias.
+
+Updates such as IA3 change the bias, too. Exporters write a bias as an input of the layer's node, or as an Add right
+after it. Other tools store it with more axes, subtract it, or add it after a Reshape. On the other hand, a vector that
+is added may be a parameter of the module around the layer. The base's weights show this; without them, the names that
+the exporter wrote do. What neither shows is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported
+from ..io.lazy import as_array
+from .building import Branch, Building, element_type, takes_over
+from .experts import Experts
+from .found import NEAR, BaseBias, Found, Spot
+from .layers import Attention, Gather, Layer, by_channel, only_reader, refuse_fused_bias
+from .modules import SCOPES, listed, same_end
+from .operands import DEEP, is_constant, numbers, shape_of
+from .recurrent import Recurrent
+
+if TYPE_CHECKING:
+    from ..io.checkpoint import Checkpoint
+    from .building import Array
+
+KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+"""Operators that keep the order of numbers; an Add of a vector along the last axis may come before them."""
+
+PASSES = KEEPS_ORDER | {
+    "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
+}  # fmt: skip
+"""Operators that may be between a layer and an Add of its bias."""
+
+WIDE = 64
+"""Largest number of values that are searched for the name of a bias."""
+
+_BASE = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
+
+
+def changes_bias(place: Found) -> bool:
+    """Whether an update of a target changes the layer's bias."""
+    return any(update.kind in ("additive", "weight") and update.changes_bias for update in place.updates)
+
+
+def with_base_bias(place: Found, base: Checkpoint) -> Found:
+    """Return a target with the bias that its layer has in the base, if the base shows the layer by its name."""
+    if not changes_bias(place) or not place.spots:
+        return place
+    for path in dict.fromkeys((place.target.path, place.asked.path)):
+        for own in (f"{path}.weight", path):
+            alike = [own] if own in base.tensors else [name for name in base.tensors if same_end(name, own)]
+            if len(alike) == 1 and alike[0].endswith("weight"):
+                return replace(place, bias=_base_bias(base, f"{alike[0].removesuffix('weight')}bias"))
+    return place
+
+
+def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
+    leaf = base.tensors.get(name)
+    if leaf is not None and not leaf.dtype.floating:
+        return None
+    others = {key: one for key, one in base.tensors.items() if len(one.shape) == 1 and one.dtype.floating}
+    others.pop(name, None)
+    return BaseBias(None if leaf is None else as_array(leaf).astype(np.float32).reshape(-1), others)
+
+
+def settle_biases(found: Sequence[Found], building: Building) -> None:
+    """Prepare layers whose bias an update changes: prove the biases, and bring them to the layers.
+
+    Vectors that are not the bias of their layer are noted in `building.apart`.
+
+    Raises:
+        Unsupported: a vector that is added to a layer's output may be its bias or not; or it is the bias, but where no
+            update can change it; or one node computes several layers that differ in their biases.
+    """
+    for place in found:
+        for spot in dict.fromkeys(place.spots):
+            _refuse_shared(spot, place)
+            exempt = issubclass(spot.kind, Attention | Experts | Gather | Recurrent) or place.norm is not None
+            if not exempt and changes_bias(place):
+                _settle(spot, place, building)
+
+
+def _refuse_shared(spot: Spot, place: Found) -> None:
+    """Refuse a node that computes several layers, whose equal weights and inputs an optimizer found."""
+    uses = list(spot.node.outputs[0].uses())
+    if len(uses) < 2:
+        return
+    adds = [use.node for use in uses if use.node.op_type == "Add" and use.node.domain in ("", "ai.onnx")]
+    stems = {
+        name.removesuffix(".bias")
+        for add in adds for other in add.inputs if other is not None and is_constant(other)
+        for name in _names(other) if name.endswith(".bias")
+    }  # fmt: skip
+    if len(stems) > 1:
+        why = f"the node computes several layers with equal weights ({', '.join(sorted(stems))})"
+        cure = "Use the graph before it is optimized, where each layer has a node"
+        raise Unsupported(why, where=str(place.asked), cure=cure)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Added:
+    """A vector that nodes add to a layer's output.
+
+    Attributes:
+        node: the node that adds it.
+        value: the vector.
+        passed: nodes between the layer and this node.
+        negative: whether the node subtracts the vector.
+        first: whether nothing else is added before.
+    """
+
+    node: ir.Node
+    value: ir.Value
+    passed: tuple[ir.Node, ...]
+    negative: bool
+    first: bool
+
+
+def _settle(spot: Spot, place: Found, building: Building) -> None:
+    layer = spot.kind(spot.node, Branch(building, f"adapterkit/{place.target}"))
+    where = str(place.asked)
+    if _in_float_sums(layer):
+        layer = spot.kind(spot.node, layer.branch)
+    if layer.stated_bias is not None:
+        if layer.bias is not None and _is_bias(layer, layer.node, _numbers_of(layer), place, plain=True):
+            return
+        if layer.bias is None and not _may_be_foreign(layer.stated_bias, place, layer):
+            why = f"the graph computes the bias of this {layer.node.op_type}"
+            raise Unsupported(why, where=where, cure="Export the model with the bias as a stored tensor")
+        building.apart.add(layer.node)
+    elif layer.after is not None:
+        add, held = layer.after
+        plain = len(shape_of(held)) == 1 and layer.node.op_type != "Gemm"
+        if _is_bias(layer, add, numbers(held).reshape(-1), place, plain, held):
+            return
+        building.apart.add(layer.node)
+    if layer.inside:
+        _refuse_lost(place, where)
+        return
+    refuse_fused_bias(layer, where)
+    for added in _added(layer):
+        if not _may_be_bias(added, layer, place):
+            continue
+        constant = is_constant(added.value)
+        vector = _vector(added, layer) if constant else None
+        if constant and not _is_bias(layer, added.node, vector, place, False, added.value):
+            continue
+        if vector is None or layer.apart or layer.stated_bias is not None or not _brought(added, vector, layer):
+            if _zero(place):
+                continue
+            kind = added.node.op_type
+            through = ", ".join(node.op_type for node in added.passed)
+            why = f"an update cannot change the bias of this layer, which the operator {kind} adds"
+            why += f" after {through}" if through else ""
+            cure = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
+            raise Unsupported(why, where=where, cure=cure)
+        building.apart.discard(layer.node)
+        return
+    _refuse_lost(place, where)
+
+
+def _in_float_sums(layer: Layer) -> bool:
+    """Replace a QLinearAdd of a constant after a layer by an Add between a DequantizeLinear and a QuantizeLinear.
+
+    Returns:
+        True if there was such a node.
+    """
+    value = layer.result
+    again = only_reader(value, "QuantizeLinear")
+    value = value if again is None else again.outputs[0]
+    uses = list(value.uses())
+    node = uses[0].node if len(uses) == 1 else None
+    if node is None or (node.op_type, node.domain) != ("QLinearAdd", "com.microsoft") or len(node.inputs) < 7:
+        return False
+    first, second = node.inputs[:3], node.inputs[3:6]
+    own, other = (first, second) if uses[0].idx == 0 else (second, first)
+    if node.graph is not layer.node.graph or uses[0].idx not in (0, 3) or not all(map(is_constant, other[:2])):
+        return False
+    q, scale, zero = (None if one is None else numbers(one).astype(np.float32) for one in other)
+    assert q is not None
+    assert scale is not None
+    b = ((q - (0 if zero is None else zero)) * scale).astype(np.float32)
+    branch, building, graph = layer.branch, layer.branch.building, node.graph
+    assert graph is not None
+    name = f"{(other[0].name or 'bias').removesuffix('_quantized')}"  # type: ignore[union-attr]
+    held = building.tensor(("sum", name, b.tobytes()), name, lambda: b)
+    if not held.is_initializer():
+        building.model.graph.register_initializer(held)
+    y = branch.node("DequantizeLinear", own, None, np.float32, None)
+    total = branch.node("Add", [y, held], None, np.float32, None)
+    branch.nodes[-1].name = building.name(node.name or "Add")
+    branch.nodes[-1].metadata_props.update(node.metadata_props)
+    limits = [*node.inputs[6:8], None][:2]
+    kind = np.uint8 if limits[1] is None else element_type(limits[1])
+    new = branch.node("QuantizeLinear", [total, *limits], None, kind, None)
+    y.shape = total.shape = node.outputs[0].shape
+    graph.insert_after(node, branch.nodes)
+    takes_over(node.outputs[0], new, branch)
+    graph.remove(node, safe=True)
+    branch.nodes.clear()
+    return True
+
+
+def _zero(place: Found) -> bool:
+    return place.bias is not None and (place.bias.numbers is None or not place.bias.numbers.any())
+
+
+def _refuse_lost(place: Found, where: str) -> None:
+    """Refuse a layer that has a bias in the base, but none that was found in the graph."""
+    if place.bias is None or _zero(place):
+        return
+    why = "the base's layer has a bias, and it is unclear where the graph adds it"
+    raise Unsupported(why, where=where, cure="Export the graph again without optimizations")
+
+
+def _numbers_of(layer: Layer) -> Array:
+    assert layer.bias is not None
+    return layer.bias.numbers().reshape(-1)
+
+
+def _is_bias(
+    layer: Layer, adds: ir.Node, vector: Array | None, place: Found, plain: bool, held: ir.Value | None = None
+) -> bool:
+    """Whether a vector is the bias of a layer.
+
+    Args:
+        layer: the layer.
+        adds: the node that adds the vector.
+        vector: the vector, with one number for each output channel; None if it cannot be read as such.
+        place: the layer's target.
+        plain: True if exporters write a bias in this way, so that it is the bias if nothing shows that it is not.
+        held: the value that holds the vector; None if the layer's own node reads it.
+
+    Raises:
+        Unsupported: nothing shows whether it is the bias; or the vector holds other numbers than the base's bias.
+    """
+    where = str(place.asked)
+    named = held is not None and _is_named(held, place)
+    if place.bias is not None and vector is not None and (told := _in_base(vector, place)) is not None:
+        return told
+    if held is None or named:
+        return True
+    modules = _modules(layer.node, adds)
+    if modules is not None:
+        return modules[0] == modules[1]
+    if plain:
+        return True
+    why = (
+        f"a vector is added to its output ({_names(held)[0]}), which is (1) its bias, which the update changes, or (2) "
+        "a parameter of the module around it, which stays as it is"
+    )
+    raise Unsupported(why, where=where, cure=_BASE)
+
+
+def _in_base(vector: Array, place: Found) -> bool | None:
+    """Whether a vector is the bias that a layer has in the base; None if the base does not show it.
+
+    Raises:
+        Unsupported: the base contradicts the graph.
+    """
+    assert place.bias is not None
+    base, rows = place.bias.numbers, slice(*place.target.rows) if place.target.rows else slice(None)
+    if base is None:
+        if not vector.any() or _is_other(vector, place.bias):
+            return False
+        why = "the graph adds a vector to the layer's output, and the base has neither a bias nor such a vector there"
+        raise Unsupported(why, where=str(place.asked), cure="Pass all weights of the base: --base-weights DIR")
+    for part in (vector[rows], vector):
+        if part.shape == base.shape:
+            if _near(part, base):
+                return True
+            if _is_other(part, place.bias):
+                return False
+            why = "the vector that the graph adds to the layer's output holds other numbers than the base's bias"
+            raise Unsupported(why, where=str(place.asked), cure="Is this the base that the graph was exported from?")
+    return None
+
+
+def _is_other(vector: Array, bias: BaseBias) -> bool:
+    """Whether a vector is another one of the base."""
+    alike = (leaf for leaf in bias.others.values() if tuple(leaf.shape) == vector.shape)
+    return any(_near(vector, as_array(leaf).astype(np.float32)) for leaf in alike)
+
+
+def _near(one: Array, other: Array) -> bool:
+    if one.shape != other.shape:
+        return False
+    far = float(np.linalg.norm(one.astype(np.float64) - other))
+    return far <= NEAR * float(np.linalg.norm(other.astype(np.float64)))
+
+
+def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
+    """Whether a node adds something that cannot be the bias of a layer: a matrix, a scalar, or a residual."""
+    if place.bias is not None and place.bias.numbers is None:
+        return True
+    if _is_named(value, place):
+        return False
+    if is_constant(value):
+        return not by_channel(shape_of(value), layer.outputs, -1)
+    # A module's bias never depends on the model's inputs.
+    return _depends(value)
+
+
+def _added(layer: Layer) -> Iterator[_Added]:
+    """Yield what nodes add to a layer's output, also behind nodes that keep or move its numbers."""
+    waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
+    for _ in range(WIDE):
+        if not waiting:
+            return
+        value, passed, first = waiting.pop(0)
+        for use in value.uses():
+            node, at = use.node, use.idx
+            if len(passed) > DEEP:
+                continue
+            if node.domain not in ("", "ai.onnx"):
+                continue
+            if node.op_type in ("Add", "Sub", "Sum"):
+                others = [one for place, one in enumerate(node.inputs) if one is not None and place != at]
+                usual = node.op_type != "Sub" or at == 0
+                for other in others:
+                    yield _Added(node, other, passed, node.op_type == "Sub", first and usual and len(others) == 1)
+                waiting.append((node.outputs[0], (*passed, node), False))
+            elif node.op_type in PASSES and at == 0:
+                waiting += [(out, (*passed, node), first) for out in node.outputs]
+
+
+def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
+    """Whether a value that a node adds may be the bias of a layer, by its name or its size."""
+    if added.value is layer.held_bias or added.node is (None if layer.after is None else layer.after[0]):
+        return False
+    if _is_named(added.value, place):
+        return True
+    if not added.first:
+        return False
+    if not is_constant(added.value):
+        sizes = [] if added.value.shape is None else list(added.value.shape)
+        known = [int(size) for size in sizes if isinstance(size, int)]
+        fits = added.value.shape is None or len(known) < len(sizes) or math.prod(known) == layer.outputs
+        return fits and not _apart(layer.node, added.node) and not _depends(added.value)
+    parted = any(node.op_type in ("Split", "Slice") for node in added.passed)
+    size = math.prod(shape_of(added.value))
+    if parted:
+        modules = _modules(layer.node, added.node)
+        return modules is not None and modules[0] == modules[1] and size > 1
+    return size == layer.outputs > 1
+
+
+def _vector(added: _Added, layer: Layer) -> Array | None:
+    """Return the numbers to add to each channel of a layer's own output; None if nodes between move them."""
+    held = numbers(added.value)
+    held = -held if added.negative else held
+    if held.size != layer.outputs:
+        return None
+    # A vector with more axes than what it is added to gives the sum more axes, too.
+    last = added.passed[-1].outputs[0] if added.passed else layer.result
+    most = max(2 if not added.passed else 0, -layer.channel, 0 if last.shape is None else len(last.shape))
+    shapes = [node for node in added.passed if node.op_type != "Identity"]
+    if not shapes:
+        fits = by_channel(held.shape, layer.outputs, layer.channel) and held.ndim <= most
+        return held.reshape(-1) if fits else None
+    if layer.channel != -1 or not {node.op_type for node in shapes} <= KEEPS_ORDER:
+        return None
+    ends = list(held.shape)
+    while ends and ends[0] == 1:
+        ends.pop(0)
+    fits = held.ndim <= max(len(ends), most)
+    return held.reshape(-1) if ends and fits and _last_sizes(shapes[-1], len(ends)) == ends else None
+
+
+def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
+    """Return the last sizes of the output of a Reshape or a similar node; None if they are not known."""
+    sizes = node.outputs[0].shape
+    last = None if sizes is None else list(sizes)[-count:]
+    if last is not None and len(last) == count and all(isinstance(size, int) for size in last):
+        return [int(size) for size in last]  # type: ignore[arg-type]
+    given = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
+    parts: list[int] = []
+    while given is not None and len(parts) < count:
+        source = given.producer()
+        if is_constant(given):
+            parts = [int(size) for size in numbers(given).reshape(-1)] + parts
+            break
+        tail = source.inputs[-1] if source is not None and source.op_type == "Concat" else None
+        if source is None or tail is None or not is_constant(tail):
+            return None
+        parts = [int(size) for size in numbers(tail).reshape(-1)] + parts
+        given = None
+    found = parts[-count:]
+    return found if len(found) == count and min(found) > 0 else None
+
+
+def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
+    """Make an Add or a Sub of a vector an Add right after the layer, which computes the same numbers.
+
+    Returns:
+        False if that is impossible, because other nodes read the values between, or are in another graph.
+    """
+    graph, building = layer.node.graph, layer.branch.building
+    chain = [layer.result, *(node.outputs[0] for node in added.passed)]
+    single = all(len(list(value.uses())) == 1 and not value.is_graph_output() for value in chain)
+    made_by = layer.result.producer()
+    if not single or not added.first or (added.node.op_type == "Sum" and len(added.node.inputs) != 2):
+        return False
+    if graph is None or made_by is None or any(node.graph is not graph for node in (*added.passed, added.node)):
+        return False
+    spread = vector.reshape(-1, *[1] * (-layer.channel - 1))
+    name = f"{added.value.name}.bias"
+    held = building.tensor(("bias", name, vector.tobytes()), name, lambda: np.ascontiguousarray(spread))
+    if not held.is_initializer():
+        building.model.graph.register_initializer(held)
+    out, end = ir.Value(name=building.name(f"{name}/output"), type=layer.result.type), added.node.outputs[0]
+    add = ir.node("Add", [layer.result, held], outputs=[out], name=building.name(added.node.name or f"{name}/Add"))
+    add.metadata_props.update(added.node.metadata_props)
+    out.shape = layer.result.shape
+    after = added.passed[0] if added.passed else added.node
+    graph.insert_after(made_by, [add])
+    after.replace_input_with(list(after.inputs).index(layer.result), out)
+    last = added.passed[-1].outputs[0] if added.passed else out
+    takes_over(end, last, layer.branch)
+    graph.remove(added.node, safe=True)
+    return True
+
+
+def _is_named(value: ir.Value, place: Found) -> bool:
+    """Whether a value is, or is computed from, a tensor with the name of a target's bias."""
+    paths = dict.fromkeys((place.target.path, place.asked.path))
+    names = [name.removesuffix("_quantized") for name in _names(value)]
+    return any(same_end(name, f"{path}.bias") for name in names for path in paths)
+
+
+def _names(value: ir.Value) -> list[str]:
+    """Return the names of a value and of the tensors that it is computed from, without the names of nodes' outputs."""
+    return [one.name or "" for one in _behind(value) if one is value or one.producer() is None]
+
+
+def _depends(value: ir.Value) -> bool:
+    """Whether a value depends on the graph's inputs, or too many nodes compute it to tell."""
+    behind = list(_behind(value))
+    inputs = any(one.producer() is None and one.const_value is None for one in behind)
+    return inputs or len(behind) >= WIDE
+
+
+def _behind(value: ir.Value) -> Iterator[ir.Value]:
+    waiting, seen = [value], set[ir.Value]()
+    while waiting and len(seen) < WIDE:
+        one = waiting.pop(0)
+        if one in seen:
+            continue
+        seen.add(one)
+        yield one
+        node = one.producer()
+        waiting += [] if node is None else [each for each in node.inputs if each is not None]
+
+
+def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
+    """Return the modules around two nodes, by the exporter's metadata or by the nodes' names; None if it is unknown."""
+    scopes = [listed(node.metadata_props.get(SCOPES))[-2:-1] for node in (one, other)]
+    if all(scopes):
+        return scopes[0][0], scopes[1][0]
+    names = [node.name or "" for node in (one, other)]
+    return (names[0].rpartition("/")[0], names[1].rpartition("/")[0]) if all("/" in name for name in names) else None
+
+
+def _apart(one: ir.Node, other: ir.Node) -> bool:
+    """Whether two nodes are known to be in different modules."""
+    modules = _modules(one, other)
+    return modules is not None and modules[0] != modules[1]
