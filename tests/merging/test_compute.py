@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,9 @@ import adapterkit as ak
 from adapterkit.core.updates import Update
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.lazy import from_numpy
+from adapterkit.merging import blocks as blocks_module
+from adapterkit.merging import planned as planned_module
+from adapterkit.merging import planned_update as update_module
 from adapterkit.merging.arrays import NumpyArrays, Workspace
 from adapterkit.merging.blocks import Block, blocks
 from adapterkit.merging.compiled import THIN
@@ -260,3 +263,16 @@ def test_an_update_of_all_rows_at_once_is_one_block(tmp_path: Path) -> None:
     assert blocks(output)[0].whole
     assert not Block(None, 0, size - 1, size, width).whole
     assert not Block(None, 1, size, size, width).whole
+
+
+MODULES = [blocks_module, planned_module, update_module]
+VALUES = [c for m in MODULES for c in vars(m).values() if is_dataclass(c) and c.__module__ == m.__name__]
+
+
+@pytest.mark.parametrize("cls", VALUES)
+def test_a_plan_is_a_value(cls: type) -> None:
+    """Threads and other machines read a plan at the same time, so nobody changes it."""
+    value = object.__new__(cls)
+    for each in fields(cls):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, each.name, None)
