@@ -184,11 +184,21 @@ def test_16_bits_are_rounded_once(dtype):
     torch.testing.assert_close(got, nearest, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wider_numbers_keep_their_width(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "used"),
+    [
+        (torch.float8_e4m3fn, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_numbers_are_computed_in_float32_or_wider(dtype, used):
     seen = []
-    got = in_float32(lambda X: seen.append(X.dtype) or X + 1, torch.zeros(2, 2, dtype=dtype))
-    assert (seen, got.dtype) == ([dtype], dtype)
+    got = in_float32(lambda X: seen.append(X.dtype) or X + 1, torch.zeros(2, 2).to(dtype))
+    assert (seen, got.dtype) == ([used], dtype)
+    assert torch.equal(got.float(), torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
