@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from cosmic_ray.work_item import WorkItem
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("adapterkit", "spec", "tests", "tools", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
+LEFT = ("build", "dist", "fuzz-findings")
+"""Folders of the checkout that no test reads."""
+
 LEAST, SLOWER = 60, 5
 """Time limit of the tests of one mutant: seconds at least, and how many times as long as without a mutant."""
 
@@ -72,12 +74,13 @@ def main() -> int:
 
 def copied(folder: Path) -> Path:
     """Copy the files that the tests need, and link the environment."""
-    for name in COPIED:
-        source = ROOT / name
+    for source in ROOT.iterdir():
+        if source.name.startswith(".") or source.name in LEFT:
+            continue
         if source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / source.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, folder / name)
+            shutil.copy(source, folder / source.name)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     return folder
 
@@ -131,7 +134,9 @@ def ray(copy: Path, *words: str) -> None:
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "cosmic_ray.cli", *words]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
-        sys.exit(f"cosmic-ray {words[0]}: {run.stderr[-2000:]}\nInstall it: .venv/bin/python -m pip install cosmic-ray")
+        missing = "No module named 'cosmic_ray'" in run.stderr
+        cure = "\nInstall it: .venv/bin/python -m pip install cosmic-ray" if missing else ""
+        sys.exit(f"cosmic-ray {words[0]}: {(run.stdout + run.stderr)[-2000:]}{cure}")
 
 
 def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
