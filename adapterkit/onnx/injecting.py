@@ -225,7 +225,9 @@ def keep_original(source: GraphSource) -> None:
     model = source.model
     if ORIGINAL in model.metadata_props:
         raise Unsupported(
-            "the graph already has an injected adapter", path=source.path, cure="Eject it first: adapterkit eject"
+            "the graph already has an injected adapter",
+            path=source.path,
+            cure="Eject it first, in Python: adapterkit.onnx.eject(MODEL, OUT)",
         )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):

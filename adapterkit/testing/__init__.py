@@ -18,11 +18,11 @@ The entry points:
 |---|---|---|
 | `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
 | `adapterkit.methods` | a class derived from one kind in `adapterkit.core.updates` | `MethodTests` |
-| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Method` | `CombinerTests` |
+| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Combiner` | `CombinerTests` |
 | `adapterkit.quant` | `adapterkit.quant._scheme.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families._family.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | `Family` of `adapterkit.formats.adapterhub.families._family` | the same |
+| `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families._family.AdapterHubFamily` | the same |
 
 The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """
