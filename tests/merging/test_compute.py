@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.core.updates import Update
+from adapterkit.errors import Malformed
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.lazy import from_numpy
 from adapterkit.merging import blocks as blocks_module
@@ -134,6 +135,24 @@ def test_a_bias_that_depends_on_the_weight(stacked: bool, before: bool, layout: 
     seen, vector = (W * scale[..., None], b * scale) if before else (W, b)
     exact = b + 0.5 * (vector + np.einsum("...oi,...i->...o", seen, C) - b)
     np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")["m.bias"], exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F16", 1e5), ("BF16", 1e39), ("F32", 1e39)])
+@pytest.mark.parametrize("name", ["lora", "dense", "ia3"])
+def test_a_result_beyond_the_dtype_is_refused(name: str, dtype: str, size: float, tmp_path: Path) -> None:
+    """Base and factors are finite, and the sum is not once it is rounded. A tenth of the change is."""
+    large = {
+        "lora": lambda: update("lora", {"A": np.ones((1, IN)), "B": np.full((OUT, 1), size)}),
+        "dense": lambda: update("dense", {"D": np.full((OUT, IN), size)}),
+        "ia3": lambda: update("ia3", {"l": np.full(OUT, size)}),
+    }[name]()
+    save_file({"m.weight": np.ones((OUT, IN), np.float32)}, tmp_path / "base.safetensors")
+    adapter, out = ak.Adapter({ak.Target("m"): (large,)}), tmp_path / "out.safetensors"
+    with pytest.raises(Malformed, match=f"a NaN or an infinity in {dtype}") as raised:
+        ak.merge(tmp_path / "base.safetensors", adapter, out, dtype=dtype)
+    assert raised.value.where == "m.weight"
+    assert not out.exists()
+    ak.merge(tmp_path / "base.safetensors", adapter, out, dtype=dtype, weights=[0.1])
 
 
 def planned(
