@@ -33,21 +33,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .combiners import CombinerTests
-    from .examples import adapter_of, example
-    from .formats import FormatTests
-    from .hubs import HubTests
-    from .methods import MethodTests
-    from .schemes import SchemeTests
+    from .formulas import CombinerTests, MethodTests, adapter_of, example
+    from .storage import FormatTests, HubTests, SchemeTests
 
 _HOME = {
-    "CombinerTests": "combiners",
-    "FormatTests": "formats",
-    "HubTests": "hubs",
-    "MethodTests": "methods",
-    "SchemeTests": "schemes",
-    "adapter_of": "examples",
-    "example": "examples",
+    "CombinerTests": "formulas",
+    "FormatTests": "storage",
+    "HubTests": "storage",
+    "MethodTests": "formulas",
+    "SchemeTests": "storage",
+    "adapter_of": "formulas",
+    "example": "formulas",
 }
 
 __all__ = ["CombinerTests", "FormatTests", "HubTests", "MethodTests", "SchemeTests", "adapter_of", "example"]
