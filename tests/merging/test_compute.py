@@ -118,6 +118,31 @@ def test_any_blocks_give_the_formula(
     assert report.norms["m.weight"] == pytest.approx(norms, rel=1e-12)
 
 
+SPANS = [(0, 5), (3, 8), (9, 12)]
+
+
+@pytest.mark.parametrize("elements", [IN, 3 * IN, BLOCK_ELEMENTS])
+@pytest.mark.parametrize("together", [False, True], ids=["adapters", "one adapter"])
+@pytest.mark.parametrize("names", [("ia3", "lora", "dora"), ("dora", "ia3", "ia3"), ("lora", "dense", "lora")])
+def test_changes_of_different_rows(
+    names: tuple[str, ...], together: bool, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many blocks have no part in some changes. Several adapters add up; targets of one apply one after another."""
+    monkeypatch.setattr("adapterkit.merging.blocks.BLOCK_ELEMENTS", elements)
+    stored = numbers(OUT, IN, seed=1)
+    save_file({"m.weight": stored}, tmp_path / "base.safetensors")
+    pairs = list(zip(names, SPANS, strict=True))
+    changes = [change(name, last - first, (), seed=first) for name, (first, last) in pairs]
+    one = {ak.Target("m", rows=rows): (each.update,) for each, rows in zip(changes, SPANS, strict=True)}
+    adapters = [ak.Adapter(one)] if together else [ak.Adapter({target: us}) for target, us in one.items()]
+    ak.merge(tmp_path / "base.safetensors", adapters, tmp_path / "out.safetensors")
+    exact = stored.copy()
+    for each, rows in zip(changes, SPANS, strict=True):
+        seen = (exact if together else stored)[slice(*rows)]
+        exact[slice(*rows)] += each.formula(seen, 0) - seen
+    np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")["m.weight"], exact, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["one", "experts"])
 @pytest.mark.parametrize("before", [False, True], ids=["alone", "after another"])
 @pytest.mark.parametrize("layout", ["out *in", "in out *k"])
