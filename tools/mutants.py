@@ -3,12 +3,15 @@
 
     python tools/mutants.py                      all chapters of tools/mutants.toml
     python tools/mutants.py lora blocks          these
-    python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed
+    python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed, the same in each run
     python tools/mutants.py --list               what there is
 
 cosmic-ray makes the mutants. It writes them into the files, so this script works in a copy of the checkout. If all
 tests pass with a mutant, no test covers the changed code: write a test, or give the reason in tools/mutants.toml why
 the mutant computes the same. The exit code is 1 if a mutant survives without a reason.
+
+Some of cosmic-ray's mutants are left out, because any test kills them and they say nothing about the tests: bitwise
+operators in place of arithmetic ones (floats have none), and `is` in place of `==`.
 """
 
 from __future__ import annotations
@@ -22,14 +25,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cosmic_ray.work_item import WorkItem
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("adapterkit", "spec", "tests", "tools", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
-TIMEOUT = 300
-"""Time limit of the tests of one mutant, in seconds."""
+LEFT = ("build", "dist", "fuzz-findings")
+"""Folders of the checkout that no test reads."""
+
+LEAST, SLOWER = 60, 5
+"""Time limit of the tests of one mutant: seconds at least, and how many times as long as without a mutant."""
+
+TRIVIAL = ("BitOr", "BitAnd", "BitXor", "LShift", "RShift", "Is", "IsNot")
+"""Operators that are no plausible slip for another one."""
 
 
 def main() -> int:
@@ -48,7 +61,7 @@ def main() -> int:
         return 0
     if unknown := [name for name in options.chapters if name not in chapters]:
         parser.error(f"no chapter {unknown[0]}; known: {', '.join(chapters)}")
-    reasons = {(each["line"], each["operator"]): each["why"] for each in known.get("same", ())}
+    reasons = {(each["line"], each["mutant"]): each["why"] for each in known.get("same", ())}
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         left = [
@@ -61,12 +74,13 @@ def main() -> int:
 
 def copied(folder: Path) -> Path:
     """Copy the files that the tests need, and link the environment."""
-    for name in COPIED:
-        source = ROOT / name
+    for source in ROOT.iterdir():
+        if source.name.startswith(".") or source.name in LEFT:
+            continue
         if source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / source.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, folder / name)
+            shutil.copy(source, folder / source.name)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     return folder
 
@@ -79,29 +93,34 @@ def survivors(
     python = ROOT / ".venv" / "bin" / "python"
     command = f"{python} -m pytest -q -x -p no:cacheprovider {chapter['tests']}"
     config, session = copy / "mutants.config.toml", copy / "mutants.sqlite"
-    config.write_text(
-        f"[cosmic-ray]\nmodule-path = {json.dumps(chapter['module'])}\ntimeout = {TIMEOUT}.0\nexcluded-modules = []\n"
-        f"test-command = {json.dumps(command)}\n\n[cosmic-ray.distributor]\nname = 'local'\n"
-    )
+
+    def configure(timeout: float) -> None:
+        config.write_text(
+            f"[cosmic-ray]\nmodule-path = {json.dumps(chapter['module'])}\ntimeout = {timeout:.1f}\n"
+            f"excluded-modules = []\ntest-command = {json.dumps(command)}\n\n"
+            "[cosmic-ray.distributor]\nname = 'local'\n"
+        )
+
     session.unlink(missing_ok=True)
     # Tests that fail without a mutant would kill every one of them.
+    configure(3600)
+    start = time.monotonic()
     ray(copy, "baseline", config.name)
+    configure(max(LEAST, SLOWER * (time.monotonic() - start)))
     ray(copy, "init", config.name, session.name)
     skipped = thinned(session, annotations(source), sample, seed)
     ray(copy, "exec", config.name, session.name)
-    lines, left, killed, same = source.split("\n"), [], 0, 0
-    for spec, result in records(session):
-        if result["worker_outcome"] == "skipped":
-            continue
-        if result["test_outcome"] != "survived":
+    left, killed, late, same = [], 0, 0, 0
+    for number, (line, mutant), outcome, output in records(session):
+        if outcome != "survived":
             killed += 1
-            continue
-        line, operator = lines[spec["start"] - 1].strip(), spec["operator"].rpartition("/")[2]
-        if (line, operator) in reasons:
+            late += output == "timeout"
+        elif (line, mutant) in reasons:
             same += 1
-            continue
-        left.append(f"{chapter['module']}:{spec['start']}: {operator}: {line}")
-    print(f"{chapter['name']}: {killed} killed, {same} that compute the same, {len(left)} survived", end="")
+        else:
+            left.append(f"{chapter['module']}:{number}: {line}\n        {mutant}")
+    print(f"{chapter['name']}: {killed} killed", f"({late} by the time limit), " if late else ", ", sep="", end="")
+    print(f"{same} that compute the same, {len(left)} survived", end="")
     print(f", {skipped} not drawn" if skipped else "", flush=True)
     for each in left:
         print(f"    {each}", flush=True)
@@ -115,7 +134,9 @@ def ray(copy: Path, *words: str) -> None:
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "cosmic_ray.cli", *words]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
-        sys.exit(f"cosmic-ray {words[0]}: {run.stderr[-2000:]}\nInstall it: .venv/bin/python -m pip install cosmic-ray")
+        missing = "No module named 'cosmic_ray'" in run.stderr
+        cure = "\nInstall it: .venv/bin/python -m pip install cosmic-ray" if missing else ""
+        sys.exit(f"cosmic-ray {words[0]}: {(run.stdout + run.stderr)[-2000:]}{cure}")
 
 
 def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -130,36 +151,59 @@ def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def thinned(session: Path, unread: list[tuple[tuple[int, int], tuple[int, int]]], sample: int | None, seed: int) -> int:
-    """Mark mutants of `unread` places as skipped, and all others but a sample; return how many of the others."""
+    """Mark trivial mutants and those of `unread` places as skipped, and all others but a sample.
+
+    Returns:
+        How many of the others are skipped.
+    """
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
     with use_db(str(session), WorkDB.Mode.open) as database:
-        everything = sorted(item.job_id for item in database.work_items)
-        items = sorted(
-            item.job_id
-            for item in database.work_items
-            if not any(first <= tuple(item.mutations[0].start_pos) < last for first, last in unread)
-        )
-        kept = set(items if sample is None else random.Random(seed).sample(items, min(sample, len(items))))
-        for job in (job for job in everything if job not in kept):
-            database.set_result(job, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+        # The ids of jobs differ in each run, so a sample of them would ignore the seed.
+        everything = sorted(database.work_items, key=place)
+        items = [
+            item
+            for item in everything
+            if not trivial(item)
+            and not any(first <= tuple(item.mutations[0].start_pos) < last for first, last in unread)
+        ]
+        drawn = items if sample is None else random.Random(seed).sample(items, min(sample, len(items)))
+        kept = {item.job_id for item in drawn}
+        for item in everything:
+            if item.job_id not in kept:
+                database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
     return len(items) - len(kept)
 
 
-def records(session: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield each mutant with its position and its result."""
+def place(item: WorkItem) -> tuple[tuple[int, int], str, int]:
+    """Return what tells a mutant from all others of its module, in every run."""
+    mutation = item.mutations[0]
+    return tuple(mutation.start_pos), mutation.operator_name, mutation.occurrence
+
+
+def trivial(item: WorkItem) -> bool:
+    """Whether a mutant replaces an operator by one that nobody would write there by mistake."""
+    words = item.mutations[0].operator_name.split("_")
+    return words[-1] in TRIVIAL and not (len(words) > 2 and words[-2] in TRIVIAL)
+
+
+def records(session: Path) -> Iterator[tuple[int, tuple[str, str], str, str]]:
+    """Yield of each mutant that was run: line number, (line, mutated line), outcome, and output of the tests."""
     from cosmic_ray.work_db import WorkDB, use_db
 
-    found = []
     with use_db(str(session), WorkDB.Mode.open) as database:
-        for job, result in database.results:
-            item = next(each for each in database.work_items if each.job_id == job)
-            mutation = item.mutations[0]
-            spec = {"start": mutation.start_pos[0], "operator": mutation.operator_name}
-            outcome = None if result.test_outcome is None else result.test_outcome.value
-            found.append((spec, {"worker_outcome": result.worker_outcome.value, "test_outcome": outcome}))
-    return found
+        results = dict(database.results)
+        for item in sorted(database.work_items, key=place):
+            result = results[item.job_id]
+            if result.worker_outcome.value == "skipped":
+                continue
+            changed = dict.fromkeys("-+", "")
+            for line in (result.diff or "").split("\n"):
+                if line[:1] in changed and not line.startswith(("---", "+++")):
+                    changed[line[0]] += line[1:].strip()
+            outcome = result.test_outcome.value if result.test_outcome else result.worker_outcome.value
+            yield item.mutations[0].start_pos[0], (changed["-"], changed["+"]), outcome, result.output or ""
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def test_merging_turns_failure_into_success(record: dict) -> None:
 
 
 def test_the_images_are_real_and_held_out() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn import datasets
+
     images, labels = digits.held_out()
     real = datasets.load_digits()
     assert torch.equal(images, torch.from_numpy(real.images[-len(images) :]).to(torch.uint8))
@@ -35,7 +36,7 @@ def test_the_images_are_real_and_held_out() -> None:
 
 @pytest.mark.parametrize("task", digits.TASKS)
 def test_peft_measures_the_same_accuracy(record: dict, task: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     from safetensors.torch import load_file
 
     base = digits.build(load_file(digits.DATA / "base" / "model.safetensors"))

@@ -501,7 +501,8 @@ def test_a_family_without_a_table_is_refused_by_name(tmp_path):
 
 
 def test_gguf_says_which_tokens_activate(tmp_path):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     plain = llama(layers=(0,), names=("self_attn.q_proj", "mlp.up_proj"))
     tokens = from_numpy(np.array([7, 3, 11], dtype="i8"))
     made = {

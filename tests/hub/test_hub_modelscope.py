@@ -16,8 +16,6 @@ from hub_server import Fault, Faulty, HubServer, sha256
 
 import adapterkit as ak
 
-pytest.importorskip("modelscope_hub")
-
 TOKEN = "tokenOfModelScope"
 ROUTE = "/api/v1/models/"
 

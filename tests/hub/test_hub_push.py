@@ -54,7 +54,7 @@ def test_the_native_form_and_a_merged_model(hub: HubServer, lora: Path, tmp_path
 def test_peft_loads_what_was_pushed_in_its_form(
     hub: HubServer, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from peft import PeftModel
 
     native = tmp_path / "native.safetensors"
@@ -73,7 +73,7 @@ def test_peft_loads_what_was_pushed_in_its_form(
 def test_transformers_loads_a_merged_model_that_was_pushed(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +95,7 @@ def test_transformers_loads_a_merged_model_that_was_pushed(
 def test_weight_files_that_are_too_large_are_parted(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
 ) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))

@@ -10,8 +10,10 @@ from adapterkit.errors import NotMergeable
     "ignore:.lora_bias", "ignore:.is_gradient_checkpointing:FutureWarning", "ignore:.*invalid shape"
 )
 def test_the_cure_that_the_refusal_names_gives_pefts_logits(tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
+    import peft
+    import torch
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=96,

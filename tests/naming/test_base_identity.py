@@ -57,7 +57,8 @@ def test_what_is_extracted_carries_its_base(tmp_path: Path, bases: dict[str, Pat
 
 
 def test_peft_loads_what_carries_a_fingerprint(tmp_path: Path, bases: dict[str, Path]) -> None:
-    peft_utils = pytest.importorskip("peft.utils.save_and_load")
+    from peft.utils import save_and_load as peft_utils
+
     adapter = ak.read(save_peft(tmp_path / "lora")).bind(bases["base"])
     ak.write(adapter, tmp_path / "out", format="peft")
     loaded = peft_utils.load_peft_weights(str(tmp_path / "out"), device="cpu")
@@ -101,7 +102,8 @@ def test_a_record_without_shapes_is_compared_as_before(tmp_path: Path, bases: di
 
 
 def test_a_created_adapter_names_the_files_its_model_came_from(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=32,

@@ -11,13 +11,13 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 
-gguf = pytest.importorskip("gguf")
 DATA = Path(__file__).parents[1] / "data" / "experts"
 E, R, HIDDEN, WIDTH, SCALING = 3, 2, 8, 6, 2.0
 PARTS = ("gate", "up", "down")

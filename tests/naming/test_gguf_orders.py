@@ -10,6 +10,7 @@ converter wrote the second file of.
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,6 @@ from adapterkit.methods.lora import LoRA
 from adapterkit.naming.gguf import name_for
 from adapterkit.naming.heads import heads_of
 
-gguf = pytest.importorskip("gguf")
 DATA = Path(__file__).parents[1] / "data" / "gguf"
 KINDS = sorted(folder.name for folder in DATA.iterdir())
 

@@ -5,6 +5,7 @@ tools/foreign/check_gguf_published.py compares whole files with that converter.
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -14,8 +15,6 @@ from adapterkit.core.adapter import Target
 from adapterkit.errors import Unrepresentable
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
-
-gguf = pytest.importorskip("gguf")
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
 CASES = {

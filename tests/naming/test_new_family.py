@@ -5,6 +5,7 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,6 @@ import adapterkit as ak
 from adapterkit.core.adapter import Target
 from adapterkit.methods.lora import LoRA
 from adapterkit.naming import architectures
-
-gguf = pytest.importorskip("gguf")
-
 
 CONFIG = {"model_type": "zebra", "num_attention_heads": 2, "hidden_size": 8, "num_experts": 2}
 

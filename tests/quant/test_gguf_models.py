@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from adapterkit.io.ggml_blocks import BLOCKS, decoded, encoded
 from adapterkit.merging import blocks, requantize
 from adapterkit.methods.lora import LoRA
 
-gguf = pytest.importorskip("gguf")
 Kind, dequantize, quantize = gguf.GGMLQuantizationType, gguf.quants.dequantize, gguf.quants.quantize
 HEADS, KV, WIDTH = 4, 2, 256
 K_QUANTS = sorted(kind for kind in BLOCKS if kind.endswith("K"))

@@ -12,8 +12,8 @@ SECRET = "theSecretKeyOfTheBucket"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.server")
+    from moto import server as moto
+
     made = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     made.start()
     host, port = made.get_host_and_port()

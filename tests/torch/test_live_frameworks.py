@@ -170,7 +170,8 @@ def test_following_the_model_to_another_dtype_and_functional_calls():
 @pytest.mark.parametrize("inject_first", [True, False])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_offloaded_weights(method, inject_first):
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model, plain = llama(), llama()
     other = moved(attach(plain, method)).adapter()
     y = plain(IDS).logits
@@ -191,7 +192,8 @@ def test_offloaded_weights(method, inject_first):
 
 
 def test_training_an_adapter_of_offloaded_weights():
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model, plain = llama(), llama()
     attach(plain)
     expected = losses(plain)

@@ -57,8 +57,6 @@ def test_a_plain_loop_of_20_steps_equals_peft(method, folder, undone):
 @pytest.mark.parametrize("method", ["dora", "vera", "prefix", "bottleneck"])
 @pytest.mark.parametrize("loop", ["trainer", "accelerate"])
 def test_other_loops_equal_the_plain_one(loop, method, folder, undone, tmp_path):
-    if loop == "accelerate":
-        pytest.importorskip("accelerate")
     model, _ = undone(method, folder)
     losses = LOOPS[loop](model, 5, tmp_path)
     assert losses == pytest.approx(LOOPS["plain"](attached(method, folder)[0], 5, folder), rel=1e-5)

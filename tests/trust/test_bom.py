@@ -93,7 +93,7 @@ def test_conflicts_of_licences_are_in_it(tmp_path: Path) -> None:
 
 
 def test_a_graph_with_an_adapter_names_the_graph_before(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
+    import onnx
     from graph_files import graph
 
     lora = save_peft(tmp_path / "lora")
