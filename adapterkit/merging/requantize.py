@@ -22,10 +22,9 @@ from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
-from .keeping import directions, kept
+from .keeping import directions, kept, swept, weighting
 from .planned import BLOCK_ELEMENTS, STEPS, Output, Plan
 from .planned_update import factor_bytes
-from .sweeping import swept, weighting
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
