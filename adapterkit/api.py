@@ -290,8 +290,7 @@ def report(
     from .io.inputs import inputs_kept
     from .io.locations import located
     from .io.staging import check_free
-    from .reporting.gate_section import gate_figures
-    from .reporting.report import made
+    from .reporting.report import gate_figures, made
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:

@@ -300,8 +300,7 @@ def _sum(weight: Lazy, update: Dense) -> Lazy:
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
     """Return one LoRA with the factors of all updates; None if an update lacks factors, or the shape is unknown."""
-    from .ops.building import low_rank
-    from .ops.lowering import Change
+    from .ops.lowering import Change, low_rank
 
     additive = [u for u in found if isinstance(u, Additive) and type(u).pair is not Additive.pair]
     shape = weight_shape(target, additive, base) if len(additive) == len(found) else None
@@ -329,7 +328,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
     """Return the sum of all updates' changes to the weight, as one weight difference."""
     from .ops.alignment import places
-    from .ops.building import dense
+    from .ops.lowering import dense
 
     _, (place,) = places([alone], base=base, lower="promoted")
     change, kind = place.changes()[0], _type(place.target, place.all_updates)
@@ -399,7 +398,7 @@ def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritte
 
 
 def _type(target: Target, found: Sequence[Update]) -> DType:
-    from .ops.building import result_type
+    from .ops.lowering import result_type
 
     return result_type([Adapter({target: tuple(found)})], None)
 

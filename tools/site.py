@@ -27,7 +27,7 @@ from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.formats import FORMATS  # noqa: E402
 from adapterkit.methods import METHODS  # noqa: E402
-from adapterkit.reporting.facts import WAYS, way  # noqa: E402
+from adapterkit.reporting.inspecting import WAYS, way  # noqa: E402
 
 KINDS = {
     "additive": "W' = W + D: merges exactly, and adds and scales exactly, without the base.",

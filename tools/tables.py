@@ -173,7 +173,7 @@ RANKS = {
 
 def invariances() -> str:
     """Return one row per combiner without data: the measured dependences of its result, and the rank of the result."""
-    from adapterkit.testing.invariances import GUISES, dependences, measurable, rank_of_result
+    from adapterkit.testing.formulas import GUISES, dependences, measurable, rank_of_result
 
     rows = []
     for name in measurable():

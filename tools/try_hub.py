@@ -78,7 +78,7 @@ def flips(lab: Lab) -> bool:
 
 def _flips(lab: Lab, scheme: str) -> bool:
     from adapterkit.errors import Corrupt
-    from adapterkit.hub import parse, retries
+    from adapterkit.hub import parse, web
     from adapterkit.hub.hubs import remote_at
     from adapterkit.hub.transfer import fetch
 
@@ -86,7 +86,7 @@ def _flips(lab: Lab, scheme: str) -> bool:
     subprocess.run([*COMMAND, "push", _adapter(lab.folder / "flips", 4096), uri, "--quiet"], check=True)
     remote, part = remote_at(parse(uri)), lab.folder / "part"
     files = [file for file in remote.files if not file.path.endswith(".gitattributes")]
-    with mock.patch.object(retries, "FIRST_WAIT", 0.001):
+    with mock.patch.object(web, "FIRST_WAIT", 0.001):
         for trial in range(FLIPS):
             file = files[trial % len(files)]
             name = file.digest if scheme == "oci" else file.path

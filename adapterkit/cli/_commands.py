@@ -1,24 +1,313 @@
-"""The click group of all commands: import a command's module on first use, write the help, and catch all errors."""
+"""The click group of all commands: import a command's module on first use, write the help, and catch all errors.
+
+Each command has examples in its help, and a command that is suggested after it succeeds. Any exception of a command
+becomes one error message and an exit code.
+"""
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Any
 
 import click
 
-from ..errors import UsageError, nearest
-from ._examples import epilog, next_step
-from ._failures import answer, carried
+from ..errors import AdapterkitError, StorageError, UsageError, nearest, public, storage_error
 from ._options import RUNNING, CliSettings
-from ._render import printable
+from ._render import as_json, printable
+
+# Examples for the help of each command, and the command that is suggested after it succeeds.
+#
+# Tests run these lines in a folder with the base `base`, the adapters `lora` and `other`, and the merged model `tuned`.
+# Lines that name a hub, a graph, a transformers model or another program are only parsed.
+
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "bom": ("adapterkit bom tuned", "adapterkit bom lora -o lora.cdx.json"),
+    "combine": (
+        "adapterkit combine lora other --method ties --base base --rank 8 -o combined",
+        "adapterkit combine lora other --method linear --weight 0.7 --weight 0.3 --base base --rank 8 -o mix",
+    ),
+    "completion": (
+        'eval "$(adapterkit completion bash)"',
+        "adapterkit completion fish > ~/.config/fish/completions/adapterkit.fish",
+    ),
+    "conformance": ("adapterkit conformance -- python my_reader.py",),
+    "convert": (
+        "adapterkit convert lora lora.safetensors --to adapterkit",
+        "adapterkit convert lora for-vllm --to peft --profile vllm --on-loss fold --base base",
+        "adapterkit convert hf://org/lora lora.gguf --to gguf --base model",
+    ),
+    "demo": ("adapterkit demo",),
+    "diff": ("adapterkit diff lora lora", "adapterkit diff lora lora --base base --no-signs --json"),
+    "doctor": ("adapterkit doctor",),
+    "export": (
+        "adapterkit export MODEL -o graph",
+        "adapterkit export MODEL -o graph --adapter lora --adapter other --mode slots",
+    ),
+    "extract": ("adapterkit extract tuned --base base --rank 12 -o extracted",),
+    "gate": (
+        "adapterkit gate MODEL lora",
+        "adapterkit gate MODEL lora --merged merged --data texts.jsonl --min-kept 0.95",
+        "adapterkit gate MODEL lora --onnx graph/model.onnx --json",
+    ),
+    "help": ("adapterkit help merge",),
+    "inject": (
+        "adapterkit inject model.onnx lora -o attached.onnx",
+        "adapterkit inject model.onnx lora -o swappable.onnx --mode slots",
+    ),
+    "inspect": (
+        "adapterkit inspect lora",
+        "adapterkit inspect lora --layers",
+        "adapterkit inspect lora --base base --all",
+        "adapterkit inspect base",
+    ),
+    "list": ("adapterkit list formats", "adapterkit list combine"),
+    "merge": (
+        "adapterkit merge base lora -o merged --plan",
+        "adapterkit merge base lora -o merged --verify",
+        "adapterkit merge base lora other --weight 0.7 --weight 0.3 -o both",
+        "adapterkit merge hf://org/model hf://org/lora -o merged --stream",
+    ),
+    "names": ("adapterkit names base", "adapterkit names base lora"),
+    "pull": ("adapterkit pull hf://org/lora lora-from-hub", "adapterkit pull hf://org/model@main model --dry-run"),
+    "push": ("adapterkit push lora hf://org/lora --private", "adapterkit push lora hf://org/lora --dry-run"),
+    "report": (
+        "adapterkit report lora -o report.html",
+        "adapterkit report lora other --base base -o both.html --figures pictures",
+        "adapterkit report lora --base base --merged tuned -o merged.html",
+    ),
+    "resize": ("adapterkit resize lora --rank 2 -o small", "adapterkit resize lora --energy 0.99 -o smaller"),
+    "scan": ("adapterkit scan base", "adapterkit scan hf://org/lora --fail-on high"),
+    "search": (
+        "adapterkit search math code --data validation.jsonl --base MODEL -o best.yml",
+        "adapterkit search math code --data validation.jsonl --base MODEL --method ties --budget 30 -o ties.yml",
+        "adapterkit search math code --data validation.jsonl --base MODEL --start best.yml --start karcher -o new.yml",
+    ),
+    "sign": ("adapterkit sign lora --key key.pem", "adapterkit sign tuned --key key.pem -o tuned.sig --overwrite"),
+    "ui": ("adapterkit ui", "adapterkit ui ~/models ~/adapters --port 7878 --no-browser"),
+    "validate": ("adapterkit validate lora", "adapterkit validate lora --base base"),
+    "verify": (
+        "adapterkit verify tuned --base base --adapter lora",
+        "adapterkit verify tuned --signature tuned.sig --key key.pub.pem",
+    ),
+}
+"""Command -> one to four example lines."""
+
+NEXT: Mapping[str, str] = {
+    "combine": "adapterkit inspect {out}",
+    "convert": "adapterkit inspect {dst}",
+    "extract": "adapterkit diff {out} ADAPTER --base {base}",
+    "merge": "adapterkit verify {out} --base {base} --adapter {adapters}",
+    "pull": "adapterkit inspect {dst}",
+    "resize": "adapterkit inspect {out}",
+    "search": "adapterkit combine {out} -o OUT",
+    "validate": "adapterkit merge {base} {src} -o MERGED --plan",
+}
+"""Command -> the command to suggest next. Nothing is suggested if a parameter in braces has no value."""
+
+
+def epilog(command: str) -> str | None:
+    """Return the examples for the end of a command's help."""
+    lines = EXAMPLES.get(command, ())
+    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)]) if lines else None
+
+
+def next_step(command: str, given: Mapping[str, object]) -> str | None:
+    """Return the command to suggest next, or None.
+
+    Args:
+        command: the name of the command that succeeded.
+        given: the values of that command's parameters.
+    """
+    import shlex
+    import string
+
+    text = NEXT.get(command)
+    if text is None or given.get("only_plan") or given.get("verified"):
+        return None
+    values = {}
+    for _, name, _, _ in string.Formatter().parse(text):
+        value = given.get(name) if name else None
+        if name and not value:
+            return None
+        if name:
+            many = value if isinstance(value, tuple) else (value,)
+            flag = " --adapter " if name == "adapters" else " "
+            values[name] = flag.join(shlex.quote(str(each)) for each in many)
+    return text.format(**values)
+
+
+# Errors: one message and an exit code.
+
+
+CLOSED_PIPE = 141
+"""The exit code that shells report for a program that wrote to a closed pipe: 128 + SIGPIPE."""
+
+
+class Bug(AdapterkitError):
+    """An unexpected exception in adapterkit itself. The exit code is EX_SOFTWARE of BSD's sysexits."""
+
+    code = "bug"
+    exit_code = 70
+
+
+class Interrupted(AdapterkitError):
+    """The user pressed Ctrl-C, or the process received SIGTERM or SIGHUP."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
+class Carried(Exception):
+    """Wrap an exception to hide it from click, which exits on a closed pipe and treats `EOFError` as Ctrl-C."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def carried() -> Iterator[None]:
+    """Wrap in `Carried` the exceptions that click would misinterpret."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise Carried(error) from error
+
+
+def answer(run: Callable[[], object], settings: CliSettings) -> int:
+    """Run a command and return its exit code. Print errors on standard error, and with --json also as JSON."""
+    try:
+        _escape_unprintable()
+        code = run()
+        sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        met = error.error if isinstance(error, Carried) else error
+        if isinstance(met, BrokenPipeError):
+            _discard_output()
+            return CLOSED_PIPE
+        return _say(met, settings)
+    return code if isinstance(code, int) else 0
+
+
+def typed(error: BaseException) -> AdapterkitError:
+    """Convert any exception to one of adapterkit's error classes."""
+    if isinstance(error, AdapterkitError):
+        return error
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
+    if isinstance(error, click.UsageError):
+        # Click prints choices on separate lines with tabs: join the lines.
+        return UsageError(" ".join(error.format_message().split()).removesuffix("."), cure=_usage_cure(error))
+    if isinstance(error, OSError):
+        return storage_error(error, error.filename or "a file")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return StorageError(f"not enough memory ({str(error) or 'allocation failed'})", cure=_NO_MEMORY)
+    why = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return Bug(f"{why} (this is a bug in adapterkit)", cure="Run it again with --debug for the traceback to report")
+
+
+def _usage_cure(error: click.UsageError) -> str:
+    """Return the cure of click's error: an example if an argument is missing, the usage if an option is unknown."""
+    context = error.ctx
+    if context is None:
+        return "Try 'adapterkit --help'"
+    examples = EXAMPLES.get(context.info_name or "", ())
+    more = f"Try '{context.command_path} --help'"
+    if examples and error.format_message().startswith("Missing"):
+        return f"For example: {examples[0]}. {more}"
+    if isinstance(error, click.NoSuchOption) and context.parent is not None:
+        pieces = " ".join(context.command.collect_usage_pieces(context))
+        return f"Usage: {context.command_path} {pieces}. {more}"
+    return more
+
+
+def text_of(error: AdapterkitError) -> str:
+    """Return the message for the terminal: one line with the fault, and one with the cure."""
+    if isinstance(error, Interrupted):
+        return f"{error.why}. {error.cure}"
+    line = ": ".join(part for part in ("error", error.path, error.where, error.why) if part)
+    return as_flags(f"{line}\n  {error.cure}" if error.cure else line)
+
+
+_BOTH = re.compile(r"\b[a-z_]+=(?:'[^'/]*'|[^\s/()]*)/(--[a-z][a-z-]*)")
+_AFTER = re.compile(
+    r"(--[a-z][a-z-]*(?: [A-Za-z][\w.-]*| '[^']*')?) "
+    r"\((?:in Python )?[a-z_]+=[^()\s]*(?:, [a-z_]+=[^()\s]*)*(?: in Python)?\)"
+)
+
+
+def as_flags(text: str) -> str:
+    """Shorten a pair of flag and Python argument, such as `base=/--base` or `--base (base=)`, to the flag."""
+    return _AFTER.sub(r"\1", _BOTH.sub(r"\1", text))
+
+
+def coloured(text: str) -> str:
+    """Format an error for a terminal, with `error` in red and the cure in cyan; break lines only between words."""
+    import textwrap
+
+    width = max(20, shutil.get_terminal_size().columns)
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    first, sign, cure = text.partition("\n  ")
+    lines = fill(first, subsequent_indent="  ")
+    head, _, rest = lines.partition(":")
+    if head == "error":
+        lines = click.style("error", fg="red", bold=True) + ":" + rest
+    if not sign:
+        return lines
+    told = "\n".join(fill(line, initial_indent="  ", subsequent_indent="  ") for line in cure.split("\n"))
+    return f"{lines}\n{click.style(told, fg='cyan')}"
+
+
+def _say(error: BaseException, settings: CliSettings) -> int:
+    known = typed(error)
+    if settings.debug:
+        import traceback
+
+        click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
+    try:
+        text = printable(text_of(known), keep="\n")
+        if sys.stderr.isatty():
+            text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
+        click.echo(text, err=True)
+        if settings.json:
+            click.echo(as_json({"error": known.record()}))
+    except BrokenPipeError:
+        _discard_output()
+    return known.exit_code
+
+
+def _discard_output() -> None:
+    """Redirect standard output to the null device, so that the interpreter's flush at exit does not raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def _escape_unprintable() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, instead of raising `UnicodeEncodeError`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+_NO_MEMORY = "Free some memory or use a machine with more, then run the same command again"
+
+
+# The group of commands.
+
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Output": (
@@ -100,7 +389,7 @@ class HelpContext(click.Context):
 
 
 def completing() -> bool:
-    """Whether a shell runs this process to get completions; see `_completion`."""
+    """Whether a shell runs this process to get completions; see `completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
@@ -134,7 +423,7 @@ class Commands(click.Group):
         command: click.Command = import_module(f"{self.package}.{cmd_name}").command
         command.epilog = epilog(cmd_name)
         if completing():
-            from ._completion import with_completions
+            from .completion import with_completions
 
             return with_completions(command)
         # Commands are plain click commands; their help gets its section headings here.
@@ -150,8 +439,8 @@ class Commands(click.Group):
             cure = nearest(args[0], known) or f"Known: {', '.join(known)}"
             raise UsageError(f"no such command {args[0]!r}", cure=cure)
         from ..io.stages import detail
-        from ._defaults import for_command
-        from ._stages import STAGES
+        from ._options import for_command
+        from ._progress import STAGES
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
@@ -187,7 +476,7 @@ class Commands(click.Group):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from ._stages import STAGES, stage_lines
+        from ._progress import STAGES, stage_lines
 
         with carried(), stage_lines(ctx.obj) as lines:
             ctx.meta[STAGES] = lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import _modules
+from . import _render
 from ._options import CliSettings
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
 from ._writing import is_done, made_from, refuse_place
@@ -212,8 +212,8 @@ def warn(warnings: Sequence[str]) -> None:
 
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:
     """Return a table of the targets in a graph and their nodes; if there are many, one row for each module."""
-    targets = _modules.in_order(parts(record, "targets"))
-    if every or len(targets) <= _modules.FEW:
+    targets = _render.in_order(parts(record, "targets"))
+    if every or len(targets) <= _render.FEW:
         rows = [
             [t["target"], ", ".join(texts(t, "nodes")), t["method"], f"{number(t, 'confidence'):.2f}"] for t in targets
         ]  # fmt: skip
@@ -222,12 +222,12 @@ def targets_view(record: Mapping[str, object], every: bool = False) -> View:
             columns, rows = ("graph", *columns), [[t["graph"], *row] for t, row in zip(targets, rows, strict=True)]
         yield TextTable(columns, rows)
         return
-    groups = _modules.by_module(targets)
+    groups = _render.by_module(targets)
     rows = [
         [
-            module, len(group), _modules.layers_of(group, layers),
+            module, len(group), _render.layers_of(group, layers),
             ", ".join(dict.fromkeys(str(t["method"]) for t in group)),
-            _modules.span([f"{number(t, 'confidence'):.2f}" for t in group]),
+            _render.span([f"{number(t, 'confidence'):.2f}" for t in group]),
         ]
         for module, group, layers in groups
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..formats._format import ON_LOSS
-from . import _modules, _options
+from . import _options, _render
 from ._options import CliSettings, stated
 from ._render import TextTable, View, counted, integer, number, parts, show, texts
 
@@ -164,24 +164,24 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
 
 def cuts_view(record: Mapping[str, object], every: bool) -> View:
     """Yield a table with rank, norm and error of each target or module, and a line with the error of the adapter."""
-    cuts = _modules.in_order(parts(record, "cuts"))
-    if every or len(cuts) <= _modules.FEW:
+    cuts = _render.in_order(parts(record, "cuts"))
+    if every or len(cuts) <= _render.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")
         rows = [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts]
         yield TextTable(columns, rows)
     else:
         headings = ("module", "targets", "layers", "rank before", "rank", "norm", "largest error", "in layer")
-        yield TextTable(headings, [_cuts_row(*group) for group in _modules.by_module(cuts)], ("layers", "norm"))
+        yield TextTable(headings, [_cuts_row(*group) for group in _render.by_module(cuts)], ("layers", "norm"))
     yield from outcome(record)
     yield f"relative error over all targets: {number(record, 'relative_error'):.4g}"
-    if len(cuts) > _modules.FEW and not every:
-        yield _modules.HINT
+    if len(cuts) > _render.FEW and not every:
+        yield _render.HINT
 
 
 def _cuts_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    most = _modules.largest(group, "relative_error")
+    most = _render.largest(group, "relative_error")
     return [
-        module, len(group), _modules.layers_of(group, layers), _modules.span([each["before"] for each in group]),
-        _modules.span([each["rank"] for each in group]), _modules.together(group, "norm"),
-        None if most is None else _modules.short(most["relative_error"]), most and layers[str(most["target"])],
+        module, len(group), _render.layers_of(group, layers), _render.span([each["before"] for each in group]),
+        _render.span([each["rank"] for each in group]), _render.together(group, "norm"),
+        None if most is None else _render.short(most["relative_error"]), most and layers[str(most["target"])],
     ]  # fmt: skip

@@ -7,6 +7,7 @@ a YAML file like mergekit's. It names the merge_method, its parameters, and the 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options, _writing
-from ._allocator import keep_freed_memory
-from ._combining import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
+from ._options import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
 from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..ops import Cut
+
+_THRESHOLDS = {-3: 32 << 20, -1: 64 << 20, -2: 16 << 20}
+"""Names of glibc's `mallopt` (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD) and their values in bytes."""
+
+
+def keep_freed_memory() -> None:
+    """Let the process use freed memory again, up to 64 MB, instead of returning it to the system after each array.
+
+    By default, glibc unmaps an array of a few megabytes when it is freed, and the kernel must map and zero new pages
+    for the next array. This took a quarter of the time of `combine --method knots_ties`. Only commands call this
+    function, because it changes the whole process. It does nothing if the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:  # Other C libraries lack the function.
+        for name, size in _THRESHOLDS.items():
+            set_option(name, size)
 
 
 @click.command(help=__doc__)
@@ -107,7 +127,7 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
     from tempfile import TemporaryDirectory
 
     from ..formats import FORMATS
-    from ..ops.outline import check_writable
+    from ..ops.lowering import check_writable
     from ..writing import write
 
     with TemporaryDirectory() as folder:

@@ -7,13 +7,108 @@ fish, write the script to ~/.config/fish/completions/adapterkit.fish.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import _options
-from ._completion import script
 from ._render import View, show
+
+# Shell completion of paths and of the names of formats, combiners and devices.
+#
+# click completes commands, flags and choices but not plain text. Therefore, when a shell runs the program to get
+# completions, parameters for plain text get types that can complete values.
+
+
+VARIABLE = "_ADAPTERKIT_COMPLETE"
+"""The environment variable that the shell's completion script sets when it runs the program to get completions."""
+
+PATHS = frozenset({
+    "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
+    "folders", "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
+})  # fmt: skip
+"""The names of the parameters that are paths."""
+
+
+def _formats() -> Iterable[str]:
+    from ..formats import FORMATS
+
+    return FORMATS
+
+
+def _combiners() -> Iterable[str]:
+    from ..ops import COMBINERS
+
+    return COMBINERS
+
+
+VALUES: dict[str, Callable[[], Iterable[str]]] = {
+    "compat": lambda: ("formula", "rank_major", "grouped_by_expert"),
+    "device": lambda: ("auto", "cpu", "cuda", "cuda:0"),
+    "dtype": lambda: ("BF16", "F16", "F32", "F64"),
+    "method": _combiners,
+    "source_format": _formats,
+    "target_format": _formats,
+    "tied": lambda: ("merge", "untie"),
+    "tokenizer": lambda: ("base", "adapter"),
+}
+"""Names of parameters -> functions or lists with the values that the parameter accepts."""
+
+
+if TYPE_CHECKING:
+    _Text = click.ParamType[str]
+else:
+    _Text = click.ParamType  # This type is not generic before click 8.4.
+
+
+class _Completed(_Text):
+    name = "text"
+
+    def __init__(self, items: Callable[[str], list[CompletionItem]]) -> None:
+        self.items = items
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return self.items(incomplete)
+
+
+def with_completions(command: click.Command) -> click.Command:
+    """Replace the types of a command's plain text parameters by types that complete values."""
+    for param in command.params:
+        name = param.name or ""
+        if isinstance(param.type, click.Choice):
+            continue
+        if name in VALUES:
+            param.type = _Completed(_named(VALUES[name]))
+        elif name in PATHS:
+            param.type = _Completed(lambda incomplete: [CompletionItem(incomplete, type="file")])
+    return command
+
+
+def _named(values: Callable[[], Iterable[str]]) -> Callable[[str], list[CompletionItem]]:
+    return lambda incomplete: [CompletionItem(value) for value in values() if value.startswith(incomplete)]
+
+
+def script(shell: str, program: str = "adapterkit") -> str:
+    """Return the shell script that completes the command line.
+
+    Args:
+        shell: bash, zsh or fish.
+        program: the name of the program.
+    """
+    from click.shell_completion import get_completion_class
+
+    from . import adapterkit
+
+    made = get_completion_class(shell)
+    assert made is not None
+    completion: Any = made(adapterkit, {}, program, VARIABLE)
+    # Use the template directly: `source()` would run bash to check the version, and any bash since 2014 is new enough.
+    return str(completion.source_template % completion.source_vars())
+
+
+# The command.
 
 
 @click.command(help=__doc__)
@@ -21,7 +116,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_obj
 def command(settings: _options.CliSettings, shell: str) -> None:
-    """Print `_completion.script`."""
+    """Print the script."""
     if settings.json:
         show(settings, {"shell": shell, "script": script(shell)}, _view)
         return

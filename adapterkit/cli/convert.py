@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from ..core.collection import collection_off
+from ..core.adapter import collection_off
 from . import _options, _writing
 from ._render import View, counted, integer, show, texts
 

@@ -11,9 +11,24 @@ from functools import partial
 
 import click
 
-from . import _modules, _options
-from ._modules import FEW, HINT, by_module, in_order, largest, short, together
-from ._render import TextTable, View, counted, integer, number, parts, show, texts
+from . import _options, _render
+from ._render import (
+    FEW,
+    HINT,
+    TextTable,
+    View,
+    by_module,
+    counted,
+    in_order,
+    integer,
+    largest,
+    number,
+    parts,
+    short,
+    show,
+    texts,
+    together,
+)
 
 COLUMNS = {
     "target": "target", "equal": "equal", "relative error": "relative_error", "norm A": "norm_a", "norm B": "norm_b",
@@ -43,7 +58,7 @@ MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cos
     "--signs/--no-signs", default=True, show_default=True,
     help="Also compare the signs of single elements, which takes longer.",
 )  # fmt: skip
-@_modules.every
+@_render.every
 @_options.rename
 @_options.flags
 @click.pass_context

@@ -105,7 +105,7 @@ def plugins() -> Iterator[Check]:
 def defaults() -> Iterator[Check]:
     """Report the defaults of options from the environment and from files, and settings that no command uses."""
     from . import adapterkit
-    from ._defaults import TYPED, files, settings_of, unknown
+    from ._options import TYPED, files, settings_of, unknown
 
     ctx = click.Context(adapterkit)
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import _modules, _options, _writing
+from . import _options, _render, _writing
 from ._progress import progress
 from ._render import show
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @_options.rename
 @_writing.dtype
 @_writing.writing("peft, or adapterkit if DST is a .safetensors file")
-@_modules.every
+@_render.every
 @_options.flags
 @click.pass_obj
 def command(

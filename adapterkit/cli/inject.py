@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import _modules, _options
+from . import _options, _render
 from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
 from ._render import View, parts, show
 from ._writing import is_done, refuse_place
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and check it.")
 @_options.overwrite
-@_modules.every
+@_render.every
 @_options.flags
 @click.pass_context
 def command(
@@ -121,5 +121,5 @@ def _view(record: Mapping[str, object], every: bool) -> View:
     yield from targets_view(record, every)
     yield from graphs_lines(record)
     yield f"wrote {record['out']}: {len(targets)} targets; {checked(record)}"
-    if len(targets) > _modules.FEW and not every:
-        yield _modules.HINT
+    if len(targets) > _render.FEW and not every:
+        yield _render.HINT

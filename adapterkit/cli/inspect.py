@@ -13,11 +13,29 @@ from shlex import quote
 
 import click
 
-from ..core.collection import collection_off
+from ..core.adapter import collection_off
 from . import _options
 from ._graphs import graph_in, is_graphs
-from ._modules import FEW, HINT, by_module, in_order, layers_of, ranges, span
-from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
+from ._render import (
+    FEW,
+    HINT,
+    TextTable,
+    View,
+    by_module,
+    counted,
+    in_order,
+    integer,
+    layers_of,
+    number,
+    part,
+    part_or_none,
+    parts,
+    ranges,
+    show,
+    size,
+    span,
+    texts,
+)
 
 
 @click.command(help=__doc__)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._combining import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
+from ._options import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
 from .verify import record_of, verdict
@@ -265,7 +265,7 @@ def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.
     """
-    from ..gating.inputs import texts_of
+    from ..gating.models import texts_of
     from ..merging.requantize import TEXTS
 
     texts_of(calibration)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import _modules, _options, _writing
+from . import _options, _render, _writing
 from ._render import show
 
 
@@ -40,7 +40,7 @@ from ._render import show
 @_writing.dtype
 @_options.reading_to_cut
 @_writing.writing("the format of A")
-@_modules.every
+@_render.every
 @_options.flags
 @click.pass_obj
 def command(

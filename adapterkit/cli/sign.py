@@ -70,7 +70,7 @@ def _password(file: str | None) -> bytes | None:
     """Return the password of the key from a file or the environment. No message or file may contain the password."""
     from ..errors import storage_error
     from ..io.inputs import open_input
-    from ..provenance.keys import PASSWORD
+    from ..provenance.signing import PASSWORD
 
     if file is None:
         told = os.environ.get(PASSWORD)

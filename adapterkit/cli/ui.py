@@ -25,11 +25,11 @@ from . import _options
 @_options.flags
 @click.pass_obj
 def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int, browser: bool, hubs: bool) -> None:
-    """Run `adapterkit.ui.server.serve`."""
-    from ..ui.server import serve
+    """Run `adapterkit.ui.serve`."""
+    from ..ui import serve
     from . import adapterkit
-    from ._completion import PATHS
-    from ._stages import busy
+    from ._progress import busy
+    from .completion import PATHS
 
     def started(address: str) -> None:
         # Do not use `show`: it removes secrets, such as the key in this address.

@@ -7,15 +7,26 @@ shape is compared with a shape string, the names get their sizes.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ShapeMismatch
+from .. import errors
+from ..errors import Malformed, ShapeMismatch, Unsupported
+from ..io.lazy import as_lazy
+from ..linalg.positions import outside
+from ..linalg.rotations import block_size
+
+if TYPE_CHECKING:
+    from ..io.lazy import Shape
+    from .updates.update import Update
 
 Dims = dict[str, int | tuple[int, ...]]
 """Sizes by axis name; a starred name has a tuple, the sizes of all axes that it stands for."""
@@ -138,8 +149,8 @@ def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
 def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
     """Return the names and numbers in an axis's numerator, and those in its denominator."""
     found: dict[str, list[str | int]] = {"*": [], "/": []}
-    for operator, part in re.findall(r"([*/])(\w+)", "*" + axis):
-        found[operator].append(int(part) if part.isdigit() else part)
+    for sign, part in re.findall(r"([*/])(\w+)", "*" + axis):
+        found[sign].append(int(part) if part.isdigit() else part)
     return tuple(found["*"]), tuple(found["/"])
 
 
@@ -161,3 +172,376 @@ def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> Shap
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
     why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
     return ShapeMismatch(why, where=what, cure="The other tensors of the update, or the file's rank, contradict it")
+
+
+# Check the rules of a method that shape strings cannot express: ranges of values, positions, and conditions.
+
+
+DAMAGED = "The file is damaged, or the tool that wrote it has a fault; write it again"
+_TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+
+
+def attribute(
+    default: Any = dataclasses.MISSING, *, among: Collection[Any] = (), least: float | None = None,
+    most: float | None = None,
+    positive: bool = False, since: int = 1,
+) -> Any:  # fmt: skip
+    """Declare a field for a plain value, with rules beyond its type.
+
+    Args:
+        default: the value if the file or caller states none; without a default, the attribute is required.
+        among: the allowed strings or numbers.
+        least: the smallest allowed number.
+        most: the largest allowed number.
+        positive: require a number above 0.
+        since: the version of the method that introduced the attribute.
+    """
+    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive, "since": since}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def check_attribute(name: str, value: object, field: dataclasses.Field[object]) -> None:
+    """Check a value against the type and the rules of its field.
+
+    Raises:
+        Malformed: the value has another type, is not finite, or is out of range.
+        Unsupported: the value is a string that the method does not know.
+    """
+    _check_type(name, value, _type_name(field.type))
+    _check_range(name, value, field.metadata)
+
+
+def plain(value: object, field: dataclasses.Field[object]) -> object:
+    """Return a value as plain data; an integer in a float field becomes a float."""
+    return float(value) if type(value) is int and _type_name(field.type) == "float" else value
+
+
+def _check_type(name: str, value: object, annotation: str) -> None:
+    allowed = _TYPES.get(annotation)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
+        raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
+    # Compare the number with infinity instead of converting it: an integer may be too large for a float.
+    if (
+        annotation == "float"
+        and isinstance(value, int | float)
+        and not -sys.float_info.max <= value <= sys.float_info.max
+    ):
+        raise Malformed(f"{value} is not a finite number", where=name, cure=DAMAGED)
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(
+            f"the value {value!r} is unknown", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}"
+        )
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=DAMAGED)
+    if rules.get("positive") and not value > 0:
+        raise Malformed(f"{value} is not above 0", where=name, cure=DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=DAMAGED)
+
+
+def _type_name(annotation: object) -> str:
+    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
+
+
+# Check integer fields that hold positions: each position must be on its axis, and some fields forbid repetition.
+
+
+def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each field with a position that exceeds the size of its axis, and a description of the error.
+
+    Args:
+        update: the update; `below` in a field's declaration names the axis of the positions, or a product of axes.
+        sizes: sizes of axes that do not follow from the update's tensors.
+    """
+    fields = update.tensor_fields()
+    placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
+    stack = any(len(leaf.shape) > len(fields[name].metadata["axes"].axes) for name, leaf in placed.items())
+    known: Dims = {**update.dims(stack), **sizes} if placed else {}
+    for name, leaf in placed.items():
+        axes = fields[name].metadata["below"]
+        bounds = tuple(_size(axis, known) for axis in axes)
+        worst = outside(leaf, bounds)
+        if worst is not None:
+            said = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
+            yield name, f"position {worst} is not on {' and '.join(said)}"
+
+
+def repeated(update: Update) -> str:
+    """Return the first field that repeats a position (or pair) but must not; "" if no field does."""
+    import numpy as np
+
+    fields = update.tensor_fields()
+    for name in (name for name in update.tensors if fields[name].metadata["distinct"]):
+        tensor = as_lazy(update.tensors[name])
+        if not tensor.nbytes:
+            continue
+        index = tensor.numpy()
+        # Compare pairs as pairs: one number that combines both would overflow for large positions.
+        rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
+        order = np.lexsort(rows, axis=-1)
+        sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
+        if np.logical_and.reduce([row[..., 1:] == row[..., :-1] for row in sorted_rows]).any():
+            return name
+    return ""
+
+
+def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
+    """Return the size of an axis or product, or None if it is unknown."""
+    try:
+        return Axes.parse(axis).sizes(sizes)[0]
+    except KeyError:
+        return None
+
+
+MOST_EXPONENT = 63
+"""The largest exponent in a rule. A rule with a larger exponent is false, because the power could use up all memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of a method: it either requires that an expression is true, or defines the size of an axis.
+
+    Attributes:
+        require: the expression that must be true.
+        define: the axis whose size the rule defines; if the tensors give the axis another size, the update is refused.
+        value: the expression for the size of this axis.
+        when: an expression; the rule applies only if it is true. Empty: the rule always applies.
+        where: the field or attribute that an error names.
+        error: the class of the error, `ShapeMismatch` or `Malformed`.
+        meaning: an explanation of the failure, in plain words.
+    """
+
+    require: str = ""
+    define: str = ""
+    value: str = ""
+    when: str = ""
+    where: str = ""
+    error: str = "ShapeMismatch"
+    meaning: str = ""
+
+
+def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
+    """Check an update against its method's rules, in order, and add the sizes that the rules define to `dims`.
+
+    Args:
+        update: the update, after its forms, attributes and shapes have been checked.
+        dims: the sizes of the update's axes; rules read these sizes and add further sizes.
+        stack: True if the tensors have a leading axis of experts.
+
+    Raises:
+        ShapeMismatch, Malformed: a rule does not hold.
+    """
+    names = _Names(update, dims, stack)
+    for rule in update.rules:
+        if rule.when and not _compiled(rule.when)(names):
+            continue
+        if rule.define:
+            size = _compiled(rule.value)(names)
+            if not isinstance(size, int) or size is False or size < 0 or dims.setdefault(rule.define, size) != size:
+                why = f"{rule.define} is {dims.get(rule.define)}, but {rule.value} is {size}"
+                raise ShapeMismatch(why, where=rule.where or None, cure=_AGAIN)
+        elif not _compiled(rule.require)(names):
+            known = names.shown(rule.require)
+            why = f"{rule.require} does not hold" + (f" with {known}" if known else "")
+            why = f"{rule.meaning} ({why})" if rule.meaning else why
+            raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
+
+
+def check_fits(update: Update, shape: Shape) -> None:
+    """Check the conditions in an update's `fits` for a weight of shape `[out, in, *k]`.
+
+    Raises:
+        ShapeMismatch: a condition does not hold.
+    """
+    if not update.fits:
+        return
+    fields = update.tensor_fields()
+    held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
+    # A tensor with one axis more than its shape string has an axis of experts. Skip shape strings with a starred axis,
+    # which match any number of axes.
+    stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
+    seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
+    seen["kernel"] = max(len(shape) - 2, 0)
+    names = _Names(update, {**update.dims(stack), **seen}, stack)
+    for rule in update.fits:
+        if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
+            known = names.shown(rule.require)
+            why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight is {list(shape)}"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+
+class _NoValue(Exception):
+    """A part of an expression has no value: an axis without a size, a division by 0, or arithmetic with a text."""
+
+
+class _Names:
+    """Look up the values of an expression's names: sizes of axes, and attributes of an update."""
+
+    def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
+        self.update, self.dims, self.stack = update, dims, stack
+
+    def value(self, name: str) -> int | str:
+        name = name.removesuffix("_")
+        found = self.dims[name] if name in self.dims else self.update.attributes.get(name)
+        # Refuse a starred axis: it has several sizes, and rules compute with integers.
+        if not isinstance(found, int | str):
+            raise _NoValue(name)
+        return int(found) if isinstance(found, bool) else found
+
+    def axes(self, tensor: str) -> int | None:
+        """Return the number of a tensor's axes without the experts' axis; None if the tensor is absent."""
+        leaf = getattr(self.update, tensor)
+        return None if leaf is None else len(leaf.shape) - self.stack
+
+    def shown(self, expression: str) -> str:
+        """Return the names in an expression with their values, as `r=8, out=64`; names without a value are omitted."""
+        return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
+
+    def _known(self, name: str) -> int | str | None:
+        try:
+            return self.value(name)
+        except _NoValue:
+            return None
+
+
+class _Given(_Names):
+    """Look up the values of an expression's names in two mappings instead of an update."""
+
+    def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
+        self.values, self.given_axes = values, axes
+
+    def value(self, name: str) -> int | str:
+        found = self.values.get(name.removesuffix("_"))
+        if not isinstance(found, int | str):
+            raise _NoValue(name)
+        return int(found) if isinstance(found, bool) else found
+
+    def axes(self, tensor: str) -> int | None:
+        return self.given_axes.get(tensor)
+
+
+def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, int]) -> int | str | None:
+    """Return the value of a rule's expression (spec/README.md, section 9); None if the expression has no value.
+
+    Args:
+        expression: the expression.
+        values: name -> the size of an axis, or the value of an attribute.
+        axes: name of each tensor that is present -> the number of its axes, without the experts' axis.
+    """
+    value = _compiled(expression)(_Given(values, axes))
+    return None if value is False else value
+
+
+@cache
+def names_in(expression: str) -> tuple[str, ...]:
+    """Return the axes and attributes that an expression reads, in order."""
+    tree = ast.parse(_without_keywords(expression), mode="eval")
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    asked = {
+        id(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != "block"
+    }
+    names = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | asked)
+    return tuple(dict.fromkeys(name.id.removesuffix("_") for name in names))
+
+
+def _without_keywords(expression: str) -> str:
+    """Return the expression with `in_` for the axis `in`, which is a keyword of Python."""
+    return re.sub(r"\bin\b(?!')", "in_", expression)
+
+
+Evaluate = Callable[[_Names], int | str]
+"""A compiled expression: a function that returns a number or a text, or raises `_NoValue`."""
+
+
+def _floor(a: int, b: int) -> int:
+    if b == 0:
+        raise _NoValue("/")
+    return a // b
+
+
+def _modulo(a: int, b: int) -> int:
+    return a - _floor(a, b) * b
+
+
+def _power(base: int, exponent: int) -> int:
+    if not 0 <= exponent <= MOST_EXPONENT:
+        raise _NoValue("**")
+    return int(base**exponent)
+
+
+_OF_NUMBERS: dict[type[ast.AST], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: _floor, ast.Mod: _modulo,
+    ast.Pow: _power, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
+_OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.eq, ast.NotEq: operator.ne}
+
+
+@cache
+def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
+    """Compile an expression into a function.
+
+    The function returns False if the expression has no value. False is unambiguous, because values are integers or
+    texts.
+    """
+    evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
+
+    def guarded(names: _Names) -> int | str | Literal[False]:
+        try:
+            return evaluate(names)
+        except _NoValue:
+            return False
+
+    return guarded
+
+
+def _evaluator(node: ast.expr) -> Evaluate:
+    """Compile one node of an expression; refuse a node outside the spec's grammar, because other readers lack it."""
+    match node:
+        case ast.Constant(value=value) if isinstance(value, int | str):
+            return lambda _: value
+        case ast.Name(id=name):
+            return lambda names: names.value(name)
+        case ast.Call(func=ast.Name(id="has"), args=[ast.Name(id=tensor)]):
+            return lambda names: int(names.axes(tensor) is not None)
+        case ast.Call(func=ast.Name(id="axes"), args=[ast.Name(id=tensor)]):
+            return lambda names: _number(names.axes(tensor))
+        case ast.Call(func=ast.Name(id="block"), args=[ast.Name(id=name)]):
+            return lambda names: block_size(_number(names.value(name)))
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            inner = _evaluator(operand)
+            return lambda names: int(not inner(names))
+        case ast.BoolOp(op=op, values=values):
+            parts, every = [_evaluator(value) for value in values], isinstance(op, ast.And)
+            return lambda names: int((all if every else any)(part(names) for part in parts))
+        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
+            return _pair(type(op), _evaluator(left), _evaluator(right))
+    raise ValueError(f"the grammar of rules does not contain {ast.unparse(node)}")
+
+
+def _pair(op: type[ast.AST], left: Evaluate, right: Evaluate) -> Evaluate:
+    if op in _OF_NUMBERS:
+        function = _OF_NUMBERS[op]
+        return lambda names: int(function(_number(left(names)), _number(right(names))))
+    equals = _OF_EQUALS[op]
+
+    def compared(names: _Names) -> int:
+        one, other = left(names), right(names)
+        if type(one) is not type(other):
+            raise _NoValue("a text and a number")
+        return int(equals(one, other))
+
+    return compared
+
+
+def _number(value: int | str | None) -> int:
+    if not isinstance(value, int):
+        raise _NoValue(value)
+    return value
+
+
+_AGAIN = "Write the adapter again with the tool that made it"

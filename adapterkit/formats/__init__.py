@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from ..core.collection import collection_off
+from ..core.adapter import collection_off
 from ..core.registry import Registry
 from ..errors import (  # fmt: skip
     AdapterkitError,

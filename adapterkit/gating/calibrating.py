@@ -28,7 +28,7 @@ from ..naming.binding import bind
 from ..naming.ties import aliases
 from ..quant import dequantized, is_quantized
 from ..quant._calibration import KEY, VERSION, Calibration, read_calibration
-from .inputs import inputs_for, texts_of
+from .models import inputs_for, texts_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

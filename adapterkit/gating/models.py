@@ -1,26 +1,386 @@
-"""Load and run the models that a gate compares: the base with attached adapters, a merged model, and an ONNX graph."""
+"""Run the models that a gate compares, and measure their outputs.
+
+The models are the base with attached adapters, a merged model, and an ONNX graph. Their inputs are tokens of short
+texts, or random token ids or pixels if the base has no tokenizer. The figures are the KL divergence, perplexity, the
+agreement of greedy text, and the difference of hidden states by block.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Unsupported, UsageError
+from ..errors import Malformed, Unsupported, UsageError, first_line
+from ..io.inputs import read_input
 from ..io.lazy import as_torch, files_kept_open
+from ..io.locations import located
 from ..io.magic_bytes import is_gguf
 from ..quant import dequantized, is_quantized
-from .measuring import ModelOutput, output_of, run_torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
+
+# Create the inputs of a gate: tokens of short texts, or random token ids or pixels if the base has no tokenizer.
+
+
+BUILTIN = "builtin"
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+"""Every folder with a tokenizer has at least one of these files."""
+
+SHORTEST = 2
+"""A text needs at least one token to read and one token to predict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The inputs on which all models run.
+
+    Attributes:
+        feeds: for each text, the arguments of the model's `forward`; tensors on the CPU.
+        source: a phrase that names the source of the inputs.
+        tokens: the number of tokens in all texts; 0 for pixels.
+        drawn: whether the tokens are random ids.
+    """
+
+    feeds: tuple[Mapping[str, Any], ...]
+    source: str
+    tokens: int
+    drawn: bool = False
+
+
+def texts_of(data: str | PathLike[str]) -> list[str] | None:
+    """Return the texts of a file, or None for the built-in texts.
+
+    Args:
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
+
+    Raises:
+        UsageError: the file contains no text.
+        Malformed: a line of a `.jsonl` file is not JSON, or lacks the field `text`.
+        StorageError: the file cannot be read.
+    """
+    if fspath(data) == BUILTIN:
+        return None
+    path = located(data)
+    try:
+        lines = read_input(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the file is not UTF-8 ({error})", path=path, cure="Save it as UTF-8") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        cure = "Write one text per line, or JSON Lines with a field text"
+        raise UsageError("the file contains no texts", path=path, cure=cure)
+    return [_text(line, path, at) for at, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _text(line: str, path: Path, at: int) -> str:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the line is not JSON ({error})", path=path, where=f"line {at}", cure=_JSONL) from None
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise Malformed("the line has no field text", path=path, where=f"line {at}", cure=_JSONL)
+    return text
+
+
+_JSONL = 'Write {"text": "..."} on each line, or name the file .txt for plain lines'
+
+
+def inputs_for(
+    model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int,
+    option: str = "--data (data=)",
+) -> Inputs:  # fmt: skip
+    """Return inputs for a model.
+
+    Args:
+        model: the model, loaded by transformers.
+        folder: the folder of the model, with or without a tokenizer.
+        texts: the texts to use; None for the built-in texts, or for random ids if the folder has no tokenizer.
+        count: the number of texts, which are chosen at random.
+        length: the maximum number of tokens of each text.
+        seed: the seed of all random choices.
+        option: the option and the argument that give the texts, for errors.
+
+    Raises:
+        UsageError: `texts` is set but the folder has no tokenizer, or all texts have fewer than two tokens.
+        Unsupported: the model reads neither tokens nor pixels.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    names = inspect.signature(model.forward).parameters
+    if main == "pixel_values":
+        return _pixels(model, count, seed)
+    if main != "input_ids" and "input_ids" not in names:
+        cure = "Compare the models yourself, with adapterkit.torch.inject on the base"
+        raise Unsupported(f"gate cannot run a model that reads {main}", path=folder, cure=cure)
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    length = min(length, most) if isinstance(most, int) and most > SHORTEST else length
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int):
+        cure = "Compare the models yourself, with adapterkit.torch.inject on the base"
+        raise Unsupported("the config of the model has no vocab_size", path=folder, cure=cure)
+    rows, source = _tokens(folder, texts, count, length, size, seed, option)
+    more: dict[str, Any] = {}
+    if "pixel_values" in names and getattr(model.config, "vision_config", None) is not None and _is_contrastive(model):
+        more["pixel_values"] = _pixels(model, 1, seed).feeds[0]["pixel_values"]
+    torch = import_module("torch")
+    feeds = []
+    for row in rows:
+        ids = torch.tensor([row])
+        feed = {"input_ids": ids, **more}
+        if getattr(model.config, "is_encoder_decoder", False):
+            feed["decoder_input_ids"] = ids[:, : max(SHORTEST, ids.shape[1] // 2)]
+        feeds.append(feed)
+    return Inputs(tuple(feeds), source, sum(map(len, rows)), texts is None and not _has_tokenizer(folder))
+
+
+def _is_contrastive(model: Any) -> bool:
+    """Whether the model compares texts with images, like CLIP, and therefore needs both as inputs."""
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+
+
+def _tokens(
+    folder: Path, texts: Sequence[str] | None, count: int, length: int, size: int, seed: int, option: str
+) -> tuple[list[list[int]], str]:
+    chosen = random.Random(seed)
+    if not _has_tokenizer(folder):
+        if texts is not None:
+            cure = f"Copy the tokenizer's files there, or give builtin at {option} to use random ids"
+            raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
+        rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
+        return rows, f"{count} rows of random token ids, as the base has no tokenizer"
+    held, source = list(texts or _builtin()), "given texts" if texts is not None else "built-in texts"
+    if len(held) > count:
+        held = [held[at] for at in sorted(chosen.sample(range(len(held)), count))]
+    try:
+        AutoTokenizer = import_module("transformers").AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        rows = [list(tokenizer(text)["input_ids"])[:length] for text in held]
+    except Exception as error:  # transformers raises many types of errors for damaged or unknown tokenizers.
+        why = f"transformers cannot load the tokenizer ({first_line(error)})"
+        raise Malformed(why, path=folder, cure="Download the folder again") from None
+    rows = [row for row in rows if len(row) >= SHORTEST and max(row) < size]
+    if not rows:
+        cure = f"Give longer texts at {option}"
+        raise UsageError("no text has at least two tokens of the base", path=folder, cure=cure)
+    return rows, f"{len(rows)} {source}"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def _builtin() -> list[str]:
+    lines = (Path(__file__).parent / "texts.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def _pixels(model: Any, count: int, seed: int) -> Inputs:
+    torch = import_module("torch")
+    config = getattr(model.config, "vision_config", None) or model.config
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    shape = (1, getattr(config, "num_channels", None) or 3, height, width)
+    random_state = torch.Generator().manual_seed(seed)
+    feeds = tuple({"pixel_values": torch.randn(shape, generator=random_state)} for _ in range(count))
+    return Inputs(feeds, f"{count} random images", 0)
+
+
+# Measure outputs.
+
+
+PROMPT, PROMPTS = 8, 4
+"""To compare generated text, this many prompts with this many tokens are continued."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelOutput:
+    """The output of a model for one input.
+
+    Attributes:
+        main: the logits, or the last hidden state of a model without logits, in float64. The last axis is the classes
+            or channels.
+        is_logits: whether `main` is logits.
+        states: the hidden states after the embedding and after each block.
+    """
+
+    main: Tensor
+    is_logits: bool
+    states: tuple[Tensor, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.main.isfinite().all())
+
+
+Run = Callable[[Mapping[str, "Tensor"]], ModelOutput]
+"""A function that runs a model on one input."""
+
+
+def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> ModelOutput:
+    """Run a transformers model on one input."""
+    import torch
+
+    names = inspect.signature(model.forward).parameters
+    options = {"output_hidden_states": True, "return_dict": True}
+    if "use_cache" in names:
+        options["use_cache"] = False
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    options = {name: value for name, value in options.items() if name in names or open_ended}
+    with torch.no_grad():
+        told = model(**{name: value.to(device) for name, value in feeds.items()}, **options)
+    states = [told.get(name) or () for name in ("encoder_hidden_states", "hidden_states", "decoder_hidden_states")]
+    return output_of(told, tuple(state for each in states for state in each))
+
+
+def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
+    """Return the logits or hidden states among the outputs of a model, by the names of transformers."""
+    for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
+        held = told.get(name)
+        if held is not None:
+            return ModelOutput(_double(held), name != "last_hidden_state" and held.shape[-1] > 1, tuple(states))
+    first = next(value for value in told.values() if hasattr(value, "shape") and value.dtype.is_floating_point)
+    return ModelOutput(_double(first), False, tuple(states))
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.detach().cpu().double()
+
+
+def divergence(first: ModelOutput, second: ModelOutput) -> float:
+    """Return KL(first || second) in nats, summed over positions. Without logits, the relative squared difference."""
+    if first.main.shape[:-1] != second.main.shape[:-1]:
+        return math.inf
+    a, b = _alike(first.main, second.main)
+    if not first.is_logits:
+        size = float((first.main**2).sum())
+        return float(((a - b) ** 2).sum()) / size * positions(first) if size else 0.0
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def unit_of(output: ModelOutput) -> str:
+    """Return the unit of the divergence per position, in words."""
+    if not output.is_logits:
+        return "of the squared hidden states"
+    return "nats per token" if output.main.ndim == 3 else "nats per input"
+
+
+def positions(output: ModelOutput) -> int:
+    """Return the number of positions in an output: each has a distribution over tokens, or a hidden state."""
+    return max(1, output.main.numel() // output.main.shape[-1])
+
+
+def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut both outputs to the smaller width, because vocabularies may be padded to different sizes."""
+    width = min(first.shape[-1], second.shape[-1])
+    return first[..., :width], second[..., :width]
+
+
+def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
+    """Return the inner products <other - base, adapted - base> and <adapted - base, adapted - base> of the outputs.
+
+    For logits, these are log-probabilities, weighted by the probabilities of `adapted`.
+    """
+    a, b = _alike(adapted.main, base.main)
+    a, c = _alike(a, other.main)
+    b = b[..., : a.shape[-1]]
+    if adapted.is_logits:
+        p = a.softmax(-1)
+        a, b, c = (each.log_softmax(-1) for each in (a, b, c))
+        asked, there = a - b, c - b
+        asked, there = (each - (p * each).sum(-1, keepdim=True) for each in (asked, there))
+    else:
+        p, asked, there = a.new_ones(()), a - b, c - b
+    return float((p * there * asked).sum()), float((p * asked * asked).sum())
+
+
+def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
+    """Whether a model predicts the next token, tested by changing the last token: earlier outputs must not change."""
+    if set(feeds) != {"input_ids"}:
+        return False
+    ids = feeds["input_ids"]
+    other = ids.clone()
+    other[0, -1] = (int(ids[0, -1]) + 1) % max(2, int(ids.max()) + 1)
+    first, second = run(feeds), run({"input_ids": other})
+    if not first.is_logits or first.main.ndim != 3 or first.main.shape[1] != ids.shape[1]:
+        return False
+    before, after = first.main[:, :-1], second.main[:, :-1]
+    return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
+
+
+def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Return the sum of -log p(next token) over the text, and the number of predicted tokens."""
+    ids = feeds["input_ids"]
+    known = output.main.shape[-1]
+    told = output.main[0, :-1].log_softmax(-1)
+    wanted = ids[0, 1:].clamp(max=known - 1)
+    return -float(told.gather(1, wanted[:, None]).sum()), len(wanted)
+
+
+def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
+    """Generate `new` tokens greedily after the beginnings of the first texts."""
+    import torch
+
+    prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
+    alike = len({prompt.shape for prompt in prompts}) == 1
+    texts: list[list[int]] = []
+    for ids in [torch.cat(prompts)] if alike else prompts:  # Padding would change results.
+        start = ids.shape[1]
+        for _ in range(new):
+            ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
+        texts += ids[:, start:].tolist()
+    return texts
+
+
+def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
+    """Return the share of tokens before the first difference between two generated texts."""
+    same = total = 0
+    for first, second in zip(one, other, strict=True):
+        total += len(first)
+        same += next((at for at, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), len(first))
+    return same / total if total else 1.0
+
+
+@dataclass(slots=True)
+class StateSums:
+    """Squared differences of hidden states, summed over inputs."""
+
+    size: list[float] = field(default_factory=list)
+    apart: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+
+    def add(self, base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> None:
+        for at, (b, a, o) in enumerate(zip(base.states, adapted.states, other.states, strict=False)):
+            if at == len(self.size):
+                for sums in (self.size, self.apart, self.moved):
+                    sums.append(0.0)
+            if a.shape != o.shape:
+                return
+            a, b, o = a.double(), b.double(), o.double()
+            self.size[at] += float((a * a).sum())
+            self.apart[at] += float(((a - o) ** 2).sum())
+            self.moved[at] += float(((a - b) ** 2).sum())
 
 
 def device_of(name: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError
-from .result import ModulePart
+from .result import UNCHANGED, ModulePart
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,6 @@ ALIKE = 0.9
 QUANTIZED = "quantized"
 """The dtype of a quantized model in results."""
 
-UNCHANGED = 0.1
-"""If a weight contains less than this share of the change, it counts as unchanged."""
 
 RESIDUE = 0.2
 """A wrong change counts as a multiple of the right change if its part orthogonal to the right change is at most this,

@@ -1,4 +1,7 @@
-"""Run a gate: compare the base, the base with adapters, the base with random changes, and the merged model or graph."""
+"""Run a gate: compare the base, the base with adapters, the base with random changes, and the merged model or graph.
+
+The random changes are the null adapter: changes of the same size at the same targets, as a reference for the effect.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,127 @@ from ..io.locations import exists, located, path_text
 from ..io.stages import stage
 from ..merging import plan
 from ..merging.vocabulary import parse_vocab
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
 from ..naming.binding.bases import check_base
+from ..ops.alignment import places, side_by_side
+from ..ops.comparison import lowered
 from ..quant import dequantized, is_quantized
-from .inputs import Inputs, inputs_for, texts_of
-from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds
-from .verdicts import checks_of, verdicts_of
+from .models import Inputs, inputs_for, texts_of
+from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds, checks_of, verdicts_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+    from numpy.random import Generator
     from torch import Tensor
 
+    from ..core.adapter import Target
+    from ..core.updates import Update
+    from ..io.computed import Array
     from ..merging.planned import Plan
-    from .measuring import ModelOutput, Run, StateSums
-    from .models import Adapted, Graph
+    from ..ops.lowering import Change, Delta
+    from .models import Adapted, Graph, ModelOutput, Run, StateSums
 
     Base = Checkpoint | str | PathLike[str]
     Source = Adapter | str | PathLike[str]
+
+RANK = 8
+"""The rank of the random change if the adapter's change has full rank."""
+
+
+def null_adapter(
+    adapters: Sequence[Adapter], base: Checkpoint, *, weights: Sequence[float], seed: int, rename: str | Sequence[str]
+) -> Adapter:
+    """Return an adapter whose random change at each target has the Frobenius norm of the adapters' summed change.
+
+    Args:
+        adapters: the adapters.
+        base: the base of the adapters, with weights that are not quantized.
+        weights: a factor for each adapter.
+        seed: the seed of the random numbers.
+        rename: rules for names, as in `adapterkit.merge`.
+
+    Raises:
+        NotMergeable: an adapter changes outputs or context, not only weights, so its change has no norm.
+        AdapterkitError: an adapter does not fit the base.
+    """
+    import numpy as np
+
+    _, found = places(adapters, base=base, disjoint=True, rename=rename)
+    rng = np.random.default_rng(seed)
+    updates: dict[Target, Any] = {}
+    for place in found:
+        changes = lowered(place).changes(weights)
+        made = [*_weights(changes, place.target.stacked, rng), *_biases(changes, place.target.stacked, rng)]
+        if made:
+            updates[place.target] = tuple(made)
+    return Adapter(updates)
+
+
+def _weights(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
+    import numpy as np
+
+    shape = next(change.shape for change in changes if change is not None)
+    pairs = [_random(_sum(row), rng) for row in side_by_side(changes)]
+    if not pairs:
+        return []
+    if len(shape) == 1:
+        return [Dense(D=_torch((pairs[0][0] @ pairs[0][1]).reshape(shape)), d=None)]
+    rank = max(B.shape[1] for B, _ in pairs)
+    Bs = [np.pad(B, ((0, 0), (0, rank - B.shape[1]))) for B, _ in pairs]
+    As = [np.pad(A, ((0, rank - len(A)), (0, 0))) for _, A in pairs]
+    B = np.stack(Bs) if stacked else Bs[0]
+    A = np.stack([each.reshape(rank, *shape[1:]) for each in As]) if stacked else As[0].reshape(rank, *shape[1:])
+    return [LoRA(A=_torch(A), B=_torch(B), bias=None)]
+
+
+def _biases(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
+    import numpy as np
+
+    moved = [change.bias() for change in changes if change is not None]
+    present = [each for each in moved if each is not None]
+    if not present:
+        return []
+    whole: Any = sum(present)
+    drawn = rng.standard_normal(whole.shape)
+    # For stacked experts, compute the norm of each expert's bias separately.
+    axis = -1 if stacked else None
+    size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
+    return [Dense(D=None, d=_torch(drawn * size))]
+
+
+def _sum(row: Sequence[Delta | None]) -> list[Delta]:
+    return [delta for delta in row if delta is not None]
+
+
+def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
+    """Return random factors whose product has the same norm as the sum of the changes."""
+    import numpy as np
+
+    out, columns = deltas[0].shape
+    thin = all(delta.rest is None for delta in deltas)
+    rank = max(1, min(sum(delta.rank for delta in deltas) if thin else RANK, out, columns))
+    if thin:
+        size = _norm(np.hstack([delta.B for delta in deltas]), np.vstack([delta.A for delta in deltas]))
+    else:
+        whole: Any = sum(delta.dense() for delta in deltas)
+        size = float(np.linalg.norm(whole))
+    B, A = rng.standard_normal((out, rank)), rng.standard_normal((rank, columns))
+    return B * (size / _norm(B, A)), A
+
+
+def _norm(B: Array, A: Array) -> float:
+    """Return the Frobenius norm of B @ A, without forming the product."""
+    return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
+
+
+def _torch(array: Array) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(array.astype("float32"))
+
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which the models can run."""
@@ -216,8 +323,6 @@ def _add_null(
     rename: str | Sequence[str],
 ) -> str | None:  # fmt: skip
     """Attach the null adapter. Return None, or the reason why the null adapter could not be created."""
-    from .null import null_adapter
-
     try:
         plain = dequantized(base) if is_quantized(base) else base
         adapted.add_null(null_adapter(adapters, plain, weights=weights, seed=seed, rename=rename))
@@ -230,7 +335,7 @@ class _Run:
     """The outputs of the base with adapters, with which the other models are compared."""
 
     def __init__(self, adapted: Adapted, inputs: Inputs, limits: Thresholds, coarse: float, new: int) -> None:
-        from .measuring import is_causal
+        from .models import is_causal
 
         self.adapted, self.inputs, self.limits, self.coarse = adapted, inputs, limits, coarse
         stage("running the base with the adapters")
@@ -239,7 +344,7 @@ class _Run:
         self.words = self._greedy(self._adapted)
 
     def _greedy(self, run: Run) -> list[list[int]]:
-        from .measuring import greedy
+        from .models import greedy
 
         return greedy(run, self.inputs.feeds, self.new) if self.new else []
 
@@ -251,7 +356,7 @@ class _Run:
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
         """Measure the effect of the adapters on the base."""
-        from .measuring import agreement, divergence, positions, unit_of
+        from .models import agreement, divergence, positions, unit_of
 
         moved, drawn, back = _Mean(), _Mean(), _Mean()
         before, after = _Perplexity(self.causal), _Perplexity(self.causal)
@@ -297,7 +402,7 @@ class _Run:
         All factors are tried. The logits alone show the factor only for small changes, and a graph has no modules to
         compare.
         """
-        from .measuring import divergence
+        from .models import divergence
 
         feeds = self.inputs.feeds[0]
         there, base = run(feeds), self._base(feeds)
@@ -316,8 +421,7 @@ class _Run:
     def merged(self, checkpoint: Checkpoint, dtype: str, device: str, base: Checkpoint) -> KeptEffect:
         """Measure the share of the effect that a merged model keeps, as a whole and module by module."""
         from ..torch.pretrained import check_transformers
-        from .measuring import StateSums, run_torch
-        from .models import is_gguf_model, load, stored_dtype
+        from .models import StateSums, is_gguf_model, load, run_torch, stored_dtype
         from .modules import Watched, judged, scale_of
 
         if not is_gguf_model(checkpoint):
@@ -356,7 +460,7 @@ class _Run:
     def _kept(
         self, told: KeptEffect, run: Run, with_adapters: Run, states: StateSums | None = None,
     ) -> KeptEffect:  # fmt: skip
-        from .measuring import agreement, along, divergence, positions
+        from .models import agreement, along, divergence, positions
 
         apart, perplexity, product, asked = _Mean(), _Perplexity(self.causal), 0.0, 0.0
         finite, why = True, None
@@ -411,7 +515,7 @@ class _Perplexity:
 
     def add(self, output: ModelOutput, feeds: Mapping[str, Tensor]) -> None:
         if self.causal:
-            from .measuring import surprise
+            from .models import surprise
 
             self.mean.add(*surprise(output, feeds))
 

@@ -5,15 +5,12 @@ Importing this package does not import huggingface_hub; the first use of a name 
 
 from __future__ import annotations
 
-from .folders import scratch
-from .from_nodes import placing, put
 from .hubs import hub_of, parse
 from .pulling import Pulled, pull
-from .pushing import Pushed, outgoing, push
-from .ranges import pinned, ranged
-from .reading import fetched, headers, streamed
-from .remote import Remote, RemoteFile
-from .uris import Uri
+from .pushing import Pushed, outgoing, placing, push, put
+from .reading import fetched, headers, pinned, ranged, streamed
+from .remote import Remote, RemoteFile, Uri
+from .transfer import scratch
 
 __all__ = [
     "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "hub_of", "outgoing", "parse",

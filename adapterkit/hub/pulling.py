@@ -22,9 +22,8 @@ from ..io.atomic import write_bytes
 from ..io.locations import NOTE, Source, path_text, source_of
 from ..io.staging import Staging, check_free, clear, take_over
 from .hubs import parse, remote_at
-from .remote import Remote, RemoteFile, largest_first
+from .remote import Remote, RemoteFile, Uri, largest_first
 from .transfer import ASKED, fetch
-from .uris import Uri
 
 Progress = Callable[[int, int], None]
 

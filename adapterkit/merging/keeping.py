@@ -74,8 +74,7 @@ def directions(D: Array, seed: int) -> Array:
         D: the change, `[outputs, inputs]`, float64.
         seed: the seed of the decomposition of a large matrix.
     """
-    from ..ops.criteria import Criterion
-    from ..ops.sketching import dominant
+    from ..ops.sketching import Criterion, dominant
 
     most = max(1, min(DIRECTIONS, D.shape[1] // SHARE, *D.shape))
     _, S, Vh = dominant(D, Criterion(most), seed)

@@ -17,9 +17,8 @@ from ..io.computed import load
 from ..io.stages import stage
 from ..naming.binding import view
 from ..naming.binding.bases import identity_of
-from ..ops.building import balanced, low_rank, result_type
 from ..ops.differences import frobenius, left
-from ..ops.lowering import Change
+from ..ops.lowering import Change, balanced, low_rank, result_type
 from ..ops.prefetch import ahead, most_workers, one_blas_thread
 from ..quant import Dequantized, dequantized
 from .arrays import NumpyArrays, Workspace
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array, DType
     from ..io.strict_json import JsonValue
-    from ..ops.criteria import Criterion
     from ..ops.resizing import Cut, Report
+    from ..ops.sketching import Criterion
     from .execute import Progress
 
 
@@ -65,7 +64,7 @@ def remainder_of(
         report: a function that is called with a `Cut` for each weight.
         progress: a function that is called with (bytes done, total bytes).
     """
-    from ..ops.criteria import Criterion
+    from ..ops.sketching import Criterion
 
     stage("decomposing what rounding lost")
     stored = dequantized(merged)

@@ -12,7 +12,7 @@ from ._gates import row_shares
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Sublayer(OutputUpdate):

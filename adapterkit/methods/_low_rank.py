@@ -13,7 +13,7 @@ from ..linalg.products import product
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class LowRank(Additive):

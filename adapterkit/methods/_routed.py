@@ -11,7 +11,7 @@ from ..linalg.namespace import namespace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Routed(OutputUpdate):

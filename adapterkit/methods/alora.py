@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class ALoRA(Routed):

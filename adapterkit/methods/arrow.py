@@ -15,7 +15,7 @@ from ._routed import Routed, best, mixed, softmax_among
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Arrow(Routed):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Compacter(Narrow):

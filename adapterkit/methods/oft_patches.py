@@ -20,7 +20,7 @@ from ._low_rank import block_diagonal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class OFTPatches(OutputUpdate):

@@ -14,7 +14,7 @@ from ..core.updates import Additive, of_pair, tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Residual(Additive):

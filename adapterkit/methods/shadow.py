@@ -19,7 +19,7 @@ from ..linalg.activations import ACTIVATIONS, sigmoid
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
 
 
 class Shadow(OutputUpdate):

@@ -1,6 +1,6 @@
-/* Drops random entries of changes, for DARE and DELLA. The loop computes the same as `ops/dropping.py` with numpy, but
- * works on one row after the other, which stays in the L1 cache. The loop uses the same random words and comparisons,
- * and one product and one quotient for each entry, so the result has the same bits. */
+/* Drops random entries of changes, for DARE and DELLA. The loop computes the same as `ops/combiners/_entrywise.py` with
+ * numpy, but works on one row after the other, which stays in the L1 cache. The loop uses the same random words and
+ * comparisons, and one product and one quotient for each entry, so the result has the same bits. */
 
 #include <stdlib.h>
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from ..core.composed_layer import Composed
-from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate
+from ..core.updates import Additive, Composed, OutputUpdate, Update, WeightUpdate
 from ..errors import AdapterkitError, Unsupported
 from ..io.lazy import as_array
 from ..methods.dense import Dense
@@ -28,7 +27,7 @@ from .values import Unsayable, Value, computed_over
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.updates.layer import Layer as FormulaLayer
+    from ..core.updates.update import Layer as FormulaLayer
     from ..io.lazy import Leaf
     from .slots import Slots
 

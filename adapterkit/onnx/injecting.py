@@ -49,11 +49,11 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
     Raises:
         Unsupported: the router's logits are in the order of the torch model's modules, which a graph does not show.
-        Also the errors of `with_experts` in `adapterkit/torch/experts.py`.
+        Also the errors of `with_experts` in `adapterkit/torch/inject.py`.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
         return adapter
-    from ..torch.experts import with_experts as stacked
+    from ..torch.inject import with_experts as stacked
 
     return stacked(_no_order, adapter, experts).map(as_lazy)
 
@@ -225,7 +225,9 @@ def keep_original(source: GraphSource) -> None:
     model = source.model
     if ORIGINAL in model.metadata_props:
         raise Unsupported(
-            "the graph already has an injected adapter", path=source.path, cure="Eject it first: adapterkit eject"
+            "the graph already has an injected adapter",
+            path=source.path,
+            cure="Eject it first, in Python: adapterkit.onnx.eject(MODEL, OUT)",
         )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):

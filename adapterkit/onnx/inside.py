@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from ..core.composed_layer import Composed
-from ..core.updates import OutputUpdate, Update
+from ..core.updates import Composed, OutputUpdate, Update
 from ..errors import Unsupported
 from .layers import BEFORE, weight_at
 from .norms import groups_of
@@ -21,7 +20,7 @@ from .values import Value, concatenated
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..core.updates.layer import Layer as FormulaLayer
+    from ..core.updates.update import Layer as FormulaLayer
     from .found import Found, Spot
     from .layers import Layer
 

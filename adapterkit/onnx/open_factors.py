@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.adapter import Adapter, Target
-    from ..core.updates.layer import Layer as FormulaLayer
+    from ..core.updates.update import Layer as FormulaLayer
     from .found import Found
     from .reading import Base
 

@@ -162,7 +162,7 @@ def _traced(
     """Return the network as a separate graph, with the main graph's fixed sizes or with open sizes."""
     import torch
 
-    from ..torch.shadows import Standing
+    from ..torch.call_recorder import Standing
     from .tracing import traced
 
     kind: torch.dtype = getattr(torch, layer.dtype.name)

@@ -38,7 +38,7 @@ from .values import OpenSize, Value
 if TYPE_CHECKING:
     import torch
 
-    from ..core.updates.layer import Layer as FormulaLayer
+    from ..core.updates.update import Layer as FormulaLayer
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .outlets import Ended

@@ -14,20 +14,14 @@ from ..linalg.namespace import summed
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
-from .at_base import additive, check_kind
-from .building import balanced, low_rank, of_several
-from .lowering import Change, loaded
+from .lowering import Change, additive, balanced, check_kind, loaded, low_rank, of_several
 from .lowrank import svd
-
-if TYPE_CHECKING:
-    from .alignment import Source
-    from .lowering import Base
-
 
 if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import DType, Lazy
-    from .alignment import AlignedPlace
+    from .alignment import AlignedPlace, Source
+    from .lowering import Base
 
     Term = tuple[Additive, float]
 

@@ -18,8 +18,7 @@ from ..io.checkpoint import opened
 from ..naming.binding import renamed, weight_shape
 from ..naming.binding.bases import check_base
 from ..naming.binding.by_expert import by_expert, by_rows
-from .at_base import additive, bound
-from .lowering import Change, Delta
+from .lowering import Change, Delta, additive, bound
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -73,7 +72,7 @@ class AlignedPlace:
         """Return each adapter's change, multiplied by the adapter's weight; None for an adapter without this target.
 
         Raises:
-            AdapterkitError: an update is not additive; see `at_base.additive`.
+            AdapterkitError: an update is not additive; see `lowering.additive`.
         """
         shape, factors = self.shape, weights or [1.0] * len(self.updates)
         made: list[Change | None] = []
@@ -122,7 +121,7 @@ def places(
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         UsageError: there is no adapter, two of them have no target in common, or they belong to different image models.
         ShapeMismatch: adapters disagree about how the base stores a weight.
-        NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
+        NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one adapter")

@@ -1,4 +1,4 @@
-"""Iterate over the changes that several adapters make to one weight, in blocks of rows.
+"""Iterate over the changes that several adapters make to one weight, in blocks of rows, and select the largest values.
 
 The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
 take a gigabyte. Formulas that need every entry therefore iterate over blocks, two or three times. Each iteration
@@ -7,16 +7,230 @@ computes all products again, and memory contains one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
+from .differences import too_large
 from .lowering import Delta
-from .selection import SHARE, WHOLE, Selected, Selection, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..io.computed import Array
+
+# Find the exact k-th largest of more values than fit into memory, by reading all values a few times.
+#
+# First, an interval is estimated from a sample; with a probability of 1 - 1e-8, it contains the wanted value. Then all
+# values are read. Values above the interval are counted, and values inside are kept in memory. If too many are inside,
+# they are counted in bins instead, by their leading bits, and one bin becomes the next interval. (Positive doubles and
+# their bits, read as integers, have the same order.) A bad sample only costs time: if the wanted value is outside the
+# interval, the adjacent range is searched next.
+
+
+HELD = 1 << 19
+"""The largest number of values of a series that are kept in memory."""
+
+BINS = 1 << 16
+"""The number of bins for an interval with more than `HELD` values."""
+
+SHARE = 256
+"""In tensors with more than `WHOLE` entries, one of this many entries is sampled."""
+
+WHOLE = 1 << 12
+"""In tensors with at most this many entries, all entries are sampled."""
+
+DEVIATIONS = 6.0
+"""Half of the width of the first interval, in standard deviations of the estimate."""
+
+WIDER = 1.25
+"""The factor by which both ends of the interval are moved if only a few targets were sampled.
+
+The interval must be wider because magnitudes differ between layers.
+"""
+
+LARGEST = 0x7FEFFFFFFFFFFFFF
+"""The bits of the largest double, as an integer."""
+
+
+@dataclass(slots=True, eq=False)
+class Selected:
+    """The k-th largest value of a series.
+
+    Attributes:
+        value: the k-th largest value; infinity if k is 0, the smallest value if k is at least the number of values.
+        above: the number of larger values in the series.
+        equal: the number of values that equal `value`.
+        total: the number of values in the series.
+    """
+
+    value: float
+    above: int
+    equal: int
+    total: int
+
+
+@dataclass(slots=True, eq=False)
+class Selection:
+    """The search for the k-th largest value of a series.
+
+    The caller passes all values of the series to `feed`, piece by piece, between `begin` and `end`, and repeats this
+    until `found` is set.
+
+    Attributes:
+        wanted: a function of (number of values, number of nonzero values) that returns k.
+        partial: whether only a part of the series was sampled, whose magnitudes may differ from the rest.
+        found: the result; None until the search is finished.
+    """
+
+    wanted: Callable[[int, int], int]
+    partial: bool = False
+    found: Selected | None = None
+    _lo: int = 0
+    _hi: int = LARGEST
+    _samples: list[tuple[Array, float]] = field(default_factory=list)
+    _total: int = 0
+    _nonzero: int = 0
+    _above: int = 0
+    _inside: int = 0
+    _values: list[Array] | None = None
+    _bins: Array | None = None
+    _expected: float = math.inf
+    _lock: Any = field(default_factory=Lock)
+
+    def sample(self, values: Array, of: int) -> None:
+        """Add `values`, a sample of `of` values of the series; call this before `begin`."""
+        with self._lock:
+            self._samples.append((values, of / max(values.size, 1)))
+
+    def begin(self) -> None:
+        """Start to read the series."""
+        import numpy as np
+
+        if self._samples:
+            self._guess()
+        self._total = self._nonzero = self._above = self._inside = 0
+        # If the interval is a single number, such as the zero of a sparse change, count the values without keeping
+        # them.
+        several = self._lo < self._hi
+        self._values = [] if several and self._expected <= HELD else None
+        self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
+
+    def feed(self, values: Array) -> None:
+        """Pass some values of the series, which must not be negative.
+
+        Several threads may call this at the same time.
+        """
+        import numpy as np
+
+        lo, hi = _double(self._lo), _double(self._hi)
+        larger = values > hi
+        above = int(np.count_nonzero(larger))
+        # `larger` implies `values >= lo`, so xor selects the values from lo to hi.
+        inside = values[(values >= lo) ^ larger] if above else values[values >= lo]
+        bins = None
+        if self._bins is not None:
+            places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
+            bins = np.bincount(places.astype(np.int64), minlength=BINS)
+        # Compare first, because counting booleans takes a third of the time of counting floats.
+        nonzero = int(np.count_nonzero(values != 0))
+        with self._lock:
+            self._total += values.size
+            self._nonzero += nonzero
+            self._above += above
+            self._inside += inside.size
+            if bins is not None and self._bins is not None:
+                self._bins += bins
+            elif self._values is not None:
+                self._values.append(inside)
+
+    def end(self) -> None:
+        """Finish reading the series: set `found`, or choose the next interval."""
+        import numpy as np
+
+        k = min(self.wanted(self._total, self._nonzero), self._total)
+        if k <= 0:
+            self.found = Selected(math.inf, 0, 0, self._total)
+        elif k <= self._above:
+            self._interval(self._hi + 1, LARGEST, math.inf)
+        elif k > self._above + self._inside:
+            self._interval(0, self._lo - 1, math.inf)
+        elif self._lo == self._hi:
+            self.found = Selected(_double(self._lo), self._above, self._inside, self._total)
+        elif self._values is not None:
+            inside = np.concatenate(self._values)
+            place = inside.size - (k - self._above)
+            value = float(np.partition(inside, place)[place])
+            above = self._above + int(np.count_nonzero(inside > value))
+            self.found = Selected(value, above, int(np.count_nonzero(inside == value)), self._total)
+        else:
+            self._narrow(k)
+        self._values, self._bins = None, None
+
+    def _narrow(self, k: int) -> None:
+        assert self._bins is not None
+        above = self._above + self._bins[::-1].cumsum()[::-1]
+        place = int((above >= k).nonzero()[0][-1])
+        lo = self._lo + (place << self._shift)
+        hi = min(lo + (1 << self._shift) - 1, self._hi)
+        self._interval(lo, hi, float(self._bins[place]))
+
+    @property
+    def _shift(self) -> int:
+        return max((self._hi - self._lo + 1).bit_length() - BINS.bit_length() + 1, 0)
+
+    def _interval(self, lo: int, hi: int, expected: float) -> None:
+        if lo > hi:  # The values contain an infinity, which is above every interval, or a NaN, which is in none.
+            raise too_large()
+        self._lo, self._hi, self._expected = lo, hi, expected
+
+    def _guess(self) -> None:
+        """Estimate the first interval from the samples; each sample represents several values of its tensor."""
+        import numpy as np
+
+        values = np.concatenate([v for v, _ in self._samples])
+        weights = np.repeat([w for _, w in self._samples], [v.size for v, _ in self._samples])
+        self._samples = []
+        if not values.size:
+            return
+        order = np.argsort(-values)
+        values, reach = values[order], np.cumsum(weights[order])
+        total = reach[-1]
+        share = weights[order][values > 0].sum()
+        k = float(min(self.wanted(round(total), round(share)), total))
+        spread = DEVIATIONS * math.sqrt(max(k * (total - k) / total, 1.0) * weights.max()) if weights.max() > 1 else 0.0
+        first, last = (int(np.searchsorted(reach, rank)) for rank in (k - spread, k + spread))
+        wider = WIDER if self.partial else 1.0
+        hi = _bits(wider * float(values[first])) if k - spread > 0 and first < len(values) else LARGEST
+        lo = _bits(float(values[last]) / wider) if last < len(values) else 0
+        expected = math.inf if self.partial else float(reach[min(last, len(values) - 1)] - reach[max(first - 1, 0)])
+        self._interval(min(lo, hi), min(hi, LARGEST), expected)
+
+
+def _bits(value: float) -> int:
+    import struct
+
+    return int(struct.unpack("<Q", struct.pack("<d", value))[0])
+
+
+def _double(bits: int) -> float:
+    import struct
+
+    return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
+
+
+def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
+    """Call `once`, which passes all values to the selections, until every selection has its result."""
+    while open_ := [each for each in selections if each.found is None]:
+        for each in open_:
+            each.begin()
+        once()
+        for each in open_:
+            each.end()
+
+
+# Blocks of rows.
+
 
 ENTRIES = 1 << 18
 """The number of entries in a block, over all changes. A formula's temporary arrays of 2 MB (float64) fit in caches."""

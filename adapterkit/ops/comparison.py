@@ -18,9 +18,8 @@ from ..io.computed import wide
 from ..io.lazy import as_lazy, files_kept_open
 from ..io.stages import stage
 from .alignment import AlignedPlace, places, side_by_side
-from .at_base import additive
 from .differences import errors_at
-from .lowering import Delta, loaded
+from .lowering import Delta, additive, loaded
 from .lowrank import cores
 from .prefetch import one_blas_thread
 
@@ -194,7 +193,7 @@ def lowered(place: AlignedPlace) -> AlignedPlace:
     """Replace updates that are not additive by their differences at the base.
 
     Raises:
-        AdapterkitError: see `at_base.additive`.
+        AdapterkitError: see `lowering.additive`.
     """
     if all(isinstance(update, Additive) for update in place.all_updates):
         return place

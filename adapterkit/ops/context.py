@@ -1,20 +1,149 @@
-"""The context in which a combiner's formula runs: the target, random numbers, and statistics over all targets."""
+"""The context in which a combiner's formula runs: the target, random numbers, and statistics over all targets.
+
+A `Census` collects statistics over all targets of an adapter, such as thresholds, before any result is computed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .census import Census
+from .blocks import Selection, settle
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..io.computed import Array
     from ..io.lazy import Shape
-    from .combiners._combiner import Combiner
+    from .blocks import Blocks
+
+
+class Census:
+    """Statistics of each adapter's changes over all targets.
+
+    Attributes:
+        counting: whether formulas currently run only to collect statistics; their results are then ignored.
+        partial: whether samples come only from some targets.
+        majority: the elected sign that is more frequent over all targets, 1 or -1; computed when it is first used.
+    """
+
+    def __init__(self) -> None:
+        self.counting = False
+        self.partial = False
+        self._selections: dict[Any, Selection] = {}
+        self._sums: dict[Any, float] = {}
+        self._sampling = self._summing = False
+        self._lock = Lock()
+        self._vote: Callable[[Census], None] | None = None
+        self._votes: int | None = None
+        self._majority: int | None = None
+
+    def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
+        """Collect the statistics.
+
+        Args:
+            once: a function of one bool that runs the formula at a few targets (True) or at all targets (False). The
+                function is called with False about twice per stage.
+            stages: the number of searches for thresholds that must run one after another, because each search uses the
+                previous result; 0 if only sums are needed.
+        """
+        self.counting = True
+        for _ in range(stages):
+            self._sampling = True
+            once(True)
+            self._sampling = False
+            settle(list(self._selections.values()), lambda: once(False))
+        if not stages:
+            self._summing = True
+            once(False)
+            self._summing = False
+        self.counting = False
+
+    def count(
+        self,
+        series: Sequence[Hashable],
+        blocks: Blocks,
+        wanted: Sequence[Callable[[int, int], int]],
+        key: Callable[[Array], Array] | None = None,
+    ) -> None:
+        """Add the values of one weight's changes to series that run over all weights.
+
+        Args:
+            series: the names of the series, such as the index of an adapter.
+            blocks: the changes.
+            wanted: for each series, a function of (number of values, number of nonzero values) that returns how many of
+                the largest values to keep.
+            key: a function from changes `[T, ...]` to values, one series per index of the first axis; default:
+                magnitudes.
+        """
+        import numpy as np
+
+        key = np.abs if key is None else key
+        with self._lock:
+            for name, kept in zip(series, wanted, strict=True):
+                self._selections.setdefault(name, Selection(kept, partial=self.partial))
+        searched = [(i, self._selections[name]) for i, name in enumerate(series)]
+        searched = [(i, selection) for i, selection in searched if selection.found is None]
+        if self._sampling:
+            drawn = key(blocks.sample()) if searched else None
+            for i, selection in searched:
+                selection.sample(drawn[i].reshape(-1), blocks.size)  # type: ignore[index]
+            return
+        for _, changes in blocks if searched else ():
+            values = key(changes)
+            for i, selection in searched:
+                selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
+
+    def threshold(self, series: Hashable) -> float:
+        """Return the smallest value of a series that is kept; infinity if no value is kept."""
+        found = self._selections[series].found
+        assert found is not None
+        return found.value
+
+    def knows(self, series: Hashable) -> bool:
+        """Whether the threshold of a series is known from an earlier stage."""
+        return series in self._selections and self._selections[series].found is not None
+
+    def add(self, name: Hashable, value: float) -> None:
+        """Add a value to the sum `name` over all targets."""
+        if self._summing:
+            with self._lock:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def sum_of(self, name: Hashable) -> float:
+        """Return the sum `name` over all targets."""
+        return self._sums.get(name, 0.0)
+
+    def votes_by(self, vote: Callable[[Census], None]) -> None:
+        """Set the function that runs the formula at all targets to compute `majority`."""
+        self._vote = vote
+
+    @property
+    def voting(self) -> bool:
+        """Whether formulas currently run only to call `add_votes`."""
+        return self._votes is not None
+
+    def add_votes(self, signs: int) -> None:
+        """Add the sum of one weight's elected signs."""
+        with self._lock:
+            assert self._votes is not None
+            self._votes += signs
+
+    @property
+    def majority(self) -> int:
+        with self._lock:
+            if self._majority is None:
+                assert self._vote is not None
+                # The vote uses the thresholds, which have been computed before. One thread runs the vote; the others
+                # wait for the result.
+                poll = Census()
+                poll._selections, poll._votes, poll.counting = self._selections, 0, True
+                self._vote(poll)
+                self._majority = -1 if poll._votes < 0 else 1
+            return self._majority
 
 
 PER_COUNT = 8
@@ -57,7 +186,7 @@ class FormulaContext:
     learned: Array | None = None
     base: Callable[[], Array] = _no_base
 
-    def each(self, method: Combiner, name: str) -> list[Any]:
+    def each(self, method: object, name: str) -> list[Any]:
         """Return the value of a parameter for each present adapter."""
         own = [self.overrides[t] if self.overrides else {} for t in self.present]
         return [values.get(name, getattr(method, name)) for values in own]

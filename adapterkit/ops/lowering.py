@@ -1,29 +1,42 @@
-"""Convert updates to changes of weights: low-rank factors if the method has them, else a dense array.
+"""Convert updates to changes of weights, and computed changes to updates.
 
-All arithmetic on adapters uses these changes, which are float64 numpy arrays.
+A change is low-rank factors if the method has them, else a dense array. All arithmetic on adapters uses these changes,
+which are float64 numpy arrays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..core.adapter import Adapter, Step, Target
+from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..core.updates import Additive, Update
-from ..errors import AdapterkitError, Malformed, ShapeMismatch
-from ..io.computed import load
+from ..errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from ..formats._trained import sites_as_trained
+from ..io.checkpoint import opened
+from ..io.computed import computed, held, load
+from ..io.lazy import DTYPES, Lazy, NotComputed, as_lazy, dtype_named
 from ..linalg.namespace import summed
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
+from ..naming.binding import bind, view
+from ..naming.binding.fitting import viewed
+from ..naming.ties import aliases
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from ..core.adapter import Target
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
-    from ..io.lazy import Shape
+    from ..io.lazy import Buffer, DType, Leaf, Shape
+    from ..naming.binding import Site
 
     Base = Checkpoint | str | PathLike[str]
+
+    Hold = Callable[[Array, DType], Lazy]
 
 
 U = TypeVar("U", bound=Update)
@@ -181,3 +194,304 @@ def _sum(deltas: list[Delta]) -> Delta:
     rests = [delta.rest for delta in deltas if delta.rest is not None]
     B, A = np.hstack([delta.B for delta in deltas]), np.vstack([delta.A for delta in deltas])
     return Delta(B, A, summed(rests) if rests else None)
+
+
+# Convert an update whose formula depends on the weight into its difference W' - W at a given base.
+#
+# The difference is a dense update, which is computed when it is read. Additive updates can be summed without a base,
+# other updates of weights only after this conversion. Updates of outputs or contexts cannot be summed.
+
+
+def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
+    """Bind an adapter to the base; return it in the base's names and layouts, with the site of each target.
+
+    Raises:
+        TargetNotFound, ShapeMismatch: see `Adapter.bind`.
+    """
+    found = bind(adapter, base, aliases=aliases(base))
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return found.adapter, tuple(sites_as_trained(found.sites, adapter.recipe, shapes))
+
+
+def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
+    """Return the adapter with only additive updates; replace every other update by its difference at the base.
+
+    Args:
+        adapter: the adapter, bound to the base if there is one.
+        base: the base with the weight W.
+        doing: a participle for messages, such as `"added"`.
+
+    Raises:
+        NotMergeable: a method does not change weights.
+        UsageError: a method's formula depends on W, but no base was given.
+    """
+    if all(isinstance(update, Additive) for _, update in adapter):
+        return adapter
+    for target, update in adapter:
+        check_kind(update, target, base is not None, doing)
+    assert base is not None
+    checkpoint = opened(base)
+    _, sites = bound(adapter, checkpoint)
+    return adapter.replace(updates={site.target: _at_base(site, checkpoint) for site in sites})
+
+
+class Weights:
+    """Read the weights and biases of a base at an adapter's targets, with the axes that formulas expect."""
+
+    def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
+        self.base = opened(base)
+        self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
+
+    def at(self, target: Target, expert: int | None, bias: bool) -> Array:
+        """Return a weight `[out, in * k]` or a bias `[out]` in float64; of a stack, return the slice of `expert`.
+
+        Raises:
+            UsageError: the base has no bias at this target.
+            Malformed: the tensor contains a NaN or an infinity.
+        """
+        site = self.sites[target]
+        stored = site.bias if bias else site.weight
+        if stored is None:
+            raise UsageError("the base has no bias for this target", where=str(target), cure="Choose another method")
+        W: Array = view(load(_tensor(self.base, stored)), target, bias)
+        one = W if expert is None else W[expert]
+        return one if bias else one.reshape(len(one), -1)
+
+
+def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
+    """Check that an update changes weights and, without a base, that its formula does not depend on the weight."""
+    where = f"{target}: {update.method}"
+    if update.kind not in ("additive", "weight"):
+        why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
+        raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
+    if update.kind == "weight" and not based:
+        why = f"the change of {update.method} depends on the base's weight, so it can only be {doing} at a base"
+        raise UsageError(why, where=where, cure="Pass base=/--base")
+
+
+def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
+    """Replace all updates up to the last non-additive update by one dense difference, computed when it is read."""
+    last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
+    needing, rest = site.updates[:last], site.updates[last:]
+    if not needing:
+        return rest
+    fields = {}
+    for name, stored, bias in (("D", site.weight, False), ("d", site.bias, True)):
+        changing = tuple(u for u in needing if (u.changes_bias if bias else u.changes_weight))
+        if stored is not None and changing:
+            W = _tensor(base, stored)
+            shape = _seen(W.shape, site.target, bias)
+            # float32 is precise enough for differences of 16-bit and 32-bit weights; for a base in float64, use
+            # float64.
+            wide = DTYPES["F64" if W.dtype.name == "F64" else "F32"]
+            fields[name] = computed(shape, wide, _difference(site, needing, base, stored, bias))
+    return (Dense(**fields), *rest)  # type: ignore[arg-type]
+
+
+def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
+    """Return a stored tensor's shape with the axes of `view`."""
+    axis = len(shape) - 1 if bias else int(target.stacked)
+    seen = shape if bias else viewed(shape, target)
+    assert seen is not None
+    rows = target.rows
+    return seen if rows is None else (*seen[:axis], rows[1] - rows[0], *seen[axis + 1 :])
+
+
+def _difference(
+    site: Site, updates: tuple[Update, ...], base: Checkpoint, stored: str, bias: bool
+) -> Callable[[], Array]:
+    def make() -> Array:
+        import numpy as np
+
+        W = view(load(_tensor(base, stored)), site.target, bias)
+        ready = [loaded(update, site.target) for update in updates]
+        if bias and any(update.bias_sees_weight for update in ready):
+            ready = _settled(ready, site, base)
+        ready = [update for update in ready if (update.changes_bias if bias else update.changes_weight)]
+        weights = [(W, None)] if not site.target.stacked else [(one, e) for e, one in enumerate(W)]
+        made = [_through(ready, one, e, bias) - one for one, e in weights]
+        return np.stack(made) if site.target.stacked else made[0]
+
+    return make
+
+
+def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
+    """Resolve updates whose change of the bias depends on the weight.
+
+    Each update gets the weight after the earlier updates.
+    """
+    import numpy as np
+
+    assert site.weight is not None
+    # Formulas are typed for torch tensors, but also run on numpy arrays.
+    W: Any = view(load(_tensor(base, site.weight)), site.target)
+    done = []
+    for update in updates:
+        done.append(update.settled_at(W, site.target.stacked))
+        if not update.changes_weight:
+            continue
+        if site.target.stacked:
+            W = np.stack([update.expert(e).new_weight(one) for e, one in enumerate(W)])
+        else:
+            W = update.new_weight(W)
+    return done
+
+
+def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> Any:
+    for update in updates:
+        W = part(update, expert).new_bias(W) if bias else part(update, expert).new_weight(W)
+    return W
+
+
+def _tensor(base: Checkpoint, name: str) -> Lazy:
+    """Return a stored tensor; `name` may also be the name of a tied head."""
+    return base.tensors[aliases(base).get(name, name)]
+
+
+# Build updates from computed arrays, and adapters whose lineage contains the lineages of several adapters.
+
+
+def low_rank(
+    target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType,
+    hold: Hold = held,
+) -> LoRA:  # fmt: skip
+    """Build a LoRA from B `[out, r]` and A `[r, in * k]`.
+
+    Experts' pairs are padded with zeros to one rank and stacked.
+
+    Args:
+        target: the target of the LoRA.
+        shape: the shape of one weight, `[out, in, *k]`.
+        pairs: (B, A) of the weight, or of each expert's weight.
+        bias: the change of the bias, `[out]` or `[e, out]`, or None.
+        dtype: the type to store.
+        hold: a function that stores a computed array as a tensor of the update.
+    """
+    import numpy as np
+
+    # Use at least rank 1, because PEFT and file formats have no LoRA of rank 0.
+    rank = max(1, *(len(A) for _, A in pairs))
+    B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
+    A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
+    if not target.stacked:
+        A, B = A[0], B[0]
+    return LoRA(A=hold(A, dtype), B=hold(B, dtype), bias=None if bias is None else hold(bias, dtype))  # type: ignore[arg-type]
+
+
+def dense(
+    target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
+) -> Dense:
+    """Build a dense update from the differences of the weights, `[out, in * k]` each, and of the bias.
+
+    None means no change.
+    """
+    import numpy as np
+
+    D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
+    if D is not None and not target.stacked:
+        D = D[0]
+    return Dense(**{name: hold(v, dtype) for name, v in (("D", D), ("d", bias)) if v is not None})  # type: ignore[arg-type]
+
+
+def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
+    """Return B = U sqrt(S) and A = sqrt(S) Vh."""
+    root = S**0.5
+    return U * root, root[:, None] * Vh
+
+
+def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
+    """Return the dtype of computed results: `dtype` if given, else float64 if any tensor has it, else float32.
+
+    Raises:
+        Unsupported: `dtype` is not the name of a floating type.
+    """
+    from ..io.lazy import dtype_of
+
+    if dtype is None:
+        names = {dtype_of(leaf).name for a in adapters for _, update in a for leaf in update.tensors.values()}
+        return DTYPES["F64" if "F64" in names else "F32"]
+    kind = dtype_named(dtype)
+    if kind is None or not kind.floating or kind.name == "C64":
+        known = ", ".join(name for name, d in DTYPES.items() if d.floating and name != "C64")
+        raise Unsupported(f"factors cannot have the element type {dtype!r}", cure=f"Choose among {known}")
+    return kind
+
+
+def of_several(
+    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
+) -> Adapter:
+    """Return an adapter whose lineage is a step `op` that contains the lineages of `adapters`.
+
+    The result names a base if all adapters name the same base.
+    """
+    bases = [adapter.base for adapter in adapters]
+    base = bases[0] if all(other == bases[0] for other in bases) else None
+    lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]
+    named = [None if each is None else each.id for each in bases]
+    carried = merged_metadata(adapters)
+    if carried:
+        args |= {METADATA: carried}
+    families = {family for adapter in adapters for family in model_types_of(adapter)}
+    # Record a family only if all adapters agree, because a result cannot belong to two families.
+    if len(families) == 1:
+        args |= {MODEL_TYPE: families.pop()}
+    step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
+    return Adapter(updates, base, (step,))
+
+
+def _filled(array: Array, rank: int, axis: int) -> Array:
+    import numpy as np
+
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, rank - array.shape[axis])
+    return np.pad(array, widths)
+
+
+# Describe a combination's result before it is computed, so that a format can refuse the result early.
+
+
+def unread(leaf: Leaf) -> Lazy:
+    """Return a placeholder with the tensor's shape and dtype, which cannot be read."""
+    known = as_lazy(leaf)
+    return unknown(known.shape, known.dtype)
+
+
+def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
+    """Return a placeholder for a tensor that is not computed yet; it cannot be read."""
+
+    def fetch() -> Buffer:
+        raise NotComputed
+
+    return Lazy(tuple(shape), dtype, fetch)
+
+
+def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
+    """Replace all tensors of the updates by placeholders that cannot be read."""
+    return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
+
+
+def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
+    """Check that a format can store a result, before the result is computed.
+
+    Args:
+        outline: an adapter with the result's lineage, and updates from `blank`.
+        write: a function that writes an adapter to a temporary folder. Writers check updates before they read any
+            tensor.
+        what: the format and the method, for messages.
+
+    Raises:
+        Unrepresentable: the format cannot store some updates; the message names the first.
+    """
+    try:
+        write(outline)
+    # The writer accepted the outline: it tried to read a tensor.
+    except NotComputed:
+        return
+    except Unrepresentable as error:
+        first = f": {error.items[0]}" if error.items else f": {error.why}"
+        more = f" (and {len(error.items) - 1} more)" if len(error.items) > 1 else ""
+        cure = "Write --to adapterkit (format='adapterkit'), or leave them out by --on-loss drop (on_loss='drop')"
+        raise Unrepresentable(f"{what}{first}{more}", cure=cure) from None
+    except AdapterkitError as error:
+        error.path = None
+        raise

@@ -17,13 +17,11 @@ from ..errors import UsageError
 from ..io.stages import stage
 from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
-from .building import balanced, low_rank, result_type
-from .criteria import Criterion
 from .differences import errors_at
-from .lowering import Change, Delta
+from .lowering import Change, Delta, balanced, low_rank, result_type
 from .lowrank import distance, svd
 from .prefetch import one_blas_thread
-from .sketching import dominant, first
+from .sketching import Criterion, dominant, first
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target

@@ -43,8 +43,7 @@ from ..io.inputs import open_input
 from ..io.locations import is_repo, located, path_text
 from ..io.stages import stage
 from ..io.staging import check_free, staged
-from .signing import files_of
-from .statement import statement_of
+from .signing import files_of, statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"

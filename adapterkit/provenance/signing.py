@@ -1,35 +1,282 @@
 """Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
 The signature is a Sigstore bundle, which `model_signing verify` can check too. The signed predicate has an additional
-key with the statement of `statement.py`. The signature covers this key, but other verifiers ignore the key.
+key with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
+
+The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
+covers the names of base and adapters, and the weights of the adapters. No message shows the content of a key.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ..core.licence_terms import licence_at
+from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import (
     AdapterkitError,
+    Malformed,
     NetworkError,
+    UnknownFormat,
     Unsupported,
     UsageError,
     first_line,
     public,
     storage_error,
 )
+from ..formats import detect, read
+from ..io.checkpoint import opened
+from ..io.inputs import open_input
 from ..io.locations import NOTE, check_exists
 from ..io.stages import stage
 from ..io.staging import check_free, check_inputs, staged
-from .bundles import PREDICATE
-from .keys import model_signing, signer
-from .statement import statement_of
+from ..naming.binding.bases import merge_record
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ..core.adapter import Adapter
     from ..io.strict_json import JsonValue
+
+PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
+"""The environment variable with the password of an encrypted private key."""
+
+LARGEST_KEY = 1 << 20
+"""The most bytes to read from a file of keys or certificates."""
+
+CURVES = ("secp256r1", "secp384r1", "secp521r1")
+"""The elliptic curves that model signing supports: P-256, P-384 and P-521."""
+
+_NEW_KEY = "Make a key: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY.pem"
+
+
+def model_signing(part: str) -> ModuleType:
+    """Return a module of the package `model-signing`.
+
+    Raises:
+        Unsupported: the package is not installed.
+    """
+    try:
+        return import_module(f"model_signing.{part}")
+    except ImportError as error:
+        why = f"signatures need {error.name}, which is not installed"
+        raise Unsupported(why, cure="pip install 'adapterkit[sign]'") from None
+
+
+def signer(
+    key: str | PathLike[str], password: bytes | None, certificate: str | PathLike[str] | None,
+    chain: Sequence[str | PathLike[str]],
+) -> Any:  # fmt: skip
+    """Return a signing config of model-signing with a private key.
+
+    Raises:
+        Malformed: the key or a certificate is invalid, or the password is wrong.
+        Unsupported: the key is of another kind, or model-signing is not installed.
+        UsageError: the password of an encrypted key is missing.
+    """
+    config = model_signing("signing").Config()
+    _check_private(Path(key), password)
+    if certificate is None:
+        return config.use_elliptic_key_signer(private_key=str(key), password=password)
+    if password is not None:
+        why = "model-signing cannot use an encrypted key together with a certificate"
+        cure = "Use a key that is not encrypted, or omit --certificate (certificate=)"
+        raise Unsupported(why, path=key, cure=cure)
+    for each in (certificate, *chain):
+        _certificates(Path(each))
+    # If the chain is empty, pass the certificate as the chain: model-signing refuses an empty chain, and verifiers
+    # accept a chain with only the certificate.
+    above = [str(each) for each in chain] or [str(certificate)]
+    try:
+        return config.use_certificate_signer(
+            private_key=str(key), signing_certificate=str(certificate), certificate_chain=above
+        )
+    except ValueError:
+        why = "the certificate is not for this key"
+        raise Malformed(why, path=certificate, cure="Name the certificate that belongs to the key") from None
+
+
+def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str]]) -> Any:
+    """Return a verifying config of model-signing with a public key, or with the certificates to trust.
+
+    Raises:
+        Malformed: the file does not contain a public key or a certificate.
+        Unsupported: the key is of another kind, or model-signing is not installed.
+    """
+    config = model_signing("verifying").Config()
+    if key is not None:
+        _check_public(Path(key))
+        return config.use_elliptic_key_verifier(public_key=str(key))
+    for each in chain:
+        _certificates(Path(each))
+    return config.use_certificate_verifier(certificate_chain=[str(each) for each in chain])
+
+
+def _check_private(path: Path, password: bytes | None) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    data = _read(path)
+    # Do not include the messages of cryptography: no part of a key may reach a log.
+    if b"ENCRYPTED" in data and password is None:
+        cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
+        raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
+    try:
+        found: Any = load_pem_private_key(data, password)
+    except TypeError:
+        cure = f"Unset {PASSWORD}, and omit --password-file (password=)"
+        raise UsageError(f"a password was given, but the key {path} is not encrypted", cure=cure) from None
+    except (ValueError, UnsupportedAlgorithm):
+        if password is not None and b"ENCRYPTED" in data:
+            cure = f"Correct {PASSWORD}, or the file at --password-file (password=)"
+            raise Malformed("the password does not decrypt this key", path=path, cure=cure) from None
+        raise Malformed("the file is not a private key in PEM form", path=path, cure=_NEW_KEY) from None
+    _check_curve(path, found)
+
+
+def _check_public(path: Path) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        found: Any = load_pem_public_key(_read(path))
+    except (ValueError, UnsupportedAlgorithm):
+        cure = "Export the public key: openssl pkey -in KEY.pem -pubout -out PUB.pem"
+        raise Malformed("the file is not a public key in PEM form", path=path, cure=cure) from None
+    _check_curve(path, found)
+
+
+def _check_curve(path: Path, key: object) -> None:
+    curve = getattr(getattr(key, "curve", None), "name", None)
+    if curve not in CURVES:
+        raise Unsupported(f"the key is not of one of the curves {', '.join(CURVES)}", path=path, cure=_NEW_KEY)
+
+
+def _certificates(path: Path) -> None:
+    from cryptography import x509
+
+    try:
+        x509.load_pem_x509_certificates(_read(path))
+    except ValueError:
+        cure = "Name a file of X.509 certificates"
+        raise Malformed("the file contains no certificate in PEM form", path=path, cure=cure) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open_input(path) as file:
+            return file.read(LARGEST_KEY)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+PREDICATE = "adapterkit"
+"""The key in the signed predicate for adapterkit's statement of the lineage. According to the specification of model
+signing, verifiers ignore unknown keys."""
+
+VERSION = 1
+"""The version of the statement's format."""
+
+_EXACT = 1 << 53
+"""Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
+
+_OF_FILES = ("written", "norms")
+"""Parts of a merge's record that the statement omits, because they describe bytes, which the signed digests cover."""
+
+
+def statement_of(path: Path) -> dict[str, JsonValue]:
+    """Return the records of the files at `path` about their origin, as plain JSON.
+
+    Args:
+        path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    from .. import __version__
+
+    told = {"version": VERSION, "adapterkit": __version__, "licence": licence_at(path).get("license"), **_kind(path)}
+    plain: dict[str, Any] = _plain(told)
+    return plain
+
+
+def _kind(path: Path) -> Mapping[str, object]:
+    if (path / REPORT).is_file():
+        return _merged(path)
+    try:
+        name = detect(path)
+        return _adapter(read(path, name), name)
+    except UnknownFormat:
+        pass
+    except AdapterkitError as error:
+        # Sign a file that cannot be read: reading may only require an option, for example alpha.
+        return {"kind": "adapter", "unread": error.why}
+    if path.suffix.lower() == ".onnx":
+        return {"kind": "graph", **_original(path)}
+    try:
+        opened(path)
+    except AdapterkitError:
+        return {"kind": "files"}
+    return {"kind": "model"}
+
+
+def _merged(path: Path) -> dict[str, JsonValue]:
+    """Return the statement of a merged model: the record of the merge, without the parts that describe bytes."""
+    record = merge_record(opened(path))
+    made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
+    return {"kind": "merged", "made_from": made_from}
+
+
+def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
+    base = adapter.base
+    return {
+        "kind": "adapter", "format": name, "digest": adapter.digest(), "methods": list(adapter.methods),
+        "targets": len(adapter.updates),
+        "base": {
+            "id": base and base.id, "revision": base and base.revision, "config_hash": base and base.config_hash,
+            "fingerprints": list(fingerprints_of(adapter)), "shapes": list(shapes_of(adapter)),
+        },
+        "lineage": [{"op": step.op, "args": _without_metadata(step.args)} for step in adapter.recipe],
+    }  # fmt: skip
+
+
+def _original(path: Path) -> dict[str, JsonValue]:
+    """Return the sha256 of the graph without adapters, which `onnx.inject` records."""
+    import onnx
+
+    from ..onnx.injecting import ORIGINAL
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        note = next((each.value for each in model.metadata_props if each.key == ORIGINAL), None)
+        return {} if note is None else {"original_sha256": json.loads(note)["sha256"]}
+    except Exception as error:  # Sign the file even if the graph or its metadata is damaged (protobuf's DecodeError).
+        return {"unread": first_line(error)}
+
+
+def _without_metadata(args: object) -> object:
+    """Remove the metadata of training tools, which can take megabytes, and is in files that are signed anyway."""
+    if isinstance(args, Mapping):
+        return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
+    return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT:
+        return str(value)
+    return value
 
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import DType
     from ..io.strict_json import JsonValue
-    from ..ops.at_base import Weights
-    from ..ops.lowering import Change, Delta
+    from ..ops.lowering import Change, Delta, Weights
 
 SIDE = 160
 """The number of rows and columns of the block of elements that is measured."""
@@ -425,7 +424,7 @@ class _Measuring:
 
 
 def _weights(found: Sequence[AlignedPlace], base: Checkpoint) -> Weights:
-    from ..ops.at_base import Weights
+    from ..ops.lowering import Weights
 
     return Weights({place.target: next(filter(None, place.updates)) for place in found if place.target.path}, base)
 

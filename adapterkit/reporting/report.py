@@ -1,21 +1,37 @@
-"""Create a report about adapters, show it in notebooks, and write it as a page and as pictures."""
+"""Create a report about adapters, show it in notebooks, and write it as a page and as pictures.
+
+The page is one HTML file that does not load any other file. It is complete without scripts: the drawings are SVG, the
+table is an HTML table. `page.js` adds search, sorting, tooltips on the drawings and the switch between light and dark.
+All text from files is escaped, so a name in an adapter cannot add markup to the page. A content security policy in the
+page's head forbids the browser to load anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from html import escape
+from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..errors import StorageError, UsageError, storage_error
-from .charts import Chart, charts, png, svg
-from .facts import Facts, facts_of
-from .gate_section import GateFigures
+from .. import __version__
+from ..errors import Malformed, StorageError, UsageError, shown, storage_error
+from ..gating.result import AdapterEffect, GateCheck, KeptEffect
+from ..io.inputs import read_input
+from ..io.stages import stage
+from ..io.strict_json import check_size, load_json
+from .charts import PALETTE, Chart, charts, inline, png, svg
+from .inspecting import WAYS, Facts, facts_of
 from .measuring import Measurements, measure
-from .verdicts import Verdict, verdicts
+from .verdicts import LEVELS, Verdict, percent, verdicts
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -23,6 +39,457 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..io.strict_json import JsonValue
+    from .measuring import Effect
+
+CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
+
+RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
+
+MOST_MODULES = 40
+"""The most modules that are shown for a model: first modules with a fault, then others, each in running order."""
+
+
+class GateFigures(msgspec.Struct, frozen=True):
+    """The fields of a gate's record that the page shows."""
+
+    outcome: str
+    base: str
+    adapters: tuple[str, ...]
+    data: str
+    effect: AdapterEffect
+    checks: tuple[GateCheck, ...]
+    kept: tuple[KeptEffect, ...]
+    verdicts: tuple[str, ...]
+    seed: int = 0
+    device: str = ""
+    dtype: str = ""
+    kind: str = ""
+
+
+def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
+    """Return the figures of a gate from its result, its record, or a file with the record.
+
+    Raises:
+        Malformed: the file is not JSON, or not the record of a gate.
+        StorageError: the file cannot be read.
+        UsageError: `source` is something else.
+    """
+    path = None
+    told: Any = source
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        try:
+            data = read_input(path)
+            check_size(data)
+            told = load_json(data.decode())
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"not valid JSON ({error})", path=path, cure=CURE) from None
+    elif not isinstance(source, Mapping):
+        why = f"{shown(source)} of type {type(source).__name__} is not the result of a gate"
+        raise UsageError(why, where="gate", cure=CURE)
+    kind = told.get("kind") if isinstance(told, Mapping) else None
+    if kind != "gate":
+        raise Malformed("not the record of a gate", path=path, where="kind", cure=CURE)
+    try:
+        return msgspec.convert(dict(told), GateFigures)
+    except msgspec.ValidationError as error:
+        raise Malformed(f"not the record of a gate ({error})", path=path, cure=CURE) from None
+
+
+def gate_section(gate: GateFigures) -> str:
+    """Return the content of the section, as HTML."""
+    made = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
+    where = ", ".join(each for each in (gate.device, gate.dtype, f"seed {gate.seed}") if each)
+    parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(made)} ({escape(where)}).</p>']
+    if gate.verdicts:
+        parts.append(f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in gate.verdicts)}</ul>")
+    checks = [(c.model, c.name, RESULTS[c.ok], c.value, c.limit, c.text) for c in gate.checks]
+    parts.append(
+        _gate_table("Checks of the gate", ("model", "check", "result", "value", "limit", "what it says"), checks)
+    )
+    parts.append(
+        _gate_table("Runs of the gate", ("run", "KL", "kept", "perplexity", "same greedy tokens"), _runs(gate))
+    )
+    for each in gate.kept:
+        if each.why is not None:
+            parts.append(f"<p>{escape(each.path)} could not be run: {escape(each.why)}</p>")
+        parts += [*_modules(each), *_blocks(each)]
+    return "".join(parts)
+
+
+Cell = float | str | None
+"""A cell of a table."""
+
+
+def _runs(gate: GateFigures) -> list[tuple[Cell, ...]]:
+    effect = gate.effect
+    return [
+        ("base", None, None, effect.perplexity_base, effect.agreement),
+        ("base + adapters", effect.divergence, None, effect.perplexity, None),
+        ("base + random changes", effect.null, None, None, None),
+        *((f"{k.model}: {k.path}", k.divergence, k.kept, k.perplexity, k.agreement) for k in gate.kept),
+    ]
+
+
+def _modules(kept: KeptEffect) -> list[str]:
+    found = [part for part in kept.parts if part.touched or part.fault]
+    if not found:
+        return []
+    several = sorted(found, key=lambda part: not part.fault)[:MOST_MODULES]
+    first = next((part.module for part in kept.parts if part.fault), None)
+    told = f"The first wrong module is {first}." if first is not None else "No module is wrong."
+    left = len(found) - len(several)
+    more = f" The gate's record has {left:,} further modules." if left else ""
+    rows = [
+        (part.module, part.scale, part.error, part.fault or ("rounding alone" if part.rounded else ""))
+        for part in several
+    ]
+    names = ("module", "part of the change", "error relative to it", "fault")
+    return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(told + more)}</p>", _gate_table("Modules", names, rows)]
+
+
+def _blocks(kept: KeptEffect) -> list[str]:
+    if not kept.blocks:
+        return []
+    rows = [(each.block, each.difference, each.change) for each in kept.blocks]
+    names = ("block", "difference from the base with adapters", "what the adapters change")
+    return [f"<h3>Hidden states of {escape(kept.path)}</h3>", _gate_table("Hidden states, block by block", names, rows)]
+
+
+def _gate_table(label: str, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join(f"<tr>{''.join(map(_gate_cell, row))}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def _gate_cell(value: Cell) -> str:
+    if value is None:
+        return "<td></td>"
+    return f"<td>{escape(value)}</td>" if isinstance(value, str) else f'<td class="n">{value:.4g}</td>'
+
+
+MOST_ROWS = 2000
+"""The most rows in the table of targets, because 45,000 rows would make a page of 10 MB. The table shows the largest
+changes; the record has all rows."""
+
+HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
+
+HIDDEN = ("metadata", "of", "base_fingerprint")
+"""Arguments of lineage steps that the page omits: another part shows them, or they are too long for a line."""
+
+
+def page(report: AdapterReport) -> str:
+    """Return the whole page as HTML."""
+    stage("drawing")
+    title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
+    folder = files("adapterkit.reporting")
+    style, script = (folder.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    sources = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script,)
+    )
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {sources}; img-src data:"
+    parts = "\n".join(_parts(report))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="adapterkit {__version__}">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#verdicts">Skip to the verdicts</a>
+<header>
+<p class="brand">adapterkit report</p>
+<h1>{_heading(report)}</h1>
+<p class="lead">{_lead(report)}</p>
+<button id="theme" type="button" hidden>Dark page</button>
+</header>
+<main>
+{parts}
+</main>
+<footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact to rounding;
+signs and values of single elements come from an evenly spread block of each weight.</footer>
+<div id="tip" role="status" hidden></div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def fragment(report: AdapterReport) -> str:
+    """Return HTML for a notebook: verdicts and drawings, without scripts and styles that would affect other cells."""
+    verdicts = "".join(
+        f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
+    )  # fmt: skip
+    drawings = "".join(
+        f'<figure style="margin:0 1.5em 1.5em 0;display:inline-block;vertical-align:top">'
+        f"<figcaption><b>{escape(chart.title)}</b></figcaption>{inline(chart)}</figure>"
+        for chart in report.charts
+    )
+    return f"<div><h3>{_heading(report)}</h3><ul>{verdicts}</ul>{drawings}</div>"
+
+
+def _heading(report: AdapterReport) -> str:
+    return escape(", ".join(facts.name for facts in report.facts))
+
+
+def _lead(report: AdapterReport) -> str:
+    measured = report.measured
+    targets = len({effect.target for effect in measured.effects})
+    told = [f"{len(report.facts)} adapter{'' if len(report.facts) == 1 else 's'} at {targets:,} targets"]
+    bases = dict.fromkeys(facts.base for facts in report.facts if facts.base)
+    if bases:
+        told.append(f"made for {', '.join(map(escape, bases))}")
+    if report.base:
+        told.append(f"compared with {escape(report.base)}")
+    if report.merged:
+        told.append(f"and the merged model {escape(report.merged)}")
+    return ", ".join(told) + "."
+
+
+def _parts(report: AdapterReport) -> Iterable[str]:
+    yield _section("verdicts", "Verdicts", _verdicts(report))
+    if report.gate is not None:
+        yield _section("gate", "What is kept when models run", gate_section(report.gate))
+    yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
+    for group, drawn in groupby(report.charts, key=lambda chart: chart.group):
+        yield _section(_slug(group), group, "".join(map(_figure, drawn)), "charts")
+    yield _section("targets", "All targets", _table(report))
+    yield _section("lineage", "Lineage", _lineage(report.facts))
+    yield _section("fits", "Where it fits", _formats(report.facts))
+
+
+def _slug(text: str) -> str:
+    return text.lower().replace(" ", "-")
+
+
+def _section(name: str, title: str, inside: str, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    head = f'<h2 id="{name}-h">{title}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-h">{head}<div{of}>{inside}</div></section>'
+
+
+def _verdicts(report: AdapterReport) -> str:
+    found = []
+    for level in LEVELS:
+        here = [each for each in report.verdicts if each.level == level]
+        if here:
+            items = "".join(f"<li>{escape(each.text)}</li>" for each in here)
+            found.append(f'<div class="verdicts {level}"><h3>{HEADINGS[level]}</h3><ul>{items}</ul></div>')
+    if all(each.level == "note" for each in report.verdicts):
+        found.insert(0, '<p class="fine">Nothing is out of the ordinary.</p>')
+    return "".join(found)
+
+
+def _facts(found: Sequence[Facts]) -> str:
+    several = len(found) > 1
+    rows = []
+    for at, facts in enumerate(found):
+        mark = f'<i class="dot" style="background:{PALETTE[at % len(PALETTE)]}"></i>' if several else ""
+        cells = [
+            f'<th scope="row">{mark}{escape(facts.name)}</th>', _cell(facts.base or "not told"),
+            _cell(", ".join(f"{name} ({count:,})" for name, count in facts.methods.items())),
+            _cell(", ".join(map(str, facts.ranks)) or "none"), _cell(f"{facts.targets:,}", "n"),
+            _cell(f"{facts.parameters:,}", "n"), _cell(size(facts.bytes), "n"), _cell(", ".join(facts.dtypes)),
+            _cell(facts.format or "in memory"), _cell(facts.licence or "not told"), _cell(", ".join(facts.triggers)),
+        ]  # fmt: skip
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    names = (
+        "adapter",
+        "for",
+        "method",
+        "rank",
+        "targets",
+        "parameters",
+        "size",
+        "dtype",
+        "format",
+        "licence",
+        "trigger words",
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return _scrolled(
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "Table of the adapters"
+    )
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in decimal units."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def _cell(text: str, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    return f"<td{of}>{escape(text)}</td>"
+
+
+def _scrolled(table: str, label: str) -> str:
+    """Return a table in a frame that can be scrolled sideways with the mouse or the keyboard."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def _figure(chart: Chart) -> str:
+    name = escape(chart.name)
+    return (
+        f'<figure id="f-{name}"><h3>{escape(chart.title)}</h3><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(chart.title)}, drawing">{inline(chart)}</div>'
+        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+    )
+
+
+COLUMNS: Mapping[str, Any] = {
+    "target": lambda each, _: each.target,
+    "adapter": lambda each, report: report.facts[each.adapter].name,
+    "method": lambda each, _: each.method,
+    "shape": lambda each, _: "x".join(map(str, each.shape or ())),
+    "rank": lambda each, _: each.rank,
+    "norm": lambda each, _: each.norm,
+    "share": lambda each, report: _share(each, report),
+    "effective rank": lambda each, _: each.effective_rank,
+    "first direction": lambda each, _: each.spike,
+    "of the weight": lambda each, _: each.relative,
+    "intruders": lambda each, _: each.intruders,
+    "kept": lambda each, report: report.kept.get(each.target),
+    "note": lambda each, _: each.why,
+}
+"""Heading of a column -> function that returns the value of a cell. Columns without any value are omitted."""
+
+SHARES = ("share", "first direction", "of the weight", "kept")
+
+
+class _Rows:
+    """The data of a row, which the functions in `COLUMNS` read."""
+
+    def __init__(self, report: AdapterReport) -> None:
+        self.facts = report.facts
+        self.totals = [report.measured.norm(at) for at in range(len(report.facts))]
+        self.kept = {each.target: each.kept for each in report.measured.merged}
+
+
+def _share(effect: Effect, rows: _Rows) -> float | None:
+    total = rows.totals[effect.adapter]
+    return None if effect.norm is None or not total else (effect.norm / total) ** 2
+
+
+def _table(report: AdapterReport) -> str:
+    effects = report.measured.effects
+    rows = _Rows(report)
+    shown = sorted(effects, key=lambda each: -(each.norm or 0.0))[:MOST_ROWS]
+    columns = {
+        name: [value(each, rows) for each in shown]
+        for name, value in COLUMNS.items() if name != "adapter" or len(report.facts) > 1
+    }  # fmt: skip
+    columns = {name: found for name, found in columns.items() if any(value not in (None, "") for value in found)}
+    head = "".join(
+        f'<th scope="col" aria-sort="{"descending" if name == "norm" else "none"}">'
+        f'<button type="button">{name}</button></th>'
+        for name in columns
+    )
+    body = "".join(
+        "<tr>" + "".join(_value(name, found[at]) for name, found in columns.items()) + "</tr>"
+        for at in range(len(shown))
+    )
+    told = (
+        f"{len(effects):,} rows"
+        if len(shown) == len(effects)
+        else f"The {len(shown):,} largest of {len(effects):,} rows; all are in the output of --json"
+    )
+    return (
+        '<p class="search" hidden><label for="q">Search the targets</label>'
+        '<input id="q" type="search" placeholder="layers.11 o_proj" autocomplete="off"></p>'
+        f'<p id="count" role="status">{told}, the largest changes first.</p>'
+        + _scrolled(
+            f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table of all targets"
+        )
+    )
+
+
+def _value(name: str, value: float | str | None) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    shown = percent(value) if name in SHARES else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f'<td class="n" data-v="{value:.6g}">{shown}</td>'
+
+
+def _lineage(found: Sequence[Facts]) -> str:
+    trees = "".join(
+        f"<li>{_node('adapter', facts.name)}{_steps([*facts.lineage], facts.base)}</li>" for facts in found
+    )  # fmt: skip
+    return f'<ul class="tree">{trees}</ul>'
+
+
+def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
+    """Return the steps of a lineage as nested lists, the newest step first; below each step is the step before it."""
+    if not steps:
+        return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
+    *before, last = steps
+    args = last.get("args") or {}
+    of = args.get("of")
+    told = ", ".join(f"{key} {_brief(value)}" for key, value in args.items() if key not in HIDDEN and value is not None)
+    inside = _steps(before, base if not before and not isinstance(of, list) else None if isinstance(of, list) else base)
+    if isinstance(of, list):
+        made = [each for each in of if isinstance(each, Mapping)]
+        branches = "".join(f"<li>{_branch(each)}</li>" for each in made)
+        inside = f"<ul>{branches}</ul>"
+    return f"<ul><li>{_node(str(last.get('op')), told)}{inside}</li></ul>"
+
+
+def _branch(source: Mapping[str, Any]) -> str:
+    recipe = source.get("recipe")
+    steps = [step for step in recipe if isinstance(step, Mapping)] if isinstance(recipe, list) else []
+    return _node("adapter", "") + _steps(steps, source.get("base"))
+
+
+def _node(kind: str, text: str | None) -> str:
+    return f'<span class="node"><b>{escape(kind)}</b> {escape(text or "")}</span>'
+
+
+def _brief(value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _formats(found: Sequence[Facts]) -> str:
+    parts = []
+    for facts in found:
+        rows = "".join(
+            f'<tr><th scope="row">{escape(facts.name)}</th><td>{escape(text)}</td><td>{_listed(facts, way)}</td></tr>'
+            for way, text in WAYS.items() if way in facts.formats.values()
+        )  # fmt: skip
+        parts.append(rows)
+    head = '<thead><tr><th scope="col">adapter</th><th scope="col">how</th><th scope="col">formats</th></tr></thead>'
+    table = _scrolled(f"<table>{head}<tbody>{''.join(parts)}</tbody></table>", "Table of formats")
+    tools = "".join(
+        f'<tr><th scope="row">{escape(facts.name)}</th>'
+        f"{''.join(_cell(each[name]) for name in ('title', 'loads', 'why'))}</tr>"
+        for facts in found for each in facts.loaders
+    )  # fmt: skip
+    if tools:
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
+        table += "<p>How tools load the file unchanged.</p>" + _scrolled(
+            f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
+        )
+    return (
+        "<p>Formats that can store the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
+        f"also checks names of modules and the other limits of a format.</p>{table}"
+    )
+
+
+def _listed(facts: Facts, way: str) -> str:
+    return escape(", ".join(name for name, how in facts.formats.items() if how == way))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +534,6 @@ class AdapterReport:
         Raises:
             Unsupported: the package vl-convert-python is not installed.
         """
-        from .page import page
-
         return page(self)
 
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
@@ -121,7 +586,6 @@ class AdapterReport:
         return written
 
     def _repr_html_(self) -> str:
-        from .page import fragment
 
         return fragment(self)
 

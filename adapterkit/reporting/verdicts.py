@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .facts import Facts
+    from .inspecting import Facts
     from .measuring import Effect, Measurements, MergedShare
 
 LEVELS = ("fault", "warning", "note")

@@ -2,12 +2,467 @@
 
 Each trial combines the adapters and scores the result, attached to a live base; no merged model is written. Every trial
 is saved to a file, so that an interrupted search can continue.
+
+Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and the caller's start
+combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
+
+TPE was chosen by measurement, on eight problems whose optimum is known. Each problem has two adapters, three methods
+and a density. After 50 trials, the error of six results was within 2 percent of the optimal change's squared norm, and
+the worst error within 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave the
+first good method. It missed three of the eight optima by 5 to 26 percent.
+
+A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
+the same trials as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-from .result import Search, Trial
-from .searcher import METHODS, search
-from .text_data import TextData
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from ..core.adapter import Adapter
+from ..errors import AdapterkitError, Unsupported, UsageError, nearest, shown
+from ..io.checkpoint import fingerprint, opened
+from ..io.locations import local
+from ..io.stages import detail, stage
+from ..ops.alignment import places, source_adapter
+from ..ops.combiners import COMBINERS
+from ..ops.combining import check_rank, combine
+from ..ops.parameters import resolved
+from ..ops.recipes import Recipe, read_recipe
+from .result import Journal, Search, Trial
+from .text_data import LiveBase, TextData, cross_entropy
+
+if TYPE_CHECKING:
+    from ..ops.alignment import Source
+    from ..ops.combiners._combiner import Combiner
+    from ..ops.lowering import Base
+
+    Score = Callable[[Adapter], float]
 
 __all__ = ["METHODS", "Search", "TextData", "Trial", "search"]
+
+
+Combination: TypeAlias = tuple[str, Sequence[float], Mapping[str, float | str]]
+"""A method, one weight per adapter, and parameters of the method."""
+
+Start: TypeAlias = Combination | str | PathLike[str]
+"""A combination, the name of a method (with all weights 1), or the path of a recipe."""
+
+
+def combinations(
+    start: Sequence[Start], names: Sequence[str], *, seed: int, rank: int | str | None, base: str | None
+) -> list[Combination]:
+    """Convert the start combinations to (method, weights, parameters).
+
+    Args:
+        start: the start combinations that the caller gave.
+        names: the names of the adapters; a recipe must name the same adapters, in any order.
+        seed: the seed of the search.
+        rank: the rank of the search.
+        base: the path of the base, or None.
+
+    Raises:
+        UsageError: a name is neither a method nor a file, or a recipe has settings that a trial cannot repeat.
+        Malformed: a file is not a recipe.
+    """
+    if isinstance(start, (str, PathLike)):
+        raise UsageError("start is not a list", where="start", cure="Pass a list by --start (start=[...])")
+    made: list[Combination] = []
+    for each in start:
+        if isinstance(each, (tuple, list)):
+            made.append(_given(each))
+        elif isinstance(each, str) and is_method(each):
+            made.append((each, (1.0,) * len(names), {}))
+        elif local(each).is_file():
+            made.append(_of_recipe(local(each), names, seed, rank, base))
+        else:
+            known = nearest(fspath(each), COMBINERS)
+            cure = f"{known or 'See adapterkit list combine for the methods'}; or name a recipe by --start (start=)"
+            raise UsageError(f"{fspath(each)!r} is neither a method nor a recipe", where="start", cure=cure)
+    return made
+
+
+def _given(given: Sequence[object]) -> Combination:
+    """Return a combination from a sequence of a method, weights and parameters.
+
+    Raises:
+        UsageError: the sequence does not have this form.
+    """
+    kinds = (str, Sequence, Mapping)
+    if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
+        why = f"{shown(given)} is not a method, weights and parameters"
+        raise UsageError(why, where="start", cure='Pass it as in ("ties", [1, 0.5], {"density": 0.3})')
+    return cast("Combination", tuple(given))
+
+
+def is_method(name: str) -> bool:
+    """Whether a name is the name of a combiner, or of a plug-in followed by a combiner, as in `knots_ties`."""
+    return resolved(name, None)[0] in COMBINERS
+
+
+def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | None, base: str | None) -> Combination:
+    recipe = read_recipe(path)
+    options = dict(recipe.options)
+    order = _order(recipe, names, path)
+    weights, method = options.pop("weights"), options.pop("method")
+    ours = {"seed": seed, "rank": rank, "base": base}
+    for key in ours.keys() & options.keys():
+        theirs = options.pop(key)
+        if theirs != ours[key] and not (key == "base" and _same_path(theirs, base)):
+            why = f"the recipe has {key} {theirs}, but the search has {ours[key]}"
+            raise UsageError(why, path=path, where=key, cure=f"Type --{key} {theirs} ({key}=), or change the recipe")
+    for key in ("compat", "each", "dtype", "disjoint"):
+        if options.pop(key, None):
+            cure = f"Remove {key} from the recipe, or name only its method by --start (start=)"
+            raise UsageError(f"a search cannot use the setting `{key}` of a recipe", path=path, where=key, cure=cure)
+    for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
+        if isinstance(value, (Mapping, list)):
+            cure = f"Give {key} one value for all targets"
+            raise UsageError(f"{key} differs between targets", path=path, where=key, cure=cure)
+    return method, [cast("float", weights[at]) for at in order], options
+
+
+def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
+    """Return, for each adapter of the search, its index in the recipe."""
+    left = list(range(len(recipe.adapters)))
+    order: list[int] = []
+    for name in names:
+        at = next((at for at in left if _same_path(recipe.adapters[at], name)), None)
+        if at is not None:
+            left.remove(at)
+            order.append(at)
+    if left or len(order) < len(names):
+        why = f"the recipe combines {', '.join(recipe.adapters)}, but the search combines {', '.join(names)}"
+        raise UsageError(why, path=path, where="models", cure="Name the same adapters in both, in any order")
+    return order
+
+
+def _same_path(one: str, other: str | None) -> bool:
+    return one == other or (other is not None and local(one).resolve() == local(other).resolve())
+
+
+METHODS = ("linear", "ties", "tsv", "knots_ties")
+"""The methods to try by default. They are fast and different, and need neither data nor the base's weights."""
+
+DENSITY = (0.05, 1.0)
+"""The bounds of the parameter `density`, for methods that have it."""
+
+MOST = 1.5
+"""The largest weight to try."""
+
+COUNT, LENGTH = 64, 256
+"""The largest number of texts, and of tokens per text; a trial with a small model then takes seconds."""
+
+
+def search(
+    adapters: Sequence[Source],
+    data: Score | str | PathLike[str],
+    *,
+    base: Base | None = None,
+    methods: Sequence[str] | None = None,
+    budget: int = 50,
+    tune: Mapping[str, tuple[float, float]] | None = None,
+    most: float = MOST,
+    rank: int | str = "fit",
+    start: Sequence[Start] = (),
+    seed: int = 0,
+    trials: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Callable[[int, int], object] | None = None,
+) -> Search:
+    """Find the method, weights and parameters whose combination has the lowest loss.
+
+    Each trial combines the adapters and scores the result, attached to the base; no merged model is written.
+
+    Args:
+        adapters: adapters or their paths, of any additive methods.
+        data: a file of texts, one per line, or JSON Lines with a field `text`. The loss is then the mean loss per token
+            of the base with the combination attached. `data` may also be a function that gets the combined adapter and
+            returns a loss.
+        base: a folder with a transformers language model, which is required for texts. With a function, it is optional:
+            names are resolved against the base, and some methods need its weights.
+        methods: the methods to choose from; default: `METHODS` and the methods in `start`.
+        budget: the number of trials, including those of earlier runs in `trials`.
+        tune: a map from parameters of the methods that are also searched to bounds, such as `{"scale": (0.2, 2)}`. The
+            parameter `density` is always searched.
+        most: the largest weight to try; the smallest weight is 0.
+        rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
+            adapters.
+        start: combinations to try first, such as the best rows of a table. The result is at least as good as these
+            combinations. A combination is (method, weights, parameters), the name of a method (with all weights 1), or
+            the path of a recipe that names the same adapters. If `methods` is given, it must contain their methods.
+        seed: the seed of the search, and of methods that use random numbers.
+        trials: the path of a file in which the trials are saved. The same search continues from this file, and repeats
+            no trial.
+        overwrite: whether to start again if the file belongs to another search.
+        device: the device on which texts are scored: `auto`, `cpu` or `cuda:N`.
+        progress: a function that is called with (trials made, budget).
+
+    Returns:
+        All trials, the best trial, and its recipe.
+
+    Raises:
+        UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
+            parameter is unknown, a method needs its own `data`, a recipe names other adapters or has settings that a
+            trial cannot repeat, texts are given without a base, or no trial could be scored.
+        Malformed: a file in `start` is not a recipe.
+        Unsupported: Optuna is not installed.
+
+    Example:
+        >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
+        >>> print(found.recipe())
+    """
+    if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
+        raise UsageError("a search needs at least two adapters", where="adapters", cure="Name two adapters or more")
+    names = tuple(_called(source, at) for at, source in enumerate(adapters))
+    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
+    first = combinations(start, names, seed=seed, rank=rank, base=said)
+    chosen_from = methods or [*METHODS, *(method for method, _, _ in first)]
+    space = Space(_checked(chosen_from, len(adapters), base), len(adapters), most, tune or {})
+    known = [*space.known(), *space.started(first)]
+    if budget < len(known):
+        why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
+        cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
+        raise UsageError(why, where="budget", cure=cure)
+    read = [source_adapter(source, base) for source in adapters]
+    # Check the rank now. The first trial is a sum, which is never cut; errors in later trials do not end the search.
+    check_rank(rank, places(read, base=base, disjoint=True)[1])
+    journal = Journal(
+        None if trials is None else Path(trials).expanduser(),
+        {
+            "adapters": [adapter.digest() for adapter in read], "data": _identity(data), "methods": list(space.methods),
+            "base": None if base is None else fingerprint(opened(base)),
+            "tune": {name: list(bounds) for name, bounds in space.tune.items()}, "most": most, "rank": rank,
+            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in first]} if first else {}),
+        },
+        overwrite=overwrite,
+    )  # fmt: skip
+    resumed = len(journal.trials)
+    if resumed < budget:
+        score = data if callable(data) else _texts_score(data, base, device, seed)
+        for number in range(resumed, budget):
+            stage(f"trial {number + 1} of {budget}")
+            chosen = known[number] if number < len(known) else space.proposed(journal.trials, seed)
+            journal.add(_tried(chosen, number, read, base, rank, seed, score))
+            if progress is not None:
+                progress(number + 1, budget)
+    found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
+    if found.best.loss is None:
+        why = f"none of {budget} trials has a loss; the first failed because: {found.trials[0].refused}"
+        raise UsageError(why, where="data", cure="Return a finite number for a combined adapter")
+    return found
+
+
+def _called(source: Source, at: int) -> str:
+    return f"adapter{at}" if isinstance(source, Adapter) else fspath(source)
+
+
+def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:
+    """Check that every method works with these adapters, without data."""
+    for name in methods:
+        cls = COMBINERS[resolved(name, None, count)[0]]
+        least, largest = cls.takes
+        if count < least or (largest is not None and count > largest):
+            why = f"{name} cannot combine {count} adapters"
+            raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
+        if cls.data is not None:
+            why = f"{name} needs data of its own to learn from"
+            raise UsageError(
+                why, where="methods", cure="Omit it from --method (methods=), or use combine with --data (data=)"
+            )
+        if cls.based and base is None:
+            raise UsageError(f"{name} needs the base", where="methods", cure="Name it at --base (base=)")
+    return tuple(dict.fromkeys(methods))
+
+
+def _identity(data: object) -> str | None:
+    """Return a digest of the texts; None for a function, which is assumed to be the same when a search continues."""
+    if callable(data):
+        return None
+    from ..io.inputs import read_input
+    from ..io.locations import located
+
+    return hashlib.sha256(read_input(located(cast("str", data)))).hexdigest()
+
+
+def _tried(
+    chosen: Trial, number: int, read: Sequence[Adapter], base: Base | None, rank: int | str, seed: int, score: Score
+) -> Trial:
+    """Make a trial: combine the adapters, and score the result."""
+    loss, refused = None, None
+    try:
+        cut = None if chosen.method == "linear" else rank
+        parameters: dict[str, Any] = dict(chosen.parameters)
+        made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
+        loss = float(score(made))
+    except AdapterkitError as error:
+        # Raise an error in the first trial, because all other trials would fail in the same way. After an error in a
+        # later trial, continue the search.
+        if number == 0:
+            raise
+        refused = str(error)
+    if loss is not None and not math.isfinite(loss):
+        loss, refused = None, f"the loss is {loss}"
+    trial = Trial(number, chosen.method, chosen.weights, chosen.parameters, loss, refused)
+    detail(f"{trial.settings()}: {refused or f'{loss:.6g}'}")
+    return trial
+
+
+class Space:
+    """The combinations among which a search chooses: method, a weight for each adapter, parameters of the methods.
+
+    Args:
+        methods: combiners.
+        count: the number of adapters.
+        most: the largest weight.
+        tune: a map from further parameters to bounds.
+
+    Raises:
+        UsageError: no method has such a parameter, or bounds do not form an interval.
+    """
+
+    def __init__(
+        self, methods: Sequence[str], count: int, most: float, tune: Mapping[str, tuple[float, float]]
+    ) -> None:
+        self.methods, self.count, self.most = tuple(methods), count, most
+        given = {name: (float(low), float(high)) for name, (low, high) in tune.items()}
+        self.tune: dict[str, tuple[float, float]] = {}
+        for name, (low, high) in ({"density": DENSITY} | given).items():
+            known = [self._holders(method)[name] for method in methods if name in self._holders(method)]
+            if name in given and not known:
+                why = f"no method has a parameter {name!r}"
+                raise UsageError(why, where="tune", cure="See adapterkit list combine")
+            if not low < high:
+                raise UsageError(
+                    f"the bounds of {name} are {low} and {high}", where="tune", cure="Give the smaller one first"
+                )
+            for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
+                holder.checked(name, bound)
+            self.tune |= {name: (low, high)} if known else {}
+        if not most >= 1:
+            raise UsageError(
+                f"the largest weight is {most}", where="most", cure="Give 1 or more: each adapter is tried alone"
+            )
+
+    def _holders(self, method: str) -> dict[str, type[Combiner]]:
+        """Return a map from a method's parameters to the combiners that have them.
+
+        `knots_ties` consists of two combiners.
+        """
+        name, values = resolved(method, None, self.count)
+        found = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
+        then = str(values.get("then") or "")
+        return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | found if then else found
+
+    def known(self) -> list[Trial]:
+        """Return the combinations with which every search begins."""
+        equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
+        units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
+        first = [Trial(0, "linear", weights) for weights in (equal, *units)]
+        return first + [Trial(0, method, ones) for method in self.methods]
+
+    def started(self, start: Sequence[Combination]) -> list[Trial]:
+        """Return the caller's first combinations.
+
+        Raises:
+            UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or the
+                method does not have a parameter.
+        """
+        made = []
+        for method, weights, parameters in start:
+            if method not in self.methods:
+                cure = f"Add it to --method (methods=), or start from one of: {', '.join(self.methods)}"
+                raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
+            if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
+                why = f"the weights {' '.join(map(str, weights))} of {method} do not fit the search"
+                cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger ones"
+                raise UsageError(why, where="start", cure=cure)
+            holders = self._holders(method)
+            for name, value in parameters.items():
+                holders.get(name, COMBINERS[resolved(method, None, self.count)[0]]).checked(name, value)
+            made.append(Trial(0, method, tuple(map(float, weights)), dict(parameters)))
+        return made
+
+    def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
+        """Return the combination that the sampler proposes after these trials."""
+        with _optuna() as optuna:
+            drawn = seed * 1_000_003 + len(trials)
+            sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
+            study = optuna.create_study(sampler=sampler)
+            # Skip trials whose method is not in `methods`; such methods are tried only at the start.
+            study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
+            asked = study.ask()
+            method = asked.suggest_categorical("method", self.methods)
+            weights = tuple(asked.suggest_float(f"weight {at}", 0.0, self.most) for at in range(self.count))
+            drawn_values = {name: asked.suggest_float(name, *bounds) for name, bounds in self.tune.items()}
+        holders = self._holders(method)
+        return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
+
+    def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
+        # Set every parameter in every trial, because the sampler models only parameters that all trials have. Use the
+        # default if the trial's method lacks the parameter, or the trial did not set it.
+        floats = optuna.distributions.FloatDistribution
+        values: dict[str, Any] = {"method": trial.method}
+        ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
+        for at, weight in enumerate(trial.weights):
+            values[f"weight {at}"], ranges[f"weight {at}"] = weight, floats(0.0, self.most)
+        holders = self._holders(trial.method)
+        for name, (low, high) in self.tune.items():
+            default = holders[name].defaults()[name] if name in holders else None
+            usual = float(default) if isinstance(default, (int, float)) else (low + high) / 2
+            values[name] = min(max(trial.parameters.get(name, usual), low), high)
+            ranges[name] = floats(low, high)
+        state = optuna.trial.TrialState
+        if trial.loss is None:
+            return optuna.trial.create_trial(params=values, distributions=ranges, state=state.FAIL)
+        return optuna.trial.create_trial(params=values, distributions=ranges, value=trial.loss)
+
+
+def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
+    """Return a function that computes the loss of an adapter on texts: the mean in nats over all predicted tokens.
+
+    Raises:
+        UsageError: no base is given, the model does not predict tokens, or the file contains no texts.
+        StorageError, Malformed: a file cannot be read.
+    """
+    if base is None:
+        raise UsageError(
+            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
+        )
+    live = LiveBase(base, device)
+    live.check_predicts()
+    feeds = live.feeds(data, COUNT, LENGTH, seed)
+
+    def score(adapter: Adapter) -> float:
+        with live.attached(adapter):
+            return live.mean(feeds, cross_entropy)
+
+    return score
+
+
+@contextmanager
+def _optuna() -> Iterator[Any]:
+    """Yield the module Optuna, without its log and its warning that samplers are experimental."""
+    try:
+        import optuna
+    except ImportError:
+        cure = "pip install 'adapterkit[search]'"
+        raise Unsupported("a search needs Optuna, which is not installed", cure=cure) from None
+    logger = logging.getLogger("optuna")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield optuna
+    finally:
+        logger.setLevel(level)

@@ -69,7 +69,7 @@ class LiveBase:
             UsageError: the file contains no texts.
             Unsupported: the model does not read text, or has no tokenizer.
         """
-        from ..gating.inputs import inputs_for, texts_of
+        from ..gating.models import inputs_for, texts_of
 
         found = inputs_for(self.model, self.checkpoint.root, texts_of(data), count=count, length=length, seed=seed)
         if not found.tokens:

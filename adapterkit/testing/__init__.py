@@ -18,11 +18,11 @@ The entry points:
 |---|---|---|
 | `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
 | `adapterkit.methods` | a class derived from one kind in `adapterkit.core.updates` | `MethodTests` |
-| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Method` | `CombinerTests` |
+| `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Combiner` | `CombinerTests` |
 | `adapterkit.quant` | `adapterkit.quant._scheme.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families._family.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | `Family` of `adapterkit.formats.adapterhub.families._family` | the same |
+| `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families._family.AdapterHubFamily` | the same |
 
 The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """
@@ -33,21 +33,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .combiners import CombinerTests
-    from .examples import adapter_of, example
-    from .formats import FormatTests
-    from .hubs import HubTests
-    from .methods import MethodTests
-    from .schemes import SchemeTests
+    from .formulas import CombinerTests, MethodTests, adapter_of, example
+    from .storage import FormatTests, HubTests, SchemeTests
 
 _HOME = {
-    "CombinerTests": "combiners",
-    "FormatTests": "formats",
-    "HubTests": "hubs",
-    "MethodTests": "methods",
-    "SchemeTests": "schemes",
-    "adapter_of": "examples",
-    "example": "examples",
+    "CombinerTests": "formulas",
+    "FormatTests": "storage",
+    "HubTests": "storage",
+    "MethodTests": "formulas",
+    "SchemeTests": "storage",
+    "adapter_of": "formulas",
+    "example": "formulas",
 }
 
 __all__ = ["CombinerTests", "FormatTests", "HubTests", "MethodTests", "SchemeTests", "adapter_of", "example"]

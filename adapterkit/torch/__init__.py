@@ -12,8 +12,7 @@ from . import compose
 from .create import create
 from .handle import Handle, handles
 from .inject import inject
-from .lora_fa import LoRAFA
 from .routing import route
-from .trainers import TrainerCallback
+from .training import LoRAFA, TrainerCallback
 
 __all__ = ["Handle", "LoRAFA", "TrainerCallback", "compose", "create", "handles", "inject", "route"]

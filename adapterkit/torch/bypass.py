@@ -27,7 +27,7 @@ import dis
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -39,7 +39,121 @@ from ..errors import Unsupported
 from .parts import HOOK
 
 if TYPE_CHECKING:
+    from .forward_hook import ForwardHook
     from .parts import Part
+
+# Find the forward of a module inside the hooks of other tools.
+#
+# accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
+# forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
+# read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
+# or 8-bit values (its layerwise casting).
+#
+# accelerate keeps the inner forward in an attribute of the module, diffusers in a reference that its first hook calls.
+
+
+Slot = tuple[object, str]
+"""(object, attribute) that holds a forward: the module itself, or one of diffusers' references."""
+
+
+def inner_slot(module: nn.Module) -> Slot:
+    """Return the slot of a module's innermost forward, which all hooks of accelerate and diffusers wrap."""
+    found = _references(module)[:1]
+    if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
+        found.append((module, "_old_forward"))
+    # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
+    own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
+    return next(own, found[0] if found else (module, "forward"))
+
+
+def slot_of(module: nn.Module, owner: object) -> Slot | None:
+    """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
+    # Skip wrappers: functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
+    plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
+    return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
+
+
+def value_in(slot: Slot) -> object:
+    """Return the value in a slot, or None if the slot is empty and the class's own forward applies."""
+    found: object = slot[0].__dict__.get(slot[1])
+    return found
+
+
+def slots(module: nn.Module) -> Iterator[Slot]:
+    """Yield the slots where a module's forward may be: its own, and those to which other tools move the forward."""
+    yield from ((module, "forward"), (module, "_old_forward"))
+    yield from _references(module)
+
+
+def _references(module: nn.Module) -> list[Slot]:
+    """Return the slots of forwards that diffusers' hooks at a module call, the innermost first."""
+    registry = module.__dict__.get("_diffusers_hook")
+    references = getattr(registry, "_fn_refs", ())
+    return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
+
+
+# Detect a forward that another tool put on a module and that bypasses the module's adapter.
+#
+# A tool that patches `module.forward` (accelerate, diffusers, loggers) usually calls the previous forward. But trainers
+# with an fp8 base install a forward that computes with the weight itself, so the adapter would silently not act.
+# Inspecting the module does not show which case applies; a call shows it.
+
+
+class ForwardProbe:
+    """At the module's next call, check whether another tool's forward calls the hook that this forward replaced.
+
+    Args:
+        hook: the hook.
+        standing: the other tool's forward.
+    """
+
+    def __init__(self, hook: ForwardHook, standing: object) -> None:
+        self.hook, self.standing = hook, standing
+        self.met: set[int] = set()  # The ids of threads in which the hook ran.
+        hook.probe = self
+        hook.module.register_forward_pre_hook(self.begin)
+        hook.module.register_forward_hook(self.end)
+
+    def begin(self, *_: object) -> None:
+        """Reset the check for this thread."""
+        self.met.discard(threading.get_ident())
+
+    def meet(self) -> None:
+        """Record that the hook runs."""
+        self.met.add(threading.get_ident())
+
+    def end(self, module: nn.Module, *_: object) -> None:
+        """Check that the hook ran.
+
+        Raises:
+            Unsupported: the hook did not run.
+        """
+        if threading.get_ident() not in self.met:
+            why = f"another tool put a forward on a {type(module).__name__} that bypasses the adapter"
+            cure = "Let it call the previous forward, or inject the adapter afterwards"
+            raise Unsupported(why, where=str(self.hook.parts[0].target) if self.hook.parts else None, cure=cure)
+        self.hook.known = self.standing
+        self.stop()
+
+    def stop(self) -> None:
+        """Remove the probe from the module."""
+        self.hook.probe = None
+        module = self.hook.module
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+
+
+def probe_forward(module: nn.Module) -> None:
+    """Check, at a module's next call, whether its forward still reaches the adapter; once for each new forward."""
+    hook: ForwardHook = module.__dict__[HOOK]
+    standing = module.__dict__.get("forward")
+    if getattr(standing, "__self__", None) is not hook and standing is not hook.known and hook.probe is None:
+        ForwardProbe(hook, standing)
+
+
+# Reads of weights, and calls of modules.
+
 
 PARAMETERS = "_parameters"
 """The attribute of a module that holds its parameters."""

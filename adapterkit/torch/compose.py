@@ -30,7 +30,7 @@ from ..methods._bottleneck import Narrow
 from .routing import route
 
 if TYPE_CHECKING:
-    from ..core.updates.layer import Layer
+    from ..core.updates.update import Layer
     from ..io.lazy import Leaf
 
     Base = Checkpoint | str | PathLike[str]
@@ -327,7 +327,7 @@ class Chain(ComposedBlock):
     """Apply the children in sequence: each sees the layer as the earlier children change it."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        from ..core.composed_layer import Composed
+        from ..core.updates import Composed
 
         *before, last = self.present
         for child in before:

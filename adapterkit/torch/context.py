@@ -5,7 +5,7 @@ transformers' models take both. Callers use the model as before, with token ids 
 `generate()`. The output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are
 added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
 arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
-and positions are shifted by the number of virtual tokens. prefixes.py handles prefixes of single attentions. Such
+and positions are shifted by the number of virtual tokens. Prefixes of single attentions are below. Such
 prefixes are not tokens of the model, so no positions are shifted.
 
 The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +30,193 @@ from torch import Tensor, nn
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
-from .conversions import compute_dtype
-from .leaves import LiveUpdates
-from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
+from .layers import moved
+from .leaves import LiveUpdates, compute_dtype
 from .scopes import Switch
-from .structure import embedding_of, heads_of, is_encoder_decoder, sizes_of
+from .structure import (
+    embedding_of,
+    heads_of,
+    is_attention,
+    is_encoder_decoder,
+    key_sizes,
+    positions_of,
+    sizes_of,
+)
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+# Prefixes of single attentions, in any model family: keys and values in front of those that the attention computes.
+#
+# transformers' attentions pass queries, keys and values to a function that their config names. While an attention with
+# a prefix runs, its config names another function, which puts the prefix in front and calls the original function. The
+# cache never contains the prefix, and positions are counted without it.
+
+
+NAME = "adapterkit_prefix"
+"""The name, in a config, of the function that puts prefixes first."""
+
+KNOWN = ("eager", "sdpa")
+"""The original attention functions that can be called with a prefix."""
+
+_EXCHANGING = threading.Lock()
+"""Lock held while the config of an attention is exchanged."""
+
+
+class Prefix(threading.local):
+    """The prefix `[batch, 2, heads, n, d]` of an attention in one thread.
+
+    `biased` is the attention with T5's table of relative positions.
+    """
+
+    def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
+        self.past: Tensor | None = None
+        self.biased: nn.Module | None = None
+
+
+class AttentionConfig(Protocol):
+    """An attention's config, which names the function that computes it."""
+
+    @property
+    def _attn_implementation(self) -> str: ...
+
+
+class Prefixed:
+    """An attention's config while threads run it with their own prefixes; other threads see the original config."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config, self.prefix, self.users = config, Prefix(), 0
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self.config._attn_implementation if self.prefix.past is None else NAME
+
+    def __getattr__(self, name: str) -> object:
+        found: object = getattr(self.config, name)
+        return found
+
+
+def with_prefixes(
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
+    words: Mapping[str, object],
+) -> object:  # fmt: skip
+    """Run an attention's forward with prefixes, the first update's in front.
+
+    Raises:
+        Unsupported: the attention is computed by a function that cannot take a prefix.
+        ShapeMismatch: a prefix has another number of heads than the keys, or heads of another width.
+    """
+    x = words["hidden_states"]
+    assert isinstance(x, Tensor)
+    live: list[Any] = [moved(update, x.device, x.dtype) for update in updates]
+    pasts: list[Tensor] = [update.prefix(x) for update in live]
+    past = torch.cat([each.expand(len(x), *each.shape[1:]) for each in pasts], 3)
+    cross = any(words.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+    with _named(module, past, None if cross else biased):
+        return forward(**words)
+
+
+@contextmanager
+def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterator[None]:
+    from transformers import AttentionInterface
+
+    with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+        held: Any = module.config
+        own = held if isinstance(held, Prefixed) else Prefixed(held)
+        if own.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
+            why = f"an attention computed by {own.config._attn_implementation!r} cannot take a prefix"
+            raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
+        AttentionInterface.register(NAME, _attend)
+        module.__dict__["config"] = own
+        own.users += 1
+    own.prefix.past, own.prefix.biased = past, biased
+    try:
+        yield
+    finally:
+        own.prefix.past, own.prefix.biased = None, None
+        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+            own.users -= 1
+            if not own.users:
+                module.__dict__["config"] = own.config
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: object
+) -> tuple[Tensor, Tensor | None]:
+    """Call the config's original function, with the prefix added to keys and values, and the mask extended."""
+    own: Any = module.config
+    past: Tensor = own.prefix.past
+    made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
+    if made != found:
+        why = f"the prefix has {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
+        raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+    mask = _mask(module, query, key, attention_mask, words)
+    n = past.shape[3]
+    bias = words.get("position_bias")
+    if isinstance(bias, Tensor):
+        words["position_bias"] = _bias(own.prefix.biased, bias, n)
+    keys, values = (torch.cat((past[:, i], each), 2) for i, each in enumerate((key, value)))
+    before = _function(module, own.config._attn_implementation)
+    return before(module, query, keys, values, _padded(mask, n), **words)
+
+
+def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    found: Any = sys.modules[type(module).__module__]
+    function: Callable[..., tuple[Tensor, Tensor | None]] = found.ALL_ATTENTION_FUNCTIONS.get_interface(
+        name, getattr(found, "eager_attention_forward", None)
+    )
+    return function
+
+
+def _mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, words: Mapping[str, object]
+) -> Tensor | None:
+    """Return the mask without the prefix; if sdpa would build a causal mask from the shapes, build it here."""
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise Unsupported(
+                "a prefix needs a mask of shape [batch, 1, queries, keys]",
+                cure="Pass no mask, or a mask [batch, tokens]",
+            )
+        return mask
+    causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    own: Any = module.config
+    if not causal or count == 1 or own.config._attn_implementation == "eager":
+        return None
+    return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
+
+
+def _padded(mask: Tensor | None, n: int) -> Tensor | None:
+    """Return a mask with n more positions in front, which all queries can see."""
+    if mask is None:
+        return None
+    shape = (*mask.shape[:-1], n)
+    seen = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+    return torch.cat((seen, mask), -1)
+
+
+def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
+    """Return T5's bias of relative positions for the longer keys.
+
+    As in AdapterHub's library, keys are counted from the start of the prefix, but queries are not. The bias of the
+    prefix is 0 if there is no table, as in attention to an encoder.
+    """
+    count, total = bias.shape[2:]
+    if biased is None:
+        return torch.cat((bias.new_zeros(*bias.shape[:3], n), bias), -1)
+    attention: Any = biased
+    table = attention.relative_attention_bias
+    if table.weight.is_meta and not hasattr(table, "_hf_hook"):
+        why = "a prefix needs the table of relative positions of another attention, which accelerate has offloaded"
+        cure = "Offload without preload_module_classes="
+        raise Unsupported(why, cure=cure)
+    out: Tensor = attention.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
+    return out.to(bias.dtype)
+
+
+# Virtual tokens, and all context updates of a model.
+
 
 CACHES = {"cache", "past_key_values"}
 """The names of the argument for past keys and values: `cache` since transformers 5.24, `past_key_values` before."""

@@ -25,15 +25,11 @@ from ..methods.lora import LoRA
 from ..naming.binding import view
 from ..naming.binding.bases import identity_of
 from ..naming.layouts import stored_in_out
-from .conversions import casts_layerwise
-from .dropout import check_dropout
-from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
-from .leaves import check_on_hand, is_leaf_name, names_sharing, put_away
-from .prefixes import is_attention
+from .layers import Conv1D, check_dropout, dequantized, is_packed, stored_layout, stored_shape
+from .leaves import casts_layerwise, check_on_hand, is_leaf_name, names_sharing, put_away
 from .sharding import check_gathered, whole
 from .starts import OF_DATA, Moments, StartPlace, find, moments_of, start_of
-from .structure import embedding_of, heads_of, sizes_of
-from .wrappers import unwrapped
+from .structure import embedding_of, heads_of, is_attention, sizes_of, unwrapped
 
 if TYPE_CHECKING:
     from ..core.updates import Random

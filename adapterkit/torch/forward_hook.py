@@ -23,30 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import order_counts
-from ..core.composed_layer import Composed
-from ..core.updates import Additive, Update
+from ..core.updates import Additive, Composed, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
-from .bypass import note_call, unwatch_reads, watch_reads
+from .bypass import ForwardProbe, inner_slot, note_call, slot_of, unwatch_reads, value_in, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
-from .dropout import dropped_change
-from .exchanging import exchanged, replica
-from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, lasting, layer_of, moved
+from .layers import Layer, Linear, Quantized, WeightDifference, dropped_change, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
-from .outputs import Beside, InputRecorder, OutputChange, through
-from .parts import HOOK, SCRIPTING, Part
-from .probes import ForwardProbe
+from .parts import HOOK, SCRIPTING, Beside, InputRecorder, OutputChange, Part, through
 from .routing import check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Route, Scope, Switch, current
 from .sharding import constants_on_every_process, is_sharded, whole
-from .slots import inner_slot, slot_of, value_in
-from .weights import changed_bias, changed_weight, settled, tensor_at
+from .weights import changed_bias, changed_weight, exchanged, replica, settled, tensor_at
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
-    from ..core.updates.layer import Layer as FormulaLayer
+    from ..core.updates.update import Layer as FormulaLayer
     from .weights import Change
 
     Arguments = Sequence[object]

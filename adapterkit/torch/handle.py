@@ -35,10 +35,10 @@ from .parts import Part
 from .routing import check_unrouted
 from .scopes import Switch, switched
 from .sharding import is_partitioned, shape_of, whole
+from .structure import unwrapped
 from .transaction import all_or_nothing
 from .watch import Watch
 from .weights import tensor_at
-from .wrappers import unwrapped
 
 
 class Handle:

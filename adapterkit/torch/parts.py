@@ -1,17 +1,335 @@
-"""The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them."""
+"""The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them.
+
+Updates of outputs wrap any module's call, with its residual and norm, in the interface that the updates use. A module
+adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
+output before the residual is computed by running the module on a residual of 0 and skipping its norm. Otherwise, the
+block around the module adds the residual. In this case, an update names the module that reads the residual, and a
+recorder at that module keeps the residual until it is needed.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import Any, NoReturn
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..core.adapter import Target
+from ..core.updates import Composed, OutputUpdate, Update
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from .layers import Layer, moved
 from .leaves import LiveUpdates
-from .outputs import OutputSite
 from .scopes import Switch
 
-if TYPE_CHECKING:
-    from ..core.adapter import Target
-    from ..core.updates import Update
+Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
+"""A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
+
+Parameters = Callable[[], Mapping[str, Tensor]]
+"""A function that returns the module's parameters by name, with the attached updates of weights applied."""
+
+Beside = tuple[Tensor | None, dict[str, object]]
+"""A residual that a recorder kept, and arguments of the model's call."""
+
+RESIDUALS = ("input_tensor", "residual")
+"""Names that transformers gives to the residual, the second argument of `forward`, which is added to the output."""
+
+
+class InputRecorder(threading.local):
+    """Keep the input of a module until the residual is needed, separately for each thread."""
+
+    def __init__(self, where: str, switch: Switch) -> None:
+        self.where, self.switch = where, switch
+        self.value: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> InputRecorder:
+        return InputRecorder(self.where, copy.deepcopy(self.switch, memo))
+
+    def __reduce__(self) -> tuple[type[InputRecorder], tuple[str, Switch]]:
+        return InputRecorder, (self.where, self.switch)
+
+    def take(self) -> Tensor:
+        """Return the residual of this forward pass.
+
+        Raises:
+            Unsupported: the module was not called before.
+        """
+        value, self.value = self.value, None
+        if value is None:
+            why = "the module that reads the residual was not called before this module"
+            raise Unsupported(why, where=self.where, cure="Correct the update's `residual`")
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class OutputSite:
+    """The residual and the norm that follow a target's output.
+
+    Attributes:
+        channels: the number of channels that the updates expect, or None if the updates do not fix this number.
+        recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
+            there is none.
+        reader: the module that reads the residual.
+        norm: the norm that the block around the module applies to the sum.
+        own: the position and name of the residual among the module's own arguments, if it takes a residual.
+        own_norm: the name of the module's own norm.
+        call_words: returns the arguments of the model's call; by default, an empty dictionary.
+    """
+
+    channels: int | None
+    recorder: InputRecorder | None = None
+    reader: nn.Module | None = None
+    norm: nn.Module | None = None
+    own: tuple[int, str] | None = None
+    own_norm: str | None = None
+    call_words: Callable[[], dict[str, object]] = dict
+
+    def beside(self) -> Beside:
+        """Return the residual of this forward pass and the arguments of the model's call."""
+        return (None if self.recorder is None else self.recorder.take()), self.call_words()
+
+
+def find_output_site(
+    module: nn.Module, found: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
+) -> OutputSite:
+    """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
+
+    Raises:
+        Unsupported: the module does not support one of the updates, or not all of them together.
+        TargetNotFound: an update names a residual or norm module that does not exist.
+    """
+    _check(module, target)
+    updates = [update for update in found if isinstance(update, OutputUpdate)]
+    channels = next((update.channels for update in updates if update.channels is not None), None)
+    placed = [update for update in updates if update.placed]
+    if not placed:
+        return OutputSite(channels)
+    where, cure = str(target), "Put each update into a separate adapter, or change the order"
+    named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
+    if len(named) > 1:
+        why = "the updates of one target name residuals in different places"
+        raise Unsupported(why, where=where, cure=cure)
+    ((residual, norm),) = named
+    own = None if residual or norm else _own_residual(module)
+    if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
+        why = "an update of the whole output comes before an update inside the output"
+        raise Unsupported(why, where=where, cure=cure)
+    if norm and not all(update.whole for update in placed):
+        why = "the block around the target normalises the output, so the norm cannot be skipped"
+        raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
+    recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
+    own_norm = _own_norm(module, where) if own else None
+    return OutputSite(channels, recorder, reader, _found(find, norm, where), own, own_norm)
+
+
+def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module | None:
+    try:
+        return find(path) if path else None
+    except AttributeError:
+        why = f"there is no module {path!r} next to the target"
+        raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
+
+
+def _check(module: nn.Module, target: Target) -> None:
+    if target.rows is not None or target.stacked:
+        cure = "Target the module as a whole"
+        raise Unsupported("an output update cannot change a slice or experts", where=str(target), cure=cure)
+    if type(module).forward is nn.Module.forward:
+        why = f"a {type(module).__name__} does not define a forward"
+        raise Unsupported(why, where=str(target), cure="Target one of the modules inside it")
+
+
+def _own_residual(module: nn.Module) -> tuple[int, str] | None:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return next(((names.index(name), name) for name in RESIDUALS if name in names[1:2]), None)
+
+
+def _own_norm(module: nn.Module, where: str) -> str | None:
+    norms = [name for name, child in module.named_children() if type(child).__name__.endswith("Norm")]
+    if len(norms) > 1:
+        why = f"it is unclear which of {', '.join(norms)} follows the residual"
+        raise Unsupported(why, where=where, cure="Name `residual` and `norm` in the update")
+    return norms[0] if norms else None
+
+
+class CallArguments(dict[str, object]):
+    """The arguments of the model's call, by name; reading any other name is an error."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        given = "input_ids" if name == "hidden_states" else name
+        cure = f"Call the model that it was injected into, with {given}="
+        raise UsageError(f"its formula needs {name}, which the model was not called with", cure=cure)
+
+
+class ModuleCall:
+    """One call of a module, with the interface of `adapterkit.core.updates.OutputUpdate`; runs the module on demand."""
+
+    def __init__(
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
+        output_site: OutputSite, parameters: Parameters,
+    ) -> None:  # fmt: skip
+        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, dict(kwargs)
+        self.output_site, self.parameters = output_site, parameters
+        self.given: Tensor | None = None
+        self.call: Mapping[str, object] = {}
+        self.x = args[0] if args else next(iter(kwargs.values()), None)
+        self.rest: tuple[object, ...] | None = None
+        self.kept: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+        self.shape = layer.shape if layer else ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.close(self.hidden(x), x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if x is not self.x:
+            return self._hidden(x)
+        if self.kept is None:
+            self.kept = self._hidden(x)
+        return self.kept
+
+    def residual(self, x: Tensor) -> Tensor | None:
+        if self.output_site.own is None:
+            return self.given
+        position, name = self.output_site.own
+        found: Tensor = self.kwargs[name] if name in self.kwargs else self.args[position]
+        return found
+
+    def norm(self, h: Tensor) -> Tensor:
+        own = self.output_site.own_norm
+        through = self.output_site.norm if own is None else getattr(self.module, own)
+        return h if through is None else through(h)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
+        if self.output_site.own is not None:
+            residual: Any = self.residual(x)
+            return self.norm(h + residual) if whole else h
+        return h if whole or self.given is None else h - self.given
+
+    def ended(self, y: Tensor) -> object:
+        """Return the module's result with its output replaced by `y`.
+
+        If the module returns several values, only the first is replaced.
+        """
+        if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+            y = y.to(self.dtype)  # Float32 factors made y wider than the module's own output.
+        return y if self.rest is None else (y, *self.rest)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.layer is None:
+            raise Unsupported("the module has no weight", cure="Order updates of weights before those of outputs")
+        return self.layer.op(x, w)
+
+    def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.layer.zero_padded(x, w) if self.layer else self.op(x, w)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[out, in, *k]` that the module runs with, including the attached updates of weights."""
+        if self.layer is None:
+            raise Unsupported("the module has no weight", cure="Target a linear layer, a convolution or an embedding")
+        changed = self.parameters().get("weight")
+        return self.layer.weight if changed is None else self.layer.viewed(changed)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the module runs with."""
+        changed = self.parameters().get("bias")
+        return changed if changed is not None else self.layer.bias if self.layer else None
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        return self.layer.per_channel(v) if self.layer else v
+
+    @property
+    def channel(self) -> int:
+        return self.layer.channel if self.layer else -1
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and device to compute with."""
+        x: Any = self.x
+        return x if isinstance(x, Tensor) and x.is_floating_point() else self.hidden(x)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        args = [x, *self.args[1:]] if self.args else []
+        kwargs = self.kwargs if self.args else self.kwargs | dict.fromkeys(list(self.kwargs)[:1], x)
+        out = self._before_the_end(args, kwargs) if self.output_site.own else self.run(args, kwargs, None)
+        self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
+        h = out[0] if isinstance(out, tuple | list) else out
+        if not isinstance(h, Tensor):
+            raise Unsupported(
+                f"the module returns a {type(h).__name__}, not a tensor", cure="Target a module inside it"
+            )
+        self.dtype = h.dtype
+        wanted, given = self.output_site.channels, h.shape[self.channel]
+        if wanted not in (None, given):
+            why = f"the update was made for {wanted} channels, but the module's output has {given}"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        return h
+
+    def _before_the_end(self, args: list[Tensor], kwargs: dict[str, Tensor]) -> object:
+        assert self.output_site.own is not None
+        position, name = self.output_site.own
+        if name in kwargs:
+            kwargs = kwargs | {name: kwargs[name].new_zeros(())}
+        else:
+            args[position] = args[position].new_zeros(())
+        return self.run(args, kwargs, self.output_site.own_norm)
+
+
+@dataclass(frozen=True, eq=False)
+class OutputChange:
+    """One adapter's updates of an output in one call, with its weight and the residual that its recorder kept."""
+
+    weight: float
+    updates: Sequence[Update]
+    output_site: OutputSite
+    residual: Tensor | None
+    call: Mapping[str, object]
+
+
+def through(
+    module: nn.Module, layer: Layer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
+    changes: Sequence[OutputChange], parameters: Parameters,
+) -> object:  # fmt: skip
+    """Return y + sum of weight * (f(x) - y).
+
+    The module runs once for all updates with the same residual and norm.
+    """
+    calls: dict[Any, ModuleCall] = {}
+    for change in changes:
+        ending = change.output_site.own, change.output_site.norm
+        if ending not in calls:
+            calls[ending] = ModuleCall(module, layer, run, args, kwargs, change.output_site, parameters)
+    call = next(iter(calls.values()))
+    if len(changes) == 1 and changes[0].weight == 1:
+        return call.ended(_changed(call, changes[0]))
+    x: Any = call.x
+    y = base = call(x)
+    for change in changes:
+        other = calls[change.output_site.own, change.output_site.norm]
+        y = y + change.weight * (_changed(other, change) - base)
+    return call.ended(y)
+
+
+def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
+    call.given, call.call = change.residual, CallArguments(change.call)
+    layer: Any = call
+    for update in change.updates:
+        layer = Composed(layer, moved(update, call.like.device, call.like.dtype))
+    x: Any = call.x
+    y: Tensor = layer(x)
+    return y
+
 
 HOOK = "_adapterkit_hook"
 """The attribute of a module that holds its hook, even if other tools have moved its forward."""

@@ -27,7 +27,7 @@ from .parts import HOOK
 from .scopes import SETTINGS, Route, Switch, current, routed
 
 if TYPE_CHECKING:
-    from .outputs import Beside
+    from .parts import Beside
 
 
 @contextmanager

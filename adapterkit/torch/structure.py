@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -157,3 +160,104 @@ def embedding_of(module: nn.Module) -> nn.Module:
         why = f"a {type(module).__name__} does not say which module embeds its tokens"
         raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
     return found
+
+
+HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
+WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""The names, in attentions, of the number of heads of the keys, and of the width of a head."""
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module passes keys and values to the function that its config names."""
+    own = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
+    return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def key_sizes(module: nn.Module) -> dict[str, int]:
+    """Return `heads` and `d` of an attention's keys, and the `width` of its input, as far as they are known."""
+    config = module.config
+    grouped = getattr(config, HEADS[0], None)
+    heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
+    d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
+    found = {"heads": heads, "d": d, "width": getattr(config, "hidden_size", None)}
+    return {name: int(size) for name, size in found.items() if size}
+
+
+def positions_of(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the attention with the relative positions that the attention at `path` uses: in T5, the first one."""
+    if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
+        return None
+    tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
+    return max(tables.items(), key=lambda item: _shared(item[0], path), default=("", None))[1]
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many names two paths share from the start."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)
+
+
+# Convert between a module's name in the base and its name under wrappers.
+#
+# torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers add their own modules to the path of a
+# module. Adapters are written with the base's own names, and are matched to the names with wrappers.
+
+
+_ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""The attributes that only wrappers of torch have."""
+
+_PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
+"""The classes whose `module` is the model."""
+
+_LIBRARIES = {
+    "composer": ("model",),
+    "ema_pytorch": ("ema_model", "online_model"),
+    "lightning": ("_forward_module", "_original_module"),  # Fabric's.
+    "lightning_fabric": ("_forward_module", "_original_module"),
+    "peft": ("base_model", "model", "base_layer"),
+    "sentence_transformers": ("auto_model", "model", "0"),  # `model` since its version 5.
+    "trl": ("pretrained_model",),  # Models with a value head.
+}
+"""A map from each library to the attributes of its modules that hold the wrapped module."""
+
+
+def unwrapped(model: nn.Module, path: str) -> str:
+    """Return the dotted path of a module or parameter without wrappers.
+
+    Args:
+        model: the model that the path starts at.
+        path: the path, as in `named_modules()` or `named_parameters()`.
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        if module is None or not _wraps(module, name):
+            kept.append(name)
+        module = module._modules.get(name) if module is not None else None  # None if the name is a parameter's.
+    return ".".join(kept)
+
+
+def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return the adapter with its targets under the model's current names, including wrappers."""
+    renamed = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        plain = unwrapped(model, path)
+        if plain != path:
+            renamed[plain] = path  # The innermost of several modules with this name comes last, and counts.
+            renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
+    renamed.pop("", None)
+    if not any(target.path in renamed for target in adapter.updates):
+        return adapter
+    updates = {replace(t, path=renamed.get(t.path, t.path)): found for t, found in adapter.updates.items()}
+    return adapter.replace(updates=updates)
+
+
+def _wraps(module: nn.Module, name: str) -> bool:
+    """Whether a child is the module that its parent wraps."""
+    if name in _ALWAYS:
+        return True
+    kinds = type(module).__mro__
+    if name == "module" and any(kind.__name__ in _PARALLEL for kind in kinds):
+        return True
+    libraries = {kind.__module__.partition(".")[0] for kind in kinds}
+    return any(library in libraries and name in names for library, names in _LIBRARIES.items())

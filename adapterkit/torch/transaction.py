@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from .bypass import PARAMETERS
+from .bypass import PARAMETERS, slots
 from .checkpoints import HANDLES
-from .conversions import APPLY
+from .leaves import APPLY
 from .parts import HOOK, SCRIPTING
 from .scopes import SETTINGS
-from .slots import slots
 
 _OWN = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
 """The attributes of a module that an adapter sets or replaces."""

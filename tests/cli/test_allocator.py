@@ -12,7 +12,7 @@ ROUNDS = """
 import resource
 from threading import Thread
 import numpy as np
-from adapterkit.cli._allocator import keep_freed_memory
+from adapterkit.cli.combine import keep_freed_memory
 
 def work():
     for number in range(60):

@@ -17,7 +17,7 @@ from command_line import run, save_base, save_peft
 from safetensors.numpy import save_file
 
 from adapterkit import __version__
-from adapterkit.cli import _failures, _options, adapterkit
+from adapterkit.cli import _commands, _options, adapterkit
 
 COMMANDS = [
     "bom", "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "gate",
@@ -156,7 +156,7 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as child:
         child.stdout.close()
         assert child.stderr.read() == b""
-    assert child.returncode == _failures.CLOSED_PIPE
+    assert child.returncode == _commands.CLOSED_PIPE
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:

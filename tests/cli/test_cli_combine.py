@@ -168,7 +168,7 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(tmp_path: Path, mo
         biased = ak.Adapter({target: (update.replace(bias=from_numpy(np.ones(8, np.float32))),)})
         ak.write(biased, tmp_path / f"biased{seed}.safetensors")
         sources.append(tmp_path / f"biased{seed}.safetensors")
-    monkeypatch.setattr("adapterkit.ops.evaluating.Evaluation.updates", lambda *_: pytest.fail("it was computed"))
+    monkeypatch.setattr("adapterkit.ops.combining.Evaluation.updates", lambda *_: pytest.fail("it was computed"))
     result = run("combine", *sources, "--method", "ties", "--to", "kohya", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 3
     assert len(result.stderr.strip().splitlines()) == 2  # What is wrong, and what to type.

@@ -14,7 +14,7 @@ from command_line import run, save_base, save_peft
 from safetensors.numpy import save_file
 
 from adapterkit import errors
-from adapterkit.cli import _failures
+from adapterkit.cli import _commands
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def test_debug_is_off_when_its_variable_says_so(peft: Path, monkeypatch: pytest.
     assert "Traceback" not in run("inspect", peft, env={"ADAPTERKIT_DEBUG": "0"}).stderr
 
 
-@pytest.mark.parametrize("leaf", [errors.UsageError, errors.Unsupported, errors.StorageError, _failures.Bug])
+@pytest.mark.parametrize("leaf", [errors.UsageError, errors.Unsupported, errors.StorageError, _commands.Bug])
 def test_the_cure_stands_on_a_line_of_its_own(leaf: type[errors.AdapterkitError]) -> None:
-    assert _failures.text_of(leaf("bad", path="p", where="w", cure="Do this")) == "error: p: w: bad\n  Do this"
-    assert _failures.text_of(leaf("bad")) == "error: bad"
+    assert _commands.text_of(leaf("bad", path="p", where="w", cure="Do this")) == "error: p: w: bad\n  Do this"
+    assert _commands.text_of(leaf("bad")) == "error: bad"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from terminals import ROOT, at_terminal
 
 import adapterkit as ak
 from adapterkit.cli import adapterkit
-from adapterkit.cli._completion import PATHS, VALUES
-from adapterkit.cli._examples import EXAMPLES, NEXT
+from adapterkit.cli._commands import EXAMPLES, NEXT
+from adapterkit.cli.completion import PATHS, VALUES
 
 PARSED = ("hf://", "MODEL", ".onnx", "my_reader.py", "~", ".pem", "eval", "doctor", "demo", "adapterkit ui")
 """What the lines name that are only parsed; doctor and demo have tests of their own."""

@@ -12,8 +12,8 @@ from command_line import record, run, save_base, save_peft
 from terminals import at_terminal
 
 import adapterkit as ak
-from adapterkit.cli import _stages
-from adapterkit.cli._failures import as_flags
+from adapterkit.cli import _progress
+from adapterkit.cli._commands import as_flags
 from adapterkit.cli._options import CliSettings
 from adapterkit.errors import UsageError
 from adapterkit.io.stages import detail, stage, steps
@@ -44,8 +44,8 @@ def test_short_work_is_silent_and_v_tells_each_step() -> None:
 
 def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
-    monkeypatch.setattr(_stages, "AGAIN", 60.0)
-    with _stages.stage_lines(CliSettings()) as lines:
+    monkeypatch.setattr(_progress, "AGAIN", 60.0)
+    with _progress.stage_lines(CliSettings()) as lines:
         assert lines is not None
         lines.command = "export"
         stage("tracing the model")
@@ -92,11 +92,11 @@ def test_steps_of_known_work_are_numbered() -> None:
 
 def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
-    with _stages.stage_lines(CliSettings()):
-        _stages.busy.set()
+    with _progress.stage_lines(CliSettings()):
+        _progress.busy.set()
         stage("merging")
         time.sleep(0.3)
-        _stages.busy.clear()
+        _progress.busy.clear()
     assert capsys.readouterr().err == ""
 
 

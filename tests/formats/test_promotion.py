@@ -158,9 +158,9 @@ def spoiled(update):
 @pytest.mark.parametrize("case", ["thin factors", "a difference", "the nearest LoRA"])
 def test_what_is_promoted_is_compared_with_the_original(case, tmp_path, monkeypatch):
     """A fault of promotion itself, which the file repeats faithfully."""
-    from adapterkit.ops import building, resizing
+    from adapterkit.ops import lowering, resizing
 
-    for module, name in ((building, "low_rank"), (building, "dense"), (resizing, "low_rank")):
+    for module, name in ((lowering, "low_rank"), (lowering, "dense"), (resizing, "low_rank")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: spoiled(real(*args)))
     if case == "thin factors":

@@ -77,7 +77,7 @@ BY_STRING = {
     ],
     "cli/doctor.py": ["import_module(package)"],
     "onnx/pretrained.py": ["import_module(module)"],
-    "provenance/keys.py": ["import_module(f'model_signing.{part}')"],
+    "provenance/signing.py": ["import_module(f'model_signing.{part}')"],
     "testing/__init__.py": ["import_module(f'.{_HOME[name]}', __name__)"],
 }
 """Files that import by a computed name: public names at first use, modules of a folder, modules of other packages."""

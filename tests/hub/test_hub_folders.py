@@ -14,7 +14,7 @@ from hub_repository import base_files, hub, lay, peft_files  # noqa: F401 - a fi
 from hub_server import HubServer
 
 from adapterkit.errors import StorageError
-from adapterkit.hub.folders import scratch
+from adapterkit.hub.transfer import scratch
 
 
 def left(tmp_path: Path) -> set[str]:

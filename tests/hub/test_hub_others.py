@@ -163,7 +163,7 @@ def test_a_list_comes_in_pages_and_is_waited_for(
     urlopen(Request(f"{server}/{bucket}/theirs/", method="PUT")).close()
     proxy, waits = Proxy(server.removeprefix("http://")), list[float]()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.host}")
-    monkeypatch.setattr("adapterkit.hub.retries.time.sleep", waits.append)
+    monkeypatch.setattr("adapterkit.hub.web.time.sleep", waits.append)
     proxy.faults = [Fault("list-type", "status", 2, 503, {"Retry-After": "47"}), Fault("continuation", "drop")]
     try:
         ak.hub.pull(f"s3://{bucket}/theirs", tmp_path / "out")

@@ -17,10 +17,10 @@ from hub_server import TOKEN, Fault, HubServer
 
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, NetworkError, StorageError, UsageError
-from adapterkit.hub import parse, retries
+from adapterkit.hub import parse, web
 from adapterkit.hub.hubs import remote_at
+from adapterkit.hub.remote import check_names
 from adapterkit.hub.transfer import CHUNK, fetch
-from adapterkit.hub.uris import check_names
 from adapterkit.io.locations import is_remote
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def test_what_stays_broken_is_said_with_the_networks_exit_code(hub: HubServer, t
 
 def test_a_hub_that_wants_to_be_left_alone_for_long_is_obeyed(hub: HubServer, tmp_path: Path) -> None:
     hub.add("org/lora", peft_files())
-    hub.faults = [Fault("/resolve/", "status", 1, 429, {"Retry-After": str(retries.LONGEST_WAIT + 1)})]
+    hub.faults = [Fault("/resolve/", "status", 1, 429, {"Retry-After": str(web.LONGEST_WAIT + 1)})]
     with pytest.raises(NetworkError):
         ak.hub.pull("org/lora", tmp_path / "out")
     assert len(hub.asked("/resolve/")) <= 2

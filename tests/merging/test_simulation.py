@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from merges import lora, rand, save_base
 
 import adapterkit as ak
-from adapterkit.hub.ranges import gaps, joined
+from adapterkit.hub.reading import gaps, joined
 from adapterkit.merging.cluster import doubling, simulate
 from adapterkit.merging.planned import Plan
 

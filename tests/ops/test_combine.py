@@ -21,17 +21,16 @@ from adapterkit.core.adapter import Adapter, Step, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.ops import COMBINERS, selection
+from adapterkit.ops import COMBINERS, blocks
 from adapterkit.ops.blocks import Blocks
-from adapterkit.ops.census import Census
 from adapterkit.ops.combiners import ctm
 from adapterkit.ops.combiners._combiner import DEPENDENCES
 from adapterkit.ops.combiners._entrywise import Entrywise
 from adapterkit.ops.combiners.lego import clusters
-from adapterkit.ops.context import FormulaContext
+from adapterkit.ops.context import Census, FormulaContext
 from adapterkit.ops.lowering import Change
 from adapterkit.ops.prefetch import MEMORY, ahead, one_blas_thread
-from adapterkit.testing import invariances
+from adapterkit.testing import formulas
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")
@@ -214,14 +213,14 @@ def test_a_method_says_what_its_result_depends_on(name, what):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_documented_invariances_are_those_that_methods_declare(name):
-    """The page's table is measured by `adapterkit.testing.invariances`."""
-    measured = invariances.dependences(name)
+    """The page's table is measured by `adapterkit.testing.formulas`."""
+    measured = formulas.dependences(name)
     assert measured - ({"factors"} if basis(name) else set()) == COMBINERS[name].depends
 
 
 @pytest.mark.parametrize(("name", "expected"), [("linear", "sum"), ("ties", "more"), ("ctm", "one's"), ("tsv", "sum")])
 def test_the_documented_ranks_are_those_of_results(name, expected):
-    assert invariances.rank_of_result(name) == expected
+    assert formulas.rank_of_result(name) == expected
 
 
 @pytest.mark.parametrize("name", KEEPING)
@@ -766,7 +765,7 @@ def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
 def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
     """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
-    monkeypatch.setattr(selection, "HELD", 40)
+    monkeypatch.setattr(blocks, "HELD", 40)
     rng = np.random.default_rng(3)
     values = np.abs(rng.normal(size=20000))
     sparse = np.where(rng.random(20000) < 0.1, values, 0.0)
@@ -777,10 +776,10 @@ def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, shar
         "wide": values**200,
     }.get(series, values)
     k = round(share * len(values))
-    search = selection.Selection(lambda *_: k)
+    search = blocks.Selection(lambda *_: k)
     search.sample(values[:500] if series != "misled" else np.full(500, 1e-300), len(values))
     rounds = []
-    selection.settle([search], lambda: [rounds.append(1), *(search.feed(part) for part in np.split(values, 5))])
+    blocks.settle([search], lambda: [rounds.append(1), *(search.feed(part) for part in np.split(values, 5))])
     ordered = np.sort(values)[::-1]
     expected = ordered[k - 1] if k else np.inf
     found = search.found
@@ -791,9 +790,9 @@ def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, shar
 
 def test_numbers_that_are_not_finite_are_refused_by_a_selection():
     for bad, k in ((np.inf, 1), (np.nan, 2)):
-        search = selection.Selection(lambda *_, k=k: k)
+        search = blocks.Selection(lambda *_, k=k: k)
         with pytest.raises(Malformed, match="too large"):
-            selection.settle([search], lambda s=search, v=bad: s.feed(np.array([1.0, v])))
+            blocks.settle([search], lambda s=search, v=bad: s.feed(np.array([1.0, v])))
 
 
 ENTRYWISE = sorted(name for name in set(PLAIN) - {"lego"} if issubclass(COMBINERS[name], Entrywise))
@@ -810,7 +809,7 @@ def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
     expected = [[(exact(made, t), made.updates[t][0].d.numpy()) for t in targets] for made in whole]
     monkeypatch.setattr("adapterkit.ops.blocks.ENTRIES", 2 * IN * len(given_))
     monkeypatch.setattr("adapterkit.ops.blocks.WHOLE", 40)
-    monkeypatch.setattr(selection, "HELD", 7)
+    monkeypatch.setattr(blocks, "HELD", 7)
     for each, found in zip(more, expected, strict=True):
         made = ak.ops.combine(given_, name, workers=3, **each)
         for target, (D, d) in zip(targets, found, strict=True):
@@ -823,7 +822,7 @@ def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
 def test_a_large_result_is_cut_near_to_the_best_with_its_error_measured(name, streams, monkeypatch):
     """Held or gone over some rows at a time: against the decomposition of the whole result by LAPACK."""
     if streams:
-        monkeypatch.setattr("adapterkit.ops.evaluating.MEMORY", 1000)
+        monkeypatch.setattr("adapterkit.ops.combining.MEMORY", 1000)
     rng = np.random.default_rng(1)
     dense_one = Adapter({Q: (METHODS["dense"](D=from_numpy(rng.normal(size=(400, 450)).astype("f4"))),)})
     given_ = adapters(2, targets=[Q], out=400, columns=(450,)) if name == "ties" else [

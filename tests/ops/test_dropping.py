@@ -12,9 +12,8 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.ops import dropping
 from adapterkit.ops.blocks import Blocks
-from adapterkit.ops.combiners import COMBINERS
+from adapterkit.ops.combiners import COMBINERS, _entrywise
 from adapterkit.ops.context import FormulaContext
 
 pytestmark = needs_loops
@@ -58,12 +57,12 @@ def test_entries_are_those_of_numpy(seed, columns, kinds, density, epsilon, resc
         own["density"] = max(density, 0.1)
     method = COMBINERS[name](**own)
     at = FormulaContext(Q, changes.shape[1:], (0, 3), seed=seed)
-    whole = Blocks([ak.ops.combiners._changes.whole(D) for D in changes])
+    whole = Blocks([ak.ops.combiners._combiner.whole(D) for D in changes])
     rows = slice(first, first + len(kinds))
     with np.errstate(over="ignore", invalid="ignore"):
         ours = method._kept(whole, at)(changes.copy(), rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dropping, "loops", lambda: None)
+            patch.setattr(_entrywise, "loops", lambda: None)
             theirs = method._kept(whole, at)(changes.copy(), rows)
     assert ours.tobytes() == theirs.tobytes()
 
@@ -85,7 +84,7 @@ def test_results_are_those_of_numpy(name, more, monkeypatch):
     given_ = [Adapter({Q: (update(t),)}) for t in range(3)]
     each = [{"density": 0.9}, {}, {"density": 1.0}]
     ours = made(given_, name, each, more)
-    monkeypatch.setattr(dropping, "loops", none)
+    monkeypatch.setattr(_entrywise, "loops", none)
     assert made(given_, name, each, more) == ours
     assert asked
 

@@ -12,8 +12,7 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Unsupported, UsageError
 from adapterkit.io.lazy import as_array, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.ops.criteria import Criterion
-from adapterkit.ops.sketching import EXCESS, SMALL, dominant, exact
+from adapterkit.ops.sketching import EXCESS, SMALL, Criterion, dominant, exact
 
 TARGET = Target("q")
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.cli import adapterkit
-from adapterkit.cli._completion import PATHS
+from adapterkit.cli.completion import PATHS
 from adapterkit.errors import UsageError
 from adapterkit.ui.forms import COMMANDS, Forms
 from adapterkit.ui.jobs import Jobs

@@ -9,7 +9,7 @@ import pytest
 from hub_server import TOKEN, HubServer
 from safetensors.numpy import save
 
-from adapterkit.hub import reading, retries
+from adapterkit.hub import reading, web
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(web, "FIRST_WAIT", 0.001)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr(reading, "_seen", {})

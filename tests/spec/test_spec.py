@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.core.updates.rules import names_in
+from adapterkit.core.shapes import names_in
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats import FORMATS
 from adapterkit.formats.adapterkit import KEY, SPEC, Record

@@ -10,7 +10,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.methods.replacement import Replacement
-from adapterkit.torch.exchanging import exchanged
+from adapterkit.torch.weights import exchanged
 
 
 class Doubled(nn.Module):

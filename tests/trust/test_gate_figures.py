@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import adapterkit as ak
 from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
-from adapterkit.gating.inputs import texts_of
-from adapterkit.gating.null import null_adapter
-from adapterkit.gating.result import AdapterEffect, KeptEffect, ModulePart, Thresholds
-from adapterkit.gating.verdicts import checks_of
+from adapterkit.gating.models import texts_of
+from adapterkit.gating.result import AdapterEffect, KeptEffect, ModulePart, Thresholds, checks_of
+from adapterkit.gating.runner import null_adapter
 from adapterkit.io.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

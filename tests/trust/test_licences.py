@@ -14,8 +14,7 @@ from hub_repository import hub  # noqa: F401 - a fixture
 from license_expression import Licensing
 
 import adapterkit as ak
-from adapterkit.core.licence_expressions import alternatives
-from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of, unknown
+from adapterkit.core.licence_terms import alternatives, conflicts, family_of, passed_over, spdx_of, terms_of, unknown
 from adapterkit.errors import CheckFailed
 
 TABLE = tomllib.loads((Path(__file__).parents[2] / "spec" / "licences.toml").read_text("utf-8"))

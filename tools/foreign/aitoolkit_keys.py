@@ -239,7 +239,7 @@ def toml() -> str:
     found, lost = held()
     for name, stems in lost.items():
         print(f"{name}: {len(stems)} names that spec/architectures lacks: {', '.join(stems[:4])}", file=sys.stderr)
-    lines = [HEAD, f"slots = {quoted(slots())}", 'unread = "keeps them aside, without a word"', ""]
+    lines = [HEAD, f"slots = {quoted(slots())}", 'unread = "sets them aside without a message"', ""]
     for (prefix, naming), each in found.items():
         lines += ["[[keys]]", f'prefix = "{prefix}"', f'naming = "{naming}"', f"families = {quoted(each)}"]
         lines += exceptions(each)

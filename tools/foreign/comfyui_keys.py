@@ -626,9 +626,9 @@ files = [
 ]
 
 [differs]
-dora = "it divides by the length of W, where the formula has W + dW, if the magnitude has one number an output"
-oft = "it takes alpha itself for the constraint"
-boft_outputs = "it takes alpha itself for the constraint"
+dora = "if the magnitude has one number per output, it divides by the norm of W instead of the norm of W + dW"
+oft = "it uses alpha itself as the constraint"
+boft_outputs = "it uses alpha itself as the constraint"
 
 [[keys]]
 prefix = "unet."

@@ -49,7 +49,7 @@ version = "{version}"
 sources = ["src/mflux/models/*/weights/*_lora_mapping.py", "src/mflux/models/common/lora/mapping/lora_loader.py"]
 containers = ["safetensors"]
 convert = ["diffusers", "comfyui", "kohya"]
-unread = "leaves them out with a line of its output"
+unread = "omits them and prints a line about it"
 """
 
 

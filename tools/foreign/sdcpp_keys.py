@@ -52,7 +52,7 @@ url = "https://github.com/leejet/stable-diffusion.cpp"
 version = "97d2990 (August 2026)"
 sources = ["src/name_conversion.cpp", "src/model/adapter/lora.hpp"]
 convert = ["comfyui", "kohya", "diffusers"]
-unread = "names them as unused and leaves them out"
+unread = "lists them as unused and omits them"
 encoders = [
     { prefix = "lora_te_", names = ["clip"] }, { prefix = "lora_te1_", names = ["clip"] },
     { prefix = "lora_te2_", names = ["clip"] },

@@ -308,10 +308,10 @@ def _command(case: Case, source: Path, out: Path, rng: Random) -> int:
 
 def _run(words: list[str], folder: Path) -> int:
     """Runs the command line in this process; an unforeseen exception goes on as it is."""
-    from adapterkit.cli import _failures, adapterkit
+    from adapterkit.cli import _commands, adapterkit
 
     met: list[BaseException] = []
-    typed = _failures.typed
+    typed = _commands.typed
 
     def heard(error: BaseException) -> Any:
         known = typed(error)
@@ -322,12 +322,12 @@ def _run(words: list[str], folder: Path) -> int:
     here = os.getcwd()
     os.chdir(folder)
     stdout, stderr = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
-    _failures.typed = heard
+    _commands.typed = heard
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             code = adapterkit.main(words, standalone_mode=False)
     finally:
-        _failures.typed = typed
+        _commands.typed = typed
         os.chdir(here)
     if met:
         raise met[0]

@@ -1,7 +1,9 @@
 """An update is the change at one target. Its kind, one of four, decides which operations it supports.
 
-A method is a subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived
-from the fields and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.
+The kinds are additive updates, functions of the weight, functions of a layer's output, and context. A method is a
+subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived from the fields
+and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.
+
 Formulas run in the caller's floating dtype: float64 in a merge, the model's dtype in a live model. The type hints name
 torch tensors, but formulas use only operations that numpy arrays have too (operators, indexing, `reshape`, `sum`,
 `.mT`), so a merge on the CPU does not import torch.
@@ -9,16 +11,341 @@ torch tensors, but formulas use only operations that numpy arrays have too (oper
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
-from ..shapes import tensor
-from .kinds import Additive, ContextUpdate, OutputUpdate, WeightUpdate, of_pair
-from .rules import Rule, attribute
+from ...errors import NotMergeable, ShapeMismatch
+from ..shapes import Rule, attribute, tensor
 from .update import Update
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from .update import Layer
     from .update import Random as Random
 
+    Task = int | torch.Tensor | None
+    """The task number of the whole batch, or one task number for each row; None for prompts without tasks."""
+
 __all__ = [
-    "Additive", "ContextUpdate", "OutputUpdate", "Rule", "Update", "WeightUpdate", "attribute", "of_pair", "tensor",
-]  # fmt: skip
+    "Additive",
+    "ContextUpdate",
+    "OutputUpdate",
+    "Rule",
+    "Update",
+    "WeightUpdate",
+    "attribute",
+    "of_pair",
+    "tensor",
+]
+
+
+_Function = TypeVar("_Function")
+
+
+def of_pair(forward: _Function) -> _Function:
+    """Decorate a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A, B of `pair` and d of `bias_delta`.
+
+    Backends may replace a decorated `forward` by a faster computation. If a method overrides `forward`, the new
+    function is not decorated, so backends call it as written; it may depend on the tokens, for example.
+    """
+    forward.of_pair = True  # type: ignore[attr-defined]
+    return forward
+
+
+class Additive(Update):
+    """W' = W + D, b' = b + d, where D and d do not depend on W.
+
+    Class attributes:
+        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the low-rank factors of `pair`.
+    """
+
+    kind = "additive"
+    thin: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.thin = getattr(cls.forward, "of_pair", False)
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return D for a weight of `shape` = `[out, in, *k]`."""
+        raise NotMergeable(f"{self.method} has no formula")
+
+    def bias_delta(self) -> torch.Tensor | None:
+        """Return d `[out]`, or None if the bias does not change."""
+        return None
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A; None if the formula is not a low-rank product."""
+        return None
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return B, A and s with D = s * B @ A. Methods override this function to keep the scaling separate from B."""
+        pair = self.pair(shape)
+        return None if pair is None else (*pair, 1.0)
+
+    def scaled(self, weight: float) -> Self | None:
+        """Return an update of the same method with the changes weight * D and weight * d.
+
+        None if this is impossible without reading tensors.
+        """
+        scaling = self.attributes.get("scaling")
+        return None if scaling is None else self.replace(scaling=weight * scaling)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        """Return the Frobenius norm of D. A method overrides this function if it can compute the norm without D."""
+        D = self.delta(shape)
+        return math.sqrt(float((D * D).sum()))
+
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Write weight * D into an array of the weight's shape. A method may override this function to avoid a copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.delta(tuple(W.shape))
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        d = self.bias_delta()
+        return b if d is None else b + d
+
+    @of_pair
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        d = self.bias_delta()
+        y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
+        return y if d is None else y + layer.per_channel(d)
+
+
+class WeightUpdate(Update):
+    """W' = f(W), b' = g(b)."""
+
+    kind = "weight"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """Return one update that adds the weighted sum of the changes, sum_i weights[i] * (f_i(W) - W), for any W.
+
+        The changes of the bias are summed in the same way.
+
+        Args:
+            updates: updates of this method, with loaded tensors.
+            weights: one number per update.
+
+        Returns:
+            The summed update; None if the method cannot express the sum.
+        """
+        return None
+
+    def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b, or None.
+
+        Gradients flow through s, B and A as through `new_weight`; W is a constant.
+        """
+        return None
+
+    def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return m `[out]`, B `[out, r]`, A `[r, in * k]` with W' = m * V / |V| and V = W + B @ A, |V| by row; or None.
+
+        A merge computes this formula in a compiled loop.
+        """
+        return None
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        y = layer.op(x, self.new_weight(layer.weight))
+        settled = self.settled(layer.weight) if self.bias_sees_weight else self
+        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
+
+
+class OutputUpdate(Update):
+    """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
+
+    A `layer` is any module, with or without a weight. It has these attributes and methods:
+
+    `layer(x)`: the complete output.
+    `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
+    `layer.residual(x)`: the residual that is added to the output, or None.
+    `layer.norm(h)`: the normalised sum; h itself if the layer does not normalise.
+    `layer.close(h, x, whole)`: the layer's output if `layer.hidden(x)` were h. If `whole` is false, the output includes
+        neither the residual nor the norm.
+    `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution does.
+    `layer.per_channel(v)`: a vector in a shape that can be added to the output.
+    `layer.channel`: the axis of the channels.
+    `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
+    `layer.call`: the arguments with which the model was called, by name. A method lists the arguments that it needs in
+        `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
+        `input_ids` starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter.
+        `shadow` is the state of a network in parallel with the model: at each block, the formula reads the state with
+        `state`, and stores the next block's state with `keep`.
+
+    Class attributes:
+        placed: True if the method defines `inside`, so that several updates can apply before residual and norm.
+        asks: arguments of the model's call that the formula needs.
+        hears: arguments of the model's call that the formula uses if they are present.
+        moves_input: True if the formula calls the layer with a changed input.
+        of_model: True for a router whose target is the whole model, `Target("")`, while its experts are missing.
+
+    Attributes that locate an update, if the method has them:
+        residual: path, relative to the target's parent, of the module whose input is added to the target's output.
+        norm: path, relative to the target's parent, of the module that normalises the sum.
+    """
+
+    kind = "output"
+    acts_on = "the output of the layer"
+    placed: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
+    hears: ClassVar[tuple[str, ...]] = ()
+    moves_input: ClassVar[bool] = False
+    of_model: ClassVar[bool] = False
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether the update is a router without its experts; such a router does not compute anything."""
+        return False
+
+    @property
+    def channels(self) -> int | None:
+        """The number of channels that the layer's output must have; None if any number fits."""
+        hidden = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the value that `inside` returns already includes the layer's residual and norm."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"the adapter has {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
+        """Return the new value of `layer.hidden(x)`."""
+        return self.forward(x, layer)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        return layer.close(self.inside(x, layer), x, self.whole)
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
+
+
+class ContextUpdate(Update):
+    """Extra context for the model: vectors, or keys and values, before those of the input; or embeddings of new tokens.
+
+    The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
+    No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
+    in the order in which they are attached; the first update comes first.
+
+    Class attributes:
+        place: the name of the function below that the method overrides.
+    """
+
+    kind = "context"
+    acts_on = "the context of the model"
+    place: ClassVar[str] = ""
+
+    def embeddings(self, task: Task = None) -> torch.Tensor | None:
+        """Return vectors `[n, dim]` to put before the embeddings of the input (of the encoder's input, if it has one).
+
+        Args:
+            task: for prompts of several tasks, one task number, or a task number for each row of the batch. With
+                numbers `[batch]`, the result is `[batch, n, dim]`.
+        """
+        return None
+
+    def decoder_embeddings(self, task: Task = None) -> torch.Tensor | None:
+        """Return vectors like `embeddings` for the input of the decoder in an encoder-decoder model."""
+        return None
+
+    def past(self) -> torch.Tensor | None:
+        """Return a decoder's keys and values to put before those of the input, `[layers, 2, heads, n, d]`."""
+        return None
+
+    def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return keys and values to put before those of the target attention: `[batch or 1, 2, heads, n, d]`.
+
+        Args:
+            x: the attention's input, `[batch, m, width]`.
+        """
+        return self.past()
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return the change of the outputs of attention heads, before the output projection: `[batch, heads, m, d]`.
+
+        Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added
+        after the output projection.
+
+        Args:
+            q: queries of the input, `[batch, heads, m, d]`, with positions applied.
+            k: keys of the prompt, `[heads, n, d]`, without positions.
+            v: values of the prompt, `[heads, n, d]`.
+        """
+        raise NotMergeable(f"{self.method} has no formula for attention")
+
+    def vocabulary(self) -> torch.Tensor | None:
+        """Return embeddings `[n, dim]` of new tokens, whose ids follow the base's last token id."""
+        return None
+
+
+# Chain the updates of one target: a layer with an update is itself a layer, to which the next update is applied.
+#
+# A layer is a backend's view of one target, with the interface of `torch/layers.py`.
+
+
+class Composed:
+    """A layer to which an update has been applied."""
+
+    def __init__(self, layer: Layer, update: Update) -> None:
+        self.layer, self.update = layer, update
+        self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
+        self.shape, self.channel = layer.shape, layer.channel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.update.forward(x, self.layer)
+        return y
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if not isinstance(self.update, OutputUpdate):
+            return self(x)
+        inside: Tensor = self.update.inside(x, self.layer)
+        return inside
+
+    def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.layer.zero_padded(x, w)
+
+    def residual(self, x: Tensor) -> Tensor | None:
+        return self.layer.residual(x)
+
+    def norm(self, h: Tensor) -> Tensor:
+        return self.layer.norm(h)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
+        return self.layer.close(h, x, whole)
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        return self.layer.call
+
+    @property
+    def weight(self) -> Tensor:
+        W = self.layer.weight
+        return self.update.new_weight(W) if self.update.changes_weight else W
+
+    @property
+    def bias(self) -> Tensor | None:
+        b = self.layer.bias
+        if b is not None:
+            settled = self.update.settled(self.layer.weight) if self.update.bias_sees_weight else self.update
+            return settled.new_bias(b)
+        return self.update.bias_delta() if isinstance(self.update, Additive) else None

@@ -62,8 +62,8 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
 
 PADDING = {
     "convolution_padding": Departure(
-        "on a convolution whose padding_mode is not zeros, which only a live layer shows: the change reads zeros "
-        "around the input; methods other than LoRA are refused there",
+        "on a convolution whose padding_mode is not zeros (the live layer shows this, a file does not): the change "
+        "reads zeros around the input; methods other than LoRA are refused there",
         "the change of the weight, with the layer's padding, as tools merge it",
         zero_padded,
     )

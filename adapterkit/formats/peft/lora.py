@@ -39,9 +39,9 @@ DEPARTURES = {
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
     "convolution_padding": Departure(
-        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same, which only a live "
-        "layer shows: lora_A reads zeros around the input and is not dilated; methods other than LoRA and DoRA are "
-        "refused there",
+        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same (the live layer shows "
+        "this, a file does not): lora_A reads zeros around the input and is not dilated; methods other than LoRA and "
+        "DoRA are refused there",
         "the change of the weight, with the layer's padding and dilation, as PEFT merges it",
         zero_padded,
     ),

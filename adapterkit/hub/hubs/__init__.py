@@ -2,13 +2,139 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, cached_property
+from typing import Any
 
 from ...core.registry import Registry
-from ...errors import UsageError, nearest
-from ..remote import Remote
-from ..uris import Address, Uri, check_name, scheme_of
-from ._filesystems import filesystem
+from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported, UsageError, nearest
+from ..remote import Address, Remote, RemoteFile, Uri, address, check_name, scheme_of
+from ..web import Passing
+
+# Read from any location that fsspec supports; a digest of the file list replaces the commit that such hubs lack.
+
+
+class Listing(Remote):
+    """A location without commits; the digest of its file list is used as the commit."""
+
+    cards_below = True
+
+    @cached_property
+    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
+        told = sorted((file.path, file.size, file.digest) for file in self.files)
+        if not told:
+            raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
+        found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
+            cure = "Omit the # and the digest to read the current files"
+            raise RemoteNotFound("the files have changed since this digest was taken", path=str(self.uri), cure=cure)
+        return found
+
+
+def unknown(path: str, size: int, *signs: object) -> RemoteFile:
+    """Return a file for which the hub lists no digest; `signs` are values that change with the content."""
+    text = json.dumps([path, size, *map(str, signs)])
+    return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
+
+
+# Read from any location that fsspec supports. fsspec lists no digests, so only sizes are checked; writing is refused.
+
+
+CHUNK = 1 << 20
+LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
+"""Schemes that are not read through fsspec: they have a separate module, or they wrap another location."""
+
+_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+"""Hosts of the Hugging Face hub's web pages, whose urls users copy from a browser."""
+
+
+class Filesystem(Listing):
+    """A folder or a file on an fsspec file system."""
+
+    scheme = ""
+
+    @classmethod
+    def named(cls, rest: str) -> Uri | None:
+        return address(rest.lstrip("/"), cls.scheme)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The fsspec file system, and the name of the container in this file system."""
+        import fsspec
+
+        if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
+            repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
+            cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
+            raise UsageError(
+                "this is a web page of the Hugging Face hub, not an address of files", path=str(self.uri), cure=cure
+            )
+        try:
+            return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
+        except ImportError as error:
+            cure = f"Install the package that fsspec needs for it ({error.name or 'see its documentation'})"
+            raise Unsupported(f"{self.scheme}:// cannot be read", path=str(self.uri), cure=cure) from None
+
+    def listed(self) -> list[RemoteFile]:
+        system, root = self._opened
+        place = f"{root}/{self.uri.path}" if self.uri.path else root
+        # For a single file, `find` returns only the file. List its siblings too, because configs are next to the
+        # weights.
+        found = self.call(lambda: system.find(place, detail=True))
+        if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
+            found = self.call(
+                lambda: {e["name"]: e for e in system.ls(place.rpartition("/")[0]) if e["type"] == "file"}
+            )
+        return [self._file(str(name), root, told) for name, told in found.items()]
+
+    def _file(self, name: str, root: str, told: Mapping[str, object]) -> RemoteFile:
+        size, signs = told.get("size"), [told.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")]
+        if type(size) is not int:
+            cure = "Fetch it with another tool first"
+            raise Unsupported(
+                "the file system does not give the size of a file", path=str(self.uri), where=name, cure=cure
+            )
+        return unknown(name.removeprefix(root).lstrip("/"), size, *signs)
+
+    @contextmanager
+    def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+        system, root = self._opened
+        with system.open(f"{root}/{file.path}", "rb") as source:
+            source.seek(start)
+            yield start, iter(lambda: source.read(CHUNK), b"")
+
+    def passing(self, error: Exception) -> Passing | None:
+        if isinstance(error, Passing):
+            return error
+        lost = isinstance(error, (ConnectionError, TimeoutError))
+        return Passing("the connection was lost") if lost else None
+
+    def failure(self, error: Exception) -> AdapterkitError | None:
+        place = str(self.uri)
+        if isinstance(error, FileNotFoundError):
+            return RemoteNotFound("nothing is there", path=place, cure="Check the spelling")
+        if isinstance(error, PermissionError):
+            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec reads for it")
+        return NetworkError(f"cannot be read ({type(error).__name__})", path=place, cure="Check the address")
+
+
+@cache
+def filesystem(scheme: str) -> type[Filesystem] | None:
+    """Return the hub class of a scheme that fsspec knows, or None."""
+    if scheme in LOCAL:
+        return None
+    import fsspec
+
+    if scheme not in fsspec.available_protocols():
+        return None
+    return type("Filesystem", (Filesystem,), {"scheme": scheme, "form": f"{scheme}://container/path"})
+
+
+# The registry of hubs.
+
 
 HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remote)
 

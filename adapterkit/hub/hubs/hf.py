@@ -18,12 +18,12 @@ from urllib.parse import quote, urljoin
 
 from ...errors import AccessDenied, AdapterkitError, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
 from ...io.strict_json import load_json
-from ..remote import Content, Digests, Placed, Remote, RemoteFile, lost
-from ..retries import PASSING, Passing, retry_after
+from ..remote import Content, Digests, Placed, Remote, RemoteFile, Uri, check_name, lost
 from ..transfer import check_listed
-from ..uris import Uri, check_name
 from ..web import (
     CHUNK,
+    PASSING,
+    Passing,
     answered,
     begins_at,
     body_of,
@@ -34,6 +34,7 @@ from ..web import (
     origin,
     range_header,
     redacted,
+    retry_after,
     said_in,
 )
 

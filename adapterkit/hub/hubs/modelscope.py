@@ -15,11 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
-from ..remote import RemoteFile
-from ..retries import PASSING, Passing
-from ..uris import Uri
-from ..web import CHUNK, MAX_TOLD, begins_at, range_header
-from ._filesystems import Listing, unknown
+from ..remote import RemoteFile, Uri
+from ..web import CHUNK, MAX_TOLD, PASSING, Passing, begins_at, range_header
+from . import Listing, unknown
 from .hf import HuggingFace
 
 

@@ -33,26 +33,29 @@ from ...errors import (
     storage_error,
 )
 from ...io.strict_json import load_json
-from ..folders import cache_folder
-from ..remote import Content, Digests, Placed, Remote, RemoteFile, lost, unreachable
-from ..retries import ATTEMPTS, Passing, pause, retrying
-from ..transfer import digests_of
-from ..uris import Uri
+from ..remote import Content, Digests, Placed, Remote, RemoteFile, Uri, lost, unreachable
+from ..transfer import cache_folder, digests_of
 from ..web import (
+    ATTEMPTS,
     CHUNK,
+    DOCKER_HUB,
+    Admission,
+    Passing,
     Refused,
     answered,
     begins_at,
     body_of,
+    is_near,
     is_offline,
     is_transport,
     offline,
     origin,
+    pause,
     range_header,
     redacted,
+    retrying,
     said_in,
 )
-from ._admission import DOCKER_HUB, Admission, is_near
 
 if TYPE_CHECKING:
     import httpx2

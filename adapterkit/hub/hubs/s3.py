@@ -27,14 +27,22 @@ from ...errors import (
     UsageError,
 )
 from ...io.strict_json import load_json
-from .. import retries
-from ..remote import Content, Digests, Placed, RemoteFile, lost, unreachable
-from ..retries import Passing
-from ..uris import Address, Uri, address
+from .. import web
+from ..remote import Address, Content, Digests, Placed, RemoteFile, Uri, address, lost, unreachable
 from ..web import CHUNK as PIECE
-from ..web import Refused, answered, begins_at, body_of, is_offline, is_transport, offline, range_header
-from ._admission import is_near
-from ._filesystems import Listing, unknown
+from ..web import (
+    Passing,
+    Refused,
+    answered,
+    begins_at,
+    body_of,
+    is_near,
+    is_offline,
+    is_transport,
+    offline,
+    range_header,
+)
+from . import Listing, unknown
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -132,8 +140,8 @@ def _options() -> dict[str, Any]:
     """Return the store's options: the same timeouts as for all hubs; plain HTTP only for a server on this machine."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
-    waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
-    patience = {"max_retries": retries.ATTEMPTS - 1, "backoff": waits, "retry_timeout": timedelta(minutes=3)}
+    waits = {"init_backoff": timedelta(seconds=web.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
+    patience = {"max_retries": web.ATTEMPTS - 1, "backoff": waits, "retry_timeout": timedelta(minutes=3)}
     return {"retry_config": patience} | ({"client_options": {"allow_http": True}} if plain else {})
 
 

@@ -13,8 +13,7 @@ from functools import cache
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from ...core.adapter import LAYOUTS, Adapter, Target
-from ...core.collection import collection_off
+from ...core.adapter import LAYOUTS, Adapter, Target, collection_off
 from ...core.updates import Update
 from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound, UsageError
 from ...io.checkpoint import opened

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 from ...errors import UsageError
-from ._changes import mixed
-from ._combiner import Combiner
+from ._combiner import Combiner, mixed
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target

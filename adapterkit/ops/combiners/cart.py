@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ._combiner import Spectral, parameter
-from ._spectra import leading, spanned
+from ._combiner import Spectral, leading, parameter, spanned
 
 if TYPE_CHECKING:
     from ...io.computed import Array

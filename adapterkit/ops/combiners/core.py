@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._changes import NOISE, between, whole
-from ._combiner import PlugIn, parameter
+from ._combiner import NOISE, PlugIn, between, parameter, whole
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._changes import whole
-from ._combiner import PlugIn, parameter
+from ._combiner import PlugIn, parameter, whole
 
 if TYPE_CHECKING:
     from ...io.computed import Array

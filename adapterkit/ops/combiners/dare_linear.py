@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ..dropping import Chance
 from ._combiner import parameter
-from ._entrywise import RESCALE, RESCALES, Sparse
+from ._entrywise import RESCALE, RESCALES, Chance, Sparse
 
 if TYPE_CHECKING:
     from ...io.computed import Array

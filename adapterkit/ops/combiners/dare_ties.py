@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ..selection import Selection, settle
+from ..blocks import Selection, settle
 from ._combiner import parameter
 from ._entrywise import (
     DENOMINATOR,
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..blocks import Blocks
     from ..context import FormulaContext
-    from ..dropping import Chance
-    from ._entrywise import Mask
+    from ._entrywise import Chance, Mask
 
 
 TRIM = "share of the remaining entries of a tensor to keep after the random drop, the largest ones; MergeLM keeps 0.2"

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._combiner import Spectral, parameter
-from ._entrywise import DENSITY
-from ._scaled import Scaled
-from ._spectra import leading, polar
+from ._combiner import Spectral, leading, parameter, polar
+from ._entrywise import DENSITY, Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array

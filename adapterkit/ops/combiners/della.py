@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ..dropping import Chance
 from ._combiner import parameter
-from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Sparse, ranks
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Chance, Sparse, ranks
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ._changes import whole
-from ._combiner import PlugIn
-from ._pairs import checked_pairs
+from ._combiner import PlugIn, checked_pairs, whole
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._combiner import Spectral, parameter
-from ._scaled import Scaled
-from ._spectra import joined, leading
+from ._combiner import Spectral, joined, leading, parameter
+from ._entrywise import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._changes import whole
-from ._combiner import PlugIn
-from ._spectra import leading
+from ._combiner import PlugIn, leading, whole
 
 if TYPE_CHECKING:
     from ...io.computed import Array

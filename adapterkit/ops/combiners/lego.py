@@ -13,9 +13,8 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._combiner import parameter
-from ._pairs import Pairwise
-from ._scaled import Scaled
+from ._combiner import Pairwise, parameter
+from ._entrywise import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._changes import shares
-from ._combiner import Mixture, parameter
+from ._combiner import Mixture, parameter, shares
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...linalg.namespace import summed
-from ._changes import mixed
-from ._combiner import parameter
+from ._combiner import checked_pairs, mixed, parameter
 from ._learned import Learned
-from ._pairs import checked_pairs
 
 if TYPE_CHECKING:
     from ...core.adapter import Target

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._changes import shares
-from ._combiner import Mixture, parameter
+from ._combiner import Mixture, parameter, shares
 from ._entrywise import SCALE
 
 if TYPE_CHECKING:

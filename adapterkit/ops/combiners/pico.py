@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._combiner import PlugIn, parameter
-from ._scaled import Scaled
+from ._entrywise import Scaled
 from .core import BASIS
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._combiner import parameter
+from ._combiner import ONE_RANK, Pairwise, parameter
 from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
-from ._pairs import ONE_RANK, Pairwise
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._changes import between
-from ._combiner import PlugIn, parameter
+from ._combiner import PlugIn, between, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -35,7 +34,7 @@ class SVC(PlugIn):
         import numpy as np
 
         from ..lowrank import whole_core
-        from ._spectra import leading
+        from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
         # This run only collects statistics for the combiner `then`; its result is ignored.

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import UsageError
 from ...linalg.namespace import summed
 from ..alignment import side_by_side
-from ._combiner import parameter
+from ._combiner import LOW_RANK, parameter
 from ._learned import Learned, trained
-from ._pairs import LOW_RANK
 
 if TYPE_CHECKING:
     from ...core.adapter import Target

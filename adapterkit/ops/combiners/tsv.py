@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ._combiner import Spectral, parameter
-from ._scaled import Scaled
-from ._spectra import joined, leading
+from ._combiner import Spectral, joined, leading, parameter
+from ._entrywise import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._changes import whole
-from ._combiner import Spectral, parameter
+from ._combiner import Spectral, parameter, whole
+from ._entrywise import Scaled
 from ._learned import Adam
-from ._scaled import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target, canonical
+from adapterkit.core.shapes import value_of
 from adapterkit.core.updates import Update
-from adapterkit.core.updates.rules import value_of
 from adapterkit.errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.strict_json import load_json

@@ -35,11 +35,10 @@ OUT = ROOT / "spec" / "architectures" / "model_types" / "conversion.toml"
 LEFT_OUT = {
     "legacy": "no model type: renames of old checkpoints' norms, which adapters do not name",
     "timm_wrapper": "names are those of any model of timm",
-    "dots3_note_audio_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
-    "dots3_note_vision_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
-    "qwen3_omni_moe_text": "the type of a part, of which no Auto class makes a model: "
-    "qwen3_omni_moe_thinker has its names",
-    "step3p5_vision": "the type of a part, of which no Auto class makes a model: step3p7 has its names",
+    "dots3_note_audio_encoder": "a part of a model; no Auto class loads it as a model: dots3_note has its names",
+    "dots3_note_vision_encoder": "a part of a model; no Auto class loads it as a model: dots3_note has its names",
+    "qwen3_omni_moe_text": "a part of a model; no Auto class loads it as a model: qwen3_omni_moe_thinker has its names",
+    "step3p5_vision": "a part of a model; no Auto class loads it as a model: step3p7 has its names",
 }
 """Name in the mapping -> why it has no file."""
 

@@ -62,8 +62,8 @@ class OftFamily(Family):
             "the last term counts once, as newer PEFT releases compute such files",
         ),
         "oft_of_overlapping_patches": Departure(
-            "oft_patches on a convolution with a kernel, which only the base or the live layer shows: the input's "
-            "patches are rotated and added up, so no change of the weight is equivalent",
+            "oft_patches on a convolution with a kernel (the base or the live layer shows this, a file does not): the "
+            "input's patches are rotated and added up, so no change of the weight is equivalent",
             "oft: the weight is rotated, as PEFT merges it",
             on_patches,
         ),
