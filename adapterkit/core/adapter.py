@@ -64,7 +64,7 @@ class Target:
     """One location in a base: a weight with its bias, a slice of a weight, or the whole model.
 
     Attributes:
-        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. An empty
+        path: dotted path of a module (its `weight` and `bias`) or of a parameter, named as in the base. An empty
             path is the whole model, and takes only context updates.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
             in, *k]`. A leading `e` means a stack with one weight per expert; each tensor of an update then has a
@@ -94,7 +94,7 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether the result depends on the order in which the updates of one weight's targets are applied.
+    """Whether the result depends on the order in which all updates of one weight are applied.
 
     The order matters if two targets share rows, and at least one of their updates is not additive. Otherwise the
     changes are simply added. The targets may come from several adapters.
@@ -153,7 +153,7 @@ def _public(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Content of a source file without a field in `Adapter`, kept so that the same format can be written losslessly."""
+    """Content of a source file that `Adapter` has no field for, kept so that writing the same format loses nothing."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class AdapterChanges(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Typed updates, by target.
+    """An adapter: typed updates for each target, with the base, the lineage, and further content of the source file.
 
     Attributes:
         updates: target -> its updates, in the order in which they apply.
@@ -461,7 +461,7 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """Return a key for the cache of target checks: all that the checks read, except the path.
+    """Return a key for the cache of target checks: everything that the checks read, except the path.
 
     None if a damaged value makes the key unhashable.
     """
@@ -499,7 +499,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
         dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
-                why = f"{axis} is {size} here, but {together[axis]} in the target's rows or its previous update"
+                why = f"{axis} is {size} here, but {together[axis]} in the target's rows or in its previous update"
                 raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
         raise _placed(error, target, update) from None
@@ -524,7 +524,7 @@ def check_adapter(value: object) -> None:
         UsageError: the value has another type.
     """
     if not isinstance(value, Adapter):
-        cure = "Pass what adapterkit.read returns; is the order of the arguments right?"
+        cure = "Pass the result of adapterkit.read, and check the order of the arguments"
         raise UsageError(f"{shown(value)} of type {type(value).__name__} is not an adapter", cure=cure)
 
 

@@ -4,7 +4,7 @@ The licences are data in `spec/licences.toml`. A card may name a wrong licence, 
 weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
 
 A licence may be an SPDX expression: `MIT OR Apache-2.0`, `(GPL-3.0 OR MIT) AND CC-BY-4.0`, `GPL-2.0 WITH exception`.
-The grammar is that of SPDX 3.0, annex B: AND binds closer than OR, operators are read in both cases.
+The grammar is that of SPDX 3.0, annex B: AND binds closer than OR, and case does not matter.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The largest number of alternatives, and of words, of an expression."""
+"""The largest number of alternatives in an expression, and of words."""
 
 Alternatives = tuple[tuple[str, ...], ...]
-"""The sets of licences among which one may choose."""
+"""Sets of licences; the reader of an expression may choose one set."""
 
 
 @cache
@@ -52,7 +52,7 @@ def alternatives(text: str) -> Alternatives | None:
 
 
 def _words(text: str) -> list[str] | None:
-    """Return the words of an expression, the last one first; None if there are other characters."""
+    """Return the words of an expression, the last one first; None if the text has other characters."""
     words: list[str] = []
     at = 0
     while text[at:].strip():
@@ -158,7 +158,7 @@ def metadata(card: str) -> Mapping[str, Any]:
 FORMAT = 1
 
 BASE = "the base"
-"""The name by which lists of a merged model's parts call the base."""
+"""The name of the base in lists of a merged model's parts."""
 
 Part = tuple[str, Licence]
 """The name of a part (`BASE`, or the name of an adapter), and the licence in the part's card."""
@@ -257,7 +257,7 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return the parts with single licences, once for each choice that their cards allow."""
+    """Return one list of (part, single licence) for each combination of choices that the cards allow."""
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in found for part in some] for found in islice(product(*each), _MOST_READINGS)]
 
@@ -284,7 +284,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
     if len(known) < 2:
         return ()
     found = [
-        f"{_cited(name, licence)}, which allows no changed copies to be shared"
+        f"{_cited(name, licence)}, which does not allow sharing changed copies"
         for name, licence, terms in known if not terms.changes
     ]  # fmt: skip
     for at, (name, licence, terms) in enumerate(known):
@@ -329,7 +329,7 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _omits(stated: Licence, licence: Licence) -> bool:
-    """Whether a result's licence omits a requirement of a part's; both are single licences."""
+    """Whether the result's licence omits a requirement of a part's licence; both are single licences."""
     own, terms = terms_of(stated), terms_of(licence)
     if own is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
         return False
@@ -351,7 +351,7 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
     """Refuse contradictions between licences, and parts whose licence is missing or unknown.
 
     Args:
-        parts: base and adapters, also those without a licence.
+        parts: base and adapters, including those without a licence.
         against: the sentences of `conflicts` and `passed_over`.
         path: the merged or pushed file or folder, for the error.
 

@@ -1,4 +1,4 @@
-"""Shape strings such as `"r in *k"` document the shape of a tensor field, check tensors, and shape the test examples.
+"""Shape strings such as `"r in *k"` document and check the shapes of tensor fields, and shape test examples.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
 integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's
@@ -115,7 +115,7 @@ def tensor(
         optional: True if the tensor may be missing (None).
         integer: True if the tensor contains indices instead of real numbers.
         below: the axis, or product of axes, that the indices refer to; each index is below the axis's size. If the
-            tensor has two rows, the first and the second indices of pairs, one axis for each row.
+            tensor has two rows (the first and second indices of pairs), one axis for each row.
         distinct: True if no index (or pair) may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
@@ -500,7 +500,7 @@ def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]
 
 
 def _evaluator(node: ast.expr) -> Evaluate:
-    """Compile one node of an expression; refuse a node outside the spec's grammar, because other readers lack it."""
+    """Compile one node of an expression; refuse nodes outside the spec's grammar, because other readers reject them."""
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):
             return lambda _: value

@@ -24,7 +24,7 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 
 
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
+    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of each row of x `[batch, m, width]`.
 
     A gate computes one factor for both keys and values, or one for each. The result is `[batch, 2, heads, n, d]`.
     """
@@ -56,7 +56,7 @@ class Sublayer(OutputUpdate):
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         if self.parallel and not self.residual and shape[1:2] != shape[:1]:
-            why = f"the adapter runs parallel to a layer whose outputs and inputs differ: {list(shape[:2])}"
+            why = f"the adapter runs parallel to a layer whose numbers of inputs and outputs differ: {list(shape[:2])}"
             raise Unsupported(why, cure="Name the residual to read")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:

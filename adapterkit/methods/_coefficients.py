@@ -1,4 +1,4 @@
-"""Base class of methods that store some coefficients, at random positions, of a transform of the change."""
+"""Base class of methods that store a few coefficients of a transform of the change, at random positions."""
 
 from __future__ import annotations
 

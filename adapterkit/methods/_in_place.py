@@ -38,8 +38,8 @@ class InPlace(WeightUpdate):
 
 # Decompose weights, for methods whose formula needs a decomposition; each weight of a live model is decomposed once.
 #
-# No gradient flows through a decomposition, because such a method uses the base's decomposition at the start of
-# training.
+# No gradient flows through a decomposition: such a method decomposes the base's weight as it was before training, and
+# treats the result as a constant.
 
 
 Decompose = Callable[[Namespace[N], N], tuple[N, ...]]

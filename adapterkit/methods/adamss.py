@@ -69,7 +69,7 @@ class AdaMSS(LowRank):
         return y if d is None else y + layer.per_channel(d)
 
     def _placed(self) -> Tensor:
-        """Return B as `[out, g * w]`: the elements of a row are in the columns of its group."""
+        """Return B as `[out, g * w]`: each row has its elements in the columns of its group."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         own = own[xp.astype(self.group, xp.int64)]

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Arrow(Routed):
     """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
 
-    The file of a router alone contains an unused pair of factors and no experts. `tasks` is the number of experts that
-    the router needs. `general` is the number of general experts, whose mean is subtracted from the other experts.
+    A file with only the router contains an unused pair of factors, and no experts. `tasks` is the number of experts
+    that the router needs. `general` is the number of general experts, whose mean is subtracted from the other experts.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"
-    acts_on = "each token by its similarity to the experts"
+    acts_on = "each token's output (depending on the token's similarity to the experts)"
     frozen = frozenset({"prototypes", "strengths", "idle_A", "idle_B"})
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         (("A", "B", "prototypes", "strengths"), ("idle_A", "idle_B")),

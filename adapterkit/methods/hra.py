@@ -1,7 +1,7 @@
 """HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
 
-W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. In the strictest form, the vectors u are
-first made orthogonal. The chain then is a single reflection, which depends only on the space that the vectors span.
+W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. With `gram_schmidt`, the vectors u
+are first made orthogonal. The chain then is a single reflection, which depends only on the space that they span.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HRA(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         if rank % 2 or attributes.get("gram_schmidt"):
-            why = "an odd number of reflections, and orthogonal ones, change a weight from the start"
+            why = "with an odd rank or with gram_schmidt, HRA cannot start without changing the weight"
             raise Unsupported(why, where="rank", cure="Pass an even rank, without gram_schmidt")
         half = random((math.prod(W.shape[1:]), rank // 2))
         return cls.from_fields(u=half[:, [i // 2 for i in range(rank)]], **attributes)

@@ -25,7 +25,7 @@ class Lily(Routed):
     """share = mean of softmax(router @ A x) over all rows and tokens."""
 
     paper = "https://arxiv.org/abs/2407.09946"
-    acts_on = "the output, by shares that depend on the input"
+    acts_on = "the output (with shares that depend on the input)"
     sizes: ClassVar[Mapping[str, int]] = {"experts": 2}
 
     A: Tensor = tensor("r in")

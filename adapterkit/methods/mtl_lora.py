@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""The smallest sharpness. With a smaller one, quotients overflow, and shares are 0 or 1 unless weights are equal."""
+"""The smallest sharpness. Below it, quotients overflow, and shares are 0 or 1 unless weights are equal."""
 
 
 class MTLLoRA(LowRank):

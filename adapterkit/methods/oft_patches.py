@@ -27,7 +27,7 @@ class OFTPatches(OutputUpdate):
     """Replaces the layer's input by the sum of the input's patches times blockdiag(R)."""
 
     paper = "https://arxiv.org/abs/2306.07280"
-    acts_on = "the input, by overlapping patches"
+    acts_on = "the input (in overlapping patches)"
     moves_input = True
     since: ClassVar[tuple[str, ...]] = ("1.1",)
     rules: ClassVar[tuple[Rule, ...]] = (

@@ -1,9 +1,9 @@
 """OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values, where S has r elements. PEFT computes
+W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values; r is the length of S. PEFT computes
 T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's decomposition in
-float32. Adapters that adapterkit creates store T. In PEFT's training, gradients avoid the directions of the rest of W,
-which does not affect the formula.
+float32. Adapters that adapterkit creates store T. PEFT's training removes the directions of the rest of W from the
+gradients; this does not affect the formula.
 """
 
 from __future__ import annotations

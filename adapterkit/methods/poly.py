@@ -25,7 +25,7 @@ class Poly(Routed):
     """Shares = sigmoid(logits[task]), divided by their sum over the skills; x is `[rows, ..., in]`."""
 
     paper = "https://arxiv.org/abs/2202.13914"
-    acts_on = "each row by its task"
+    acts_on = "each row's output (depending on the row's task)"
     asks = ("task_ids",)
     sizes: ClassVar[Mapping[str, int]] = {"tasks": 1, "skills": 4, "splits": 1}
 

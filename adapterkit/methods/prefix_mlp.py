@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PrefixMLP(ContextUpdate):
     """Puts keys P[i, 0] and values P[i, 1] before those of layer i; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
 
-    W2 and b2 are those of a linear layer with `layers * 2 * heads * d` outputs, in this order.
+    W2 and b2 are the weight and bias of a linear layer; its outputs are ordered as `layers * 2 * heads * d`.
     """
 
     place = "past"

@@ -59,7 +59,7 @@ class Rows(WeightUpdate):
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Combine updates of the same tokens with weights that sum to 1, or of different tokens with weights 1."""
+        """Combine updates of the same tokens if the weights sum to 1, or of different tokens if all weights are 1."""
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
             return None

@@ -27,7 +27,7 @@ class Shadow(OutputUpdate):
 
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
     bound_to = "the classes of transformers"
-    acts_on = "each token by the output of a network in parallel with the model"
+    acts_on = "each token's output (depending on a network in parallel with the model)"
     asks = ("shadow",)
     moves_input = True
 

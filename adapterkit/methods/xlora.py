@@ -25,7 +25,7 @@ class XLoRA(Routed):
     """
 
     paper = "https://arxiv.org/abs/2402.07148"
-    acts_on = "each token by the base model's last hidden state"
+    acts_on = "each token's output (depending on the base model's last hidden state)"
     asks = ("hidden_states",)
     of_model = True
     frozen = frozenset({"A", "B", "strengths"})

@@ -118,7 +118,7 @@ def test_a_partial_match_is_an_error_unless_allowed(base: Path, adapters: list[P
     assert not (tmp_path / "out").exists()
     result = run(*words, "--allow-partial", "--verify")
     assert result.exit_code == 0
-    assert "warning: one: skipped, because the base does not have them: layers.1.q" in result.stdout.splitlines()
+    assert "warning: one: skipped these targets, which the base does not have: layers.1.q" in result.stdout.splitlines()
     verify = ["verify", tmp_path / "out", "--base", base, "--adapter", adapters[0]]
     assert (run(*verify).exit_code, run(*verify, "--allow-partial").exit_code) == (2, 0)
 

@@ -170,9 +170,9 @@ def test_writes_what_peft_loads(case, made, bases, tmp_path):
 @pytest.mark.parametrize("case", ["alora", "poly", "lily", "shadow"])
 def test_is_not_merged_and_says_why(case, made, bases, tmp_path):
     adapter = ak.read(made(case))
-    reason = {"alora": "after the invocation tokens only", "poly": "each row by its task"}
+    reason = {"alora": "after the invocation tokens only", "poly": "depending on the row's task"}
     reason |= {"lily": "depend on the input", "shadow": "a network in parallel with the model"}
-    with pytest.raises(NotMergeable, match=f"{case} changes .*{reason[case]}, not weights") as raised:
+    with pytest.raises(NotMergeable, match=rf"{case} changes .*{reason[case]}\)?, not weights") as raised:
         ak.merge(bases[llama], adapter, tmp_path / "out")
     assert "Inject" in raised.value.cure
     handle = ak.torch.inject(fresh(llama), adapter)
@@ -253,7 +253,7 @@ def test_what_a_call_lacks_is_named(made):
     model = fresh(llama)
     handle = ak.torch.inject(model, ak.read(made("poly")))
     with pytest.raises(
-        UsageError, match=r"needs task_ids, which the model was not called with\. Call .* with task_ids="
+        UsageError, match=r"needs task_ids, which the model was not called with\. Pass task_ids= to"
     ):
         model(IDS)
     with pytest.raises(ShapeMismatch, match="one task number for each row"):

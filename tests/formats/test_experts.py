@@ -226,7 +226,7 @@ def test_a_router_without_its_experts_says_how_to_give_them(folders, tmp_path):
         with pytest.raises(UsageError, match=r"Pass experts=, a list of the expert adapters") as raised:
             ak.torch.inject(model, adapter)
         assert raised.value.where == where
-        with pytest.raises(NotMergeable, match="each token by"):
+        with pytest.raises(NotMergeable, match="each token's output"):
             ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     with pytest.raises(ShapeMismatch, match="do not fit 2 experts at"):
         ak.torch.inject(model, classifier, experts=experts[:2])

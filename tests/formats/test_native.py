@@ -284,7 +284,7 @@ def test_updates_that_disagree_at_one_target_are_refused():
         IA3(l_in=from_numpy(np.ones(3))),
         lora(A=from_numpy(np.ones((2, 5)))),
     ):
-        with pytest.raises(ak.AdapterkitError, match="in the target's rows or its previous update"):
+        with pytest.raises(ak.AdapterkitError, match="in the target's rows or in its previous update"):
             Adapter({Target("q"): (lora(), second)}).validate()
     dense = METHODS["dense"](D=from_numpy(np.ones((3, 5))))
     with pytest.raises(ak.AdapterkitError, match="in is 5 here, but 4"):

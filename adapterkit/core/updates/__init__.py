@@ -48,7 +48,7 @@ _Function = TypeVar("_Function")
 
 
 def of_pair(forward: _Function) -> _Function:
-    """Decorate a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A, B of `pair` and d of `bias_delta`.
+    """Decorate a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A, B from `pair`, d from `bias_delta`.
 
     Backends may replace a decorated `forward` by a faster computation. If a method overrides `forward`, the new
     function is not decorated, so backends call it as written; it may depend on the tokens, for example.

@@ -128,15 +128,15 @@ class Update:
         bias_sees_weight: True if the change of the bias depends on the weight. Then `settled` must be called before
             `new_bias`.
         sizes: for a new update, the default sizes of axes that are not axes of the weight.
-        starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods that the paper
-            starts at another function.
+        starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods whose paper
+            starts training at another function.
         shared_as: if several layers share a tensor, the way to apply the update to all these layers: `tied`, `rows` or
             `replacement`; `layer` if this is impossible.
         dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
             `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
             compensate. `blocks`: blocks along the axis `n` of a tensor (of one of its factors if it has an axis `m`).
-        bound_to: the library and function that compute the absent tensors, if other readers cannot compute the formula
-            without them; empty for most methods.
+        bound_to: the library or function that a reader must use to compute the formula, for example to compute tensors
+            that are not stored; empty for most methods.
         paper: the source of the formula.
         by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
     """
@@ -357,7 +357,7 @@ class Update:
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter was made for another base")
 
     def largest_shape(self) -> tuple[int, ...] | None:
-        """Return the shape `[out, in, *k]` of the largest weight that the update fits, for updates that fit several.
+        """Return the shape `[out, in, *k]` of the largest weight that the update fits, if it fits several sizes.
 
         A method overrides this function if weights of several sizes share its tensors. None: the tensors do not
         determine a largest size.
@@ -457,7 +457,7 @@ class Update:
     def without_bias(self) -> Update:
         """Return an update that has the same effect on a layer without a bias.
 
-        If possible, the result is of a method that more formats support.
+        If possible, the result uses a method that more formats support.
         """
         return self
 
