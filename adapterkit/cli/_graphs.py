@@ -39,7 +39,7 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
         yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; the median keeps {kept:.1%} of its change"
     if beside:
         tried = [number(damage[name], "kept") for name in beside if name in damage]
-        why = f": quantizing again would keep only {min(tried):.1%} to {max(tried):.1%} of it" if tried else ""
+        why = f": quantizing again would keep only {min(tried):.1%} to {max(tried):.1%} of a change" if tried else ""
         yield f"{counted(len(beside), 'change')} kept next to the quantized weight, as floating-point factors{why}"
 
 
@@ -50,7 +50,7 @@ ONLY_FOLDERS = {
     "engine": "Omit it: graphs are merged on this machine", "address": "Omit it: graphs are merged on this machine",
     "nodes": "Omit it: graphs are merged on this machine", "bandwidth": "Omit it: graphs are merged on this machine",
     "price": "Omit it: graphs are merged on this machine", "node_tasks": "Omit it: graphs are merged on this machine",
-    "onto": "Export the 16-bit weights, then merge into that graph",
+    "onto": "Export the 16-bit weights, then merge into the exported graph",
     "seed": "Omit it: graphs are rounded to the nearest value",
     "memory": "Omit it: graphs are always merged in small blocks",
     "link": "Omit it: the weights of a graph are always copied", "stream": "Fetch the graph first with adapterkit pull",
@@ -180,7 +180,7 @@ def refuse_graph_options(ctx: click.Context, base: str) -> None:
     Raises:
         UsageError: one of these options was typed.
     """
-    refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Name an .onnx file as BASE, or omit the option")
+    refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Pass an .onnx file as BASE, or omit the option")
 
 
 def refuse(
@@ -205,7 +205,7 @@ def refuse(
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Print the warnings of a report on standard error; `--json` also has them in the record."""
+    """Print the warnings of a report on standard error; the record of `--json` includes them too."""
     for line in warnings:
         click.echo(f"warning: {line}", err=True)
 

@@ -40,7 +40,7 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read these options from the unparsed arguments: they must also apply to errors of the parser."""
+        """Read these options from the unparsed arguments, because they also apply to the parser's errors."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -192,12 +192,12 @@ def in_reading(
 
 
 def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
-    """Return a warning for each value in an adapter's files about its base that differs from the base of the command.
+    """Return a warning for each value that an adapter's files record about the base and that this base does not match.
 
     Args:
         sources: the names of the adapters, for the warnings.
         adapters: the adapters or their paths.
-        base: the base of the command; None gives no warnings.
+        base: the command's base; if None, no warnings are returned.
     """
     if base is None:
         return []
@@ -216,8 +216,8 @@ source_format = click.option(
 )  # fmt: skip
 _compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
-    help="Do not interpret the adapter as its training tool did; 'formula' follows the paper. For stacked "
-    "experts whose layout the file does not state: rank_major, grouped_by_expert or peft_0.18.",
+    help="Interpret the adapter differently from its training tool: 'formula' follows the paper. If the file does not "
+    "state the layout of stacked experts, give it here: rank_major, grouped_by_expert or peft_0.18.",
 )  # fmt: skip
 _alpha = click.option(
     "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
@@ -275,8 +275,8 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
         for option in (
             click.option(
                 "--data", metavar="FILE", multiple=True,
-                help="Texts for methods that learn from data: one per line, JSON Lines with a 'text' field, or "
-                "'builtin'. Repeat it to give each adapter its own. Requires a base.",
+                help="Texts for methods that learn from data: a file with one text per line, JSON Lines with a 'text' "
+                "field, or 'builtin'. Repeat the option to give each adapter its own texts. Requires a base.",
             ),
             click.option(
                 "--set", "parameters", multiple=True, metavar="NAME=VALUE",
@@ -348,7 +348,7 @@ def combination(
             raise UsageError(why, where="--recipe", cure=cure)
         sources, options = list(recipe.adapters), dict(recipe.options)
     elif not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one, or a --recipe")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter, or --recipe FILE")
     options |= {"method": method} if method else {}
     options |= {"weights": list(weights)} if weights else {}
     options |= dict(setting(text) for text in parameters)

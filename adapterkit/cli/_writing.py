@@ -78,7 +78,7 @@ on_loss = click.option(
 )  # fmt: skip
 max_error = click.option(
     "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
-    help="With --on-loss promote: allow the nearest LoRA, up to this error relative to the change it replaces.",
+    help="With --on-loss promote: accept an approximation by a LoRA, up to this error relative to the change.",
 )  # fmt: skip
 dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16; float32 or wider if absent.")
 

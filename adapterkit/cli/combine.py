@@ -114,7 +114,7 @@ def command(
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
     told = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
-        told.append("the recipe's tokenizer is not used, as adapters have none; 'adapterkit merge --recipe' uses it")
+        told.append("the recipe's tokenizer is not used: adapters have no tokenizer. Use 'adapterkit merge --recipe'")
     record["warnings"] = [
         *told,
         *made.recipe[-1].args.get("warnings", ()),
@@ -154,7 +154,7 @@ def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
-    """Return a parameter's value as text; if the value differs between adapters, the values in their order."""
+    """Return a parameter's value as text; if adapters have different values, return all values in order."""
     shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)

@@ -52,7 +52,7 @@ MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cos
 @_options.compat
 @click.option(
     "--tolerance", type=float, default=1e-6, show_default=True, metavar="E",
-    help="Maximum relative error of changes that count as the same.",
+    help="Maximum relative error at which two changes count as the same.",
 )  # fmt: skip
 @click.option(
     "--signs/--no-signs", default=True, show_default=True,

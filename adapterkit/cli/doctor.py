@@ -83,7 +83,7 @@ def kernel() -> Check:
 
 
 def plugins() -> Iterator[Check]:
-    """Report the methods, formats and others that installed packages add, and those that cannot be used."""
+    """Report the methods, formats and other parts that installed packages add, and the parts that cannot be used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT
@@ -288,7 +288,7 @@ def _version(package: str) -> str | None:
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Runs every check of `adapterkit.cli.doctor`."""
+    """Run every check of `adapterkit.cli.doctor`."""
     checks = [check.record() for check in all_checks()]
     ok = all(check["status"] != "broken" for check in checks)
     show(ctx.obj, {"ok": ok, "checks": checks}, _view)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="Value of the graph for an argument of the model that the adapter needs, e.g. attention_mask; "
-    "or task_ids=N, the task of all rows. Repeatable.",
+    help="Name of the graph's value for an argument of the model that the adapter reads, such as attention_mask. "
+    "task_ids=N sets the task of all rows. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 @_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
-    help="If the base is quantized: merge into its dequantized weights and write them in 16 bits, quantize them again, "
-    "or merge into the original 16-bit weights at --onto.",
+    help="If the base is quantized: merge into its dequantized weights and write 16-bit weights (dequantize), or "
+    "quantize the result again (requantize), or merge into the original 16-bit weights at --onto (original).",
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
@@ -68,9 +68,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--calibration", metavar="TEXTS",
-    help="With --keep: round so that the error is small for the activations of these texts. TEXTS is builtin, a file "
-    "with one text per line or of JSON Lines, or a .safetensors file of activations. The activations are written to "
-    "OUT.calibration.safetensors.",
+    help="With --keep: round so that the error is small for the activations of these texts. TEXTS is builtin, a text "
+    "file with one text per line, a JSON Lines file, or a .safetensors file of activations. The activations are "
+    "written to OUT.calibration.safetensors.",
 )  # fmt: skip
 @click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
@@ -93,7 +93,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer", metavar="base|adapter|DIR",
-    help="Source of the tokenizer and chat template. Default: the adapter's, if it has one that fits the base.",
+    help="Source of the tokenizer and chat template. Default: the adapter's tokenizer, if one fits the base.",
 )  # fmt: skip
 @_options.strict_base
 @_options.strict_licence
@@ -260,7 +260,7 @@ def command(
 
 
 def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
-    """Return the warnings of a plan whose activations are still to be read from texts.
+    """Return the warnings of a plan, after checking the texts from which the merge will compute activations.
 
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.
@@ -472,7 +472,7 @@ def _report_view(record: Mapping[str, object]) -> View:
 def _remainder_line(record: Mapping[str, object]) -> str:
     lost, left = number(record, "lost"), number(record, "left")
     share, targets = 1 - left**2 / (lost**2 or 1.0), counted(integer(record, "targets"), "target")
-    kept = f"{targets}, has {share:.0%} of what rounding lost (squared norm)"
+    kept = f"{targets}, restores {share:.0%} of what rounding lost (squared norm)"
     return f"{record['path']}: LoRA of rank {record['rank']}, {kept}"
 
 
@@ -512,7 +512,7 @@ def _warnings(record: Mapping[str, object]) -> Iterator[str]:
     for adapter in parts(record, "adapters"):
         if adapter["missing"]:
             names = ", ".join(texts(adapter, "missing"))
-            yield f"warning: {adapter['name']}: skipped, because the base does not have them: {names}"
+            yield f"warning: {adapter['name']}: skipped these targets, which the base does not have: {names}"
     yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
     if record.get("left_out"):
         yield f"warning: files of the base that were not copied: {', '.join(texts(record, 'left_out'))}"

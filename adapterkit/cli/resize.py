@@ -61,7 +61,7 @@ def command(
     by_values: dict[str, Any] = {"sv_ratio": sv_ratio, "sv_cumulative": sv_cumulative, "sv_fro": sv_fro}
     by_values = {key: value for key, value in by_values.items() if value is not None}
     if promoted and by_values:
-        why = "--promote accepts --rank, --energy, --error and --frobenius alone"
+        why = "--promote accepts only --rank, --energy, --error and --frobenius"
         raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure="Promote first, then resize")
     cuts: list[ops.Cut] = []
     adapter = read(src, name, base, compat=compat, **_options.stated())

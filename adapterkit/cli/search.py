@@ -48,11 +48,11 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @click.option("--budget", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Number of trials.")
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD",
-    help="Combining method to try. Repeatable; default: linear, ties, tsv, knots_ties and those of --start.",
+    help="Combining method to try. Repeatable; default: linear, ties, tsv, knots_ties and the methods of --start.",
 )  # fmt: skip
 @click.option(
     "--start", multiple=True, metavar="RECIPE|METHOD",
-    help="Combination to try first: a recipe of these adapters, or a method at weight 1. Repeatable.",
+    help="Combination to try first: a recipe of these adapters, or a method with all weights 1. Repeatable.",
 )  # fmt: skip
 @click.option("--most", type=float, default=1.5, show_default=True, metavar="W", help="Largest weight to try.")
 @click.option(

@@ -1,6 +1,6 @@
 """Check an adapter's file, shapes, values and fit to a base.
 
-Nothing is written. The first error is reported with the file and the location in it.
+Nothing is written. The first error is reported, with the file and the location in the file.
 """
 
 from __future__ import annotations
