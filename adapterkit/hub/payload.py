@@ -238,7 +238,7 @@ def model_at(path: Path) -> CardModel:
     try:
         found = open_checkpoint(path)
     except UsageError as error:
-        cure = "Name an adapter, or a folder of weights"
+        cure = "Pass an adapter, or a folder of weights"
         raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
     record = record_at(found.folder)
     adapters = _adapters(record)
@@ -278,7 +278,7 @@ def _base_of(
 
 @dataclass(slots=True)
 class Payload:
-    """The files to push, by name in the repository: a local path each, or the text of the generated card."""
+    """The files to push: name in the repository -> a local path, or the text of the generated card."""
 
     files: dict[str, Content]
     card_name: str

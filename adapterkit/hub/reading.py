@@ -1,4 +1,4 @@
-"""Read from a hub: whole files through a cache, headers by byte ranges, or one weight file at a time."""
+"""Read from a hub: whole files through a cache, headers in byte ranges, or one weight file at a time."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _commit(uri: Uri) -> str:
         try:
             return reference.read_text("utf-8").strip()
         except OSError:
-            cure = "Unset HF_HUB_OFFLINE, or name a local path"
+            cure = "Unset HF_HUB_OFFLINE, or pass a local path"
             raise NetworkError("offline mode is on, and the cache does not have it", path=str(uri), cure=cure) from None
     commit = remote_of(uri).commit
     try:
@@ -320,7 +320,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     from ..io.locations import is_remote
 
     if not is_remote(name):
-        raise UsageError("only a base on a hub can be streamed", path=name, cure="Leave --stream out")
+        raise UsageError("only a base on a hub can be streamed", path=name, cure="Omit --stream (stream=)")
     folder = out.parent / f".{out.name}.streaming"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# Read a base on a hub by byte ranges: a temporary folder has sparse files, whose bytes are downloaded when needed.
+# Read a base on a hub in byte ranges: a temporary folder has sparse files, and their bytes are downloaded when needed.
 #
 # A task on a cluster needs only a few of hundreds of weight files, or only parts of these files. If a task needs almost
 # all bytes of a file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs
@@ -483,7 +483,7 @@ def gaps(held: list[Run], wanted: Iterable[Run]) -> list[Run]:
 
 
 class Ranged:
-    """A base whose weight files are downloaded by ranges.
+    """A base whose weight files are downloaded in byte ranges.
 
     Attributes:
         path: the local folder, or the single file, with all headers.
@@ -495,8 +495,8 @@ class Ranged:
         wanted = needed(remote)
         weights = {name: file for name, file in wanted.items() if name.endswith(".safetensors")}
         if not weights:
-            cure = "Pull it onto a disk that all nodes share ('adapterkit pull'), and name the folder"
-            raise Unsupported("only safetensors files can be read by ranges", path=str(remote.uri), cure=cure)
+            cure = "Pull it onto a disk that all nodes share ('adapterkit pull'), and pass the folder"
+            raise Unsupported("only safetensors files can be read in byte ranges", path=str(remote.uri), cure=cure)
         for name, file in wanted.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if name not in weights and (whole or (name.endswith(".json") and file.size <= MAX_SMALL)):
@@ -543,7 +543,7 @@ class Ranged:
 
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
-    """Yield a base on a hub that is read by byte ranges; its temporary folder is removed at the end of the block.
+    """Yield a base on a hub that is read in byte ranges; its temporary folder is removed at the end of the block.
 
     Args:
         name: the uri.

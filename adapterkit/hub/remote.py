@@ -226,7 +226,7 @@ class Remote(ABC):
     def opened(
         self, file: RemoteFile, start: int, end: int | None
     ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """Open the bytes of a file from `start` to before `end`, or to the file's end.
+        """Open the bytes of a file from `start` to before `end`; if `end` is None, to the end of the file.
 
         Returns:
             The offset of the first byte, and the bytes. The offset is below `start` if the hub ignores ranges.
@@ -253,7 +253,7 @@ class Remote(ABC):
             found.append(file)
             if len(found) > MAX_FILES:
                 raise Malformed(
-                    f"the repository has more than {MAX_FILES:,} files", path=str(self.uri), cure="Name a folder of it"
+                    f"the repository has more than {MAX_FILES:,} files", path=str(self.uri), cure="Add a folder's path"
                 )
         try:
             check_names(file.path for file in found)

@@ -261,7 +261,7 @@ def begins_at(response: httpx2.Response) -> int:
 
 
 def range_header(start: int, end: int | None) -> dict[str, str]:
-    """Return the header that requests the bytes from `start` to before `end`."""
+    """Return the header that requests the bytes from `start` to before `end`; if `end` is None, all further bytes."""
     if not start and end is None:
         return {}
     return {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
@@ -283,7 +283,7 @@ def is_offline(error: Exception) -> bool:
 
 def offline(place: str) -> NetworkError:
     """Return the error for a request that offline mode forbids."""
-    return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
+    return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or pass a local path")
 
 
 def redacted(text: str, token: str | None) -> str:

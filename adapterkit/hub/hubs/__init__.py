@@ -1,4 +1,4 @@
-"""The hubs, one module per scheme. Other packages add hubs by the entry point group `adapterkit.hubs`."""
+"""The hubs, one module per scheme. Other packages add hubs through the entry point group `adapterkit.hubs`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Filesystem(Listing):
         if isinstance(error, FileNotFoundError):
             return RemoteNotFound("nothing is there", path=place, cure="Check the spelling")
         if isinstance(error, PermissionError):
-            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec reads for it")
+            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec needs here")
         return NetworkError(f"cannot be read ({type(error).__name__})", path=place, cure="Check the address")
 
 

@@ -1,6 +1,6 @@
 """Registries of the OCI distribution specification: `oci://registry/name:tag`.
 
-The first part writes and reads the manifest of a ModelPack artifact.
+The first part of this module writes and reads the manifest of a ModelPack artifact.
 
 Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
 https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
@@ -74,7 +74,7 @@ DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 
 FILE_PATH = "org.cncf.model.filepath"
 NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
-"""Annotations with the file name of a layer; oras writes and reads the last one."""
+"""Annotations with the file name of a layer; oras writes and reads the last of these."""
 
 FOLDER = "io.deis.oras.content.unpack"
 """The annotation of oras for a layer that is an archive of a folder."""
@@ -114,7 +114,7 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
         raise Malformed(f"the manifest is not valid JSON ({error})", path=place, cure=_ANOTHER) from None
     if isinstance(told, dict) and ("manifests" in told or told.get("mediaType") in INDEXES):
         raise Unsupported(
-            "this is a list of artifacts, not one artifact", path=place, cure="Name one of them by its digest"
+            "this is a list of artifacts, not one artifact", path=place, cure="Select one of them by its digest"
         )
     if not isinstance(told, dict) or not isinstance(told.get("layers"), list):
         raise Malformed("the manifest has no layers", path=place, cure=_ANOTHER)
@@ -337,9 +337,9 @@ class Distribution(Remote):
     ) -> str:  # fmt: skip
         if private:
             cure = "Set the visibility at the registry, and omit --private (private=)"
-            raise UsageError("a push cannot set who sees an artifact", path=str(self.uri), cure=cure)
+            raise UsageError("a push cannot set who can see an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
-            raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
+            raise UsageError("a push needs a tag, not a digest", path=str(self.uri), cure="Use a tag instead")
         # Compare the tag before and after the upload. A push by somebody else at the last moment is not noticed,
         # because registries have no conditional PUT.
         before = self._now()
