@@ -125,7 +125,7 @@ def _for_slots(
     path = Path(out)
     if is_address(out):
         why = "a file for the slots of a graph can only be written to a local path"
-        raise UsageError(why, path=out, cure="Name a path, and push the file with adapterkit push")
+        raise UsageError(why, path=out, cure="Pass a local path, and push the file with adapterkit push")
     destination = Destination(out, [source], overwrite, format="onnx_adapter", inputs=[str(graph)])
     destination.check()
     with staged(path, overwrite=overwrite, inputs=destination.files, made_from=made_from) as scratch:
@@ -293,7 +293,7 @@ def report(
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     if merged is not None and base is None:
         raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:
@@ -328,7 +328,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short, unique name for each adapter: the last parts of its path, as many as make all names different."""
+    """Return a short, unique name for each adapter: the end of its path, as long as needed to make it unique."""
     from os import fspath
 
     parts = [

@@ -83,14 +83,14 @@ Line = Mapping[str, object]
 """The JSON object that the program printed for a path; its fields and types are not yet checked."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that runs a verb on paths. It returns one answer per path; for `compute` and `merge`, one in all."""
+"""A function that runs a verb on paths. It returns one answer per path; for `compute` and `merge`, a single answer."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
     """Run a program on all cases, and return the outcome of each.
 
     Args:
-        command: the program and its first arguments, to which a verb and paths are appended. Or a Python function that
+        command: the program and its first arguments, to which a verb and paths are appended; or a Python function that
             takes the verb and the paths, and returns the answers.
         suite: the folder `vectors` of the specification, or the archive of this folder from a release. Default: the
             folder in this checkout.
@@ -109,7 +109,7 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
             return conformance(command, Path(folder, "spec", "vectors"))
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
-        cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
+        cure = "Pass the folder spec/vectors of the specification, or its archive, with --suite PATH (suite=)"
         raise UsageError("the folder has no index.json of vectors", path=root, cure=cure)
     cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
@@ -204,7 +204,7 @@ def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
         return _outcome(case, None, f"the program does not support the verb {case['verb']}")
     got = line.get(answers)
     if not line.get("ok") or not isinstance(got, list) or len(got) != len(wanted):
-        return _outcome(case, False, f"{line.get('error', 'the answer does not have one text for each')}")
+        return _outcome(case, False, f"{line.get('error', 'the answer does not have one text for each expected text')}")
     pairs = enumerate(zip(got, wanted, strict=True))
     why = next((f"number {at}: {one!r} instead of {other!r}" for at, (one, other) in pairs if one != other), "")
     return _outcome(case, not why, why)

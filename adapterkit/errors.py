@@ -21,7 +21,7 @@ MAX_LINE = 800
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""The longest error of several lines, in characters: about one screen. The error only counts the remaining lines."""
+"""The longest error of several lines, in characters: about one screen. Only the number of further lines is shown."""
 
 MAX_PATH = 4096
 """The longest path in an error, in characters: the limit of Linux."""
@@ -261,7 +261,7 @@ _CURES = {
     errno.EEXIST: "Move the file that has the name of a needed folder",
     errno.ENOTDIR: "Move the file that has the name of a needed folder",
     errno.ENOENT: "Check the spelling of the path",
-    errno.EISDIR: "Name a file, not a folder",
+    errno.EISDIR: "Pass a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
 }
 

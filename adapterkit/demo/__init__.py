@@ -1,4 +1,4 @@
-"""The demo: merge adapters into a small model, each for a variant of its task; verify and score the results offline."""
+"""The demo: merge adapters for variants of a task into a small model; verify and score the results, all offline."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction, 0 to 1, of images uint8 `[n, 8, 8]` that the model labels correctly (integers `[n]`)."""
+    """Return the fraction (0 to 1) of images uint8 `[n, 8, 8]` for which the model predicts the label, int `[n]`."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 

@@ -255,7 +255,7 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return a bound of the result's rank: `one's` (the rank of one adapter), the `sum` of the ranks, or `more`."""
+    """Return a bound on the result's rank: `one's` (the rank of one adapter), the `sum` of the ranks, or `more`."""
     import numpy as np
 
     given = _adapters(name, 0)

@@ -258,8 +258,8 @@ class SchemeTests:
         """Write a base that is quantized with this scheme into `folder`, and return its dequantized weights.
 
         Returns:
-            The name of each quantized weight -> a numpy array `[out, in]` with the values that the scheme's library
-            dequantizes.
+            The name of each quantized weight -> a numpy array `[out, in]` with the dequantized values, as the
+            scheme's library computes them.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 

@@ -226,7 +226,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 def add_to_rows(
     layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Run a layer that is a matrix product, and add each row's change, from the slots of a stack.
+    """Run a layer that is a matrix product, and add to each row the change from the row's slot of a stack.
 
     Args:
         layer: the layer.
@@ -254,7 +254,7 @@ def add_to_rows(
 
 
 WIDE = 64
-"""The highest sum of ranks at which multiplying all adapters by all rows costs less than sorting the rows."""
+"""The highest sum of ranks at which multiplying all rows by all factors costs less than sorting the rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,8 +337,8 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 class RowPlan:
     """A cached plan for the forward of an `nn.Linear` that has few frozen adapters and one token in each row.
 
-    A model of width 256 spends 25 % of such a forward on choosing one of the functions below again. A plan only checks
-    what may have changed since: settings, tensors, and the state of torch.
+    In a model of width 256, choosing among the functions below takes 25 % of such a forward. A plan caches the choice,
+    and only checks what may have changed: settings, tensors, and the state of torch.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
 # forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
 # read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
-# or 8-bit values (its layerwise casting).
+# or 8-bit values (diffusers' layerwise casting).
 #
 # accelerate keeps the inner forward in an attribute of the module, diffusers in a reference that its first hook calls.
 
@@ -129,8 +129,8 @@ class ForwardProbe:
             Unsupported: the hook did not run.
         """
         if threading.get_ident() not in self.met:
-            why = f"another tool put a forward on a {type(module).__name__} that bypasses the adapter"
-            cure = "Let it call the previous forward, or inject the adapter afterwards"
+            why = f"another tool replaced a {type(module).__name__}'s forward by one that bypasses the adapter"
+            cure = "Let the new forward call the previous one, or inject the adapter afterwards"
             raise Unsupported(why, where=str(self.hook.parts[0].target) if self.hook.parts else None, cure=cure)
         self.hook.known = self.standing
         self.stop()

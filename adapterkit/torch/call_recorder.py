@@ -80,7 +80,7 @@ class ShadowState:
 
 
 class Standing(nn.Module):
-    """The network with its values as a separate module: it takes its inputs by position and returns the state.
+    """The network and its values, as a separate module that takes its inputs by position and returns the state.
 
     Args:
         model: the base, or a model like it without values.
@@ -144,7 +144,7 @@ def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping
     ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
     if ids is None and embeds is None:
         why = "its formula needs the model's own input, which the model was not called with"
-        raise UsageError(why, cure="Call the model that it was injected into, with input_ids= or inputs_embeds=")
+        raise UsageError(why, cure="Pass input_ids= or inputs_embeds= to the model with the adapter")
     if update.shared_embeddings and embeds is None:
         ids, embeds = None, _embed(model)(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
@@ -179,7 +179,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 EMBEDDINGS = "embed_tokens.weight"
-"""The embeddings, which are missing in a network that uses the base's."""
+"""The name of the embeddings; a network that uses the base's embeddings has no tensor of this name."""
 
 
 # The recorder.
@@ -192,7 +192,7 @@ SHADOW: Final = "shadow"
 
 
 class KeyValueCache(Protocol):
-    """A cache of past keys and values, as transformers has it."""
+    """A cache of past keys and values, as in transformers."""
 
     def get_seq_length(self) -> int: ...
 

@@ -50,7 +50,7 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter whose layer outputs are the weighted mean of the outputs under each given adapter.
+    """Return an adapter that gives, at each layer, the weighted mean of the outputs with each given adapter.
 
     The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
     target, the output of the unchanged layer is used for this adapter.
@@ -305,7 +305,7 @@ class ComposedBlock(OutputUpdate):
             child.check_against(shape)
 
     def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
-        """Return the layer's output under a child, before the residual and norm if the block acts there."""
+        """Return the layer's output with a child applied, before the residual and norm if the block acts there."""
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
         y: Tensor = cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
@@ -318,7 +318,7 @@ class ComposedBlock(OutputUpdate):
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        """Return the block's output, combined from the outputs under its children."""
+        """Return the block's output, combined from the layer's outputs with each child."""
         raise AssertionError("each block defines it")
 
 
@@ -335,7 +335,7 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """Take the weighted sum of the layer's outputs under each child."""
+    """Take the weighted sum of the layer's outputs with each child."""
 
     weights: tuple[float, ...] = ()
 
@@ -352,7 +352,7 @@ class SplitBlock(ComposedBlock):
     def check(self) -> None:
         super().check()
         if self.asks:
-            why = "a formula that reads the model's call cannot run on only a part of the positions"
+            why = "a formula that reads arguments of the model's call cannot run on only a part of the positions"
             raise Unsupported(why, cure="Leave this adapter out of split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
@@ -370,7 +370,7 @@ class SplitBlock(ComposedBlock):
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: h' = residual + an attention, with the layer as query, over the outputs of its bottlenecks.
+    """AdapterFusion: h' = residual + attention over the outputs of the layer's bottlenecks; the layer gives the query.
 
     Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are None if the config does not
     use them.

@@ -5,8 +5,8 @@ transformers' models take both. Callers use the model as before, with token ids 
 `generate()`. The output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are
 added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
 arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
-and positions are shifted by the number of virtual tokens. Prefixes of single attentions are below. Such
-prefixes are not tokens of the model, so no positions are shifted.
+and positions are shifted by the number of virtual tokens. A prefix of a single attention (see below)
+does not consist of tokens of the model, so it shifts no positions.
 
 The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
 before all of them. `task_ids=` in a call picks the tasks of multitask prompts.
@@ -100,7 +100,7 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention's forward with prefixes, the first update's in front.
+    """Run an attention's forward with the prefixes of updates; the first update's prefix comes first.
 
     Raises:
         Unsupported: the attention is computed by a function that cannot take a prefix.
@@ -477,7 +477,7 @@ Words = dict[str, object]
 
 
 def check_tasks(updates: Sequence[Update], tasks: object) -> None:
-    """Check the task ids of a call, because indexing would take -1 for the last task.
+    """Check the task ids of a call, because index -1 would select the last task.
 
     Raises:
         UsageError: an update has no task with one of these numbers.
@@ -537,7 +537,7 @@ class ContextCall:
         out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
             raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
-        # A caller that did not want a cache must not get one, or it would continue with the cache and repeat its
+        # Return no cache if the caller did not want one: the caller would continue with the cache and repeat its
         # tokens.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (

@@ -54,8 +54,8 @@ def create(
 
     With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
     initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT overwrites the base; here the adapter stores
-    the subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same in
-    every file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates with
+    the subtracted part as an additional update, `residual`, which is not trained. So the adapter computes the same
+    from any file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates with
     `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a full
     matrix.
 
@@ -66,8 +66,9 @@ def create(
             the part after any dot, of parameters and of modules with a weight (of all modules, for a method that
             changes outputs). A regular expression must match the whole name. "all-linear" matches every linear layer
             (and GPT-2's Conv1D) except the output head. The head is the result of `get_output_embeddings()` of a
-            transformers model or, in its classifiers, `score` or `classifier`. Methods that add context ignore
-            `targets`. The exception is adaption prompts, which act on all attentions unless globs choose some.
+            transformers model; in its classifiers, the head is the module `score` or `classifier`. Methods that add
+            context ignore `targets`. The exception is adaption prompts, which act on all attentions unless globs
+            choose some.
         exclude: choices that are removed from the targets, each of which must match something.
         layers: the numbers of the blocks to adapt; a block's number is the first number in a name. All blocks if not
             given.
@@ -79,12 +80,12 @@ def create(
         use_rslora: divide alpha by the square root of the rank.
         init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
             steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
-            `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and with data `corda` (`corda_kpm` for its other mode)
-            and `eva`.
+            `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and, with `data`, `corda` (`corda_kpm` for its other
+            mode) and `eva`.
         data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
             positional arguments, any other value as the only argument.
-        rho: for `eva`, which redistributes ranks by explained variance: a layer gets at most `rho` times its own rank.
-            1 leaves all ranks equal.
+        rho: for `eva`, which redistributes ranks according to explained variance: a layer gets at most `rho` times its
+            own rank. 1 leaves all ranks equal.
         dropout: in training, the probability that an input element of the change is set to 0, as in PEFT's
             `lora_dropout`. For LoHa and LoKr, the probability that a row of the change is set to 0 (`rank_dropout`);
             for OFT and BOFT, the share of blocks that do not rotate.
@@ -150,7 +151,7 @@ def create(
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that a model's config says it was loaded from; {} if the files are gone.
+    """Return the fingerprint of the files that a model was loaded from, as its config records; {} if they are gone.
 
     The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
     """
@@ -266,7 +267,7 @@ def _started(
 
 
 def _own(leaf: object) -> Tensor:
-    """Copy a tensor to new memory in the axis order of files, so that training starts as if it came from a file."""
+    """Copy a tensor to new memory in the axis order of files; training then starts as if a file had contained it."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 

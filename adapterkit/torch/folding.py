@@ -203,7 +203,7 @@ class Memory:
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
-        """Return the names of all parameters that share memory with a tensor, its own names included."""
+        """Return the names of all parameters that share memory with a tensor, including its own names."""
         if is_sharded(tensor):  # A DTensor has no address; two DTensors share memory only if they are the same object.
             return [name for name, other in self._sharded if other is tensor]
         start, stop = _range(tensor)
@@ -213,7 +213,7 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield all parameters by name: a tied one once for each of its modules, but a module with two names only once."""
+    """Yield all parameters by name; a tied parameter once per module, a module with two names only once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -299,7 +299,7 @@ def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
 
 
 class Unmerging:
-    """Undo a merge module by module, and redo it if that fails halfway.
+    """Undo a merge module by module; if undoing fails halfway, restore the merged weights.
 
     Keeping the bits from before the merge for all modules at once would take the memory of a second model, and keeping
     the merged bits would take the memory of a third. So as soon as a parameter has its earlier bits back, their copy is
@@ -368,7 +368,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
         owner, _, name = path.rpartition(".")
         holder = hook.module.get_submodule(owner)
         if name not in holder._parameters and name not in holder._buffers:
-            cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
+            cure = "Call torch.nn.utils.remove_weight_norm or prune.remove first, or keep the adapter injected"
             raise NotMergeable("the weight is computed from other tensors in each forward", where=where, cure=cure)
         if parameter.is_meta or id(parameter) in memory.on_disk:
             cure = "Load the weights first, or write handle.adapter() and merge it into the base's files"

@@ -428,7 +428,7 @@ class ForwardHook:
             return False
         if len(parts) > 1 and _in_order(parts):
             if isinstance(self.layer, Quantized) or self._drops(parts):
-                why = "one adapter has several targets at one layer, and not all of them are additive"
+                why = "one adapter has several targets at one layer, and not all of its updates there are additive"
                 cure = "Put the updates at one target, or inject without dropout into a layer that is not quantized"
                 raise Unsupported(why, where=str(parts[0].target), cure=cure)
             return False
@@ -440,7 +440,7 @@ class ForwardHook:
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
-        """Return the output in training of an update that scales rows of W + B A, or None for other formulas."""
+        """Return the output, in training, for an update that scales rows of W + B A; None for other formulas."""
         layer = self.layer
         plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
         if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
@@ -682,7 +682,7 @@ class HookEntry:
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
-    """Return y + sum of weight * (f(x) - y), running the base once; a single part of weight 1 is just its formula."""
+    """Return y + sum of weight * (f(x) - y), running the base once; for a single part of weight 1, return f(x)."""
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
     if layer.module.training and any(part.dropout for part in parts):

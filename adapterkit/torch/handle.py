@@ -523,7 +523,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return parameters of one model with their values after merging the handles' adapters together, in float64.
+    """Return parameters of one model with their float64 values after all handles' adapters are merged together.
 
     Raises:
         NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.

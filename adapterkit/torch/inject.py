@@ -353,7 +353,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return the live updates as the methods that the adapter stores, with the same tensors."""
+    """Return the live updates as updates of the methods that the adapter stores, with the same tensors."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -393,8 +393,8 @@ def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "to_dict"):
         return None
     words: dict[str, Any] = config.to_dict()
-    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig with model_type `exaone`; its dict has
-    # `llama`.
+    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig with model_type `exaone`, but its
+    # `to_dict()` contains `llama`.
     said = getattr(config, "model_type", None)
     return words | ({"model_type": said} if isinstance(said, str) and said else {})
 
@@ -482,7 +482,7 @@ def _warn_of_bias(head: str) -> None:
     layer = head.removesuffix(".weight")
     warnings.warn(
         f"the bias of {layer} is kept, as in PEFT's own merge; PEFT's forward pass omits the bias if rows of tokens "
-        f"are trained at a tied head. To get the logits of the training, set the bias to zero: "
+        f"are trained at a tied head. To get the same logits as in training, set the bias to zero: "
         f"model.get_submodule({layer!r}).bias.data.zero_()",
         stacklevel=4,
     )

@@ -351,7 +351,7 @@ def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 #   itself before the forward, and adapters run inside that; see bypass.py.
 #
 # If an update needs the weight, the tensor or the module dequantizes it. GPTQ's and AWQ's modules have no common method
-# for that, so the rows of an identity matrix are sent through the layer, which gives the weight it computes with.
+# for that, so the rows of an identity matrix are sent through the layer: the result is its dequantized weight.
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -405,7 +405,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether another forward than nn.Linear's computes the output; nn.Linear's cannot compute with 8 bits."""
+    """Whether a forward other than nn.Linear's computes the output; nn.Linear's cannot compute in 8 bits."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
@@ -445,8 +445,9 @@ def _by_identity(packed: nn.Module) -> Tensor:
 # Apply dropout in training as PEFT does; each method's class names its kind of dropout (`Update.dropout`).
 #
 # * `input`: y = layer(x) + change(dropout(x)); the base gets the input without dropout. PEFT: `lora_dropout`,
-# `vera_dropout` ... * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr. *
-# `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT and `boft_dropout`.
+#   `vera_dropout` and others.
+# * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr.
+# * `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT, and `boft_dropout`.
 #
 # Each update draws from torch's global generator after the base has run, and draws the numbers that PEFT draws there.
 # So with the same seed the losses equal PEFT's.
@@ -508,7 +509,9 @@ def dropped_change(
 
 
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
-    """Return 1 for each row that is kept, as PEFT's LoHa and LoKr draw them.
+    """Return a factor for each row, drawn as in PEFT's LoHa and LoKr: 0 drops the row, any other factor keeps it.
+
+    The other factor is 1 or, if `scaled`, 1 / (share of kept rows).
 
     Draw and discard one number first, as each of PEFT's layers does.
     """

@@ -212,7 +212,7 @@ class LiveUpdates:
 
     @property
     def attached(self) -> tuple[Update, ...]:
-        """The updates with tensors of an earlier time, which may be outdated: use only the methods and names."""
+        """The updates with earlier tensors, which may be outdated: use only the methods and names."""
         return self._updates
 
     @property
@@ -310,7 +310,7 @@ class Registration:
 
 
 def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
-    """Return the module that a leaf used by `holder` is registered with.
+    """Return the module in which to register a leaf that `holder` uses.
 
     This module is `holder` if `holder` has parameters, so that FSDP2 and ZeRO gather the leaf together with the weight
     that the leaf changes. Otherwise the leaf would come before the first parameter of the base (see the module

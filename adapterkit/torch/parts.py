@@ -154,7 +154,7 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
     norms = [name for name, child in module.named_children() if type(child).__name__.endswith("Norm")]
     if len(norms) > 1:
         why = f"it is unclear which of {', '.join(norms)} follows the residual"
-        raise Unsupported(why, where=where, cure="Name `residual` and `norm` in the update")
+        raise Unsupported(why, where=where, cure="Set the update's `residual` and `norm`")
     return norms[0] if norms else None
 
 
@@ -163,7 +163,7 @@ class CallArguments(dict[str, object]):
 
     def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
-        cure = f"Call the model that it was injected into, with {given}="
+        cure = f"Pass {given}= to the model that the adapter was injected into"
         raise UsageError(f"its formula needs {name}, which the model was not called with", cure=cure)
 
 
@@ -357,7 +357,7 @@ class Part:
 
     @property
     def home(self) -> str:
-        """The path of the hook's module at the time of attaching; a target may be a module or parameter below it."""
+        """The path of the hook's module when the part was attached; a target may be a module or parameter inside it."""
         path = self.target.path
         below = self.weight or self.bias or ""
         for rest in (below, below.rpartition(".")[0]):

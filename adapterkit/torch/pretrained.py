@@ -43,9 +43,9 @@ def check_transformers(path: Path, work: str) -> None:
         raise UsageError(f"{work} needs transformers, which is not installed", path=path, cure=cure)
     if not (path / "config.json").is_file():
         why = "the folder is not a transformers model: it has no config.json"
-        cure = "Name a folder that save_pretrained wrote, or a snapshot from a hub"
+        cure = "Pass a folder that save_pretrained wrote, or a snapshot from a hub"
         if (path / "adapter_config.json").is_file():
-            cure = "The folder is an adapter: name the model that it was trained on instead"
+            cure = "The folder is an adapter: pass the model that the adapter was trained on instead"
         raise Malformed(why, path=path, cure=cure)
 
 
@@ -80,11 +80,11 @@ def load_pretrained(
     built = getattr(transformers, name, None)
     if built is None or not hasattr(built, "from_pretrained"):
         known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])
-        cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
+        cure = known or "Install a newer transformers, or export the torch model with adapterkit.onnx.export"
         raise Unsupported(f"the installed transformers has no class {name}", path=source, cure=cure)
     if (source / "adapter_config.json").exists():
-        # transformers would load the base that this file names instead of this folder.
-        cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
+        # Instead of this folder, transformers would load the base that this file names.
+        cure = "Pass the base's folder as MODEL, and this folder with --adapter (adapter=)"
         raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
     known_only = {"local_files_only": True, "trust_remote_code": False}
     try:

@@ -1,8 +1,8 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
 A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds the change of each row's
-adapter to the output. Any other module with adapters runs once for each group of rows, by its own forward or by its
-layer's formula. Modules without adapters run once.
+adapter to the output. Any other module with adapters runs once for each group of rows, with its own forward or with the
+formula for its layer. Modules without adapters run once.
 
 Rows are one axis of a module's tensors: the first, or `axis`. For torch's recurrent layers and attention, `batch_first`
 gives the axis. A module is refused if its rows cannot be identified. This happens if the rows are the module's second
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def route(
     model: nn.Module, names: Sequence[str | None], *, flattened: bool = False, axis: int | None = None
 ) -> Iterator[None]:
-    """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]`, or the base for None.
+    """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
     Rows are the first axis of each module's inputs and outputs; an argument whose first axis has another length is the
     same for all rows. The route applies only in this thread (and this asyncio task). Inside the route,

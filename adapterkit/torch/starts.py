@@ -263,7 +263,7 @@ class Moments:
         self.tokens += len(flat)
 
     def covariance(self) -> Tensor:
-        """Return CorDA's covariance `[in, in]`: the mean over batches of x^T x, each divided by its largest value."""
+        """Return CorDA's covariance `[in, in]`: the mean of x^T x over batches, with each x divided by its maximum."""
         out: Tensor = self.scaled / self.batches
         return out
 

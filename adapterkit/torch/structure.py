@@ -243,7 +243,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            renamed[plain] = path  # The innermost of several modules with this name comes last, and counts.
+            renamed[plain] = path  # If several modules have this name, the innermost comes last.
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)
     if not any(target.path in renamed for target in adapter.updates):

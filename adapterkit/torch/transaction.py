@@ -93,7 +93,7 @@ class _State:
 
 
 class _Attributes:
-    """A copy of an object's attributes, and of the elements of those that are lists."""
+    """A copy of an object's attributes; attributes that are lists are copied too."""
 
     def __init__(self, each: object) -> None:
         self.held = each.__dict__

@@ -165,15 +165,15 @@ class Watch:
         self._forwards: Forwards | None = None
         _hook_of(model).add(self)
         notice_replacements()
-        # torch's fused encoder layer reads parameters without calling the modules that hold them, unless one has a
-        # hook.
+        # torch's fused encoder layer reads parameters without calling the modules that hold them, unless one of
+        # them has a hook.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
     def __getstate__(self) -> dict[str, object]:
-        # A class function that was patched since cannot be pickled; a copy looks up the current functions.
+        # A class function that was patched since then cannot be pickled; a copy looks up the current functions.
         return {**self.__dict__, "_forwards": None}
 
     @property
@@ -215,7 +215,7 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules with tensors of the adapter (with `trained`, only trained ones) and those around them."""
+        """Return the modules with tensors of the adapter (with `trained`, only trained ones) and the modules around."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
@@ -272,13 +272,15 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 
 
 class _Step:
-    """The forward pre-hook of a module between a model and its adapters, for code that calls only this module.
+    """The forward pre-hook of a submodule that contains modules with adapters.
 
-    The hook refers only to the part of the model below the module, so that a copy of one block does not copy the model.
+    The hook does the check when code calls this submodule directly instead of the whole model.
+
+    It refers only to the modules inside the submodule, so that a copy of one block does not copy the model.
 
     Args:
-        module: the module.
-        places: the steps that start at the module or at a list inside the module: lists are never called, so they run
+        module: the submodule.
+        places: the steps that start at the submodule or at a list inside it: lists are never called, so they run
             no hooks.
         home: the model.
     """
@@ -346,7 +348,7 @@ class _Step:
 
 
 class _Hook:
-    """The forward pre-hook of a model with adapters, shared by all of them because most have the same modules."""
+    """The forward pre-hook of a model with adapters, shared by all adapters, because most change the same modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,11 +1,11 @@
 """A local web page that runs commands. Its forms show the options of the commands; each job runs a command.
 
 `forms` describes commands as data and builds command lines, `jobs` runs command lines, and this module serves the page.
-A job runs a command line in a process, so it writes the same bytes as the command in a terminal. The server can be
-reached only from this machine.
+A job runs a command line in a separate process, so it writes the same bytes as the command in a terminal. The server
+can be reached only from this machine.
 
-Any web page can send requests to 127.0.0.1, and the domain name of a web page can point to 127.0.0.1. So three things
-are checked, and requests from other sites in the same browser and from other users of the machine are refused. A
+Any web page can send requests to 127.0.0.1, and the domain name of a web page can point to 127.0.0.1. So the server
+checks three things, to refuse requests from other sites in the same browser and from other users of the machine. A
 request must have the token, which only the terminal shows. Its Host header must be the address of this server. A
 request that changes something must come from this page.
 """
@@ -226,7 +226,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             raise UsageError("the value must be a list of adapters", cure="Fill in the form")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
         if not 2 <= len(named) <= MOST:
-            raise UsageError(f"{len(named)} adapters are given", where="A...", cure=f"Name 2 to {MOST} adapters")
+            raise UsageError(f"{len(named)} adapters are given", where="A...", cure=f"Choose 2 to {MOST} adapters")
         base = given.get("base")
         with measuring:
             return products(named, None if not base else str(forms.inside(str(base))))
@@ -335,7 +335,7 @@ def serve(
         raise missing(error) from error
     for root in roots:
         if not root.is_dir():
-            raise UsageError("this folder does not exist", path=root, cure="Name folders that exist")
+            raise UsageError("this folder does not exist", path=root, cure="Pass folders that exist")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -124,7 +124,7 @@ class Forms:
             UsageError: the path is outside the open folders, or is an address.
         """
         if is_address(value):
-            cure = "Start the page with --hubs, or download it first with adapterkit pull"
+            cure = "Start the page with --hubs, or download the files first with adapterkit pull"
             why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
             raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
@@ -141,7 +141,7 @@ class Forms:
             )
             raise UsageError("the path is outside the open folders", where=value, cure=cure)
         if output and real in self.roots:
-            raise UsageError("an open folder itself cannot be replaced", where=value, cure="Name a folder inside it")
+            raise UsageError("an open folder itself cannot be replaced", where=value, cure="Choose a folder inside it")
         return real
 
     def words(self, command: str, values: Mapping[str, object]) -> list[str]:
