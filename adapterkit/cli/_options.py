@@ -488,7 +488,7 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Return the options of a command that may have a default, by their long names without dashes."""
+    """Return the options of a command that may have a default, keyed by their long names without dashes."""
     return {
         word.removeprefix("--"): option
         for option in command.params
@@ -578,7 +578,7 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
     except OSError as error:
         if not needed:
             return b""
-        cure = "Set ADAPTERKIT_CONFIG to a file, or to nothing to read no file"
+        cure = "Set ADAPTERKIT_CONFIG to a file, or leave it empty to read no file"
         raise StorageError(f"the file cannot be read: {error.strerror}", path=path, cure=cure) from None
     if len(data) > _MOST:
         if not needed:

@@ -58,7 +58,7 @@ def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool
 
     if overwrite or digest is None:
         return False
-    take_over(Path(out))  # A run that was killed right before its last rename left finished output in a staging folder.
+    take_over(Path(out))  # If a run was killed before its last rename, its output is in a staging folder.
     if not Staging(Path(out)).is_finished(digest):
         return False
     show(settings, {"out": out, "already_done": True}, _view)

@@ -136,7 +136,7 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
 
 
 def _error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error of cutting ranks, over all targets, relative to the norm of the result; None without a cut."""
+    """Return the error from cutting ranks at all targets, relative to the norm of the result; None without cuts."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 

@@ -64,7 +64,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--max-scale-error", type=float, default=0.1, show_default=True, metavar="SHARE",
-    help="Maximum error of the scale of the change, which is 1 in a correct merge.",
+    help="Maximum error of the change's scale; in a correct merge, the scale is 1.",
 )  # fmt: skip
 @click.option(
     "--max-part-error", type=float, default=0.3, show_default=True, metavar="SHARE",

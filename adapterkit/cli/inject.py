@@ -96,7 +96,7 @@ def command(
 
 
 def _inputs(path: str, check: bool) -> dict[str, Array]:
-    """Return the arrays in the file of --calibration, by name."""
+    """Return the arrays in the file of --calibration, keyed by name."""
     if not check:
         raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")
     from ..io.lazy import as_array

@@ -77,7 +77,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, list[EntryPoint]]:
-        """Return the entry points of installed packages by name, including names that a built-in entry already has."""
+        """Return the entry points of installed packages, keyed by name, including names of built-in entries."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}

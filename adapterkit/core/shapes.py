@@ -171,7 +171,7 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
     why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
-    return ShapeMismatch(why, where=what, cure="The other tensors of the update, or the file's rank, contradict it")
+    return ShapeMismatch(why, where=what, cure="Other tensors of the update, or the file's rank, contradict this shape")
 
 
 # Check the rules of a method that shape strings cannot express: ranges of values, positions, and conditions.

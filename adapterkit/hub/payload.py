@@ -302,7 +302,7 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Yield the folder with the files to push, and the files by name. Converted files are in a temporary folder.
+    """Yield the folder with the files to push, and the files, keyed by name. Converted files are in a temporary folder.
 
     Args:
         path: an adapter or a model.

@@ -124,7 +124,7 @@ def source_at(remote: Remote) -> Source:
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
-    """Return the files to download for a uri, by their names inside the folder to write.
+    """Return the files to download for a uri, keyed by their names in the folder to write.
 
     Raises:
         RemoteNotFound: no file matches.

@@ -152,7 +152,7 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
 
     Args:
         folder: the output; the model card is generated from the headers of the weight files.
-        placed: the uploaded weight files, by their names in the folder.
+        placed: the uploaded weight files, keyed by their names in the folder.
         remote: the same object that claimed the target on the hub before the uploads.
         overwrite: replace existing files that have other content.
 

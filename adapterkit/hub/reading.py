@@ -468,7 +468,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(held: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that are outside the ranges that have been downloaded."""
+    """Return the parts of the wanted ranges that have not been downloaded yet."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in held:

@@ -292,7 +292,7 @@ class Remote(ABC):
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files that already exist at the target of a push, by path; None if the repository is missing.
+        """Return the files that exist at the target of a push, keyed by path; None if the repository is missing.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -319,7 +319,7 @@ class Remote(ABC):
         """Upload files so that no reader sees half of them.
 
         Args:
-            files: all files of the push, by path.
+            files: all files of the push, keyed by path.
             changed: the files that the hub lacks or has with other content.
             found: the digests of all files.
             message: the commit message.

@@ -91,7 +91,7 @@ class LoKr(Additive):
 
     @property
     def _product(self) -> Tensor:
-        """The scaled product of both factors, which has as many elements as the weight."""
+        """The scaled product of both factors; it has as many elements as the weight."""
         w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)

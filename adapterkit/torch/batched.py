@@ -132,7 +132,7 @@ class KeptStacks:
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
-    """Return the dtype for a stack at a layer with the dtype of `like`.
+    """Return the dtype of a stack, for a layer that has the dtype of `like`.
 
     Compiled code keeps a 16-bit dtype, because compilers fuse the products. Without a compiler, the products are
     computed in float32.
@@ -143,7 +143,7 @@ def _dtype_of(like: Tensor) -> torch.dtype:
 def rank_of(part: Part, layer: Layer) -> int:
     """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
-    High-rank factors do not count if their products cost more than the layer itself, as for some LoHa.
+    Factors of high rank do not count if multiplying by them costs more than the layer itself, as for some LoHa.
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0

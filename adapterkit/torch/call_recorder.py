@@ -154,7 +154,7 @@ def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping
 
 
 def tensors_of(update: Shadow) -> dict[str, Tensor]:
-    """Return the network's tensors, by name."""
+    """Return the network's tensors, keyed by name."""
     sizes = [prod(shape) for shape in update.parts.values()]
     network: Any = update.network
     pieces = zip(update.parts.items(), network.split(sizes), strict=True)

@@ -82,7 +82,7 @@ class AttentionConfig(Protocol):
 
 
 class Prefixed:
-    """An attention's config while threads run it with their own prefixes; other threads see the original config."""
+    """The config of an attention that some threads run with prefixes; other threads see the original config."""
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config, self.prefix, self.users = config, Prefix(), 0
@@ -441,7 +441,7 @@ def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
     """Check that an attention can take a prefix and that the prefix fits its keys."""
     if not is_attention(module) or update.place not in ("past", "prefix"):
         why = f"{update.method} cannot be applied to a {type(module).__name__}"
-        raise Unsupported(why, where=where, cure="Target an attention of transformers for a prefix, else a whole model")
+        raise Unsupported(why, where=where, cure="Target an attention for a prefix, and a whole model otherwise")
     dims = {"layers": 1, **update.dims()}
     gated = {"width": dims["width"]} if "gate" in update.tensors else {}
     for name, size in {"layers": 1, **key_sizes(module)}.items():
@@ -473,7 +473,7 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 Words = dict[str, object]
-"""Arguments of a call, by name."""
+"""Arguments of a call, keyed by name."""
 
 
 def check_tasks(updates: Sequence[Update], tasks: object) -> None:

@@ -213,7 +213,7 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield all parameters by name; a tied parameter once per module, a module with two names only once."""
+    """Yield (name, parameter): a tied parameter once per module; the parameters of a module with two names once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -269,7 +269,7 @@ def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tenso
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
-    """Return a hook's parameters with the parts subtracted, by parameter id.
+    """Return a hook's parameters with the parts subtracted, keyed by the ids of the parameters.
 
     The parameters themselves do not change.
     """

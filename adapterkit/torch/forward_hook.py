@@ -185,7 +185,7 @@ class ForwardHook:
             owner.__dict__[name] = self.before
         elif slot == (self.module, "forward"):
             del owner.__dict__[name]
-        else:  # Another tool wrapped this hook later, and calls whatever this slot holds.
+        else:  # Another tool wrapped this hook later; its wrapper calls the forward in this slot.
             owner.__dict__[name] = self.original
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -309,7 +309,7 @@ class ForwardHook:
         y = plan.run(x)
         if y is None and plan.token is None:
             # Offloading and FSDP2 load a new weight for each forward. If every second forward computed in another way,
-            # a checkpointed block would save other tensors than its recomputation does, which torch refuses.
+            # a checkpointed block and its recomputation could save different tensors; torch refuses this.
             y = self._new_plan(scope).run(x)
         return y
 
@@ -526,7 +526,7 @@ class ForwardHook:
         return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the module's parameters as the parts change them, by path.
+        """Return the module's parameters as the parts change them, keyed by path.
 
         The parameters are in `dtype`. By default, they are computed in 32 bits and rounded once.
         """

@@ -118,7 +118,7 @@ class Handle:
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """Return the adapter's switches at copied layers of the model, with their hooks.
+        """Return a map from the adapter's switches at copied layers of the model to the hooks of these layers.
 
         A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
         others. A layer that is copied out of the model is independent.
@@ -203,7 +203,7 @@ class Handle:
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
     def _named_leaves(self) -> Iterator[tuple[str, Leaf]]:
-        """Yield all registered tensors by name; yield a shared tensor once."""
+        """Yield (name, tensor) for all registered tensors; yield a shared tensor once."""
         self._check()
         seen: set[int] = set()
         for target, each in self._bound.items():
@@ -217,7 +217,7 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield the tensors of layers that were copied inside the model, named by these layers."""
+        """Yield (name, tensor) at layers that were copied inside the model; a name contains the path of the copy."""
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
         for switch, hooks in copies.items():
@@ -231,7 +231,7 @@ class Handle:
                                 yield _name(copied, part.bound.attached, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the trained tensors by the names of `named_parameters()`, for a training checkpoint.
+        """Return the trained tensors, keyed by the names of `named_parameters()`, for a training checkpoint.
 
         The tensors are the model's own, detached, as from `nn.Module.state_dict`. Under FSDP2 they are DTensors: save
         them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process. For
@@ -503,7 +503,7 @@ def _copy(leaf: object) -> Tensor:
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
-    """Return the handles of the adapters attached to a model or to modules inside it, by name.
+    """Return the handles of the adapters attached to a model or to its modules, keyed by name.
 
     A deep copy of a model has its own handles. Wrappers (DDP, `torch.compile`) may be passed too.
 

@@ -128,7 +128,7 @@ def _of_classifier(
 
 
 def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
-    """Sort paths by the order of the model's modules; a path may have a longer or shorter prefix than the module."""
+    """Sort paths in the order of the model's modules; a path may have a longer or shorter prefix than the module."""
 
     def position(path: str) -> int:
         fits = (at for at, n in enumerate(names) if n == path or n.endswith(f".{path}") or path.endswith(f".{n}"))

@@ -1,7 +1,7 @@
 """The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them.
 
-Updates of outputs wrap any module's call, with its residual and norm, in the interface that the updates use. A module
-adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
+Updates of outputs use one interface for the call of any module, including its residual and norm. A module adds the
+residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
 output before the residual is computed by running the module on a residual of 0 and skipping its norm. Otherwise, the
 block around the module adds the residual. In this case, an update names the module that reads the residual, and a
 recorder at that module keeps the residual until it is needed.
@@ -32,7 +32,7 @@ Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""A function that returns the module's parameters by name, with the attached updates of weights applied."""
+"""A function that returns the module's parameters, keyed by name, with the attached updates of weights applied."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
@@ -159,7 +159,7 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
 
 
 class CallArguments(dict[str, object]):
-    """The arguments of the model's call, by name; reading any other name is an error."""
+    """The arguments of the model's call, keyed by name; reading any other name is an error."""
 
     def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
@@ -288,7 +288,7 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class OutputChange:
-    """One adapter's updates of an output in one call, with its weight and the residual that its recorder kept."""
+    """One adapter's updates of an output in one call, the adapter's weight, and the residual that its recorder kept."""
 
     weight: float
     updates: Sequence[Update]

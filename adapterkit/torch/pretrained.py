@@ -57,7 +57,7 @@ def load_pretrained(
     Args:
         source: the folder; its `config.json` names the class.
         dtype: the name of the torch dtype of the weights.
-        state: the weights by their stored names; if None, the weights in the folder's files.
+        state: the weights, keyed by their stored names; if None, the weights in the folder's files.
         lacking: a list to which the names of weights that the files lack are added; transformers draws these weights.
 
     Raises:

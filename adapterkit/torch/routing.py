@@ -97,7 +97,7 @@ class _Hook(Protocol):
 
 
 def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
-    """Return the adapters attached to a model, by name; cached until an adapter is attached, removed or changed."""
+    """Return the switches of a model's adapters, keyed by name; the cache is valid until one of them changes."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept

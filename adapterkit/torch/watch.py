@@ -30,7 +30,7 @@ from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
 from .sharding import check_averaged
 
-# Detect at once that another tool removes an adapter from a model, if the model's next forward could not detect it.
+# Detect at once when another tool removes an adapter from a model and the model's next forward could not detect this.
 #
 # `Watch` checks the model before each forward. The following tools finish before the next forward:
 #

@@ -92,7 +92,7 @@ def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a copy that shares a module's state, except for the attributes that `values` replaces by path.
+    """Return a copy that shares a module's state, except for new values of the attributes at the paths in `values`.
 
     Other threads continue to use the module itself.
     """

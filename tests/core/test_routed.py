@@ -252,9 +252,7 @@ def test_rows_of_several_adapters_have_their_own_words(made):
 def test_what_a_call_lacks_is_named(made):
     model = fresh(llama)
     handle = ak.torch.inject(model, ak.read(made("poly")))
-    with pytest.raises(
-        UsageError, match=r"needs task_ids, which the model was not called with\. Pass task_ids= to"
-    ):
+    with pytest.raises(UsageError, match=r"needs task_ids, which the model was not called with\. Pass task_ids= to"):
         model(IDS)
     with pytest.raises(ShapeMismatch, match="one task number for each row"):
         model(IDS, task_ids=torch.tensor([0]))

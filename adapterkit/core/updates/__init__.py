@@ -182,8 +182,8 @@ class OutputUpdate(Update):
     `layer.per_channel(v)`: a vector in a shape that can be added to the output.
     `layer.channel`: the axis of the channels.
     `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
-    `layer.call`: the arguments with which the model was called, by name. A method lists the arguments that it needs in
-        `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
+    `layer.call`: the arguments with which the model was called, keyed by name. A method lists the arguments that it
+        needs in `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
         `input_ids` starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter.
         `shadow` is the state of a network in parallel with the model: at each block, the formula reads the state with
         `state`, and stores the next block's state with `keep`.

@@ -65,7 +65,7 @@ class Layer(Protocol):
 
     @property
     def call(self) -> Mapping[str, Any]:
-        """The arguments of the model's own call, by name."""
+        """The arguments of the model's own call, keyed by name."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Update:
 
     @property
     def tensors(self) -> dict[str, Leaf]:
-        """The tensors that are present, by field name."""
+        """The tensors that are present, keyed by field name."""
         found: dict[str, Leaf] = {}
         for name in self._names:
             leaf = getattr(self, name)
@@ -219,11 +219,11 @@ class Update:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The plain values by field name; an integer in a float field becomes a float."""
+        """The plain values, keyed by field name; an integer in a float field becomes a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
     def attributes_of(self, version: int) -> dict[str, JsonValue]:
-        """Return the plain values that exist in a version of the method, by field name."""
+        """Return the plain values that exist in a version of the method, keyed by field name."""
         fields = self.attribute_fields()
         return {
             name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
@@ -401,7 +401,7 @@ class Update:
             b: the bias `[out]`, or None.
             rank: the inner size, for methods that have one.
             random: a function from a shape to numbers drawn uniformly from -1 to 1, in W's dtype.
-            attributes: the plain values of the method, by field name.
+            attributes: the plain values of the method, keyed by field name.
 
         Raises:
             Unsupported: the method defines no initial value.
@@ -410,7 +410,7 @@ class Update:
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Return the tensors that new updates of several weights share, by field; pass them to `initial`."""
+        """Return the tensors that new updates of several weights share, keyed by field, to be passed to `initial`."""
         return {}
 
     @property

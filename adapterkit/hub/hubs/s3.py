@@ -317,7 +317,7 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing remote files by path; after an interrupted push, the files before that push."""
+        """Return the existing remote files, keyed by path; after an interrupted push, the files from before it."""
         if self._claimed is not None:
             # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
