@@ -21,7 +21,7 @@ from typing import Any, NotRequired, TypedDict
 from .errors import Corrupt, UsageError
 
 BATCH = 100
-"""The most paths that one call of the program gets."""
+"""The maximum number of paths in one call of the program."""
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)

@@ -331,7 +331,7 @@ def nearest(name: str, among: Iterable[str], count: int = 3, *, before: str = ""
     Args:
         name: the name that does not exist.
         among: the names that exist.
-        count: the most names to list.
+        count: the maximum number of names to list.
         before: text to put before each name.
     """
     import difflib

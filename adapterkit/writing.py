@@ -227,7 +227,7 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
-        """Return the LoRA of the smallest rank whose error is accepted."""
+        """Return the LoRA of the smallest rank for which the error is accepted."""
         from .ops import promote
 
         cuts: list[Any] = []

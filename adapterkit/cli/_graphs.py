@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
 
 MOST_SHOWN = 8
-"""The most targets whose quantization error is printed; --json shows all targets."""
+"""The maximum number of targets for which a quantization error is printed; --json shows all targets."""
 
 
 def damage_lines(record: Mapping[str, object]) -> Iterator[str]:

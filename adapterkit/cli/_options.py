@@ -27,7 +27,7 @@ class CliSettings:
     """The options that control what a command prints.
 
     Attributes:
-        json: print one JSON document on standard output, also for errors.
+        json: print one JSON document on standard output, even for errors.
         quiet: print no progress and no hints on standard error.
         debug: print a traceback with every error.
         verbose: 1 prints a line for each step; 2 also prints the details behind each result.

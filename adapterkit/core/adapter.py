@@ -402,8 +402,8 @@ DEEPEST = 100
 """Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""The most values in one record. YAML aliases can refer to lists of aliases, so a small file can expand to billions of
-values."""
+"""The maximum number of values in one record. YAML aliases can refer to lists of aliases, so a small file can expand to
+billions of values."""
 
 TOO_LARGE = 10**4300
 """The smallest integer that Python refuses to print and read: integers may have at most 4300 decimal digits."""

@@ -25,7 +25,7 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The largest number of alternatives in an expression, and of words."""
+"""The maximum number of alternatives in an expression, and the maximum number of words."""
 
 Alternatives = tuple[tuple[str, ...], ...]
 """Sets of licences; the reader of an expression may choose one set."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 MOST_ROWS = 60
-"""The most rows in a table: a table with tens of thousands of rows makes a notebook unusable."""
+"""The maximum number of rows in a table: a table with tens of thousands of rows makes a notebook unusable."""
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

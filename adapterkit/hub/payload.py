@@ -140,7 +140,7 @@ def _merged(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table. Rows whose only filled cell is the first are omitted; "" if no row is left."""
+    """Return a Markdown table. Rows with only a first cell are omitted; "" if no row is left."""
     lines = [f"| {' | '.join(cells)} |" for cells in rows if any(cells[1:])]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
 

@@ -99,8 +99,8 @@ def push(
     branch is created.
 
     A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md are
-    replaced: the base's card, which a merge copied into its output, and a generated card on the hub whose files this
-    push replaces.
+    replaced: the base's card, which a merge copied into its output, and a generated card on the hub, if this push
+    replaces the files that the card describes.
 
     Args:
         path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.

@@ -192,7 +192,7 @@ CHUNK = 1 << 20
 ASKED = 16 << 20
 """The largest total size, in bytes, of range requests in progress; a killed process loses at most these bytes.
 
-A single open-ended response would fill the buffers of both ends and of the network, whose size is not limited.
+A single open-ended response would fill the buffers at both ends and in the network, and their size is not limited.
 """
 
 ANEW = 3

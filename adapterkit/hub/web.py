@@ -106,7 +106,7 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_SAID = 64 << 10
-"""The most bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
+"""The maximum number of bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
 """The largest document to read from a hub, in bytes: a manifest, a list of files, a token; not an error or a file.
@@ -134,7 +134,7 @@ def answered(
     Args:
         method: the HTTP method.
         url: the url.
-        headers: headers that are sent to every server, also after redirects.
+        headers: headers that are sent to every server, including after redirects.
         secret: headers that are sent only to the url's own origin, and never after a redirect to another origin.
         place: the uri for error messages.
         content: the request body.

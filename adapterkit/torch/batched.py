@@ -468,7 +468,7 @@ def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: 
 
 
 def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair, whose rank is the sum of their ranks; a mask selects each row's factors.
+    """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
 
     For few adapters this takes three operations instead of five.
     """
@@ -505,7 +505,7 @@ def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: 
 
 
 def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair, whose rank is the sum of their ranks; a mask selects each row's factors.
+    """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
 
     Convolutions and embeddings need this function, because they are not matrix products. The additional work is small,
     because A is small compared with the layer's output.

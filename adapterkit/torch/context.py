@@ -1,7 +1,7 @@
 """Run context updates in live models: virtual tokens, prefixes of keys and values, prompts to attend to, new tokens.
 
 For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must take a cache of past keys and values.
-transformers' models take both. Callers use the model as before, with token ids or embeddings, also through
+transformers' models take both. Callers use the model as before, with token ids or embeddings, including through
 `generate()`. The output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are
 added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
 arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
@@ -233,7 +233,7 @@ class ContextPart:
         encoder: whether the module is the encoder of the target, which is an encoder-decoder model.
         masks: whether the module is the model around the target, which is an embedding. Then only the model's mask is
             extended.
-        biased: the attention whose table of relative positions this attention shares, if any.
+        biased: another attention, if this attention uses that attention's table of relative positions.
         tokens: the number of tokens in the embedding when the adapter was attached; new tokens are numbered after
         these.
     """

@@ -55,9 +55,9 @@ def create(
     With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
     initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT overwrites the base; here the adapter stores
     the subtracted part as an additional update, `residual`, which is not trained. So the adapter gives the same
-    result from any file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates with
-    `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a full
-    matrix.
+    result from any file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates
+    with `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a
+    full matrix.
 
     Args:
         model: the model that the adapter is for. Target names omit wrappers (`torch.compile`, DDP, PEFT).

@@ -280,7 +280,7 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if the weight and bias of a module that was copied alone have changed since the copy.
+        """Raise if the weight and bias of a module that was copied without its model have changed since then.
 
         `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
         """

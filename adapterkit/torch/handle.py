@@ -169,7 +169,7 @@ class Handle:
         """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; can be set.
 
         With `adapter`, every framework that saves the model's state dict (Trainer, Accelerate, Lightning, `torch.save`)
-        writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, also with `strict=True`, and
+        writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, even with `strict=True`, and
         leaves the base unchanged. With `base`, such checkpoints do not contain the adapter.
         """
         return self._checkpoint

@@ -3,7 +3,7 @@
 `layer(x)` runs the module. `layer.op(x, w)` runs it with the weight w and no bias, with the same stride, padding and so
 on. `layer.mix(h, w)` is a 1x1 convolution over the output's channels. `layer.per_channel(v)` reshapes a vector so that
 it can be added to the output. Weights are seen as `[out, in, *k]`, whatever the module's own layout. `OutputUpdate`
-documents the names that updates of outputs use; see parts.py too.
+documents the names that updates of outputs use; see also parts.py.
 """
 
 from __future__ import annotations

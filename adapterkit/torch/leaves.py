@@ -450,7 +450,7 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
 
 
 def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules whose parameters a module's hook loads: with `preload_module_classes`, all modules inside."""
+    """Return the modules for which a hook loads parameters: with `preload_module_classes`, all modules inside."""
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 

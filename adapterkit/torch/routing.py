@@ -173,7 +173,7 @@ def check_expert(route: Route, where: str) -> None:
         Unsupported: the module is one of a list of experts, and the route names more than one adapter.
     """
     if len(set(route.names)) > 1 and is_expert(where):
-        why = "an expert sees only the tokens that chose it, whose rows are unknown"
+        why = "an expert sees only the tokens routed to it, and their rows are unknown"
         raise Unsupported(why, where=where, cure=_ALONE)
 
 

@@ -278,7 +278,7 @@ class Moments:
 
 @torch.no_grad()
 def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -> dict[str, Moments]:
-    """Run a model over data and return the moments of the inputs of some of its modules.
+    """Run a model over data, and return the moments of some modules' inputs.
 
     Args:
         model: the model; it is switched to evaluation mode during the run.

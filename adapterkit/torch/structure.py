@@ -164,7 +164,7 @@ def embedding_of(module: nn.Module) -> nn.Module:
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""The names, in attentions, of the number of heads of the keys, and of the width of a head."""
+"""Attribute names in attentions: those for the number of key heads, and those for the width of a head."""
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -207,7 +207,7 @@ _ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """The attributes that only wrappers of torch have."""
 
 _PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
-"""The classes whose `module` is the model."""
+"""Wrapper classes that hold the model as `module`."""
 
 _LIBRARIES = {
     "composer": ("model",),

@@ -274,7 +274,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""The most adapters whose sum can be measured."""
+"""The maximum number of adapters for which the sum can be measured."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:

@@ -32,10 +32,10 @@ LEFT_OUT = frozenset({
 further files."""
 
 LONGEST = 4096
-"""The most characters in a value."""
+"""The maximum number of characters in a value."""
 
 MANY = 64
-"""The most values of an option."""
+"""The maximum number of values of an option."""
 
 
 @dataclass(frozen=True, slots=True)

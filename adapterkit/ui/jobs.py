@@ -26,7 +26,7 @@ RUNNING = 2
 """The number of jobs that run at the same time. The number is small, because a merge uses the full speed of a disk."""
 
 WAITING = 8
-"""The most jobs that may wait."""
+"""The maximum number of jobs that may wait."""
 
 KEPT = 50
 """The list keeps this many jobs that have ended."""

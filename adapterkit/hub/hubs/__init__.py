@@ -49,7 +49,7 @@ LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", 
 """Schemes that are not read through fsspec: they have a separate module, or they wrap another location."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-"""Hosts of the Hugging Face hub's web pages, whose urls users copy from a browser."""
+"""Hosts of the Hugging Face hub's web pages; users copy urls of these pages from a browser."""
 
 
 class Filesystem(Listing):
