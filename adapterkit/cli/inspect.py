@@ -128,7 +128,7 @@ def _adapter_view(record: Mapping[str, object], every: bool) -> View:
         if named["part"]:
             yield f"loaded in part by: {', '.join(named['part'])}"
         again = f"adapterkit list loaders {quote(str(record['path']))}"
-        yield f"'{again}' says which tools load it after a conversion, and why others do not"
+        yield f"'{again}' shows which tools load it after a conversion, and why other tools do not"
     if record["unknown_fields"]:
         yield f"fields that the format does not define (kept): {', '.join(texts(record, 'unknown_fields'))}"
     for args in (part(step, "args") for step in parts(record, "recipe")):

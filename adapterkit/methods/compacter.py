@@ -1,7 +1,7 @@
 """Compacter: a bottleneck of sums of Kronecker products.  Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647
 
 Parameterised hypercomplex multiplication (Zhang et al. 2021, https://arxiv.org/abs/2102.08597): h @ sum_i kron(rule_i,
-W_i) + bias. Layers may share the rules, and also the other factors.
+W_i) + bias. Layers may share the rules, and may share the other factors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weight normalisation: W' = magnitude * W / |W|, with one norm per output or per input.
 
-Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. If a LoHa, LoKr or LoRA precedes it at the same
-target, the result is the DoRA that LyCORIS trains (https://arxiv.org/abs/2402.09353).
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. After a LoHa, LoKr or LoRA at the same target, weight
+normalisation gives the DoRA that LyCORIS trains (https://arxiv.org/abs/2402.09353).
 """
 
 from __future__ import annotations
