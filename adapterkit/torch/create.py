@@ -370,7 +370,7 @@ def _as_if_square(module: nn.Module, path: str) -> Tensor:
 
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
-    """Return the bias of a module, or the bias that belongs to a parameter, as `in_proj_bias` belongs to `in_proj_weight`."""
+    """Return a module's bias, or the bias that belongs to a parameter (`in_proj_bias` for `in_proj_weight`)."""
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
