@@ -129,7 +129,7 @@ def shapes_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values that lineage steps record for an argument, and those of the matching key in the file's metadata."""
+    """Return the values that lineage steps record for an argument, and the values of the matching metadata key."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))

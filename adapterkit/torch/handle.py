@@ -511,8 +511,8 @@ def handles(model: nn.Module) -> dict[str, Handle]:
         model: the model that was passed to `inject`, or a wrapper around this model.
 
     Returns:
-        a map from name to handle, in the order of injection; the name of an adapter on a part of the model follows the
-        part's path (`encoder:default`).
+        a map from name to handle, in the order of injection; for an adapter on a part of the model, the path of this
+        part precedes the name (`encoder:default`).
     """
     found: dict[str, Handle] = {}
     for path, module in model.named_modules():

@@ -309,7 +309,7 @@ def alora():
         (lambda: compose.split(lora("q", 1), sizes=[1, 2]), UsageError, "2 sizes for 1"),
         (lambda: compose.average(lora("q", 1), dora()), Unsupported, "dora changes the layer"),
         (lambda: compose.average(lora("q", 1), prompt()), Unsupported, "block 'average' cannot contain context"),
-        (lambda: compose.split(alora(), lora("q", 1), sizes=[1, 1]), Unsupported, "reads arguments of the model's call"),
+        (lambda: compose.split(alora(), lora("q", 1), sizes=[1, 1]), Unsupported, "reads arguments of the model"),
         (lambda: compose.fuse(lora("encoder.layer.0.output", 1), fusion=HUB / "dynamic"), Unsupported, "bottleneck"),
         (lambda: compose.fuse(lora("q", 1), fusion=HUB / "dynamic"), TargetNotFound, "fusion has no weights"),
         (lambda: compose.fuse(lora("q", 1), fusion=HUB / "a"), StorageError, "no adapter_fusion_config.json"),
