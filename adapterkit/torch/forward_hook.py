@@ -539,7 +539,7 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates, after evaluating changes to the bias that depend on the weight.
+        """Return the part's updates, after evaluating the bias changes that depend on the weight.
 
         The weight includes the same adapter's updates at targets before the part.
         """

@@ -38,7 +38,7 @@ def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Return the updates after evaluating their changes to the bias that depend on the weight.
+    """Return the updates after evaluating the bias changes that depend on the weight.
 
     Each update sees the weight after the updates before it.
     """
