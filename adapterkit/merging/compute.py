@@ -322,7 +322,7 @@ class BlockMerger:
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"the merge yields a NaN or an infinity in {self.output.dtype}", where=self.output.name,
-                cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
+                cure="Merge with a smaller weight, or write a wider dtype with --dtype (dtype=)",
             )  # fmt: skip
         return norms
 
@@ -438,7 +438,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """For each adapter with several updates of this tensor whose order matters, a list of their indices."""
+        """For each adapter whose updates of this tensor must be applied in order, a list of the updates' indices."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)

@@ -263,7 +263,7 @@ def _sources(file: OutputFile) -> set[str]:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
             if tensor.span is None:
-                cure = "Omit --stream (stream=): the base is then fetched whole first"
+                cure = "Omit --stream (stream=): the whole base is then downloaded first"
                 raise Unsupported(
                     "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
                 )

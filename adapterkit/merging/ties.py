@@ -363,7 +363,7 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
     """Return (left, right) of an update W + left @ right in the stored layout, without the scaling.
 
-    None without factors.
+    Return None if the update has no factors.
     """
     from .arrays import NumpyArrays
 

@@ -326,7 +326,7 @@ class Vocabulary:
             f"of {name} are in no adapter's file"
         )
         cure = (
-            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's; "
+            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's rows; "
             f"{_flag(KEEP)} drops the added tokens. "
         )
         if is_head(name):
@@ -467,7 +467,7 @@ def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> Non
             if other.position != use.position and not np.array_equal(known.astype("f8"), row.astype("f8")):
                 raise UsageError(
                     f"{other.adapter} and {use.adapter} have different rows for the added token {number}", where=name,
-                    cure="Merge one adapter, or drop the added tokens by --vocab keep (vocab=\"keep\")",
+                    cure="Merge one adapter, or drop the added tokens with --vocab keep (vocab=\"keep\")",
                 )  # fmt: skip
 
 

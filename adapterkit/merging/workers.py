@@ -506,4 +506,4 @@ class _Summed:
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 
-_CHANGED = "It changed while being read; run the merge again"
+_CHANGED = "The file changed while it was read; run the merge again"

@@ -200,7 +200,8 @@ def extract(
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless it has new tokens.
         method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the direction.
-            `loha`: a Hadamard product of two products of this rank, closer than a LoRA. `lokr`: the nearest Kronecker
+            `loha`: a Hadamard product of two products of this rank, which is closer to the change than a LoRA. `lokr`:
+                the nearest Kronecker
             product, whose second factor is cut to `rank`. `shira`: the largest entries, as many as a LoRA of this rank
             has numbers. All except `lora` are for linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
@@ -284,7 +285,7 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """For scope `all`: the cut decomposition of each weight, by `_key`. None in scope `target`."""
+    """In scope `all`, a map from `_key` to each weight's cut decomposition. In scope `target`, None."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -292,9 +293,9 @@ class _Extraction:
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return arguments for the lineage, which state whether a change of a tied embedding also changes the head.
+        """Return arguments for the lineage that state whether a change of a tied embedding also changes the head.
 
-        Empty if no weights are tied.
+        The result is empty if no weights are tied.
 
         If the tuned model stores a separate head, the head is untied; otherwise the change applies to both layers.
         """
@@ -313,7 +314,7 @@ class _Extraction:
             (n, "tuned model") for n in self.base.tensors if n not in self.tuned.tensors
         ]:
             lost = known if holder == "base" else self.tuned.tensors
-            cure = nearest(name, lost) or "Are these two models of one architecture?"
+            cure = nearest(name, lost) or "Check that both models have the same architecture"
             raise TargetNotFound(f"the {holder} lacks this weight", where=name, cure=cure)
         for glob in globs:
             if not any(fnmatchcase(_path(name), glob) for name in self.tuned.tensors):
@@ -327,7 +328,7 @@ class _Extraction:
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
         """Decompose all matrices.
 
-        Keep the largest singular values among all matrices, as many as the criterion requires.
+        Keep as many of the largest singular values as the criterion requires, counted over all matrices together.
         """
         every = [name for name in names if self._is_matrix(name)]
         found: dict[str, Decomposition] = {}
@@ -392,7 +393,7 @@ class _Extraction:
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
                 kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
                 why = f"the tensor changed, but its dtype is {kinds}; only floating-point tensors can be extracted"
-                cure = "Name the targets to extract by targets=/--target"
+                cure = "Name the targets to extract with --target (targets=)"
                 raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:
             yield from self._whole(name, tuned, base)

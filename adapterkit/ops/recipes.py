@@ -77,7 +77,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Write slices, or models"),
 }  # fmt: skip
-"""A map from keys that only other files of mergekit have to (the purpose of such a file, what to do instead)."""
+"""For each key that only mergekit's other kinds of files contain: (the purpose of these files, what to do instead)."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
 """Keys whose value must be text. The type is checked, because YAML reads `on` and `1e3` as other types."""
@@ -138,7 +138,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     try:
         data = read_input(path, MAX_BYTES)
     except StorageError as error:
-        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Name a file") from None
+        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Pass a file") from None
     return recipe(load_yaml(data, path=path), Path(path))
 
 
@@ -207,7 +207,7 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
 
 
 def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models and layer ranges of slices, if each slice has all models and ranges are in sequence.
+    """Return the models and layer ranges of slices. Each slice must have all models; ranges must be in sequence.
 
     Raises:
         UsageError: a slice moves layers, so the result would not fit an adapter's base.
@@ -231,7 +231,7 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
             if span[0] != start or span != spans[0]:
                 _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
         if names and mine != names:
-            cure = "Name the same models in every slice; a weight of 0 leaves one out"
+            cure = "Name the same models in every slice; to leave out a model, set its weight to 0"
             raise UsageError("this slice has other models", where=f"{where}.sources", path=path, cure=cure)
         names = mine
         ranges.append(spans[0])
@@ -309,7 +309,7 @@ def _named_base(
         names = [None if name == said else name for name in names]
     base = said if said is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
-        notes.append(f"base_model {base} is not read, because {method} needs no base; --base BASE names one")
+        notes.append(f"base_model {base} is not read, because {method} needs no base; to use a base, add --base BASE")
         base = None
     return base, names, notes
 
@@ -377,7 +377,10 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
             "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
         )
         raise UsageError(
-            "tokenizers are not joined, because new tokens would get invented rows", where=where, path=path, cure=cure
+            "tokenizers are not joined, because new tokens would get invented embeddings",
+            where=where,
+            path=path,
+            cure=cure,
         )
     return found
 

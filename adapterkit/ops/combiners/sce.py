@@ -1,4 +1,4 @@
-"""SCE: select the entries that vary most between changes, weight changes by their squares, and erase minority signs.
+"""SCE: select the entries that vary most between changes, compute weights from their squares, and erase minority signs.
 
 Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
 In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), all entries are merged; the selection only
