@@ -533,7 +533,10 @@ def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
     if not planned.base.root.is_dir():
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":
-        yield 'the base\'s tokenizer is kept, but may lack the added tokens; another: --tokenizer DIR (tokenizer="DIR")'
+        yield (
+            "the base's tokenizer is kept, which may lack the added tokens; "
+            'to copy another one: --tokenizer DIR (tokenizer="DIR")'
+        )
 
 
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:

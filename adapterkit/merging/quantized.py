@@ -31,11 +31,11 @@ WHY = {
 """A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
 
 EXPLAINED = (
-    "Choose one: (1) --quantized dequantize (quantized='dequantize'): merge into the dequantized weights, on which the "
-    "adapter was trained, and write 16-bit weights; (2) requantize: do the same, but quantize the result again in the "
-    "same scheme, which rounds the change as coarsely as the weights, and report how much of the change remains; (3) "
-    "original, with --onto DIR (onto=): merge into the 16-bit weights from which the base was made, which are closer to "
-    "the first model, but on which the adapter was not trained"
+    "Choose one: (1) --quantized dequantize (quantized='dequantize'): merge into the dequantized weights, on which "
+    "the adapter was trained, and write 16-bit weights; (2) requantize: do the same, but quantize the result again in "
+    "the same scheme, which rounds the change as coarsely as the weights, and report how much of the change remains; "
+    "(3) original, with --onto DIR (onto=): merge into the 16-bit weights from which the base was made, which are "
+    "closer to the first model, but on which the adapter was not trained"
 )
 
 

@@ -78,7 +78,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Compute the sum of LoRAs whose ranks add up to more than the weight's smaller side, and cut it to that rank."""
+    """Sum LoRAs whose ranks add up to more than the weight's smaller side; the sum's rank is at most that side."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])

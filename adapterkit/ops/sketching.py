@@ -317,26 +317,26 @@ class Criterion:
         if self._by_values and self.scope != "target":
             raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
-            why = f"sv_ratio {self.sv_ratio} must be a finite number of at least 1"
+            why = f"sv_ratio is {self.sv_ratio}, but must be a finite number of at least 1"
             raise UsageError(why, where="sv_ratio", cure="Choose another")
         for name in ("sv_cumulative", "sv_fro"):
             if name in given and not 0 < given[name] <= 1:
                 raise UsageError(
-                    f"{name} {given[name]} must be above 0 and at most 1", where=name, cure="Choose another"
+                    f"{name} is {given[name]}, but must be above 0 and at most 1", where=name, cure="Choose another"
                 )
         if self.scope not in SCOPES:
             raise UsageError(f"unknown scope {self.scope!r}", cure=f"Known: {', '.join(SCOPES)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise UsageError(f"rank {self.rank} must be a whole number of at least 1", where="rank", cure=_RANK)
+            raise UsageError(f"rank is {self.rank}, but must be a whole number of at least 1", where="rank", cure=_RANK)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(
-                f"energy {self.energy} must be above 0 and at most 1", where="energy", cure="Choose another"
+                f"energy is {self.energy}, but must be above 0 and at most 1", where="energy", cure="Choose another"
             )
         for name in ("error", "frobenius"):
             value = given.get(name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(
-                    f"{name} {value} must be a finite number of at least 0", where=name, cure="Choose another"
+                    f"{name} is {value}, but must be a finite number of at least 0", where=name, cure="Choose another"
                 )
 
     def record(self) -> dict[str, float]:

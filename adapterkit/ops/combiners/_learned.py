@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     Coefficients = Mapping[Target, Array]
 
 SCORE = "a callable: score(adapter) -> loss"
-SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the loss with respect to the weight})"
+SLOPE = (
+    "a callable: score(adapter) -> (loss, {target's path: gradient of the loss with respect to the weight, "
+    "[out, in, *k]})"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ._learned import WeightTrial
 
 SPACES = (
-    "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight}),"
-    " with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) for the task's"
+    "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) for the task's"
     " number and every path in spaces.paths"
 )
 
