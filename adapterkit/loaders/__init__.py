@@ -364,7 +364,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: those in `dotted` follow a dot and have up to `words` words, those in `others` follow no dot."""
+    """A tool's slots: slots in `dotted` follow a dot and have up to `words` words; slots in `others` follow no dot."""
 
     dotted: frozenset[str]
     words: int
