@@ -223,7 +223,7 @@ def _scored(
     cut: int | None,
     scales: Sequence[float],
 ) -> dict[str, Any] | None:
-    """Combine by one method, choose the scale, and return its correct answers; None if the method cannot be cut."""
+    """Combine with one method, choose the scale, and return the correct answers; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
     own = np.array([state.own(suite, alone[name], name, False) for name in tasks])
     started = time.process_time()
