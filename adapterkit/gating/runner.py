@@ -290,7 +290,7 @@ def checked(
         counts: name of an argument -> (value, smallest allowed value).
     """
     if not given:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         why = f"{len(factors)} weights for {len(given)} adapters"

@@ -422,7 +422,7 @@ def _opened_base(
         return
     if isinstance(base, Checkpoint):
         raise UsageError(
-            "an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit --stream (stream=)"
+            "an open checkpoint cannot be streamed", cure="Pass the base's uri, or omit --stream (stream=)"
         )
     with streamed(base, out) as shards:
         yield opened(shards.path), shards, None
@@ -436,7 +436,7 @@ def _named(
 
     several = _several(adapters)
     if not several:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)

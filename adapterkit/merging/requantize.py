@@ -389,7 +389,7 @@ def _wide(rows: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Consecutive packed weights in one stored tensor, such as the experts of a layer; not all need be changed."""
+    """Consecutive packed weights in one stored tensor, such as the experts of a layer; some may be unchanged."""
 
     weights: tuple[Repacked, ...]
 
@@ -450,7 +450,7 @@ class Stack:
 
 
 class _Merged:
-    """A merged weight in float32, of which any rows can be requested."""
+    """A merged weight in float32; callers can request any of its rows."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -521,7 +521,8 @@ def repacked(
     Returns:
         four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
         of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
-        quantized again; and the names of all stored tensors of packed weights, whose dtypes do not change.
+        quantized again; and the names of all stored tensors of packed weights (the dtypes of these tensors do not
+        change).
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.

@@ -124,7 +124,7 @@ def places(
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     base = None if base is None else opened(base)
     given = [source_adapter(adapter, base) for adapter in adapters]
     if strict_base:

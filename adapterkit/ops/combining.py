@@ -620,7 +620,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     """Check that the method accepts the arguments; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     low, high = cls.takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"

@@ -133,7 +133,8 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
     """Keep the largest entries of `D [out, in]`.
 
-    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise as many as the criterion requires.
+    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise, keep as many as the criterion
+    requires.
     """
     import numpy as np
 
@@ -229,7 +230,7 @@ def extract(
     criterion.check()
     if scope == "all" and method != "lora":
         why = f"scope=all is only for LoRA, not for {method}"
-        raise UsageError(why, where="scope", cure="Leave --scope (scope=) out, or extract a LoRA")
+        raise UsageError(why, where="scope", cure="Omit --scope (scope=), or extract a LoRA")
     if embeddings not in ("rows", "low-rank"):
         raise UsageError(f"embeddings is {embeddings!r}", where="embeddings", cure="Choose rows or low-rank")
     if method not in ("lora", "dora", *FORMS):
@@ -448,7 +449,9 @@ class _Extraction:
 
         if D.ndim > 2:
             why = f"dora cannot change a weight of {D.ndim} axes"
-            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+            raise Unsupported(
+                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+            )
         W = W.astype(np.float64)
         tuned = W + D
         before, after = (np.sqrt((X * X).sum(1)) for X in (W, tuned))
@@ -468,7 +471,9 @@ class _Extraction:
         """Return the difference `[out, in]` as an update of a method in `FORMS`."""
         if D.ndim > 2:
             why = f"{self.method} cannot change a weight of {D.ndim} axes"
-            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+            raise Unsupported(
+                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+            )
         kind = result_type([], self.dtype)
         update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
         (made,) = Change(target, D.shape, (update,)).deltas()

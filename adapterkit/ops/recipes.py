@@ -222,7 +222,7 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
         one = _mapping(entry, where, SLICE, path)
         sources = one.get("sources")
         if not isinstance(sources, list) or not sources:
-            raise Malformed("a list was expected", where=f"{where}.sources", path=path, cure="Name its models")
+            raise Malformed("a list was expected", where=f"{where}.sources", path=path, cure="List the slice's models")
         read = [_mapping(source, f"{where}.sources[{j}]", SOURCE, path) for j, source in enumerate(sources)]
         mine = [_name(source, f"{where}.sources[{j}]", path) for j, source in enumerate(read)]
         spans = [_span(source, f"{where}.sources[{j}].layer_range", path) for j, source in enumerate(read)]
@@ -365,7 +365,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
         for key in ("tokens", "pad_to_multiple_of"):
             if given.get(key) is not None:
-                cure = "Leave it out; to add tokens, train them in an adapter and merge with --vocab grow"
+                cure = "Omit it; to add tokens, train them in an adapter, and merge with --vocab grow"
                 raise UsageError(f"{key} would add rows of embeddings", where=f"tokenizer.{key}", path=path, cure=cure)
         found, where = given.get("source"), "tokenizer.source"
     if found is None:
@@ -398,7 +398,7 @@ def _mapping(found: object, where: str, known: Sequence[str], path: Path | None)
 def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     said = [model[key] for key in ("model", "adapter") if key in model]
     if len(said) != 1 or not isinstance(said[0], str):
-        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Name the adapter")
+        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Give its path")
     return said[0]
 
 

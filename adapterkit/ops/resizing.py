@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
-PROMOTE = "Convert it to LoRA by --promote (ak.ops.promote), with --base (base=) if its change depends on the base"
+PROMOTE = "Convert it to LoRA with --promote (ak.ops.promote); add --base (base=) if its change depends on the base"
 
 
 @dataclass(frozen=True, slots=True)

@@ -554,9 +554,9 @@ class AdapterReport:
 
         path = Path(out)
         if path.is_dir():
-            raise StorageError("a folder is there", path=path, cure="Name a file, such as report.html")
+            raise StorageError("the path is a folder", path=path, cure="Name a file, such as report.html")
         if path.suffix.lower() not in ("", ".html", ".htm"):
-            cure = f"Name {path.with_suffix('.html')}; --figures DIR (figures=) writes pictures"
+            cure = f"Name it {path.with_suffix('.html').name}; for pictures, pass --figures DIR (figures=)"
             raise UsageError(f"a report is an HTML page, not {path.suffix}", path=path, cure=cure)
         check_free(path, overwrite)
         data = self.html().encode()

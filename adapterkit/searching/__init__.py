@@ -222,7 +222,7 @@ def search(
         >>> print(found.recipe())
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
-        raise UsageError("a search needs at least two adapters", where="adapters", cure="Name two adapters or more")
+        raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
     names = tuple(_called(source, at) for at, source in enumerate(adapters))
     said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
     first = combinations(start, names, seed=seed, rank=rank, base=said)

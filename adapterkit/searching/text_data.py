@@ -157,7 +157,7 @@ class TextData:
         files = [data] if isinstance(data, (str, PathLike)) else list(data)
         if len(files) not in (1, len(adapters)):
             why = f"{len(files)} files of texts for {len(adapters)} adapters"
-            cure = "Name one file for all adapters, or one for each adapter, in the same order: --data FILE (data=)"
+            cure = "Pass one file for all adapters, or one for each adapter, in the same order: --data FILE (data=)"
             raise UsageError(why, where="data", cure=cure)
         self.base = LiveBase(base, device)
         self.adapters, _ = places(adapters, base=self.base.checkpoint, lower="combined", disjoint=True, rename=rename)

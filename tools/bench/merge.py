@@ -237,7 +237,7 @@ def figures(seen: list[Contender]) -> Figures:
 
 
 def paired(above: list[float], below: list[float]) -> str:
-    """Return the median and range of the ratios in each round, in which a slow phase of the machine affects both."""
+    """Return the median and range of each round's ratio. A slow phase of the machine affects both times of a round."""
     found = [a / b for a, b in zip(above, below, strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 

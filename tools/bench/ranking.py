@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _tables(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables of an earlier run with these settings; without one, only the settings."""
+    """Return the tables of an earlier run with these settings; without such a run, only the settings."""
     if not out.is_file():
         return dict(settings)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))

@@ -126,7 +126,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 class Tasks(nn.Module):
-    """A layer whose call has the numbers of tasks."""
+    """A layer whose call gets the numbers of tasks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -354,7 +354,11 @@ def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
-        raise UsageError(f"{plugged.then} cannot follow a plug-in", where="then", cure="Name a method that works alone")
+        raise UsageError(
+            f"{plugged.then} cannot follow a plug-in",
+            where="then",
+            cure="Choose a method without data, base or plug-in",
+        )
     return plugged  # type: ignore[no-any-return]
 
 
