@@ -26,7 +26,7 @@ from oci_registry import Proxy, distribution
 
 FLIPS, KILLS, MEGABYTES = 1000, 24, 200
 ASKED = 16 << 20
-"""Most bytes that a killed pull must send again, by `adapterkit.hub.transfer`; for a push, it is `_uploads.CHUNK`."""
+"""The most bytes that a pull by `adapterkit.hub.transfer` repeats after a kill; for a push: `_uploads.CHUNK`."""
 
 COMMAND = [sys.executable, "-m", "adapterkit"]
 

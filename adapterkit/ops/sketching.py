@@ -39,7 +39,7 @@ GUESS = 32
 """The first rank that is tried if only an energy or an error is given."""
 
 EXCESS = 0.02
-"""By how much the error may exceed the smallest possible error, relative to that error."""
+"""The largest allowed excess of the error over the smallest possible error, relative to the smallest possible error."""
 
 EXACT = 1e-6
 """A relative error below this number counts as zero; a low-rank change with rounding noise has such an error."""

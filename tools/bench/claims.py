@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Accuracies before and after, numbers trained, bytes, seconds."""
+    """The accuracies before and after training, the number of trained parameters, bytes and seconds."""
 
     before: float
     after: float

@@ -75,7 +75,7 @@ def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapt
 
 
 DENSE: dict[Any, tuple[float, Array]] = {}
-"""Times and results of formulas on whole matrices with which several rows are compared."""
+"""Times and results of formulas on whole matrices, because several rows are compared with the same formula."""
 
 KEPT: dict[str, tuple[float, Any]] = {}
 """Times and results of decompositions with which several formulas begin."""

@@ -207,7 +207,7 @@ def row(contender: Contender, floor: int) -> tuple[str, ...]:
 
 
 def ratios(seen: list[Contender]) -> None:
-    """Print the figures with a budget, if their parts were measured."""
+    """Print the figures that have a budget, if their parts were measured."""
     by_name = {contender.name: contender for contender in seen}
     ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
     for other in filter(None, (peft, by_name.get("mergekit"), by_name.get("axolotl"))):

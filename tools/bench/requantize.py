@@ -69,7 +69,7 @@ def numbers(rows: int, width: int) -> np.ndarray:
 
 
 def linears(layers: int) -> Iterator[tuple[int, str, str, int, int]]:
-    """Yield layer, module, its name in GGUF, rows and width."""
+    """Yield (layer, module, the module's name in GGUF, rows, width)."""
     for layer in range(layers):
         for module, (stored, rows, width) in MODULES.items():
             yield layer, module, stored, rows, width
