@@ -333,7 +333,7 @@ class Vocabulary:
             # PEFT saves an embedding next to the factors, but not a head without an adapter, not even with
             # save_embedding_layers=True.
             cure += (
-                "PEFT's files have a head's new rows only if the head is adapted too. The resized model has the rows: "
+                "PEFT's files have a head's new rows only if the head is adapted, too. The resized model has the rows: "
                 "its save_pretrained makes a base into which the adapter merges exactly. "
             )
         cure += "Is this the base that the adapter was trained on?"

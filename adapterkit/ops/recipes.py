@@ -58,7 +58,7 @@ ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are not parameters of a method; recipes have other keys for them, or none."""
+"""Arguments of `combine` that are not parameters of a method; recipes use other keys, or none, for these."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """A map from mergekit's parameters to values that are accepted because they have no effect on the result."""

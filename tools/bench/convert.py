@@ -72,7 +72,7 @@ def inputs(work: Path, count: int) -> tuple[Path, Path]:
 
 
 def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
-    """Measure one round: copy the input of each conversion, remove the copy, convert. Both start under equal conditions."""
+    """Measure one round: copy the input of each conversion, remove the copy, and convert the input."""
     kohya, again, copy = work / "kohya.safetensors", work / "again", work / "copy"
     convert = [sys.executable, "-m", "adapterkit", "convert", "--base", str(base)]
     ways = {

@@ -60,7 +60,7 @@ class NSC(Learned):
 
 
 class Spaces:
-    """For each adapter, the space of inputs that it uses, which the rows of its A span.
+    """For each adapter, the space of the inputs that it uses. The rows of its A span this space.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.
