@@ -2,7 +2,7 @@
 
 The models are the base with attached adapters, a merged model, and an ONNX graph. Their inputs are tokens of short
 texts, or random token ids or pixels if the base has no tokenizer. The figures are the KL divergence, perplexity, the
-agreement of greedy text, and the difference of hidden states by block.
+agreement of greedy text, and the difference of hidden states after each block.
 """
 
 from __future__ import annotations

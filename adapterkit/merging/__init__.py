@@ -515,7 +515,7 @@ def _coarse(planned: Plan) -> Iterator[str]:
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the licences in the cards of the base and the adapters, by the names that messages use."""
+    """Return a map from the names that messages use to the licences in the cards of the base and the adapters."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 

@@ -117,9 +117,9 @@ class LowRankBlocks:
         Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update. None, with `out`
-            undefined, if the block is too small for a call to pay off, if the loops cannot compute a change, or if the
-            rounding of an element is uncertain.
+            A map from the index of each planned update that depends on the base to its change's squared norm. None,
+            with `out` undefined, if the block is too small for a call to pay off, if the loops cannot compute a change,
+            or if the rounding of an element is uncertain.
         """
         if block.elements < LEAST:
             return None

@@ -317,7 +317,7 @@ class BlockMerger:
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
+        """Return {index of a planned update: squared norm of its change}, for changes that are the same for any base."""
         # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
         # an overflow.
         largest = sys.float_info.max
@@ -331,7 +331,7 @@ class BlockMerger:
         """Compute one block of the merged tensor into `out`, from the base's block `raw`. Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update.
+            {index of a planned update: squared norm of its change}, for the changes that depend on the base.
 
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.

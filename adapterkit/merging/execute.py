@@ -37,7 +37,7 @@ def execute(
     files: Sequence[OutputFile], stage: StagingDir, devices: Sequence[Arrays], progress: Progress | None, threads: int,
     *, link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
-    """Write every unfinished weight file into the stage; return the norms of changes, by file.
+    """Write every unfinished weight file into the stage; return a map from each file to the norms of its changes.
 
     Args:
         files: the files of the plan.

@@ -86,7 +86,7 @@ class RepackedRun:
         """Merge and pack the rows; pass the bytes of each stored tensor to `write`, in order.
 
         Returns:
-            The squared norms by index: one for each planned update, then `NORMS` for the damage.
+            A map from an index to a squared norm: first one for each planned update, then `NORMS` for the damage.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.

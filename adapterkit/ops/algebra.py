@@ -191,7 +191,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the weighted mean of adapters. An adapter without a target counts there as a change of 0. See `add`.
+    """Return the weighted mean of adapters; see `add`. At a target that an adapter lacks, its change counts as 0.
 
     Raises:
         UsageError: the weights sum to 0.

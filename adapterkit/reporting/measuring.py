@@ -65,7 +65,7 @@ INTRUDER_UNIT = 2e7
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The change by one adapter at one target. A number that was not measured is None.
+    """The change that one adapter makes at one target. A number that was not measured is None.
 
     Attributes:
         adapter: the index of the adapter.

@@ -315,7 +315,7 @@ class TextData:
 
     @contextmanager
     def _slopes(self) -> Iterator[Callable[[], Gradients]]:
-        """Let the weights of all targets have gradients; yield a function that returns these by target.
+        """Let the weights of all targets have gradients; yield a function that returns {target: gradient}.
 
         Raises:
             Unsupported: the model in memory stacks experts that the files store one by one.
