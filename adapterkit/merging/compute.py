@@ -317,7 +317,7 @@ class BlockMerger:
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Return {index of a planned update: squared norm of its change}, for changes that are independent of the base."""
+        """Return {index of a planned update: squared norm of its change}, for changes independent of the base."""
         # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
         # an overflow.
         largest = sys.float_info.max
