@@ -162,7 +162,7 @@ DEPENDENCES = {
     "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
-"""What a combiner's result may depend on in addition to the changes. Tests check each combiner's `depends`."""
+"""The influences on a combiner's result besides the changes. Tests check each combiner's `depends`."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
