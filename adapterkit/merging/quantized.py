@@ -127,7 +127,7 @@ def unneeded(base: Checkpoint, quantized: str | None) -> tuple[str, ...]:
 
 def _nothing_rounds(base: Checkpoint) -> UsageError:
     cure = (
-        "For a quantized base, add --quantized requantize (quantized='requantize') to --keep adapter (keep='adapter')"
+        "For a quantized base, use both: --quantized requantize --keep adapter (quantized='requantize', keep='adapter')"
     )
     return UsageError("keep applies only to weights that are quantized again", path=base.root, cure=cure)
 
