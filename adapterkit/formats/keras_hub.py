@@ -127,7 +127,7 @@ MODEL_TYPE = "adapterkit_model_type"
 """The attribute of the file's root with transformers' `model_type`. Keras ignores it; Keras's own files lack it."""
 
 DEFAULT = ("query", "value")
-"""The layers that `load_lora_weights` adapts by itself. It fails if a file lacks one, and ignores all others."""
+"""The only layers that `load_lora_weights` adapts by itself. The call fails if a file lacks one of these layers."""
 
 MOST_ELEMENTS = 1 << 31
 """The largest number of elements of B that reading a layer may create; a hostile file could state many heads."""
@@ -171,7 +171,7 @@ class KerasHub(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         if not path.name.endswith(SUFFIX):
-            cure = f"Name the file {path.name.partition('.')[0]}{SUFFIX}"
+            cure = f"Rename the file to {path.name.partition('.')[0]}{SUFFIX}"
             raise UsageError(f"Keras Hub loads only files whose name ends in {SUFFIX}", path=path, cure=cure)
         hints = leftovers(adapter, FORMAT, KerasHubHints)
         try:
@@ -322,7 +322,7 @@ def _count(own: str, heads: Heads) -> int:
 
 
 def _wide(pairs: Pairs) -> Pairs:
-    """Convert all factors to float32, or to float64 if one of them is: a file of Keras has one type."""
+    """Convert all factors to one dtype, as Keras's files need: float64 if a factor is float64, otherwise float32."""
     kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
     kind = "F64" if "F64" in kinds else "F32"
     return {
@@ -508,7 +508,7 @@ class _Writer:
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
     def _shape(self, own: str) -> tuple[int, int]:
-        """Return [out, in] of a module, by its update in another block."""
+        """Return [out, in] of a module, from its update in another block."""
         return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.held.items() if name == own)
 
 

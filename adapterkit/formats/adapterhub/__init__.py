@@ -92,7 +92,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder at `path`, or around the file `path`, has AdapterHub's config or a composition of adapters."""
+    """Whether `path`, a folder or a file in it, belongs to an adapter or a composition of adapters of AdapterHub."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)

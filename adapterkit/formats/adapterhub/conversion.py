@@ -116,7 +116,7 @@ def assemble(
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
     """Return the updates by target, the keys of tensors that are only stored, and the settings.
 
-    `heads` is the number of heads of a prefix's keys and values, if known without the base.
+    `heads` is the number of heads of a prefix's keys and values; None if only the base shows this number.
     """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)

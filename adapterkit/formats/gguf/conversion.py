@@ -146,7 +146,7 @@ class GgufPlace:
         if place is None:
             # Nomic: one tensor of the GGUF file combines several weights, and an adapter file cannot say which is
             # adapted.
-            return "its tensor has several weights of the family: merge the adapter into the GGUF model"
+            return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
                 "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
@@ -157,7 +157,7 @@ class GgufPlace:
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
             # InternLM2: the rows of the queries are not contiguous in the base's tensor, so a target cannot name them.
-            why = "the base has queries, keys and values group by group in one tensor"
+            why = "the base stores queries, keys and values group by group in one tensor"
             return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
@@ -473,7 +473,7 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The leftovers of a GGUF file.
 
-    `values` are the (key, type, value) triples of the file, `types` the block types of quantized tensors.
+    `values` are the (key, type, value) triples of the file, and `types` are the block types of quantized tensors.
     """
 
     architecture: str

@@ -73,7 +73,7 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Count the PEFT wrappers around this one; each wrapper adapts another parameter of the same module."""
+        """Count the PEFT wrappers around this key's wrapper; each wrapper adapts another parameter of the module."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)

@@ -137,11 +137,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config has one set of settings for all bottleneck adapters, the kinds of positions, and the layers without
-# adapters.
-# In every other layer, the adapters library creates an adapter at each position of these kinds, and an adapter changes
-# the model. So the updates must cover all these positions. The base must be known, because the base shows the number
-# of layers.
+# A new config states one set of settings for all bottleneck adapters, the kinds of positions that have adapters, and
+# the layers that have none. In every other layer, the adapters library creates an adapter at each position of these
+# kinds, and each of these adapters changes the model. So the updates must cover all these positions. The base must be
+# known, because the base shows the number of layers.
 
 
 FRESH = {
@@ -212,7 +211,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its method, size or settings differ from the others; a config states one of each"
+                why = "its method, size or settings differ from the other updates'; a config states only one of each"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
                 why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:

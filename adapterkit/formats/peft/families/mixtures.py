@@ -54,7 +54,7 @@ class LilyFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_B": "number of factors B, the ones with outputs",
+        "num_B": "number of factors B (B maps the rank to the outputs)",
         "scaling": "a factor that multiplies the change",
         "stride_A": "number of neighbouring modules that share A",
     }
@@ -124,7 +124,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"its {field} differs from that of modules with which the config shares it ({group[0]})"
+                    why = f"modules that match {group[0]!r} have more different {field} than the config's {allowed}"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 

@@ -360,7 +360,10 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Check the rank; accept `r`, too, for a module in `rank_pattern`: PEFT uses that only for a second adapter."""
+    """Check the rank; accept `r` even if `rank_pattern` names the module.
+
+    PEFT uses `rank_pattern` only for a second adapter.
+    """
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

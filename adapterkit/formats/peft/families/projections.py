@@ -47,7 +47,7 @@ class ProjectionFields(Own, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` has the key parts of b and d, `shared` has the keys of A and B, and A has `halves` * r rows.
+    `parts` lists the key parts of b and d, and `shared` the keys of A and B; A has `halves` * r rows.
     """
 
     halves: ClassVar[int] = 1
