@@ -118,7 +118,7 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
 
 
 def shortened(Q: N, square: N, most: float, more: float) -> N:
-    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients exist also at |Q| = 0."""
+    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients also exist at |Q| = 0."""
     # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
