@@ -165,7 +165,7 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 def decide(
     updates: Updates, targets: Collection[Target], naming: str, origin: Origin
 ) -> tuple[ImageFamily | None, str]:
-    """Choose the family by which the targets are translated to another naming, or return a reason for an error.
+    """Choose the family that defines how targets are translated to another naming, or return a reason for an error.
 
     Args:
         updates: all updates; their shapes help to find the family.

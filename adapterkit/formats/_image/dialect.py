@@ -75,7 +75,7 @@ class ImageFormat(Format, ABC):
         rules: the rules for scalings, and the slots that keys may have.
         naming: `native` or `diffusers` if all files have this naming; empty if files may have any naming.
         bundles: whether files can store token embeddings together with LoRAs.
-        rows: whether files can adapt only some rows of a fused weight.
+        rows: whether a file can adapt some rows of a fused weight without the others.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})

@@ -169,7 +169,7 @@ def _normed(module: ImageModule, update: Update) -> ImageUpdate:
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
-        why = f"the magnitudes {list(shape)} are not one for each output or input"
+        why = f"magnitudes with shape {list(shape)} are not one value for each output, or for each input"
         raise Unsupported(why, where=module.keys["dora"], cure=AGAIN)
     inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
     width = dims.get("in" if inputs else "out")

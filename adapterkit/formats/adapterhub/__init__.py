@@ -130,7 +130,7 @@ def load(path: Path) -> Content:
             why,
             path=folder / CONFIG,
             where="config",
-            cure="Name its format with --from (format=), or omit it to detect the format",
+            cure="Name the file's format with --from (format=), or omit the option to detect the format",
         )
     head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
     return Content(

@@ -46,7 +46,7 @@ class LoraFamily(AdapterHubFamily):
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r; 1 in files from before adapters 1.1, which trained with 1",
-        "attn_matrices": "which of q, k, v the groups of a fused weight adapt",
+        "attn_matrices": "which of q, k and v are adapted in a fused weight",
         "composition_mode": "add: LoRA; scale: IA3",
         "r": "rank",
         "use_dora": "the method is DoRA",
