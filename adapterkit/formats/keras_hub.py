@@ -198,7 +198,7 @@ class KerasHub(Format):
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
-    """Return the family of the base, or of the model type in a file; and the model type.
+    """Return the family and the model type, from the base's config or, without a config, from the file.
 
     Raises:
         UsageError: neither the base's config nor the file states the model type.
@@ -281,12 +281,13 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     """Return A and B of a layer.
 
     Raises:
-        ShapeMismatch: the tensors do not have the shapes of this layer, or the base has other heads.
+        ShapeMismatch: the tensors do not have the shapes of this layer, or the base's heads have another number or
+            width.
     """
     a, b = slots[A_KEY], slots[B_KEY]
     right = len(a.shape) == len(layer.axes.split()) and len(b.shape) == 2 and rank > 0 and 0 not in (*a.shape, *b.shape)
     if not right or a.shape[-1] != rank or b.shape[0] != rank:
-        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; the layer is {layer.name}, the rank {rank}"
+        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; this is layer {layer.name} of rank {rank}"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
         raise _other_heads(where, a.shape[:2], heads)
@@ -309,7 +310,8 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
 
 def _other_heads(where: str, found: tuple[int, ...], heads: Heads) -> ShapeMismatch:
     why = (
-        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} and {heads.kv} of {heads.dim}"
+        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} query heads "
+        f"and {heads.kv} key and value heads of width {heads.dim}"
     )
     return ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
 
@@ -343,7 +345,7 @@ def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
         shape = (update.B.shape[0], update.A.shape[1])
         # The stored tensor of a quantized weight may have another shape.
         if weight is not None and weight.dtype.floating and weight.shape != shape:
-            why = f"the update is for a weight {list(shape)}, and the base's is {list(weight.shape)}"
+            why = f"the update is for a weight of shape {list(shape)}, but the base's has {list(weight.shape)}"
             raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
         for name in ("A", "B"):
             check_finite(update.tensors[name], f"{target}: {update.method}.{name}")

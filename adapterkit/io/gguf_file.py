@@ -204,8 +204,8 @@ def read_entries(
     """Read the table of tensors.
 
     Returns:
-        by tensor name, (shape, type, offset of the data); by tensor name, the offset of the type field in the header;
-        the offset at which the data begins; the alignment.
+        a map from each tensor's name to (shape, type, offset of the data); a map from each tensor's name to the offset
+        of the type field in the header; the offset at which the data begins; the alignment.
     """
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}

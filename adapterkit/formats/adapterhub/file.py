@@ -140,7 +140,7 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
         why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if found["name"] != name:
-        why = f"the key belongs to the adapter {found['name']!r}, but the config to {name!r}"
+        why = f"the key belongs to the adapter {found['name']!r}, but the config belongs to {name!r}"
         raise Malformed(why, where=text, cure="Save each adapter in its own folder")
     return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 

@@ -80,7 +80,7 @@ class GgufPlace:
 
         Raises:
             UsageError: the base has no config.
-            Unsupported: no support for the base's family in llama.cpp is known.
+            Unsupported: llama.cpp is not known to support the base's family.
         """
         name, family = name_for(base.config)
         return cls(name, family, base.config, {}, expert_count(base.config))
@@ -104,7 +104,7 @@ class GgufPlace:
         """Refuse a number of rows other than heads * width in the config, because heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
-            why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
+            why = f"the base's config states {count} heads of width {dim}, which do not give {rows} rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:

@@ -88,7 +88,7 @@ DEPARTURES = {
         "the bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
-        "DoRA on a grouped convolution divides by the norms of another matrix than the one in its forward: "
+        "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
         "W + B @ A with B's values read as [out / groups, r]",
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),

@@ -102,7 +102,7 @@ class File:
         compat: the caller's `compat`; see `Format`.
         parameters: a map from stems to parameters of the base, if the caller knows them; the file may not show them.
         known: the update that is expected at each path, if a file that was just written is read for a check.
-        omitted: shared tensors that are not in the file, by word of the key; the caller provides them.
+        omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
     """
 
     settings: Settings

@@ -236,7 +236,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
     """Return the layers that lack a kind of adapter that other layers have.
 
-    Encoders need no adapter of cross-attention.
+    Encoder layers have no cross-attention, so they need no adapter for it.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():

@@ -167,7 +167,7 @@ def _check_place(
 ) -> None:
     where = slots["lora_A"].text
     if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
-        why = "the base stores this weight as [in, out]; adapters then computes DoRA's norms over the wrong axis"
+        why = "for a weight stored as [in, out], the adapters library computes DoRA's norms over the wrong axis"
         raise Unsupported(why, where=where, cure="Omit such layers, or use LoRA in them")
     if method == "gated_lora" and fused:
         why = "this version does not support separate gates for the thirds of a fused weight"

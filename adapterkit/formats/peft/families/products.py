@@ -220,8 +220,8 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
     return 1 if weight is None else math.prod(weight.shape[2:])
 
 
-# LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]. The same for
-# `hada_w2_a`, `hada_w2_b` and `hada_t2`.
+# LoHa: `hada_w1_a` [out, r] and `hada_w1_b` [r, in * k]. With a core `hada_t1`, the shapes are [r, out] and [r, in].
+# `hada_w2_a`, `hada_w2_b` and `hada_t2` have the same shapes.
 
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}

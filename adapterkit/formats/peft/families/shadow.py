@@ -133,7 +133,7 @@ class ShadowFamily(Family):
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, Shadow)}
         sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in own.items()}
         for target in minority({t: repr((u.attributes, sizes[t])) for t, u in own.items()}):
-            yield target, "the network or the sizes of this shadow differ from the other blocks"
+            yield target, "the network or the sizes of this shadow differ from those of the other blocks"
 
 
 def _named(part: str) -> str:

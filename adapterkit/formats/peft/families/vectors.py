@@ -136,7 +136,7 @@ def _modules(file: File) -> list[str]:
     if base is None:
         raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
     if settings.own.exclude_modules or settings.own.layers_to_transform is not None:
-        why = "other fields than target_modules select the adapted modules"
+        why = "fields other than target_modules select the adapted modules"
         raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
