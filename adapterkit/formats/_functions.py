@@ -147,7 +147,7 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the relative rounding error of stored values, and the smallest value for which this error is correct.
+    """Return the relative rounding error of stored values, and the smallest value for which this error bound holds.
 
     A writer rounds a computed tensor to the tensor's dtype; if the format lacks this dtype, to a dtype of the format.
     """

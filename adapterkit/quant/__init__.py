@@ -399,7 +399,7 @@ class Dequantized(Checkpoint):
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """Return a packed weight that is read from new stored tensors instead of the base's."""
+        """Return a packed weight that is read from new stored tensors instead of the base's tensors."""
         own = weight.with_parts(parts)
         if own is not None:
             return own

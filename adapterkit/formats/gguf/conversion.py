@@ -91,7 +91,7 @@ class GgufPlace:
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the order in which the file has the rows of a weight; None if the order is the base's."""
+        """Return the order in which the file has the rows of a weight; None if it equals the base's order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -108,7 +108,7 @@ class GgufPlace:
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the order in which the file has the inputs of a weight; None if the order is the base's."""
+        """Return the order in which the file has the inputs of a weight; None if it equals the base's order."""
         where = self.where(foreign)
         return (
             None
@@ -367,7 +367,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
-    """Return the order in which a `ggla` file has the rows of a weight; None if the order is the base's.
+    """Return the order in which a `ggla` file has the rows of a weight; None if it equals the base's order.
 
     llama.cpp's converter kept PEFT's order of rows. llama.cpp's training used the order of the GGUF base.
     """

@@ -168,7 +168,7 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Ar
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's.
+    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's order.
     own = plain if ours is None else undone(ours)
     return own[plain if theirs is None else theirs]
 

@@ -326,7 +326,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer. With a base, layers of the decoder are counted after the encoder's."""
+    """Return the number of a target's layer. With a base, the decoder's layers follow the encoder's layers."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0

@@ -128,7 +128,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would compute other groups than the update's groups; empty if they are the same."""
+    """Return the reason why PEFT would not compute the groups of the update; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -177,7 +177,7 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
 
     Raises:
         ShapeMismatch: the file belongs to another base.
-        Unsupported: the file's singular vectors are not the base's, or the groups depend on rounding.
+        Unsupported: the file's singular vectors differ from the base's, or the groups depend on rounding.
     """
     import numpy as np
 

@@ -325,7 +325,10 @@ class CartridgeFamily(PrefixLike):
 
 
 GPT2 = "attn"
-"""The name of GPT-2's attention. PEFT changes its output; in other models, the input of the output projection."""
+"""The name of GPT-2's attention.
+
+For GPT-2, PEFT changes the attention's output; for other models, the input of the output projection.
+"""
 
 
 class AdaptionPromptFields(Own, frozen=True, kw_only=True):

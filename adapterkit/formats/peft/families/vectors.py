@@ -57,7 +57,7 @@ class UniLoRAFamily(Family):
     own: ClassVar[type[Own]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
-        "save_indices": "whether the file has the positions; if not, the base's model_type or torch file decides",
+        "save_indices": "whether the file has the positions; if not, they follow from the order of the base's modules",
         "theta_d_length": "number of trained values",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
