@@ -522,7 +522,7 @@ def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]
         count: the number of heads.
 
     Returns:
-        The rows `[n, dim]` that are not zero, and for each use of a row its head, its row of A and its index.
+        The rows `[n, dim]` that are not zero; and for each use of a row: the head, the row of A, the index of the row.
     """
     import numpy as np
 

@@ -54,8 +54,8 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Attributes:
         config: the contents of the source config.
         file: the name of the tensor file.
-        root: the path of the base inside the saved model, as keys have it; empty if unknown.
-        keys: the file's keys that differ from the keys that the writer would choose, by the writer's key.
+        root: the path of the base inside the saved model, as written in the keys; empty if unknown.
+        keys: a map from the key that the writer would choose to the different key in the file.
         compat: the caller's `compat`.
         interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.

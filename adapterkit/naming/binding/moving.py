@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 #
-# An update with several destinations is split into one update per destination: some rows of its outputs, or the slice
-# of one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
+# An update with several destinations is split into one update per destination: some output rows, or the slice of one
+# expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
 
 
 Config = Mapping[str, object] | None

@@ -1,7 +1,7 @@
 """Read and write bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-`sublayers` lists the positions of adapters for each model type. This module defines, in this order, the slots in keys,
-the configs of new files, and the family.
+The module `file` lists the positions of adapters for each model type. This module defines, in this order, the slots in
+keys, the configs of new files, and the family.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _rank(update: LoKr, both: bool) -> int:
 def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
     """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
 
-    Without a base, weights are assumed to be linear layers. If this is impossible, their numbers of inputs are unknown.
+    Without a base, first treat all weights as linear layers, and then all numbers of inputs as unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
