@@ -92,7 +92,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path`, a folder or a file in it, belongs to an adapter or a composition of adapters of AdapterHub."""
+    """Whether `path` is a folder of AdapterHub, or a file in one: an adapter or a composition of adapters."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
