@@ -124,7 +124,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"the config allows {allowed} {field} for modules that match {group[0]!r}; the file has more"
+                    why = f"modules that match {group[0]!r} have too many factors {field}: the config allows {allowed}"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 
