@@ -172,7 +172,7 @@ def command(
     _check_nodes(only_plan, nodes, bandwidth, price, node_tasks)
     from ..io.locations import is_address, is_remote
     from ..merging import merge, plan
-    from ..merging.ollama import write_modelfile
+    from ..merging.companions import write_modelfile
 
     settings: _options.CliSettings = ctx.obj
     chosen = list(weights) or None
@@ -331,7 +331,7 @@ def _check_nodes(
 
 
 def _simulated(planned: Plan, most: int, bandwidth: int, price: float | None, tasks: int) -> dict[str, JsonValue]:
-    from ..merging.simulation import doubling, simulate
+    from ..merging.cluster import doubling, simulate
 
     rows = [simulate(planned, nodes, bandwidth=bandwidth, price=price, tasks=tasks) for nodes in doubling(most)]
     return {

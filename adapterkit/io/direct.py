@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -235,10 +236,14 @@ class Writer:
         return self._send(self.filling.end)
 
     def close(self) -> None:
-        """Wait for pending writes, and close the files."""
+        """Wait for pending writes, close the files, and free the memory."""
         self.pool.shutdown()
         self.plain.close()
         self.direct.close()
+        # `direct` refers to this object, so Python's collector would free the memory much later.
+        self.sent.clear()
+        self.idle.clear()
+        self.filling = _Piece(memoryview(b""))
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
         """Wait for pending writes of the other thread, then copy in the kernel; return the number of copied bytes."""
@@ -330,6 +335,14 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    # Use an anonymous map: it starts at a page boundary, which direct writes require. A bytearray may start
-    # anywhere.
-    return memoryview(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE))
+    """Return new memory that starts at a page boundary, which direct writes require; a bytearray may start anywhere."""
+    length = -(-nbytes // PAGE) * PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, length))
+    # Ask for pages of 2 MB. For a direct write, the kernel pins and maps each page, and a request to the disk has a
+    # limited number of page ranges: 2.6 GB/s and 40 ms of processor time per GB with pages of 4 kB, 3.6 GB/s and 10 ms
+    # with pages of 2 MB. The map must be private, because shared maps get such pages on few systems.
+    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # The kernel may have been built without such pages.
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)

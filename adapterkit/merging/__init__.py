@@ -267,7 +267,7 @@ def _merged(
             )  # fmt: skip
             used = on_ray(recipe, named, address, place)
         elif shards is not None:
-            from .streaming import streamed_engine
+            from .execute import streamed_engine
 
             used = streamed_engine(device, shards)
         else:

@@ -1,7 +1,8 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
 A worker's memory does not grow with the model: it contains one input block, a float64 copy of it, and some output
-blocks. With a device, it contains `workers.DEPTH` of each.
+blocks. With a device, it contains `workers.DEPTH` of each. The files of a base on a hub may be downloaded before their
+first use, and deleted after their last.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import storage_error
+from ..errors import Unsupported, storage_error
 from ..io.lazy import files_kept_open
-from .arrays import Arrays
-from .planned import OutputFile
+from .arrays import Arrays, devices_for
+from .planned import OutputFile, Plan
 from .staging_dir import Norms, StagingDir
 from .workers import Job, Made, OpenFile, Worker, create, jobs_of, norms_of
+
+if TYPE_CHECKING:
+    from ..io.resolving import StreamedBase
+    from .report import Engine
+
 
 Progress = Callable[[int, int], None]
 
@@ -212,3 +219,57 @@ class _Scheduler:
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:
     for thread in threads:
         thread.join(timeout)
+
+
+def streamed_engine(device: str, base: StreamedBase) -> Engine:
+    """Return an engine that runs a plan on a streamed base, one output file after another.
+
+    Raises:
+        Unsupported: a tensor of the base does not consist of consecutive bytes in one file, such as a quantized weight.
+        AdapterkitError: as for `execute`, or a download fails.
+    """
+
+    def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
+        devices = devices_for(device)
+        pending = [file for file in plan.files if not stage.finished(file.name)]
+        uses = [_sources(file) for file in pending]
+        done = plan.bytes - sum(file.size for file in pending)
+        for position, file in enumerate(pending):
+            base.bring(sorted(uses[position]))
+            execute(
+                [file],
+                stage,
+                _nth(devices, position),
+                _from(done, plan.bytes, progress),
+                plan.workers,
+                checksums=plan.checksums,
+            )
+            done += file.size
+            base.drop(uses[position].difference(*uses[position + 1 :]))
+        return {file.name: stage.norms_of(file.name) for file in plan.files}
+
+    return run
+
+
+def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
+    """Return a list with device number `position`, modulo the number of devices."""
+    return [devices[position % len(devices)]]
+
+
+def _sources(file: OutputFile) -> set[str]:
+    """Return the paths of the base's files that an output file needs."""
+    found = set()
+    for output in file.outputs:
+        tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
+        for tensor in tensors:
+            if tensor.span is None:
+                cure = "Omit --stream (stream=): the base is then fetched whole first"
+                raise Unsupported(
+                    "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
+                )
+            found.add(tensor.span.path)
+    return found
+
+
+def _from(done: int, total: int, progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda more, _: progress(done + more, total)

@@ -21,10 +21,9 @@ from ..native import KINDS, loops
 from ..quant import NO_PACKING, STEP, Dequantized, Packed, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
-from .keeping import directions, kept
+from .keeping import directions, kept, swept, weighting
 from .planned import BLOCK_ELEMENTS, STEPS, Output, Plan
 from .planned_update import factor_bytes
-from .sweeping import swept, weighting
 
 if TYPE_CHECKING:
     from ..io.lazy import Array

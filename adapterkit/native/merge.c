@@ -39,7 +39,7 @@ enum { VERSION = 11 };
 /* The right factor is used in strips of this many bytes: a strip stays in a core's L2 cache for all rows. */
 enum { STRIP = 192 << 10 };
 
-/* One factor pair, as `merging/kernel.py` prepares it. */
+/* One factor pair, as `merging/compiled.py` prepares it. */
 typedef struct {
   const float *left;         /* [rows, rank] */
   const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, filled up with zeros to 32 */

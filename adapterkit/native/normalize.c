@@ -28,7 +28,7 @@ typedef float singles __attribute__((vector_size(4 * HALF)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 typedef int64_t signs __attribute__((vector_size(8 * HALF)));
 
-/* One update, as `merging/kernel.py` prepares it. Columns are filled up with zeros to a multiple of 16. */
+/* One update, as `merging/compiled.py` prepares it. Columns are filled up with zeros to a multiple of 16. */
 typedef struct {
   const double *left;        /* [rows, rank] */
   const double *panels;      /* [width / 16, rank, 16] */

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from adapterkit import native
 from adapterkit.io.lazy import DTYPES
-from adapterkit.merging import kernel
-from adapterkit.merging.kernel import WRITTEN, LowRankSum, NormalizedSum
+from adapterkit.merging import compiled as compiled_loops
+from adapterkit.merging.compiled import WRITTEN, LowRankSum, NormalizedSum
 from adapterkit.native import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,9 +273,9 @@ def test_the_bound_of_the_roundings_holds() -> None:
     for rank in (1, 5, 16, 17, 40, 250):
         left, right = rng.standard_normal((64, rank)), rng.standard_normal((rank, 48))
         total = np.zeros((64, 48), np.float32)
-        for first in range(0, rank, kernel.CHUNK):
+        for first in range(0, rank, compiled_loops.CHUNK):
             part = np.zeros((64, 48), np.float32)
-            for k in range(first, min(first + kernel.CHUNK, rank)):
+            for k in range(first, min(first + compiled_loops.CHUNK, rank)):
                 part += left[:, k, None].astype(np.float32) * right[None, k].astype(np.float32)
             total += part
         summed = LowRankSum(left, right)
@@ -288,7 +288,7 @@ def test_the_bound_of_the_roundings_holds() -> None:
 
 @pytest.mark.parametrize(
     ("file", "name", "structure"),
-    [("merge.c", "Factors", kernel._Factors), ("normalize.c", "Normalized", kernel._Normalized)],
+    [("merge.c", "Factors", compiled_loops._Factors), ("normalize.c", "Normalized", compiled_loops._Normalized)],
 )
 def test_ctypes_reads_the_fields_that_c_has(file: str, name: str, structure: type[ctypes.Structure]) -> None:
     source = (ROOT / "adapterkit" / "native" / file).read_text("utf-8")

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 import adapterkit as ak
 from adapterkit.errors import StorageError, Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
-from adapterkit.merging.ollama import write_modelfile
+from adapterkit.merging.companions import write_modelfile
 from adapterkit.methods.lora import LoRA
 
 W = np.linspace(-1, 1, 16 * 32, dtype=np.float32).reshape(16, 32)

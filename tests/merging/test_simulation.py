@@ -12,8 +12,8 @@ from merges import lora, rand, save_base
 
 import adapterkit as ak
 from adapterkit.hub.reading import gaps, joined
+from adapterkit.merging.cluster import doubling, simulate
 from adapterkit.merging.planned import Plan
-from adapterkit.merging.simulation import doubling, simulate
 
 ROWS, COLUMNS, FILES = 300, 200, 6
 

@@ -15,7 +15,7 @@ from adapterkit.io import safetensors
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.computed import load
 from adapterkit.io.lazy import from_numpy
-from adapterkit.merging import sweeping
+from adapterkit.merging import keeping
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import dequantized
 
@@ -87,7 +87,7 @@ def test_the_second_pass_is_the_one_that_computes_every_error_anew() -> None:
         E = W.astype(np.float64) - M
         return np.asarray(np.diag(E @ H @ E.T))
 
-    first = sweeping._once(trip, M, H, 16)
+    first = keeping._once(trip, M, H, 16)
     given = np.where((lost(trip(M)) < lost(trip(first)))[:, None], M, first)
     packed = trip(given)
     for start in range(0, 96, 16):
@@ -97,4 +97,4 @@ def test_the_second_pass_is_the_one_that_computes_every_error_anew() -> None:
         better = lost(trip(tried)) < lost(packed)
         given[better], packed[better] = tried[better], trip(tried)[better]
     assert lost(packed).sum() < 0.9 * lost(trip(first)).sum(), "the second pass does nothing here"
-    np.testing.assert_allclose(trip(sweeping.swept(trip, M, H)), packed, atol=1e-5)
+    np.testing.assert_allclose(trip(keeping.swept(trip, M, H)), packed, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Times merges on one to three Ray nodes without a shared disk, and compares them with `merging.simulation`.
+"""Times merges on one to three Ray nodes without a shared disk, and compares them with the simulation of a cluster.
 
     python tools/bench nodes [--nodes 3] [--shards 12] [--rows 1500] [--bandwidth 1.5e6] [--json FILE]
 
@@ -46,7 +46,7 @@ def main() -> None:
 def measured(root: Path, server: str, chosen: argparse.Namespace) -> dict[str, object]:
     """Run the merges and the simulations; return the times as plain data."""
     import adapterkit as ak
-    from adapterkit.merging.simulation import simulate
+    from adapterkit.merging.cluster import simulate
 
     os.environ.update({
         "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",

@@ -31,8 +31,7 @@ from packings import SCHEMES, PackedWeight  # noqa: E402
 
 import adapterkit as ak  # noqa: E402
 from adapterkit.io.ggml_blocks import BLOCKS  # noqa: E402
-from adapterkit.merging.keeping import directions, kept  # noqa: E402
-from adapterkit.merging.sweeping import swept, weighting  # noqa: E402
+from adapterkit.merging.keeping import directions, kept, swept, weighting  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
 """Largest number of tokens of a paragraph, and the number of paragraphs; they have 300 characters or more."""

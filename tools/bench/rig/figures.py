@@ -31,7 +31,7 @@ class Figure:
     Attributes:
         name: the name of the figure, unique in its benchmark.
         values: one value for each round.
-        unit: `s`, `MB`, `ns`, or `x` for a ratio.
+        unit: `s`, `MB`, `ns`, `%`, or `x` for a ratio.
         more: whether a larger value is better.
     """
 
