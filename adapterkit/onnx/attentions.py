@@ -30,7 +30,7 @@ _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
 _BEHIND = ("IsNaN", "Where", "Cast", "Identity", "Dropout")
 _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
-_EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
+_EXPORT = "Export the graph with torch's own exporter, and inject the adapter before the graph is optimized"
 
 Factors = tuple[tuple[str, ir.Value], ...]
 """Pairs of an operator (`Mul` or `Div`) and a number, in the order in which the operators are applied."""
@@ -77,7 +77,9 @@ class AttentionNodes:
         size = None if shape is None or len(shape) != 4 else shape[axis]
         if not isinstance(size, int):
             raise Unsupported(
-                "the graph does not give the heads of this attention", where=self.module.path, cure=_EXPORT
+                "the graph does not show the number and size of this attention's heads",
+                where=self.module.path,
+                cure=_EXPORT,
             )
         return size
 
@@ -103,7 +105,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: a prefix has another number or size of heads than the keys.
+        ShapeMismatch: a prefix and the keys differ in the number or the size of heads.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
@@ -155,7 +157,7 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
     width = gate.shape[-1]
     found = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
     if len(found) != 1:
-        why = f"{len(found)} values of {width} channels enter the attention, and the prefix's gate reads exactly one"
+        why = f"{len(found)} values of {width} channels enter the attention, but the prefix's gate reads exactly one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
 

@@ -109,7 +109,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot be added to a decoder with a past, whose positions would count them"
+        why = "new tokens cannot be added to a decoder with a past, because its positions would count them"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"
@@ -130,8 +130,8 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # Make the batch size of positions open: before, all rows of a batch shared one row of positions; now each has its
-    # own.
+    # Make the batch size of positions dynamic: before, all rows of a batch shared one row of positions; now, each row
+    # has its own.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)

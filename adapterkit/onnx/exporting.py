@@ -158,8 +158,8 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
 
 
 # Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
-# Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16
-# bits and the graph computes in 32, a Cast node is added, which runtimes evaluate when they load the graph.
+# Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16-bit
+# weights and the graph computes in 32 bits, a Cast node is added, which runtimes evaluate when they load the graph.
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
@@ -295,7 +295,7 @@ def export(
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
         args: an example of its positional arguments.
-        out: the file to write. If there are more than 64 MB of numbers, they go into a data file, `out` with `.data`
+        out: the file to write. If the tensors have more than 64 MB, they go into a data file: `out` with `.data`
             appended.
         adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
             each adapter gets a separate file.
@@ -305,10 +305,10 @@ def export(
         kwargs: an example of its named arguments.
         input_names: names of the graph's inputs.
         output_names: names of its outputs.
-        dynamic_shapes: the open sizes, in the form that `torch.onnx.export` takes.
+        dynamic_shapes: the dynamic sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
-        also: more examples of `args`, in other sizes, on which the check runs, too.
+        also: more examples of `args`, in other sizes; the check also runs on them.
         quantize: `int8` or `int4` packs the linear layers by onnxruntime's quantizers; see quantizing.py.
             `GraphReport.damage` has the error of each weight, and `GraphReport.difference` the error of the outputs.
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
@@ -384,7 +384,7 @@ def export(
 def _own_parts(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return two maps by adapter name: the updates whose targets the graph has, and the targets that it lacks."""
+    """Return, for each adapter's name, the updates whose targets the graph has, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     own = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return own, {name: lost for name, (_, lost) in split.items()}
@@ -414,7 +414,7 @@ def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
     try:
         outputs_of(model, args, kwargs)
     except Unsupported as error:
-        cure = "Export the model without the adapter, and inject that into the graph"
+        cure = "Export the model without the adapter, and inject the adapter into the graph"
         raise Unsupported(error.why, where=error.where, cure=cure) from None
 
 
@@ -491,9 +491,9 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
         )
     for name in adapters:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
-            raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give it another name")
+            raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give the adapter another name")
     if out.is_dir():
-        raise UsageError("the output is a folder, and must be a file", path=out, cure="Name a .onnx file")
+        raise UsageError("the output is a folder, and must be a file", path=out, cure="Pass the path of a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
     files = [_file(out, name, part) for name in adapters if mode == "slots"]
@@ -526,7 +526,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
-                why = f"{name} has another method or other tensors than a previous adapter at the same target"
+                why = f"the method or the tensors of {name} differ from those of a previous adapter at the same target"
                 raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")
     building = Building(graph)
     slots = Slots(building)

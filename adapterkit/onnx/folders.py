@@ -107,7 +107,7 @@ def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
         return None
     if Path(out).suffix.lower() == ".onnx":
         why = "the model is a folder of several graphs, and the output is one file"
-        raise UsageError(why, path=str(out), cure="Name a folder to write: -o DIR (out=)")
+        raise UsageError(why, path=str(out), cure="Pass a folder to write: -o DIR (out=)")
     return path
 
 
@@ -135,7 +135,7 @@ def parts_of(folder: Path) -> list[GraphPart]:
         raise UsageError(
             "no graph is in this folder",
             path=folder,
-            cure="Name a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
+            cure="Pass a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
         )
     said = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
@@ -171,7 +171,7 @@ class Division:
         whole: the adapter.
         of: for each graph, its part of the adapter; None if the graph has none of the targets.
         lost: targets that no graph has.
-        lacking: for a graph, the targets that another form of the same graph has.
+        lacking: for each graph, the targets that it lacks although another form of the same graph has them.
     """
 
     whole: Adapter
@@ -191,7 +191,7 @@ def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return (f"left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
+    return (f"targets left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
 
 
 def left_out(
@@ -220,7 +220,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     rest, context = parted(adapter)
     if context and len(parts) > 1:
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
-        cure = "Inject it into one graph: name the .onnx file, or export the torch model with the adapter attached"
+        cure = "Inject it into one graph (pass the .onnx file), or export the torch model with the adapter attached"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
     own: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()
@@ -253,7 +253,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], own: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
-    """Return the targets that a graph lacks, but that a graph has whose name shows the same layers."""
+    """Return the targets that a graph lacks although a graph with the same layers, judging by its name, has them."""
     held = own[part.name]
     there = {} if held is None else held.updates
     others = [own[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]

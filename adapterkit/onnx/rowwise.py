@@ -2,8 +2,8 @@
 
 One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
 `[adapters, in, rank]`, and `B`, `[adapters, rank, out]`, which includes the scaling. All targets share the input
-`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph computes the same as
-the base, bit for bit.
+`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph's results equal the
+base's bit for bit.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Tying:
     Attributes:
         tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
-        role: the part of the model that the graph holds, by its file's name; None if the name does not show it.
+        role: the part of the model that the graph holds, according to its file name; None if the name does not show it.
         warnings: a list to which a sentence is added for each omitted update.
     """
 
@@ -207,7 +207,7 @@ def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named:
 def _unproven(place: Found, tie: Tie) -> UsageError:
     why = (
         f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
-        f"if they are tied, the update at {place.asked} changes both; if they are not, it changes one of them"
+        f"if they are tied, the update at {place.asked} changes both, otherwise only one of them"
     )
     cure = (
         "Pass the base's folder, whose config.json shows it: --base-weights DIR (base_weights=DIR); or --tied merge "
