@@ -183,10 +183,10 @@ method, if the adapter has diffusers' names:
 - `D`: with `--on-loss promote`, the writer writes a weight difference.
 - A number: the writer refuses the adapter; the list of reasons below explains each number.
 
-If a cell has two marks, the second mark is for weights that are fused in the authors' names, such as queries, keys and
-values, if each part has separate factors. In a format without weight differences, a weight difference becomes a LoRA of
-full rank, with the identity as one factor, as in diffusers' own conversion. With `--base`, methods that depend on the
-weight become weight differences in formats that support these.
+Some weights, such as queries, keys and values, are one fused weight under the authors' names. If a cell has two marks,
+the second mark applies to such weights when the adapter has separate factors for each part. In a format without weight
+differences, a weight difference becomes a LoRA of full rank, with the identity as one factor, as in diffusers' own
+conversion. With `--base`, methods that depend on the weight become weight differences in formats that support these.
 
 XLabs' files support LoRA on FLUX's attention. BFL's control files support LoRA and complete norm weights, both on FLUX.
 """
