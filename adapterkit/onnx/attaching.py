@@ -95,8 +95,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # If a channel's scale is 0, the norm has removed the channel's values. Divide such a channel by 1: `around`
-            # multiplies the channel by 0 again.
+            # If a channel's scale is 0, the norm has removed the channel's values. Divide this channel by 1 instead of
+            # 0, because `around` multiplies it by 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -223,7 +223,7 @@ def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
 
 def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building) -> None:
     """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
-    # Targets with the same rows, such as those of two adapters, follow each other.
+    # Targets with the same rows, such as targets of two adapters, are next to each other.
     rounds: list[list[Found]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
@@ -480,7 +480,7 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
 
 
 def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, more: bool = False) -> Value:
-    """Compute the layer's new output by the updates' formulas; for a grouped layer, change only weight and bias.
+    """Compute the layer's new output with the updates' formulas; for a grouped layer, change only weight and bias.
 
     Args:
         layer: the layer.

@@ -1,4 +1,4 @@
-"""Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
+"""Find attentions in a graph, and attach prefixes: extra keys and values before the computed keys and values.
 
 Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before the columns of the
 computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
@@ -89,7 +89,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module does not have exactly one softmax of scores, or it adds a position bias to the scores.
+        Unsupported: the module does not contain exactly one softmax of scores, or adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -141,7 +141,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
     found: Any = computed_over(update, value).prefix(gate_input)
     heads = found.shape[2]
     if at.heads % heads:
-        why = f"the prefix was made for {heads} heads, and the attention has {at.heads}"
+        why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
@@ -163,7 +163,7 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; a constant times these ones is repeated for each row of the batch."""
+    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by this value repeats it for each row of the batch."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -184,7 +184,7 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
 
 def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
     if at.width != past.shape[-1]:
-        why = f"the prefix was made for heads of size {past.shape[-1]}, and the attention's have size {at.width}"
+        why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
 
 

@@ -1,6 +1,6 @@
 """Find out whether a vector that a graph adds to a layer's output is the layer's bias.
 
-Updates such as IA3 change the bias, too. Exporters write a bias as an input of the layer's node, or as an Add right
+Updates such as IA3 also change the bias. Exporters write a bias as an input of the layer's node, or as an Add right
 after it. Other tools store the bias with more axes, subtract it, or add it after a Reshape. But an added vector may
 instead be a parameter of the module around the layer. The base's weights show which of the two it is; without the base,
 the names that the exporter wrote show it. If neither shows it, the update is refused.
@@ -213,7 +213,7 @@ def _zero(place: Found) -> bool:
 
 
 def _refuse_lost(place: Found, where: str) -> None:
-    """Refuse a layer that has a bias in the base, but none that was found in the graph."""
+    """Refuse a layer that has a bias in the base, if no bias was found in the graph."""
     if place.bias is None or _zero(place):
         return
     why = "the base's layer has a bias, and it is unclear where the graph adds it"
@@ -310,7 +310,7 @@ def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
 
 
 def _added(layer: Layer) -> Iterator[_Added]:
-    """Yield what nodes add to a layer's output, also behind nodes that keep or move its numbers."""
+    """Yield the values that nodes add to a layer's output, including Adds after nodes that keep or move its numbers."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:

@@ -60,7 +60,7 @@ class Building:
         return value
 
     def name(self, wanted: str) -> str:
-        """Return a unique name: the wanted one, with a number appended if it is taken."""
+        """Return the wanted name, with a number appended if the name is taken."""
         name, count = wanted, 0
         while name in self.taken:
             count += 1
@@ -319,7 +319,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # Refuse a subgraph: it may read outer values, and those would have to be replaced inside the subgraph, too.
+    # Refuse a subgraph: it may read outer values, which would also have to be replaced inside the subgraph.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
         cure = "Attach the adapter to the torch model, and export that model"
         raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)

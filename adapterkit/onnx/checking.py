@@ -502,7 +502,7 @@ def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
 
 
 def _roots(value: ir.Value | None) -> list[ir.Value]:
-    """Return the graph input that a condition is computed from, looking through nodes of one input such as Squeeze."""
+    """Return the graph input that a condition comes from, looking through nodes with one input such as Squeeze."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0] if node.inputs else None
     return [] if value is None else [value]
@@ -624,7 +624,10 @@ def _computes_narrow(model: bytes) -> bool:
 def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
-    why = f"the graph differs by {difference:.3g} of its largest output from a graph that was changed by another method"
+    why = (
+        "the graph's outputs differ from those of a graph that was changed by another method: "
+        f"by {difference:.3g} times the largest output value"
+    )
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 

@@ -65,8 +65,8 @@ def unknown_layout(node: ir.Node) -> str | None:
         return "its weights do not have three axes"
     per = 8 // _bits(node) if packed else 1
     hidden, inner = two[1], two[2] * per
-    # In an older layout, input and output axes are swapped in the shape. Its shapes can equal those of this layout, so
-    # compare another tensor that shows the width.
+    # An older layout swaps the input and output axes. Its shapes can equal the shapes in this layout, so compare the
+    # width with another tensor.
     width = _width(node, 7 if packed else 5)
     if one != (two[0], fused(node) * inner, hidden // per) or hidden % per or (width is not None and width != hidden):
         return "its weights are stored in an older or a prepacked layout"
@@ -297,7 +297,7 @@ EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, Sec
 
 
 # Names of the experts in a graph. onnxruntime-genai's builder calls every layer of experts `moe`, so names in a graph
-# are `model.layers.0.moe.experts.3.gate_proj`, whatever the model calls them.
+# are `model.layers.0.moe.experts.3.gate_proj`, whatever their names in the model are.
 
 
 def layer_of(name: str) -> str | None:
@@ -413,7 +413,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
 
 
 class ExpertPacking(Packing):
-    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` are those of one matrix of all experts."""
+    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` describe one matrix of all experts."""
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized stack as one matrix, in torch's order of rows, float32."""

@@ -211,7 +211,7 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return stored tensors that may equal a graph's tensor: by name or, for tied weights, by shape."""
+    """Return stored tensors that may equal a graph's tensor: the name matches or, for tied weights, the shape."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
@@ -290,7 +290,7 @@ def export(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> GraphReport:
-    """Write a torch model as a graph, by torch's dynamo exporter; tensors and nodes keep the names of the modules.
+    """Write a torch model as a graph with torch's dynamo exporter; tensors and nodes keep the names of the modules.
 
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
@@ -309,8 +309,9 @@ def export(
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
         also: more examples of `args`, in other sizes; the check also runs on them.
-        quantize: `int8` or `int4` packs the linear layers by onnxruntime's quantizers; see quantizing.py.
-            `GraphReport.damage` has the error of each weight, and `GraphReport.difference` the error of the outputs.
+        quantize: `int8` or `int4` packs the linear layers with onnxruntime's quantizers; see quantizing.py.
+            `GraphReport.damage` stores the error of each weight, and `GraphReport.difference` stores the error of the
+            outputs.
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
             instead of a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
@@ -332,7 +333,7 @@ def export(
     target, named = Path(path_text(out)), _named(adapter)
     if isinstance(args, Mapping) or not isinstance(args, Sequence):
         cure = "Pass a mapping as kwargs=, and a tensor as args=(tensor,)"
-        raise UsageError(f"args is a {type(args).__name__}, and must be a tuple", where="args", cure=cure)
+        raise UsageError(f"args is a {type(args).__name__}, but must be a tuple", where="args", cure=cure)
     _check_call(torch_model, target, named, mode, allow_partial)
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)
@@ -355,7 +356,7 @@ def export(
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer reads a float graph; the check covers that graph, too.
+        # The quantizer reads a float graph, which the check also covers.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -391,7 +392,7 @@ def _own_parts(
 
 
 def steps_of(mode: str, quantize: str | None, check: bool) -> int:
-    """Return how many steps an export reports: tracing, converting, and the optional ones."""
+    """Return how many steps an export reports: tracing, converting, and the optional steps."""
     return 2 + (mode == "slots") + (quantize is not None) + check
 
 
@@ -427,7 +428,7 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph only once, also for the reference, because onnxruntime optimizes a graph at every load.
+        # Load each graph only once, even for the reference, because onnxruntime optimizes a graph at every load.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
@@ -445,7 +446,7 @@ def _checked(
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
-    """Return the adapters for each run of the check: with slots, one run per adapter; otherwise, one run with all."""
+    """Return the adapters of each run of the check: one run per adapter with slots, otherwise one run with all."""
     if mode != "slots":
         return {None: (lambda: injected(held, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
@@ -455,7 +456,7 @@ def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Return adapters by name: by the given names, or by the names of their files or folders."""
+    """Return adapters under their given names, or else under the names of their files or folders."""
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping):
@@ -465,7 +466,7 @@ def _named(adapter: Adapters) -> dict[str, One]:
     for one in several:
         name = "adapter" if isinstance(one, Adapter) else _stem(one)
         if name in named:
-            cure = "Rename one of the files, or pass a dictionary that names each (adapter={NAME: PATH})"
+            cure = "Rename one of the files, or pass a dictionary with a name for each adapter (adapter={NAME: PATH})"
             raise UsageError(f"two adapters have the name {name!r}", where="adapter", cure=cure)
         named[name] = one
     return named
@@ -493,7 +494,7 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
             raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give the adapter another name")
     if out.is_dir():
-        raise UsageError("the output is a folder, and must be a file", path=out, cure="Pass the path of a .onnx file")
+        raise UsageError("the output is a folder, but must be a file", path=out, cure="Pass the path of a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
     files = [_file(out, name, part) for name in adapters if mode == "slots"]
@@ -520,7 +521,7 @@ def _file(out: Path, name: str, part: bool) -> Path:
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
-    """Give the graph one set of slots for each target of any of the adapters."""
+    """Give the graph one set of slots for each target that any adapter has."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
@@ -539,7 +540,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
 def _form(place: Found) -> list[object]:
     """Return the properties that two adapters must share at a target to use the same slots."""
     return [
-        # Omit `scaling`: it has its own slot, so adapters may differ in it.
+        # Omit `scaling`: it has a separate slot, so adapters may have different scalings.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]

@@ -2,7 +2,7 @@
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
 `decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
-may have targets in all graphs; each graph gets the targets that it has. The graph of an encoder names its layers
+may have targets in all graphs; each graph gets the updates of its own targets. The graph of an encoder names its layers
 without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore, the names
 of files are compared first: they show which part of the model a graph holds.
 """
@@ -106,7 +106,7 @@ def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
     if Path(out).suffix.lower() == ".onnx" and not several:
         return None
     if Path(out).suffix.lower() == ".onnx":
-        why = "the model is a folder of several graphs, and the output is one file"
+        why = "the model is a folder of several graphs, but the output is one file"
         raise UsageError(why, path=str(out), cure="Pass a folder to write: -o DIR (out=)")
     return path
 
@@ -160,7 +160,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 
-# Split an adapter by the graphs that have its targets.
+# Give each graph the part of an adapter whose targets it contains.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +209,7 @@ def left_out(
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
-    """Give each graph the updates whose targets it has.
+    """Give each graph the updates of its own targets.
 
     Raises:
         TargetNotFound: no graph has any of the targets; or `allow_partial` is not set, and a target is in no graph, or

@@ -68,7 +68,7 @@ def fold(
     settle_biases([place for place, _ in folds], building)
     fresh: Fresh = {}
     # Fold all targets of a node together, so that the node's weight is rounded only once.
-    # The queries, keys and values of one packed layer are different spots at one node.
+    # The queries, keys and values of one packed layer are separate spots at the same node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
@@ -137,8 +137,8 @@ class Folding:
         Args:
             quantized: the choice for a packed weight.
             damage: a dictionary to which the error of a requantized weight is added.
-            keep: the choice for the change of a packed weight: empty to decide by the loss, None to always quantize the
-                change.
+            keep: the choice for the change of a packed weight: empty to decide from the loss, None to always quantize
+                the change.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"

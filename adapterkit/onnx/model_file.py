@@ -53,7 +53,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
             )
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
-            why = f"the file has {real.stat().st_size} bytes, and {need} are needed"
+            why = f"the file has {real.stat().st_size} bytes, but {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
         # Read the real file: a hub's cache stores files as links, and runtimes refuse links out of the folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name
@@ -532,7 +532,7 @@ def _moves(tensor: ir.TensorProtocol | None) -> bool:
 
 def _check_out(source: GraphSource | None, out: Path) -> None:
     if out.is_dir():
-        raise UsageError("the output is a folder, and must be a file", path=out, cure="Pass the path of a .onnx file")
+        raise UsageError("the output is a folder, but must be a file", path=out, cure="Pass the path of a .onnx file")
     for file in () if source is None else (source.path, *source.data):
         if file is not None and out.exists() and file.exists() and out.samefile(file):
             raise UsageError("the output is one of the model's own files", path=out, cure="Write to another file")

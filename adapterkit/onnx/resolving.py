@@ -172,7 +172,7 @@ def taken(
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, to find layers without names by values.
+        base: the weights that the graph was exported from, to find layers without names by their values.
         config: the base's config.
         role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
 
@@ -216,7 +216,7 @@ def _rows_of(known: Known) -> Callable[[str], int | None]:
 
 
 def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
-    """Return the targets whose names a graph lacks."""
+    """Return the targets whose names are missing in a graph."""
     names = _in_words_of(adapter, known)
     shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
@@ -348,7 +348,7 @@ def _refuse_orders(found: Sequence[Found]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter are at one weight, and not all of them are plain sums"
+            why = "several targets of one adapter are at one weight, and at least one is not a plain sum"
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 

@@ -60,7 +60,7 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether `other` must contain each layer of `one`: apart from words for the form, its name begins with `one`."""
+    """Whether `other` must contain each layer of `one`: without words for the form, its name begins with `one`'s."""
     if one.parent != other.parent:
         return False
     first, second = _plain(one.stem), _plain(other.stem)

@@ -157,7 +157,7 @@ def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Seque
         raise Unsupported(why, where=str(target), cure=cure)
     count = updates[0].dims(True).get("e") if target.stacked else stack.experts
     if count != stack.experts:
-        why = f"the adapter has {count} experts, and the graph {stack.experts}"
+        why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # The builder multiplies Gemma 4's second weights by one scale per expert, by which a change would also be
     # multiplied.
@@ -199,7 +199,8 @@ def _family(adapter: Adapter, config: Config) -> Architecture | None:
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
     """Return the weights of experts under a name; empty if the name is not one of experts', or the family is unknown.
 
-    Names are compared after the number of the layer: words before it differ between classes of one family.
+    Only the part of a name after the layer's number is compared, because the words before it differ between classes of
+    one family.
     """
     layer = LAYER.match(path)
     inner = "" if layer is None else path[layer.end() :].strip(".")

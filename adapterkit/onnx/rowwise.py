@@ -119,7 +119,7 @@ class RowSlots:
         listed = []
         for place, slots in self.made.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # List the slot of B for the scaling, too, because B includes the scaling.
+            # List the slot of B also as the slot of the scaling, because B includes the scaling.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())

@@ -161,7 +161,7 @@ def _beyond(node: ir.Node, x: Array) -> int:
     if zero is None and (told := attribute(node, "output_dtype", 0)):
         kind = ir.DataType(told).numpy()
     if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
-        return 0  # Floating-point types saturate by other rules.
+        return 0  # Floating-point types follow other rules of saturation.
     limits: Any = import_module("ml_dtypes").iinfo(kind)
     assert scale is not None
     axis = attribute(node, "axis", 1)

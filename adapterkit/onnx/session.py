@@ -205,7 +205,7 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Read a file with Olive's names as an adapter: the names are those of slots in Olive's graph, but contain the
+        # Read a file with Olive's names as an adapter: the names belong to slots in Olive's graph, but contain the
         # targets.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False

@@ -459,7 +459,7 @@ def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
-    """Return an adapter's tensors by the names of a model's slots.
+    """Return an adapter's tensors under the names of a model's slots.
 
     Args:
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
@@ -471,7 +471,7 @@ def fit(
         Slot name -> array, in the slot's dtype.
 
     Raises:
-        TargetNotFound: the model lacks a target, or its slots at a target are for another method.
+        TargetNotFound: the model does not contain a target, or its slots at a target are for another method.
         ShapeMismatch: a tensor does not fit its slot.
         Unsupported: two different tensors have the same slot.
         Malformed: the model's list of slots is damaged.
@@ -634,7 +634,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's tensors to `feeds`, by the names of their slots; return a map from fields to slots."""
+    """Add an update's tensors to `feeds`, under the names of their slots; return a map from fields to slots."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:

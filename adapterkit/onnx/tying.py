@@ -55,7 +55,7 @@ class Tying:
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
-    """Return an adapter's targets in a graph, extended by tied layers that its updates also change.
+    """Return an adapter's targets in a graph, and also the tied layers that its updates change.
 
     Args:
         found: the targets that the adapter names.
@@ -109,7 +109,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
 
 
 def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
-    """Return an adapter's targets, extended by the other layers of a group that its updates change."""
+    """Return an adapter's targets, and also the other layers of a group that its updates change."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
@@ -163,7 +163,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
-    """Return the nodes of each layer, by the adapter's name for the layer's weight, or else by the graph's name."""
+    """Return the nodes of each layer, under the adapter's name for the layer's weight, or else the graph's name."""
     nodes = {spot.node for spot in spots}
     found: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1

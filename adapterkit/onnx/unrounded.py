@@ -275,7 +275,7 @@ def _concat(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
-    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's, which is now 1."""
+    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's scale, which is now 1."""
     W = of.operand(_at(node, 1), None, _at(node, 3))
     return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
 

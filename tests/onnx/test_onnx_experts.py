@@ -249,7 +249,7 @@ def test_another_number_of_experts_is_refused(tmp_path):
     target = Target("model.layers.0.mlp.experts.down_proj", layout="e out *in")
     adapter = Adapter({target: (update("lora", HIDDEN, INNER, 1, EXPERTS + 1),)})
     for change in (ak.onnx.inject, ak.onnx.merge):
-        with pytest.raises(ShapeMismatch, match="5 experts, and the graph 4"):
+        with pytest.raises(ShapeMismatch, match="5 experts, but the graph has 4"):
             change(tmp_path / "base", adapter, tmp_path / "out")
 
 

@@ -388,7 +388,7 @@ def test_what_export_refuses(tmp_path):
     with pytest.raises(UsageError, match="not a torch module"):
         ak.onnx.export(lambda x: x, (x,), out)
     for args in ({"x": x}, x):
-        with pytest.raises(UsageError, match=r"args is a (dict|Tensor), and must be a tuple.*kwargs="):
+        with pytest.raises(UsageError, match=r"args is a (dict|Tensor), but must be a tuple.*kwargs="):
             ak.onnx.export(model, args, out)
     with pytest.raises(UsageError, match="training mode"):
         ak.onnx.export(Net(), (x,), out)
