@@ -266,7 +266,7 @@ def _looks_up_positions(value: ir.Value | None) -> bool:
 
 
 def _product_of(shares: ir.Value) -> ir.Node | None:
-    """Return the node that multiplies an attention's weights by its values."""
+    """Return the node that multiplies attention weights by the values."""
     seen, left = set[ir.Node](), [shares]
     while left:
         for use in left.pop().uses():

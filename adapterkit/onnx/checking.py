@@ -552,8 +552,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation has bugs, too. Its result only counts if, on the original graph, it agrees with
-    onnxruntime.
+    The reference implementation also has bugs. Its result only counts if it agrees with onnxruntime on the original
+    graph.
     """
     told = told_by_reference(widened(str(out)) or out, feeds)
     if told is None:

@@ -169,7 +169,7 @@ class Experts(Layer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stack, one expert after the other.
+        """Return a function that computes the stack expert by expert.
 
         Args:
             node: the node.

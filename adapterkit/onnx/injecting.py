@@ -100,7 +100,7 @@ def inject(
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs of rank 1 or more, which other run times can swap, too. With `inputs`,
+            the tensors required inputs of rank 1 or more, which other run times can also swap. With `inputs`,
             `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
             `OUT.neutral.safetensors` stores tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
@@ -189,7 +189,7 @@ def _beside(out: Path, adapter: Source) -> Path:
     """Return the path of the adapter file of a graph with slots.
 
     Raises:
-        UsageError: the path is that of the model, or of the file that the adapter is read from.
+        UsageError: the path equals the path of the model, or of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)

@@ -58,7 +58,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     if any(update.changes_weight for update in updates):
         part = cast(Value, chain.weight)
         if place.norm is not None:
-            # The graph stores the base's weight times the norm's scale, so multiply the change by the scale, too.
+            # The graph stores the base's weight times the norm's scale, so also multiply the change by the scale.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
             own = W[rows] if place.target.rows else W
             part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])

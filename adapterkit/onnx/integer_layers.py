@@ -220,7 +220,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # Refuse a past: the float operator can take a past, too, but the conversion does not connect it.
+        # Refuse a past: the float operator can also take a past, but the conversion does not connect the past.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod

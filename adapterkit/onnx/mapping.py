@@ -81,7 +81,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
-    """Group layers by their names in the graph."""
+    """Group layers that have the same name in the graph."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     for spot in spots:
         method, name = _best(spot)

@@ -33,7 +33,7 @@ class _Near:
 
 
 def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
-    """Find an adapter's targets in a graph by the base's weights; return their names and layers.
+    """Find an adapter's targets in a graph by comparing weights with the base; return their names and layers.
 
     Args:
         adapter: the adapter.

@@ -63,7 +63,7 @@ class NormLayer(Layer):
 
 
 class RMSNorm(NormLayer):
-    """A node that normalizes by the mean square, and scales."""
+    """A node that divides by the root mean square, and scales."""
 
     operators = (
         ("", "RMSNormalization"),
@@ -159,7 +159,7 @@ def _inside(node: ir.Node) -> str:
 
 
 def _named(stored: Sequence[ir.Value]) -> str:
-    """Return the module's name from the name of its weight; empty if another node reads the weight, too."""
+    """Return the module's name from the name of its weight; empty if another node also reads the weight."""
     if len(stored) != 1 or len(list(stored[0].uses())) != 1:
         return ""
     name = stored[0].name or ""

@@ -120,7 +120,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate for a folded norm: a norm of the base with one `eps`, and its distance from the graph's weight."""
+    """A candidate for a folded norm: a norm of the base, a value of `eps`, and the distance from the graph's weight."""
 
     name: str
     scale: Array
@@ -194,7 +194,7 @@ def _held(spot: Spot) -> Array:
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer's weight is the base's weight with each channel scaled by some factor."""
+    """Whether a layer's weight equals the base's weight if each channel is multiplied by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
     # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)

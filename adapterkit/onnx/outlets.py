@@ -100,7 +100,7 @@ def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
 def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
     module = module_at(model, _beside(target, path), where)
     if module.read is None or len(module.leaving) != 1:
-        why = f"the module {module.path} does not read exactly one value and return exactly one value"
+        why = f"the module {module.path} must read exactly one value and return exactly one value"
         raise Unsupported(why, where=where, cure="Correct the update's `norm`")
     return Norm(module.read, module.nodes, module.leaving[0])
 

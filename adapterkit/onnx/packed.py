@@ -77,7 +77,7 @@ class Seen:
 
     Attributes:
         shape: the tensor's shape.
-        scale: the stored scales: a single one, one per channel, or one per block.
+        scale: the stored scales: one for the tensor, one per channel, or one per block.
         axis: the axis along which the scales differ.
         block: the number of entries along the axis that share a scale; 0 for a scale per channel.
     """
@@ -410,7 +410,7 @@ def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
 
 
 def _floating(kind: type[Layer]) -> type[Layer] | None:
-    """Return the kind of float layer that replaces a packed one; None if the node itself computes in floats."""
+    """Return the kind of float layer that replaces a packed layer; None if the node itself computes in floats."""
     if issubclass(kind, IntegerLayer):
         return kind.floating
     if issubclass(kind, ConvInteger):
@@ -433,7 +433,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
-    """Return the dequantized weight, which is computed when written; layers with one packed weight share the result."""
+    """Return the dequantized weight, computed when it is written; layers with the same packed weight share it."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)

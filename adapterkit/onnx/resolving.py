@@ -425,7 +425,7 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
-    """Select a module's nodes by name, because modules with equal weights may share one stored weight."""
+    """Select a module's nodes by node name, because modules with equal weights may share one stored weight."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots

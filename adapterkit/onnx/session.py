@@ -118,7 +118,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 """A provider: its name, or its name and options."""
 
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
-"""The adapters of a run: one name, a weight for each of several names, a name for each row of the batch, or None."""
+"""The adapters of a run: a name, a map from names to weights, a list with a name for each row of the batch, or None."""
 
 
 class Session:

@@ -113,7 +113,7 @@ class State:
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block. If its width is that of the block's input, declare the input's sizes."""
+        """Return the state before the block, with the sizes of the block's input if the state has the same width."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]

@@ -124,7 +124,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return ones with a 0 at the end, so that some entries stay visible whether 0 or 1 means masked."""
+    """Return ones with a 0 at the end: whether 0 or 1 means masked, some entries then stay visible."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

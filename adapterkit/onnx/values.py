@@ -133,7 +133,7 @@ def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -
     return tuple(kept)
 
 
-# Index graph values by slices, integers, new axes, and one list of positions.
+# Index graph values with slices, integers, new axes, and one list of positions.
 
 
 _END = np.iinfo(np.int64).max
@@ -329,7 +329,7 @@ class _Linalg:
 class Symbols:
     """The namespace of array functions; a missing function raises `Unsayable`."""
 
-    __name__ = __name__  # array_api_compat identifies namespaces by their names.
+    __name__ = __name__  # array_api_compat identifies namespaces by name.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
     linalg = _Linalg()
 
