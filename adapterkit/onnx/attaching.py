@@ -146,7 +146,7 @@ class Turned:
         return self.layer.op(x, w.swapaxes(0, 1))
 
     def mix(self, h: Value, w: Value) -> Value:
-        raise Unsayable("the update mixes channels, and the layer's weight is transposed")
+        raise Unsayable("the update mixes channels, but the layer's weight is transposed")
 
 
 TargetView = Layer | Ended | Normed | Slice | Turned

@@ -135,9 +135,9 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     second = near[1].distance if len(near) > 1 else float("inf")
     if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
         return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
-    best = f"the nearest is {near[0].distance:.2f} away" if near else "none has its shape"
+    best = f"the nearest has a distance of {near[0].distance:.2f}" if near else "none has its shape"
     if near and near[0].distance <= NEAR:
-        best = f"two are about equally near, {near[0].distance:.3f} and {second:.3f} away"
+        best = f"two are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
     cure = "Is this the base that the graph was exported from?"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 

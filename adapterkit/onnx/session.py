@@ -300,7 +300,7 @@ class Session:
 
         Raises:
             UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
-                hides the last token.
+                excludes the last token.
             Also the errors of `run`.
         """
         past = [name for name in self.inputs if name.startswith(PAST)]
@@ -520,7 +520,7 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
         raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():
         cure = "Pad on the left, for example with tokenizer.padding_side = 'left'"
-        raise UsageError("the mask hides the last token", where="attention_mask", cure=cure)
+        raise UsageError("the mask excludes the last token", where="attention_mask", cure=cure)
     return tokens, mask
 
 
