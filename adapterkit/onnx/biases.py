@@ -3,7 +3,7 @@
 Updates such as IA3 also change the bias. Exporters write a bias as an input of the layer's node, or as an Add right
 after it. Other tools store the bias with more axes, subtract it, or add it after a Reshape. But an added vector may
 instead be a parameter of the module around the layer. The base's weights show which of the two it is; without the base,
-the names that the exporter wrote show it. If neither shows it, the update is refused.
+the names that the exporter wrote show it. If neither shows it, the layer is refused.
 """
 
 from __future__ import annotations
