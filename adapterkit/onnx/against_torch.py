@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error: the graph rounds,
-too."""
+"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error, because the graph
+rounds, too."""
 
 Tree = TypeVar("Tree")
 
@@ -84,7 +84,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between onnxruntime and ONNX's reference; None if the latter cannot run `out`."""
+    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 
@@ -139,7 +139,7 @@ def _widened(tree: Tree) -> Tree:
 def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
     if difference <= most:
         return
-    why = f"the graph differs by {difference:.3g} of its largest output from the torch model"
+    why = f"the graph's outputs differ from the torch model's by {difference:.3g} times the largest output value"
     raise CheckFailed(why, path=out, where=name, cure=_CURE)
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A view of some output channels of a layer, for an update of the same rows of a fused weight."""
+    """A view of some output channels of a layer, for an update of the corresponding rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -95,8 +95,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # If a channel's scale is 0, the norm has removed the channel's values. Divide such a channel by 1: `around`
-            # multiplies the channel by 0 again.
+            # If a channel's scale is 0, the norm has removed the channel's values. Divide this channel by 1 instead of
+            # 0, because `around` multiplies it by 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -114,7 +114,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Apply the norm to a new output; if the output before the norm is unchanged, the result keeps every bit."""
+        """Apply the norm to a new output; if the output before the norm is unchanged, the result is bit-identical."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -146,7 +146,7 @@ class Turned:
         return self.layer.op(x, w.swapaxes(0, 1))
 
     def mix(self, h: Value, w: Value) -> Value:
-        raise Unsayable("the update mixes channels, and the layer's weight is transposed")
+        raise Unsayable("the update mixes channels, but the layer's weight is transposed")
 
 
 TargetView = Layer | Ended | Normed | Slice | Turned
@@ -202,16 +202,16 @@ def attach(
 
 
 def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
-    """Refuse what nodes before a node of experts cannot change.
+    """Refuse experts that nodes before their node cannot change.
 
     Raises:
-        Unsupported: the experts are packed; or the adapter shall be swappable, and each call would compute all experts'
+        Unsupported: the experts are packed; or the adapter must be swappable, and each call would compute all experts'
             weights anew.
     """
     node = place.spots[0].node
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
     if issubclass(kind, PackedExperts):
-        why = f"{where}, which reads packed weights, so no nodes can change them"
+        why = f"{where}, which reads packed weights, so added nodes cannot change them"
         cure = f"Merge it instead: adapterkit merge {_PACKED}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     if slots:
@@ -223,7 +223,7 @@ def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
 
 def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building) -> None:
     """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
-    # Targets with the same rows, such as those of two adapters, follow each other.
+    # Targets with the same rows, such as targets of two adapters, are next to each other.
     rounds: list[list[Found]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
@@ -316,7 +316,7 @@ def _change_inside(
                 one = _weighable(update, seen, layer.branch)
                 one = one or slots.factored(place.updates[position], layer, place, position)
                 if one is None:
-                    raise Unsayable(f"no nodes compute the weight of {update.method}")
+                    raise Unsayable(f"nodes cannot compute the changed weight of {update.method}")
                 new.append(one)
         changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
@@ -356,7 +356,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     places: dict[Found, int] = {}
     for place in moving:
         if place.last is None or place.last not in at:
-            why = "the block passes on a state, and it is in a subgraph"
+            why = "the block passes a state to the next block, and the block is in a subgraph"
             raise Unsupported(why, where=str(place.asked), cure=_KEEP)
         places[place] = at[place.last]
     return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
@@ -381,7 +381,7 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
     # An output update reads the layer's result, so a weight update cannot come after an output update.
     if outer != sorted(outer):
         why = "an update of weights follows an update of the output"
-        raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
+        raise Unsupported(why, where=str(place.asked), cure="Put updates of weights before updates of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
             why = f"{update.method} changes the whole output, and the target is a row slice"
@@ -480,7 +480,7 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
 
 
 def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, more: bool = False) -> Value:
-    """Compute the layer's new output by the updates' formulas; for a grouped layer, change only weight and bias.
+    """Compute the layer's new output with the updates' formulas; for a grouped layer, change only weight and bias.
 
     Args:
         layer: the layer.

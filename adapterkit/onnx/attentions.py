@@ -1,4 +1,4 @@
-"""Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
+"""Find attentions in a graph, and attach prefixes: extra keys and values before the computed keys and values.
 
 Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before the columns of the
 computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
@@ -30,7 +30,7 @@ _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
 _BEHIND = ("IsNaN", "Where", "Cast", "Identity", "Dropout")
 _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
-_EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
+_EXPORT = "Export the graph with torch's own exporter, and inject the adapter before the graph is optimized"
 
 Factors = tuple[tuple[str, ir.Value], ...]
 """Pairs of an operator (`Mul` or `Div`) and a number, in the order in which the operators are applied."""
@@ -77,7 +77,9 @@ class AttentionNodes:
         size = None if shape is None or len(shape) != 4 else shape[axis]
         if not isinstance(size, int):
             raise Unsupported(
-                "the graph does not give the heads of this attention", where=self.module.path, cure=_EXPORT
+                "the graph does not show the number and size of this attention's heads",
+                where=self.module.path,
+                cure=_EXPORT,
             )
         return size
 
@@ -87,7 +89,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module does not have exactly one softmax of scores, or it adds a position bias to the scores.
+        Unsupported: the module does not contain exactly one softmax of scores, or adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -103,7 +105,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: a prefix has another number or size of heads than the keys.
+        ShapeMismatch: a prefix and the keys differ in the number or the size of heads.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
@@ -139,7 +141,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
     found: Any = computed_over(update, value).prefix(gate_input)
     heads = found.shape[2]
     if at.heads % heads:
-        why = f"the prefix was made for {heads} heads, and the attention has {at.heads}"
+        why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
@@ -155,13 +157,13 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
     width = gate.shape[-1]
     found = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
     if len(found) != 1:
-        why = f"{len(found)} values of {width} channels enter the attention, and the prefix's gate reads exactly one"
+        why = f"{len(found)} values of {width} channels enter the attention, but the prefix's gate reads exactly one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; a constant times these ones is repeated for each row of the batch."""
+    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by this value repeats it for each row of the batch."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -182,7 +184,7 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
 
 def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
     if at.width != past.shape[-1]:
-        why = f"the prefix was made for heads of size {past.shape[-1]}, and the attention's have size {at.width}"
+        why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
 
 
@@ -264,7 +266,7 @@ def _looks_up_positions(value: ir.Value | None) -> bool:
 
 
 def _product_of(shares: ir.Value) -> ir.Node | None:
-    """Return the node that multiplies an attention's weights by its values."""
+    """Return the node that multiplies attention weights by the values."""
     seen, left = set[ir.Node](), [shares]
     while left:
         for use in left.pop().uses():

@@ -1,9 +1,9 @@
 """Find out whether a vector that a graph adds to a layer's output is the layer's bias.
 
-Updates such as IA3 change the bias, too. Exporters write a bias as an input of the layer's node, or as an Add right
-after it. Other tools store it with more axes, subtract it, or add it after a Reshape. On the other hand, a vector that
-is added may be a parameter of the module around the layer. The base's weights show this; without them, the names that
-the exporter wrote do. If neither shows it, the layer is refused.
+Updates such as IA3 also change the bias. Exporters write a bias as an input of the layer's node, or as an Add right
+after it. Other tools store the bias with more axes, subtract it, or add it after a Reshape. But an added vector may
+instead be a parameter of the module around the layer. The base's weights show which of the two it is; without the base,
+the names that the exporter wrote show it. If neither shows it, the layer is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of numbers; an Add of a vector along the last axis may come before them."""
+"""Operators that keep the order of numbers; an Add of a vector along the last axis may precede these operators."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
@@ -41,7 +41,7 @@ PASSES = KEEPS_ORDER | {
 WIDE = 64
 """Largest number of values that are searched for the name of a bias."""
 
-_BASE = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
+_BASE = "Pass the base's weights, which show whether it is the bias: --base-weights DIR (base_weights=)"
 
 
 def changes_bias(place: Found) -> bool:
@@ -50,7 +50,7 @@ def changes_bias(place: Found) -> bool:
 
 
 def with_base_bias(place: Found, base: Checkpoint) -> Found:
-    """Return a target with the bias that its layer has in the base, if the base shows the layer by its name."""
+    """Return a target with the bias that its layer has in the base, if the base contains the layer's name."""
     if not changes_bias(place) or not place.spots:
         return place
     for path in dict.fromkeys((place.target.path, place.asked.path)):
@@ -71,13 +71,13 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(found: Sequence[Found], building: Building) -> None:
-    """Prepare layers whose bias an update changes: prove the biases, and bring them to the layers.
+    """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
     Vectors that are not the bias of their layer are noted in `building.apart`.
 
     Raises:
-        Unsupported: a vector that is added to a layer's output may be its bias or not; or it is the bias, but where no
-            update can change it; or one node computes several layers that differ in their biases.
+        Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
+            where no update can change it; or one node computes several layers with different biases.
     """
     for place in found:
         for spot in dict.fromkeys(place.spots):
@@ -88,7 +88,7 @@ def settle_biases(found: Sequence[Found], building: Building) -> None:
 
 
 def _refuse_shared(spot: Spot, place: Found) -> None:
-    """Refuse a node that computes several layers, whose equal weights and inputs an optimizer found."""
+    """Refuse a node into which an optimizer merged several layers with equal weights and inputs."""
     uses = list(spot.node.outputs[0].uses())
     if len(uses) < 2:
         return
@@ -100,7 +100,7 @@ def _refuse_shared(spot: Spot, place: Found) -> None:
     }  # fmt: skip
     if len(stems) > 1:
         why = f"the node computes several layers with equal weights ({', '.join(sorted(stems))})"
-        cure = "Use the graph before it is optimized, where each layer has a node"
+        cure = "Use the graph before it is optimized: there, each layer has its own node"
         raise Unsupported(why, where=str(place.asked), cure=cure)
 
 
@@ -113,7 +113,7 @@ class _Added:
         value: the vector.
         passed: nodes between the layer and this node.
         negative: whether the node subtracts the vector.
-        first: whether nothing else is added before.
+        first: whether nothing else is added to the output before the vector.
     """
 
     node: ir.Node
@@ -213,7 +213,7 @@ def _zero(place: Found) -> bool:
 
 
 def _refuse_lost(place: Found, where: str) -> None:
-    """Refuse a layer that has a bias in the base, but none that was found in the graph."""
+    """Refuse a layer that has a bias in the base, if no bias was found in the graph."""
     if place.bias is None or _zero(place):
         return
     why = "the base's layer has a bias, and it is unclear where the graph adds it"
@@ -233,13 +233,14 @@ def _is_bias(
     Args:
         layer: the layer.
         adds: the node that adds the vector.
-        vector: the vector, with one number for each output channel; None if it cannot be read as such.
+        vector: the vector, with one number for each output channel; None if it cannot be converted to this form.
         place: the layer's target.
-        plain: True if exporters write a bias in this way, so that it is the bias if nothing shows that it is not.
+        plain: True if exporters write a bias in this way. Then the vector is the bias unless something shows that it is
+            not.
         held: the value that holds the vector; None if the layer's own node reads it.
 
     Raises:
-        Unsupported: nothing shows whether it is the bias; or the vector holds other numbers than the base's bias.
+        Unsupported: nothing shows whether the vector is the bias; or its numbers differ from the base's bias.
     """
     where = str(place.asked)
     named = held is not None and _is_named(held, place)
@@ -270,7 +271,7 @@ def _in_base(vector: Array, place: Found) -> bool | None:
     if base is None:
         if not vector.any() or _is_other(vector, place.bias):
             return False
-        why = "the graph adds a vector to the layer's output, and the base has neither a bias nor such a vector there"
+        why = "the graph adds a vector to the layer's output, but the base has no bias there and no equal vector"
         raise Unsupported(why, where=str(place.asked), cure="Pass all weights of the base: --base-weights DIR")
     for part in (vector[rows], vector):
         if part.shape == base.shape:
@@ -284,7 +285,7 @@ def _in_base(vector: Array, place: Found) -> bool | None:
 
 
 def _is_other(vector: Array, bias: BaseBias) -> bool:
-    """Whether a vector is another one of the base."""
+    """Whether a vector equals one of the base's vectors that are not the layer's bias."""
     alike = (leaf for leaf in bias.others.values() if tuple(leaf.shape) == vector.shape)
     return any(_near(vector, as_array(leaf).astype(np.float32)) for leaf in alike)
 
@@ -309,7 +310,7 @@ def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
 
 
 def _added(layer: Layer) -> Iterator[_Added]:
-    """Yield what nodes add to a layer's output, also behind nodes that keep or move its numbers."""
+    """Yield the values that nodes add to a layer's output, including Adds after nodes that keep or move its numbers."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:
@@ -332,7 +333,7 @@ def _added(layer: Layer) -> Iterator[_Added]:
 
 
 def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
-    """Whether a value that a node adds may be the bias of a layer, by its name or its size."""
+    """Whether a value that a node adds may be the bias of a layer, judging by the value's name or size."""
     if added.value is layer.held_bias or added.node is (None if layer.after is None else layer.after[0]):
         return False
     if _is_named(added.value, place):
@@ -353,12 +354,12 @@ def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
 
 
 def _vector(added: _Added, layer: Layer) -> Array | None:
-    """Return the numbers to add to each channel of a layer's own output; None if nodes between move them."""
+    """Return the number to add to each channel of a layer's own output; None if nodes in between move the numbers."""
     held = numbers(added.value)
     held = -held if added.negative else held
     if held.size != layer.outputs:
         return None
-    # A vector with more axes than what it is added to gives the sum more axes, too.
+    # If the vector has more axes than the value that it is added to, the sum has these additional axes.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
     most = max(2 if not added.passed else 0, -layer.channel, 0 if last.shape is None else len(last.shape))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
@@ -397,10 +398,11 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
-    """Make an Add or a Sub of a vector an Add right after the layer, which computes the same numbers.
+    """Replace an Add or a Sub of a vector by an Add right after the layer that computes the same numbers.
 
     Returns:
-        False if that is impossible, because other nodes read the values between, or are in another graph.
+        False if that is impossible, because other nodes read the values in between, or the nodes are in different
+        graphs.
     """
     graph, building = layer.node.graph, layer.branch.building
     chain = [layer.result, *(node.outputs[0] for node in added.passed)]
@@ -460,7 +462,7 @@ def _behind(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
-    """Return the modules around two nodes, by the exporter's metadata or by the nodes' names; None if it is unknown."""
+    """Return the modules around two nodes, from the exporter's metadata or the nodes' names; None if unknown."""
     scopes = [listed(node.metadata_props.get(SCOPES))[-2:-1] for node in (one, other)]
     if all(scopes):
         return scopes[0][0], scopes[1][0]

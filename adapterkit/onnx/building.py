@@ -28,7 +28,7 @@ GENERATED = re.compile(r"(gemm_input_shape|gemm_output_shape|const_transpose_opt
 """Names that onnxruntime's optimizers give to the shapes and permutations that they add."""
 
 FREE = 1 << 40
-"""Sizes of at least this number stand for open sizes, which are only known when an adapter is loaded; see slots.py."""
+"""Numbers from this one on stand for dynamic sizes, which are only known once an adapter is loaded; see slots.py."""
 
 
 class Building:
@@ -60,7 +60,7 @@ class Building:
         return value
 
     def name(self, wanted: str) -> str:
-        """Return a unique name: the wanted one, with a number appended if it is taken."""
+        """Return the wanted name, with a number appended if the name is taken."""
         name, count = wanted, 0
         while name in self.taken:
             count += 1
@@ -89,7 +89,7 @@ class Building:
         """Return an optional input: an initializer with the default value, which is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
-            # Declare the open sizes, because the default has size 0 or 1 there.
+            # Declare the dynamic sizes, because the default has size 0 or 1 there.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
@@ -106,13 +106,14 @@ class Building:
                 self.model.graph.register_initializer(value)
         self.model.graph.inputs.extend(value for value in self.inputs if value.uses())
         self._rename_generated()
-        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must be inputs, too.
+        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must also be inputs.
 
     def _rename_generated(self) -> None:
         """Rename shapes and permutations of a graph that onnxruntime wrote after optimizing it.
 
         When it optimizes the graph again, onnxruntime may choose the same names for tensors that it adds, and then the
-        graph does not load. That happens if it adds tensors for the new nodes after it removed nodes that read the old.
+        graph does not load. That happens if onnxruntime adds tensors for the new nodes after it removed nodes that read
+        the old tensors.
         """
         for name, value in list(self.model.graph.initializers.items()):
             held = value.const_value
@@ -144,7 +145,7 @@ class Branch:
         """Append a node, and return its output number `position`, which is the only output that other nodes read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        # Omit a shape with a size of FREE or more: this stands for an open size and must not be written to the file.
+        # Omit a shape with a size of FREE or more: this stands for a dynamic size and must not be written to the file.
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
@@ -318,7 +319,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # Refuse a subgraph: it may read outer values, and those would have to be replaced inside the subgraph, too.
+    # Refuse a subgraph: it may read outer values, which would also have to be replaced inside the subgraph.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
         cure = "Attach the adapter to the torch model, and export that model"
         raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)
@@ -329,7 +330,7 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
     )  # fmt: skip
     for own, other in zip(node.outputs, copy.outputs, strict=True):
         other.name = name(own.name or "output")
-        # Drop the names of open sizes: runtimes share memory between values whose sizes have equal names, and the
+        # Drop the names of dynamic sizes: runtimes share memory between values whose sizes have equal names, and the
         # copy's sizes may differ.
         fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
         other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type

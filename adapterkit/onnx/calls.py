@@ -146,7 +146,7 @@ TASKS, LAST = "task_ids", "hidden_states"
 
 
 class CallWords:
-    """The inputs of a model's call that updates read, each by its name in `OutputUpdate`.
+    """The inputs of a model's call that updates read, under their names in `OutputUpdate`.
 
     Args:
         building: the model, which is not changed yet.
@@ -176,7 +176,7 @@ class CallWords:
                     cure=f"Updates read: {', '.join(sorted(asked)) or 'nothing'}",
                 )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
-                cure = "Give the name of a value of the graph; for task_ids, the number of one task is possible, too"
+                cure = "Give the name of a value of the graph; for task_ids, the number of one task is also possible"
                 raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
         self.made: dict[str, ir.Value] = {}
         last = self.told.get(LAST)
@@ -273,7 +273,7 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's positions; all ones if the graph's mask has another size, e.g. with a past."""
+        """Return the mask of the layer's positions, or ones if the graph's mask has another size, e.g. with a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None

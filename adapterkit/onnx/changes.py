@@ -27,8 +27,8 @@ class Stored:
     """The stored tensor that a node reads, directly or through transpositions.
 
     Attributes:
-        value: the stored tensor; the node's operand if other operators than transpositions compute the operand.
-        turned: True if the operand has the first two axes of `value` swapped.
+        value: the stored tensor; or the operand itself, if nodes other than transpositions compute the operand.
+        turned: True if the operand is `value` with its first two axes swapped.
         chain: the nodes from the stored tensor to the operand.
     """
 
@@ -195,7 +195,7 @@ def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, 
 
 
 def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
-    """Register a new tensor. If no node reads the old tensor any more, `settle` later moves its name to the new one."""
+    """Register a new tensor. If no node reads the old one any more, `settle` later gives its name to the new one."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)

@@ -149,8 +149,8 @@ class CheckOutcome:
     """The result of a check.
 
     Attributes:
-        difference: the largest difference, relative to the largest output. If the graph rounds activations to
-            integers, both graphs are compared without this rounding, if that is possible.
+        difference: the largest difference, relative to the largest output. Graphs that round activations to integers
+            are compared without this rounding where possible.
         note: why `difference` is None, or what the check could not cover.
         reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
         saturation: values clipped by static quantization, if the graph has any.
@@ -248,7 +248,7 @@ def _compared_by_rows(
             _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second), bare))
             return max(first, second)
         why = "no output has rows that the adapter changes"
-    cure = "Export the graph with an open batch size, or inject with --mode slots (mode='slots')"
+    cure = "Export the graph with a dynamic batch size, or inject with --mode slots (mode='slots')"
     raise Unsupported(f"the graph does not run on a batch of two ({why})", path=out, cure=cure)
 
 
@@ -290,7 +290,7 @@ def checked_merge(
     if beside:
         return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
-        return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter at weight 1")
+        return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter with weight 1")
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -300,7 +300,8 @@ def checked_merge(
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     found = resolve(source.model, adapters[0], weights, tying)
     smooth = _rounds(source.model) and _smooth(plain)
-    # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole step.
+    # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole rounding
+    # step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # No nodes can change packed experts, so compare with an injection into their dequantized weights.
     found = (unpacked if quantized == "dequantize" else experts_as_floats)(found, building)
@@ -390,7 +391,7 @@ def _too_large(source: GraphSource) -> str | None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    return f"the graph has {total} bytes of numbers, which is too many to load twice" if total > LARGE else None
+    return f"the graph has {total} bytes of tensors, which is too many to load twice" if total > LARGE else None
 
 
 def _compared(wanted: bytes | None, out: Path, more: Feeds, **options: Any) -> CheckOutcome:
@@ -461,7 +462,7 @@ def _run_both(
         for name in _conditions(opened(out).model, feeds):
             other = _flipped(wanted, out, name, feeds, both, judged, bare)
             if other is None:
-                untried = f"the branch of {name} = {not feeds[name].any()} does not run on the inputs of the check"
+                untried = f"the branch for {name} = {not feeds[name].any()} does not run on the inputs of the check"
             difference = max(difference, other or 0.0)
         # If the adapter changes nothing on these inputs, equality proves little, so try other sizes.
         if seen:
@@ -501,7 +502,7 @@ def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
 
 
 def _roots(value: ir.Value | None) -> list[ir.Value]:
-    """Return the graph input that a condition is computed from, looking through nodes of one input such as Squeeze."""
+    """Return the graph input that a condition comes from, looking through nodes with one input such as Squeeze."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0] if node.inputs else None
     return [] if value is None else [value]
@@ -551,8 +552,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation has bugs, too. Its result only counts if, on the original graph, it agrees with
-    onnxruntime.
+    The reference implementation also has bugs. Its result only counts if it agrees with onnxruntime on the original
+    graph.
     """
     told = told_by_reference(widened(str(out)) or out, feeds)
     if told is None:
@@ -566,7 +567,7 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     results = started(first).run(None, plain_feeds)
     if difference_of(before, results) > most_of_oracles(results):
         return None
-    why = f"onnxruntime and ONNX's reference implementation differ by {difference:.3g} of its largest output"
+    why = f"onnxruntime and ONNX's reference implementation differ by {difference:.3g} times the largest output"
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 
@@ -623,7 +624,10 @@ def _computes_narrow(model: bytes) -> bool:
 def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
-    why = f"the graph differs by {difference:.3g} of its largest output from a graph that was changed by another method"
+    why = (
+        "the graph's outputs differ from those of a graph that was changed by another method: "
+        f"by {difference:.3g} times the largest output value"
+    )
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 

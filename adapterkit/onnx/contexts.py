@@ -65,7 +65,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
         raise ShapeMismatch(
-            f"the vectors have {more.shape[-1]} channels, and the embedding has {dim}", where=str(target)
+            f"the vectors have {more.shape[-1]} channels, but the embedding has {dim}", where=str(target)
         )
     layer = Gather(spot.node, branch)
     ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
@@ -103,13 +103,13 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     spots = [spot for spot in spots_of(building.model) if spot.kind is Gather and spot.node in module.nodes]
     tokens = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(tokens) != 1:
-        why = f"the module {module.path} has {len(tokens)} embeddings of the graph's tokens, and must have one"
+        why = f"the module {module.path} has {len(tokens)} embeddings of the graph's tokens, but must have exactly one"
         raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
     branch = Branch(building, f"adapterkit/{target}")
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot be added to a decoder with a past, whose positions would count them"
+        why = "new tokens cannot be added to a decoder with a past, because its positions would count them"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"
@@ -130,8 +130,8 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # Make the batch size of positions open: before, all rows of a batch shared one row of positions; now each has its
-    # own.
+    # Make the batch size of positions dynamic: before, all rows of a batch shared one row of positions; now, each row
+    # has its own.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)
@@ -143,7 +143,7 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
-"""Names of the projections in attentions: separate ones as in Llama, and fused ones as in GPT-2."""
+"""Names of the projections in attentions: separate projections as in Llama, a fused projection as in GPT-2."""
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
@@ -181,7 +181,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
             found[name] = spot.kind(spot.node, branch)
     if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
         why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
-        raise Unsupported(why, where=str(target), cure="Target the attentions of such a model")
+        raise Unsupported(why, where=str(target), cure="Target attentions of a model like Llama or GPT-2")
     return found
 
 
@@ -213,7 +213,7 @@ def _keys_values(P: Array, layers: Mapping[str, Layer], target: Target) -> tuple
 def _projected(P: Array, layer: Layer, target: Target) -> Array:
     W = layer.weight.numbers().astype(np.float64)
     if P.shape[1] != W.shape[1]:
-        why = f"the prompt was made for {P.shape[1]} channels, and the attention reads {W.shape[1]}"
+        why = f"the prompt was made for {P.shape[1]} channels, but the attention reads {W.shape[1]}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     y: Array = P @ W.T
     return y if layer.bias is None else y + layer.bias.numbers()
@@ -341,7 +341,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
         spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(spots) != 1:
         why = "the graph shows no embedding of tokens" if not spots else "several embeddings may embed the tokens"
-        raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")
+        raise TargetNotFound(why, where=str(target), cure="Target the embedding by name")
     return spots[0]
 
 

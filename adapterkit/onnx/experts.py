@@ -1,10 +1,11 @@
 """Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
 
-The output is no sum of products with these weights, so nodes after such a node cannot add a change. Nodes before it
+The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Nodes before it
 compute a changed stack, or a merge changes the stored stack.
 
-Formulas see a stack `[expert, out, in]` as one matrix with the experts' rows in turn, so that each part of an expert is
-a range of rows, as in torch. Fused gates and ups are stored row by row, with a gate first.
+Formulas see a stack `[expert, out, in]` as one matrix: the rows of expert 0, then those of expert 1, and so on. So each
+part of an expert is a range of rows, as in torch. In the node, the rows of fused gates and ups alternate, beginning
+with a gate.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MoE
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
 """
@@ -52,11 +53,11 @@ def unknown_layout(node: ir.Node) -> str | None:
     packed = node.op_type == "QMoE"
     first, second, third = (2, 5, 8) if packed else (2, 4, 6)
     if any(_at(node, at) is None or not is_constant(weight_at(node, at)) for at in (first, second)):
-        return "its weights are no constants"
+        return "its weights are not constants"
     if _at(node, third) is not None:
-        return "it has a third weight (fc3), which onnxruntime's kernel for processors does not run"
+        return "it has a third weight (fc3), which onnxruntime's CPU kernel does not run"
     if fused(node) == 2 and attribute(node, "swiglu_fusion", 0) != 1:
-        return "its gates and ups are not interleaved, and onnxruntime's kernel for processors does not run this order"
+        return "its gates and ups are not interleaved, and onnxruntime's CPU kernel does not run this order"
     if packed and (why := _unknown_packing(node)) is not None:
         return why
     one, two = (shape_of(_weight(node, at)) for at in (first, second))
@@ -64,8 +65,8 @@ def unknown_layout(node: ir.Node) -> str | None:
         return "its weights do not have three axes"
     per = 8 // _bits(node) if packed else 1
     hidden, inner = two[1], two[2] * per
-    # In an older layout, input and output axes are swapped in the shape. Its shapes can equal those of this layout, so
-    # compare another tensor that shows the width.
+    # An older layout swaps the input and output axes. Its shapes can equal the shapes in this layout, so compare the
+    # width with another tensor.
     width = _width(node, 7 if packed else 5)
     if one != (two[0], fused(node) * inner, hidden // per) or hidden % per or (width is not None and width != hidden):
         return "its weights are stored in an older or a prepacked layout"
@@ -81,14 +82,14 @@ def _unknown_packing(node: ir.Node) -> str | None:
     if attribute(node, "weights_prepacked", 0) == 1:
         return "its weights are prepacked for one kind of processor"
     if any(one is not None for one in node.inputs[11:]):
-        return "it has zero points, global scales or separate weights of routes"
+        return "it has zero points, global scales or separate router weights"
     if any(not is_constant(_at(node, position)) for position in (3, 6)):
-        return "its scales are no constants"
+        return "its scales are not constants"
     return None
 
 
 def _width(node: ir.Node, bias: int) -> int | None:
-    """Return the number of the node's inputs as its second bias or the shape of its input shows it."""
+    """Return the number of input channels, from the second bias or the input's shape; None if neither shows it."""
     held, x = _at(node, bias), node.inputs[0]
     shapes = [one.shape for one in (held, x) if one is not None and one.shape is not None]
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
@@ -142,7 +143,7 @@ class Experts(Layer):
 
     @classmethod
     def parts(cls, node: ir.Node) -> int:
-        """Return how many weights of torch's are interleaved in each expert."""
+        """Return how many of torch's weights are interleaved in each expert."""
         return fused(node) if cls.first else 1
 
     @classmethod
@@ -168,7 +169,7 @@ class Experts(Layer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stack, one expert after the other.
+        """Return a function that computes the stack expert by expert.
 
         Args:
             node: the node.
@@ -296,7 +297,7 @@ EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, Sec
 
 
 # Names of the experts in a graph. onnxruntime-genai's builder calls every layer of experts `moe`, so names in a graph
-# are `model.layers.0.moe.experts.3.gate_proj`, whatever the model calls them.
+# are `model.layers.0.moe.experts.3.gate_proj`, whatever their names in the model are.
 
 
 def layer_of(name: str) -> str | None:
@@ -412,7 +413,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
 
 
 class ExpertPacking(Packing):
-    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` are those of one matrix of all experts."""
+    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` describe one matrix of all experts."""
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized stack as one matrix, in torch's order of rows, float32."""

@@ -158,8 +158,8 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
 
 
 # Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
-# Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16
-# bits and the graph computes in 32, a Cast node is added, which runtimes evaluate when they load the graph.
+# Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16-bit
+# weights and the graph computes in 32 bits, a Cast node is added, which runtimes evaluate when they load the graph.
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
@@ -211,7 +211,7 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return stored tensors that may equal a graph's tensor: by name or, for tied weights, by shape."""
+    """Return stored tensors that may equal a graph's tensor: the name matches or, for tied weights, the shape."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
@@ -290,12 +290,12 @@ def export(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> GraphReport:
-    """Write a torch model as a graph, by torch's dynamo exporter; tensors and nodes keep the names of the modules.
+    """Write a torch model as a graph with torch's dynamo exporter; tensors and nodes keep the names of the modules.
 
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
         args: an example of its positional arguments.
-        out: the file to write. If there are more than 64 MB of numbers, they go into a data file, `out` with `.data`
+        out: the file to write. If the tensors have more than 64 MB, they go into a data file: `out` with `.data`
             appended.
         adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
             each adapter gets a separate file.
@@ -305,12 +305,13 @@ def export(
         kwargs: an example of its named arguments.
         input_names: names of the graph's inputs.
         output_names: names of its outputs.
-        dynamic_shapes: the open sizes, in the form that `torch.onnx.export` takes.
+        dynamic_shapes: the dynamic sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
-        also: more examples of `args`, in other sizes, on which the check runs, too.
-        quantize: `int8` or `int4` packs the linear layers by onnxruntime's quantizers; see quantizing.py.
-            `GraphReport.damage` has the error of each weight, and `GraphReport.difference` the error of the outputs.
+        also: more examples of `args`, in other sizes; the check also runs on them.
+        quantize: `int8` or `int4` packs the linear layers with onnxruntime's quantizers; see quantizing.py.
+            `GraphReport.damage` stores the error of each weight, and `GraphReport.difference` stores the error of the
+            outputs.
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
             instead of a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
@@ -332,7 +333,7 @@ def export(
     target, named = Path(path_text(out)), _named(adapter)
     if isinstance(args, Mapping) or not isinstance(args, Sequence):
         cure = "Pass a mapping as kwargs=, and a tensor as args=(tensor,)"
-        raise UsageError(f"args is a {type(args).__name__}, and must be a tuple", where="args", cure=cure)
+        raise UsageError(f"args is a {type(args).__name__}, but must be a tuple", where="args", cure=cure)
     _check_call(torch_model, target, named, mode, allow_partial)
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)
@@ -355,7 +356,7 @@ def export(
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer reads a float graph; the check covers that graph, too.
+        # The quantizer reads a float graph, which the check also covers.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -384,14 +385,14 @@ def export(
 def _own_parts(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return two maps by adapter name: the updates whose targets the graph has, and the targets that it lacks."""
+    """Return, for each adapter's name, the updates whose targets the graph has, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     own = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return own, {name: lost for name, (_, lost) in split.items()}
 
 
 def steps_of(mode: str, quantize: str | None, check: bool) -> int:
-    """Return how many steps an export reports: tracing, converting, and the optional ones."""
+    """Return how many steps an export reports: tracing, converting, and the optional steps."""
     return 2 + (mode == "slots") + (quantize is not None) + check
 
 
@@ -414,7 +415,7 @@ def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
     try:
         outputs_of(model, args, kwargs)
     except Unsupported as error:
-        cure = "Export the model without the adapter, and inject that into the graph"
+        cure = "Export the model without the adapter, and inject the adapter into the graph"
         raise Unsupported(error.why, where=error.where, cure=cure) from None
 
 
@@ -427,7 +428,7 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph only once, also for the reference, because onnxruntime optimizes a graph at every load.
+        # Load each graph only once, even for the reference, because onnxruntime optimizes a graph at every load.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
@@ -445,7 +446,7 @@ def _checked(
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
-    """Return the adapters for each run of the check: with slots, one run per adapter; otherwise, one run with all."""
+    """Return the adapters of each run of the check: one run per adapter with slots, otherwise one run with all."""
     if mode != "slots":
         return {None: (lambda: injected(held, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
@@ -455,7 +456,7 @@ def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Return adapters by name: by the given names, or by the names of their files or folders."""
+    """Return adapters under their given names, or else under the names of their files or folders."""
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping):
@@ -465,7 +466,7 @@ def _named(adapter: Adapters) -> dict[str, One]:
     for one in several:
         name = "adapter" if isinstance(one, Adapter) else _stem(one)
         if name in named:
-            cure = "Rename one of the files, or pass a dictionary that names each (adapter={NAME: PATH})"
+            cure = "Rename one of the files, or pass a dictionary with a name for each adapter (adapter={NAME: PATH})"
             raise UsageError(f"two adapters have the name {name!r}", where="adapter", cure=cure)
         named[name] = one
     return named
@@ -491,9 +492,9 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
         )
     for name in adapters:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
-            raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give it another name")
+            raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give the adapter another name")
     if out.is_dir():
-        raise UsageError("the output is a folder, and must be a file", path=out, cure="Name a .onnx file")
+        raise UsageError("the output is a folder, but must be a file", path=out, cure="Pass the path of a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
     files = [_file(out, name, part) for name in adapters if mode == "slots"]
@@ -520,13 +521,13 @@ def _file(out: Path, name: str, part: bool) -> Path:
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
-    """Give the graph one set of slots for each target of any of the adapters."""
+    """Give the graph one set of slots for each target that any adapter has."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
-                why = f"{name} has another method or other tensors than a previous adapter at the same target"
+                why = f"the method or the tensors of {name} differ from those of a previous adapter at the same target"
                 raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")
     building = Building(graph)
     slots = Slots(building)
@@ -539,7 +540,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
 def _form(place: Found) -> list[object]:
     """Return the properties that two adapters must share at a target to use the same slots."""
     return [
-        # Omit `scaling`: it has its own slot, so adapters may differ in it.
+        # Omit `scaling`: it has a separate slot, so adapters may have different scalings.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]

@@ -75,7 +75,7 @@ class FolderSession:
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
-        """Load an adapter under a name, or replace the adapter of that name; each graph gets the targets that it has.
+        """Load an adapter under a name, or replace the adapter of that name; each graph gets its own targets.
 
         Args:
             name: the adapter's name in calls of `run` and `generate`.
@@ -124,7 +124,7 @@ class FolderSession:
                 seen |= set(own.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
-            cure = "Give the graphs slots for it: inject into the folder with --mode slots (mode='slots')"
+            cure = "Give the graphs slots for this target: inject an adapter with it, with --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return held
 
@@ -181,7 +181,7 @@ class FolderSession:
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
             cure = "Export it with adapterkit export, or call run for each graph"
-            raise UsageError(f"not an encoder-decoder: it lacks {lacking}", path=self._path, cure=cure)
+            raise UsageError(f"not an encoder-decoder: the folder lacks {lacking}", path=self._path, cure=cure)
         given = (
             dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
         )

@@ -2,7 +2,7 @@
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
 `decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
-may have targets in all graphs; each graph gets the targets that it has. The graph of an encoder names its layers
+may have targets in all graphs; each graph gets the updates of its own targets. The graph of an encoder names its layers
 without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore, the names
 of files are compared first: they show which part of the model a graph holds.
 """
@@ -106,8 +106,8 @@ def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
     if Path(out).suffix.lower() == ".onnx" and not several:
         return None
     if Path(out).suffix.lower() == ".onnx":
-        why = "the model is a folder of several graphs, and the output is one file"
-        raise UsageError(why, path=str(out), cure="Name a folder to write: -o DIR (out=)")
+        why = "the model is a folder of several graphs, but the output is one file"
+        raise UsageError(why, path=str(out), cure="Pass a folder to write: -o DIR (out=)")
     return path
 
 
@@ -135,7 +135,7 @@ def parts_of(folder: Path) -> list[GraphPart]:
         raise UsageError(
             "no graph is in this folder",
             path=folder,
-            cure="Name a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
+            cure="Pass a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
         )
     said = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
@@ -160,7 +160,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 
-# Split an adapter by the graphs that have its targets.
+# Give each graph the part of an adapter whose targets it contains.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +171,7 @@ class Division:
         whole: the adapter.
         of: for each graph, its part of the adapter; None if the graph has none of the targets.
         lost: targets that no graph has.
-        lacking: for a graph, the targets that another form of the same graph has.
+        lacking: for each graph, the targets that it lacks although another form of the same graph has them.
     """
 
     whole: Adapter
@@ -191,7 +191,7 @@ def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return (f"left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
+    return (f"targets left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
 
 
 def left_out(
@@ -209,7 +209,7 @@ def left_out(
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
-    """Give each graph the updates whose targets it has.
+    """Give each graph the updates of its own targets.
 
     Raises:
         TargetNotFound: no graph has any of the targets; or `allow_partial` is not set, and a target is in no graph, or
@@ -220,7 +220,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     rest, context = parted(adapter)
     if context and len(parts) > 1:
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
-        cure = "Inject it into one graph: name the .onnx file, or export the torch model with the adapter attached"
+        cure = "Inject it into one graph (pass the .onnx file), or export the torch model with the adapter attached"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
     own: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()
@@ -253,7 +253,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], own: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
-    """Return the targets that a graph lacks, but that a graph has whose name shows the same layers."""
+    """Return the targets that a graph lacks although a graph with the same layers, judging by its name, has them."""
     held = own[part.name]
     there = {} if held is None else held.updates
     others = [own[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]

@@ -52,13 +52,13 @@ def fold(
         folds: pairs of a target and its adapter's weight in the merge.
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
-        damage: a dictionary that gets, for each target, the error of quantizing its changed weight again, even if the
-            change is attached beside the weight instead.
+        damage: a dictionary to which the function adds, for each target, the error of quantizing its changed weight
+            again, even if the change is attached beside the weight instead.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             `MOST_LOST` of it.
-        beside: a list that gets the targets whose changes the caller must attach beside a packed weight; None to attach
-            no change.
+        beside: a list to which the function adds the targets whose changes the caller must attach beside a packed
+            weight; None to attach no change.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -68,7 +68,7 @@ def fold(
     settle_biases([place for place, _ in folds], building)
     fresh: Fresh = {}
     # Fold all targets of a node together, so that the node's weight is rounded only once.
-    # The queries, keys and values of one packed layer are different spots at one node.
+    # The queries, keys and values of one packed layer are separate spots at the same node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
@@ -137,8 +137,8 @@ class Folding:
         Args:
             quantized: the choice for a packed weight.
             damage: a dictionary to which the error of a requantized weight is added.
-            keep: the choice for the change of a packed weight: empty to decide by the loss, None to always quantize the
-                change.
+            keep: the choice for the change of a packed weight: empty to decide from the loss, None to always quantize
+                the change.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
@@ -191,7 +191,7 @@ class Folding:
         """
         if self.spot.kind.inside:
             if must:
-                why = f"no nodes beside the node {self.spot.node.name} can add the change"
+                why = f"nodes beside the node {self.spot.node.name} cannot add the change"
                 cure = (
                     "Merge with --quantized requantize --keep-change packed "
                     "(quantized='requantize', keep_change='packed')"

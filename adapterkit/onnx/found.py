@@ -72,7 +72,7 @@ def distance(W: Array, spot: Spot) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedNorm:
-    """A batch normalisation folded into a layer: if the base's output is `y`, the graph's is `scale * y + shift`.
+    """A batch normalisation folded into a layer: for the base's output `y`, the graph's output is `scale * y + shift`.
 
     Attributes:
         name: the norm's name in the base.
@@ -108,7 +108,7 @@ class BaseBias:
 
     Attributes:
         numbers: the bias, float32; None if the layer has none.
-        others: all other vectors of the base, by name.
+        others: all other vectors in the base's files, by name.
     """
 
     numbers: Array | None
@@ -128,8 +128,8 @@ class Found:
         confidence: 1 if found by name or by equal values; if found by the nearest values, 1 minus the relative
             distance.
         turned: True if the updates see the weight with its first two axes swapped.
-        outlet: where the target's output is in the graph, if no single node produces it. A module without a weight has
-            an outlet and no layers.
+        outlet: the position of the target's output in the graph, if no single node produces this output. A module
+            without a weight has an outlet and no layers.
         norm: the batch normalisation that an exporter folded into the layer.
         bias: the layer's bias in the base; None if it is unknown.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND = "decoder"
-"""The kind of model, for any architecture: onnxruntime-genai's own kinds differ only in caches of other layouts."""
+"""The `type` in the config for any architecture: onnxruntime-genai's other types differ only in the cache layout."""
 
 LONGEST = 2048
 """Longest text in tokens if the model's config does not limit it."""
@@ -44,8 +44,8 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, their
-        sizes differ between layers, or the model's configs name no token that ends a text.
+        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, the
+        sizes of keys and values differ between layers, or the model's configs name no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -93,7 +93,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
 
 
 def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
-    """Return the ids of special tokens, first from the generation config; padding is the end of the text by default."""
+    """Return the ids of special tokens, first from the generation config; padding defaults to the end of the text."""
     held = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
     found: dict[str, JsonValue] = {}
     for name in TOKENS:

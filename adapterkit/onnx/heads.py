@@ -26,7 +26,7 @@ FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
 """Last segment of a layer's name in Phi-3 -> the layers that the builder splits it into, in the order of rows."""
 
 PACKED = "qkv_proj"
-"""The name that the builder gives the layer that packs `PARTS`."""
+"""The builder's name for the layer that packs `PARTS`."""
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
@@ -60,9 +60,9 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """Return the packed layer that has a part among its rows, for a graph with slots beside that layer.
+    """Return the packed layer that contains a part as rows, for a graph with slots beside that layer.
 
-    Nodes of the slots are between the layer and its attention then, so head counts no longer show the parts.
+    Then nodes of the slots are between the layer and its attention, so head counts no longer show the parts.
 
     Args:
         target: a target under the graph's own name; its rows are those of the packed layer.

@@ -94,14 +94,15 @@ def inject(
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
             decoders. The model is not changed.
         adapter: the adapter, or its path.
-        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
-            a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
+        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. If
+            the model is a folder, this is the folder to write: each graph gets the updates of its own targets, and all
+            other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs of rank 1 or more, which other run times can swap, too. With `inputs`,
-            `OUT.slots.safetensors` has the adapter's tensors by the names of the inputs, and `OUT.neutral.safetensors`
-            has tensors that change nothing.
+            the tensors required inputs of rank 1 or more, which other run times can also swap. With `inputs`,
+            `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
+            `OUT.neutral.safetensors` stores tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a side network (Shadow), its architecture is read from the `config.json` of the base, or beside the
             graph.
@@ -148,7 +149,7 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it with --mode constant (mode='constant'): without its tokens, or with a past, nothing changes"
+        cure = "Inject it with --mode constant (mode='constant'); runs without its tokens or with a past are unaffected"
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
@@ -188,7 +189,7 @@ def _beside(out: Path, adapter: Source) -> Path:
     """Return the path of the adapter file of a graph with slots.
 
     Raises:
-        UsageError: the path is that of the model, or of the file that the adapter is read from.
+        UsageError: the path equals the path of the model, or of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)
@@ -275,7 +276,7 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
         raise storage_error(error, path) from error
     note = loaded_model.metadata_props.get(ORIGINAL)
     if note is None:
-        raise UsageError("no adapter is injected into this graph", path=path, cure="Name a file that inject wrote")
+        raise UsageError("no adapter is injected into this graph", path=path, cure="Pass a file that inject wrote")
     data = _restored(loaded_model, note, path)
     write_bytes(target, data)
     return target
@@ -289,7 +290,7 @@ def _proto(path: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(data)
     except Exception:
-        raise Malformed("not an ONNX model", path=path, cure="Name a file that inject wrote") from None
+        raise Malformed("not an ONNX model", path=path, cure="Pass a file that inject wrote") from None
     return proto
 
 

@@ -1,4 +1,4 @@
-"""Change a node's weight by nodes before the node, if nodes after the node cannot express the change of its output.
+"""Change a node's weight with nodes before it, if nodes after it cannot express the change of the output.
 
 A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
 changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
@@ -58,7 +58,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     if any(update.changes_weight for update in updates):
         part = cast(Value, chain.weight)
         if place.norm is not None:
-            # The graph stores the base's weight times the norm's scale, so multiply the change by the scale, too.
+            # The graph stores the base's weight times the norm's scale, so also multiply the change by the scale.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
             own = W[rows] if place.target.rows else W
             part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
@@ -81,7 +81,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
         _reads(layer.node, layer.position, layer.operand, made[0])
     if bias is not None:
         node, read = (layer.node, layer.own_bias) if layer.after is None else layer.after
-        # A weight and bias of equal numbers may be one tensor, so search the bias after the weight.
+        # A weight and a bias with equal numbers may be one tensor, so search for the bias after the weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
         _reads(node, at, read, bias)
@@ -95,7 +95,8 @@ def experts_changed(layer: Layer, parts: Sequence[tuple[Found, FormulaLayer, Seq
 
     Args:
         layer: the stack of experts.
-        parts: the targets, whose rows do not overlap; each with the rows as a layer, and with its updates.
+        parts: the targets, whose rows do not overlap; each target with a view of its rows as a layer, and with its
+            updates.
     """
     W, b = layer.weight, layer.bias
     weights: list[tuple[tuple[int, int], Value]] = []

@@ -105,8 +105,7 @@ class IntegerLayer(Layer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The step of an integer bias is the product of the input's and the weight's scales, and the weight's has
-        # changed.
+        # The step of an integer bias is the product of the input's scale and the weight's scale, which has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -221,7 +220,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # Refuse a past: the float operator can take a past, too, but the conversion does not connect it.
+        # Refuse a past: the float operator can also take a past, but the conversion does not connect the past.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod

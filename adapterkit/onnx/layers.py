@@ -36,7 +36,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value with a name among those that a value is computed from."""
+    """Return the value of this name among the values from which a value is computed."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -61,7 +61,7 @@ class Layer:
             change, and nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
-        indexed: True if the input is indices, not numbers of the weight's type.
+        indexed: True if the input consists of indices, not of numbers in the weight's type.
         vector: the position of the bias among the node's inputs; None if the node adds no bias.
 
     Args:
@@ -91,7 +91,8 @@ class Layer:
         self.after = None if self.apart or self.stated_bias is not None else self._bias_after(plain)
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
-        # Some converters remove the types of values; the input has the type of the weight, except for indices.
+        # Some converters remove the types of values. The input has the type of the weight, unless it consists of
+        # indices.
         self.x = self._value(self.given, like=None if self.indexed else self.dtype)
         self.y = self._value(self.end, like=self.dtype)
         self.call: object = None
@@ -171,7 +172,7 @@ class Layer:
     def weight(self) -> Value:
         shape, read = self.held_shape(self.node), self.node.inputs[self.position]
         if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
-            # If nodes of another target already change the weight, e.g. other rows, continue from their result.
+            # If nodes of another target already change the weight (e.g. other rows of it), continue from their result.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.
@@ -180,7 +181,7 @@ class Layer:
 
     @property
     def stated_bias(self) -> ir.Value | None:
-        """The value that the node adds: the layer's bias, a matrix or a computed value. None if it adds nothing."""
+        """The value that the node itself adds (the bias, a matrix or a computed value); None if it adds nothing."""
         stated = self.vector is not None and len(self.node.inputs) > self.vector
         return weight_at(self.node, self.vector) if self.vector is not None and stated else None
 
@@ -446,7 +447,7 @@ class Gemm(Layer):
 
     def op(self, x: Value, w: Value) -> Value:
         if attribute(self.node, "transA", 0):
-            # The input of a Gemm has two axes, also if the graph does not say so.
+            # The input of a Gemm has two axes, even if the graph does not say so.
             x = Value(self.branch, x.sizes or (None, None), x.dtype, x.value, x.known).swapaxes(0, 1)
         return super().op(x, w)
 
@@ -497,7 +498,7 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tuple[ir.Node, ir.Value] | None:
-    """If the only reader of a layer is an Add of one number for each channel, return the Add and its constant.
+    """If the only reader of a layer is an Add of one number per channel, return the Add and its constant; else None.
 
     Args:
         node: the layer's node.
@@ -511,7 +512,8 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tupl
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
-    # A constant with more axes than the output would give the sum more axes, too. Most layers keep that of the input.
+    # If the constant had more axes than the output, the sum would have more axes, too. Most layers keep the number of
+    # axes of their input.
     most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
     return (add, other) if len(shape_of(other)) <= most else None
 
@@ -525,7 +527,7 @@ def axes_of(value: ir.Value | None) -> int:
 
 
 def by_channel(shape: Sequence[int], outputs: int, channel: int) -> bool:
-    """Whether an array has one number for each output channel; another array may be a mask or a table of positions."""
+    """Whether an array has one number per output channel; an array of another shape may be a mask or position table."""
     at = len(shape) + channel
     return at >= 0 and shape[at] == outputs and math.prod(shape) == outputs
 
@@ -545,7 +547,7 @@ def refuse_fused_bias(layer: Layer, where: str) -> None:
     """Refuse to change a bias that a fused node adds to the layer's output.
 
     Raises:
-        Unsupported: a fused node adds the bias; it may be that of another layer, whose output the node adds, too.
+        Unsupported: a fused node adds the bias, which may belong to another layer whose output the node also adds.
     """
     for use in [] if layer.inside else layer.result.uses():
         node, position = use.node, FUSED_BIASES.get(use.node.op_type)
@@ -570,7 +572,7 @@ def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
     if not is_constant(held):
         return True
     b = numbers(held).reshape(-1)
-    # The vector packs the biases of queries, keys and values; those of values may have another size.
+    # The vector packs the biases of queries, keys and values; the biases of values may have another size.
     return bool((b[at * outputs : (at + 1) * outputs] if at < 2 else b[-outputs:]).any())
 
 
@@ -601,7 +603,7 @@ class Conv(Layer):
         w = self._of(x, w)
         # Drop `kernel_shape`: the new kernel may have another shape, and ONNX infers the shape without the attribute.
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
-        # Convolve without groups if the weight spans the channels of all groups.
+        # If the weight spans the channels of all groups, convolve without groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
             return self._convolved(x, w, w.shape[0], kept | {"group": 1})
         whole = w.reshape(w.shape[0], *self.shape[1:])
@@ -678,7 +680,7 @@ KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 
 
 class Attention(Layer):
-    """The projections to queries, keys and values: rows of one weight."""
+    """The projections to queries, keys and values, which are rows of one weight."""
 
     op_type = "Attention"
     vector: ClassVar[int | None] = 2
@@ -731,7 +733,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     more = [one for one in more if one is not None]
     if more or attribute(node, "do_rotary", 0) != 0:
         why = "an Attention node has a past, a position bias or rotary embeddings"
-        raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
+        raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimized")
     x, W, bias, mask = (*node.inputs, None, None)[:4]
     mask = (*node.inputs, None)[5] if packed else mask
     assert x is not None

@@ -57,8 +57,8 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
     Args:
         model: an ONNX file, or an in-memory model.
-        base_weights: the weights that the graph was exported from. If passed, each of these matrices is searched in the
-            graph, by name and by values; a layer that was found by name is compared with its matrix.
+        base_weights: the weights that the graph was exported from. If passed, the function searches the graph for each
+            of these matrices, by name and by values, and compares a layer that was found by name with its matrix.
 
     Returns:
         the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
@@ -81,7 +81,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
-    """Group layers by their names in the graph."""
+    """Group layers that have the same name in the graph."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     for spot in spots:
         method, name = _best(spot)

@@ -33,7 +33,7 @@ class _Near:
 
 
 def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
-    """Find an adapter's targets in a graph by the base's weights; return their names and layers.
+    """Find an adapter's targets in a graph by comparing weights with the base; return their names and layers.
 
     Args:
         adapter: the adapter.
@@ -90,7 +90,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
 
 
 def _compare_rows(place: Found, W: Array) -> None:
-    """Compare the rows of a packed layer that head counts assign to a target with the base's weight.
+    """Compare the base's weight with a target's rows of a packed layer. The head counts decide which rows these are.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
@@ -101,13 +101,13 @@ def _compare_rows(place: Found, W: Array) -> None:
         part = held[slice(*spot.rows)] if spot.rows else held
         far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
         if far > NEAR:
-            why = f"its rows of the packed layer hold other values than the base (a distance of {far:.2f})"
+            why = f"its rows of the packed layer differ from the base's weight (a relative distance of {far:.2f})"
             cure = "Is this the base that the graph was exported from?"
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return another weight of the base with equal values, which the same nodes may store; None if there is none."""
+    """Return the name of another base weight with equal values, or None; the same nodes may store that weight."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -135,15 +135,15 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     second = near[1].distance if len(near) > 1 else float("inf")
     if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
         return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
-    best = f"the nearest is {near[0].distance:.2f} away" if near else "none has its shape"
+    best = f"the nearest has a distance of {near[0].distance:.2f}" if near else "none has its shape"
     if near and near[0].distance <= NEAR:
-        best = f"two are about equally near, {near[0].distance:.3f} and {second:.3f} away"
+        best = f"two are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
     cure = "Is this the base that the graph was exported from?"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
 def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
-    """Return layers that hold a weight among their rows, as for packed queries, keys and values."""
+    """Return layers whose weights contain this weight as rows, as packed queries, keys and values do."""
     found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:
@@ -159,7 +159,7 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _same(held: Array, W: Array) -> Array:
-    """Compare each number; numbers of 16 bits may be rounded, and tiny ones replaced, as by float16's converters."""
+    """Compare each number; 16-bit numbers may be rounded, and tiny numbers replaced, as converters to float16 do."""
     if held.dtype.itemsize > 2:
         return np.asarray(held == W)
     return np.asarray(abs(held.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)

@@ -59,13 +59,14 @@ def merge(
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
             decoders. The model is not changed.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the file to write. If the model has external data, the result gets one new data file beside it. For a
-            folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
+        out: the file to write. If the model has external data, the result gets one new data file beside it. If the
+            model is a folder, this is the folder to write: each graph gets the updates of its own targets, and all
+            other files are copied.
         weights: one factor per adapter; 1 by default.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
         quantized: the choice for packed weights. `dequantize` folds into the dequantized numbers and writes a
             floating-point layer. `requantize` quantizes the merged weight again in the same scheme;
-            `GraphReport.damage` has the error.
+            `GraphReport.damage` stores the error.
         keep_change: the choice for the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, however much is
             lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 % of that
@@ -84,7 +85,7 @@ def merge(
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        NotMergeable: an update changes something else than weights.
+        NotMergeable: an update changes something other than weights.
         Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
             unknown; or the merge cannot be attached beside the weight.
         Malformed: the file is not a model, or a result does not fit its dtype.

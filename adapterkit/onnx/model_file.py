@@ -53,7 +53,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
             )
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
-            why = f"the file has {real.stat().st_size} bytes, and {need} are needed"
+            why = f"the file has {real.stat().st_size} bytes, but {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
         # Read the real file: a hub's cache stores files as links, and runtimes refuse links out of the folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name
@@ -109,7 +109,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     """
     file = out.with_name(f"{out.name}.data")
     if file.exists():
-        raise StorageError("already there", path=file, cure="Remove it, or write to another name")
+        raise StorageError("already there", path=file, cure="Remove it, or write to another path")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
     # Give the staging folder a random name, because a later run cannot continue a partial data file.
     stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
@@ -185,7 +185,7 @@ STAYS = "adapterkit.stays"
 """Metadata key of a tensor that stays in its file while all other tensors are rewritten."""
 
 LIMIT = 2**31 - 2**20
-"""Largest model file in bytes: protobuf is limited to 2 GB."""
+"""Largest size of a model file in bytes, because protobuf is limited to 2 GB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,7 +263,7 @@ def _without_functions(model: ir.Model) -> ir.Model:
 
 
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset and without local functions, converted by ONNX's own tools if needed."""
+    """Return the model in a recent opset and without local functions; ONNX's own tools convert it if needed."""
     model = _without_functions(model)
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
@@ -287,7 +287,7 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
     """Turn tensors with external data into inputs; return, by name, the tensor and whether it was already an input.
 
     ONNX's converter of operator sets would drop the references to data files. It needs the values of small tensors,
-    e.g. the sizes of a Reshape, so these are loaded.
+    e.g. the sizes of a Reshape, so small tensors are loaded.
     """
     outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
     for graph in model.graphs():
@@ -420,8 +420,8 @@ def placing(
 
     Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
     of `out`, the model is written in place: it can only run beside these files, because onnx and onnxruntime do not
-    follow links to them. The old file at `out` is then kept in the staging folder. The old file is restored after an
-    error; if the process was killed, the next run restores the file.
+    follow links to them. The old file at `out` is then kept in the staging folder. After an error, the old file is
+    restored; if the process was killed, the next run restores it.
 
     Args:
         out: the model's destination.
@@ -434,7 +434,7 @@ def placing(
 
     Raises:
         UsageError: `out` is a folder, the model itself, or another input.
-        StorageError: the model cannot be written, or a file that it would replace belongs to another model.
+        StorageError: the model cannot be written, or it would replace a file that belongs to another model.
     """
     _check_out(source, out)
     named = {}
@@ -532,7 +532,7 @@ def _moves(tensor: ir.TensorProtocol | None) -> bool:
 
 def _check_out(source: GraphSource | None, out: Path) -> None:
     if out.is_dir():
-        raise UsageError("the output is a folder, and must be a file", path=out, cure="Name a .onnx file")
+        raise UsageError("the output is a folder, but must be a file", path=out, cure="Pass the path of a .onnx file")
     for file in () if source is None else (source.path, *source.data):
         if file is not None and out.exists() and file.exists() and out.samefile(file):
             raise UsageError("the output is one of the model's own files", path=out, cure="Write to another file")

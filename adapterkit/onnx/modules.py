@@ -89,7 +89,7 @@ class Module:
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
-            why = f"{len(found)} values of {channels} channels enter the module {self.path}, and one must be its input"
+            why = f"{len(found)} values of {channels} channels enter the module {self.path}, but it must read one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return found[0]
 
@@ -103,7 +103,7 @@ class Module:
         # Skip the keys and values of a cache, which have an extra axis for the heads.
         rows = [value for value in found if len(_sizes(value)) == 3] or found
         if len(rows) != 1:
-            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, and one must be its output"
+            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, but it must return one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return rows[0]
 
@@ -120,7 +120,7 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
     fits = [path] if path in known else [name for name in known if same_end(name, path)]
     if len(fits) != 1:
         why = "the graph has no weight and no module of this name" if not fits else "several modules match this name"
-        raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export it by torch's own exporter")
+        raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export it with torch's own exporter")
     nodes = tuple(node for node, names in inside.items() if fits[0] in names)
     return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
 
@@ -137,7 +137,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
-    # Only names by torch's older exporter contain modules; such names start with a slash.
+    # Only names that torch's older exporter wrote contain modules; these names start with a slash.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))

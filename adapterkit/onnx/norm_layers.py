@@ -1,6 +1,6 @@
 """Find norms as targets: nodes that scale channels by a vector, such as a saved LayerNorm or a tuned RMSNorm.
 
-A norm computes the vector's factor inside its node, so nodes before it compute the changed vector; see inside.py. Some
+A norm multiplies by the vector inside its node, so nodes before it compute the changed vector; see inside.py. Some
 exporters store equal vectors once. Therefore, a norm is found by the name of its node, and by the name of its vector
 only if no other node reads the vector.
 """
@@ -63,7 +63,7 @@ class NormLayer(Layer):
 
 
 class RMSNorm(NormLayer):
-    """A node that normalizes by the mean square, and scales."""
+    """A node that divides by the root mean square, and scales."""
 
     operators = (
         ("", "RMSNormalization"),
@@ -74,7 +74,7 @@ class RMSNorm(NormLayer):
 
 
 class SkipNorm(NormLayer):
-    """A norm of a sum, as onnxruntime's optimizer fuses it."""
+    """A norm of a sum, fused by onnxruntime's optimizer."""
 
     operators = ((MICROSOFT, "SkipLayerNormalization"),)
     position, vector = 2, 3
@@ -88,7 +88,7 @@ class SkipRMSNorm(NormLayer):
 
 
 class ScaledNorm(NormLayer):
-    """The product with the weight, in a module whose norm is several nodes."""
+    """The node that multiplies by the weight, in a module whose norm consists of several nodes."""
 
     operators = (("", "Mul"),)
     vector = None
@@ -121,11 +121,11 @@ class LeftScaledNorm(ScaledNorm):
 NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
 
 UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
-"""Kinds of norms whose vector may be `1 + weight` of the model; only the base's weights show this."""
+"""Kinds of norms that may store `1 + weight` of the model; only the base's weights show whether they do."""
 
 
 def _module(node: ir.Node) -> str:
-    """Return the module that a node is in, by the exporter's metadata or by the node's name."""
+    """Return the module that a node is in, from the exporter's metadata or the node's name."""
     scopes = listed(node.metadata_props.get(SCOPES))[-2:-1]
     if scopes:
         return scopes[0]
@@ -159,7 +159,7 @@ def _inside(node: ir.Node) -> str:
 
 
 def _named(stored: Sequence[ir.Value]) -> str:
-    """Return the module's name from the name of its weight; empty if another node reads the weight, too."""
+    """Return the module's name from the name of its weight; empty if another node also reads the weight."""
     if len(stored) != 1 or len(list(stored[0].uses())) != 1:
         return ""
     name = stored[0].name or ""
@@ -176,11 +176,11 @@ def norms_at(
         adapter: the adapter.
         others: names of the weights of other layers.
         base: the weights that the graph was exported from.
-        role: the part of the model that the graph holds, such as `encoder`, by its file's name.
+        role: the part of the model that the graph holds, such as `encoder`, according to the graph's file name.
 
     Raises:
         ShapeMismatch: an update does not fit a norm's channels.
-        TargetNotFound: a norm holds other values than the base.
+        TargetNotFound: a norm's values differ from the base's.
         Unsupported: the vector may be `1 + weight`, and no base is given to verify it; or it is `1 + weight`.
     """
     wanted = [
@@ -200,7 +200,8 @@ def norms_at(
 def _is_same(name: str, path: str, role: str | None) -> bool:
     """Whether a norm has a target's name, except for a prefix.
 
-    Graphs of encoders and decoders omit these words, so only a file's name shows which of them the graph is.
+    A graph of an encoder or a decoder omits the word `encoder` or `decoder` from its names, so only the file's name
+    shows which one it is.
     """
     if not same_end(name, path):
         return False
@@ -226,7 +227,7 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
     if base is None or name is None:
         if any(issubclass(spot.kind, UNSHIFTED) for spot in spots):
             why = "the graph may store this norm as 1 + weight"
-            cure = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
+            cure = "Pass the base's weights, which show whether it does: --base-weights DIR (base_weights=)"
             raise Unsupported(why, where=str(target), cure=cure)
         return
     stored = as_array(base.tensors[name]).astype(np.float64)
@@ -235,7 +236,7 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
         if np.allclose(held, stored, rtol=1e-2, atol=1e-3):
             continue
         if np.allclose(held, 1 + stored, rtol=1e-2, atol=1e-3):
-            cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
+            cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported("the graph stores this norm as 1 + weight", where=str(target), cure=cure)
-        why = "the norm of this name holds other values than the base"
+        why = "the values of the norm with this name differ from the base's"
         raise TargetNotFound(why, where=str(target), cure="Is this the base that the graph was exported from?")

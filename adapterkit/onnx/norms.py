@@ -36,8 +36,7 @@ ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which weight files do not store: first torch's default, then the value of models from
-TensorFlow."""
+"""Candidates for `eps`, which weight files do not store: torch's default, then the value in models from TensorFlow."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
@@ -51,8 +50,8 @@ def groups_of(spot: Spot) -> int:
 def computes_apart(layer: Layer | Ended, place: Found) -> bool:
     """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
 
-    The node may also add a residual that was fused. If a batch norm is folded into a packed weight, formulas see the
-    weight of the base, and the node computes with a rounded one.
+    The node may also add a fused residual. If a batch norm is folded into a packed weight, formulas see the base's
+    weight, but the node computes with a rounded weight.
     """
     return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
@@ -66,8 +65,8 @@ def refuse_folded(found: Sequence[Found]) -> None:
     for place in found:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
-                why = f"a batch normalisation may be folded into this layer ({trace}), which scales the change"
-                cure = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
+                why = f"a batch normalisation may be folded into this layer ({trace}), and would also scale the change"
+                cure = "Pass the base's weights, which show whether it is: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 
@@ -90,9 +89,10 @@ def _trace(spot: Spot, path: str) -> str | None:
     # Ignore the sizes of a Reshape, which are int64.
     biases = [source.name or "" for source in sources(bias) if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
-        return "a tensor's name contains it"
+        return "a tensor's name shows it"
     # Check the names of a convolution's parameters: exporters keep these names, but folding a norm writes new tensors
-    # with made-up names. Names of linear layers prove nothing: a transposition also removes the name of a weight.
+    # with made-up names. For a linear layer, a made-up name proves nothing, because an exporter that transposes the
+    # weight also drops its name.
     if not issubclass(spot.kind, Conv) or path in names:  # The stored tensor has the target's name.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
@@ -120,7 +120,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate for a folded norm: a norm of the base with one `eps`, and its distance from the graph's weight."""
+    """A candidate for a folded norm: a norm of the base, a value of `eps`, and the distance from the graph's weight."""
 
     name: str
     scale: Array
@@ -137,8 +137,8 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer holds another weight; or the base's weights with and without a norm are about equally
-            near.
+        TargetNotFound: the layer's weight differs from the base's; or the base's weights with and without a norm are
+            about equally near.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -159,7 +159,7 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
         why = (
             f"the layer is about as near to the base's weight ({far:.3f}) as to that weight times the norm {best.name}"
         )
-        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph whose weights are not rounded as much")
+        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph with less rounded weights")
     return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b))
 
 
@@ -169,7 +169,7 @@ def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
     how = "another shape" if far is None else f"a distance of {far:.2f}"
     cure = "Is this the base that the graph was exported from?"
     if scaled:
-        how = "those of the base, each channel times a factor that no batch normalisation of the base has"
+        how = "those of the base, with each channel multiplied by a factor that no batch normalisation of the base has"
         cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
     raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
 
@@ -194,7 +194,7 @@ def _held(spot: Spot) -> Array:
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer's weight is the base's weight with each channel scaled by some factor."""
+    """Whether a layer's weight equals the base's weight if each channel is multiplied by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
     # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
@@ -211,8 +211,8 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
-            # Use the larger one of the distances of weight and bias: both must match, because several norms can have
-            # similar scales.
+            # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
+            # have similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 

@@ -1,10 +1,10 @@
 """Slots for updates whose own tensors cannot be slots. The slots hold factors, scales and a bias.
 
-Slots need default values that leave the base unchanged, and a formula that nodes can compute. Some updates lack one of
-these: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces a weight. For
-a known weight, such an update becomes a change of the weight (usually low-rank), a scale of the outputs and a change of
-the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the weights, but the
-graph's defaults stay small.
+Slots need default values that leave the base unchanged, and a formula that nodes can compute. For some updates, one of
+the two is missing: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces
+a weight. For a known weight, such an update becomes a change of the weight (usually low-rank), a scale of the outputs
+and a change of the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the
+weights, but the graph's defaults stay small.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _made(held: Mapping[str, Array]) -> OpenFactors:
 
 
 def _factors_of(update: Update) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor] | None] | None:
-    """Return the update's function from a weight to scales and factors; None if it has no such function."""
+    """Return the update's function that computes scales and factors from a weight; None if it has no such function."""
     if not isinstance(update, WeightUpdate) or type(update).scaled_factors is WeightUpdate.scaled_factors:
         return None
     return update.scaled_factors

@@ -22,7 +22,7 @@ DEEP = 16
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield every node, also in subgraphs but not in functions: a change inside a function would affect all calls."""
+    """Yield every node, including those in subgraphs, but not in functions, where a change would affect all calls."""
     yield from model.graph.all_nodes()
 
 

@@ -69,7 +69,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     placed = [update for update in outer if update.placed]
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        cure = "Put each update into a separate adapter, or change the order"
+        cure = "Put each update into a separate adapter, or change the order of the updates"
         raise Unsupported("the updates of one target have different residuals", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
@@ -100,7 +100,7 @@ def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
 def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
     module = module_at(model, _beside(target, path), where)
     if module.read is None or len(module.leaving) != 1:
-        why = f"the module {module.path} does not read one value and return one value"
+        why = f"the module {module.path} must read exactly one value and return exactly one value"
         raise Unsupported(why, where=where, cure="Correct the update's `norm`")
     return Norm(module.read, module.nodes, module.leaving[0])
 
@@ -127,7 +127,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether an Add adds its input `at`, an outside value that is read only here, to a value of the module."""
+    """Whether an Add adds its input `at`, an outside value that nothing else reads, to a value of the module."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]

@@ -77,7 +77,7 @@ class Seen:
 
     Attributes:
         shape: the tensor's shape.
-        scale: the stored scales: a single one, one per channel, or one per block.
+        scale: the stored scales: one for the tensor, one per channel, or one per block.
         axis: the axis along which the scales differ.
         block: the number of entries along the axis that share a scale; 0 for a scale per channel.
     """
@@ -133,7 +133,7 @@ class Seen:
 def numbers_in(
     node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
 ) -> PackedNumbers:
-    """Combine integers `[rows, columns]` with zero points and scales `[rows, groups]` to packed numbers."""
+    """Combine integers `[rows, columns]` with zero points and scales `[rows, groups]` into packed numbers."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -183,7 +183,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # Use this operator and not a Transpose: a Transpose needs the number of axes, which such graphs omit.
+        # Use this operator, not a Transpose: a Transpose needs the number of axes, which is missing in such graphs.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -191,7 +191,7 @@ class FusedMatMul(MatMul):
 
 
 class MatMulNBits(Layer):
-    """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K that have a scale and perhaps a zero point."""
+    """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K; each block has a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
     vector = 5
@@ -410,7 +410,7 @@ def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
 
 
 def _floating(kind: type[Layer]) -> type[Layer] | None:
-    """Return the kind of float layer that replaces a packed one; None if the node itself computes in floats."""
+    """Return the kind of float layer that replaces a packed layer; None if the node itself computes in floats."""
     if issubclass(kind, IntegerLayer):
         return kind.floating
     if issubclass(kind, ConvInteger):
@@ -433,7 +433,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
-    """Return the dequantized weight, which is computed when written; layers with one packed weight share the result."""
+    """Return the dequantized weight, computed when it is written; layers with the same packed weight share it."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
@@ -649,7 +649,7 @@ def _in_linear(
 def _in_product(
     spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
-    """Return the packing of `Cast(q) * scale`: 8-bit weights that are stored without quantization operators."""
+    """Return the packing of `Cast(q) * scale`: 8-bit weights, dequantized without quantization operators."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
@@ -694,7 +694,7 @@ def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Arra
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # Use the content as key, so that layers that shared the old tensor share the new tensor if their values are equal.
+    # Use the content as the key: layers that shared the old tensor then share the new tensor if their values are equal.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

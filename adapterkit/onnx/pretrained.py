@@ -97,7 +97,7 @@ def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
 
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
-        raise UsageError(f"{factory!r} does not name a function", where="model", cure="Write module:function")
+        raise UsageError(f"{factory!r} does not name a function", where="model", cure="Pass module:function")
     # Add the working folder to the path, because for a console command Python only adds the command's folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -107,7 +107,7 @@ def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
         raise
     except Exception as error:  # The user's code may raise anything.
         why = f"{factory} cannot be called ({type(error).__name__}: {error})"
-        raise UsageError(why, where="model", cure="Name a function that takes no arguments") from error
+        raise UsageError(why, where="model", cure="Pass a function that takes no arguments") from error
     found: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
         cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
@@ -127,13 +127,13 @@ def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
         module.load_state_dict(held, strict=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())
-        raise ShapeMismatch(first[:300], path=weights, cure="Pass the file of weights of this module") from None
+        raise ShapeMismatch(first[:300], path=weights, cure="Pass the weight file of this module") from None
 
 
 # Export a transformers folder: the model as a graph, with the config and tokenizer beside it.
 # The graph of a causal language model has past keys and values as inputs and outputs, with the names that Optimum and
 # onnxruntime-genai use. The graph of an encoder or classifier has tokens and an attention mask as inputs. Batch size
-# and sequence length are open.
+# and sequence length are dynamic.
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -147,7 +147,7 @@ def export_pretrained(
 ) -> GraphReport:  # fmt: skip
     """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
 
-    Beside a causal language model, `genai_config.json` lets onnxruntime-genai load the folder, too.
+    For a causal language model, the folder also contains `genai_config.json`, with which onnxruntime-genai loads it.
 
     An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
     model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
@@ -231,7 +231,7 @@ def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
 
 
 def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: str | Sequence[str]) -> None:
-    """Check that the model has all targets, and refuse new tokens and prefixes, which do not belong to a single graph.
+    """Check that the model has all targets, and refuse new tokens and prefixes, which affect more than one graph.
 
     Raises:
         Unsupported: an adapter has new tokens or prefixes.
@@ -242,10 +242,10 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
         for target, update in one:
             if update.kind == "context":
                 why = f"{update.method} cannot be attached in a model of several graphs"
-                cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
+                cure = "Export the model's parts yourself with adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Only check: each graph has only some of the targets, so its export cannot detect missing ones.
+        pass  # Only check: each graph has only some of the targets, so its export cannot detect missing targets.
 
 
 def _whole(

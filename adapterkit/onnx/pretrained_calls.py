@@ -1,4 +1,4 @@
-"""Describe the call of a transformers model for its export: example inputs, names of inputs and outputs, open sizes."""
+"""Describe the call of a transformers model for its export: example inputs, input and output names, dynamic sizes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ExportWords:
         examples: example arguments of several sizes; the first one is traced.
         inputs: names of the inputs, with nested ones flattened.
         outputs: names of the outputs.
-        shapes: names of the open sizes, in the structure of the arguments.
+        shapes: names of the dynamic sizes, in the structure of the arguments.
     """
 
     module: nn.Module
@@ -111,7 +111,7 @@ def words_of(model: PretrainedModel, source: Path) -> ExportWords:
         Unsupported: the kind of model is unknown.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
-        cure = "Export the torch model by adapterkit.onnx.export"
+        cure = "Export the torch model with adapterkit.onnx.export"
         raise Unsupported(f"a {type(model).__name__} does not read tokens", path=source, cure=cure)
     names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
@@ -205,7 +205,7 @@ def past_names(word: str, layers: int) -> list[str]:
 
 
 def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
-    """Return the open axes of cached keys and values."""
+    """Return the dynamic axes of cached keys and values."""
     return [({0: "batch", 2: "past"},) * 2 for _ in range(layers)]
 
 
@@ -224,7 +224,7 @@ def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Run the model once; return the number and size of heads of each layer's keys and values."""
-    # Read these sizes from a real cache, because each architecture's config has other names for them.
+    # Read these sizes from a real cache, because each architecture's config stores them under other names.
     import torch
 
     cache: Cache = import_module("transformers").DynamicCache()
@@ -233,9 +233,9 @@ def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tu
             model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)
         sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs(cache)]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({error})"
-        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
+        why = f"the past of a {type(model).__name__} does not consist of keys and values ({error})"
+        raise Unsupported(why, path=source, cure="Export the torch model with adapterkit.onnx.export") from None
     if not sizes:
         why = f"a {type(model).__name__} does not cache keys and values"
-        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
+        raise Unsupported(why, path=source, cure="Export the torch model with adapterkit.onnx.export")
     return sizes

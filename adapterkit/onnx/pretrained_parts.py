@@ -42,7 +42,7 @@ CLOSE = 1e-4
 CLOSE_NARROW = 3e-2
 """Largest relative difference between the parts and the whole torch model in 16 bits."""
 
-_WHOLE = "Export the torch model by adapterkit.onnx.export"
+_WHOLE = "Export the torch model with adapterkit.onnx.export"
 
 
 def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
@@ -75,7 +75,8 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         raise Unsupported(why, path=source, cure=_WHOLE)
     if not hasattr(model, "lm_head") and not hasattr(model, "proj_out") and not hasattr(model, "decoder"):
         why = f"a {type(model).__name__} does not generate tokens"
-        raise Unsupported(why, path=source, cure="Name the folder of a model that generates, or " + _WHOLE.lower())
+        cure = "Pass the folder of a model that generates tokens, or " + _WHOLE.lower()
+        raise Unsupported(why, path=source, cure=cure)
     # torch.export cannot trace the strides of torch's fused attention with a position bias, as in T5.
     with silent():
         model.set_attn_implementation("eager")
@@ -83,8 +84,8 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output: each config has other names for them, and for sounds and
-        # images, the number of positions is fixed.
+        # Run the encoder to get the sizes of its output: each config stores these sizes under other names, and for
+        # sounds and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
     sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
@@ -173,7 +174,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
         sizes = [tuple((one.shape[1], one.shape[3]) for one in (*own, *cross)) for own, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({first_line(error)})"
+        why = f"the past of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     if not sizes:
         raise Unsupported(f"a {type(model).__name__} does not cache keys and values", path=source, cure=_WHOLE)
@@ -205,8 +206,8 @@ def _decoder(
         ) -> tuple[Tensor, list[list[Tensor]]]:
             if held:
                 first = held[0][2]
-                # Pass zeros in place of the encoder's output, because attentions read its keys and values from the
-                # past.
+                # Pass zeros in place of the encoder's output, because attentions read the encoder's keys and values
+                # from the past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
             cache = _empty_cache(held or ())
@@ -341,8 +342,8 @@ def _check_parts(
 ) -> None:  # fmt: skip
     """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
-    Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for positions of rows
-    and columns. The graphs of such models would run, but compute something else.
+    Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for row and column
+    positions. The exported graphs of such models would run, but compute something else.
 
     Raises:
         ValueError: the logits differ.

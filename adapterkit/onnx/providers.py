@@ -1,4 +1,4 @@
-"""Find an execution provider that works: onnxruntime also lists broken providers, and then silently uses another."""
+"""Find an execution provider that works: onnxruntime also lists broken providers, and silently uses another instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = {CUDA: {"use_tf32": "0"}}
 
 
 class OrtInput(Protocol):
-    """An input of a session: its name, element type such as `tensor(float)`, and sizes; an open size is a name."""
+    """An input of a session: its name, element type such as `tensor(float)`, and sizes; a dynamic size is a name."""
 
     name: str
     type: str
@@ -120,7 +120,7 @@ def best_provider() -> str:
 
 @cache
 def runs_on(provider: str) -> bool:
-    """Whether a session with a graph of one node starts on a provider, without a fallback to another one."""
+    """Whether a session with a graph of one node starts on a provider, without a fallback to another provider."""
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False
@@ -147,7 +147,7 @@ def quiet_options() -> object:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
     options: Any = onnxruntime.SessionOptions()
-    # 4 means fatal. onnxruntime would print messages of other levels to stderr, without Python's logging.
+    # 4 means fatal. onnxruntime would print messages of other levels to stderr, not through Python's logging.
     options.log_severity_level = 4
     quiet: object = options
     return quiet

@@ -1,4 +1,4 @@
-"""Quantize an exported graph by onnxruntime's quantizers, and measure the error of its weights.
+"""Quantize an exported graph with onnxruntime's quantizers, and measure the error of its weights.
 
 Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input in
 blocks of 32; otherwise, onnxruntime would unpack whole weights for each token. Dynamic quantization is not used: it
@@ -30,7 +30,7 @@ from .packed import PACKED, as_float, drop, is_packed
 from .resolving import spots_of
 
 SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
-"""Scheme -> bits per weight, and the accuracy level of kernels: level 4 allows them to compute in 8-bit integers."""
+"""Scheme -> bits per weight, and the accuracy level of kernels: level 4 allows kernels to compute in 8-bit integers."""
 
 BLOCK = 32
 """Number of inputs that share a scale."""

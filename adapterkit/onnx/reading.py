@@ -1,4 +1,4 @@
-"""Open the arguments that functions of this package share: an adapter and the base's weights."""
+"""Open the arguments that most functions of this package take: an adapter and the base's weights."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""Key of a config for the model type in `genai_config.json`, if that is all that is known of the model."""
+"""Key of a config for the model type in `genai_config.json`, if nothing else is known about the model."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
-    """Return the config of the exported model; without one, the model type beside the graph, or None."""
+    """Return the config of the exported model; if there is none, the model type from beside the graph, or None."""
     try:
         return config_of(base, path)
     except UsageError:

@@ -80,7 +80,7 @@ class Recurrent(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        """The biases `[directions, 2 * gates * hidden]`: for each direction, those of inputs, then of the hidden state.
+        """The biases `[directions, 2 * gates * hidden]`: for each direction, first the inputs, then the hidden state.
 
         Raises:
             Unsupported: the biases depend on the graph's inputs.
@@ -110,7 +110,7 @@ class Recurrent(Layer):
 
     @classmethod
     def own_half(cls) -> int:
-        """Return 0 if the bias is that of the inputs, 1 if it is that of the hidden state."""
+        """Return 0 if the bias belongs to the inputs, 1 if it belongs to the hidden state."""
         return ("ih", "hh").index(cls.part)
 
     @classmethod

@@ -33,7 +33,7 @@ class GraphReport:
         warnings: sentences for the user, each with a remedy.
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
         beside: targets whose packed weight stays unchanged, with the change attached as floating-point factors; if
-            quantizing again was tried, `damage` has its result.
+            quantizing again was tried, `damage` stores the resulting error.
         left: for each adapter of an export with `allow_partial`, the targets that the graph lacks.
     """
 

@@ -62,7 +62,7 @@ SEVERAL: tuple[type[Layer], ...] = (*RECURRENT, *EXPERTS)
 
 
 def kinds_of(node: ir.Node) -> list[type[Layer]]:
-    """Return the kinds of layers at a node: at most one kind, but for a node with several weights, one per weight."""
+    """Return the kinds of layers at a node: at most one kind, or one per weight for a node with several weights."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
 
@@ -106,7 +106,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: by its file's name, this graph is the {tying.role}"
+            why = f"the target is in another part of the model: by its file name, this graph is the {tying.role}"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -120,12 +120,12 @@ def resolve(
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
         if (unknown := _other_operator(model, error.where or "", spots)) is not None:
-            why = f"its weight is read by {unknown}, which is not a layer that adapters can be attached to here"
+            why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
             why = (
-                "the graph does not hold this weight as the base does: onnxruntime reordered weights of convolutions "
+                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions "
                 f"for one kind of processor, as in {node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             )
             cure = (
@@ -155,7 +155,7 @@ def resolve(
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
-    """If a target is a convolution of the base, return a convolution in onnxruntime's layout of blocks of channels."""
+    """If a target is a convolution of the base, return a convolution in onnxruntime's blocked channel layout."""
     own = f"{where}.weight"
     shapes = [] if base is None else [t.shape for name, t in base.tensors.items() if name == own or same_end(name, own)]
     if not any(len(shape) > 2 for shape in shapes):
@@ -172,7 +172,7 @@ def taken(
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, to find layers without names by values.
+        base: the weights that the graph was exported from, to find layers without names by their values.
         config: the base's config.
         role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
 
@@ -216,7 +216,7 @@ def _rows_of(known: Known) -> Callable[[str], int | None]:
 
 
 def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
-    """Return the targets whose names a graph lacks."""
+    """Return the targets whose names are missing in a graph."""
     names = _in_words_of(adapter, known)
     shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
@@ -266,7 +266,7 @@ def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]
 
 
 NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
-"""Names that exporters make up."""
+"""Pattern of the names that exporters make up."""
 
 
 def is_named(spot: Spot) -> bool:
@@ -348,8 +348,8 @@ def _refuse_orders(found: Sequence[Found]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter are at one weight, and not all of them are plain sums"
-            cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
+            why = "several targets of one adapter are at one weight, and at least one is not a plain sum"
+            cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 
 
@@ -357,7 +357,7 @@ def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind == "context":
             why = f"{update.method} changes {update.acts_on}, which is not a layer of a graph"
-            raise Unsupported(why, where=str(target), cure="Attach it to the torch model and export that")
+            raise Unsupported(why, where=str(target), cure="Attach it to the torch model, and export that model")
 
 
 def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
@@ -398,7 +398,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights; each with the first method that found the name, and the layers with that weight."""
+    """Return all names of weights, each with the first method that found it and the layers with that weight."""
     known: Known = {}
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
     for method in METHODS:
@@ -425,7 +425,7 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
-    """Select a module's nodes by name, because modules with equal weights may share one stored weight."""
+    """Select a module's nodes by node name, because modules with equal weights may share one stored weight."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
@@ -455,21 +455,21 @@ BUILDER_NAMES = (
     ("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"),
     ("moe.router", "feed_forward.gate"), ("moe.router", "block_sparse_moe.gate"), ("moe.router", "router.proj"),
 )  # fmt: skip
-"""Pairs of names for the same layer, first the graph's: onnxruntime-genai's builder calls every attention `attn`, and
-every router of experts `moe.router`."""
+"""Pairs of names for the same layer, beginning with the graph's name: onnxruntime-genai's builder calls every attention
+`attn`, and every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, and the same names with the adapter's words for attentions and routers.
+    """Return a graph's names, and the same names with the words that the adapter uses for attentions and routers.
 
-    This must run before family names are translated, because one family also has `attn.q_proj`, with rows in another
-    order.
+    This must run before family names are translated, because one family also names a layer `attn.q_proj`, with rows in
+    another order.
     """
     return {alias: known[name] for alias, name in _own_names(adapter, known).items()} | known
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's names of weights of attentions and routers to the graph's names, if one part differs."""
+    """Map the adapter's weight names in attentions and routers to the graph's names, where one part differs."""
     found: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
@@ -488,16 +488,16 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
 
 
 def _found(site: Site, asked: Target, known: Known, own: Mapping[str, str]) -> Found:
-    """Return the target at a site; `own` maps an adapter's name of a weight to the graph's name if the two differ."""
+    """Return the target at a site; `own` maps the adapter's name of a weight to the graph's name where they differ."""
     name = site.weight
     if site.target.stacked:
         raise Unsupported(
             "the target is a stack of experts, which a graph lacks",
             where=str(asked),
-            cure="Merge them before the export",
+            cure="Merge the experts' updates before the export",
         )
     if name is None:
-        raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has one")
+        raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
     turned = _turned(site, shape, spots[0].kind)

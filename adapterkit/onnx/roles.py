@@ -1,6 +1,6 @@
-"""Tell by the names of files and targets which part of a model a graph holds, and which graphs hold the same part.
+"""Use the names of files and targets to tell which part of a model a graph holds, and which graphs hold the same part.
 
-Folders for transformers.js and sentence-transformers have the same model several times: `model.onnx`,
+Folders for transformers.js and sentence-transformers contain the same model several times: `model.onnx`,
 `model_fp16.onnx`, `model_q4.onnx`, `model_O2.onnx`. Each of these graphs must get the whole adapter.
 """
 
@@ -30,13 +30,13 @@ _FORM = re.compile(
     r"optimized|simplified|slim|avx2|avx512|vnni|arm64)$",
     re.IGNORECASE,
 )
-"""A word at the end of a file's name for the form of the graph, not for its content."""
+"""Pattern of a word at the end of a file's name that tells the form of the graph, not its content."""
 
 
 def role_of(name: Path) -> str | None:
-    """Return the part of a model that a graph holds, by its file's name relative to the model's folder, or None."""
+    """Return the part of a model that a graph holds, from its file name relative to the model's folder, or None."""
     words = re.split(r"[_\-.]+", name.stem.lower())
-    # If the file's name does not show the part, as in `model.onnx`, use the name of the folder around it.
+    # If the file's name does not show the part, as in `model.onnx`, use the name of the folder that contains it.
     if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
         words = re.split(r"[_\-.]+", name.parts[0].lower())
     if {"encoder", "decoder"} <= {*words}:
@@ -49,8 +49,9 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
     Args:
         path: the target's path.
-        role: the part that the graph holds, by its file's name.
-        names: the names of the graph's layers. A name with the target's part proves more than the file's name.
+        role: the part that the graph holds, according to its file name.
+        names: the names of the graph's layers. If one of these names contains the target's part, it proves more than
+            the file's name.
     """
     said = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
     if {said, role} != {"encoder", "decoder"}:
@@ -59,7 +60,7 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether a graph must have each layer of `one`, because its name is that of `one` with words for another form."""
+    """Whether `other` must contain each layer of `one`: without words for the form, its name begins with `one`'s."""
     if one.parent != other.parent:
         return False
     first, second = _plain(one.stem), _plain(other.stem)

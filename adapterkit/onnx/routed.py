@@ -1,8 +1,8 @@
 """Map an adapter's targets in experts to the parts of the experts in a graph; see experts.py.
 
 An adapter changes single experts, such as `mlp.experts.3.gate_proj`, or stacks of them, such as
-`mlp.experts.gate_up_proj`. Stacks are split into updates of single experts. The file of the model's family shows which
-weights a stack fuses, and in which order of rows.
+`mlp.experts.gate_up_proj`. Stacks are split into updates of single experts. The family's file shows which weights a
+stack fuses, and the order of their rows.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from .found import Found
 
 TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""Model types of onnxruntime-genai that differ from transformers'."""
+"""A map from onnxruntime-genai's model types to transformers', where the two differ."""
 
 PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
          "w2": "down_proj"}  # fmt: skip
-"""The names of an expert's weights in all models whose experts have separate weights."""
+"""A map from the weight names of an expert, in all models with separate weights, to the parts in a graph."""
 
 Config = Mapping[str, object] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A weight of experts under a target's name.
+    """The meaning of a target's name: a weight of one expert or of all experts.
 
     Attributes:
         part: one of the values of `PARTS`.
@@ -69,14 +69,15 @@ def by_expert(
         adapter: the adapter.
         model: the graph.
         config: the base's config, whose `model_type` selects the family.
-        refused: a list that gets the targets that cannot be changed, instead of an error; the result lacks them.
+        refused: a list to which targets that cannot be changed are added; the result then omits them. Without a list,
+            they raise an error.
 
     Returns:
         the adapter, with the graph's names of experts; and a map from each such target to the adapter's target.
 
     Raises:
-        Unsupported: the layout of a node's weights is unknown, or the family of a stack is.
-        ShapeMismatch: the adapter has another number of experts than the graph.
+        Unsupported: the layout of a node's weights is unknown, or a stack's family is unknown.
+        ShapeMismatch: the adapter and the graph have different numbers of experts.
     """
     nodes = [node for node in nodes_of(model) if is_routed(node)]
     if not nodes:
@@ -110,7 +111,7 @@ def by_expert(
 
 
 def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base: Checkpoint) -> None:
-    """Compare experts in a graph with the base's weights, where the base has them under the adapter's names.
+    """Compare experts in a graph with the base's weights that have the adapter's names.
 
     Args:
         found: the targets of an adapter.
@@ -152,13 +153,14 @@ def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:
 def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Sequence[_Reading], model: ir.Model) -> None:
     if not found:
         why = "the order of rows in this stack of experts depends on the model's family, which is unknown"
-        cure = "Pass the model's folder, whose config.json names the family: --base-weights DIR (base_weights=DIR)"
+        cure = "Pass the model's folder: its config.json names the family: --base-weights DIR (base_weights=DIR)"
         raise Unsupported(why, where=str(target), cure=cure)
     count = updates[0].dims(True).get("e") if target.stacked else stack.experts
     if count != stack.experts:
-        why = f"the adapter has {count} experts, and the graph {stack.experts}"
+        why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # The builder multiplies the second weights of Gemma 4 by a scale of each expert; a change would need it, too.
+    # The builder multiplies Gemma 4's second weights by one scale per expert, by which a change would also be
+    # multiplied.
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in found) and scale in model.graph.initializers:
         raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
@@ -166,7 +168,7 @@ def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Seque
         raise _refused(target, stack.node, "its experts have no gate")
     loose = [update.method for update in updates if update.changes_bias and target.stacked]
     if loose:
-        raise _refused(target, stack.node, f"{loose[0]} changes a bias, and the biases are another stack")
+        raise _refused(target, stack.node, f"{loose[0]} changes a bias, and the biases are in another stack")
 
 
 def _refused(target: Target, node: ir.Node, why: str) -> Unsupported:
@@ -176,14 +178,14 @@ def _refused(target: Target, node: ir.Node, why: str) -> Unsupported:
 
 
 OTHERWISE = (
-    "Merge the adapter into the base (adapterkit merge BASE A -o OUT), and build the graph from that; or omit such "
-    "targets: --allow-partial (allow_partial=True)"
+    "Merge the adapter into the base (adapterkit merge BASE A -o OUT), and build the graph from the result; or omit "
+    "such targets: --allow-partial (allow_partial=True)"
 )
 """The cure for targets inside nodes that cannot be changed."""
 
 
 def _family(adapter: Adapter, config: Config) -> Architecture | None:
-    """Return the family that the base's config names, or else the one that the adapter was trained on."""
+    """Return the family that the base's config names, or else the family that the adapter was trained on."""
     text = (config or {}).get("text_config")
     named = [(config or {}).get("model_type"), (config or {}).get(GENAI_TYPE)]
     named += [text.get("model_type")] if isinstance(text, Mapping) else []
@@ -195,9 +197,10 @@ def _family(adapter: Adapter, config: Config) -> Architecture | None:
 
 
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
-    """Return the weights of experts under a name; empty if the name is not that of experts, or the family is unknown.
+    """Return the weights of experts under a name; empty if the name is not one of experts', or the family is unknown.
 
-    Names are compared after the number of the layer: words before it differ between classes of one family.
+    Only the part of a name after the layer's number is compared, because the words before it differ between classes of
+    one family.
     """
     layer = LAYER.match(path)
     inner = "" if layer is None else path[layer.end() :].strip(".")

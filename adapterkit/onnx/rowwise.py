@@ -2,8 +2,8 @@
 
 One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
 `[adapters, in, rank]`, and `B`, `[adapters, rank, out]`, which includes the scaling. All targets share the input
-`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph computes the same as
-the base, bit for bit.
+`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph's results equal the
+base's bit for bit.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class RowSlots:
         listed = []
         for place, slots in self.made.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # List the slot of B for the scaling, too, because B includes the scaling.
+            # List the slot of B also as the slot of the scaling, because B includes the scaling.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())

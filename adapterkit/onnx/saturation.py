@@ -1,7 +1,7 @@
 """Count values that static quantization clips because its ranges were calibrated without the adapter.
 
-A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, they are
-clipped, and nothing in the graph shows the clipping. So this module runs both graphs and counts the clipped values.
+A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, the node
+clips them, and nothing in the graph shows the clipping. So this module runs both graphs and counts the clipped values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 CURE = (
     "The ranges were calibrated without the adapter: merge the adapter into the floating-point model, and quantize "
-    "that with the same calibration data"
+    "the merged model with the same calibration data"
 )
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Warn if rounding and clipping change the outputs by more than this, and by so many times more than before."""
+"""Warn if rounding and clipping change the outputs by more than `MOST_MOVED`, and by more than `TIMES` times the change
+without the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ class Saturation:
     Attributes:
         nodes: for each QuantizeLinear that clips values, how many it clips without and with the adapter.
         values: the number of quantized values.
-        moved: how much rounding and clipping of activations change the outputs, without and with the adapter, relative
-            to the largest number of the output; None if the graph cannot be run without them.
+        moved: by how much the outputs change because activations are rounded and clipped, relative to the largest
+            output value: first without the adapter, then with it. None if the graph cannot be run without rounding and
+            clipping.
     """
 
     nodes: Mapping[str, tuple[int, int]]
@@ -59,7 +61,7 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if quantization costs no more with the adapter than without it."""
+        """The warning for the user; None if quantization costs about the same with the adapter as without it."""
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
         before, after = self.moved or (0.0, 0.0)
@@ -72,8 +74,8 @@ class Saturation:
             count += f", most of them at {worst}"
         if self.moved is not None:
             count += (
-                f". Rounding and clipping change the outputs by {after:.2g} of the largest number with the adapter, "
-                f"{before:.2g} without it"
+                f". Rounding and clipping change the outputs by {after:.2g} times the largest output value with the "
+                f"adapter, and by {before:.2g} times that value without it"
             )
         return f"{count}. {CURE}"
 
@@ -85,7 +87,7 @@ class Saturation:
 
 
 def quantizers(model: ir.Model) -> list[ir.Node]:
-    """Return the nodes of the main graph that quantize activations by a stored scale."""
+    """Return the nodes of the main graph that quantize activations with a stored scale."""
     return [
         node
         for node in model.graph
@@ -115,7 +117,7 @@ def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
         return () if found.warning is None else (found.warning,)
     if not quantizers(model):
         return ()
-    how = "The check, which counts them, did not run: omit --no-check (check=False), or pass inputs (check={...})"
+    how = "The check, which counts clipped values, did not run: omit --no-check (check=False), or pass check={...}"
     return (f"static quantization may clip values that are larger with the adapter. {CURE}. {how}",)
 
 
@@ -159,7 +161,7 @@ def _beyond(node: ir.Node, x: Array) -> int:
     if zero is None and (told := attribute(node, "output_dtype", 0)):
         kind = ir.DataType(told).numpy()
     if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
-        return 0  # Floating-point types saturate by other rules.
+        return 0  # Floating-point types follow other rules of saturation.
     limits: Any = import_module("ml_dtypes").iinfo(kind)
     assert scale is not None
     axis = attribute(node, "axis", 1)
@@ -172,6 +174,6 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # Do not count clipping at an end of the range that is the zero point: this range implements a Relu, and clips on
+    # If an end of the range is the zero point, do not count clipping there: this range implements a Relu, and clips on
     # purpose.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

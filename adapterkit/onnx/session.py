@@ -62,7 +62,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
 
 
 def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
-    """Check that one update's tensors have equal open sizes, such as the rank. A missing tensor counts as size 0.
+    """Check that one update's tensors have equal dynamic sizes, such as the rank. A missing tensor counts as size 0.
 
     Raises:
         ShapeMismatch: two tensors have different sizes.
@@ -90,7 +90,7 @@ def kind_of(entry: OrtInput) -> Dtype:
     name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
     if name is None:
         raise Unsupported(
-            f"the input has the type {entry.type}, which numpy lacks",
+            f"the input has the type {entry.type}, which numpy does not have",
             where=entry.name,
             cure="Run the model with onnxruntime itself",
         )
@@ -118,7 +118,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 """A provider: its name, or its name and options."""
 
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
-"""The adapters of a run: one name, a weight for each of several names, a name for each row of the batch, or None."""
+"""The adapters of a run: a name, a map from names to weights, a list with a name for each row of the batch, or None."""
 
 
 class Session:
@@ -173,7 +173,7 @@ class Session:
 
     @property
     def types(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """The dtype and the sizes of each input; an open size is a name."""
+        """The dtype and the sizes of each input; a dynamic size is a name."""
         return {name: (str(kind_of(entry)), tuple(entry.shape)) for name, entry in self._entries.items()}
 
     @property
@@ -205,7 +205,7 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Read a file with Olive's names as an adapter: the names are those of slots in Olive's graph, but contain the
+        # Read a file with Olive's names as an adapter: the names belong to slots in Olive's graph, but contain the
         # targets.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
@@ -239,18 +239,18 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: an array for each required input (`self.inputs`), and for any slot or other optional input. For one
-                text, a language model only needs `input_ids`: by default, the past is empty, no token is masked, and
-                positions count up.
+            inputs: an array for each required input (`self.inputs`), and optionally for slots and other optional
+                inputs. For one text, a language model only needs `input_ids`: by default, the past is empty, no token
+                is masked, and positions count up.
             adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
-                model that `inject` wrote with `mode="rows"`, a list with a name or None for each row of the batch. None
-                runs the bare model, bit for bit.
+                model that `inject` wrote with `mode="rows"`, a list with a name or None for each row of the batch. With
+                None, the results equal the base's bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
             UsageError: an input is missing, unknown or of another dtype; or no adapter of this name is loaded.
             ShapeMismatch: an input has another shape than the model declares.
-            Unsupported: two adapters use the same slot, or a weighted adapter's method has no scaling.
+            Unsupported: two adapters use the same slot, or an adapter with a weight other than 1 has no scaling.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
@@ -300,7 +300,7 @@ class Session:
 
         Raises:
             UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
-                hides the last token.
+                excludes the last token.
             Also the errors of `run`.
         """
         past = [name for name in self.inputs if name.startswith(PAST)]
@@ -324,7 +324,7 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens, and the positions of the last `length` ones, if the model has these inputs."""
+        """Return the mask of all tokens and the positions of the last `length` tokens, if these are inputs."""
         made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
 
@@ -475,7 +475,7 @@ class Session:
         """Return the scaling slots of an adapter, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in held}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
-            cure = "Run it at weight 1, or scale it with adapterkit.ops.scale and load the result"
+            cure = "Run it with weight 1, or scale it with adapterkit.ops.scale and load the result"
             raise Unsupported(f"{name!r} has no scaling that a weight could multiply", where=bare[0], cure=cure)
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
         return {key: self._placed((held[key][0] * weight).astype(held[key][0].dtype)) for key in keys}
@@ -520,12 +520,12 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
         raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():
         cure = "Pad on the left, for example with tokenizer.padding_side = 'left'"
-        raise UsageError("the mask hides the last token", where="attention_mask", cure=cure)
+        raise UsageError("the mask excludes the last token", where="attention_mask", cure=cure)
     return tokens, mask
 
 
 def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
-    """Return the tensors of a file by the names of slots; None for an adapter in another format."""
+    """Return the tensors of a file, by slot name; None for an adapter in another format."""
     if is_ort_adapter(path):
         return dict(read_ort_adapter(path).tensors)
     if not str(path).lower().endswith(SAFETENSORS) or not Path(path).is_file():

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SHADOW = "shadow"
 
 Fixed = tuple[int, int] | None
-"""The fixed numbers of rows and positions of every call; None if they are open."""
+"""The fixed numbers of rows and positions of every call; None if they are dynamic."""
 
 
 class Shadows:
@@ -85,7 +85,7 @@ class Shadows:
         """Return a model of the base's architecture without weights."""
         if find_spec("transformers") is None:
             cure = "pip install 'adapterkit[transformers]'"
-            raise UsageError("a network like the base needs transformers, which is not installed", cure=cure)
+            raise UsageError("creating the side network needs transformers, which is not installed", cure=cure)
         config = config_of(None, None) if self.config is None else self.config()
         auto, torch = import_module("transformers.models.auto"), import_module("torch")
         kind = config.get("model_type")
@@ -106,14 +106,14 @@ class Shadows:
 
 
 class State:
-    """The network's state as one block reads it and passes it on; see `OutputUpdate`."""
+    """The network's state, which a block reads and passes to the next block; see `OutputUpdate`."""
 
     def __init__(self, shadows: Shadows, heard: Heard) -> None:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block. If its width is that of the block's input, declare the input's sizes."""
+        """Return the state before the block, with the sizes of the block's input if the state has the same width."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -153,13 +153,13 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
             why = (
                 f"the side network needs operator set {version} of {domain or 'ONNX'}, and the graph has {branch.opset}"
             )
-            raise Unsupported(why, cure="Export the graph in a newer operator set")
+            raise Unsupported(why, cure="Export the graph with a newer operator set")
 
 
 def _traced(
     model: PretrainedModel, update: Shadow, layer: Layer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
 ) -> ir.Model:
-    """Return the network as a separate graph, with the main graph's fixed sizes or with open sizes."""
+    """Return the network as a separate graph, with the main graph's fixed sizes or with dynamic sizes."""
     import torch
 
     from ..torch.call_recorder import Standing
@@ -190,7 +190,7 @@ def _traced(
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     """Return the numbers of rows and positions, if they are fixed and equal for all inputs and there is no past.
 
-    Tracing with fixed sizes takes a third of the time, and keeps graphs usable on devices without open sizes.
+    Tracing with fixed sizes takes a third of the time, and keeps graphs usable on devices without dynamic sizes.
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None
@@ -211,7 +211,7 @@ def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
             why = f"the graph's input {value.name} is not an input of the side network"
-            cure = f"Say which input it is, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
+            cure = f"Map it to an input, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
             raise Unsupported(why, cure=cure)
     return _tokens(update, heard, found, bool(past)) | _beside(heard, found)
 
@@ -245,7 +245,7 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
     spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
     found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
     if len(found) != 1:
-        why = f"the graph has {len(found)} embeddings of its tokens, and must have one"
+        why = f"the graph has {len(found)} embeddings of its tokens, but must have exactly one"
         raise TargetNotFound(why, cure=_EXPORT)
     inside = modules_of(found[0])
     return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else found[0].outputs[0]

@@ -1,8 +1,8 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
-A slot's default changes nothing. Inner sizes such as the rank are open at run time; in the default, they are 0 (1 for
+A slot's default changes nothing. Inner sizes such as the rank are dynamic; in the default, they are 0 (1 for
 convolutions). Scalars such as `scaling` are slots of shape `[1]`. While the graph is built, an adapter's formula runs
-on the slots. Meanwhile, a number that is too large for a real size represents each open size.
+on the slots. Meanwhile, a number that is too large for a real size represents each dynamic size.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ REQUIRED = "adapterkit.required"
 slot without an adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size is fixed: the size comes from the base's layer, or is equal in all layers."""
+"""Axes with a fixed size, which comes from the base's layer or is equal in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class Slot:
 
     Attributes:
         value: the input; it is also an initializer of the graph.
-        shape: the sizes of the slot; a number of at least `FREE` stands for an open size.
+        shape: the sizes of the slot; a number of at least `FREE` stands for a dynamic size.
         dtype: the dtype of the slot.
     """
 
@@ -189,12 +189,12 @@ def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
 
 
 def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
-    """Return the sizes of a slot, with names for open sizes, and its numpy dtype."""
+    """Return the sizes of a slot, with names for dynamic sizes, and its numpy dtype."""
     return list(value.shape or ()), element_type(value)
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots with which the graph computes the same as the base; open sizes are 1.
+    """Return tensors for required slots with which the graph computes the same as the base; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -257,7 +257,7 @@ class Slots:
         return self._values(update, layer, key)
 
     def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
-        """Return slots for factors computed from an update and the base's weight; None without such factors."""
+        """Return slots for factors computed from an update and the base's weight; None if there are no such factors."""
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
@@ -301,11 +301,11 @@ class Slots:
 
     def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
         """Return a map from each field of the update to its slot."""
-        # Fix the shapes for a Conv, because OpenVINO does not run a Conv with an open number of filters.
+        # Fix the shapes for a Conv, because OpenVINO does not run a Conv with a dynamic number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
-        # Use size 1 for open sizes of these layers: onnxruntime does not initialize the output of a Conv over zero
+        # Use size 1 for dynamic sizes of these layers: onnxruntime does not initialize the output of a Conv over zero
         # channels, or of a product with an empty left matrix.
         fixed_rank = any(issubclass(spot.kind, Conv | LeftMatMul) or spot.kind.inside for spot in place.spots)
         inner = int(self.required or fixed_rank)
@@ -323,7 +323,7 @@ class Slots:
         return made
 
     def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
-        """Return a tensor's shape, with numbers from FREE on for open sizes; if `fixed`, no size is open."""
+        """Return a tensor's shape, with numbers from FREE on for dynamic sizes; if `fixed`, no size is dynamic."""
         if fixed:
             return tuple(leaf.shape)
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
@@ -348,8 +348,8 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. An empty default contains no number: at another size, fill it with
-        # 0.
+        # Record the number that fills the default. An empty default contains no number; a tensor of another size is
+        # filled with 0.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -367,10 +367,10 @@ def _neutral(
 
     Args:
         update: the update.
-        shapes: the shapes of the tensors, with numbers from FREE on for open sizes.
+        shapes: the shapes of the tensors, with numbers from FREE on for dynamic sizes.
         place: the update's target.
-        inner: the size for open axes in the result.
-        tried: sizes for open axes; at least with one of these sizes, the update must change nothing.
+        inner: the size for dynamic axes in the result.
+        tried: sizes for dynamic axes; with at least one of these sizes, the update must change nothing.
 
     Raises:
         Unsupported: there are no such tensors.
@@ -384,7 +384,7 @@ def _neutral(
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
-    """Return tensors that are filled with one number; open axes have size `inner`."""
+    """Return tensors that are filled with one number; dynamic axes have size `inner`."""
     made = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
@@ -414,7 +414,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
 
 
 class _Stub:
-    """A layer in numpy, on which an output update is tried."""
+    """A layer in numpy, to try an output update."""
 
     channel = -1
 
@@ -459,7 +459,7 @@ def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
-    """Return an adapter's tensors by the names of a model's slots.
+    """Return an adapter's tensors under the names of a model's slots.
 
     Args:
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
@@ -471,7 +471,7 @@ def fit(
         Slot name -> array, in the slot's dtype.
 
     Raises:
-        TargetNotFound: the model lacks a target, or its slots at a target are for another method.
+        TargetNotFound: the model does not contain a target, or its slots at a target are for another method.
         ShapeMismatch: a tensor does not fit its slot.
         Unsupported: two different tensors have the same slot.
         Malformed: the model's list of slots is damaged.
@@ -488,8 +488,9 @@ def write_adapter(
     """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
-    `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format, by
-    the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` also loads such a file.
+    `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
+    under the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` also loads such a
+    file.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -633,7 +634,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's tensors to `feeds`, by the names of their slots; return a map from fields to slots."""
+    """Add an update's tensors to `feeds`, under the names of their slots; return a map from fields to slots."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:

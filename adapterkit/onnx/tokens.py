@@ -1,7 +1,7 @@
 """Find the token ids of the call and of the past in a graph, and the positions of all tokens.
 
-The cache does not have the past's tokens, so the graph gets a new input for them. With this input, formulas that read
-all tokens give the same results for the call's tokens as a run without a past.
+The cache does not contain the past's tokens, so the graph gets a new input for these tokens. With this input, formulas
+that read all tokens give the same results for the call's tokens as a run without a past.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attenti
 
 
 Size = int | str | ir.SymbolicDim
-"""A size of a graph value's axis, or the name of an open size."""
+"""A size of a graph value's axis, or the name of a dynamic size."""
 
 
 class Call(Protocol):
@@ -80,7 +80,7 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
-    # Use the name of the past's open size, so that both inputs must have the same length.
+    # Use the name of the past's dynamic size, so that both inputs must have the same length.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(found), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
@@ -94,7 +94,7 @@ def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> 
     Args:
         words: the inputs of the call, after `every_token` was called.
         branch: collects the added nodes.
-        value: positions of the call's tokens; either one row for each text, or one row for all.
+        value: positions of the call's tokens, in one row for each text or in one row for all texts.
         own: an integer matrix with one entry for each token of the call.
     """
     given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(own)
@@ -127,5 +127,5 @@ def last_columns(value: Value, own: Value) -> ir.Value:
 
 
 def first_axis(value: ir.Value) -> Size:
-    """Return the size of a value's first axis, or the name of an open size."""
+    """Return the size of a value's first axis, or the name of a dynamic size."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

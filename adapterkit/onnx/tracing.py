@@ -1,7 +1,8 @@
 """Trace a model with torch's exporter, and remove the parts of its graph that are not needed.
 
 The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without the optimizer,
-every weight has its module's name and its own copy. onnxruntime folds the Transpose nodes when it loads the model.
+every weight has its module's name and is stored separately. onnxruntime folds the Transpose nodes when it loads the
+model.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def traced(
             )
     except Exception as error:  # The exporter raises any type of error.
         first = first_line(error.__cause__ or error)  # Quote the cause, because it names the fault.
-        cure = "Make its forward traceable by torch.export, or pass input_names= and dynamic_shapes="
+        cure = "Make its forward traceable for torch.export, or pass input_names= and dynamic_shapes="
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None
     graph: ir.Model = program.model

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1: after a past,
-onnxruntime's GroupQueryAttention accepts several tokens only for a single text."""
+"""Values for dynamic sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
+after a past, onnxruntime's GroupQueryAttention accepts several tokens only for a single text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -41,7 +41,7 @@ of images."""
 def sizes_beside(graph: Path | None) -> dict[str, int]:
     """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
-    Some graphs declare sizes as open but run with one value only: the head size in onnxruntime-genai's graphs;
+    Some graphs declare sizes as dynamic but run with one value only: the head size in onnxruntime-genai's graphs;
     channels, height and width in the graphs of image models.
     """
     if graph is None:
@@ -71,11 +71,11 @@ def _config(file: Path) -> dict[str, JsonValue]:
 
 
 def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
-    """Return inputs for a graph; open axes of the same name have the same size, and the first axis is the batch.
+    """Return inputs for a graph; dynamic axes of the same name have the same size, and the first axis is the batch.
 
     Args:
         session: the graph in onnxruntime.
-        sizes: values for open sizes, by axis.
+        sizes: values for dynamic sizes, by axis.
         known: sizes from configs; see `sizes_beside`.
     """
     rng, named = np.random.default_rng(0), dict[str, int]()
@@ -89,8 +89,8 @@ def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = Non
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # Do not mask tokens in onnxruntime-genai's graphs: they count tokens by the mask, and if the last token is
-            # masked, some output memory is not written.
+            # Do not mask tokens in onnxruntime-genai's graphs: they count tokens with the mask, and if the last token
+            # is masked, some output memory is not written.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
@@ -102,7 +102,7 @@ def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = Non
 
 
 def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
-    """Set the sizes of an input's open axes from the configs."""
+    """Set the sizes of an input's dynamic axes from the configs."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
@@ -124,7 +124,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return ones with a 0 at the end, so that some entries stay visible whether 0 or 1 means masked."""
+    """Return ones with a 0 at the end: whether 0 or 1 means masked, some entries then stay visible."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

@@ -35,7 +35,7 @@ class Tying:
     Attributes:
         tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
-        role: the part of the model that the graph holds, by its file's name; None if the name does not show it.
+        role: the part of the model that the graph holds, according to its file name; None if the name does not show it.
         warnings: a list to which a sentence is added for each omitted update.
     """
 
@@ -55,7 +55,7 @@ class Tying:
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
-    """Return an adapter's targets in a graph, extended by tied layers that its updates also change.
+    """Return an adapter's targets in a graph, and also the tied layers that its updates change.
 
     Args:
         found: the targets that the adapter names.
@@ -109,7 +109,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
 
 
 def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
-    """Return an adapter's targets, extended by the other layers of a group that its updates change."""
+    """Return an adapter's targets, and also the other layers of a group that its updates change."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
@@ -163,7 +163,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
-    """Return the nodes of each layer, by the adapter's name for the layer's weight, or else by the graph's name."""
+    """Return the nodes of each layer, under the adapter's name for the layer's weight, or else the graph's name."""
     nodes = {spot.node for spot in spots}
     found: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
@@ -207,7 +207,7 @@ def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named:
 def _unproven(place: Found, tie: Tie) -> UsageError:
     why = (
         f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
-        f"if they are tied, the update at {place.asked} changes both; if they are not, it changes one of them"
+        f"if they are tied, the update at {place.asked} changes both, otherwise only one of them"
     )
     cure = (
         "Pass the base's folder, whose config.json shows it: --base-weights DIR (base_weights=DIR); or --tied merge "

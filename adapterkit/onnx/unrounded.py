@@ -1,8 +1,9 @@
 """Make a quantized graph compute in floating point, so that a check can compare two changed graphs exactly.
 
-Two correct graphs may sum in another order. If a later node rounds to 8 bits, a difference in the last bit becomes a
-whole step, and a change before or after a node that clips gives another result. Without rounding and clipping of
-activations, correct graphs agree to the last bits of floats. Weights keep the numbers that their integers stand for.
+Two correct graphs may sum in different orders. If a later node rounds to 8 bits, a difference in the last bit becomes a
+whole rounding step. And if a node clips, a change before the node gives another result than the same change after it.
+Without rounding and clipping of activations, correct graphs agree to the last bits of floats. Weights keep their
+dequantized values.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Unrounding:
                 raise Unknown
 
     def _becomes(self, node: ir.Node, value: ir.Value) -> None:
-        """Let a value stand for a node's first output; insert the nodes that compute the value."""
+        """Replace a node's first output by a value; insert the nodes that compute the value."""
         out = node.outputs[0]
         self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
         self.branch.nodes.clear()
@@ -135,7 +136,7 @@ class _Unrounding:
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return the floats that the integers of an operand stand for; its scale and zero point follow the operand.
+        """Return an operand's integers as dequantized floats; the operand's scale and zero point are the next inputs.
 
         Args:
             node: an operator.
@@ -148,7 +149,7 @@ class _Unrounding:
     def operand(
         self, value: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None, axis: int | None = None
     ) -> ir.Value:
-        """Return the floats that integers with a scale and a zero point stand for."""
+        """Return the dequantized values of integers with a scale and a zero point."""
         if value is None:
             raise Unknown
         if value in self.floats:
@@ -172,7 +173,7 @@ class _Unrounding:
         return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
-        """Return the output of an operator whose zero point at a position may stand for a Relu."""
+        """Return the output of an operator; its zero point, the input at a position, may stand for a Relu."""
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
@@ -204,7 +205,7 @@ def _given(node: ir.Node, position: int) -> ir.Value:
 
 
 def _spread(small: Array, like: Array, axis: int) -> Array:
-    """Return one number, or a number for each channel, in the type and for the axes of an array."""
+    """Return one number, or one per channel, in an array's type and in a shape that broadcasts with the array."""
     flat = small.reshape(-1).astype(like.dtype)
     return flat if flat.size == 1 else flat.reshape(-1, *[1] * (like.ndim - 1 - axis))
 
@@ -274,7 +275,7 @@ def _concat(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
-    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's, which is now 1."""
+    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's scale, which is now 1."""
     W = of.operand(_at(node, 1), None, _at(node, 3))
     return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
 

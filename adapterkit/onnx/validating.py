@@ -66,7 +66,7 @@ def _check_graph(
     graph: GraphProto, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int
 ) -> None:
     if depth > MAX_NESTING:
-        raise Malformed(f"more than {MAX_NESTING} graphs inside each other", path=path, where=graph.name, cure=_AGAIN)
+        raise Malformed(f"graphs are nested deeper than {MAX_NESTING}", path=path, where=graph.name, cure=_AGAIN)
     for tensor in graph.initializer:
         _check_tensor(tensor, tensor.name, path)
         if not tensor.name:
@@ -169,7 +169,7 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
         return
     required, most, attributes = schema
     if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
-        why = f"a {node.op_type} has the wrong inputs ({sum(bool(name) for name in node.input)} of them)"
+        why = f"a {node.op_type} has {sum(bool(name) for name in node.input)} inputs, but the operator requires others"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
     held = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
@@ -181,7 +181,7 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Schema | None:
-    """Return an operator's required inputs, its largest number of inputs, and attributes: name -> (type, required)."""
+    """Return an operator's required inputs, largest number of inputs, and attributes: name -> (type, required)."""
     from onnx import defs
 
     # Skip older opsets: the model is converted, and then checked again.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Updates = TypeVar("Updates", bound="Update")
 
 Sizes = tuple[int | None, ...]
-"""The sizes of a value's axes; None for an open size."""
+"""The sizes of a value's axes; None for a dynamic size."""
 
 Operand = Union["Value", Array]
 """An argument or result of the namespace's functions. If no argument is a graph value, numpy computes the result."""
@@ -37,10 +37,10 @@ class Unsayable(AttributeError, TypeError):
 
 
 class OpenSize(int):
-    """A number that stands for an open size. Formulas may pass it on, but not compute with it."""
+    """A number that stands for a dynamic size. Formulas may pass it on, but not compute with it."""
 
     def _no_number(self, *_: object) -> NoReturn:
-        raise Unsayable("a number depends on an open size")
+        raise Unsayable("a number depends on a dynamic size")
 
     __truediv__ = __rtruediv__ = __float__ = __pow__ = __rpow__ = _no_number
 
@@ -72,7 +72,7 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
         return None
     columns, rows = one[-1], two[-2]
     if columns is not None and rows is not None and columns != rows and max(columns, rows) < FREE:
-        raise Unsayable(f"a matrix of {columns} columns is multiplied by one of {rows} rows")
+        raise Unsayable(f"a matrix of {columns} columns is multiplied by a matrix of {rows} rows")
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
@@ -81,7 +81,7 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
     """Return a requested shape with its -1 replaced by a size, or by None if the size is unknown.
 
-    An open size in the shape means that the axis at this position keeps its size.
+    A dynamic size in the shape means that the axis at this position keeps its size.
     """
     if -1 not in wanted:
         return tuple(wanted)
@@ -95,7 +95,7 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """Return a shape as a Reshape takes it: 0 for an open size that stays, -1 for the remaining size.
+    """Return a shape as a Reshape takes it: 0 for a dynamic size that stays, -1 for the remaining size.
 
     Args:
         sizes: the current sizes.
@@ -110,7 +110,7 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
         elif position in stays:
             out.append(0)
         elif size == 0 or -1 in out:
-            raise Unsayable("a Reshape has more than one open size")
+            raise Unsayable("a Reshape has more than one dynamic size")
         else:
             out.append(-1)
     if -1 in out and 0 in out:
@@ -119,13 +119,13 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
 
 
 def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
-    """Return the axes that have the same open size in both shapes."""
+    """Return the axes that have the same dynamic size in both shapes."""
     pairs = enumerate(zip(sizes or (), wanted, strict=False))
     return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
 
 def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
-    """Return the sizes of a value that is reduced along some axes, or along all."""
+    """Return the sizes of a value after a reduction along some axes, or along all axes."""
     if sizes is None:
         return None
     gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
@@ -133,7 +133,7 @@ def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -
     return tuple(kept)
 
 
-# Index graph values by slices, integers, new axes, and one list of positions.
+# Index graph values with slices, integers, new axes, and one list of positions.
 
 
 _END = np.iinfo(np.int64).max
@@ -210,12 +210,12 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Refuse limits near FREE: they were computed from an open size, because numbers from FREE on stand for open sizes.
+    # Refuse limits near FREE: they were computed from a dynamic size, for which numbers from FREE on stand.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
-        raise Unsayable("the limits of a slice depend on an open size")
-    # Refuse a part of an open axis: a formula that loops over all positions of the axis would not end.
+        raise Unsayable("the limits of a slice depend on a dynamic size")
+    # Refuse a part of a dynamic axis: a formula that loops over all positions of the axis would not end.
     if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
-        raise Unsayable("a slice is taken of an axis with an open size")
+        raise Unsayable("a slice is taken of an axis with a dynamic size")
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
@@ -250,7 +250,7 @@ def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | No
 
 def _gathered(value: Value, axis: int, positions: object) -> Value:
     if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
-        raise Unsayable("positions are taken of an axis with an open size")
+        raise Unsayable("positions are taken of an axis with a dynamic size")
     if isinstance(positions, Value):
         index, shape = positions, positions.shape
     else:
@@ -329,7 +329,7 @@ class _Linalg:
 class Symbols:
     """The namespace of array functions; a missing function raises `Unsayable`."""
 
-    __name__ = __name__  # array_api_compat identifies namespaces by their names.
+    __name__ = __name__  # array_api_compat identifies namespaces by name.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
     linalg = _Linalg()
 
@@ -422,7 +422,7 @@ class Symbols:
     def argsort(self, x: Value, axis: int = -1) -> Value:
         """Return the positions in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
-            raise Unsayable("an open number of entries is sorted")
+            raise Unsayable("a dynamic number of entries is sorted")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
         # Use TopK of all entries, because ONNX has no ArgSort; TopK puts the lower index of equal entries first.
@@ -490,9 +490,9 @@ def concatenated(values: Sequence[Value], axis: int) -> Value:
 
 
 def _closed(sizes: Sequence[int]) -> Sequence[int]:
-    """Check that no size is open; return the sizes."""
+    """Check that no size is dynamic; return the sizes."""
     if any(size is None or size >= FREE for size in sizes):
-        raise Unsayable("a constant has an open size")
+        raise Unsayable("a constant has a dynamic size")
     return sizes
 
 
@@ -572,7 +572,7 @@ class Value:
     def __len__(self) -> int:
         size = self.shape[0] if self.shape else None
         if size is None:
-            raise Unsayable("a size is open")
+            raise Unsayable("a size is dynamic")
         return int(size)
 
     def __iter__(self) -> Iterator[Value]:
@@ -595,7 +595,7 @@ class Value:
         dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
         more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes the output in numpy from `inputs`, but not from `more`."""
+        """Append a node and return its output. `f` computes the same output in numpy from `inputs`, without `more`."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
@@ -607,7 +607,7 @@ class Value:
         if isinstance(other, Value):
             return other
         if isinstance(other, int) and other >= FREE:
-            raise Unsayable("a number depends on an open size")
+            raise Unsayable("a number depends on a dynamic size")
         array = np.asarray(other)
         if self.dtype == bool and array.dtype.kind not in "biu":
             raise Unsayable("a boolean is combined with a floating-point number")

@@ -1,8 +1,8 @@
-"""Run graphs of bfloat16 in float32, for a check: onnxruntime's CPU provider lacks most of their kernels.
+"""Run graphs of bfloat16 in float32, for a check: onnxruntime's CPU provider lacks most bfloat16 kernels.
 
-The twin of a graph has float32 in place of bfloat16 everywhere. All weights are equal, since every bfloat16 is a
-float32; only the rounding between nodes is missing. So two graphs that compute the same in bfloat16 have twins that
-compute the same in float32.
+The twin of a graph has float32 in place of bfloat16 everywhere. All weights are equal, since float32 represents every
+bfloat16 exactly; only the rounding between nodes is missing. So two graphs that compute the same in bfloat16 have twins
+that compute the same in float32.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def as_fed(feeds: Feeds) -> dict[str, Array]:
 
 
 def widened_note(model: ir.Model, path: Path) -> str | None:
-    """Return what a check of a graph of bfloat16 did not run; None if onnxruntime ran the graph as it is."""
+    """Return a note that the check of a bfloat16 graph ran in float32; None if onnxruntime ran the graph unchanged."""
     held = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
     if not any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in held):
         return None
@@ -100,7 +100,7 @@ def _has_narrow_ends(session: OrtSession) -> bool:
 
 
 def _is_narrow(proto: ModelProto) -> Iterator[bool]:
-    """Yield for each tensor, type and attribute whether it is bfloat16."""
+    """For each tensor, type and attribute, yield whether it is bfloat16."""
     for graph in _graphs(proto.graph):
         yield from (tensor.data_type == BFLOAT16 for tensor in graph.initializer)
         yield from (_has_narrow(one) for one in (*graph.input, *graph.output, *graph.value_info))

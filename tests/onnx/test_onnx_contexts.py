@@ -124,7 +124,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
     folder, path = encoders("Bert")
     for error, match, target, dim in (
-        (ShapeMismatch, "the vectors have 8 channels, and the embedding has 32", "embeddings", 8),
+        (ShapeMismatch, "the vectors have 8 channels, but the embedding has 32", "embeddings", 8),
         (TargetNotFound, "the module encoder has 0 embeddings of the graph's tokens", "encoder", 32),
     ):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
@@ -134,7 +134,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
     path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
     adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
-    with pytest.raises(Unsupported, match="whose positions would count them"):
+    with pytest.raises(Unsupported, match="because its positions would count them"):
         ak.onnx.inject(path, adapter, out)
     assert not out.exists()
 

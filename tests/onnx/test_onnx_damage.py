@@ -83,7 +83,7 @@ def twice(proto):
 
 def without_inputs(proto):
     del proto.graph.node[1].input[1]
-    return "/0/MatMul: a MatMul has the wrong inputs"
+    return "/0/MatMul: a MatMul has 1 inputs, but the operator requires others"
 
 
 def wrong_attribute(proto):

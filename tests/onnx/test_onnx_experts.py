@@ -249,7 +249,7 @@ def test_another_number_of_experts_is_refused(tmp_path):
     target = Target("model.layers.0.mlp.experts.down_proj", layout="e out *in")
     adapter = Adapter({target: (update("lora", HIDDEN, INNER, 1, EXPERTS + 1),)})
     for change in (ak.onnx.inject, ak.onnx.merge):
-        with pytest.raises(ShapeMismatch, match="5 experts, and the graph 4"):
+        with pytest.raises(ShapeMismatch, match="5 experts, but the graph has 4"):
             change(tmp_path / "base", adapter, tmp_path / "out")
 
 
@@ -304,7 +304,7 @@ def test_what_a_packed_node_cannot_take_names_the_way(tmp_path):
         ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out")
     with pytest.raises(Unsupported, match="the weight is quantized"):
         ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out")
-    with pytest.raises(Unsupported, match=r"no nodes beside.*--keep-change packed"):
+    with pytest.raises(Unsupported, match=r"nodes beside.*--keep-change packed"):
         ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize", keep_change="float")
 
 

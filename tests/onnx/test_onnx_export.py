@@ -168,7 +168,7 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     assert (got[0, 5:] == stop).all()
     for given, match in (
         ((texts,), "a mask is required for 2 texts"),
-        ((texts, mask[:, ::-1]), "hides the last token"),
+        ((texts, mask[:, ::-1]), "excludes the last token"),
     ):
         with pytest.raises(UsageError, match=match):
             session.generate(given[0], attention_mask=given[1] if len(given) > 1 else None)
@@ -388,7 +388,7 @@ def test_what_export_refuses(tmp_path):
     with pytest.raises(UsageError, match="not a torch module"):
         ak.onnx.export(lambda x: x, (x,), out)
     for args in ({"x": x}, x):
-        with pytest.raises(UsageError, match=r"args is a (dict|Tensor), and must be a tuple.*kwargs="):
+        with pytest.raises(UsageError, match=r"args is a (dict|Tensor), but must be a tuple.*kwargs="):
             ak.onnx.export(model, args, out)
     with pytest.raises(UsageError, match="training mode"):
         ak.onnx.export(Net(), (x,), out)

@@ -275,7 +275,7 @@ def test_an_export_with_the_network_beside_it(made, tmp_path, close):
     close(run(report.out, input_ids=IDS[:2, :4]), model(input_ids=IDS[:2, :4]).logits, tolerance=1e-5)
     with pytest.raises(Unsupported, match="no cache of the earlier tokens") as raised:
         ak.onnx.export_pretrained(saved("narrow", tmp_path), tmp_path / "out", adapter=adapter, mode="attached")
-    assert "inject that into the graph" in raised.value.cure
+    assert "inject the adapter into the graph" in raised.value.cure
 
 
 def test_nothing_reads_the_state_behind_the_last_block(fixed, made, tmp_path):
