@@ -99,8 +99,8 @@ def _bits(node: ir.Node) -> int:
     return int(attribute(node, "expert_weight_bits", 4))
 
 
-def _at(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if len(node.inputs) > position else None
+def _at(node: ir.Node, position: int | None) -> ir.Value | None:
+    return node.inputs[position] if position is not None and len(node.inputs) > position else None
 
 
 def _weight(node: ir.Node, position: int) -> ir.Value:
@@ -119,7 +119,7 @@ class Experts(Layer):
 
     op_type = "MoE"
     position, inside = 2, True
-    vector: ClassVar[int] = 3
+    vector: ClassVar[int | None] = 3
     first: ClassVar[bool] = True
 
     @classmethod
@@ -209,7 +209,7 @@ class Experts(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        held = weight_at(self.node, self.vector) if _at(self.node, self.vector) is not None else None
+        held = self.stated_bias
         return held if is_constant(held) else None
 
     @property
