@@ -236,10 +236,14 @@ class Writer:
         return self._send(self.filling.end)
 
     def close(self) -> None:
-        """Wait for pending writes, and close the files."""
+        """Wait for pending writes, close the files, and free the memory."""
         self.pool.shutdown()
         self.plain.close()
         self.direct.close()
+        # `direct` refers to this object, so Python's collector would free the memory much later.
+        self.sent.clear()
+        self.idle.clear()
+        self.filling = _Piece(memoryview(b""))
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
         """Wait for pending writes of the other thread, then copy in the kernel; return the number of copied bytes."""
