@@ -63,7 +63,7 @@ class Clipping:
 
     def constant(self, array: Any) -> str:
         name = f"by hand {len(self.constants)}"
-        self.constants[name] = np.ascontiguousarray(array, np.float32)
+        self.constants[name] = np.array(array, np.float32, order="C")  # Keeps a scalar a scalar, which Clip asks for.
         return name
 
     def add(self, op: str, given: Sequence[str], out: str, **words: Any) -> None:
