@@ -219,6 +219,7 @@ class Adapted(Clipping):
         x, last, bias = self._around(node, b, place)
         wanted = changed * spread - V if place.beside else changed * spread
         given = [x, self.constant(wanted.T if turned else wanted)]
+        shift = None
         if bias is not None and factor is not None:
             reader, at = bias
             held = self.constants[reader.input[at]]
@@ -235,7 +236,7 @@ class Adapted(Clipping):
         words = {one.name: helper.get_attribute_value(one) for one in node.attribute}
         self.add(node.op_type, given, f"{end} change", **words)
         self.add("Add", [f"{end} before", f"{end} change"], f"{end} changed")
-        if bias is not None and factor is not None:
+        if shift is not None:
             self.add("Add", [f"{end} changed", self.constant(shift)], end)
         else:
             self.add("Identity", [f"{end} changed"], end)
