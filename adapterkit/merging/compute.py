@@ -317,7 +317,7 @@ class BlockMerger:
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
+        """Return {index of a planned update: squared norm of its change}, for changes independent of the base."""
         # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
         # an overflow.
         largest = sys.float_info.max
@@ -331,7 +331,7 @@ class BlockMerger:
         """Compute one block of the merged tensor into `out`, from the base's block `raw`. Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update.
+            {index of a planned update: squared norm of its change}, for the changes that depend on the base.
 
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.
@@ -362,7 +362,7 @@ class BlockMerger:
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"the merge yields a NaN or an infinity in {self.output.dtype}", where=self.output.name,
-                cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
+                cure="Merge with a smaller weight, or write a wider dtype with --dtype (dtype=)",
             )  # fmt: skip
         return norms
 
@@ -478,7 +478,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """For each adapter with several updates of this tensor whose order matters, a list of their indices."""
+        """For each adapter whose updates of this tensor must be applied in order, a list of the updates' indices."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
