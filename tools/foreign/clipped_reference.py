@@ -161,7 +161,11 @@ class Clipping:
 
 
 class Place(NamedTuple):
-    """Where a layer's change is computed, and which ranges around the layer do not clip."""
+    """Where a layer's change is computed, and which ranges around the layer do not clip.
+
+    A change beside a layer whose sum is free is added before the sum's range, which clips the result. If the product is
+    free, the change is added to the clipped product, and the product's range clips the result again.
+    """
 
     beside: bool = False
     input: bool = False
@@ -238,6 +242,8 @@ class Adapted(Clipping):
         self.add("Add", [f"{end} before", f"{end} change"], f"{end} changed")
         if shift is not None:
             self.add("Add", [f"{end} changed", self.constant(shift)], end)
+        elif place.product and last.op_type == "Clip":
+            self.add("Clip", [f"{end} changed", *last.input[1:]], end)
         else:
             self.add("Identity", [f"{end} changed"], end)
         self.nodes = [*kept, *self.nodes, *tail]
@@ -273,6 +279,11 @@ class Adapted(Clipping):
                 break
             (reader,) = readers
             if reader.op_type == "Clip":
+                if place.beside and place.sum and bias is not None:
+                    break  # The change is added first; then the sum's range clips.
+                if place.beside and place.product and bias is None:
+                    last = reader
+                    break
                 if free:
                     reader.op_type = "Identity"
                     del reader.input[1:]
@@ -294,7 +305,7 @@ def references(path: Path, adapter: Path, weights: Path, out: Path) -> Iterator[
         yield str(place), Adapted(path, adapter, weights, place, place).save(out)
     if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] != "IA3":
         return
-    for scaled, others in product(places, places):
+    for scaled, others in product(places[::-1], places[::-1]):
         if scaled != others:
             name = f"{scaled}; without bias {others}"
             yield name, Adapted(path, adapter, weights, scaled, others).save(out)
