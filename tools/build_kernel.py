@@ -42,7 +42,7 @@ EXACT = dict.fromkeys(("ggml.c", "quantize.c", "dropping.c"), ("-ffp-contract=of
 """Additional flags for sources that must round as often as numpy does."""
 
 WIDE = dict.fromkeys(("x86_64", "amd64"), ("-DLANES_512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"))
-"""Flags by processor with which the sources in TWICE are compiled a second time, for AVX-512."""
+"""By processor: the flags for the second compilation of the sources in TWICE, for AVX-512."""
 
 TWICE = ("merge.c", "normalize.c")
 """Sources that compute eight numbers at a time, and sixteen on processors with AVX-512."""
@@ -59,7 +59,7 @@ TARGETS = {
 
 
 def library(target: str | None = None) -> Path:
-    """Return the path of the compiled library: beside its sources for this machine, under build/ for a target."""
+    """Return the path of the compiled library: for this machine, beside its sources; for a target, under build/."""
     windows = sys.platform == "win32" if target is None else "windows" in target
     folder = FOLDER if target is None else ROOT / "build" / target
     return folder / ("_kernel.dll" if windows else "_kernel.so")
@@ -80,8 +80,8 @@ def compile_kernel(target: str | None = None) -> Path | None:
     processor = (platform.machine() if target is None else target.split("-")[0]).lower()
     command = compiler(target)
     if command is None or processor not in PROCESSORS:
-        why = f"it is not written for {processor}" if command else "there is no C compiler (set CC to one)"
-        print(f"merges go by numpy, without the compiled loop: {why}", file=sys.stderr)
+        why = f"they do not support {processor}" if command else "there is no C compiler (set CC to one)"
+        print(f"merges will use numpy, without the compiled loops: {why}", file=sys.stderr)
         return None
     path = library(target)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,9 @@ def compile_kernel(target: str | None = None) -> Path | None:
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"merges go by numpy, without the compiled loop: {done.stderr.strip()[-2000:]}", file=sys.stderr)
+                print(
+                    f"merges will use numpy, without the compiled loops: {done.stderr.strip()[-2000:]}", file=sys.stderr
+                )
                 fresh.unlink(missing_ok=True)
                 return None
     fresh.replace(path)
@@ -118,7 +120,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are collected, and tag the wheel for its platform and any version of Python."""
         target = os.environ.get("KERNEL_TARGET") or None
-        # The source archive only has the sources.
+        # The source archive contains only the sources.
         if target == "none" or self.target_name == "sdist":
             return
         path = compile_kernel(target)
@@ -134,7 +136,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
 
 
 def main() -> int:
-    """Compile for one target; exit with 1 if this is not possible."""
+    """Compile for one target; exit with 1 if that is not possible."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=sorted(TARGETS), help="a platform other than this one")
     parser.add_argument("--if-older", action="store_true", help="compile only if the library is older than its sources")

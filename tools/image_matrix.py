@@ -113,7 +113,7 @@ def _cell(family: ImageFamily, dialect: str, method: str, reasons: dict[str, int
 
 
 def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
-    """Return the first module or norm of the blocks that is a whole weight in every naming -> its outputs."""
+    """Return the first module (or norm) of a block that is a whole weight in every naming -> its number of outputs."""
     for name, out in _modules(family, norm):
         pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
         if not pieces or (len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole):
@@ -122,7 +122,7 @@ def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
 
 
 def fused(family: ImageFamily) -> dict[str, int]:
-    """Return the modules that are one fused weight in the authors' naming -> their outputs; none if none are fused."""
+    """Return the modules that are one fused weight in the authors' naming -> their numbers of outputs."""
     for name, _ in _modules(family, norm=False):
         pieces = family.moves(name, "diffusers", "native")
         if len(pieces) == 1 and pieces[0].here.whole and not pieces[0].there.whole:
@@ -183,10 +183,10 @@ method, if the adapter has diffusers' names:
 - `D`: with `--on-loss promote`, the writer writes a weight difference.
 - A number: the writer refuses the adapter; the list of reasons below explains each number.
 
-If a cell has two marks, the second mark is for weights that are fused in the authors' names, such as queries, keys and
-values, if each part has separate factors. In a format without weight differences, a weight difference becomes a LoRA of
-full rank, with the identity as one factor, as in diffusers' own conversion. With `--base`, methods that depend on the
-weight become weight differences in formats that support these.
+Some weights, such as queries, keys and values, are one fused weight under the authors' names. If a cell has two marks,
+the second applies to such weights when the adapter has separate factors for each part. In a format without weight
+differences, a weight difference becomes a LoRA of full rank, with the identity as one factor, as in diffusers' own
+conversion. With `--base`, methods that depend on the weight become weight differences in formats that support these.
 
 XLabs' files support LoRA on FLUX's attention. BFL's control files support LoRA and complete norm weights, both on FLUX.
 """

@@ -31,7 +31,7 @@ def main() -> int:
         runs = _runs(Path(folder), options.points, options.shards)
     wrong = [run for run in runs if not (run.same and run.kept and run.redone <= 1 and not run.left)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    print(f"{len(runs)} kills, {len(wrong)} wrong, at most {max(run.redone for run in runs)} shard done again")
+    print(f"{len(runs)} kills, {len(wrong)} wrong, at most {max(run.redone for run in runs)} shard written again")
     return bool(wrong)
 
 
@@ -44,7 +44,7 @@ def _runs(work: Path, points: int, shards: int) -> list[Rerun]:
     (old / "old").write_bytes(b"an output from before")
     count = len(points_of(base, source, old))
     if points > count:
-        print(f"this merge has {count} points; with more shards there are more", file=sys.stderr)
+        print(f"this merge has {count} points; more --shards give more points", file=sys.stderr)
     return killed_and_rerun(base, source, work / "killed", spread(points, count))
 
 

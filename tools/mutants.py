@@ -2,9 +2,9 @@
 """Test the tests of formulas and of the engine by mutation: change one operator or number, and check that a test fails.
 
     python tools/mutants.py                      all chapters of tools/mutants.toml
-    python tools/mutants.py lora blocks          these
-    python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed, the same in each run
-    python tools/mutants.py --list               what there is
+    python tools/mutants.py lora blocks          only these chapters
+    python tools/mutants.py --sample 20          at most 20 mutants of each chapter; --seed selects which
+    python tools/mutants.py --list               list the chapters
 
 cosmic-ray makes the mutants. It writes them into the files, so this script works in a copy of the checkout. If all
 tests pass with a mutant, no test covers the changed code: write a test, or give the reason in tools/mutants.toml why
@@ -39,10 +39,10 @@ LEFT = ("build", "dist", "fuzz-findings")
 """Folders of the checkout that no test reads."""
 
 LEAST, SLOWER = 60, 5
-"""Time limit of the tests of one mutant: seconds at least, and how many times as long as without a mutant."""
+"""Time limit for the tests of one mutant: the least number of seconds, and the multiple of the time without mutants."""
 
 TRIVIAL = ("BitOr", "BitAnd", "BitXor", "LShift", "RShift", "Is", "IsNot")
-"""Operators that are no plausible slip for another one."""
+"""Operators that nobody would write by mistake in place of another operator."""
 
 
 def main() -> int:
@@ -102,7 +102,7 @@ def survivors(
         )
 
     session.unlink(missing_ok=True)
-    # Tests that fail without a mutant would kill every one of them.
+    # If the tests failed without a mutant, every mutant would count as killed.
     configure(3600)
     start = time.monotonic()
     ray(copy, "baseline", config.name)
@@ -140,7 +140,7 @@ def ray(copy: Path, *words: str) -> None:
 
 
 def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return where the type annotations of a module begin and end, as lines and columns: nothing evaluates them."""
+    """Return the lines and columns at which a module's type annotations, which are not evaluated, begin and end."""
     found = [
         each
         for node in ast.walk(ast.parse(source))
@@ -151,10 +151,10 @@ def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def thinned(session: Path, unread: list[tuple[tuple[int, int], tuple[int, int]]], sample: int | None, seed: int) -> int:
-    """Mark trivial mutants and those of `unread` places as skipped, and all others but a sample.
+    """Mark as skipped: trivial mutants, mutants in `unread` places, and all others except a sample.
 
     Returns:
-        How many of the others are skipped.
+        The number of skipped mutants that are neither trivial nor in `unread` places.
     """
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
@@ -177,7 +177,7 @@ def thinned(session: Path, unread: list[tuple[tuple[int, int], tuple[int, int]]]
 
 
 def place(item: WorkItem) -> tuple[tuple[int, int], str, int]:
-    """Return what tells a mutant from all others of its module, in every run."""
+    """Return a key that identifies a mutant within its module, and is the same in every run."""
     mutation = item.mutations[0]
     return tuple(mutation.start_pos), mutation.operator_name, mutation.occurrence
 
@@ -189,7 +189,7 @@ def trivial(item: WorkItem) -> bool:
 
 
 def records(session: Path) -> Iterator[tuple[int, tuple[str, str], str, str]]:
-    """Yield of each mutant that was run: line number, (line, mutated line), outcome, and output of the tests."""
+    """Yield (line number, (line, mutated line), outcome, output of the tests) for each mutant that was run."""
     from cosmic_ray.work_db import WorkDB, use_db
 
     with use_db(str(session), WorkDB.Mode.open) as database:

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "notebooks"
 LARGEST = 200_000
-"""Largest HTML output that is stored, in characters; of a larger one, only the `repr` is stored."""
+"""Largest HTML output that is stored, in characters; instead of a larger output, the `repr` is stored."""
 
 
 def notebooks() -> list[Path]:
@@ -32,7 +32,7 @@ def notebooks() -> list[Path]:
 
 
 def executed(path: Path) -> dict[str, Any]:
-    """Run a notebook in a new working folder, and return it with its outputs.
+    """Run a notebook in a new working folder, and return the notebook with its outputs.
 
     Raises:
         Exception: whatever a cell raises, with a note that names the cell.

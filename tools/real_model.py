@@ -32,7 +32,7 @@ def build(dest: Path) -> None:
     """Builds the model at `dest`.
 
     Raises:
-        CannotBuild: `dest` exists, a package is missing, or the download failed or has other bytes than expected.
+        CannotBuild: `dest` exists, a package is missing, or the download failed or returned unexpected bytes.
     """
     require_free(dest)
     require_packages()

@@ -32,7 +32,7 @@ from adapterkit.reporting.inspecting import WAYS, way  # noqa: E402
 KINDS = {
     "additive": "W' = W + D: merges exactly, and adds and scales exactly, without the base.",
     "weight": "W' = f(W): merges exactly; sums and combinations need the base.",
-    "output": "y' = f(x): changes what a layer gives, so it is attached to a live model or a graph and never merged.",
+    "output": "y' = f(x): changes a layer's output, so it is attached to a live model or a graph and never merged.",
     "context": "Extra tokens, keys or values: attached to a live model or a graph, never merged.",
 }
 
@@ -83,7 +83,7 @@ SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Remove everything from a page that it would load from other sites; mkdocs calls this."""
+    """Remove everything that a page would load from other sites; mkdocs calls this."""
     return finished(output, "../" * page.url.count("/"))
 
 
@@ -203,7 +203,7 @@ def format_page(name: str) -> str:
         lines += ["## Tensors", "", *_table(("Key", "Shape", "Meaning"), rows), ""]
     held = FORMATS[name].methods
     told = "all" if held == frozenset(METHODS) else ", ".join(f"[{m}](../methods/{m}.md)" for m in sorted(held))
-    lines += ["## Methods that it holds", "", f"{told}.", "", "## Example", "", "```sh"]
+    lines += ["## Methods that it can store", "", f"{told}.", "", "## Example", "", "```sh"]
     return "\n".join([*lines, f"adapterkit convert ADAPTER OUT --to {name}", "```", ""])
 
 
@@ -220,7 +220,7 @@ def combiner_page(entry: Mapping[str, Any]) -> str:
         "",
     ]
     if entry["based"]:
-        lines += ["It looks at the weights of the base: pass `--base` (`base=`).", ""]
+        lines += ["It needs the weights of the base: pass `--base` (`base=`).", ""]
     if entry["data"]:
         lines += [f"It needs data, in Python: `data=` is {entry['data']}.", ""]
     rows = [(f"`{n}`", _value(value), entry["meanings"][n]) for n, value in entry["parameters"].items()]
@@ -235,7 +235,7 @@ def combiner_page(entry: Mapping[str, Any]) -> str:
 def commands_page() -> str:
     """Return the reference of all commands, with their help."""
     ctx = click.Context(adapterkit, info_name="adapterkit", max_content_width=100, terminal_width=100)
-    lines = ["# Commands", "", "What `adapterkit COMMAND --help` prints.", ""]
+    lines = ["# Commands", "", "The output of `adapterkit COMMAND --help`.", ""]
     for name in adapterkit.list_commands(ctx):
         command = adapterkit.get_command(ctx, name)
         assert command is not None
@@ -245,18 +245,18 @@ def commands_page() -> str:
 
 
 CURES = {
-    "usage": "Read the line again: an option is missing, is for another command, or excludes another.",
+    "usage": "Read the error again: an option is missing, belongs to another command, or excludes another option.",
     "malformed": "Fetch or write the file again. If the tool that wrote it is current, open an issue with the file.",
     "unknown-format": "`adapterkit list formats`; name one with `--from`. A base is no adapter, and BASE comes first.",
     "shape-mismatch": "The adapter is for another base, or for another size of it: `adapterkit names BASE ADAPTER`.",
     "target-not-found": "`adapterkit names BASE ADAPTER`, `--rename FROM=TO`, or `--allow-partial` to leave it out.",
-    "unsupported": "The line names what is not supported, and what does the same.",
-    "not-mergeable": "Attach the adapter to a live model or a graph instead: no weight says what it does.",
-    "unrepresentable": "`--on-loss fold`, `promote` or `drop`, or `--to adapterkit`, which holds everything.",
-    "check-failed": "Find out what differs before you use the result: the line names the first difference.",
-    "miswritten": "A fault of adapterkit: nothing was left behind. Open an issue with the input.",
-    "corrupt": "The bytes changed after they were written: fetch or make them again, and check the disk.",
-    "storage": "Free space, choose another path, or pass `--overwrite`; the same command goes on.",
+    "unsupported": "The error names what is not supported, and what to use instead.",
+    "not-mergeable": "Attach the adapter to a live model or a graph instead: weights cannot store its effect.",
+    "unrepresentable": "`--on-loss fold`, `promote` or `drop`, or `--to adapterkit`, which can store everything.",
+    "check-failed": "Find out what differs before you use the result: the error names the first difference.",
+    "miswritten": "A fault of adapterkit; no output was left behind. Open an issue with the input.",
+    "corrupt": "The bytes changed after they were written: fetch or write them again, and check the disk.",
+    "storage": "Free space, choose another path, or pass `--overwrite`; the same command then continues.",
     "network": "Run the same command again: what was fetched is kept.",
     "access": "Log in to the hub, or accept the licence on its page.",
     "remote-not-found": "Check the name; private repositories need a token.",

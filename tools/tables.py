@@ -146,7 +146,7 @@ NAMINGS = {"diffusers": "diffusers", "comfyui": COMFYUI, "kohya": KOHYA}
 
 
 def _names(family: ImageFamily, format_name: str) -> str:
-    """Return `=` for diffusers' names, `N` for other names, `F` for others with fused weights; empty if unknown."""
+    """Return `=` for diffusers' names, `F` for other names with fused weights, `N` for others; empty if unknown."""
     naming = family.wanted(NAMINGS.get(format_name, "diffusers"))
     if naming == "diffusers":
         return "="
@@ -163,7 +163,7 @@ def _names(family: ImageFamily, format_name: str) -> str:
 
 
 def combine() -> str:
-    """Return one row per combiner: its description, its parameters, and what its result depends on besides the changes.
+    """Return one row per combiner: its description, its parameters, and what else its result depends on.
 
     Each dependence, and its absence, is tested by `test_a_method_says_what_its_result_depends_on`.
     """
@@ -268,7 +268,7 @@ def commands() -> str:
 def _command_row(parent: click.Context, name: str) -> list[str]:
     command = adapterkit.get_command(parent, name)
     if command is None:
-        raise LookupError(f"the command {name!r} is listed, but not there")
+        raise LookupError(f"the command {name!r} is listed, but does not exist")
     ctx = click.Context(command, info_name=name, parent=parent)
     words = [parameter.make_metavar(ctx) for parameter in command.params if isinstance(parameter, click.Argument)]
     everywhere = {"--json", "--quiet", "--debug"}
@@ -281,7 +281,7 @@ def _command_row(parent: click.Context, name: str) -> list[str]:
 def _spec(kind: str, name: str) -> dict[str, Any]:
     path = ROOT / "spec" / kind / f"{name}.toml"
     if not path.is_file():
-        raise LookupError(f"{path} is not there: every entry of {kind} has one")
+        raise LookupError(f"{path} does not exist, but every entry of {kind} needs it")
     return tomllib.loads(path.read_text("utf-8"))
 
 

@@ -113,7 +113,7 @@ def train_adapter(recipe: Recipe, task: Task, images: Tensor, labels: Tensor, ou
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, task: Task, *, epochs: int) -> None:
-    """Train by AdamW with a one-cycle rate on smoothed cross-entropy; torch's global seed draws orders and shifts."""
+    """Train with AdamW and a one-cycle rate on smoothed cross-entropy; torch's global seed draws orders and shifts."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * -(-len(images) // BATCH))
@@ -168,7 +168,7 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    # Sort these, which PEFT has as sets: a set of strings has a different order in each process (PYTHONHASHSEED).
+    # PEFT stores these fields as sets, and a set of strings has a different order in each process (PYTHONHASHSEED).
     for key in ("target_modules", "modules_to_save"):
         config[key] = config[key] and sorted(config[key])
     write_json(path, config)

@@ -1,7 +1,7 @@
 """Tests each kind of hub with large files: flipped bits, and pulls and pushes that are killed at random moments.
 
 Run it as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`. It prints one figure per line,
-and exits with 1 at the first wrong one. Network faults are tested in `tests/hub/test_hub_faults.py`.
+and exits with 1 at the first wrong figure. Network faults are tested in `tests/hub/test_hub_faults.py`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from oci_registry import Proxy, distribution
 
 FLIPS, KILLS, MEGABYTES = 1000, 24, 200
 ASKED = 16 << 20
-"""Most bytes that a killed pull must send again, by `adapterkit.hub.transfer`; for a push, it is `_uploads.CHUNK`."""
+"""The most bytes that a pull by `adapterkit.hub.transfer` repeats after a kill; for a push: `_uploads.CHUNK`."""
 
 COMMAND = [sys.executable, "-m", "adapterkit"]
 
@@ -147,14 +147,14 @@ def uploads(lab: Lab) -> bool:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found.append(lab.registry.received - total)
         fine.append(_back(lab, uri, folder))
-        print(f"  ended {ended}; {found[-1]:,} bytes more than the files came; the same bytes: {fine[-1]}")
+        print(f"  ended {ended}; {found[-1]:,} bytes more than the files were sent; the same bytes: {fine[-1]}")
     within = sum(again <= ASKED + 100_000 for again in found)
     print(f"{len(found)} kills of pushes to a registry: {within} cost at most a chunk; the worst {max(found):,}")
     return all(fine)
 
 
 def parts(lab: Lab) -> bool:
-    """Kill pushes to a bucket during a multipart upload; return whether no partial upload is taken for a whole one."""
+    """Kill pushes to a bucket during a multipart upload; return whether no partial upload counts as complete."""
     fine = []
     for trial in range(6):
         folder, uri = _adapter(lab.folder / f"parts{trial}", 100_000_000, trial), lab.uri("s3", f"parts{trial}")
@@ -164,7 +164,7 @@ def parts(lab: Lab) -> bool:
         again = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         fine.append(half == 5 and again == 0 and _back(lab, uri, folder))
         print(f"  ended {ended}; a pull then ends with {half}, the next push with {again}, the same bytes: {fine[-1]}")
-    print(f"{len(fine)} kills of pushes in parts: {sum(fine)} as they must", flush=True)
+    print(f"{len(fine)} kills of pushes in parts: {sum(fine)} with the right result", flush=True)
     return all(fine)
 
 

@@ -113,9 +113,7 @@ def read(
     options = {option: value for option, value in options.items() if value is not None}
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
-        raise UsageError(
-            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the format does not need it"
-        )
+        raise UsageError(f"{name} does not use --{needless} ({needless}=)", path=path, cure="Omit this option")
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without --compat (compat=), the adapter computes the training tool's formula"
@@ -216,7 +214,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace updates of layers without bias if the format lacks their method and an equivalent method exists."""
+    """Replace methods that the format lacks, where an equivalent method exists for layers without a bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -259,7 +257,7 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """List all formats that recognise the headers at `path`; in a folder, the headers of its only tensor file.
+    """List all formats that recognise the headers at `path`. If a folder has only one tensor file, check that file.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -285,7 +283,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         raise UnknownFormat(why, path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
-        why = "its keys end like an adapter's, but no known family of models has all of its modules"
+        why = "its keys end like those of an adapter, but no known family of models has all modules that the keys name"
         cure = "Name its format and the base that has these modules: --from (format=) and --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"
@@ -335,7 +333,9 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
     if len(members) > 1 or not _holds_only(source, members[0]):
         what = "several adapters" if len(members) > 1 else "an adapter and other files"
         named = ", ".join(f"{public(str(path))}#{name}" for name in members)
-        raise UnknownFormat(f"the folder has {what} in subfolders", path=path, cure=f"Name the one to read: {named}")
+        raise UnknownFormat(
+            f"the folder has {what} in subfolders", path=path, cure=f"Choose the adapter to read: {named}"
+        )
     return *_recognised(source / members[0], names), members[0]
 
 
@@ -405,7 +405,7 @@ def _existing(path: str | PathLike[str]) -> Path:
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Record the commits of files from a hub: the adapter's in the lineage, the base's in the `base` field."""
+    """Record the commits of files from a hub: the adapter's commit in the lineage, the base's commit in `base`."""
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

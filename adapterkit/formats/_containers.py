@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder of an adapter, with its parents.
+    """Create the folder of an adapter, and its missing parent folders.
 
     Raises:
         UsageError: the path has the suffix of a tensor file.
@@ -52,7 +52,7 @@ def make_folder(folder: Path) -> None:
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
         why = "this format writes a folder, but the path ends like a file"
-        cure = "Name a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
+        cure = "Pass a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
         raise UsageError(why, path=folder, cure=cure)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,7 @@ class Format:
     def sniff(self, path: Path) -> bool:
         """Whether `path` has the headers of this format.
 
-        Must accept every such file, read no data and raise no error.
+        An implementation must accept every such file, read no data and raise no error.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
@@ -198,7 +198,7 @@ class Format:
     def fit(
         self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> tuple[Adapter, list[str]]:
-        """Rewrite an adapter so that one program computes the same function; return one line for each change.
+        """Rewrite an adapter for one program, without changing its function; return one line for each change.
 
         Args:
             adapter: the adapter that will be written.

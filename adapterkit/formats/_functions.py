@@ -56,7 +56,7 @@ _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**
 
 
 def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
-    """Return the reason why two groups of updates of one weight compute different functions; empty if they do not.
+    """Return the reason why two groups of updates of one weight compute different functions; empty if they are equal.
 
     Args:
         asked: the updates that were to be written, by target.
@@ -147,7 +147,7 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the relative rounding error of stored values, and the smallest value for which this error is correct.
+    """Return the relative rounding error of stored values, and the smallest value for which this error bound holds.
 
     A writer rounds a computed tensor to the tensor's dtype; if the format lacks this dtype, to a dtype of the format.
     """
@@ -198,7 +198,7 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return the outputs of a group by ("weight" or "bias", number of the expert).
+        """Map ("weight" or "bias", number of the expert) to the outputs of a group.
 
         Targets for rows of one weight share one entry.
         """

@@ -109,7 +109,7 @@ def _rows_of(target: Target, base: Checkpoint | None) -> int:
 
 
 def _apart(parts: Sequence[Target]) -> bool:
-    """Whether no row belongs to two of the targets."""
+    """Whether the targets have no common row."""
     spans = sorted(target.rows for target in parts if target.rows is not None)
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 

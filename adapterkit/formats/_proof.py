@@ -264,7 +264,7 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the sets of updates that the file may contain: all updates, or all except some reported as omitted."""
+        """Return the sets of updates that the file may contain: all, or all except some that were reported omitted."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:

@@ -121,4 +121,6 @@ def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
         f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
         "and no change of the weight computes the same; the formula uses the layer's padding"
     )
-    return Unsupported(why, cure='Read the adapter by the formula, as for merging: --compat formula (compat="formula")')
+    return Unsupported(
+        why, cure='Read the adapter with the formula, as a merge does: --compat formula (compat="formula")'
+    )

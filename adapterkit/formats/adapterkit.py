@@ -110,9 +110,7 @@ class Native(Format):
         file = _file(path)
         header = safetensors.read_header(file)
         if KEY not in header.metadata:
-            cure = (
-                "This is not an adapterkit file; name its format with --from (format=), or omit it to detect the format"
-            )
+            cure = "This is not an adapterkit file; name its format with --from (format=), or omit --from to detect it"
             raise Malformed(f"the file has no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
         try:
             tensors = safetensors.handles(header)

@@ -234,7 +234,7 @@ def _path(stem: str) -> str:
     """Return the target path of a module. Keys of a U-Net may omit the component's name.
 
     SimpleTuner writes PEFT's prefix after the component. If a model was wrapped twice, keys repeat the component. mflux
-    calls the output of FLUX.2's attention `to_out`, diffusers `to_out.0`.
+    calls the output of FLUX.2's attention `to_out`; diffusers calls the same module `to_out.0`.
     """
     root, rest = rooted(stem)
     rest = rest.removeprefix("base_model.model.")

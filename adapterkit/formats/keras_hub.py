@@ -127,7 +127,7 @@ MODEL_TYPE = "adapterkit_model_type"
 """The attribute of the file's root with transformers' `model_type`. Keras ignores it; Keras's own files lack it."""
 
 DEFAULT = ("query", "value")
-"""The layers that `load_lora_weights` adapts by itself. It fails if a file lacks one, and ignores all others."""
+"""The only layers that `load_lora_weights` adapts by itself. The call fails if a file lacks one of these layers."""
 
 MOST_ELEMENTS = 1 << 31
 """The largest number of elements of B that reading a layer may create; a hostile file could state many heads."""
@@ -171,7 +171,7 @@ class KerasHub(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         if not path.name.endswith(SUFFIX):
-            cure = f"Name the file {path.name.partition('.')[0]}{SUFFIX}"
+            cure = f"Rename the file to {path.name.partition('.')[0]}{SUFFIX}"
             raise UsageError(f"Keras Hub loads only files whose name ends in {SUFFIX}", path=path, cure=cure)
         hints = leftovers(adapter, FORMAT, KerasHubHints)
         try:
@@ -198,7 +198,7 @@ class KerasHub(Format):
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
-    """Return the family of the base, or of the model type in a file; and the model type.
+    """Return the family and the model type, from the base's config or, without a config, from the file.
 
     Raises:
         UsageError: neither the base's config nor the file states the model type.
@@ -281,12 +281,13 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     """Return A and B of a layer.
 
     Raises:
-        ShapeMismatch: the tensors do not have the shapes of this layer, or the base has other heads.
+        ShapeMismatch: the tensors do not have the shapes of this layer, or the base's heads have another number or
+            width.
     """
     a, b = slots[A_KEY], slots[B_KEY]
     right = len(a.shape) == len(layer.axes.split()) and len(b.shape) == 2 and rank > 0 and 0 not in (*a.shape, *b.shape)
     if not right or a.shape[-1] != rank or b.shape[0] != rank:
-        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; the layer is {layer.name}, the rank {rank}"
+        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; this is layer {layer.name} of rank {rank}"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
         raise _other_heads(where, a.shape[:2], heads)
@@ -309,7 +310,8 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
 
 def _other_heads(where: str, found: tuple[int, ...], heads: Heads) -> ShapeMismatch:
     why = (
-        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} and {heads.kv} of {heads.dim}"
+        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} query heads "
+        f"and {heads.kv} key and value heads of width {heads.dim}"
     )
     return ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
 
@@ -322,7 +324,7 @@ def _count(own: str, heads: Heads) -> int:
 
 
 def _wide(pairs: Pairs) -> Pairs:
-    """Convert all factors to float32, or to float64 if one of them is: a file of Keras has one type."""
+    """Convert all factors to one dtype, as Keras's files need: float64 if a factor is float64, otherwise float32."""
     kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
     kind = "F64" if "F64" in kinds else "F32"
     return {
@@ -343,7 +345,7 @@ def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
         shape = (update.B.shape[0], update.A.shape[1])
         # The stored tensor of a quantized weight may have another shape.
         if weight is not None and weight.dtype.floating and weight.shape != shape:
-            why = f"the update is for a weight {list(shape)}, and the base's is {list(weight.shape)}"
+            why = f"the update is for a weight of shape {list(shape)}, but the base's has {list(weight.shape)}"
             raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
         for name in ("A", "B"):
             check_finite(update.tensors[name], f"{target}: {update.method}.{name}")
@@ -508,7 +510,7 @@ class _Writer:
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
     def _shape(self, own: str) -> tuple[int, int]:
-        """Return [out, in] of a module, by its update in another block."""
+        """Return [out, in] of a module, from its update in another block."""
         return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.held.items() if name == own)
 
 
@@ -520,7 +522,7 @@ def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]
         count: the number of heads.
 
     Returns:
-        The rows `[n, dim]` that are not zero, and for each use of a row its head, its row of A and its index.
+        The rows `[n, dim]` that are not zero; and for each use of a row: the head, the row of A, the index of the row.
     """
     import numpy as np
 

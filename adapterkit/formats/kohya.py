@@ -85,7 +85,7 @@ class Kohya(ImageFormat):
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename targets as sd-scripts does: to LDM's names for SDXL, diffusers' for SD 1 and 2, else the authors'."""
+        """Rename targets as sd-scripts does: to LDM's names for SDXL, diffusers' for SD 1 and 2, else native names."""
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 

@@ -1,4 +1,4 @@
-"""Olive's adapters from `olive convert-adapters`: values for the inputs of an ONNX graph. Only LoRA; B has the scaling.
+"""Olive's adapters from `olive convert-adapters`, for inputs of an ONNX graph. Only LoRA; B includes the scaling.
 
 Compared with PEFT, both factors are transposed. The file is `.onnx_adapter`, `.npz` or `.safetensors`.
 """

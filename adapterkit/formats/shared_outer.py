@@ -144,7 +144,7 @@ def _decode(
         if set(slots) != {"A", "B"}:
             raise Malformed("this module has only one of the two factors", where=name, cure=DAMAGED)
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"the rank is not the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
         yield (
             Target(name, "in out *k" if is_embedding(f"{name}.weight") else "out *in"),
             (LoRA(**slots, scaling=alpha / rank),),
@@ -183,7 +183,7 @@ def _experts(
         if set(one) != {"A", "B"}:
             raise Malformed(f"expert {e} has no {'B' if 'A' in one else 'A'}", where=name, cure=DAMAGED)
         if check_factors(f"{name}: expert {e}", one) != rank:
-            raise ShapeMismatch(f"the rank is not the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
         factors.append(one)
     if stacked:
         whole: Slots = {field: arrange.stacked([one[field] for one in factors]) for field in ("A", "B")}
@@ -215,7 +215,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
     Raises:
         Unrepresentable: experts have different outer factors, and `on_loss` is not `promote`; or a method is not LoRA.
-        UsageError: experts are in a stack, and no base is given, which shows the family of models.
+        UsageError: experts are in a stack, and there is no base to show the family of models.
     """
     hints = leftovers(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
@@ -241,7 +241,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """Split stacks of experts into one LoRA per expert, with the names in a hub's checkpoint.
 
     Raises:
-        UsageError: experts are in a stack, and no base is given, which shows the family of models.
+        UsageError: experts are in a stack, and there is no base to show the family of models.
     """
     stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
     if not stacks:
@@ -317,7 +317,7 @@ def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, r
     factor of each expert is zero, except at the rank indices of this expert.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # The outer factor's axis of the rank; the inner factor's is 1 - axis.
+    axis = 1 if writes else 0  # The axis of the rank in the outer factor; in the inner factor, it is 1 - axis.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

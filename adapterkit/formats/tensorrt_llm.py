@@ -96,7 +96,7 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
     """Return (number of the module's kind, layer, rank) for each row."""
     if weights.dtype.name not in _REAL or config.dtype.name != "I32":
         raise Unsupported(
-            f"the weights have dtype {weights.dtype}, the config has {config.dtype}", where=WEIGHTS, cure=DAMAGED
+            f"the dtypes are {weights.dtype} (weights) and {config.dtype} (config)", where=WEIGHTS, cure=DAMAGED
         )
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
         why = f"the shapes do not match: weights {list(weights.shape)}, config {list(config.shape)}"

@@ -164,7 +164,7 @@ def _decode(
             yield from _experts(name, slots, rank, alpha, own)
             continue
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"its rank is not the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)

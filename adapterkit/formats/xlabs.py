@@ -81,6 +81,6 @@ def _target(module: ImageModule) -> Target:
         return Target(path)
     down, up = module.need("down", "up")
     if len(down.shape) != 2 or up.shape[:1] != (3 * down.shape[1],):
-        why = f"the outputs {list(up.shape)} are not three times the inputs {list(down.shape)[1:]}"
+        why = f"up is {list(up.shape)}, down is {list(down.shape)}: the outputs are not three times the inputs"
         raise ShapeMismatch(why, where=module.where, cure=AGAIN)
     return Target(path, rows=(0, up.shape[0]))

@@ -78,10 +78,10 @@ def calibrate(
         length: the maximum number of tokens of each text.
         seed: the seed for the random choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
-        overwrite: replace an existing calibration from another base, other adapters or other texts.
+        overwrite: replace an existing calibration that was made from another base, other adapters or other texts.
         tied: as in `adapterkit.merge`.
         rename: as in `adapterkit.merge`.
-        allow_partial: as in `adapterkit.merge`: omit targets that the base does not have.
+        allow_partial: as in `adapterkit.merge`: omit targets that the base lacks.
         progress: a function that is called with (number of texts done, number of all texts).
 
     Returns:
@@ -115,10 +115,10 @@ def calibrate(
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
             cure = (
-                "Run adapterkit.gating.calibrate on the folder that it was converted from, and pass the file by "
+                "Run adapterkit.gating.calibrate on the folder that it was converted from, and pass the file with "
                 "--calibration FILE.safetensors (calibration=)"
             )
-            raise Unsupported("a GGUF model has no config.json to run it with", path=checkpoint.root, cure=cure)
+            raise Unsupported("a GGUF model cannot run, because it has no config.json", path=checkpoint.root, cure=cure)
         check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         if allow_partial:

@@ -2,7 +2,7 @@
 
 The models are the base with attached adapters, a merged model, and an ONNX graph. Their inputs are tokens of short
 texts, or random token ids or pixels if the base has no tokenizer. The figures are the KL divergence, perplexity, the
-agreement of greedy text, and the difference of hidden states by block.
+agreement of greedy text, and the difference of hidden states after each block.
 """
 
 from __future__ import annotations
@@ -164,10 +164,10 @@ def _tokens(
     chosen = random.Random(seed)
     if not _has_tokenizer(folder):
         if texts is not None:
-            cure = f"Copy the tokenizer's files there, or give builtin at {option} to use random ids"
+            cure = f"Copy the tokenizer's files there, or pass builtin to {option} to use random ids"
             raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
         rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
-        return rows, f"{count} rows of random token ids, as the base has no tokenizer"
+        return rows, f"{count} rows of random token ids, because the base has no tokenizer"
     held, source = list(texts or _builtin()), "given texts" if texts is not None else "built-in texts"
     if len(held) > count:
         held = [held[at] for at in sorted(chosen.sample(range(len(held)), count))]
@@ -180,7 +180,7 @@ def _tokens(
         raise Malformed(why, path=folder, cure="Download the folder again") from None
     rows = [row for row in rows if len(row) >= SHORTEST and max(row) < size]
     if not rows:
-        cure = f"Give longer texts at {option}"
+        cure = f"Pass longer texts to {option}"
         raise UsageError("no text has at least two tokens of the base", path=folder, cure=cure)
     return rows, f"{len(rows)} {source}"
 
@@ -297,7 +297,7 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
-    """Return the inner products <other - base, adapted - base> and <adapted - base, adapted - base> of the outputs.
+    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, two inner products of outputs.
 
     For logits, these are log-probabilities, weighted by the probabilities of `adapted`.
     """
@@ -386,7 +386,7 @@ def device_of(name: str) -> str:
     """Return the torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: the name is another one, or this machine has no such device.
+        UsageError: the name is none of these, or this machine has no such device.
     """
     import torch
 
@@ -421,11 +421,11 @@ def load(
     source = checkpoint.root
     if is_gguf_model(checkpoint):
         if like is None:
-            cure = "Name as BASE the folder from which it was converted, and the GGUF model at --merged (merged=)"
+            cure = "Pass the folder from which it was converted as BASE, and the GGUF model with --merged (merged=)"
             raise UsageError("a GGUF model cannot run without a config.json", path=checkpoint.root, cure=cure)
         source = like.root
     elif checkpoint.folder != checkpoint.root:
-        cure = f"Name the folder {checkpoint.folder} with its config.json"
+        cure = f"Pass the folder {checkpoint.folder}, which must contain config.json"
         raise UsageError("gate needs the folder of a model, not a single weight file", path=checkpoint.root, cure=cure)
     state = None
     if source is not checkpoint.root or is_quantized(checkpoint):
@@ -455,7 +455,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 class Adapted:
     """A base with attached adapters, and with an attached null adapter, which makes random changes of the same size.
 
-    Either the adapters are active, or the null adapter, or neither.
+    Either the adapters or the null adapter are active, or neither.
     """
 
     def __init__(self, model: Any, adapters: Sequence[Adapter], weights: Sequence[float], **options: Any) -> None:

@@ -149,11 +149,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""Factors of the adapters' change. A graph is compared with the base at each of them, to find which one it contains."""
+"""The factors by which the adapters' change is multiplied to find the factor that a graph contains."""
 
 EXACT = 1e-3
 """The factor with the smallest divergence is the graph's factor if this divergence is at most this share of the largest
-one."""
+divergence."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 """Dtype of the computation -> the relative rounding step; 0 for float32, whose rounding is negligible."""
@@ -290,7 +290,7 @@ def checked(
         counts: name of an argument -> (value, smallest allowed value).
     """
     if not given:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         why = f"{len(factors)} weights for {len(given)} adapters"

@@ -65,7 +65,7 @@ def _alone(part: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # Open again: the previous holder of the lock has renamed or removed this file.
+            pass  # Open the path again: the previous holder of the lock has renamed or removed the opened file.
         except BaseException:
             file.close()
             raise
@@ -143,7 +143,7 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Remember the source tensors of all files that are written in the block; reading a file then returns them.
+    """Remember the source tensors of all files that are written in the block; reading a file then returns its sources.
 
     Yields:
         A map from the path of each written file to its `Written`.

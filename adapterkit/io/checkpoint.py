@@ -168,7 +168,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
         index, whole = folder / index_name, folder / single
         if index.is_file() and whole.is_file():
             raise UsageError(
-                f"the folder holds both {single} and {index_name}", path=folder, cure="Remove the stale one"
+                f"the folder holds both {single} and {index_name}", path=folder, cure="Remove the outdated one"
             )
         if index.is_file():
             return _indexed_files(index)
@@ -182,7 +182,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
         raise UsageError(
             f"the folder holds {len(found)} safetensors files and no {INDEX}",
             path=folder,
-            cure="Name one file, or restore the index",
+            cure="Pass one of the files, or restore the index",
         )
     return (found[0],), None
 
@@ -304,7 +304,7 @@ SAMPLE = 16 << 20
 """About this many bytes are read from all tensors together. Reading and hashing takes about 100 ms for any model."""
 
 LEAST, MOST = 256, 256 << 10
-"""The fewest and the most bytes that are read from one tensor."""
+"""The smallest and the largest number of bytes that are read from one tensor."""
 
 BLOCKS = 64
 """The number of blocks that are read from a tensor, if the tensor is not read whole."""

@@ -156,14 +156,14 @@ def _checked(leaf: Lazy) -> Array:
 
 
 IN_MEMORY = 64 << 20
-"""The most bytes of tensors in memory; further tensors go to the temporary file."""
+"""The largest number of bytes of tensors in memory; further tensors go to the temporary file."""
 
 
 class Spool:
     """Keep tensors in memory and in a temporary file, which is removed with its last tensor. Threads may share a spool.
 
     Args:
-        memory: the most bytes of tensors in memory.
+        memory: the largest number of bytes of tensors in memory.
     """
 
     def __init__(self, memory: int = IN_MEMORY) -> None:

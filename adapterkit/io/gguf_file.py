@@ -104,7 +104,10 @@ MAX_LISTED = 1 << 20
 """A longer numeric array becomes a numpy array instead of a list: 250 MB of numbers took 4 GB as a list."""
 
 MAX_ITEMS = 1 << 22
-"""The most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
+"""The largest number of strings in all arrays together.
+
+The largest vocabularies have 262,144 tokens and about as many merges.
+"""
 
 
 class Reader:
@@ -201,8 +204,8 @@ def read_entries(
     """Read the table of tensors.
 
     Returns:
-        by tensor name, (shape, type, offset of the data); by tensor name, the offset of the type field in the header;
-        the offset at which the data begins; the alignment.
+        a map from each tensor's name to (shape, type, offset of the data); a map from each tensor's name to the offset
+        of the type field in the header; the offset at which the data begins; the alignment.
     """
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -296,7 +299,7 @@ def _read(reader: Reader, tensors: bool) -> Gguf:
     values, count, version, _ = read_keys(reader)
     for key, value in values.items():
         if value.type.startswith("[") and not isinstance(value.value, list):
-            why, cure = f"an array of {len(value.value):,} numbers in the header of an adapter", "Leave it out"
+            why, cure = f"the header of an adapter has an array of {len(value.value):,} numbers", "Remove this key"
             raise Unsupported(why, path=reader.path, where=key, cure=cure)
     return _with_tensors(reader, values, count if tensors else 0, version)
 

@@ -1,4 +1,4 @@
-"""Open untrusted files: only regular files, documents only up to a size limit; know files by magic bytes."""
+"""Open untrusted files: only regular files, documents only up to a size limit; recognise types by magic bytes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _check_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
         raise Malformed(
-            f"the path is {kind}, not a regular file", path=path, cure="Save its content to a file, and name that"
+            f"the path is {kind}, not a regular file", path=path, cure="Save the content to a file, and pass this file"
         )
 
 

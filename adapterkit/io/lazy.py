@@ -147,10 +147,13 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The most tensors that `fetch_once` caches: parts of packed weights that every run of rows needs whole."""
+"""The largest number of tensors that `fetch_once` caches: parts of packed weights that each run of rows needs whole."""
 
 MOST_OPEN = 16
-"""The most files that stay open. A base can have hundreds of files, and a deleted file uses disk space while open."""
+"""The largest number of files that stay open.
+
+A base can have hundreds of files, and a deleted file uses disk space while it is open.
+"""
 
 
 def read_span(span: Span) -> bytearray:
@@ -392,7 +395,7 @@ def _kind(dtype: np.dtype[np.generic]) -> DType:
     return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
-# Read and create tensors with one number without numpy, because an adapter file may have thousands of such tensors.
+# Read and create tensors with a single element without numpy, because an adapter file may have thousands of them.
 
 
 _CODES = {
@@ -402,7 +405,7 @@ _CODES = {
 
 
 def value_of(leaf: Lazy) -> float:
-    """Return the number in a tensor with one number."""
+    """Return the number in a tensor with a single element."""
     data, name = bytes(leaf.fetch()), leaf.dtype.name
     if name == "BF16":
         # A bfloat16 is the upper half of a float32.
@@ -429,7 +432,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors, and read those with one number at once; adjacent tensors are read together."""
+    """Return the tensors. Tensors with a single element are read immediately, and adjacent ones in one read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}

@@ -33,7 +33,7 @@ _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onn
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The hub repository of downloaded files; a pulled folder stores it as a JSON file.
+    """The hub repository of downloaded files; a pulled folder records the repository in a JSON file.
 
     Attributes:
         uri: the uri, pinned to the commit.
@@ -119,7 +119,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if not text:
         raise UsageError(
-            "the path is empty", cure="Name a file, a folder or an address; is a variable of the shell not set?"
+            "the path is empty", cure="Pass a file, a folder or an address; is a variable of the shell not set?"
         )
     if "\0" in text:
         raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")
@@ -137,7 +137,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, by which model cards name bases."""
+    """Whether a name has the form `org/repo`, in which model cards name bases."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 

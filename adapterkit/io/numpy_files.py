@@ -25,7 +25,10 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive may expand to `UNPACKED` bytes or `EXPANDED` times its size. Without a limit, 1 MB could become 1 GB."""
+"""An archive may expand to `UNPACKED` bytes or to `EXPANDED` times its size, whichever is more.
+
+Without a limit, 1 MB could become 1 GB.
+"""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():

@@ -39,7 +39,7 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""The most axes of a tensor. Safetensors files have the same limit, so each of their tensors can be written."""
+"""The largest number of axes of a tensor. Safetensors files have the same limit, so their tensors can be written."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8

@@ -144,7 +144,7 @@ MAX_HEADER = 100_000_000
 """Longest header that the safetensors format allows: 100 MB."""
 
 MAX_AXES = 64
-"""Most axes of a tensor, which is torch's own limit."""
+"""The largest number of axes of a tensor, which is torch's own limit."""
 
 ALIGNMENT = 8
 
@@ -261,7 +261,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
             # Report that the file is text. Otherwise the error would state a length above 10^18, from the first eight
             # bytes of the text.
-            cure = "Name the folder, or its weight file"
+            cure = "Pass the folder, or its weight file"
             if prefix.startswith(b"version "):
                 cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
             raise Malformed("the file is text, not weights", path=path, where="header length", cure=cure)

@@ -341,7 +341,9 @@ class Staging:
             same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
         except FileNotFoundError:
             same = False
-        if not same:  # Open again: after this process opened the file, the holder of the lock finished and removed it.
+        if not same:
+            # The previous holder finished and removed the lock file after this process had opened it, so this lock
+            # protects nothing.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -485,7 +487,7 @@ def remove_empty(*folders: Path) -> None:
 
 
 def _outside(stage: Staging, path: str | None) -> str:
-    """Replace a path in the stage by the path that the file will have at the target, for messages."""
+    """Replace a path in the stage with the path that the file will have at the target, for messages."""
     return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
 
 

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     """A JSON value; a tuple counts as a list."""
 
 MAX_QUOTES = 1 << 23
-"""The most quotation marks in a document. A header has ten per tensor, so 800,000 tensors are allowed, 8 times as many
-as in the largest known model."""
+"""The largest number of quotation marks in a document.
+
+A header has ten per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known model.
+"""
 
 MAX_CONTAINERS = 1 << 21
-"""The most objects and lists in a document; the entry of a tensor has three."""
+"""The largest number of objects and lists in a document; the entry of a tensor has three."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100

@@ -15,7 +15,7 @@ MAX_BYTES = 256 << 10
 """Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
 
 MAX_NODES = 20_000
-"""The most values in a document; PyYAML takes minutes for hundreds of thousands of values."""
+"""The largest number of values in a document; PyYAML takes minutes for hundreds of thousands of values."""
 
 MAX_DEPTH = 32
 MAX_DIGITS = 40

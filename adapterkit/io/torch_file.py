@@ -32,7 +32,7 @@ LIMIT = 32 << 20
 
 
 MAX_ENTRIES = 1 << 17
-"""Most entries of an archive, one per tensor; the largest models have about 100,000."""
+"""The largest number of entries of an archive, one per tensor; the largest models have about 100,000."""
 
 _ENTRY = 128
 """The assumed size of a directory entry in bytes, mostly the name; torch's entries have 60 to 80 bytes."""
@@ -216,11 +216,11 @@ Places = Mapping[str, int]
 """A map from the keys of storages to the offsets of their bytes in the file."""
 
 _DEEPEST = 8
-"""The most levels of nested dicts and lists."""
+"""The largest number of levels of nested dicts and lists."""
 _VALUES = 1 << 20
-"""The most values in a pickle: ten for each of the 100,000 tensors of the largest files."""
+"""The largest number of values in a pickle: ten for each of the 100,000 tensors of the largest files."""
 _EXPANDED = 256 << 20
-"""The most bytes that all tensors with overlapping elements may take together when they are copied."""
+"""The largest number of bytes that all tensors with overlapping elements may take together when they are copied."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
@@ -280,9 +280,7 @@ def _unwrapped(value: Mapping[object, object]) -> object:
         return value
     if len(value) > 1:
         beside = next(name for name in value if name != wrapper)
-        raise Malformed(
-            f"the dict {wrapper!r} has this entry next to it", where=f"entry {short(str(beside))}", cure=ALONE
-        )
+        raise Malformed(f"this entry is next to the dict {wrapper!r}", where=f"entry {short(str(beside))}", cure=ALONE)
     return value[wrapper]
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _DIMENSIONS = 32
-"""Most axes of a numpy 1 array."""
+"""The largest number of axes of a numpy 1 array."""
 _CONVERT = "Convert the file to safetensors with the tool that wrote it, if you trust it"
 _DAMAGED = "The file is damaged, cut short or of another type; fetch it again or convert it to safetensors"
 ALONE = "Save the state dict alone: a dict of names to tensors, with no other entries"
@@ -210,7 +210,7 @@ KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 
 _LENGTH = 1 << 22
-"""The most opcodes in a pickle; a tensor takes 30 opcodes."""
+"""The largest number of opcodes in a pickle; a tensor takes 30 opcodes."""
 
 
 class Machine:

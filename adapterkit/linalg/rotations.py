@@ -100,7 +100,8 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), whose last term counts once.
 
     The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms are
-    treated as four. With `doubled`, the last term counts twice like the others, and three terms are three.
+    treated as four. With `doubled`, the last term counts twice like the others, and three terms are not treated as
+    four.
     """
     if doubled:
         # Add 0 * Q, which gives the identity Q's leading axes even if the series has only one term.
@@ -118,7 +119,7 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
 
 
 def shortened(Q: N, square: N, most: float, more: float) -> N:
-    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients exist also at |Q| = 0."""
+    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients also exist at |Q| = 0."""
     # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5

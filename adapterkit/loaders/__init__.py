@@ -149,7 +149,8 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
         adapter: the adapter that was read from the file.
         format: the format of the file.
         path: the file or folder.
-        convert: whether to look for a conversion for each tool that does not load the whole file; may load tensors.
+        convert: whether to look for a conversion for each tool that does not load the whole file; this may load
+            tensors.
 
     Returns:
         one answer for each tool that supports this kind of model, sorted by name.
@@ -364,7 +365,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: those in `dotted` follow a dot and have up to `words` words, those in `others` follow no dot."""
+    """A tool's slots: slots in `dotted` follow a dot and have up to `words` words; slots in `others` follow no dot."""
 
     dotted: frozenset[str]
     words: int

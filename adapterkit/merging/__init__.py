@@ -128,9 +128,9 @@ def merge(
         out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
             an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
         weights: one factor per adapter; default: 1.
-        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. Several devices, such as
-            `cuda:0,cuda:1`, each compute every nth file. The code for devices was tested only with torch's CPU device,
-            not on a GPU.
+        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. With n devices, such as
+            `cuda:0,cuda:1`, each device computes every nth file. The code for devices was tested only with torch's CPU
+            device, not on a GPU.
         dtype: the dtype to which all floating-point tensors are cast; default: the base's dtypes.
         shard_size: the largest size of an output file in bytes; default: the same files as the base.
         engine: `local`: threads of this process. `ray`: one task per output file on a Ray cluster. A task downloads
@@ -142,14 +142,14 @@ def merge(
         tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
             adapter's training tool changed. With PEFT, token rows change both layers, and other updates change only the
             layer that they name. `untie`: the same layers as with PEFT; the head is written as a separate tensor.
-            `merge`: every update changes both layers. The choice may differ by kind of update, as in
-            `rows=untie,embedding=merge` or a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
+            `merge`: every update changes both layers. Each kind of update may have its own choice, as in
+            `rows=untie,embedding=merge` or in a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
             `modules_to_save`), and `embedding` and `head` (all other updates of these layers).
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         overwrite: whether to replace an existing output at `out`.
-        quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
-            bits. `requantize`: merge into the dequantized weights, and quantize the result in the base's scheme.
-            `original`: merge into the weights `onto`.
+        quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights, and write
+            16-bit weights. `requantize`: merge into the dequantized weights, and quantize the result in the base's
+            scheme. `original`: merge into the weights `onto`.
         onto: the 16-bit weights from which the quantized base was made.
         keep: `adapter`, only with `requantize`: adjust merged weights before they are rounded, so that rounding does
             not lose the adapters' change for the inputs to which the adapters respond. This takes about ten times as
@@ -309,8 +309,8 @@ def verify(
             Otherwise the result contains a warning.
 
     Returns:
-        The number of compared tensors, and all differences; differences raise no error. It also is a difference if the
-        base's fingerprint is not the fingerprint in the merge's record or in an adapter.
+        The number of compared tensors, and all differences; differences raise no error. If the base's fingerprint
+        differs from the fingerprint in the merge's record or in an adapter, that also counts as a difference.
 
     Raises:
         UsageError: adapters or a sample are given without a base; or the record has no checksums.
@@ -387,7 +387,7 @@ def remainder(
     found, given = opened(merged), opened(base)
     for each in (found, given):
         if not is_quantized(each):
-            cure = "Pass the output of quantized='requantize'/--quantized requantize, and its base"
+            cure = "Pass the output of a merge with --quantized requantize (quantized='requantize'), and its base"
             raise UsageError("the weights are not quantized, so nothing was rounded", path=each.root, cure=cure)
     read = dequantized(given)
     return remainder_of(
@@ -422,7 +422,7 @@ def _opened_base(
         return
     if isinstance(base, Checkpoint):
         raise UsageError(
-            "an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit --stream (stream=)"
+            "an open checkpoint cannot be streamed", cure="Pass the base's uri, or omit --stream (stream=)"
         )
     with streamed(base, out) as shards:
         yield opened(shards.path), shards, None
@@ -436,12 +436,12 @@ def _named(
 
     several = _several(adapters)
     if not several:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
-        raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
+        raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a finite number")
     return [
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)
@@ -515,7 +515,7 @@ def _coarse(planned: Plan) -> Iterator[str]:
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the licences in the cards of the base and the adapters, by the names that messages use."""
+    """Return a map from the names that messages use to the licences in the cards of the base and the adapters."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
@@ -533,7 +533,10 @@ def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
     if not planned.base.root.is_dir():
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":
-        yield 'the base\'s tokenizer is kept, which may lack the added tokens: --tokenizer DIR (tokenizer="DIR")'
+        yield (
+            "the base's tokenizer is kept, which may lack the added tokens; "
+            'to copy another one: --tokenizer DIR (tokenizer="DIR")'
+        )
 
 
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:
@@ -565,7 +568,7 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     except RuntimeError as error:
         raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
     if base.root.is_dir() and out.suffix.lower() in _OF_FILES and not out.is_dir():
-        why = f"the base is a folder, and so is what a merge of it writes; {out.suffix} is the ending of a file"
+        why = f"the base is a folder, so the output is a folder, too; {out.suffix} is the ending of a file name"
         raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")

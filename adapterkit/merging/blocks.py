@@ -45,7 +45,7 @@ def blocks(output: Output) -> list[Block]:
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
-    # Use one block for the whole tensor if an update needs all rows of the weight, such as a rotation of the outputs.
+    # If an update needs all rows of the weight, as a rotation of the outputs does, use one block for the whole tensor.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [

@@ -1,9 +1,9 @@
 """Compute checksums of files while they are written, and compare files with recorded checksums.
 
-Workers write runs of consecutive bytes of a file, not in file order. So each run has a sha256, and a file's checksum is
-the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes in memory, and stored in
-the output's record. They later show, without the base, in which run a file is damaged. Files that no adapter changes
-have no checksums, because they are copies of the base's files.
+Workers write a file in runs of consecutive bytes, and the runs are not written in file order. So each run has a sha256,
+and a file's checksum is the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes
+in memory, and stored in the output's record. They later show, without the base, in which run a file is damaged. Files
+that no adapter changes have no checksums, because they are copies of the base's files.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
         Malformed: the record is damaged.
     """
     path = folder / REPORT
-    cure = "Give --base BASE (base=) and --adapter A (adapters=) for each: then everything is computed again"
+    cure = "Give --base BASE (base=), and --adapter A (adapters=) for each adapter, to compute everything again"
     try:
         said = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):

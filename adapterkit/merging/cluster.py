@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 RETRIES = 16
-"""How often Ray restarts a task whose worker or node died."""
+"""How many times Ray restarts a task whose worker or node died."""
 
 THREADS = 2
 """The number of threads per task, each with a reserved core; one computes while the other reads or writes."""
@@ -246,7 +246,9 @@ def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
         inputs = _planned(recipe, stack)
         if inputs.plan.digest != digest:
             why = "the base or the adapters differ from those that the driver planned with"
-            raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
+            raise Corrupt(
+                why, path=recipe.base, cure="Give all nodes the same files and the same version of adapterkit"
+            )
         inputs.closing.push(stack.pop_all())
     if all(is_remote(name) for name in (recipe.base, recipe.onto, *recipe.adapters) if name is not None):
         _last[digest] = inputs
@@ -325,7 +327,9 @@ def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
 def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        cure = "Free some space on the nodes, or set ADAPTERKIT_CACHE to another disk there, or make smaller files by "
+        cure = (
+            "Free some space on the nodes, or set ADAPTERKIT_CACHE to another disk there, or make smaller files with "
+        )
         cure += "--shard-size (shard_size=)"
         raise StorageError(f"a task needs {needed:,} bytes of scratch, but {free:,} are free", path=folder, cure=cure)
 
@@ -445,7 +449,7 @@ def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
             failure = error.cause if isinstance(error.cause, AdapterkitError) else error
         except ray.exceptions.RayError as error:
             why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
-            failure = NetworkError(why, cure="Look at the cluster's nodes, then run the same command again")
+            failure = NetworkError(why, cure="Check the cluster's nodes, then run the same command again")
     return shards, failure
 
 

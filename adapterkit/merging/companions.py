@@ -123,7 +123,8 @@ def _tokenizer(
     whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
     differing = [each for each in whole if each[2] != own]
     warnings = [
-        f"{name} has {', '.join(sorted(files))} but no vocabulary: these are not used, so as not to mix two tokenizers"
+        f"{name} has {', '.join(sorted(files))} but no vocabulary; these files are not used, "
+        "because a mix of two tokenizers could be wrong"
         for name, _, files in found
         if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
     ]
@@ -220,7 +221,7 @@ def _tokens(file: Path) -> list[int]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, without hidden folders; follows links to files, but not links to folders."""
+    """Yield the files below a folder, except in hidden folders; follow links to files, but not links to folders."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             yield from _files(entry)
@@ -258,7 +259,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
 
     Args:
         out: the merged model: a GGUF file, or a folder of 16-bit weights with its config.
-        overwrite: whether to replace an existing Modelfile with other content.
+        overwrite: whether to replace an existing Modelfile whose content differs.
 
     Raises:
         Unsupported: Ollama cannot read the model: it is a single safetensors file, a GGUF model in several files, or

@@ -1,8 +1,8 @@
 """Compute low-rank changes and DoRA with the compiled loops `native/merge.c` and `native/normalize.c`.
 
 Both loops round once, and are several times as fast as the float64 computation with numpy. Their results have the same
-bits as numpy's. `merge.c` computes each element in float32, with a bound of the error. If the bound does not determine
-how the element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
+bits as numpy's. `merge.c` computes each element in float32, with an error bound. If the bound does not determine how
+the element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
 
 Adapters often change only parts of a tensor, such as q, k and v in one fused weight. So the rows are cut into segments
 in which the same updates apply, and the factors of all updates in a segment are joined into one product. A segment with
@@ -69,8 +69,8 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
         return False
     if fold.axis == "out":
         return True
-    # Refuse a target with rows if they are columns of this tensor, and a target with a kernel, whose axes are not in
-    # the rows.
+    # Refuse a target of some rows, because they are columns of this tensor, and a target with a kernel, because the
+    # kernel's axes are not in the rows.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
@@ -117,9 +117,9 @@ class LowRankBlocks:
         Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update. None, with `out`
-            undefined, if the block is too small for a call to pay off, if the loops cannot compute a change, or if the
-            rounding of an element is uncertain.
+            A map from the index of each planned update that depends on the base to its change's squared norm. None,
+            with `out` undefined, if the block is too small for a call to pay off, if the loops cannot compute a change,
+            or if the rounding of an element is uncertain.
         """
         if block.elements < LEAST:
             return None

@@ -16,7 +16,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 from ..core.adapter import Target, order_counts
 from ..core.updates import Additive, Update
@@ -246,6 +248,41 @@ def additive(updates: Iterable[Update]) -> list[Additive]:
     return [update for update in updates if isinstance(update, Additive)]
 
 
+Folds = list[tuple["PlannedUpdate", list[Update]]]
+
+
+class _Loaded:
+    """The loaded updates of one output tensor, shared by all workers that compute blocks of it at the same time.
+
+    The factors of an embedding of 150,000 rows take 20 MB in float64, which each worker would load again.
+    """
+
+    def __init__(self, output: Output) -> None:
+        # Hold the output, so that no other output can get its id while this entry exists.
+        self.output, self._lock, self._folds = output, Lock(), Folds()
+
+    def folds(self, arrays: Arrays) -> Folds:
+        """Return the updates; load them in the first call."""
+        with self._lock:
+            if not self._folds:
+                self._folds = [(fold, load_all(fold, arrays)) for fold in self.output.folds]
+            return self._folds
+
+
+_LOADED: WeakValueDictionary[tuple[int, str], _Loaded] = WeakValueDictionary()
+_LOCK = Lock()
+
+
+def _loaded(output: Output, arrays: Arrays) -> _Loaded:
+    """Return the entry of an output tensor on a device."""
+    device = str(getattr(arrays, "device", "cpu"))
+    with _LOCK:
+        found = _LOADED.get((id(output), device))
+        if found is None:
+            found = _LOADED[id(output), device] = _Loaded(output)
+        return found
+
+
 LARGE = 1e30
 """If a change has at least this norm, results are checked for overflow even if the output dtype has float32's range."""
 
@@ -253,13 +290,16 @@ LARGE = 1e30
 class BlockMerger:
     """Applies planned updates to the blocks of one output tensor. Their factors are loaded once, in float64.
 
+    Mergers of the same tensor share the factors as long as one of the mergers exists.
+
     Raises:
         Malformed: a factor contains a NaN or an infinity.
     """
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output, self.workspace, self.arrays = output, workspace, workspace.arrays
-        self.folds = [(fold, load_all(fold, self.arrays)) for fold in output.folds]
+        self._loaded = _loaded(output, self.arrays)
+        self.folds = self._loaded.folds(self.arrays)
 
     @cached_property
     def watched(self) -> bool:
@@ -277,7 +317,7 @@ class BlockMerger:
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
+        """Return {index of a planned update: squared norm of its change}, for changes independent of the base."""
         # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
         # an overflow.
         largest = sys.float_info.max
@@ -291,7 +331,7 @@ class BlockMerger:
         """Compute one block of the merged tensor into `out`, from the base's block `raw`. Both arrays are flat.
 
         Returns:
-            The squared norms of the changes that depend on the base, by index of the planned update.
+            {index of a planned update: squared norm of its change}, for the changes that depend on the base.
 
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.
@@ -322,7 +362,7 @@ class BlockMerger:
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"the merge yields a NaN or an infinity in {self.output.dtype}", where=self.output.name,
-                cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
+                cure="Merge with a smaller weight, or write a wider dtype with --dtype (dtype=)",
             )  # fmt: skip
         return norms
 
@@ -438,7 +478,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """For each adapter with several updates of this tensor whose order matters, a list of their indices."""
+        """For each adapter whose updates of this tensor must be applied in order, a list of the updates' indices."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)

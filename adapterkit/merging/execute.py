@@ -37,7 +37,7 @@ def execute(
     files: Sequence[OutputFile], stage: StagingDir, devices: Sequence[Arrays], progress: Progress | None, threads: int,
     *, link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
-    """Write every unfinished weight file into the stage; return the norms of changes, by file.
+    """Write every unfinished weight file into the stage; return a map from each file to the norms of its changes.
 
     Args:
         files: the files of the plan.
@@ -263,7 +263,7 @@ def _sources(file: OutputFile) -> set[str]:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
             if tensor.span is None:
-                cure = "Omit --stream (stream=): the base is then fetched whole first"
+                cure = "Omit --stream (stream=): the whole base is then downloaded first"
                 raise Unsupported(
                     "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
                 )

@@ -15,10 +15,10 @@ is one of the candidates.
 `swept` rounds for given activations X. The error to minimize is that of a layer's outputs: tr((Q - M) H (Q - M)^T) with
 H = X^T X. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error
 by the inverse of H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block.
-Afterwards, each block is rounded a second time to compensate the errors of all other blocks; a row is changed only if
-its error decreases. The second round is needed because a scale may change after some of its columns were rounded. H is
-increased in the directions to which the adapter responds. Otherwise the adapter's change would be lost first, because
-it is small relative to the weight.
+Afterwards, each block is rounded a second time to compensate for the errors of all other blocks; a row is changed only
+if its error decreases. The second round is needed because a scale may change after some of its columns were rounded. H
+is increased in the directions to which the adapter responds. Otherwise the adapter's change would be lost first,
+because it is small relative to the weight.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ The part of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4, in pe
 """
 
 ROUNDS = 24
-"""How often a weight is packed at most."""
+"""The largest number of times that a weight is packed."""
 
 ENOUGH = 0.02
 """The search ends when every row's error along the directions is at most this fraction of the row's first error."""
@@ -201,7 +201,7 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
     """
     import numpy as np
 
-    # Round the columns with the largest activations first, while many columns are left to compensate their errors.
+    # Round the columns with the largest activations first, while many columns are left to compensate for their errors.
     order = np.argsort(-np.diag(H), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
     W = merged.astype(np.float64)
@@ -217,7 +217,7 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 
 
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
-    """Round each block again to compensate the errors of the other blocks; keep only rows whose error decreases.
+    """Round each block again to compensate for the errors of the other blocks; keep only rows whose error decreases.
 
     The first round cannot know the final errors: if a scale changes later, its elements are rounded again.
     """
@@ -232,8 +232,8 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
         tried = packed.copy()
         tried[:, now] -= np.linalg.solve(H[now, now], slope[:, now].T).T.astype(np.float32)
         again = trip(tried)
-        # With most schemes, only a few groups of columns change. Update E H by these columns only, because E H of the
-        # whole weight would take most of the time.
+        # With most schemes, only a few groups of columns change. Update E H from these columns only, because computing
+        # E H of the whole weight would take most of the time.
         moved = (again - packed).astype(np.float64)
         columns = np.flatnonzero(moved.any(0))
         moved = moved[:, columns]

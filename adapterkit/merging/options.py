@@ -30,7 +30,7 @@ class MergeOptions:
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`: what to do if an adapter was trained with more tokens than the base has; see `merge`.
         keep: `adapter` adjusts requantized weights, so that rounding does not lose the adapters' change; see `merge`.
-        calibration: with `keep`, the file of activations to round by; see `merge`.
+        calibration: with `keep`, the file of activations that the rounding uses; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -103,7 +103,7 @@ def workers_within(memory: int, each: int, tensor: str) -> int:
     if each > memory:
         raise StorageError(
             f"the merge needs at least {each:,} bytes, but {memory:,} are allowed", path=None, where=tensor,
-            cure="Allow more with memory=/--memory, or merge on a machine with more",
+            cure="Allow more with --memory (memory=), or merge on a machine with more memory",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))
 

@@ -49,7 +49,7 @@ class PackedRun(Protocol):
         ...
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Pass the bytes of each stored tensor to `write`, in order; return squared norms of changes, by index."""
+        """Pass the bytes of each stored tensor to `write`, in order; return {index: squared norm of a change}."""
         ...
 
 
@@ -76,7 +76,7 @@ class PackedPart(Protocol):
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and squared norms of changes, by index."""
+        """Return the bytes of every stored tensor, and {index: squared norm of a change}."""
         ...
 
 
@@ -155,7 +155,7 @@ class Plan:
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
-        licences: the licences in the cards of base and adapters, by the names that messages use for them.
+        licences: a map from the names that messages use to the licences in the cards of base and adapters.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """A weight whose bias has a change that depends on the weight, with the updates of both.
+    """The weight of a target that changes its bias depending on its weight, and the updates of weight and bias.
 
     Attributes:
         name: the name of the base's weight.

@@ -36,7 +36,7 @@ class AdapterSource:
         adapter: the adapter, bound to the base.
         weight: the factor by which its change is multiplied.
         missing: the targets that the base does not have.
-        renamed: the first prefix change by which names were resolved, as (removed prefix, added prefix).
+        renamed: the first prefix change with which names were resolved, as (removed prefix, added prefix).
         rules: the rules that mapped the adapter's names to names in the base.
     """
 

@@ -1,7 +1,7 @@
 """Make the plan of a merge from the headers of files. Every byte of the output follows from the plan and the inputs.
 
 The plan lists output files and, for each, its tensors in order. An output tensor is a stored tensor of the base with
-its planned updates. The bytes of a tensor without updates, whose dtype stays the same, are copied.
+its planned updates. If a tensor has no updates and its dtype stays the same, its bytes are copied.
 """
 
 from __future__ import annotations

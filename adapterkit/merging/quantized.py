@@ -31,11 +31,11 @@ WHY = {
 """A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
 
 EXPLAINED = (
-    "Choose one: (1) quantized=/--quantized dequantize: merge into the dequantized weights, on which the adapter was "
-    "trained, and write 16 bits; (2) requantize: do the same, but quantize the result again in the same scheme, which "
-    "rounds the change as coarsely as the weights, and report how much of the change remains; (3) original, with "
-    "onto=/--onto DIR: merge into the 16-bit weights from which the base was made, which are closer to the first "
-    "model, but on which the adapter was not trained"
+    "Choose one: (1) --quantized dequantize (quantized='dequantize'): merge into the dequantized weights, on which "
+    "the adapter was trained, and write 16-bit weights; (2) requantize: do the same, but quantize the result again in "
+    "the same scheme, which rounds the change as coarsely as the weights, and report how much of the change remains; "
+    "(3) original, with --onto DIR (onto=): merge into the 16-bit weights from which the base was made, which are "
+    "closer to the first model, but on which the adapter was not trained"
 )
 
 
@@ -88,7 +88,7 @@ def as_merged(
     if (onto is None) == (quantized == "original"):
         why = "the 16-bit weights to merge into are missing" if onto is None else f"onto does not apply to {quantized}"
         raise UsageError(
-            why, cure="Choose --quantized original (quantized=) and give the weights by --onto (onto=), or omit both"
+            why, cure="Choose --quantized original (quantized=) and give the weights with --onto (onto=), or omit both"
         )
     if keep is not None and keep not in KEPT:
         raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
@@ -127,7 +127,7 @@ def unneeded(base: Checkpoint, quantized: str | None) -> tuple[str, ...]:
 
 def _nothing_rounds(base: Checkpoint) -> UsageError:
     cure = (
-        "Name both, --quantized requantize --keep adapter (quantized='requantize', keep='adapter'), for a packed base"
+        "For a quantized base, use both: --quantized requantize --keep adapter (quantized='requantize', keep='adapter')"
     )
     return UsageError("keep applies only to weights that are quantized again", path=base.root, cure=cure)
 
@@ -157,20 +157,22 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Check that the calibration is the one in the merge's record, and return it; None if the record has none."""
+    """Return the calibration if it is the one in the merge's record; return None if the record has none."""
     said = told.get("calibration") if isinstance(told, dict) else None
     if said is None and given is None:
         return None
     if said is None:
         cure = "Omit --calibration (calibration=)"
-        raise UsageError("the merge was not rounded by a calibration", path=merged.root, cure=cure)
+        raise UsageError("the merge was not rounded with a calibration file", path=merged.root, cure=cure)
     if given is None:
         cure = "Add the file of the merge: --calibration FILE.safetensors (calibration=)"
-        raise UsageError("the merge was rounded by a calibration, and none is given", path=merged.root, cure=cure)
+        raise UsageError(
+            "the merge was rounded with a calibration file, but none is given", path=merged.root, cure=cure
+        )
     found = read_calibration(given)
     if found.digest != said:
-        cure = f"Name the file with the sha256 {said} at --calibration (calibration=)"
-        raise UsageError("the merge was rounded by another calibration", path=found.path, cure=cure)
+        cure = f"Pass the file with the sha256 {said}: --calibration FILE.safetensors (calibration=)"
+        raise UsageError("the merge was rounded with another calibration file", path=found.path, cure=cure)
     return found
 
 

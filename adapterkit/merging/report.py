@@ -39,7 +39,7 @@ class Report:
     Attributes:
         out: the path of the output, or its uri on a hub.
         plan: the plan that was run.
-        norms: a map from each changed tensor to the Frobenius norms of the changes, by adapter.
+        norms: a map from each changed tensor to the Frobenius norms of its changes, one norm for each adapter.
         damage: a map from each weight that was quantized again to its `error` and `kept`, see `damage_of`.
         resumed: the names of the files that an earlier, interrupted run had finished.
         carried: the names of the copied companion files: files of the base, and an adapter's tokenizer if it was
@@ -81,7 +81,7 @@ class Report:
 
 
 Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
-"""A function that writes the unfinished weight files of a plan into a stage, and returns the norms by file."""
+"""A function that writes the unfinished weight files of a plan into a stage, and returns a map from files to norms."""
 
 
 def local(device: str) -> Engine:

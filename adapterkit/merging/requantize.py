@@ -46,13 +46,13 @@ TEXTS = (
     "--keep adapter (keep='adapter') keeps more with activations: add --calibration builtin, or the file of "
     "adapterkit.gating.calibrate (calibration=)"
 )
-"""Warning if there are no activations to round by."""
+"""The warning if there are no activations for the rounding."""
 
 DRAWN = (
-    "{}: the base has no tokenizer, so the activations are of random ids. Activations of texts keep more: copy the "
-    "tokenizer's files into the base's folder"
+    "{}: the base has no tokenizer, so the activations come from random token ids. Activations from texts keep more: "
+    "copy the tokenizer's files into the base's folder"
 )
-"""Warning for a calibration without texts."""
+"""The warning for a calibration without texts."""
 
 SQUARE_BYTES = 48
 """The number of bytes per pair of inputs, if a weight is rounded with activations: six square float64 matrices."""
@@ -86,7 +86,7 @@ class RepackedRun:
         """Merge and pack the rows; pass the bytes of each stored tensor to `write`, in order.
 
         Returns:
-            The squared norms by index: one for each planned update, then `NORMS` for the damage.
+            A map from an index to a squared norm: first one for each planned update, then `NORMS` for the damage.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -279,7 +279,7 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return a function of (start, stop) that returns rows to pack instead of the merged rows, to keep the change.
+        """Return a function of (start, stop). It returns rows to pack instead of the merged rows, to keep the change.
 
         See `keeping`.
         """
@@ -389,7 +389,7 @@ def _wide(rows: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Consecutive packed weights in one stored tensor, such as the experts of a layer; not all need be changed."""
+    """Consecutive packed weights in one stored tensor, such as the experts of a layer; some may be unchanged."""
 
     weights: tuple[Repacked, ...]
 
@@ -450,7 +450,7 @@ class Stack:
 
 
 class _Merged:
-    """A merged weight in float32, of which any rows can be requested."""
+    """A merged weight in float32; callers can request any of its rows."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -521,7 +521,8 @@ def repacked(
     Returns:
         four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
         of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
-        quantized again; and the names of all stored tensors of packed weights, whose dtypes do not change.
+        quantized again; and the names of all stored tensors of packed weights (the dtypes of these tensors do not
+        change).
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
@@ -529,7 +530,7 @@ def repacked(
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
         why = f"the weight is a second name for {names[twice]}, which is packed"
-        cure = "Choose tied=/--tied merge, or quantized=/--quantized dequantize"
+        cure = "Choose --tied merge (tied='merge'), or --quantized dequantize (quantized='dequantize')"
         raise Unsupported(why, where=twice, cure=cure)
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
@@ -594,7 +595,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
         names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         count = f"{len(lacking)} of {len(changed)} targets ({names})"
         name = calibration.path.name
-        warnings.append(f"{name} has no activations for {count}; they are rounded as by --keep adapter alone")
+        warnings.append(f"{name} has no activations for {count}; they are rounded as with --keep adapter alone")
     return tuple(warnings)
 
 

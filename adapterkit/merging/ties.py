@@ -62,8 +62,8 @@ def settle_tie(
 
     Args:
         tie: the base's tie.
-        folds: planned updates, by the layer names in the adapters. The function replaces these keys by names of output
-            tensors.
+        folds: a map from layer names in the adapters to planned updates. The function replaces these keys with names of
+            output tensors.
         names: a map from output tensors to stored tensors. The function adds the head if the output gets a separate
             head.
         adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
@@ -123,7 +123,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
     knows.
 
     Args:
-        folds: planned updates by the stored names.
+        folds: a map from stored names to planned updates.
         stored: names of the base's tensors.
         config: the base's config, which contains the decoder's config.
 
@@ -157,7 +157,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
     Args:
         tie: the base's tie.
-        own: the adapter's planned updates, by the layer names in the adapter.
+        own: a map from layer names in the adapter to its planned updates.
         adapter: the adapter; its lineage records which tool trained it.
         tied: the result of `parse_tied`.
         warnings: a list of sentences; the function adds one for each omitted update.
@@ -363,7 +363,7 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
     """Return (left, right) of an update W + left @ right in the stored layout, without the scaling.
 
-    None without factors.
+    Return None if the update has no factors.
     """
     from .arrays import NumpyArrays
 

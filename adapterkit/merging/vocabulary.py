@@ -326,15 +326,15 @@ class Vocabulary:
             f"of {name} are in no adapter's file"
         )
         cure = (
-            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's; "
+            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's rows; "
             f"{_flag(KEEP)} drops the added tokens. "
         )
         if is_head(name):
             # PEFT saves an embedding next to the factors, but not a head without an adapter, not even with
             # save_embedding_layers=True.
             cure += (
-                "PEFT's files have a head's new rows only if the head is adapted too; the resized model has them: its "
-                "save_pretrained makes a base into which the adapter merges exactly. "
+                "PEFT's files have a head's new rows only if the head is adapted, too. The resized model has the rows: "
+                "its save_pretrained makes a base into which the adapter merges exactly. "
             )
         cure += "Is this the base that the adapter was trained on?"
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
@@ -467,7 +467,7 @@ def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> Non
             if other.position != use.position and not np.array_equal(known.astype("f8"), row.astype("f8")):
                 raise UsageError(
                     f"{other.adapter} and {use.adapter} have different rows for the added token {number}", where=name,
-                    cure="Merge one adapter, or drop the added tokens by --vocab keep (vocab=\"keep\")",
+                    cure="Merge one adapter, or drop the added tokens with --vocab keep (vocab=\"keep\")",
                 )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Return the norms by output tensor and planned update, summed over the jobs in a fixed order."""
+    """Return a map from each output tensor to one norm per planned update, summed over the jobs in a fixed order."""
     found: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
@@ -346,7 +346,7 @@ class Made:
     """The result of a job.
 
     Attributes:
-        norms: squared norms of the changes, by index of the planned update.
+        norms: a map from the index of each planned update to its change's squared norm.
         runs: checksums of the written bytes, if they are recorded.
         written: a future that completes when the job's bytes are in the file, or raises the OSError that prevented it.
     """
@@ -506,4 +506,4 @@ class _Summed:
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 
-_CHANGED = "It changed while being read; run the merge again"
+_CHANGED = "The file changed while it was read; run the merge again"

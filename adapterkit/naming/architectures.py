@@ -156,7 +156,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         component: the part of the pipeline: `unet`, `transformer` or `controlnet`.
         title: the family's name in messages; empty to use the name of its file.
         classes: the values of `_class_name` in configs of diffusers.
-        words: names that the metadata of files use for the family, reduced to letters and digits, such as `flux1`.
+        words: the family's names in the metadata of files, reduced to letters and digits, such as `flux1`.
         sd_scripts: whether sd-scripts trains the family; other families have no OFT adapters from sd-scripts.
         kohya: the naming whose names sd-scripts and similar tools write with underscores for dots.
         distinctive: whether no language model has this family's names. If so, the names identify the family even

@@ -1,7 +1,8 @@
 """Find the family of a GGUF file, and compute how the file's rows are ordered relative to the hub's weights.
 
-Names and orders of rows are data: the naming `gguf` in spec/architectures. `tools/foreign/architectures` measures this
-data by converting tiny models with llama.cpp. A tensor that the data lacks is refused.
+Tensor names and row orders are not in the code, but in spec/architectures, under the naming `gguf`.
+`tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. A tensor that the data lacks
+is refused.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -
     """Find the family of a model or adapter file.
 
     Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family that knows
-    the most of the file's names is chosen. If several families know equally many, the family with the fewest weights
-    without a GGUF name is chosen, and then the family with the fewest names that the file lacks.
+    the largest number of the file's names is chosen. If several families know equally many, the family with the fewest
+    weights without a GGUF name is chosen; if these numbers are also equal, the family with the fewest names that the
+    file lacks.
 
     Args:
         name: the file's `general.architecture`.

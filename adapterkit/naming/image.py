@@ -115,7 +115,7 @@ class ImageFamily:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """Return a naming that has all of these names, if possible `preferred`; empty if no naming has all."""
+        """Return a naming that has all of these names, preferably `preferred`; empty if no naming has all."""
         preferred = self.wanted(preferred)
         order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
@@ -125,8 +125,8 @@ class ImageFamily:
 
         Args:
             path: the module's name.
-            ours: the naming of this name.
-            theirs: the other naming.
+            ours: the naming that `path` belongs to.
+            theirs: the naming to translate it to.
             ratio: the module's outputs divided by its inputs, if several weights have this name.
         """
         pieces = []
@@ -184,7 +184,7 @@ def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     """List the families to which a whole U-Net or transformer may belong, given the names of its tensors in any naming.
 
     A family fits if its file lists all modules of the model. If no file does, a family fits if its file lists more of
-    the modules than every other file, and more than half. The remaining modules must then be in no file: published
+    the modules than any other file, and more than half. The remaining modules must then be in no file: published
     checkpoints also have learned tokens and small networks, which no file lists.
     """
     split = [rooted(name) for name in tensors]
@@ -266,7 +266,7 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
     """List the families that have all of these modules, in any naming.
 
-    Cached for the several format readers that call it.
+    The result is cached, because several format readers call this function.
     """
     # Compare words first, because a file that lacks a word of a name need not be parsed.
     shapes = {shape(name) for name in names}
@@ -332,7 +332,7 @@ def in_other_words(path: str, words: Mapping[str, str]) -> str:
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into a prefix from `ROOTS` with its dot (empty if there is none) and the rest."""
+    """Split a path into its prefix from `ROOTS`, including the dot (empty if there is no prefix), and the rest."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
@@ -466,7 +466,7 @@ def fill_numbers(pattern: str, given: Iterable[str]) -> str:
     return re.sub("#", lambda _: next(values, "#"), pattern)
 
 
-# Describe which rows of a fused weight in one naming are which rows in another naming.
+# Describe how the rows of a fused weight in one naming correspond to rows in another naming.
 
 
 @dataclass(frozen=True, slots=True)

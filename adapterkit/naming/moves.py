@@ -41,7 +41,7 @@ class Move:
     Attributes:
         path: the name in the base.
         take: the rows of the target that belong to this part; None for all rows.
-        into: the rows of the base's weight that correspond to them; None for all rows.
+        into: the rows of the base's weight that correspond to `take`; None for all rows.
         expert: if the target is a stack but the base has single experts: the expert's index in the target. Otherwise
             None.
         slot: if the base has a stack but the target is a single expert: the expert's index in the base. Otherwise None.
@@ -110,7 +110,7 @@ def part_of(place: Place) -> PathPart | None:
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
     """Return an error for a name that can mean several names in the base.
 
-    The error lists them and the option that selects one.
+    The error lists the names in the base, and the option that selects one of them.
     """
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
@@ -126,7 +126,7 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Words that torch.compile, FSDP, activation checkpointing and Fabric insert into paths; models never use them."""
 
 PERHAPS = frozenset({"module", "default"})
-"""Words that DistributedDataParallel and adapters insert into paths, but which models also use."""
+"""Words that DistributedDataParallel and adapters insert into paths; models' own paths may also contain them."""
 
 Left = list[tuple[str, str]]
 """(target, name) of each target that is not mapped yet; the name is the target's name after the rules so far."""

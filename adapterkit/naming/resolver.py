@@ -302,8 +302,9 @@ class FamilyNames:
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has some of the family's names without any change. If so, a prefix is changed only
-                if that maps every name with this prefix to the base, and the base has none of these names unchanged.
+            in_part: whether the base has some of the family's names without any change. Then a prefix is changed only
+                if the change maps every name with this prefix to the base, and the base has none of these names
+                unchanged.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -543,7 +544,7 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """Return the prefix to put in the place of `off`, so that every target of a group is mapped; None if none does.
+    """Return the prefix to put in the place of `off`, so that every target of a group is mapped; None if there is none.
 
     Raises:
         TargetNotFound: several prefixes map the whole group.
@@ -580,7 +581,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
     """Return a list with the only candidate that merely adds words to `off`, or merely drops words from it.
 
     The list is empty unless exactly one candidate does so. It is also empty if this candidate keeps no words of `off`
-    but `model` and `transformer`, or if another candidate keeps all words that this one keeps.
+    except `model` and `transformer`, or if another candidate keeps all words that this one keeps.
 
     Video-LLaVA has two towers of the same shape: `image_tower.vision_model.` becomes `image_tower.`, not
     `video_tower.`.

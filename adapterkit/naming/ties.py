@@ -204,7 +204,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the embeddings that share the tensor: `inputs` if there are several, else the stored name and the input."""
+    """List the embeddings that share the tensor: `inputs`; before a single input, also the stored name."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 

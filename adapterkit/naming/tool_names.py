@@ -107,7 +107,7 @@ def without_prefix(name: str) -> Iterable[str]:
 
 
 def modules_of(names: Iterable[str]) -> Iterable[str]:
-    """Yield the names of stored tensors, and those of their modules."""
+    """Yield the names of stored tensors, and the names of their modules."""
     for name in names:
         yield name
         module, _, leaf = name.rpartition(".")

@@ -19,7 +19,7 @@ VERSION = 11
 """Version of the library's functions; a library of another version is not used."""
 
 OFF = "ADAPTERKIT_KERNEL"
-"""The environment variable that disables the library, by the value `off`."""
+"""The environment variable that disables the library if its value is `off`."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """A map from each element type to its code in the library."""

@@ -1,4 +1,4 @@
-/* Vectors of eight float32 numbers, by the vector types of GCC and Clang, and their conversions from and to 16 bits.
+/* Vectors of eight float32 numbers (the vector types of GCC and Clang), and their conversions from and to 16 bits.
  * In a source that is compiled with LANES_512, a vector has sixteen numbers. */
 
 #pragma once

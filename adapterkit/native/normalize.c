@@ -48,8 +48,7 @@ INLINE double summed(doubles values) {
   return total;
 }
 
-/* Convert a vector of float32 to two of float64, and back. Where compilers would go through memory, intrinsics are
- * used. */
+/* Convert a vector of float32 to two of float64, and back. Intrinsics are used if compilers would go through memory. */
 INLINE void parts_of(floats values, doubles out[2]) {
 #if defined(LANES_512)
   out[0] = (doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)values));

@@ -3,7 +3,7 @@
 Updates such as IA3 change the bias, too. Exporters write a bias as an input of the layer's node, or as an Add right
 after it. Other tools store it with more axes, subtract it, or add it after a Reshape. On the other hand, a vector that
 is added may be a parameter of the module around the layer. The base's weights show this; without them, the names that
-the exporter wrote do. What neither shows is refused.
+the exporter wrote do. If neither shows it, the layer is refused.
 """
 
 from __future__ import annotations

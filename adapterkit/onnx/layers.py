@@ -180,7 +180,7 @@ class Layer:
 
     @property
     def stated_bias(self) -> ir.Value | None:
-        """What the node itself adds: the layer's bias, or a matrix or computed value; None if it adds nothing."""
+        """The value that the node adds: the layer's bias, a matrix or a computed value. None if it adds nothing."""
         stated = self.vector is not None and len(self.node.inputs) > self.vector
         return weight_at(self.node, self.vector) if self.vector is not None and stated else None
 

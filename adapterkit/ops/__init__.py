@@ -1,4 +1,4 @@
-"""Compute with adapters: sum, change ranks, extract from tuned models, and compare, on low-rank factors if possible.
+"""Compute with adapters: sum, change ranks, extract from tuned models, and compare, with low-rank factors if possible.
 
 Operations take adapters or their paths. They change no inputs and print nothing.
 """

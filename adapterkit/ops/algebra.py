@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Join low-rank updates into one LoRA, and sum all other updates to one dense difference.
+    """Join low-rank updates into one LoRA, and sum all other updates into one dense difference.
 
-    With `stacking`, the other updates are not summed but kept as a list.
+    If `stacking` is set, keep the other updates as a list instead of summing them.
     """
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
@@ -55,7 +55,7 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
-    # Factors of a rank as large as a side of the weight would take more space than a dense difference.
+    # If the rank is as large as a side of the weight, the factors take more space than a dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -78,7 +78,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Compute the sum of LoRAs whose ranks add up to more than the weight's smaller side, and cut it to this side."""
+    """Sum LoRAs whose ranks add up to more than the weight's smaller side; the sum's rank is at most that side."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
@@ -105,7 +105,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes, with experts stacked. Memory contains the sum and one further change."""
+    """Return the sum of changes; experts are stacked. Only the sum and one of the changes are in memory at a time."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -191,7 +191,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the weighted mean of adapters; an adapter counts as zero at targets that it lacks. See `add`.
+    """Return the weighted mean of adapters; see `add`. At a target that an adapter lacks, its change counts as 0.
 
     Raises:
         UsageError: the weights sum to 0.
@@ -241,7 +241,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split updates into (all up to the last non-additive update, the additive updates after it, weight)."""
+    """Return (updates up to and including the last non-additive one, the additive updates after it, weight)."""
     last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
     return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
 
@@ -251,7 +251,7 @@ def _mixed(
 ) -> tuple[tuple[Update, ...], list[Term]]:
     """Combine updates that are not additive.
 
-    Return combined updates, and updates that were made additive at the base.
+    Return the combined updates, and the updates that were converted to differences at the base.
     """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
@@ -313,7 +313,7 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise UsageError(f"{len(weights)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
     if not all(math.isfinite(weight) for weight in weights):
-        raise UsageError(f"weights {list(weights)} are not all finite", cure="Give each adapter a number")
+        raise UsageError(f"weights {list(weights)} are not all finite", cure="Give each adapter a finite number")
 
 
 _DOING = "scaled or added"

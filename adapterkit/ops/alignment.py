@@ -69,7 +69,7 @@ class AlignedPlace:
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
-        """Return each adapter's change, multiplied by the adapter's weight; None for an adapter without this target.
+        """Return each adapter's change, multiplied by the adapter's weight; None if the adapter lacks this target.
 
         Raises:
             AdapterkitError: an update is not additive; see `lowering.additive`.
@@ -86,7 +86,7 @@ class AlignedPlace:
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
     """Yield a tuple of the adapters' changes, once for a single weight, or once per expert.
 
-    None for an adapter without a change.
+    In the tuple, None stands for an adapter without a change.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
     # Generators are truthy, so the loop runs if any adapter changes the weight. The loop ends with the generators.
@@ -124,7 +124,7 @@ def places(
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     base = None if base is None else opened(base)
     given = [source_adapter(adapter, base) for adapter in adapters]
     if strict_base:
@@ -158,7 +158,7 @@ def source_adapter(source: Source, base: Base | None) -> Adapter:
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
-    """Rename adapters of image models to one naming, because each tool has other names for the same modules."""
+    """Rename adapters of image models to one naming, because each tool uses its own names for the same modules."""
     if len(adapters) < 2:
         return adapters
     named = in_one_naming([adapter.updates for adapter in adapters])
@@ -174,7 +174,7 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
             path = next(iter(paths))
             near = nearest(path, first)
             cure = f"{near}. " if near else ""
-            cure += "Align names by --base (base=) or --rename (rename=); --disjoint (disjoint=) of combine allows this"
+            cure += "Align names with --base (base=) or --rename (rename=), or add --disjoint (disjoint=) to combine"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 
@@ -189,4 +189,4 @@ def _check_layouts(adapters: Sequence[Adapter]) -> None:
                 raise ShapeMismatch(why, where=str(target), cure=_BASE)
 
 
-_BASE = "Pass base=/--base"
+_BASE = "Pass --base (base=)"

@@ -1,7 +1,7 @@
 """Iterate over the changes that several adapters make to one weight, in blocks of rows, and select the largest values.
 
 The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
-take a gigabyte. Formulas that need every entry therefore iterate over blocks, two or three times. Each iteration
+take a gigabyte. Therefore, formulas that need every entry iterate over blocks two or three times. Each iteration
 computes all products again, and memory contains one block.
 """
 
@@ -79,7 +79,7 @@ class Selection:
 
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
-        partial: whether only a part of the series was sampled, whose magnitudes may differ from the rest.
+        partial: whether only a part of the series was sampled; the magnitudes in this part may differ from the rest.
         found: the result; None until the search is finished.
     """
 
@@ -99,7 +99,7 @@ class Selection:
     _lock: Any = field(default_factory=Lock)
 
     def sample(self, values: Array, of: int) -> None:
-        """Add `values`, a sample of `of` values of the series; call this before `begin`."""
+        """Add `values`, a sample from `of` values of the series; call this method before `begin`."""
         with self._lock:
             self._samples.append((values, of / max(values.size, 1)))
 
@@ -220,7 +220,7 @@ def _double(bits: int) -> float:
 
 
 def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
-    """Call `once`, which passes all values to the selections, until every selection has its result."""
+    """Call `once`, which passes all values to the selections, again and again until all selections have results."""
     while open_ := [each for each in selections if each.found is None]:
         for each in open_:
             each.begin()
@@ -274,7 +274,7 @@ class Blocks:
     def sample(self) -> Array:
         """Return entries at random positions, equal for all changes, as `[T, n]`.
 
-        Return all entries if the changes are small.
+        If the changes have at most `WHOLE` entries, return all entries.
         """
         import numpy as np
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The value of `rank` that cuts only results without low-rank factors, to the largest rank of the inputs."""
+"""The value of `rank` that cuts only results without low-rank factors; it cuts these to the inputs' largest rank."""
 
 
 SAMPLED = 16
@@ -60,7 +60,7 @@ class Evaluation:
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
-        notes: a sentence for each target whose result is too small for its dtype, or is zero although the changes are
+        notes: a sentence for each target whose result is too small for its dtype, or is zero although some change is
             not.
     """
 
@@ -543,8 +543,8 @@ def combine(
             name is used.
         strict_base: whether to refuse a base that differs from the base that an adapter records.
         workers: the number of targets to compute in parallel; default: one per processor, at most 16. All workers
-            together use at most 256 MB, or as much as one target's result. The result does not depend on the number of
-            workers. Methods with `data` use one worker.
+            together use at most 256 MB, or more if a single target's result needs more. The result does not depend on
+            the number of workers. Methods that use `data` have one worker.
         report: a function that is called with a `Cut` for each target whose result was cut to a rank. The `Cut`
             contains the norms of the result and of the error.
         before: a function that is called before any computation, with an adapter that has the targets, methods, shapes
@@ -620,22 +620,22 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     """Check that the method accepts the arguments; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one adapter")
+        raise UsageError("no adapter was given", cure="Pass at least one adapter")
     low, high = cls.takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
         raise UsageError(f"{name} takes {counts} adapters, not {len(adapters)}", cure="Choose another method")
     if cls.data is not None and not callable(data):
-        texts = "Name texts with --data FILE and --base BASE, or pass" if cls.learns is not None else "Pass"
+        texts = "Pass a file of texts with --data FILE and --base BASE, or pass" if cls.learns is not None else "Pass"
         raise UsageError(f"{name} needs data", where="data", cure=f"{texts} data=, {cls.data}")
     if cls.data is None and data is not None:
         raise UsageError(
             f"{name} does not use data", where="data", cure="Omit --data (data=), or choose another method"
         )
     if cls.based and base is None:
-        raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass base=/--base")
+        raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass --base (base=)")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Pass a seed from 0 on")
+        raise UsageError(f"seed {seed!r} is not a whole number of at least 0", where="seed", cure="Pass 0 or more")
 
 
 def check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:

@@ -138,7 +138,7 @@ def compare(
     """
     stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
-        raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose a tolerance of at least 0")
+        raise UsageError(f"tolerance {tolerance} is out of range", cure="Choose a finite number of at least 0")
     _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)
     sums = [0.0] * 4
     with files_kept_open(), one_blas_thread():
@@ -177,7 +177,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # An update does not change weights, or needs a base. The adapters still are equal if all of their fields are
+        # An update does not change weights, or needs a base. The adapters are still equal if all of their fields are
         # equal.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
@@ -300,7 +300,7 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     """Return both changes in float32, times a common power of two.
 
-    None if one change is much smaller than the other.
+    Return None if one change is much smaller than the other.
     """
     import numpy as np
 
@@ -343,7 +343,7 @@ def _spectrum(core: Array) -> Array:
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:
-    """Return orthonormal bases of a core's outputs and inputs, and between them the singular values."""
+    """Return (orthonormal basis of a core's outputs, singular values, orthonormal basis of the core's inputs)."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)

@@ -151,7 +151,7 @@ PER_COUNT = 8
 
 
 def _no_base() -> Array:
-    raise UsageError("the formula needs the base's weights", where="base", cure="Pass base=/--base")
+    raise UsageError("the formula needs the base's weights", where="base", cure="Pass --base (base=)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +162,7 @@ class FormulaContext:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
         present: indices of the adapters that change this weight or bias, in the list of all adapters.
-        part: the part of the target: `weight` or `bias`, for a stacked expert with its number, such as `weight 3`.
+        part: the part of the target: `weight` or `bias`, then the number of a stacked expert, as in `weight 3`.
         seed: the seed of all random numbers.
         overrides: parameters that apply to one adapter only, by index in the list of all adapters.
         scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.
@@ -194,8 +194,8 @@ class FormulaContext:
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
         """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and index.
 
-        An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32; see `key` for
-        the key.
+        An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32. The key of
+        Philox is the result of `key`.
 
         Args:
             t: the index of the adapter in `present`.

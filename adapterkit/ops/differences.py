@@ -76,12 +76,12 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """Return the number of rows of the base's table; the tuned table may have more.
 
     Raises:
-        ShapeMismatch: the shapes differ in more than additional rows of the tuned table.
+        ShapeMismatch: the shapes differ, and not only because the tuned table has additional rows.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
         why = f"the shape is {list(tuned.shape)} in the tuned model, but {list(base.shape)} in the base"
-        raise ShapeMismatch(why, where=name, cure="Name the base that the model was tuned from")
+        raise ShapeMismatch(why, where=name, cure="Pass the base that the model was tuned from")
     return base.shape[0]
 
 

@@ -133,7 +133,8 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
     """Keep the largest entries of `D [out, in]`.
 
-    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise as many as the criterion requires.
+    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise, keep as many as the criterion
+    requires.
     """
     import numpy as np
 
@@ -200,9 +201,9 @@ def extract(
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless it has new tokens.
         method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the direction.
-            `loha`: a Hadamard product of two products of this rank, closer than a LoRA. `lokr`: the nearest Kronecker
-            product, whose second factor is cut to `rank`. `shira`: the largest entries, as many as a LoRA of this rank
-            has numbers. All except `lora` are for linear layers only.
+            `loha`: a Hadamard product of two products of this rank, which is closer to the change than a LoRA. `lokr`:
+            the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the largest entries, as many
+            as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
             float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
@@ -229,7 +230,7 @@ def extract(
     criterion.check()
     if scope == "all" and method != "lora":
         why = f"scope=all is only for LoRA, not for {method}"
-        raise UsageError(why, where="scope", cure="Leave --scope (scope=) out, or extract a LoRA")
+        raise UsageError(why, where="scope", cure="Omit --scope (scope=), or extract a LoRA")
     if embeddings not in ("rows", "low-rank"):
         raise UsageError(f"embeddings is {embeddings!r}", where="embeddings", cure="Choose rows or low-rank")
     if method not in ("lora", "dora", *FORMS):
@@ -284,7 +285,7 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """For scope `all`: the cut decomposition of each weight, by `_key`. None in scope `target`."""
+    """In scope `all`, a map from `_key` to each weight's cut decomposition. In scope `target`, None."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -292,9 +293,9 @@ class _Extraction:
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return arguments for the lineage, which state whether a change of a tied embedding also changes the head.
+        """Return arguments for the lineage that state whether a change of a tied embedding also changes the head.
 
-        Empty if no weights are tied.
+        The result is empty if no weights are tied.
 
         If the tuned model stores a separate head, the head is untied; otherwise the change applies to both layers.
         """
@@ -313,7 +314,7 @@ class _Extraction:
             (n, "tuned model") for n in self.base.tensors if n not in self.tuned.tensors
         ]:
             lost = known if holder == "base" else self.tuned.tensors
-            cure = nearest(name, lost) or "Are these two models of one architecture?"
+            cure = nearest(name, lost) or "Check that both models have the same architecture"
             raise TargetNotFound(f"the {holder} lacks this weight", where=name, cure=cure)
         for glob in globs:
             if not any(fnmatchcase(_path(name), glob) for name in self.tuned.tensors):
@@ -327,7 +328,7 @@ class _Extraction:
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
         """Decompose all matrices.
 
-        Keep the largest singular values among all matrices, as many as the criterion requires.
+        Keep as many of the largest singular values as the criterion requires, counted over all matrices together.
         """
         every = [name for name in names if self._is_matrix(name)]
         found: dict[str, Decomposition] = {}
@@ -392,7 +393,7 @@ class _Extraction:
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
                 kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
                 why = f"the tensor changed, but its dtype is {kinds}; only floating-point tensors can be extracted"
-                cure = "Name the targets to extract by targets=/--target"
+                cure = "Name the targets to extract with --target (targets=)"
                 raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:
             yield from self._whole(name, tuned, base)
@@ -448,7 +449,9 @@ class _Extraction:
 
         if D.ndim > 2:
             why = f"dora cannot change a weight of {D.ndim} axes"
-            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+            raise Unsupported(
+                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+            )
         W = W.astype(np.float64)
         tuned = W + D
         before, after = (np.sqrt((X * X).sum(1)) for X in (W, tuned))
@@ -468,7 +471,9 @@ class _Extraction:
         """Return the difference `[out, in]` as an update of a method in `FORMS`."""
         if D.ndim > 2:
             why = f"{self.method} cannot change a weight of {D.ndim} axes"
-            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+            raise Unsupported(
+                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+            )
         kind = result_type([], self.dtype)
         update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
         (made,) = Change(target, D.shape, (update,)).deltas()

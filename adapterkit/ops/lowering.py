@@ -243,7 +243,7 @@ class Weights:
         self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
 
     def at(self, target: Target, expert: int | None, bias: bool) -> Array:
-        """Return a weight `[out, in * k]` or a bias `[out]` in float64; of a stack, return the slice of `expert`.
+        """Return a weight `[out, in * k]` or a bias `[out]` in float64; for a stack, return the slice of `expert`.
 
         Raises:
             UsageError: the base has no bias at this target.
@@ -265,8 +265,8 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
         raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
     if update.kind == "weight" and not based:
-        why = f"the change of {update.method} depends on the base's weight, so it can only be {doing} at a base"
-        raise UsageError(why, where=where, cure="Pass base=/--base")
+        why = f"the change of {update.method} depends on the base's weight, so it cannot be {doing} without a base"
+        raise UsageError(why, where=where, cure="Pass --base (base=)")
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
@@ -318,7 +318,7 @@ def _difference(
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
     """Resolve updates whose change of the bias depends on the weight.
 
-    Each update gets the weight after the earlier updates.
+    Each update's formula gets the weight as the earlier updates leave it.
     """
     import numpy as np
 
@@ -381,9 +381,9 @@ def low_rank(
 def dense(
     target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
 ) -> Dense:
-    """Build a dense update from the differences of the weights, `[out, in * k]` each, and of the bias.
+    """Build a dense update from the differences of the weights, `[out, in * k]` each, and the difference of the bias.
 
-    None means no change.
+    A difference of None means no change.
     """
     import numpy as np
 
@@ -490,7 +490,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     except Unrepresentable as error:
         first = f": {error.items[0]}" if error.items else f": {error.why}"
         more = f" (and {len(error.items) - 1} more)" if len(error.items) > 1 else ""
-        cure = "Write --to adapterkit (format='adapterkit'), or leave them out by --on-loss drop (on_loss='drop')"
+        cure = "Write --to adapterkit (format='adapterkit'), or drop these updates with --on-loss drop (on_loss='drop')"
         raise Unrepresentable(f"{what}{first}{more}", cure=cure) from None
     except AdapterkitError as error:
         error.path = None

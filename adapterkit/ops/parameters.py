@@ -82,7 +82,7 @@ def plain(setting: Setting, where: str) -> Setting:
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if not setting or len(numbers) < len(setting):
             raise UsageError(
-                "a list must contain numbers, from the first layer to the last", where=where, cure="Give one"
+                "a list must contain numbers, from the first layer to the last", where=where, cure="Such as [0, 1]"
             )
         return [float(value) for value in setting]
     if setting is not None and not isinstance(setting, (bool, int, float, str)):
@@ -99,7 +99,7 @@ def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None
     for glob in setting:
         if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
             cure = f"The name of a target is, for example, {targets[0].path}"
-            raise UsageError(f"no target fits {glob!r}", where=where, cure=cure)
+            raise UsageError(f"no target matches {glob!r}", where=where, cure=cure)
 
 
 def _between(values: Sequence[float], depth: float) -> float:
@@ -273,7 +273,7 @@ class Asked:
             raise UsageError(
                 f"the list has parameters of {len(each)} adapters, but there are {count} adapters",
                 where="each",
-                cure="Give one mapping each",
+                cure="Give one mapping for each adapter",
             )
         if not all(isinstance(own, Mapping) for own in each):
             raise UsageError(
@@ -284,7 +284,9 @@ class Asked:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
         for key in {key for own in each for key in own} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
-            raise UsageError(f"{key!r} cannot differ between adapters", where="each", cure=f"Such parameters: {known}")
+            raise UsageError(
+                f"{key!r} cannot differ between adapters", where="each", cure=f"Parameters that can: {known}"
+            )
         return [{key: _each_checked(cls, key, plain(value, key)) for key, value in own.items()} for own in each]
 
     def method(self, target: Target) -> Combiner:

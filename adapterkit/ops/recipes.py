@@ -58,7 +58,7 @@ ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are not parameters of a method; recipes have other keys for them, or none."""
+"""Arguments of `combine` that are not parameters of a method; recipes use other keys, or none, for these."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """A map from mergekit's parameters to values that are accepted because they have no effect on the result."""
@@ -77,7 +77,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Write slices, or models"),
 }  # fmt: skip
-"""A map from keys that only other files of mergekit have to (the purpose of such a file, what to do instead)."""
+"""For each key that only mergekit's other kinds of files contain: (the purpose of these files, what to do instead)."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
 """Keys whose value must be text. The type is checked, because YAML reads `on` and `1e3` as other types."""
@@ -138,7 +138,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     try:
         data = read_input(path, MAX_BYTES)
     except StorageError as error:
-        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Name a file") from None
+        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Pass a file") from None
     return recipe(load_yaml(data, path=path), Path(path))
 
 
@@ -207,7 +207,7 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
 
 
 def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models and layer ranges of slices, if each slice has all models and ranges are in sequence.
+    """Return the models and layer ranges of slices. Each slice must have all models; ranges must be in sequence.
 
     Raises:
         UsageError: a slice moves layers, so the result would not fit an adapter's base.
@@ -222,7 +222,7 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
         one = _mapping(entry, where, SLICE, path)
         sources = one.get("sources")
         if not isinstance(sources, list) or not sources:
-            raise Malformed("a list was expected", where=f"{where}.sources", path=path, cure="Name its models")
+            raise Malformed("a list was expected", where=f"{where}.sources", path=path, cure="List the slice's models")
         read = [_mapping(source, f"{where}.sources[{j}]", SOURCE, path) for j, source in enumerate(sources)]
         mine = [_name(source, f"{where}.sources[{j}]", path) for j, source in enumerate(read)]
         spans = [_span(source, f"{where}.sources[{j}].layer_range", path) for j, source in enumerate(read)]
@@ -231,7 +231,7 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
             if span[0] != start or span != spans[0]:
                 _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
         if names and mine != names:
-            cure = "Name the same models in every slice; a weight of 0 leaves one out"
+            cure = "Name the same models in every slice; to leave out a model, set its weight to 0"
             raise UsageError("this slice has other models", where=f"{where}.sources", path=path, cure=cure)
         names = mine
         ranges.append(spans[0])
@@ -309,7 +309,7 @@ def _named_base(
         names = [None if name == said else name for name in names]
     base = said if said is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
-        notes.append(f"base_model {base} is not read, because {method} needs no base; --base BASE names one")
+        notes.append(f"base_model {base} is not read, because {method} needs no base; to use a base, add --base BASE")
         base = None
     return base, names, notes
 
@@ -365,7 +365,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
         for key in ("tokens", "pad_to_multiple_of"):
             if given.get(key) is not None:
-                cure = "Leave it out; to add tokens, train them in an adapter and merge with --vocab grow"
+                cure = "Omit it; to add tokens, train them in an adapter, and merge with --vocab grow"
                 raise UsageError(f"{key} would add rows of embeddings", where=f"tokenizer.{key}", path=path, cure=cure)
         found, where = given.get("source"), "tokenizer.source"
     if found is None:
@@ -377,7 +377,10 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
             "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
         )
         raise UsageError(
-            "tokenizers are not joined, because new tokens would get invented rows", where=where, path=path, cure=cure
+            "tokenizers are not joined, because new tokens would get invented embeddings",
+            where=where,
+            path=path,
+            cure=cure,
         )
     return found
 
@@ -395,7 +398,7 @@ def _mapping(found: object, where: str, known: Sequence[str], path: Path | None)
 def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     said = [model[key] for key in ("model", "adapter") if key in model]
     if len(said) != 1 or not isinstance(said[0], str):
-        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Name the adapter")
+        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Give its path")
     return said[0]
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
-PROMOTE = "Convert it to LoRA by --promote (ak.ops.promote), with --base (base=) if its change depends on the base"
+PROMOTE = "Convert it to LoRA with --promote (ak.ops.promote); add --base (base=) if its change depends on the base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class _Weight:
     cut: float | None = None
 
     def first(self, count: int) -> _Weight:
-        """Keep the first `count` singular values and drop the rest."""
+        """Keep the first `count` singular values, and drop the rest."""
         return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
 
     def lost(self, made: Delta) -> float:
@@ -209,13 +209,13 @@ def _resized(
     updates: dict[Target, tuple[Update, ...]] = {}
     thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
     # Use one BLAS thread for factors: more threads are not faster, and they spin while another program uses their core.
-    # A FLUX LoRA then took 30 s of processor time. Decompose whole matrices with all threads.
+    # With that contention, a FLUX LoRA took 30 s of processor time. Decompose whole matrices with all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, made in _made(found, criterion, kind, every, cuts):
             if made:
                 updates[place.target] = made
     if not cuts and not every:
-        raise UsageError("no change here has thin factors", cure=PROMOTE)
+        raise UsageError("no change in this adapter has low-rank factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
     args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}

@@ -39,7 +39,7 @@ GUESS = 32
 """The first rank that is tried if only an energy or an error is given."""
 
 EXCESS = 0.02
-"""By how much the error may exceed the smallest possible error, relative to that error."""
+"""The largest allowed excess of the error over the smallest possible error, relative to the smallest possible error."""
 
 EXACT = 1e-6
 """A relative error below this number counts as zero; a low-rank change with rounding noise has such an error."""
@@ -121,7 +121,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Like `approximated`, for a matrix too large for memory. `rows`, which is called six times, yields its blocks."""
+    """Approximate a matrix too large for memory, like `approximated`. Each of six calls of `rows` yields its blocks."""
     import numpy as np
 
     m, n = shape
@@ -315,23 +315,29 @@ class Criterion:
             said = " and ".join(chosen) or "none"
             raise UsageError(f"one of {NAMES} is needed, not {said}", cure=_ONE)
         if self._by_values and self.scope != "target":
-            raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Leave --scope (scope=) out")
+            raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
-            why = f"sv_ratio {self.sv_ratio} is not a number from 1"
+            why = f"sv_ratio is {self.sv_ratio}, but must be a finite number of at least 1"
             raise UsageError(why, where="sv_ratio", cure="Choose another")
         for name in ("sv_cumulative", "sv_fro"):
             if name in given and not 0 < given[name] <= 1:
-                raise UsageError(f"{name} {given[name]} is not above 0 and up to 1", where=name, cure="Choose another")
+                raise UsageError(
+                    f"{name} is {given[name]}, but must be above 0 and at most 1", where=name, cure="Choose another"
+                )
         if self.scope not in SCOPES:
             raise UsageError(f"unknown scope {self.scope!r}", cure=f"Known: {', '.join(SCOPES)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise UsageError(f"rank {self.rank} is not a whole number from 1", where="rank", cure=_RANK)
+            raise UsageError(f"rank is {self.rank}, but must be a whole number of at least 1", where="rank", cure=_RANK)
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy {self.energy} is not above 0 and up to 1", where="energy", cure="Choose another")
+            raise UsageError(
+                f"energy is {self.energy}, but must be above 0 and at most 1", where="energy", cure="Choose another"
+            )
         for name in ("error", "frobenius"):
             value = given.get(name)
             if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} {value} is not a number from 0", where=name, cure="Choose another")
+                raise UsageError(
+                    f"{name} is {value}, but must be a finite number of at least 0", where=name, cure="Choose another"
+                )
 
     def record(self) -> dict[str, float]:
         """Return the fields that are set, for a lineage."""
@@ -376,7 +382,7 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
-        # Use a stable sort, so that of several equal singular values every platform keeps the same.
+        # Use a stable sort, so that every platform keeps the same ones of several equal singular values.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]

@@ -1,4 +1,4 @@
-"""Check that a signature is by the expected signer, and that no file was changed, added or removed since.
+"""Check that the expected signer made a signature, and that no file was changed, added or removed since.
 
 A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload of the
 file. In the rest of the file, most tools ignore unknown keys and unused bits of base64. They therefore accept several
@@ -48,7 +48,7 @@ _PLAIN = {
     "dsseEnvelope": {"payload", "payloadType", "signatures"},
     "dsseEnvelope.signatures": {"sig", "keyid"},
 }
-"""Path in the bundle -> the keys that are allowed at this path, for signatures by a key or a certificate."""
+"""Path in the bundle -> the keys that are allowed at this path, for signatures with a key or a certificate."""
 
 _EXTRA = {"verificationMaterial.publicKey": {"rawBytes", "keyDetails"}}
 """Keys that model-signing wrote before 1.0, and that its verifier ignores."""
@@ -303,7 +303,7 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         raise storage_error(error, error.filename or root) from error
     except ImportError:
         raise
-    except Exception as error:  # Treat any error of these packages as an invalid signature.
+    except Exception as error:  # Any error of these packages means an invalid signature.
         raise Corrupt(f"the signature is not valid: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
@@ -341,7 +341,7 @@ _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
 def _why(error: Exception) -> str:
     """Return the reason in one line, without the digests, which model-signing prints as unreadable Python bytes."""
     told = first_line(error)
-    if told == "InvalidSignature":  # Write a message for this error of cryptography, which has none.
+    if told == "InvalidSignature":  # The `cryptography` package raises this error without a message.
         return "it was made with another key, or was changed"
     told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
     try:

@@ -99,7 +99,7 @@ def signer(
         )
     except ValueError:
         why = "the certificate is not for this key"
-        raise Malformed(why, path=certificate, cure="Name the certificate that belongs to the key") from None
+        raise Malformed(why, path=certificate, cure="Pass the certificate that belongs to the key") from None
 
 
 def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str]]) -> Any:
@@ -164,7 +164,7 @@ def _certificates(path: Path) -> None:
     try:
         x509.load_pem_x509_certificates(_read(path))
     except ValueError:
-        cure = "Name a file of X.509 certificates"
+        cure = "Pass a file of X.509 certificates"
         raise Malformed("the file contains no certificate in PEM form", path=path, cure=cure) from None
 
 
@@ -215,7 +215,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Sign a file that cannot be read: reading may only require an option, for example alpha.
+        # Also sign a file that cannot be read here, because reading it may only require an option, such as alpha.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -280,7 +280,7 @@ def _plain(value: object) -> Any:
 
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
-"""Files that are not signed: model signing omits them by default, and would refuse a signature that covers them."""
+"""Files that are not signed, because model signing omits them by default and refuses a signature that covers them."""
 
 
 NOTES = (NOTE, ".cache/huggingface")
@@ -410,7 +410,7 @@ def _check_names(root: Path, files: Sequence[Path]) -> None:
     """Refuse a folder without files, and names that a statement in JSON cannot hold."""
     if not files:
         why = "there is no file to sign"
-        raise UsageError(why, path=root, cure="Name the folder or the file of the adapter or the model")
+        raise UsageError(why, path=root, cure="Pass the folder or the file of the adapter or the model")
     for file in files:
         try:
             file.relative_to(root).as_posix().encode()

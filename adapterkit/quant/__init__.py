@@ -48,7 +48,7 @@ class Packed(ABC):
         shape: the weight's shape in the unquantized base.
         dtype: the dtype to which the scheme's library dequantizes.
         members: the names of the stored tensors of the weight. In lists of tensors, the weight is at the position of
-            the first.
+            its first stored tensor.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Packed(ABC):
 
     @property
     def written(self) -> Lazy:
-        """If the weight `changes`: the stored tensor as it will be written, of which only the size is known.
+        """The stored tensor as it will be written, if the weight `changes`; only the tensor's size is known.
 
         Raises:
             Unsupported: the scheme has only one type.
@@ -77,7 +77,7 @@ class Packed(ABC):
 
     @property
     def share(self) -> Lazy | None:
-        """If several weights share a stored tensor: this weight's bytes as they will be written; otherwise None."""
+        """This weight's bytes as they will be written, if several weights share a stored tensor; otherwise None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
@@ -399,7 +399,7 @@ class Dequantized(Checkpoint):
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """Return a packed weight that is read from new stored tensors instead of the base's."""
+        """Return a packed weight that is read from new stored tensors instead of the base's tensors."""
         own = weight.with_parts(parts)
         if own is not None:
             return own

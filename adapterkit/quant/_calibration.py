@@ -28,7 +28,7 @@ KEY = "adapterkit_calibration"
 VERSION = 1
 """Version of the calibration file that this code reads and writes."""
 
-_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or name texts: --calibration TEXTS"
+_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or pass texts: --calibration TEXTS"
 
 _CHUNK = 1 << 22
 

@@ -1,4 +1,4 @@
-"""AWQ in AutoAWQ's GEMM layout: w[out, in] = (q - zero) * scale, by groups of inputs.
+"""AWQ in AutoAWQ's GEMM layout: w[out, in] = (q - zero) * scale, per group of inputs.
 
 Lin et al. 2023, arXiv:2306.00978. A 32-bit word contains eight outputs, in the order 0 2 4 6 1 3 5 7.
 """

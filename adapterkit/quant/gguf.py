@@ -74,7 +74,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the family's model type, with which adapters' names are resolved."""
+        """Return a config with the family's model type, from which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -261,7 +261,7 @@ class _Tensor(Rowwise):
 
     @property
     def written(self) -> Lazy:
-        """The tensor as it will be written, of which only the size is known."""
+        """The tensor as it will be written; only its size is known."""
         if self.new == self.kind and not self.shared:
             return self.stored
         shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape

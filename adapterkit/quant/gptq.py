@@ -1,4 +1,4 @@
-"""GPTQ, as in AutoGPTQ and GPTQModel: w[out, in] = (q - (zero + 1)) * scale, by groups of inputs.
+"""GPTQ, as in AutoGPTQ and GPTQModel: w[out, in] = (q - (zero + 1)) * scale, per group of inputs.
 
 Frantar et al. 2022, arXiv:2210.17323. The older format stores zero points minus 1; format 2 stores the zero points, so
 its formula has no + 1.

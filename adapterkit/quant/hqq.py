@@ -1,4 +1,4 @@
-"""HQQ: w = (q - zero) * scale, by groups; as in hqq, each operation is rounded to the compute dtype.
+"""HQQ: w = (q - zero) * scale, per group; as in hqq, each operation is rounded to the compute dtype.
 
 Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. HQQ chooses scales by an
 optimization, so quantizing again is not implemented.

@@ -1,4 +1,4 @@
-"""torchao's safetensors layout: integers with w = (q - zero) * scale, by groups, or 8-bit floats.
+"""torchao's safetensors layout: integers with w = (q - zero) * scale per group, or 8-bit floats.
 
 A file's metadata contains each tensor's torchao class, in JSON. A weight is stored as `<module>._weight_qdata`,
 `_scale` and `_zero_point`. Layouts for a certain kernel (Int4Tensor and its tiled forms) are refused, and the error
@@ -31,7 +31,7 @@ class Torchao(Scheme):
     """Metadata `tensor_names`, and for each tensor `{"_type": class, "_data": {"block_size": ..., "dtype": ...}}`."""
 
     url = "https://github.com/pytorch/ao"
-    description = f"torchao in safetensors: {', '.join(KNOWN)} (weights alone, by rows or groups)"
+    description = f"torchao in safetensors: {', '.join(KNOWN)} (weight-only, per row or per group)"
     oracle = "torchao"
 
     def detect(self, base: Checkpoint) -> bool:

@@ -19,7 +19,7 @@ class Cell:
     """A target's row and column in a picture.
 
     Attributes:
-        order: a key for sorting, by which layer 2 comes before layer 10.
+        order: a key for sorting, so that layer 2 comes before layer 10.
         layer: the name of the row: `11`, or the whole path if layers have different parents; empty for targets outside
             all layers.
         module: the name of the column, such as `self_attn.q_proj`, with `*` in place of an expert's number.
@@ -66,7 +66,7 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
 
 
 def natural(text: str) -> tuple[str | int, ...]:
-    """Return a key for sorting names, by which numbers in names are compared as numbers."""
+    """Return a key for sorting names, which compares numbers in names as numbers."""
     parts = re.split(r"(\d+)", text)
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
 

@@ -1,6 +1,6 @@
 """Compute the numbers of a report. Each number is a field with a definition.
 
-The change B @ A of two thin factors is never formed. QR of the factors and a decomposition of the small core give
+The product B @ A of two low-rank factors is never formed. QR of the factors and a decomposition of the small core give
 U S V^T. Norms, inner products and subspaces of several adapters are computed from small products of these factors.
 Signs and values of single elements are measured in a block: the elements at `SIDE` rows and columns that are evenly
 spread over the weight. The block is small enough to form. A share that is estimated from its 25,600 elements has an
@@ -65,7 +65,7 @@ INTRUDER_UNIT = 2e7
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The change by one adapter at one target. A number that was not measured is None.
+    """The change that one adapter makes at one target. A number that was not measured is None.
 
     Attributes:
         adapter: the index of the adapter.
@@ -324,7 +324,8 @@ class _Measuring:
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
         places = len(self.found)
-        # Guess the work of the decompositions for the progress bar, which is known only after all changes are measured.
+        # Guess the work of the decompositions for the progress bar, because this work is known only after all changes
+        # are measured.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
         for at, place in enumerate(self.found):
             self._at(place)

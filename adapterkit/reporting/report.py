@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
 
-RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
+RESULTS = {True: "holds", False: "fails", None: "undecided"}
 
 MOST_MODULES = 40
 """The most modules that are shown for a model: first modules with a fault, then others, each in running order."""
@@ -293,11 +293,11 @@ def _facts(found: Sequence[Facts]) -> str:
     for at, facts in enumerate(found):
         mark = f'<i class="dot" style="background:{PALETTE[at % len(PALETTE)]}"></i>' if several else ""
         cells = [
-            f'<th scope="row">{mark}{escape(facts.name)}</th>', _cell(facts.base or "not told"),
+            f'<th scope="row">{mark}{escape(facts.name)}</th>', _cell(facts.base or "unknown"),
             _cell(", ".join(f"{name} ({count:,})" for name, count in facts.methods.items())),
             _cell(", ".join(map(str, facts.ranks)) or "none"), _cell(f"{facts.targets:,}", "n"),
             _cell(f"{facts.parameters:,}", "n"), _cell(size(facts.bytes), "n"), _cell(", ".join(facts.dtypes)),
-            _cell(facts.format or "in memory"), _cell(facts.licence or "not told"), _cell(", ".join(facts.triggers)),
+            _cell(facts.format or "in memory"), _cell(facts.licence or "unknown"), _cell(", ".join(facts.triggers)),
         ]  # fmt: skip
         rows.append(f"<tr>{''.join(cells)}</tr>")
     names = (
@@ -554,9 +554,9 @@ class AdapterReport:
 
         path = Path(out)
         if path.is_dir():
-            raise StorageError("a folder is there", path=path, cure="Name a file, such as report.html")
+            raise StorageError("the path is a folder", path=path, cure="Name a file, such as report.html")
         if path.suffix.lower() not in ("", ".html", ".htm"):
-            cure = f"Name {path.with_suffix('.html')}; --figures DIR (figures=) writes pictures"
+            cure = f"Name it {path.with_suffix('.html').name}; for pictures, pass --figures DIR (figures=)"
             raise UsageError(f"a report is an HTML page, not {path.suffix}", path=path, cure=cure)
         check_free(path, overwrite)
         data = self.html().encode()

@@ -216,7 +216,7 @@ def _layer(layer: str) -> str:
 
 
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    """Return the effects by layer, in the order of layers."""
+    """Return a map from each layer to its effects, in the order of layers."""
     cells = findings.measured.cells
     found: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):

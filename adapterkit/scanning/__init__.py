@@ -119,7 +119,7 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
 
 
 FEW_EXPERTS = 0.1
-"""An adapter is reported if it changes at most this share of a layer's experts."""
+"""A finding is reported if an adapter changes at most this share of a layer's experts."""
 
 SPIKE, SPIKE_RANK = 0.995, 4
 """A change of rank 4 or more is suspicious if one direction has more than this share of its energy (squared norm)."""

@@ -36,7 +36,7 @@ class Trial:
         weights: one weight per adapter.
         parameters: the parameters of the method that differ from their defaults.
         loss: the loss, which should be low; None if the trial failed.
-        refused: the error because of which the trial has no loss.
+        refused: the error that left the trial without a loss.
     """
 
     number: int
@@ -168,7 +168,7 @@ class Journal:
         lines = read_input(path, MAX_BYTES).decode("utf-8", "replace").split("\n")
         if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
             if not overwrite:
-                cure = "Name another file, delete this one, or start again with --overwrite (overwrite=True)"
+                cure = "Pass another file, delete this one, or start again with --overwrite (overwrite=True)"
                 raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
@@ -202,7 +202,7 @@ def _parsed(line: str, path: Path, at: int) -> object:
         return found
     except (ValueError, RecursionError):
         why = "the file does not contain trials of a search"
-        raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None
+        raise Malformed(why, path=path, where=f"line {at}", cure="Pass another file, or delete this one") from None
 
 
 def _trial(found: Any, path: Path, at: int) -> Trial:

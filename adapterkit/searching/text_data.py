@@ -80,7 +80,7 @@ class LiveBase:
         return found.feeds
 
     def check_predicts(self) -> None:
-        """Refuse a model that does not predict the next token of a text, because its texts have no loss.
+        """Refuse a model that does not predict the next token of a text, because texts then have no loss.
 
         Raises:
             UsageError: it is such a model.
@@ -111,7 +111,7 @@ class LiveBase:
         return self.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]
 
     def mean(self, feeds: Sequence[Feed], loss: Loss) -> float:
-        """Return the mean over all predicted tokens of a loss that is summed over one text."""
+        """Return the mean loss over all predicted tokens; `loss` returns the sum of the losses over one text."""
         import torch
 
         with torch.no_grad():
@@ -157,7 +157,7 @@ class TextData:
         files = [data] if isinstance(data, (str, PathLike)) else list(data)
         if len(files) not in (1, len(adapters)):
             why = f"{len(files)} files of texts for {len(adapters)} adapters"
-            cure = "Name one file for all adapters, or one for each adapter, in the same order: --data FILE (data=)"
+            cure = "Pass one file for all adapters, or one for each adapter, in the same order: --data FILE (data=)"
             raise UsageError(why, where="data", cure=cure)
         self.base = LiveBase(base, device)
         self.adapters, _ = places(adapters, base=self.base.checkpoint, lower="combined", disjoint=True, rename=rename)
@@ -193,15 +193,15 @@ class TextData:
         return found
 
     def loss_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
-        """Return the mean loss of all predicted tokens, and its gradient by the weight of each target."""
+        """Return the mean loss of all predicted tokens, and its gradient with respect to each target's weight."""
         return self._descended(adapter, cross_entropy)
 
     def entropy_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
-        """Return the mean entropy of the predictions in nats, and its gradient by the weight of each target."""
+        """Return the mean entropy of the predictions in nats, and its gradient with respect to each target's weight."""
         return self._descended(adapter, entropy)
 
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
-        """Return one loss from the mean entropies of all tasks' texts, and its gradient by the weight of each target.
+        """Return one loss of all tasks' mean entropies, and its gradient with respect to each target's weight.
 
         Args:
             adapter: the combined adapter.
@@ -217,7 +217,7 @@ class TextData:
                     self._alone.append(self.base.mean(feeds, entropy))
         with self.base.attached(adapter), self._slopes() as gradients:
             # The tasks' graphs would not fit into memory together. So compute the entropies first, then the derivative
-            # of `together` by each of them, and then the gradients of one text at a time.
+            # of `together` with respect to each entropy, and then the gradients of one text at a time.
             means = [
                 torch.tensor(self.base.mean(feeds, entropy), dtype=torch.double, requires_grad=True)
                 for feeds in self.tasks
@@ -231,7 +231,7 @@ class TextData:
             return _logged(float(whole.detach())), gradients()
 
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
-        """Return NSC's loss on the inputs of its targets, and its gradient by the weight of each target."""
+        """Return NSC's loss on the inputs of its targets, and its gradient with respect to each target's weight."""
         total = 0.0
         with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
             for task, feeds in enumerate(self.tasks):
@@ -315,7 +315,7 @@ class TextData:
 
     @contextmanager
     def _slopes(self) -> Iterator[Callable[[], Gradients]]:
-        """Let the weights of all targets have gradients; yield a function that returns these by target.
+        """Let the weights of all targets have gradients; yield a function that returns {target: gradient}.
 
         Raises:
             Unsupported: the model in memory stacks experts that the files store one by one.
@@ -381,7 +381,9 @@ class _Reached(Exception):
 _OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
 """Methods of `TextData` that need no predictions, only a model that reads text."""
 
-_STACKED = "the model in memory stacks experts that the files store one by one, so the texts say nothing about each"
+_STACKED = (
+    "the model in memory stacks experts that the files store one by one, so texts give no data for single experts"
+)
 
 _WITHOUT = "Choose a method without --data, or lorahub; 'adapterkit list combine' shows all"
 

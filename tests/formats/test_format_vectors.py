@@ -9,10 +9,8 @@ import adapterkit as ak
 from adapterkit.formats import FORMATS
 from adapterkit.io.lazy import as_lazy
 
-MADE = (
-    "comfyui", "megatron", "minlora", "nemo", "nola", "olive", "onnx_adapter", "tensorrt_llm", "textual_inversion",
-    "shared_outer", "tinker",
-)  # fmt: skip
+MADE = sorted(path.stem for path in (ROOT.parents[1] / "tools" / "vectors" / "formats").glob("[a-z]*.py"))
+"""Formats whose files were built from the published layout."""
 CASES = sorted(path.parent for name in MADE for path in (ROOT / "formats" / name).glob("*/expected.native.safetensors"))
 
 cases = pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")

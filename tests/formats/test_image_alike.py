@@ -356,7 +356,7 @@ def test_pefts_magnitudes_in_files_of_other_tools(stem, word, tmp_path):
 def test_a_third_text_encoder_alone_asks_for_the_family(tmp_path):
     stem = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     path = given(tmp_path, lora(stem, 8, 8, 2, DOWN_UP))
-    with pytest.raises(TargetNotFound, match=r"which text encoder lora_te3 is.*--family"):
+    with pytest.raises(TargetNotFound, match=r"lora_te3 is the second text encoder.*--family"):
         ak.read(path)
     assert [target.path for target in ak.read(path, family="flux").updates] == [
         "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"

@@ -213,7 +213,7 @@ def test_an_endless_refusal_is_not_read_to_its_end(
 def test_an_endless_document_is_refused(
     serve: Callable[..., Server], hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    for limit in ("web.MAX_TOLD", "hubs.oci.MAX_MANIFEST", "hubs._admission.MAX_ANSWER"):
+    for limit in ("web.MAX_TOLD", "hubs.oci.MAX_MANIFEST", "web.MAX_ANSWER"):
         monkeypatch.setattr(f"adapterkit.hub.{limit}", 1 << 19)
 
     def answer(server: Server, handler: BaseHTTPRequestHandler) -> None:

@@ -243,5 +243,5 @@ def test_a_config_with_other_heads_than_the_rows_is_refused(tmp_path):
     save_file({"model.layers.0.self_attn.k_proj.weight": np.zeros((8, 16), np.float32)}, tmp_path / "model.safetensors")
     pair = LoRA(A=torch.randn(2, 16), B=torch.randn(8, 2), scaling=1.0)
     adapter = ak.Adapter({Target("model.layers.0.self_attn.k_proj"): (pair,)})
-    with pytest.raises(Unsupported, match="the base's config states 4 heads of 4, not 8 rows"):
+    with pytest.raises(Unsupported, match="the base's config states 4 heads of width 4, which do not give 8 rows"):
         ak.write(adapter, tmp_path / "out.gguf", "gguf", base=tmp_path)

@@ -62,11 +62,11 @@ def test_other_ways_to_multiply_by_a_weight(kind, tmp_path):
     """W @ x, and sums over the last axis; with a bias, which IA3 scales too."""
     bias = np.random.default_rng(2).normal(size=8).astype("f4")
     if kind == "left":
-        held = {"q.weight": np.ascontiguousarray(W.T), "b": bias[:, None]}
+        held = {"q.weight": np.ascontiguousarray(W.T), "q.bias": bias[:, None]}
         nodes = [
             helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
             helper.make_node("MatMul", ["q.weight", "t"], ["h"], "/q/MatMul"),
-            helper.make_node("Add", ["h", "b"], ["a"]),
+            helper.make_node("Add", ["h", "q.bias"], ["a"]),
             helper.make_node("Transpose", ["a"], ["y"], perm=[0, 2, 1]),
         ]
     else:

@@ -1101,7 +1101,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
     refused(UsageError, "needs the weights of the base", two[:1], "arcee_fusion")
     refused(UsageError, "cannot follow a plug-in", two, "knots", then="arcee_fusion")
-    refused(UsageError, "no target fits", two, "linear", [{"*.k": 1.0}, 1.0])
+    refused(UsageError, "no target matches", two, "linear", [{"*.k": 1.0}, 1.0])
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "linear", rank=99)
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "ctm", rank=99)
     refused(UsageError, "rank is '4', but", two, "linear", rank="4")

@@ -217,7 +217,7 @@ REFUSED = {
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [3, 5]}]\n"
         "merge_method: linear\n"),
         "slices[1].sources",
-        "weight of 0",
+        "weight to 0",
     ),
     "layers that are left out": (
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [0, 3]}]\n"
@@ -248,7 +248,7 @@ REFUSED = {
     "made up tokens": (
         ("models: [{model: one}, {model: two}]\nmerge_method: linear\n"
         "tokenizer: {source: base, tokens: {a: {source: base}}}\n"),
-        "tokenizer.tokens", "Leave it out",
+        "tokenizer.tokens", "Omit it",
     ),
     "parts apart": ("modules: {text: {models: [{model: one}]}}\nmerge_method: linear\n", "modules",
                     "one recipe for each"),

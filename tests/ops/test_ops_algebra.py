@@ -295,7 +295,7 @@ def test_whole_weights_average_and_token_rows_unite_without_a_base():
     heads = [Adapter({TARGET: (METHODS["replacement"](weight=from_numpy(w)),)}) for w in (one, other)]
     (mean,) = ops.average(heads, [1, 3]).updates[TARGET]
     np.testing.assert_allclose(mean.weight.numpy(), 0.25 * one + 0.75 * other)
-    with pytest.raises(UsageError, match=r"only be .* at a base") as raised:
+    with pytest.raises(UsageError, match=r"cannot be .* without a base") as raised:
         ops.add(heads)
     assert "base=" in raised.value.cure
     tokens = [([1, 2], [2, 5]), ([2, 1], [3, 4])]
@@ -360,9 +360,9 @@ def test_contexts_are_stacked_behind_one_another():
 def test_laws_that_need_the_weight_ask_for_the_base(method):
     fields = {"A": (2, IN), "B": (OUT, 2), "magnitude": (OUT,)}
     adapter = Adapter({TARGET: (METHODS[method](**{n: from_numpy(np.ones(s)) for n, s in fields.items()}),)})
-    with pytest.raises(UsageError, match=r"only be .* at a base") as raised:
+    with pytest.raises(UsageError, match=r"cannot be .* without a base") as raised:
         ops.add([adapter, Adapter({TARGET: (lora(),)})], [2, 1])
-    assert (raised.value.where, raised.value.cure) == ("q: dora", "Pass base=/--base")
+    assert (raised.value.where, raised.value.cure) == ("q: dora", "Pass --base (base=)")
     assert ops.scale(adapter, 1).updates == adapter.updates
 
 

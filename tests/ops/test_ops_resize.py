@@ -174,7 +174,7 @@ def test_other_methods_become_a_lora_of_their_rank():
 def test_dense_changes_are_promoted_to_the_rank_that_they_have():
     D = np.random.default_rng(0).normal(size=(12, 3)) @ np.random.default_rng(1).normal(size=(3, 20))
     adapter, cuts = Adapter({TARGET: (METHODS["dense"](D=from_numpy(D)),)}), []
-    with pytest.raises(UsageError, match=r"no change here has thin factors(.|\n)*--promote"):
+    with pytest.raises(UsageError, match=r"no change in this adapter has low-rank factors(.|\n)*--promote"):
         ops.resize(adapter, 2)
     (made,) = ops.promote(adapter, report=cuts.append).updates[TARGET]
     assert made.A.shape == (3, 20)

@@ -301,13 +301,13 @@ def test_the_command_starts_from_recipes_and_methods(folder: Path, tmp_path: Pat
 def test_a_killed_command_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.yml"
     script = (
-        "import os, sys; from adapterkit.searching import journal, searcher\n"
+        "import os, sys; from adapterkit.searching import result\n"
         "from adapterkit.cli import main\n"
-        "add = journal.Journal.add\n"
+        "add = result.Journal.add\n"
         "def adding(self, trial):\n"
         "    add(self, trial)\n"
         "    if trial.number == 4: os.kill(os.getpid(), 9)\n"
-        "journal.Journal.add = adding\n"
+        "result.Journal.add = adding\n"
         "main()"
     )
     ended = subprocess.run([sys.executable, "-c", script, *words(folder, out)], capture_output=True, check=False)

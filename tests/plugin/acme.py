@@ -10,7 +10,8 @@ import numpy as np
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, Unrepresentable
 from adapterkit.formats._format import Format
-from adapterkit.io.lazy import as_lazy, from_numpy
+from adapterkit.io.computed import load
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
 
 MARK = "acme-1"
@@ -46,17 +47,25 @@ class Acme(Format):
         return Adapter(updates)
 
     def write(self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Any = None) -> list[str]:
-        """Write the factors of every target; other methods are refused."""
-        items = [f"{target}: {u.method}" for target, found in adapter.updates.items() for u in found if not _fits(u)]
+        """Write the factors of every target; whatever the file cannot express is refused."""
+        items = [f"{target}: {why}" for target, found in adapter.updates.items() if (why := _why_not(target, found))]
         if items:
-            raise Unrepresentable("Acme's file has LoRA alone", items=items, cure="Write adapterkit's own format")
+            raise Unrepresentable("Acme's file cannot express these", items=items, cure="Write adapterkit's own format")
         updates = {str(target): _entry(found[0]) for target, found in adapter.updates.items()}
         path.write_text(json.dumps({"format": MARK, "updates": updates}), encoding="utf-8")
         return []
 
 
-def _fits(update: Any) -> bool:
-    return isinstance(update, LoRA) and update.bias is None
+def _why_not(target: Target, updates: tuple[Any, ...]) -> str:
+    """Why the file cannot express the updates of a target; empty if it can."""
+    update = updates[0]
+    if len(updates) > 1:
+        return "it has more than one update"
+    if not isinstance(update, LoRA) or update.bias is not None:
+        return "the file has LoRA alone, without a bias"
+    if target.rows is not None or target.layout != "out *in":
+        return "the file has no rows or layouts of weights"
+    return ""
 
 
 def _target(path: str) -> Target:
@@ -68,7 +77,7 @@ def _entry(update: Any) -> dict[str, Any]:
 
 
 def _text(leaf: Any) -> dict[str, Any]:
-    array = as_lazy(leaf).numpy().astype("<f4")
+    array = load(leaf).astype("<f4")
     return {"shape": array.shape, "data": base64.b64encode(array.tobytes()).decode()}
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from adapterkit.core.shapes import tensor
-from adapterkit.core.updates import WeightUpdate
+from adapterkit.core.updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

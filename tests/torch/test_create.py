@@ -353,8 +353,15 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("rank", [6, 64])
-@pytest.mark.parametrize("layer", [nn.Linear(2048, 1024), nn.Conv2d(64, 144, 3)], ids=["linear", "convolution"])
+FRESH = {
+    "linear": nn.Linear(2048, 1024),
+    "odd": nn.Linear(225, 225),  # LoKr's w2 is 15 x 15: a rank of 7 is below half of it, by half a number.
+    "convolution": nn.Conv2d(64, 144, 3),
+}
+
+
+@pytest.mark.parametrize("rank", [7, 64])
+@pytest.mark.parametrize("layer", FRESH.values(), ids=FRESH)
 @pytest.mark.parametrize("method", STARTS)
 def test_fresh_factors_spread_as_pefts(method: str, layer: nn.Module, rank: int, tmp_path: Path) -> None:
     """Uniform, and as wide as the inputs ask: a wider or narrower start trains otherwise, and nothing else tells."""

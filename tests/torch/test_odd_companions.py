@@ -249,10 +249,14 @@ def _():
 @odd("continuous batching")
 def _():
     config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # By default, the cache takes most of the machine's free memory.
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     found = []
     for each in pair():
         each.float().set_attn_implementation("paged|sdpa")
-        results = each.generate_batch([IDS[0].tolist(), [1, 2, 3]], generation_config=config)
+        results = each.generate_batch(
+            [IDS[0].tolist(), [1, 2, 3]], generation_config=config, continuous_batching_config=small
+        )
         found.append(torch.tensor([result.generated_tokens for result in results.values()]))
     return found[0], found[1]
 

@@ -182,7 +182,7 @@ def test_the_command_reads_texts_once_and_goes_on(world: tuple[Path, Path, ak.Ad
     (tmp_path / "texts.txt").write_text("a text\n")
     refused = run(*words, "--keep", "adapter", "--calibration", tmp_path / "texts.txt")
     assert (refused.exit_code, "no tokenizer" in refused.output) == (2, True)
-    assert "give builtin at --calibration" in refused.output
+    assert "pass builtin to --calibration" in refused.output
     alone = run(*words, "--calibration", "builtin")
     assert (alone.exit_code, "--keep adapter" in alone.output) == (2, True)
     said = run(*words, "--keep", "adapter", "--calibration", "builtin", "--verify", "--json")
@@ -240,7 +240,7 @@ def test_random_ids_are_told_and_a_plan_asks_for_no_texts_that_were_given(
         "adapter",
     )
     said = json.loads(run(*words, "--calibration", "builtin", "--json").stdout)
-    assert any("random ids" in each for each in said["warnings"])
+    assert any("random token ids" in each for each in said["warnings"])
     planned = json.loads(run(*words, "--calibration", "builtin", "--plan", "--json").stdout)
     assert not any("--calibration builtin" in each for each in planned["warnings"])
     missing = run(*words, "--calibration", tmp_path / "none.txt", "--plan")

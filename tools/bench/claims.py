@@ -10,11 +10,11 @@ method with the base and its head frozen. The tasks are those of the demo. In `r
 the answer is the next digit. In the tasks with rotated and negative images, the model must learn new inputs.
 
 The images are in three parts: 1000 for training, 257 for choices, 540 held out. For each contender, the learning rate
-in `RATES` is chosen that is best on the 257 images after one run of `TRIAL` epochs, with a seed that is not used again.
-The target modules of LoRA are chosen from `PLACES` in the same way; DoRA, NOLA and QLoRA adapt the same modules as
-LoRA. Accuracies are measured on the 540 images, which are not used for any choice. Recovered is (accuracy - before) /
-(accuracy of full - before). Each seed draws different initial values, orders and shifts of the images; the tables have
-medians.
+is chosen from `RATES`: the best one on the 257 images after one run of `TRIAL` epochs, with a seed that is not used
+again. The target modules of LoRA are chosen from `PLACES` in the same way; DoRA, NOLA and QLoRA adapt the same modules
+as LoRA. Accuracies are measured on the 540 images, which are not used for any choice. Recovered is (accuracy - before)
+/ (accuracy of full - before). Each seed draws different initial values, orders and shifts of the images; the tables
+have medians.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Accuracies before and after, numbers trained, bytes, seconds."""
+    """The accuracies before and after training, the number of trained parameters, bytes and seconds."""
 
     before: float
     after: float
@@ -152,7 +152,7 @@ class Digits:
 
 
 def digits() -> Digits:
-    """Return scikit-learn's digits in the order of its file: the writers of the held-out images wrote no others."""
+    """Return scikit-learn's digits in file order; the held-out images are from writers of no other images."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -173,7 +173,7 @@ def changed(data: Digits, task: str) -> Digits:
 
 
 def fit(model: nn.Module, parameters: list[Tensor], images: Tensor, labels: Tensor, epochs: int, rate: float) -> Any:
-    """Train by Adam with a one-cycle rate and shifted images; return the optimizer, with the last gradients."""
+    """Train with Adam, a one-cycle rate and shifted images; return the optimizer, which has the last gradients."""
     optimizer = torch.optim.Adam(parameters, rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * -(-len(images) // BATCH))
     for _ in range(epochs):
@@ -300,7 +300,7 @@ def show(task: str, seen: list[Contender], total: int, plain: float) -> None:
             f"{statistics.median(r.seconds for r in c.runs):>8.0f}   {most / one.training:.0f}x less to train"
         )
     chosen = {c.name: c for c in seen}["LoRA"].options
-    print(f"LoRA, chosen on images apart: {chosen}")
+    print(f"LoRA's choices, made on separate images: {chosen}")
     print("QLoRA's base is rounded to NF4 and back, in float32; its bytes are those that NF4 would take.")
 
 

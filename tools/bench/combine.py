@@ -1,4 +1,4 @@
-"""Times combinations of one target side by side: on factors, by the formula on whole matrices, by PEFT and mergekit.
+"""Times combinations of one target: by adapterkit on factors, by formulas on whole matrices, by PEFT, by mergekit.
 
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
         [--only tsv] [--no-dense] [--single]
@@ -75,7 +75,7 @@ def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapt
 
 
 DENSE: dict[Any, tuple[float, Array]] = {}
-"""Times and results of formulas on whole matrices with which several rows are compared."""
+"""Times and results of formulas on whole matrices, because several rows are compared with the same formula."""
 
 KEPT: dict[str, tuple[float, Any]] = {}
 """Times and results of decompositions with which several formulas begin."""
@@ -258,7 +258,7 @@ def dense_iso(deltas: list[Array], rank: int) -> Array:
 
 
 def dense_iso_cts(deltas: list[Array], rank: int) -> Array:
-    """Compute Iso-CTS: 0.8 of the directions are those of the sum; the rest are each task's outside of them."""
+    """Compute Iso-CTS: 0.8 of the directions are those of the sum; each task adds its own orthogonal ones."""
     U, S, Vh = leading(dense_sum(deltas, rank), rank * len(deltas))
     own = round((len(S) - int(0.8 * len(S))) / len(deltas))
     common = len(S) - own * len(deltas)

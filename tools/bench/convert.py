@@ -72,7 +72,7 @@ def inputs(work: Path, count: int) -> tuple[Path, Path]:
 
 
 def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
-    """Measure one round: copy the input of each conversion, remove the copy, convert. Both then start equally."""
+    """Measure one round: copy the input of each conversion, remove the copy, and convert the input."""
     kohya, again, copy = work / "kohya.safetensors", work / "again", work / "copy"
     convert = [sys.executable, "-m", "adapterkit", "convert", "--base", str(base)]
     ways = {
@@ -86,7 +86,7 @@ def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
         done[name] = Pair(copying, measure([*convert, *words], work / "log", {}))
     file = "adapter_model.safetensors"
     if sorted(values(again / file)) != sorted(values(adapter / file)):
-        raise SystemExit("what came back is not what went")
+        raise SystemExit("the adapter differs after the conversion to kohya and back")
     remove(kohya, again)
     return done
 
@@ -126,7 +126,7 @@ def report(name: str, pairs: list[Pair]) -> None:
     for what, runs in (("cp and sync", [p.copy for p in pairs]), (name, [p.conversion for p in pairs])):
         seconds, cpu = (statistics.median(getattr(run, field) for run in runs) for field in ("seconds", "cpu"))
         peak, own = (max(getattr(run, field) for run in runs) for field in ("peak", "anonymous"))
-        memory = f"peak {peak / 1e6:4.0f} MB, {own / 1e6:3.0f} of them not of files"
+        memory = f"peak {peak / 1e6:4.0f} MB, {own / 1e6:3.0f} MB of it anonymous"
         print(f"  {what:14} {seconds:6.2f} s ({cpu:5.2f} of a processor)  {memory}")
     print(f"  {'':14} {statistics.median(ratios):6.2f} x cp, {ratios[0]:.2f} to {ratios[-1]:.2f} round by round")
 

@@ -6,7 +6,7 @@ For LoRA and DoRA and each pair of element types, the script draws weights and f
 compared `--numbers` numbers. It exits with 1 if a bit differs. It also counts the blocks that a loop leaves to numpy.
 Times are for one core.
 
-At last, the script compares the loop's rate with the processor's peak, for bfloat16, weights of 0.02 and changes of 5 %
+Finally, the script compares the loop's rate with the processor's peak, for bfloat16, weights of 0.02 and changes of 5 %
 of them. `--rank 128` has the arithmetic of eight adapters of rank 16 at once. The peak is the rate of a large matrix
 product in float32 by numpy's BLAS.
 """
@@ -38,7 +38,7 @@ ROWS, WIDTH = 192, 2048
 
 @dataclass(slots=True)
 class Seen:
-    """What was compared of one pair of element types; seconds are of processor time."""
+    """The comparison for one pair of element types; seconds are processor time."""
 
     numbers: int = 0
     differ: int = 0
@@ -49,7 +49,7 @@ class Seen:
 
 
 def compare(method: str, kinds_of: tuple[str, str], numbers: float, rank: int, rng: np.random.Generator) -> Seen:
-    """Compare block by block until this many numbers were compared."""
+    """Compare block by block until this many numbers have been compared."""
     source, target = kinds_of
     seen, arrays = Seen(), NumpyArrays()
     kinds = DTYPES[source], DTYPES[target]
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if loops() is None:
-        print("the compiled loop is not there: run tools/build_kernel.py", file=sys.stderr)
+        print("the compiled loop is missing: run tools/build_kernel.py", file=sys.stderr)
         return 2
     rng, wrong, figures = np.random.default_rng(asked.seed), 0, Figures("kernel")
     print("method  from  to        numbers   differ  left to numpy  ns, compiled  ns, numpy   ratio")

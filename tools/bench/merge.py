@@ -207,7 +207,7 @@ def row(contender: Contender, floor: int) -> tuple[str, ...]:
 
 
 def ratios(seen: list[Contender]) -> None:
-    """Print the figures with a budget, if their parts were measured."""
+    """Print the figures that have a budget, if their parts were measured."""
     by_name = {contender.name: contender for contender in seen}
     ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
     for other in filter(None, (peft, by_name.get("mergekit"), by_name.get("axolotl"))):
@@ -237,7 +237,7 @@ def figures(seen: list[Contender]) -> Figures:
 
 
 def paired(above: list[float], below: list[float]) -> str:
-    """Return the median and range of the ratios in each round, in which a slow phase of the machine affects both."""
+    """Return the median and range of each round's ratio. A slow phase of the machine affects both times of a round."""
     found = [a / b for a, b in zip(above, below, strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 

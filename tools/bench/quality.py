@@ -1,4 +1,4 @@
-"""Measures the tasks of two adapters after each way to combine them, against single adapters and joint training.
+"""Measures the tasks of two adapters combined with each method, against single adapters and joint training.
 
     python tools/bench/quality.py [--seeds 1 2 3] [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
     python tools/bench/quality.py --model DIR [--seeds 1 2 3] [--steps 12]
@@ -94,7 +94,7 @@ def computed(adapter: ak.Adapter) -> ak.Adapter:
 
 
 def best(suite: Any, made: ak.Adapter, scales: list[float]) -> tuple[float, ak.Adapter]:
-    """Return the best combination times a factor, which is the paper's lambda, for all methods."""
+    """Return the best scale (for all methods, the paper's lambda), and the combination times this scale."""
     tried = {scale: ak.ops.scale(made, scale) for scale in scales}
     found = {scale: mean(suite.scores(adapter, False)) for scale, adapter in tried.items()}
     scale = (min if suite.lower else max)(found, key=lambda s: found[s])

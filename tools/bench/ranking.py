@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _tables(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables of an earlier run with these settings; without one, only the settings."""
+    """Return the tables of an earlier run with these settings; without such a run, only the settings."""
     if not out.is_file():
         return dict(settings)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
@@ -223,7 +223,7 @@ def _scored(
     cut: int | None,
     scales: Sequence[float],
 ) -> dict[str, Any] | None:
-    """Combine by one method, choose the scale, and return its correct answers; None if the method cannot be cut."""
+    """Combine with one method, choose the scale, and return the correct answers; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
     own = np.array([state.own(suite, alone[name], name, False) for name in tasks])
     started = time.process_time()

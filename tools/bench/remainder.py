@@ -4,7 +4,7 @@
     python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
         [--layers 0 3 ...] [--calibration OTHER_TEXT]
 
-With --calibration, one more model is rounded by activations: those of the exact merge into the unrounded base, on the
+With --calibration, one more model is rounded with activations: those of the exact merge into the unrounded base, on the
 paragraphs of another text.
 
 The base's weights are rounded to a quantization scheme. The reference is the exact merge into these rounded weights.
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
     parser.add_argument("--length", type=int, default=LENGTH, help="largest number of tokens of a paragraph")
     parser.add_argument("--layers", nargs="+", type=int, help="numbers of the layers to merge; default: all")
-    parser.add_argument("--calibration", type=Path, metavar="OTHER_TEXT", help="text whose activations to round by")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="OTHER_TEXT", help="text whose activations the rounding uses"
+    )
     chosen = parser.parse_args()
     import torch
     import transformers

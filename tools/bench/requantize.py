@@ -69,7 +69,7 @@ def numbers(rows: int, width: int) -> np.ndarray:
 
 
 def linears(layers: int) -> Iterator[tuple[int, str, str, int, int]]:
-    """Yield layer, module, its name in GGUF, rows and width."""
+    """Yield (layer, module, the module's name in GGUF, rows, width)."""
     for layer in range(layers):
         for module, (stored, rows, width) in MODULES.items():
             yield layer, module, stored, rows, width
@@ -169,7 +169,7 @@ def make(name: str, folder: Path, layers: int) -> None:
 
 
 def once(case: Case, folder: Path, work: Path, loops: str) -> Run:
-    """Run one merge; its output stays in `work` under the name of the way."""
+    """Run one merge; its output stays in `work`, under the name `loops`."""
     out = work / loops
     remove(out)
     warm(folder)
@@ -193,7 +193,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -3,7 +3,7 @@
     python tools/bench/stack.py [--size 4096] [--tasks 8] [--rank 16] [--targets 224] [--rounds 5] [--work DIR]
 
 Both run in turn, read the same bytes and make the result durable; the result of stacking is as large as all inputs
-together. The time of adapterkit is without imports; it includes the check that every value is finite.
+together. adapterkit's time does not include imports, but includes the check that every value is finite.
 """
 
 from __future__ import annotations

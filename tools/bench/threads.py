@@ -126,7 +126,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 class Tasks(nn.Module):
-    """A layer whose call has the numbers of tasks."""
+    """A layer whose call gets the numbers of tasks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def shadow() -> Adapter:
 
 
 def shifted(leaf: Any) -> Any:
-    """Return a tensor that is moved from the value with which it changes nothing."""
+    """Return a tensor whose values differ from those with which the method changes nothing."""
     tensor = torch.as_tensor(leaf)
     return tensor + 0.2 * torch.randn(tensor.shape).to(tensor.dtype) if tensor.is_floating_point() else tensor
 
@@ -218,7 +218,7 @@ def run(calls: list[Call], threads: int, forwards: int) -> str:
     """Return the first fault; an empty string if there is none."""
     wanted = [call() for call in calls]
     if all(torch.equal(each, wanted[0]) for each in wanted):
-        return "all calls give the same"
+        return "all calls return the same result"
     # Allow some units of difference: in 16 bits, products with many rows round differently from those with few rows.
     loose = {torch.float32: 1e-5, torch.float64: 1e-12}.get(wanted[0].dtype, 2e-2)
     faults: list[str] = []

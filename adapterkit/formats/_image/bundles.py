@@ -91,7 +91,7 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's names of text encoders to diffusers' names, if all possible families agree on the latter."""
+    """Map OneTrainer's to diffusers' names of text encoders, if all possible families agree on diffusers' names."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}

@@ -32,7 +32,7 @@ FAMILY = "adapterkit.family"
 """The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""The families of models that have adapters in a format, for formats that only some families use."""
+"""For each format that only some families of models use: these families."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
 """The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
@@ -165,7 +165,7 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 def decide(
     updates: Updates, targets: Collection[Target], naming: str, origin: Origin
 ) -> tuple[ImageFamily | None, str]:
-    """Choose the family by which the targets are translated to another naming, or return a reason for an error.
+    """Choose the family that defines how targets are translated to another naming, or return a reason for an error.
 
     Args:
         updates: all updates; their shapes help to find the family.
@@ -252,7 +252,7 @@ def module_of(path: str) -> str:
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
-    """Map the name of each adapted text encoder in diffusers to the encoder's kind."""
+    """Map diffusers' name of each adapted text encoder to the encoder's kind."""
     found = {}
     for target in updates:
         root, rest = rooted(target.path)
@@ -298,14 +298,14 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
 
 
 def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
-    """Return the families that fit. If no family fits, return all, because then the evidence does not apply to them."""
+    """Return the families that fit the evidence. If none fits, return all, because then the evidence does not apply."""
     return [family for family in families if fits(family)] or families
 
 
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families, unless the metadata or the sizes fit them, too, or no other family is left.
+    """Remove unlikely families. Keep such a family if the metadata or the sizes fit it, or if no other is left.
 
     Args:
         fitting: the families that have all names.

@@ -75,7 +75,7 @@ class ImageFormat(Format, ABC):
         rules: the rules for scalings, and the slots that keys may have.
         naming: `native` or `diffusers` if all files have this naming; empty if files may have any naming.
         bundles: whether files can store token embeddings together with LoRAs.
-        rows: whether files can adapt only some rows of a fused weight.
+        rows: whether a file can adapt some rows of a fused weight without the others.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
@@ -223,7 +223,7 @@ def folder_file(path: Path, names: Iterable[str]) -> Path:
         return path
     found = next((path / name for name in names if (path / name).exists()), None)
     if found is None:
-        raise UsageError(f"this folder has no {' or '.join(names)}", path=path, cure="Name the file itself")
+        raise UsageError(f"this folder has no {' or '.join(names)}", path=path, cure="Pass the file itself")
     return found
 
 
@@ -292,10 +292,10 @@ def of_family(metadata: Metadata, family: str | None) -> Metadata:
 
 
 def check_family(adapter: Adapter, family: str) -> None:
-    """Check that the family in the `family` argument has every module of the U-Net or the transformer.
+    """Check that the family named by `family` has every U-Net or transformer module that the adapter changes.
 
     Raises:
-        UsageError: the family lacks a module; the error names the module.
+        UsageError: the family lacks one of these modules; the error names the module.
     """
     own = next(each for each in families() if each.name == family)
     for target in denoiser_targets(adapter.updates, ()):
@@ -465,7 +465,7 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """Yield the LoRAs with a bias, or those without one if these are fewer, for each component that has both."""
+    """For each component in which only some LoRAs have a bias, yield the smaller group: with a bias, or without."""
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, found in updates.items():
         for update in found:

@@ -179,8 +179,8 @@ class Rules:
             zero alpha by the rank.
         by_formula: whether to follow the paper's formula, where a missing alpha is an error and an alpha of 0 gives a
             scaling of 0. If false, a missing or zero alpha means the rank, as in the tools' forward.
-        oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, it allows no
-            rotation.
+        oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, an alpha of 0 allows
+            no rotation.
         norms: whether the slots `w_norm` and `b_norm` store changes of one-dimensional weights.
         peft: whether DoRA's magnitude has PEFT's shape, [out] or, for a convolution, [1, out, 1, ...]. If false, the
             shape is [out, 1, ...].
@@ -264,7 +264,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Lazy], Metadata]:
         StorageError: the file cannot be read.
     """
     if path.is_dir():
-        raise UsageError("this is a folder; a tensor file is expected here", path=path, cure="Name the file itself")
+        raise UsageError("this is a folder; a tensor file is expected here", path=path, cure="Pass the file itself")
     if path.suffix in TORCH_SUFFIXES or is_torch_file(path):
         return read_torch_file(path), []
     header = safetensors.read_header(path)

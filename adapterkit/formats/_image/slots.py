@@ -112,8 +112,8 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
 def drawn(rank: int, unit: int) -> int:
     """Return the factor by which a network option multiplies a LoRA's alpha / r; `unit` is the option's value.
 
-    DyLoRA of LyCORIS computes alpha / (number of blocks), with r / unit blocks. sd-scripts' split_qkv for FLUX trains
-    `unit` parts separately, and each part computes alpha / (r / unit).
+    LyCORIS's DyLoRA has r / unit blocks, and scales by alpha / (number of blocks). sd-scripts' split_qkv for FLUX
+    trains `unit` parts separately, and each part computes alpha / (r / unit).
     """
     return unit if unit and rank % unit == 0 else 1
 
@@ -169,7 +169,7 @@ def _normed(module: ImageModule, update: Update) -> ImageUpdate:
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
-        why = f"the magnitudes {list(shape)} are not one for each output or input"
+        why = f"magnitudes with shape {list(shape)} are not one value for each output, or for each input"
         raise Unsupported(why, where=module.keys["dora"], cure=AGAIN)
     inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
     width = dims.get("in" if inputs else "out")
@@ -359,7 +359,7 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]]
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""Prefixes of each method's slots, and the function that decodes them, in the order in which updates are applied."""
+"""(prefixes of a method's slots, the function that decodes these slots), in the order in which updates are applied."""
 
 
 def _no_dora(module: ImageModule) -> None:
@@ -376,7 +376,7 @@ def _checked(update: LoKr, module: ImageModule) -> None:
 
 
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
-    """Remove a tensor's axes after the first `axes` axes; all of them must have size 1."""
+    """Remove a tensor's axes after the first `axes` axes; all removed axes must have size 1."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
         raise ShapeMismatch(

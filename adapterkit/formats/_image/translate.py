@@ -254,7 +254,7 @@ def _is_order(pieces: tuple[Piece, ...]) -> bool:
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether `rows` are the rows of `run` for some size of the fused weight, because this size is unknown."""
+    """Whether `rows` can be the rows of `run`; the size of the fused weight is unknown, so any size is allowed."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 

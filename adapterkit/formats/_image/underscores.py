@@ -189,7 +189,7 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
     if found:
         raise TargetNotFound(f"the name fits several modules: {', '.join(found)}", where=stem, cure=_DECIDE)
     if tag == "lora_te3" and encoders()["t5"].unflattened(flat):
-        why = "the file does not show which text encoder lora_te3 is: the second, as FLUX's T5, or the third, as SD 3's"
+        why = "lora_te3 is the second text encoder (FLUX's T5) or the third (SD 3's), and the file does not show which"
         raise TargetNotFound(why, where=stem, cure=_DECIDE)
     raise TargetNotFound("no known model has a module with this name", where=stem, cure=_near(flat, walked))
 

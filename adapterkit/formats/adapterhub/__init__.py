@@ -92,7 +92,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder at `path`, or around the file `path`, has AdapterHub's config or a composition of adapters."""
+    """Whether `path` is a folder of AdapterHub, or a file in one: an adapter or a composition of adapters."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -130,7 +130,7 @@ def load(path: Path) -> Content:
             why,
             path=folder / CONFIG,
             where="config",
-            cure="Name its format with --from (format=), or omit it to detect the format",
+            cure="Name the file's format with --from (format=), or omit the option to detect the format",
         )
     head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
     return Content(

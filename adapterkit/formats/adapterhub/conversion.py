@@ -54,8 +54,8 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Attributes:
         config: the contents of the source config.
         file: the name of the tensor file.
-        root: the path of the base inside the saved model, as keys have it; empty if unknown.
-        keys: the file's keys that differ from the keys that the writer would choose, by the writer's key.
+        root: the path of the base inside the saved model, as written in the keys; empty if unknown.
+        keys: a map from the key that the writer would choose to the different key in the file.
         compat: the caller's `compat`.
         interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.
@@ -116,7 +116,7 @@ def assemble(
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
     """Return the updates by target, the keys of tensors that are only stored, and the settings.
 
-    `heads` is the number of heads of a prefix's keys and values, if known without the base.
+    `heads` is the number of heads of a prefix's keys and values; None if only the base shows this number.
     """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
@@ -293,7 +293,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the stored tensors that belong to no update: those of the adapter's file, and the prediction head's."""
+    """Return the stored tensors that belong to no update: from the adapter's file, and from the prediction head."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}

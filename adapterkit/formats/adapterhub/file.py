@@ -1,4 +1,4 @@
-"""A file's settings and keys: parse them, select those of one config, compose them; and the layers that they name."""
+"""Parse a file's settings and keys, select the keys of one config, compose keys, and list the layers that keys name."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _release(version: str | None) -> Release | None:
     return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", found[2])
 
 
-# The keys of a file: parse them, select those of one config, compose them; and the layers that they may name.
+# Parse the keys of a file, select the keys of one config, compose keys, and list the layers that keys may name.
 
 
 # Parse a file's keys, select the keys that belong to one config, and compose keys for a writer.
@@ -140,7 +140,7 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
         why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if found["name"] != name:
-        why = f"the key belongs to the adapter {found['name']!r}, but the config to {name!r}"
+        why = f"the key belongs to the adapter {found['name']!r}, but the config belongs to {name!r}"
         raise Malformed(why, where=text, cure="Save each adapter in its own folder")
     return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
@@ -398,9 +398,9 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config for LoRA and similar methods has one rank and scaling for all layers, and words for kinds of layers.
-# The adapters library adapts all layers of these kinds. A layer without tensors in the file gets a new adapter, which
-# has no effect.
+# A new config for LoRA and similar methods has one rank and one scaling for all layers. It selects layers only by kind
+# (such as `selfattn_lora`), not one by one. The adapters library adapts all layers of the selected kinds. A layer
+# without tensors in the file gets a new adapter, which has no effect.
 
 
 QKV = ("q", "k", "v")
@@ -435,7 +435,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
         for position, update in enumerate(found):
             why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
             if not why and _law(update) != first:
-                why = "its method, rank or scaling differs from the others; a config states one of each"
+                why = "its method, rank or scaling differs from the other updates'; a config states only one of each"
             if why:
                 yield target, position, why
     yield from _unplaced(updates, base)
@@ -482,7 +482,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     if target.layout != "out *in":
         return "the adapters library has no dora on a weight stored as [in, out]"
     if update.scaling != 1:
-        return "the scaling of this dora is not 1, but the adapters library computes the norm with 1"
+        return "the scaling of this dora is not 1, but the adapters library computes the norm with a scaling of 1"
     if base is None:
         return "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"

@@ -80,7 +80,7 @@ class GgufPlace:
 
         Raises:
             UsageError: the base has no config.
-            Unsupported: no support for the base's family in llama.cpp is known.
+            Unsupported: llama.cpp is not known to support the base's family.
         """
         name, family = name_for(base.config)
         return cls(name, family, base.config, {}, expert_count(base.config))
@@ -91,7 +91,7 @@ class GgufPlace:
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the order in which the file has the rows of a weight; None if the order is the base's."""
+        """Return the order in which the file has the rows of a weight; None if it equals the base's order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -104,11 +104,11 @@ class GgufPlace:
         """Refuse a number of rows other than heads * width in the config, because heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
-            why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
+            why = f"the base's config states {count} heads of width {dim}, which do not give {rows} rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the order in which the file has the inputs of a weight; None if the order is the base's."""
+        """Return the order in which the file has the inputs of a weight; None if it equals the base's order."""
         where = self.where(foreign)
         return (
             None
@@ -146,7 +146,7 @@ class GgufPlace:
         if place is None:
             # Nomic: one tensor of the GGUF file combines several weights, and an adapter file cannot say which is
             # adapted.
-            return "its tensor has several weights of the family: merge the adapter into the GGUF model"
+            return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
                 "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
@@ -157,7 +157,7 @@ class GgufPlace:
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
             # InternLM2: the rows of the queries are not contiguous in the base's tensor, so a target cannot name them.
-            why = "the base has queries, keys and values group by group in one tensor"
+            why = "the base stores queries, keys and values group by group in one tensor"
             return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
@@ -367,7 +367,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
-    """Return the order in which a `ggla` file has the rows of a weight; None if the order is the base's.
+    """Return the order in which a `ggla` file has the rows of a weight; None if it equals the base's order.
 
     llama.cpp's converter kept PEFT's order of rows. llama.cpp's training used the order of the GGUF base.
     """
@@ -473,7 +473,7 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The leftovers of a GGUF file.
 
-    `values` are the (key, type, value) triples of the file, `types` the block types of quantized tensors.
+    `values` are the (key, type, value) triples of the file, and `types` are the block types of quantized tensors.
     """
 
     architecture: str

@@ -33,7 +33,7 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder at `path`, or around the file `path`, has a config with a field of MLX-LM.
+    """Whether the folder (`path`, or the folder that contains the file `path`) has a config with a field of MLX-LM.
 
     PEFT's config has the same file name.
     """

@@ -363,7 +363,7 @@ def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
 
 
 def _is_stack(name: str, modules: Modules) -> bool:
-    """Whether a module is a stack of experts. Three axes do not prove this, because convolutions have them, too."""
+    """Whether a module is a stack of experts. Three axes do not prove this, because convolutions also have three."""
     moves = from_mlx(name, modules.config, 1)
     return moves is not None and moves[0].expert is not None
 

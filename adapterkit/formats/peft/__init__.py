@@ -50,7 +50,7 @@ MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder at `path`, or around the file `path`, has PEFT's config, which has a `peft_type`."""
+    """Whether the folder (`path`, or the folder that contains the file `path`) has a PEFT config with a `peft_type`."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG

@@ -72,7 +72,7 @@ def sniff(path: Path) -> bool:
 
 
 def is_bare(path: Path) -> bool:
-    """Whether the folder at `path`, or around the file `path`, has no config."""
+    """Whether the folder (`path`, or the folder that contains the file `path`) has no config."""
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 

@@ -38,8 +38,8 @@ READ = {
     "r": "rank",
     "rank_pattern": "rank of the modules that a pattern matches",
     "target_parameters": "names of the parameters of stacked experts, in any order",
-    "token_indices": "TRAINABLE_TOKENS: numbers of the stored rows",
-    "trainable_token_indices": "numbers of the stored rows",
+    "token_indices": "TRAINABLE_TOKENS: token ids of the stored rows",
+    "trainable_token_indices": "token ids of the stored rows",
     "use_bdlora": "which modules have a block-diagonal factor, and its number of blocks",
     "use_dora": "the method is DoRA",
     "use_rslora": "scaling = lora_alpha / sqrt(r)",
@@ -68,7 +68,7 @@ HARMLESS = {
     "monteclora_config": "noise in training; without noise the formula is plain LoRA's",
     "qalora_group_size": "a setting of use_qalora",
     "revision": "the base's revision",
-    "runtime_config": "settings of one process",
+    "runtime_config": "affects only the running process, not the result",
     "target_modules": "which modules have tensors; the keys show it",
     "task_type": "the base's class",
     "velora_config": "compressed gradients in training; the formula is plain LoRA's",
@@ -80,7 +80,7 @@ REFUSED = {
     "megatron_config": "its tensors are split over Megatron's ranks",
     "use_qalora": "QA-LoRA averages groups of inputs before A",
 }
-"""Fields that must be empty, with the reason for refusing others."""
+"""Fields that must be empty, with the reason why any other value is refused."""
 
 TOOLS = {
     "_from_model_config": "transformers: whether a generation config was derived from the model's config",
@@ -230,7 +230,8 @@ def _check_init(value: bool | str | None) -> None:
     known = next((name for name in CHANGED_BASE if value.lower().startswith(name)), None)
     if known:
         raise Unsupported(
-            f"when the adapter was created, {value} subtracted from the base {WHY_CHANGED[known]}",
+            f"{value} changed the base when the adapter was created: "
+            f"it subtracted {WHY_CHANGED[known]} from the base's weights",
             where="init_lora_weights",
             cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
         )

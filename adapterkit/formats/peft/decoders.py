@@ -88,7 +88,7 @@ DEPARTURES = {
         "the bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
-        "DoRA on a grouped convolution divides by the norms of another matrix than the one in its forward: "
+        "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
         "W + B @ A with B's values read as [out / groups, r]",
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
@@ -158,7 +158,7 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
 
 
 def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
-    """Decode a BD-LoRA; `factor` is A or B, whichever is block-diagonal, with its n blocks as a stack."""
+    """Decode a BD-LoRA. `factor` names the block-diagonal factor, A or B, which becomes a stack of n blocks."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
     inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]

@@ -100,7 +100,7 @@ def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 
     """Check the tensors' rank against the config. For a grouped convolution, B has rank / groups columns.
 
     Raises:
-        ShapeMismatch: the rank of A or B is not the config's.
+        ShapeMismatch: the rank of A or B does not match the config.
     """
     for field, axis, share in (("A", 0, 1), ("B", 1, groups)):
         size = factors.tensors[field].shape[axis] * share
@@ -237,9 +237,8 @@ _AGAIN = "Save the adapter again with PEFT"
 # * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
 #   these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
 # * lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
-#   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-
-# zoo
-#   #1232, #1269).
+#   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this
+#   (unsloth-zoo #1232, #1269).
 
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
@@ -271,9 +270,9 @@ def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Yield the updates of parameters.
 
     Raises:
-        UsageError: the pair may adapt several parameters, and no base is given, which could show the right parameter.
+        UsageError: the pair may adapt several parameters, and there is no base to show which one it adapts.
         Unsupported: the pair may adapt several parameters, and not even the base shows the right parameter.
-        ShapeMismatch: the rank of a pair is not the config's.
+        ShapeMismatch: the rank of a pair does not match the config.
     """
     modules: dict[str, list[PeftFactors]] = {}
     for each in factors:
@@ -438,7 +437,7 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
         related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not decide.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, and no base is given, which could decide.
+        UsageError: PEFT before 0.19 wrote the file, and there is no base to decide.
     """
     if related is not None:
         return related
@@ -514,7 +513,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # A base that has one of these parameters has all of them. So a named parameter that it lacks does not fit.
+        # A base that has one of these parameters has all of them. So a name that the base lacks does not fit.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
@@ -558,7 +557,7 @@ def told_apart(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield each adapted parameter of a module, with the number of wrappers inside its own wrapper; innermost first."""
+    """Yield each adapted parameter of a module, with the number of wrappers around its own wrapper; innermost first."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 

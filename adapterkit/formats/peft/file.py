@@ -73,7 +73,7 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Count the PEFT wrappers around this one; each wrapper adapts another parameter of the same module."""
+        """Count the PEFT wrappers around this key's wrapper; each wrapper adapts another parameter of the module."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -102,7 +102,7 @@ class File:
         compat: the caller's `compat`; see `Format`.
         parameters: a map from stems to parameters of the base, if the caller knows them; the file may not show them.
         known: the update that is expected at each path, if a file that was just written is read for a check.
-        omitted: shared tensors that are not in the file, by word of the key; the caller provides them.
+        omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
     """
 
     settings: Settings

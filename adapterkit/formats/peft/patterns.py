@@ -23,7 +23,7 @@ SURE = 2_000_000
 """`re` is used for patterns that need at most this number of steps per name, which takes a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The same limit for a pattern that cannot become an automaton; so many steps take about a second."""
+"""The same limit for a pattern that cannot become an automaton; this number of steps takes about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000

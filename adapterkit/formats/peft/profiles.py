@@ -180,7 +180,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     found = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(found, str):
         why = f"{profile.title} reads model_type from the adapter's config, but model_type is unknown"
-        raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
+        raise UsageError(why, where="base", cure="Pass a base with a config.json: --base BASE (base=)")
     return found
 
 

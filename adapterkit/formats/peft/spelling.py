@@ -1,4 +1,4 @@
-"""Convert updates to keys and stored tensors, the inverse of parsing keys; and compose the config beside them."""
+"""Convert updates to keys and stored tensors, the inverse of parsing keys; and compose the config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 
-# Convert updates to keys and stored tensors; the inverse of `keys`.
+# Convert updates to keys and stored tensors; the inverse of parsing keys.
 
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
@@ -64,7 +64,7 @@ class PeftNames:
     Attributes:
         paths: the paths of the targets that have a method of `pairs`.
         wrappers: a map from a module's path to the words that wrappers insert after this path.
-        depths: a map from a parameter to the number of wrappers inside the parameter's own wrapper.
+        depths: a map from a parameter to the number of wrappers around the parameter's own wrapper.
         guessed: the parameters whose depth is uncertain.
         base: the base, or None.
     """
@@ -286,7 +286,10 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""The words in keys between a module's path and its token rows: with a LoRA of the same module, and without."""
+"""The text in a key between a module's path and `.trainable_tokens_delta`.
+
+The first is used in a config of another peft_type, the second if peft_type is TRAINABLE_TOKENS.
+"""
 
 # Compose configs that are tried when a file is written; the first is most similar to the source config.
 
@@ -328,7 +331,7 @@ def configs(
     numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, JsonValue]]:
-    """Yield the source config, then one with new ranks and alphas, then one that also has new lists of modules."""
+    """Yield the source config, then a config with new ranks and alphas, then one with new lists of modules, too."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)

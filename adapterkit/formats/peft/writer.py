@@ -222,7 +222,7 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the LoRAs with a bias, or those without one if these are fewer: `lora_bias` is one setting for a file.
+    """Yield the LoRAs with a bias, or the LoRAs without a bias if they are fewer: a file has only one `lora_bias`.
 
     PEFT's forward ignores the bias of an attention's input projection, so a LoRA of this projection without a bias fits
     both groups.
@@ -244,7 +244,7 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                 else:
                     why = f"this {update.method} {own} bias, but others {others}"
                     parties[has].append((target, position, why))
-    # After `--on-loss drop` omitted the impossible ones, the remaining LoRAs are compared again.
+    # After `--on-loss drop` omitted the LoRAs that PEFT cannot have, the remaining LoRAs are compared again.
     if impossible:
         yield from impossible
     elif parties[True] and parties[False]:
@@ -273,7 +273,9 @@ def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     methods = family.methods() if family else ()
     own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
-        return  # Updates with empty tensors are already losses. The next call checks the remaining updates.
+        # Updates with empty tensors have already been reported as losses of the conversion. After they are removed,
+        # this function is called again for the rest.
+        return
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why

@@ -1,8 +1,8 @@
 """Bind an adapter to a base: find the stored tensors of each target, and check that shapes fit.
 
 `naming.resolver` maps names. `moving` splits and joins updates if the base fuses or stacks weights differently. The
-layout of a stored weight follows from shapes; if shapes do not show the layout, the family's table decides, then the
-adapter.
+layout of a stored weight follows from shapes; if shapes do not show the layout, it is taken from the family's table, or
+else from the adapter.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def bind(
     Args:
         adapter: the adapter.
         base: an open checkpoint, or its path.
-        partial: whether to omit targets that the base does not have, instead of refusing; at least one must remain.
+        partial: whether to omit targets that the base does not have, instead of raising an error; at least one target
+            must remain.
         aliases: a map from further names of stored tensors, such as the name of a tied head, to the stored names.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
             `family:NAME` names the family of a base without a config. `rows:by_head` or `rows:by_part` states the order
@@ -198,7 +199,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Return whether a bias with shape `[out]` (experts: `[e, out]`) has as many rows as the update and the weight."""
+    """Return whether a bias `[out]` (for experts, `[e, out]`) has as many rows as the update and the weight."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:

@@ -210,7 +210,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return a phrase that says how a base with another fingerprint differs from the recorded base; empty if unknown.
+    """Return a phrase on how a base with another fingerprint differs from the recorded base; empty if unknown.
 
     Args:
         base: the base.
@@ -266,7 +266,7 @@ def check_base(
     """Call `check_bases`; compute the base's fingerprint only if an adapter records a fingerprint.
 
     `formats.read` calls this function if a base is given. Functions that accept adapters that are already in memory
-    call it as well. Without a base, it compares nothing.
+    call it as well. Without a base, nothing is compared.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -353,8 +353,8 @@ def name_map(
 
     Returns:
         a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
-        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name (one of
-        several that differ only in numbers), with its name in each naming.
+        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name, with the
+        weight's name in each naming. If names differ only in numbers, only one of them has a record.
 
     Raises:
         TargetNotFound: the base does not have a target, or a target's name can mean two modules.
@@ -383,7 +383,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[JsonValue]:
-    """List the base's modules (one of several that differ only in numbers) with their names in every naming."""
+    """List the base's modules with their names in every naming; if names differ only in numbers, list one of them."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors

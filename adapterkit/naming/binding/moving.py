@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 #
-# An update with several destinations is split into one update per destination: some rows of its outputs, or the slice
-# of one expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
+# An update with several destinations is split into one update per destination: some output rows, or the slice of one
+# expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
 
 
 Config = Mapping[str, object] | None
@@ -50,8 +50,8 @@ def moved(
         updates: the updates by target.
         moves: for each target's path, where its rows or experts go in the base. The result lacks targets without moves.
         shapes: the shapes of the base's tensors, by name.
-        config: the base's config. Its numbers of heads determine the sizes of the parts of a fused projection, and
-            orders of rows.
+        config: the base's config. Its numbers of heads determine orders of rows, and the sizes of the parts of a fused
+            projection.
 
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
@@ -168,7 +168,7 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Ar
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's.
+    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's order.
     own = plain if ours is None else undone(ours)
     return own[plain if theirs is None else theirs]
 
@@ -273,7 +273,7 @@ def _into(
         whole, own = sum(shares), shares[move.into.number]
     sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
-        kind = "parts by heads" if move.into.heads else "equal parts"
+        kind = "parts (queries, keys, values)" if move.into.heads else "equal parts"
         found = ", ".join(map(str, sorted(outs)))
         why = f"one of {move.into.of} {kind} has {found} outputs, but the base's weight has shape {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
@@ -332,7 +332,8 @@ def _one(updates: list[Update | None], target: Target) -> Update:
         return _one_lora(updates, first, scalings)
     shapes = {tuple((name, leaf.shape) for name, leaf in update.tensors.items()) for update in given}
     if len(given) < len(updates) or len(shapes) > 1 or len(scalings) > 1:
-        why = f"{first.method} adapts {len(given)} of {len(updates)} experts, with {len(shapes)} shapes"
+        why = f"{first.method} adapts {len(given)} of {len(updates)} experts"
+        why += f", and the updates have {len(shapes)} different shapes and {len(scalings)} different scalings"
         raise Unsupported(why, where=str(target), cure=_ALIKE)
     return first.replace(
         **{name: arrange.stacked([as_lazy(update.tensors[name]) for update in given]) for name in first.tensors}

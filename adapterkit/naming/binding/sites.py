@@ -130,7 +130,7 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the change of prefix that maps a module to the base; an empty change if none or several do."""
+    """Return the only change of prefix that maps a module to the base; an empty change if there is not exactly one."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -295,7 +295,7 @@ def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetN
     partly = "" if len(missing) == len(adapter.updates) else _PARTLY
     near = nearest(missing[0].path, modules) or "No name in the base is similar: is this the right base?"
     if modules and all(_FACTOR.search(module) for module in modules):
-        near = "This base is an adapter itself: name the model that it was trained on as the base"
+        near = "This base is an adapter itself: as the base, pass the model that it was trained on"
     return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
 
 
@@ -317,7 +317,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
     """Find the family whose file maps the targets to weights with fitting shapes.
 
     Args:
-        updates: the targets without a tensor in the base so far, with their updates.
+        updates: the targets for which no tensor of the base was found yet, with their updates.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
         families: the model types that the adapter records for its base; if empty, all families are tried.
@@ -408,7 +408,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
     ]
     return TargetNotFound(
         f"the base has no config.json that names its family, and two families fit: {' or '.join(texts)}", where=target,
-        cure=f"Name it with --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
+        cure=f"Choose one: --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
         'put a config.json with its "model_type" next to the shards',
     )  # fmt: skip
 
@@ -467,7 +467,8 @@ def table() -> ModelTypeTable:
 def module_of(name: str) -> str | None:
     """Return transformers' module for `name`, which is a model type or a module; None if the name is unknown.
 
-    For a family that only has a file, such as a user's own file, the module is the family's name.
+    If transformers has no module for a family and only a family file defines it (such as a user's own file), return the
+    family's name.
     """
     word = name.lower().replace("-", "_")
     found = table().modules.get(name) or _by_word().get(word)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Functions that combiners use on the changes of one weight.
 #
-# They compute inner products, sums of factors and small cores, and from singular values polar factors, leading
-# directions and the numerical rank.
+# They compute inner products, sums of factors, and small cores. With singular value decompositions, they compute polar
+# factors, leading directions and the numerical rank.
 
 
 TINY = 1e-12
@@ -83,7 +83,7 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """Return left @ core @ right as B and A, which share the singular values evenly, without rounding noise."""
+    """Return left @ core @ right as B and A, without rounding noise. Each contains the roots of the singular values."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -93,7 +93,7 @@ def between(left: Array, core: Array, right: Array) -> Delta:
 
 
 def leading(M: Array, count: int | None = None) -> Decomposition:
-    """Return a core's first singular values and vectors, U `[p, k]`, S `[k]`, Vh `[k, q]`, without rounding noise."""
+    """Return U `[p, k]`, S `[k]` and Vh `[k, q]`: a core's first singular vectors and values without rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(M, full_matrices=False)
@@ -162,7 +162,7 @@ DEPENDENCES = {
     "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
-"""Causes, besides the changes, by which a combiner's result may vary; tests check each combiner's `depends`."""
+"""The influences on a combiner's result besides the changes. Tests check each combiner's `depends`."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
@@ -179,10 +179,10 @@ class Combiner(ABC):
         takes: the smallest and the largest number of adapters; None for no limit.
         dense: whether the result lacks low-rank factors even if all changes have them.
         compat: a map from a peer library to the parameter values that reproduce the peer's results.
-        plug: the parameter that names the inner combiner; empty for combiners without an inner one.
+        plug: the parameter that names the inner combiner; empty if the combiner has none.
         single: parameters that may differ from adapter to adapter.
         based: whether the formula needs the weights of the base.
-        depends: what else the result depends on besides the changes; keys of `DEPENDENCES`.
+        depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets; each may use the results of the earlier
             searches.
         sequential: whether targets are computed in order, with the finished targets as a third argument of the function
@@ -258,7 +258,7 @@ class Combiner(ABC):
         """Return each adapter's factor, if the result is a weighted sum of the changes; None for other formulas."""
         return None
 
-    def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
+    def check(self) -> None:  # noqa: B027 - combiners without such rules inherit this
         """Raise UsageError if the values of several parameters do not fit together."""
 
     @abstractmethod
@@ -354,7 +354,11 @@ def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
-        raise UsageError(f"{plugged.then} cannot follow a plug-in", where="then", cure="Name a method that works alone")
+        raise UsageError(
+            f"{plugged.then} cannot follow a plug-in",
+            where="then",
+            cure="Choose a method without data, base or plug-in",
+        )
     return plugged  # type: ignore[no-any-return]
 
 
@@ -380,9 +384,9 @@ def _said(field: dataclasses.Field[Value]) -> str:
     return f"{facts['meaning']}: {_KINDS[facts['kind']]} {' '.join(bounds)}".rstrip()
 
 
-LOW_RANK = "Convert it to LoRA by adapterkit resize A --promote (ak.ops.promote), or choose another --method (method=)"
+LOW_RANK = "Convert it to LoRA: adapterkit resize A --promote (ak.ops.promote); or choose another --method (method=)"
 
-ONE_RANK = "Resize all adapters to one rank by adapterkit resize A --rank R, or choose another --method (method=)"
+ONE_RANK = "Resize all adapters to one rank: adapterkit resize A --rank R; or choose another --method (method=)"
 
 
 class Pairwise(Combiner):
@@ -392,7 +396,7 @@ class Pairwise(Combiner):
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         """Combine the tasks' B and A; return B `[out, r]` and A `[r, in * k]` of the result.
 
-        Each task's B is multiplied by its weight.
+        Each task's B has already been multiplied by the task's weight.
         """
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Drop entries of changes at random, in place, in a compiled loop. `by_numpy` below does the same with numpy.
 #
 # With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time is spent on
-# sorting rows and drawing numbers, each with several steps over whole arrays. The loop does all steps row by row, and
-# its results are equal bit by bit.
+# sorting rows and drawing numbers, each with several steps over whole arrays. The compiled loop does all steps row by
+# row, and its results equal numpy's bit by bit.
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ SCALE = "factor of the result, lambda"
 KEPT = "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), or int(p n) but at least 1"
 RESCALE = (
     "how kept entries are scaled: divided by their probability of being kept (inverse), "
-    "or to the L1 norm before dropping (norm)"
+    "or so that the L1 norm is the same as before dropping (norm)"
 )
 
 

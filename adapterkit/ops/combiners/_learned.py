@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     Coefficients = Mapping[Target, Array]
 
 SCORE = "a callable: score(adapter) -> loss"
-SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]})"
+SLOPE = (
+    "a callable: score(adapter) -> (loss, {target's path: gradient of the loss with respect to the weight, "
+    "[out, in, *k]})"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +37,7 @@ class WeightTrial:
         score: a function from an adapter to the caller's loss.
         products: a function of (target, gradient `[out, in, *k]`). It returns the inner product of the gradient with
             each part that has a coefficient, `[T]`.
-        changes: a function from a target to the adapters' changes; None for an adapter without the target.
+        changes: a function from a target to the adapters' changes; a change is None if the adapter lacks the target.
         depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
             layers.
         each: parameters of single adapters.

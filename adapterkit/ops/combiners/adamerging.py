@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ._learned import WeightTrial
 
-PER = "whether each target and task has a coefficient (layer; needs gradients), or each task (task)"
+PER = "what has its own coefficient: each task at each target (layer; needs gradients), or each task (task)"
 
 
 class AdaMerging(Learned):

@@ -1,7 +1,7 @@
 """Core Space: apply another method to small cores, D_t = U M_t V^T, with one U and one V for all tasks.
 
-The columns of U are the left singular vectors of [B_1 .. B_T], the columns of V the right singular vectors of [A_1; ..;
-A_T]. Linear methods have the same result on cores as on whole matrices. Panariello et al. 2025,
+The columns of U are the left singular vectors of [B_1 .. B_T]. The columns of V are the right singular vectors of [A_1;
+..; A_T]. Linear methods have the same result on cores as on whole matrices. Panariello et al. 2025,
 https://arxiv.org/abs/2509.17786; TIES trims each core separately, as in
 https://github.com/apanariello4/core-space-merging.
 """
@@ -53,8 +53,8 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:
-        # The cores of dense changes are as large as the weight. Drop their directions with only rounding noise, because
-        # methods such as TIES count entries.
+        # The cores of dense changes are as large as the weight. Drop directions that contain only rounding noise,
+        # because methods such as TIES count entries.
         U, Vh = (X[: int((NOISE * s[:1].max(initial=0) < s).sum())] for X, s in ((U.T, S), (Vh, R)))
         U = U.T
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

@@ -33,7 +33,7 @@ class CtM(PlugIn):
     rank: int | None = parameter(None, "r; default: the largest rank of a task", least=1, kind=int)
     beta: float = parameter(0.25, "from 0 (scale all tasks to one norm) to 1 (keep each norm)", least=0, most=1)
     iterations: int = parameter(1000, "largest number of rounds of HOOI", least=0)
-    tolerance: float = parameter(1e-6, "least change of the relative error per round; the rounds end below it", least=0)
+    tolerance: float = parameter(1e-6, "stop after a round that changes the relative error by less than this", least=0)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -46,7 +46,7 @@ class CtM(PlugIn):
         rank = self.rank or max(delta.rank for delta in deltas)
         if rank < 1:
             raise UsageError(
-                "the changes have no low-rank factors, and so no rank", where="rank", cure="Give --rank (rank=)"
+                "the changes have no low-rank factors, so they have no rank", where="rank", cure="Give --rank (rank=)"
             )
         U, V = self._bases(cores, min(rank, *cores.shape[1:]))
         merged = self.inner.matrix([whole(U.T @ M @ V) for M in cores], weights, at)
@@ -94,7 +94,7 @@ PRODUCTS = 24
 """
 
 PAUSE = 8
-"""After the iteration failed for one matrix, this many of the next matrices are decomposed without an iteration."""
+"""After the iteration failed for a matrix, this many of the next matrices are decomposed without trying it."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
@@ -140,7 +140,7 @@ class _Spans:
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
     """Find the span by subspace iteration from a similar span.
 
-    None if the iteration is slow or its result cannot be verified.
+    Return None if the iteration is slow or its result cannot be verified.
     """
     import numpy as np
 

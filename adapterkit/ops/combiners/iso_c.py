@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "over which directions the mean is computed: those that the adapters span (core), or all of the weight (weight)"
+OVER = "the directions of the mean: those that the adapters span (core), or all directions of the weight (weight)"
 
 
 class IsoC(Scaled, Spectral):

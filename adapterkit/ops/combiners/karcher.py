@@ -46,8 +46,8 @@ class Karcher(Mixture):
             dots = np.clip(cosines @ mean, -1.0, 1.0)
             angles = np.arccos(dots)
             apart = valid & (angles >= self.tolerance)
-            # Move the mean m along the weighted sum of the logarithms of all points u at m. Such a logarithm is angle /
-            # sin(angle) * (u - cos(angle) m), with the angle between u and m.
+            # Move the mean m along the weighted sum of the logarithms of all points u at m. The logarithm of u is angle
+            # / sin(angle) * (u - cos(angle) m), where angle is the angle between u and m.
             pull = np.where(apart, parts * angles / np.where(apart, np.sin(angles), 1.0), 0.0)
             tangent = pull - float(pull @ dots) * mean
             size = float(np.sqrt(max(tangent @ cosines @ tangent, 0.0)))

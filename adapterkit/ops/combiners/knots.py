@@ -40,8 +40,8 @@ class KnOTS(PlugIn):
         # Runs that only collect statistics do not need U, which has as many rows as the weight.
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
-        # Keep S V_t as a product of rank r, of which a few rows are computed when needed. For eight tasks this takes an
-        # eighth of the work.
+        # Keep S V_t as a product of rank r, and compute a few of its rows when they are needed. For eight tasks, this
+        # takes an eighth of the work.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

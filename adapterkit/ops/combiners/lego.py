@@ -57,7 +57,7 @@ def _centre(members: Array) -> Array:
 
 
 def clusters(gram: Array, count: int, chances: Array) -> Array:
-    """Run k-means on points, of which only inner products are known; return each point's cluster `[n]`.
+    """Run k-means on points that are known only by their inner products; return each point's cluster, `[n]`.
 
     No cluster is empty.
 
@@ -77,7 +77,7 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Draw the first centres; a point's probability is proportional to its squared distance to the nearest centre."""
+    """Draw the first centres. A point's probability is proportional to its squared distance to the nearest centre."""
     import numpy as np
 
     chosen = [int(chances[0] * len(gram))]

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """The least-squares solution over the inputs; the result of low-rank factors has low-rank factors."""
+    """The least-squares solution over the inputs. Low-rank factors yield low-rank factors."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"
     data: ClassVar[str | None] = INPUTS
     learns: ClassVar[str | None] = "inputs"
 
-    tolerance: float = parameter(1e-10, "eigenvalues count as 0 below this fraction of the largest", least=0, most=1)
+    tolerance: float = parameter(1e-10, "eigenvalues below this fraction of the largest count as 0", least=0, most=1)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from ._learned import WeightTrial
 
 SPACES = (
-    "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]}),"
-    " with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) for the task's"
-    " number and every path in spaces.paths"
+    "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) "
+    "for the task's number and every path in spaces.paths"
 )
 
 RIDGE = 1e-8
@@ -60,7 +60,7 @@ class NSC(Learned):
 
 
 class Spaces:
-    """For each adapter, the space of inputs that it uses, which the rows of its A span.
+    """For each adapter, the space of the inputs that it uses. The rows of its A span this space.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.

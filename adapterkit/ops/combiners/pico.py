@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-RESCALE = "rescale the merged change to the mean norm, each damped change to its norm before damping, or nothing"
+RESCALE = (
+    "what is rescaled: the merged change to the mean norm, each damped change to its norm before damping, or nothing"
+)
 
 
 class Pico(Scaled, PlugIn):
-    """A plug-in that transforms the changes for a method of sums or of singular values."""
+    """A plug-in that transforms the changes before another method sums them or decomposes them into singular values."""
 
     title = "Pico: shared output directions damped before another method"
     paper = "https://arxiv.org/abs/2604.16826"

@@ -26,7 +26,7 @@ ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """The least-squares solution over all tasks; the result of low-rank factors has low-rank factors B_t (A_t G_t)."""
+    """The least-squares solution over all tasks. Low-rank factors yield low-rank factors: B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
@@ -100,7 +100,7 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
-        why = f"the inputs have shape {list(X.shape)}, but the weight has {columns} columns; or an input is not finite"
+        why = f"the inputs must be finite and have {columns} columns; their shape is {list(X.shape)}"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
     X = X.reshape(-1, columns)
     G: Array = X.T @ X

@@ -1,4 +1,4 @@
-"""SCE: select the entries that vary most between changes, weight changes by their squares, and erase minority signs.
+"""SCE: select the entries that vary most between changes, compute weights from their squares, and erase minority signs.
 
 Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
 In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), all entries are merged; the selection only
@@ -33,7 +33,7 @@ class SCE(Entrywise):
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the entries to select, those that vary most; constant entries do not count", least=0, most=1
+        0.1, "share of the entries to select (the ones that vary most); constant entries do not count", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))

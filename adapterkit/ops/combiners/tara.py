@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from ._learned import WeightTrial
 
 TOGETHER = (
-    "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]})"
-    ", with loss = together(losses of the tasks on unlabelled samples, such as entropies[, those of each alone])"
+    "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss with respect to the weight, "
+    "[out, in, *k]}), with loss = together(losses of the tasks on unlabelled samples, such as entropies[, losses of "
+    "each adapter alone])"
 )
 DIRECTIONS = "products of each adapter's factors, or directions that all adapters share: variants A and B of the paper"
 

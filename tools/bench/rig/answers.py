@@ -140,7 +140,7 @@ class Answers:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=kind, trust_remote_code=False)
 
     def _kept_items(self) -> dict[str, list[tuple[list[int], list[int]]]]:
-        """Return the items of all tasks, from a file in `work`: making them parses thousands of files."""
+        """Return the items of all tasks. They are kept in a file, because creating them parses thousands of files."""
         kept = self.work / "items.json"
         if not kept.is_file():
             kept.write_text(json.dumps({name: self._items(make) for name, make in TASKS.items()}), "utf-8")

@@ -15,7 +15,7 @@ from adapterkit.demo.model import DATA, TASKS, accuracy, build, held_out
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 TRAINED, CHOSEN = 1000, 1257
-"""Images 0 to TRAINED are for training; those up to CHOSEN are for the choice of weights."""
+"""Images 0 to TRAINED are for training; images TRAINED to CHOSEN are for the choice of weights."""
 
 Task = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -64,7 +64,7 @@ class Figures:
             self.found.append(Figure(name, kept, unit, more))
 
     def ratio(self, name: str, above: Iterable[float], below: Iterable[float], *, more: bool = False) -> None:
-        """Add the ratios in each round, in which a slow phase of the machine affects both."""
+        """Add the ratio of each round, because a slow phase of the machine affects both figures of a round."""
         self.add(name, [a / b for a, b in zip(above, below, strict=True)], "x", more=more)
 
     def write(self, path: Path | None) -> None:

@@ -18,7 +18,7 @@ from adapterkit.demo.model import DATA, INK, build, held_out
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 TRAINED, CHOSEN = 1000, 1128
-"""Images 0 to TRAINED are for training; those up to CHOSEN are for the choice of a scale; the last 540 are reported."""
+"""Images up to TRAINED are for training, images up to CHOSEN for the choice of a scale, the last 540 for the report."""
 
 
 def moved(images: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def metadata(scheme: str) -> dict[str, dict[str, str]]:
-    """Return the metadata of the file, by which torchao's tensors are known."""
+    """Return the file's metadata, which describes torchao's tensors."""
     if scheme != "torchao-int4":
         return {}
     kind = {"_type": "IntxUnpackedToInt8Tensor", "_data": {

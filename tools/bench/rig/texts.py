@@ -27,7 +27,7 @@ MODULES = (
     "tarfile",
     "typing",
 )
-"""Modules of the standard library, whose source is the text of the kind code."""
+"""Modules of the standard library; their source is the text of the kind `code`."""
 
 BLOCK, BATCH, RATE = 64, 2, 2e-3
 """Tokens of a piece of text, pieces per step, Adam's learning rate."""

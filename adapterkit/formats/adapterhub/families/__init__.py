@@ -80,7 +80,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        """Yield those keys of stored tensors that do not fit these updates any more."""
+        """Yield the keys of stored tensors that no longer fit these updates."""
         return iter(())
 
 

@@ -1,7 +1,7 @@
 """Read and write bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-`sublayers` lists the positions of adapters for each model type. This module defines, in this order, the slots in keys,
-the configs of new files, and the family.
+The module `file` lists the positions of adapters for each model type. This module defines, in this order, the slots in
+keys, the configs of new files, and the family.
 """
 
 from __future__ import annotations
@@ -137,11 +137,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config has one set of settings for all bottleneck adapters, the kinds of positions, and the layers without
-# adapters.
-# In every other layer, the adapters library creates an adapter at each position of these kinds, and an adapter changes
-# the model. So the updates must cover all these positions. The base must be known, because the base shows the number
-# of layers.
+# A new config states one set of settings for all bottleneck adapters, the kinds of positions that have adapters, and
+# the layers that have none. In every other layer, the adapters library creates an adapter at each position of these
+# kinds, and each of these adapters changes the model. So the updates must cover all these positions. The base must be
+# known, because the base shows the number of layers.
 
 
 FRESH = {
@@ -212,7 +211,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its method, size or settings differ from the others; a config states one of each"
+                why = "its method, size or settings differ from the other updates'; a config states only one of each"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
                 why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:
@@ -237,7 +236,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
     """Return the layers that lack a kind of adapter that other layers have.
 
-    Encoders need no adapter of cross-attention.
+    Encoder layers have no cross-attention, so they need no adapter for it.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
@@ -327,7 +326,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer. With a base, layers of the decoder are counted after the encoder's."""
+    """Return the number of a target's layer. With a base, the decoder's layers follow the encoder's layers."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0
@@ -378,25 +377,25 @@ class BottleneckFamily(AdapterHubFamily):
     fields = BottleneckFields
     read: ClassVar[Mapping[str, str]] = {
         "adapter_residual_before_ln": "whether the adapter's own residual is added before its last norm",
-        "cross_adapter": "whether adapters follow the attention to an encoder",
-        "factorized_phm_W": "whether each factor is a product of two (Compacter)",
-        "factorized_phm_rule": "whether each rule is a product of two (Compacter)",
+        "cross_adapter": "whether adapters follow the cross-attention",
+        "factorized_phm_W": "Compacter: whether each factor is a product of two smaller factors",
+        "factorized_phm_rule": "Compacter: whether each rule is a product of two smaller factors",
         "inv_adapter": "nice: a coupling block follows the embeddings; glow: refused",
         "is_parallel": "whether the adapter reads the residual and is added to the output",
         "ln_after": "whether a norm follows the adapter",
         "ln_before": "whether a norm precedes the adapter",
         "mh_adapter": "whether adapters follow the attention",
         "non_linearity": "the activation",
-        "original_ln_after": "whether the block's residual and norm follow",
-        "original_ln_before": "whether the block's residual and norm come first",
+        "original_ln_after": "whether the block's residual and norm follow the adapter",
+        "original_ln_before": "whether the block's residual and norm come before the adapter",
         "output_adapter": "whether adapters follow the feed-forward layers",
         "phm_bias": "Compacter: whether layers have a bias",
-        "phm_layer": "whether the layers are Compacter's",
+        "phm_layer": "whether the method is Compacter",
         "residual_before_ln": "where the adapter's own residual begins: true, false or post_add",
-        "scaling": "a number, learned or channel",
+        "scaling": "factor on the change: a number, learned or channel",
         "shared_W_phm": "Compacter: whether all layers share their factors",
         "shared_phm_rule": "Compacter: whether all layers share one rule",
-        "use_gating": "whether a gate weights the change",
+        "use_gating": "whether a gate multiplies the change",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",

@@ -46,7 +46,7 @@ class LoraFamily(AdapterHubFamily):
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r; 1 in files from before adapters 1.1, which trained with 1",
-        "attn_matrices": "which of q, k, v the groups of a fused weight adapt",
+        "attn_matrices": "which of q, k and v are adapted in a fused weight",
         "composition_mode": "add: LoRA; scale: IA3",
         "r": "rank",
         "use_dora": "the method is DoRA",
@@ -167,7 +167,7 @@ def _check_place(
 ) -> None:
     where = slots["lora_A"].text
     if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
-        why = "the base stores this weight as [in, out]; adapters then computes DoRA's norms over the wrong axis"
+        why = "for a weight stored as [in, out], the adapters library computes DoRA's norms over the wrong axis"
         raise Unsupported(why, where=where, cure="Omit such layers, or use LoRA in them")
     if method == "gated_lora" and fused:
         why = "this version does not support separate gates for the thirds of a fused weight"

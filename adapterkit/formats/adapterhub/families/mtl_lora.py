@@ -124,7 +124,9 @@ class MtlLoraFamily(AdapterHubFamily):
                     why = "no alpha yields its exact scaling"
                 else:
                     why = (
-                        "" if _law(update) == first and not position else "its sizes or settings differ from the others"
+                        ""
+                        if _law(update) == first and not position
+                        else "its sizes or settings differ from the other updates'"
                     )
                 if why:
                     yield target, position, f"{update.method}: {why}"

@@ -30,7 +30,7 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""Endings of the attention modules whose prefixes a new folder can store, by model_type."""
+"""For each model_type, path endings of attention modules. A new folder can store only the prefixes of these modules."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
@@ -47,7 +47,7 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
     """
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
-        return "the adapters library adds prefixes to all other attentions, and only the base shows which there are"
+        return "the adapters library adds prefixes to all attentions, and only the base shows which attentions exist"
     if not target.path.endswith(endings):
         return f"the adapters library has no prefixes at this attention of a {model_type}"
     if "P" in update.tensors:
@@ -57,7 +57,7 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
             else "it has keys and values for several layers"
         )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but adapters supports only one"
+    return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but all attentions must share one"
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
@@ -74,7 +74,8 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     for name in sorted({group, "self_prefix"}):
         depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
-            return f"it has {counts.get(name, 0)} of {depth} attentions in {name}; adapters adds prefixes to all"
+            some = f"it has {counts.get(name, 0)} of {depth} attentions in {name}"
+            return f"{some}; the adapters library adds prefixes to all"
     return ""
 
 
@@ -93,7 +94,7 @@ def unlike(update: Any, first: Any) -> str:
     """Return a reason if an update's method or size differs from the first update's; empty if neither differs."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its method or size differs from the others; a config states one of each"
+    return "" if same else "its method or size differs from the other updates'; a config states only one of each"
 
 
 def group_of(path: str, model_type: str | None) -> str:
@@ -163,11 +164,11 @@ class PrefixTuningFamily(AdapterHubFamily):
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
         "flat": "whether the file has keys and values instead of the network",
-        "leave_out": "layers without prefixes, although the file lists the prefixes of others under them",
+        "leave_out": "layers without prefixes; the file nevertheless lists other layers' prefixes under their keys",
         "non_linearity": "the network's activation: tanh",
         "prefix_length": "number of virtual tokens",
         "shared_gating": "whether keys and values share one gate",
-        "use_gating": "whether gates on an attention's input weight its keys and values",
+        "use_gating": "whether gates, computed from an attention's input, multiply the prefix's keys and values",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "bottleneck_size": "a size; the tensors show it",

@@ -53,7 +53,7 @@ class ReftFamily(AdapterHubFamily):
         "r": "rank",
         "subtract_projection": "whether the input's projection is subtracted; releases up to 1.3 never write the field",
         "suffix_positions": "number of changed positions at the end",
-        "tied_weights": "whether both have the same unit",
+        "tied_weights": "whether one unit changes both the first and the last positions",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",

@@ -416,7 +416,7 @@ def family_of_type(peft_type: str) -> type[Family] | None:
 
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
-    """Map each method to the family that writes it; if several families do, use the first by name."""
+    """Map each method to the family that writes it; if several families write it, use the first by name."""
     return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 

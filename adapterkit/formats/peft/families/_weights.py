@@ -85,7 +85,7 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size of a module from a pattern. A pattern fits the end of a path after a dot, or equals the path."""
+    """Return the size of a module from a pattern. A pattern must equal the path, or match its end after a dot."""
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
     return pattern.get(next(fitting, path), size)

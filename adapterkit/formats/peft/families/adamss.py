@@ -112,7 +112,7 @@ class AdamssFamily(Family):
                 elif isinstance(update, AdaMSS):
                     why = _unproven(own, target.path, update, base)
                     if update.seed != own.random_seed:
-                        why = "its seed differs from the others; the config states one for all modules"
+                        why = "its seed differs from the other updates'; the config states one seed for all modules"
                     if why:
                         yield target, why
 
@@ -128,7 +128,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would compute other groups than the update's groups; empty if they are the same."""
+    """Return the reason why PEFT would not compute the groups of the update; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -136,7 +136,7 @@ def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | N
         found = _groups(own, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)])
     except AdapterkitError as error:
         return f"PEFT would not find the groups of this adamss: {error.why}"
-    return "" if (found == group).all() else "PEFT finds other groups in this base than this adamss has"
+    return "" if (found == group).all() else "PEFT finds groups in this base that differ from the groups of this adamss"
 
 
 def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
@@ -177,7 +177,7 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
 
     Raises:
         ShapeMismatch: the file belongs to another base.
-        Unsupported: the file's singular vectors are not the base's, or the groups depend on rounding.
+        Unsupported: the file's singular vectors differ from the base's, or the groups depend on rounding.
     """
     import numpy as np
 

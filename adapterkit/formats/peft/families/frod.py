@@ -56,10 +56,10 @@ class FrodFamily(Family):
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "frod_dropout": "training only",
-        "progressbar": "a setting of one process",
+        "progressbar": "affects only the running process, not the result",
         "projection_prng_key": "the seed for positions that are in the file",
         "regularization_alpha": "a setting for computing the basis, which is in the file",
-        "runtime_offload_base_weight": "a setting of one process",
+        "runtime_offload_base_weight": "affects only the running process, not the result",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "bias": "none", "fan_in_fan_out": False, "frod_dropout": 0.0, "init_weights": True, "save_projection": True,

@@ -107,7 +107,7 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
             )
     elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
         some = next(iter(leaves.values()), next(iter(keys.values())))
-        why = f"glora_{support} does not have the form that the config states, {form}"
+        why = f"the config states the form {form} for glora_{support}, but the tensors have another form"
         raise Malformed(why, where=some.text, cure="The config does not belong to this file")
     elif form == "lora":
         check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)

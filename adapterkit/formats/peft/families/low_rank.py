@@ -131,7 +131,7 @@ class AdaloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: u.scaling for t, found in updates.items() for u in found if isinstance(u, AdaLoRA)}
         for target in minority(said):
-            yield target, "the scaling of this adalora differs from the others; the config states one for all"
+            yield target, "the scaling of this adalora differs from the other updates'; the config states one for all"
 
 
 def _left(own: AdaLoRAFields, key: Key) -> int:

@@ -73,7 +73,7 @@ class MissFamily(Family):
             t: _form(update) for t, found in updates.items() for update in found if isinstance(update, cls.methods())
         }
         for target in minority(said):
-            yield target, "the rank or form of this miss differs from the others; the config states one for all"
+            yield target, "the rank or form of this miss differs from the other updates'; the config states one for all"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:

@@ -54,7 +54,7 @@ class LilyFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_B": "number of factors B, the ones with outputs",
+        "num_B": "number of factors B (B maps the rank to the outputs)",
         "scaling": "a factor that multiplies the change",
         "stride_A": "number of neighbouring modules that share A",
     }
@@ -102,7 +102,7 @@ class LilyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: (u.scaling, *u.router.shape) for t, found in updates.items() for u in found if isinstance(u, Lily)}
         for target in minority(said):
-            yield target, "the rank, the scaling or the number of experts of this lily differs from the others"
+            yield target, "the rank, the scaling or the number of experts of this lily differs from the other updates'"
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
@@ -124,7 +124,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"its {field} differs from that of modules with which the config shares it ({group[0]})"
+                    why = f"modules that match {group[0]!r} have too many factors {field}: the config allows {allowed}"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 
@@ -198,7 +198,7 @@ class PolyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: _sizes(u) for t, found in updates.items() for u in found if isinstance(u, Poly)}
         for target in minority(said):
-            yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others"
+            yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others'"
 
 
 def _sizes(update: Poly) -> tuple[int, int, int, int]:

@@ -197,7 +197,7 @@ def _rank(update: LoKr, both: bool) -> int:
 def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
     """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
 
-    Without a base, weights are assumed to be linear layers. If this is impossible, their numbers of inputs are unknown.
+    Without a base, first treat all weights as linear layers, and then all numbers of inputs as unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
@@ -220,8 +220,8 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
     return 1 if weight is None else math.prod(weight.shape[2:])
 
 
-# LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]. The same for
-# `hada_w2_a`, `hada_w2_b` and `hada_t2`.
+# LoHa: `hada_w1_a` [out, r] and `hada_w1_b` [r, in * k]. With a core `hada_t1`, the shapes are [r, out] and [r, in].
+# `hada_w2_a`, `hada_w2_b` and `hada_t2` have the same shapes.
 
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
@@ -360,7 +360,10 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Check the rank; accept `r`, too, for a module in `rank_pattern`: PEFT uses that only for a second adapter."""
+    """Check the rank; accept `r` even if `rank_pattern` names the module.
+
+    PEFT uses `rank_pattern` only for a second adapter.
+    """
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

@@ -47,7 +47,7 @@ class ProjectionFields(Own, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` has the key parts of b and d, `shared` has the keys of A and B, and A has `halves` * r rows.
+    `parts` lists the key parts of b and d, and `shared` the keys of A and B; A has `halves` * r rows.
     """
 
     halves: ClassVar[int] = 1
@@ -119,7 +119,7 @@ class Projections(Family):
         """
         own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
-        yield from ((target, "the sizes of its projections differ from the others") for target in odd)
+        yield from ((target, "the sizes of its projections differ from the other updates'") for target in odd)
         kept = {target: update for target, update in own.items() if target not in odd}
         for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
             widths = [stored_inputs(base, target) for target in kept]
@@ -372,7 +372,9 @@ class RandloraFamily(Family):
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
         said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
         odd = minority(said)
-        yield from ((target, "the scaling or the bases of this randlora differ from the others") for target in odd)
+        yield from (
+            (target, "the scaling or the bases of this randlora differ from the other updates'") for target in odd
+        )
         kept = {target: update for target, update in own.items() if target not in odd}
         for target, update in kept.items():
             n, short = update.gamma.shape

@@ -166,7 +166,7 @@ def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
     """Check the shape of a tensor against the sizes in the config.
 
     Raises:
-        ShapeMismatch: the shape is not the config's.
+        ShapeMismatch: the shape does not match the config.
     """
     shape = tensor.shape
     if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
@@ -325,7 +325,10 @@ class CartridgeFamily(PrefixLike):
 
 
 GPT2 = "attn"
-"""The name of GPT-2's attention. PEFT changes its output; in other models, the input of the output projection."""
+"""The name of GPT-2's attention.
+
+For GPT-2, PEFT changes the attention's output; for other models, the input of the output projection.
+"""
 
 
 class AdaptionPromptFields(Own, frozen=True, kw_only=True):

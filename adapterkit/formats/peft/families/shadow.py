@@ -77,7 +77,7 @@ class ShadowFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.own.shadow_model != "mirror":
-            why = "the class of the network is not the base's, and the file does not state it"
+            why = "the network's class differs from the base's class, and the file does not state the network's class"
             raise Unsupported(why, where="shadow_model", cure="Train the adapter with shadow_model='mirror'")
         yield from (Kept(key) for word, key in file.shared.items() if _of(HEAD, word))
         network = _network(file)
@@ -133,7 +133,7 @@ class ShadowFamily(Family):
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, Shadow)}
         sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in own.items()}
         for target in minority({t: repr((u.attributes, sizes[t])) for t, u in own.items()}):
-            yield target, "the network or the sizes of this shadow differ from the other blocks"
+            yield target, "the network or the sizes of this shadow differ from those of the other blocks"
 
 
 def _named(part: str) -> str:

@@ -82,7 +82,7 @@ class Renamed(Family):
         """Check the shapes of a module's tensors against the config.
 
         Raises:
-            ShapeMismatch: a shape is not the config's.
+            ShapeMismatch: a shape does not match the config.
         """
 
     @classmethod
@@ -113,7 +113,7 @@ class C3AFamily(Renamed):
     own: ClassVar[type[Own]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "the size for modules that a pattern matches after a dot, or equals",
+        "block_size_pattern": "the size for each module whose path equals a pattern, or ends with a dot and a match",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 

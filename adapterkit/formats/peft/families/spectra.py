@@ -332,7 +332,7 @@ class FourierFTFamily(DrawnSpectrum):
     own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "the number for modules that a pattern matches after a dot, or equals",
+        "n_frequency_pattern": "the number for each module whose path equals a pattern, or ends with a dot and a match",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }

@@ -57,7 +57,7 @@ class UniLoRAFamily(Family):
     own: ClassVar[type[Own]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
-        "save_indices": "whether the file has the positions; if not, the base's model_type or torch file decides",
+        "save_indices": "whether the file has the positions; if not, they follow from the order of the base's modules",
         "theta_d_length": "number of trained values",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
@@ -136,7 +136,7 @@ def _modules(file: File) -> list[str]:
     if base is None:
         raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
     if settings.own.exclude_modules or settings.own.layers_to_transform is not None:
-        why = "other fields than target_modules select the adapted modules"
+        why = "fields other than target_modules select the adapted modules"
         raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
