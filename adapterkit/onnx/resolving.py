@@ -16,6 +16,7 @@ from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
+from .building import element_type
 from .experts import EXPERTS, Experts, in_experts
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
@@ -73,7 +74,7 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
-_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
+_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|_Bnb4|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
 
 
@@ -119,9 +120,14 @@ def resolve(
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
-        if (unknown := _other_operator(model, error.where or "", spots)) is not None:
+        if (node := _other_operator(model, error.where or "", spots)) is not None:
+            unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
+            if any(_is_packed(one) for one in node.inputs):
+                cure = "Inject or merge before the graph is quantized, or quantize it to MatMulNBits"
+            if len(_lost(layered, known, tying.config)) < len(layered.updates):
+                cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
             why = (
@@ -274,22 +280,30 @@ def is_named(spot: Spot) -> bool:
     return any(not NUMBERED.match(name) for method in METHODS for name in spot.names.get(method, ()))
 
 
-def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
-    """If a node of an unknown kind reads a target's weight, return a phrase for that node; otherwise None."""
+def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Node | None:
+    """Return the node of an unknown kind that reads a target's weight, or None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
             continue
         held = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
         stored = [source for one in held for source in sources(one)]
-        names = [_MARK.sub(".weight", one.name or "") for one in stored if one.shape is None or len(one.shape) > 1]
+        wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
+        names = [_MARK.sub(".weight", one.name or "") for one in wide]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
         inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
         if any(same_end(name, f"{path}.weight") for name in names) or any(
             same_end(m, path) for m in (*modules, *inside) if m
         ):
-            return f"a {node.op_type} ({node.name or node.outputs[0].name})"
+            return node
     return None
+
+
+def _is_packed(value: ir.Value | None) -> bool:
+    """Whether a value is a constant of several bytes: some operators store a packed weight so, without its axes."""
+    if value is None or not is_constant(value) or element_type(value).itemsize > 1:
+        return False
+    return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))
 
 
 def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:

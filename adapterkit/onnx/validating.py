@@ -8,10 +8,10 @@ refuses models that runtimes accept, and does not check the lengths of tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import onnx_ir as ir
 
@@ -83,9 +83,8 @@ def _check_graph(
     _check_order(graph, given, outer, path)
     for node in graph.node:
         _check_node(node, opsets, path)
-        for attribute in node.attribute:
-            for each in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _check_graph(each, opsets, known, path, depth + 1)
+        for each in _graphs(node):
+            _check_graph(each, opsets, known, path, depth + 1)
     for value in graph.output:
         if value.name not in known:
             raise Malformed(f"nothing computes the output {value.name!r}", path=path, where=graph.name, cure=_AGAIN)
@@ -123,8 +122,53 @@ def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path
             if not waits[reader]:
                 ready.append(reader)
     if done < len(waits):
-        node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
-        raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
+        _refuse_cycle(graph, made, waits, path)
+
+
+def _refuse_cycle(graph: GraphProto, made: Mapping[str, int], waits: Sequence[set[int]], path: Path | None) -> NoReturn:
+    """Raise the error for a cycle; `waits` has, for each node on it or behind it, the nodes that it waits for.
+
+    onnxruntime's converter to float16 renames the outputs of an If, but not those of its branches. The branches then
+    return outer values, which are computed from the If.
+    """
+    for at, node in enumerate(graph.node):
+        for name in _returned(node) if waits[at] else ():
+            if name in made and _waits_for(waits, made[name], at):
+                why = (
+                    f"a graph inside this {node.op_type} does not compute its output {name!r}, and the value of this "
+                    f"name outside is computed from the {node.op_type}. onnxruntime does not load such a file, either"
+                )
+                cure = "Convert the model again with a tool that supports graphs inside nodes, or convert its parts"
+                raise Malformed(why, path=path, where=_name(node), cure=cure)
+    node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
+    raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
+
+
+def _returned(node: NodeProto) -> Iterator[str]:
+    """Yield the outer values that the graphs inside a node return."""
+    for graph in _graphs(node):
+        own = _defined(graph)
+        yield from (value.name for value in graph.output if value.name not in own)
+
+
+def _waits_for(waits: Sequence[set[int]], at: int, goal: int) -> bool:
+    seen, left = {at}, [at]
+    while left and goal not in seen:
+        new = waits[left.pop()] - seen
+        seen |= new
+        left += new
+    return goal in seen
+
+
+def _graphs(node: NodeProto) -> list[GraphProto]:
+    return [graph for each in node.attribute for graph in (*([each.g] if each.HasField("g") else []), *each.graphs)]
+
+
+def _defined(graph: GraphProto) -> set[str]:
+    """Return the names that a graph inside a node defines."""
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {one.values.name for one in graph.sparse_initializer}
+    return own | {name for each in graph.node for name in each.output}
 
 
 def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
@@ -132,13 +176,10 @@ def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
     yield from (name for name in node.input if name)
     if depth > MAX_NESTING:
         return
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-            own |= {one.values.name for one in graph.sparse_initializer}
-            own |= {name for each in graph.node for name in each.output}
-            yield from (name for each in graph.node for name in _read(each, depth + 1) if name not in own)
-            yield from (value.name for value in graph.output if value.name not in own)
+    for graph in _graphs(node):
+        own = _defined(graph)
+        yield from (name for each in graph.node for name in _read(each, depth + 1) if name not in own)
+        yield from (value.name for value in graph.output if value.name not in own)
 
 
 def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_graphs as graphs
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -119,6 +120,29 @@ def test_damage_is_named_with_its_file_and_place(damage, tmp_path):
         assert told.value.path == str(path)
         assert told.value.cure
     assert [file.name for file in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_branches_that_return_what_is_computed_from_them(tmp_path):
+    """As onnxruntime's converter to float16 leaves a merged decoder: it renames the outputs of the If alone."""
+    wide, half = TensorProto.FLOAT, TensorProto.FLOAT16
+    branches = []
+    for op in ("Neg", "Relu"):
+        inside = [helper.make_node("MatMul", ["x", "w"], [f"{op}/h"]), helper.make_node(op, [f"{op}/h"], [f"{op}/y"])]
+        end = helper.make_tensor_value_info("y", wide, None)
+        branches.append(helper.make_graph(inside, op, [], [end]))
+    nodes = [
+        helper.make_node("If", ["c"], ["half"], "choice", then_branch=branches[0], else_branch=branches[1]),
+        helper.make_node("Cast", ["half"], ["y"], to=wide),
+    ]
+    sizes = {"x": (half, ["n", 16]), "y": (wide, ["n", 8]), "c": (TensorProto.BOOL, [])}
+    x, y, c = (helper.make_tensor_value_info(name, *size) for name, size in sizes.items())
+    made = helper.make_graph(nodes, "g", [x, c], [y], [numpy_helper.from_array(np.ones((16, 8), "f2"), "w")])
+    path = tmp_path / "bad.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    with pytest.raises(Exception, match=r"Subgraph output \(y\) is an outer scope value"):
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with pytest.raises(Malformed, match=r"choice: a graph inside this If does not compute its output 'y'"):
+        ak.onnx.layers(path)
 
 
 def test_a_group_of_none_does_not_reach_onnxruntime(tmp_path):

@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
@@ -57,11 +58,14 @@ def saved(path, steps, stored, opset=17):
     return path
 
 
-def ran(path, **feeds):
+def session(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": X, **feeds})[0]
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def ran(path, **feeds):
+    return session(path).run(None, {"x": X, **feeds})[0]
 
 
 def adapter(out, scaling=0.5):
@@ -113,3 +117,31 @@ def test_other_operators_are_refused_by_name(name, tmp_path):
         with pytest.raises(Unsupported, match=rf"read by a {operator} \(/q/{operator}\)"):
             change(path, adapter(OUT), tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_an_unknown_packed_layer_is_named_and_may_be_omitted(tmp_path):
+    """onnxruntime's 4-bit floats: MatMulBnb4 stores its weight without axes, under a name of its own."""
+    path = saved(tmp_path / "base.onnx", [("MatMul", ["x", "q.weight"], {}), ("MatMul", ["0", "p.weight"], {})], W.T)
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(W[:4, :OUT].T), "p.weight"))
+    quantizer = MatMulBnb4Quantizer(model, MatMulBnb4Quantizer.NF4, 16, nodes_to_exclude=["n1"])
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path))
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["MatMulBnb4", "MatMul"]
+    before, out = ran(path), tmp_path / "out.onnx"
+    factors = (RNG.normal(size=(2, OUT)).astype("f4"), RNG.normal(size=(4, 2)).astype("f4"))
+    kept = {Target("p"): (METHODS["lora"](A=from_numpy(factors[0]), B=from_numpy(factors[1])),)}
+    both = Adapter({**adapter(OUT).updates, **kept})
+    for change in (ak.onnx.inject, ak.onnx.merge, ak.onnx.plan):
+        given = (path, both) if change is ak.onnx.plan else (path, both, out)
+        with pytest.raises(Unsupported, match=r"read by a MatMulBnb4 .*omit such targets: --allow-partial \(allow_par"):
+            change(*given)
+        with pytest.raises(Unsupported, match=r"read by a MatMulBnb4 .*MatMulNBits$"):
+            change(given[0], adapter(OUT), *given[2:], allow_partial=True)
+    report = ak.onnx.inject(path, both, out, allow_partial=True)
+    assert "q" in report.warnings[0]
+    shown = onnx.load(path)
+    shown.graph.output.append(helper.make_tensor_value_info("0", TensorProto.FLOAT, None))
+    onnx.save(shown, tmp_path / "shown.onnx")
+    hidden = session(tmp_path / "shown.onnx").run(["0"], {"x": X})[0]
+    np.testing.assert_allclose(ran(out), before + hidden @ factors[0].T @ factors[1].T, rtol=1e-4, atol=1e-4)

@@ -31,7 +31,7 @@ def main() -> int:
     """Run the command line; 1 if a case is wrong."""
     python, home, *chosen = sys.argv[1:]
     tool = Tool("genai", python, Path(__file__).with_name("genai_folders.py"), Path(home))
-    tool.make()
+    tool.make(chosen)
     cases = [
         Case(model, kind, method, mode, source=f"{model}/{kind}", limit=limit)
         for model in chosen or MODELS

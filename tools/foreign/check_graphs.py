@@ -155,13 +155,14 @@ def update(asked: Formula) -> Any:
 
 
 def layers_of(path: Path, reference: Reference, scratch: Path) -> tuple[dict[str, Weighted], Path | None, int]:
-    """Return the layers by the names for an adapter, a file with the weights of nameless layers, and their number."""
+    """Return the layers by the names for an adapter, a file with all weights if some have no name, and their number."""
     mine: dict[tuple[str, str], Weighted] = {}
     for output, kind, layer in reference.layers():
         if layer.weight.std() > 0:
             mine[output, kind] = layer
     found: dict[str, Weighted] = {}
     taken: set[tuple[str, str]] = set()
+    parameters: set[str] = set()
     for place in ak.onnx.layers(path):
         name = place.target or ""
         gate = re.search(r"weight_(ih|hh)_l\d+(_reverse)?$", name)
@@ -173,21 +174,24 @@ def layers_of(path: Path, reference: Reference, scratch: Path) -> tuple[dict[str
                 continue
             taken.add((output, kind))
             _add(found, name, mine[output, kind])
+            if any(name in names for names in spot.names.values()):  # Not a module with a `weight`.
+                parameters.add(name)
     rest = [layer for key, layer in mine.items() if key not in taken]
     named = len(found)
-    weights: dict[str, torch.Tensor] = {}
     for layer in rest:
-        name = next((n for n, each in found.items() if n in weights and _equal(each, layer)), f"layer.{len(weights)}")
+        name = next((n for n, each in [*found.items()][named:] if _equal(each, layer)), f"layer.{len(found) - named}")
         _add(found, name, layer)
-        stored = layer.weight
-        node = layer.used[0].node
-        if node.op_type in ("ConvTranspose", "Gather"):
-            stored = stored.swapaxes(0, 1)
-        weights[name] = torch.from_numpy(np.ascontiguousarray(stored.astype("f4")))
-    base = scratch / f"{path.stem}.safetensors" if weights else None
-    if base is not None:
-        save_file({f"{name}.weight": each for name, each in weights.items()}, base)
+    if not rest:
+        return found, None, named
+    base = scratch / f"{path.stem}.safetensors"
+    save_file({name if name in parameters else f"{name}.weight": _stored(each) for name, each in found.items()}, base)
     return found, base, named
+
+
+def _stored(layer: Weighted) -> torch.Tensor:
+    turned = layer.used[0].node.op_type in ("ConvTranspose", "Gather")
+    W = layer.weight.swapaxes(0, 1) if turned else layer.weight
+    return torch.from_numpy(np.ascontiguousarray(W.astype("f4")))
 
 
 def _equal(one: Weighted, other: Weighted) -> bool:

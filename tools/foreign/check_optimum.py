@@ -31,7 +31,7 @@ def main() -> int:
     """Run the command line; 1 if a case is wrong."""
     python, home, *chosen = sys.argv[1:]
     tool = Tool("optimum", python, Path(__file__).with_name("optimum_folders.py"), Path(home))
-    tool.make()
+    tool.make(chosen)
     cases = [
         Case(model, "fp32", method, mode, source=f"{model}/onnx", limit=LIMIT)
         for model in chosen or MODELS

@@ -1,6 +1,6 @@
 """Builds folders with onnxruntime-genai's builder, and compares changed ones with PEFT; run it in genai's environment.
 
-    python tools/foreign/genai_folders.py make DIR
+    python tools/foreign/genai_folders.py make DIR [MODEL ...]
     python tools/foreign/genai_folders.py compare DIR MODEL TYPE ADAPTER FOLDER [FILE.onnx_adapter]
 
 For each tiny random model, `make` writes `base/`, one folder for each type (fp32, fp16, int4), and an adapter by PEFT
@@ -12,9 +12,10 @@ difference of the logits, relative to the largest logit. `check_genai.py` runs b
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=held, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def make(folder: Path) -> None:
-    """Write everything, but for what is there already."""
+def make(folder: Path, chosen: Sequence[str]) -> None:
+    """Write the chosen models, or all, but for what is there already."""
     import peft
     from transformers import AutoModelForCausalLM
 
     for name, (config, targets) in configs().items():
+        if chosen and name not in chosen:
+            continue
         home = folder / name
         if not (home / "base").exists():
             torch.manual_seed(len(name))
@@ -123,13 +126,24 @@ def make(folder: Path) -> None:
                 continue
             if (home / kind / "genai_config.json").exists():
                 continue
-            device = "cuda" if precision == "fp16" else "cpu"
-            words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(home / "base"), "-o",
-                     str(home / kind), "-p", precision, "-e", device, "-c", str(home / "cache")]  # fmt: skip
-            done = subprocess.run(
-                [*words, *(["--extra_options", *options] if options else [])], capture_output=True, text=True
-            )
-            print(name, kind, "built" if done.returncode == 0 else done.stderr[-300:], flush=True)
+            words = ["-i", home / "base", "-o", home / kind, "-p", precision, "-c", home / "cache",
+                     "-e", "cuda" if precision == "fp16" else "cpu"]  # fmt: skip
+            error = built([str(word) for word in (*words, *(("--extra_options", *options) if options else ()))])
+            print(name, kind, error or "built", flush=True)
+            if error:
+                (home / f"{kind}.error").write_text(error, encoding="utf-8")
+
+
+def built(words: list[str]) -> str:
+    """Run the builder in this process, since importing its libraries takes longer than a build; return its error."""
+    held, sys.argv = sys.argv, ["builder", *words]
+    try:
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        sys.argv = held
+    return ""
 
 
 PROMPT = [5, 17, 44, 90, 3, 61, 8]
@@ -215,6 +229,8 @@ def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, fil
     from transformers import AutoModelForCausalLM
 
     home = folder / name
+    if (error := home / f"{kind}.error").exists():
+        raise RuntimeError(f"the builder does not build this folder: {error.read_text(encoding='utf-8')}")
     model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32, trust_remote_code=False)
     if kind.startswith("int4"):
         with_packed(model, home / kind)
@@ -258,7 +274,7 @@ def main() -> int:
     """Run the command line; `compare DIR` alone answers lines of words on standard input."""
     verb, home, *words = sys.argv[1:]
     if verb == "make":
-        make(Path(home))
+        make(Path(home), words)
     elif words:
         print(json.dumps(told(Path(home), words)))
     else:

@@ -1,17 +1,19 @@
 """Exports folders of graphs with optimum, and compares changed ones with PEFT; run it in optimum's environment.
 
-    python tools/foreign/optimum_folders.py make DIR
+    python tools/foreign/optimum_folders.py make DIR [MODEL ...]
     python tools/foreign/optimum_folders.py compare DIR MODEL ADAPTER FOLDER
 
 For each tiny random model, `make` writes `base/`, `onnx/` (optimum's folder) and an adapter by PEFT for each method.
-`compare` loads FOLDER with optimum's `ORTModelFor...`. It prints the largest difference of the outputs from those of
-the torch model with PEFT's adapter, and whether both generate the same tokens. `check_optimum.py` runs both commands.
+`compare` loads FOLDER with optimum's `ORTModelFor...`; slots get their values from the adapter file beside each graph.
+It prints the largest difference of the outputs from those of the torch model with PEFT's adapter, and whether both
+generate the same tokens. `check_optimum.py` runs both commands.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +81,14 @@ def peft_config(kind: str, name: str, targets: list[str]) -> Any:
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_dora=kind == "dora")
 
 
-def make(folder: Path) -> None:
-    """Write everything, but for what is there already."""
+def make(folder: Path, chosen: Sequence[str]) -> None:
+    """Write the chosen models, or all, but for what is there already."""
     import peft
     import transformers
 
     for name, (config, task, targets) in configs().items():
+        if chosen and name not in chosen:
+            continue
         home = folder / name
         auto = getattr(transformers, KINDS[task][0])
         torch.manual_seed(len(name))
@@ -120,6 +124,24 @@ def _make_model(home: Path, name: str, auto: Any, config: Any, task: str) -> Non
     (home / "task").write_text(task)
     (home / "done").touch()
     print(name, sorted(file.name for file in (home / "onnx").iterdir()), flush=True)
+
+
+def with_adapters() -> None:
+    """Make every session activate the adapter file beside its graph, since optimum's classes load none."""
+    import onnxruntime
+
+    plain = onnxruntime.InferenceSession.run
+
+    def run(self: Any, names: Any, feeds: Any, options: Any = None) -> Any:
+        file = Path(self._model_path).with_suffix(".onnx_adapter")
+        if not file.exists():
+            return plain(self, names, feeds, options)
+        adapter, options = onnxruntime.LoraAdapter(), options or onnxruntime.RunOptions()
+        adapter.Load(str(file))
+        options.add_active_adapter(adapter)
+        return plain(self, names, feeds, options)
+
+    onnxruntime.InferenceSession.run = run
 
 
 def compare(folder: Path, name: str, adapter: str, changed: Path) -> dict[str, Any]:
@@ -177,8 +199,9 @@ def told(home: Path, words: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Run the command line; `compare DIR` alone answers lines of words on standard input."""
     verb, home, *words = sys.argv[1:]
+    with_adapters()
     if verb == "make":
-        make(Path(home))
+        make(Path(home), words)
     elif words:
         print(json.dumps(told(Path(home), words)))
     else:
