@@ -287,7 +287,7 @@ FEW = 24
 
 every = click.option(
     "--all", "every", is_flag=True,
-    help="List every target. Without it, more than 24 targets are summarized, one row for each module.",
+    help="List every target. Without this flag, if there are more than 24, print one row for each module.",
 )  # fmt: skip
 
 HINT = "--all lists every target"

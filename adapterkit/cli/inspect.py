@@ -43,7 +43,7 @@ from ._render import (
 @click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by their values.")
 @click.option(
     "--all", "every", is_flag=True,
-    help="List every target or tensor. Without it, more than 24 are summarized, one row for each module.",
+    help="List every target or tensor. Without this flag, if there are more than 24, print one row for each module.",
 )  # fmt: skip
 @click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer; this reads all values.")
 @_options.reading

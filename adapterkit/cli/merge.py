@@ -57,9 +57,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
-    help="For a quantized graph with --quantized requantize: keep the change as floating-point factors next to the "
-    "quantized weights, or quantize weight and change together, even if much of the change is lost. Default: float for "
-    "each weight that would lose more than 5 % of its change.",
+    help="For a quantized graph: keep the change as floating-point factors next to the quantized weights (float), or, "
+    "with --quantized requantize, quantize weight and change together, even if much of the change is lost (packed). "
+    "Default of --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
+    "the others.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Choice(["adapter"]),

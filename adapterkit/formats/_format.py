@@ -101,7 +101,8 @@ class Format:
             `compat` also accepts these names.
         models: `image` if the format's names are only for image, video and audio models; `language` if the format's
             names are only for other models; empty if the format accepts any name.
-        differences: whether the format can store any change of a weight as a full matrix, and so express any method.
+        differences: whether the format can store any change of a weight as a full matrix, and so can express any
+            method.
         identities: whether the writer may write a full weight change as a LoRA of full rank, because the format's tool
             does so. All other writers refuse such a LoRA, because the file would be as large as the base.
         profiles: names of programs that load only a part of the format; `fit` rewrites an adapter for one of these

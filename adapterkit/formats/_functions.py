@@ -302,7 +302,8 @@ class _Weight:
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
-        raise UsageError("only the base shows the shape of its weight", cure="Give the base with --base (base=)")
+        why = f"the adapter does not show the shape of the weight of {target}; only the base does"
+        raise UsageError(why, cure="Give the base with --base (base=)")
 
 
 def _random(shape: tuple[int, ...]) -> Array:

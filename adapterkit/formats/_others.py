@@ -84,7 +84,9 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
-    """Group tensors by module, then by the ending of their key; empty if a key does not end like an adapter's.
+    """Group a file's tensors by module, then by the ending of their key.
+
+    The result is empty if any key lacks a known adapter ending, or if `alpha` is the only ending.
 
     Args:
         path: a tensor file; for anything else, the result is empty.

@@ -124,7 +124,7 @@ def _place(target: Target) -> tuple[str, int | None]:
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Map (module, third of its outputs) to the prefix of the pair's keys."""
+    """Map (module, index of a third of its output rows, or None) to the prefix of the keys of its A and B."""
     found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}

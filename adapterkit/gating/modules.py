@@ -255,7 +255,7 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 
 
 def named_scale(scale: float, residue: float) -> str:
-    """Return the fault of a module with a wrong change: a multiple of the right change, or a different change.
+    """Return a phrase that describes a module's wrong change: a multiple of the right change, or a different change.
 
     Args:
         scale: the factor of the right change.

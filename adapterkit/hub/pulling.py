@@ -221,7 +221,8 @@ class _Transfer:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part, copy)
         first.parent.mkdir(parents=True, exist_ok=True)
-        # Rename at the end: if the process is killed before the rename, the next run finds the complete partial file.
+        # Rename last: if the process is killed before the rename, the next run still finds the fully downloaded file
+        # under its temporary name.
         os.replace(part, first)
 
     def _count(self, change: int) -> None:

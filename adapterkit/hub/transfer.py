@@ -314,7 +314,10 @@ class _Fetching:
 
 
 def _written(target: BinaryIO, chunk: bytes) -> None:
-    """Write bytes; raise StorageError for disk errors, since network errors may also be OSError."""
+    """Write bytes.
+
+    Disk errors become StorageError, so that callers can tell them from network errors, which may also be OSErrors.
+    """
     try:
         target.write(chunk)
     except OSError as error:

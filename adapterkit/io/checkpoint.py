@@ -288,13 +288,14 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 # The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. It does not depend on file
 # names and sharding. A changed base gets another fingerprint in these cases:
 #
-# - Always, if a name, shape or dtype changed, or any element of a tensor that is small enough to be read whole.
+# - Always, if a name, a shape or a dtype changed, or if any element changed in a tensor that is small enough to be read
+#   whole.
 # - Always, if a run of elements changed that is at least 1/63 of its tensor, e.g. an attention head or an MLP block,
 #   because 64 blocks are read, evenly spaced from the first element to the last.
 # - Almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
 #   elements changed, and n elements are read, the probability of the same fingerprint is (1 - p) ** n. For 10 billion
 #   bfloat16 parameters n is about 16 million. If one in a million elements changed, the probability is 1e-7.
-# - Seldom, if only a few elements changed, or one row of a large table. Only a hash of all bytes detects such changes.
+# - Seldom, if only a few elements or one row of a large table changed. Only a hash of all bytes detects such changes.
 
 
 PREFIX = "sampled-2-sha256:"

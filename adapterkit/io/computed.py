@@ -187,7 +187,7 @@ class Spool:
                 start = self._append(kept)
             except OSError as error:
                 raise storage_error(error, Path(tempfile.gettempdir())) from None
-        # Delete the array: the lazy tensor must not keep it in memory.
+        # Copy what the lazy tensor needs from the array, so that the lazy tensor does not keep the array in memory.
         shape, count = tuple(kept.shape), kept.nbytes
         return Lazy(shape, dtype, lambda: self._read(start, count))
 

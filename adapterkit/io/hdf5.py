@@ -104,7 +104,7 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
     """Return a lazy tensor that reads the bytes of a dataset from the file."""
     if node.is_virtual or node.external or node.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
         why = "the tensor is compressed, in chunks, or in another file"
-        raise Unsupported(why, where=where, cure="Save it as one plain run of numbers, as Keras does")
+        raise Unsupported(why, where=where, cure="Save it as a contiguous, uncompressed dataset, as Keras does")
     dtype = _KINDS.get(node.dtype.str if node.dtype.itemsize > 1 else f"|{node.dtype.str[1:]}")
     if dtype is None or node.shape is None:
         raise Unsupported(f"the tensor has dtype {node.dtype}", where=where, cure=f"Save it as {', '.join(_NAMES)}")

@@ -143,7 +143,8 @@ class _Buffer:
 
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:
-            raise self.damaged(f"{count} bytes from here extend beyond the file of {self.size}", at)
+            why = f"{count} bytes from this position extend beyond the end of the file, which has {self.size} bytes"
+            raise self.damaged(why, at)
         page, start = divmod(at, PAGE)
         if start + count > PAGE:
             self.file.seek(at)

@@ -43,7 +43,7 @@ def refused(why: str, where: str | None = None) -> Unsupported:
 
 
 def short(text: str) -> str:
-    """Shorten and escape a text from a file, so that it fits into one line of a message."""
+    """Shorten and escape a text from a file, so that it fits on one line of a message."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")
 
 

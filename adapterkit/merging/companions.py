@@ -201,7 +201,10 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return token ids in a file, including the largest; empty if the file does not have transformers' form."""
+    """Return some of the token ids in a file, always including the largest.
+
+    The list has no token id if the file is not in transformers' format.
+    """
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

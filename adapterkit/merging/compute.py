@@ -88,8 +88,8 @@ def _unit(values: Numbers, dtype: DType) -> Numbers:
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    # A value divided by its mantissa is an exact power of two, twice the value's leading bit. Below the smallest normal
-    # number, the distance is constant.
+    # A value divided by its mantissa is exactly a power of two: twice the value of its leading bit. Below the smallest
+    # normal number, the distance is constant.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)

@@ -94,7 +94,9 @@ def as_merged(
         raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
         cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
-        raise UsageError("a calibration requires rounding that keeps the adapter", where="calibration", cure=cure)
+        raise UsageError(
+            "a calibration requires rounding that keeps the adapter's change", where="calibration", cure=cure
+        )
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)

@@ -28,7 +28,7 @@ class InPlace(WeightUpdate):
         raise AssertionError("each method defines it")
 
     def left(self) -> Tensor:
-        """Return the factor that is multiplied by A from the left: B, or B with a diagonal."""
+        """Return the factor to the left of A in the product: B, or B times a diagonal matrix."""
         return self.B
 
     def new_weight(self, W: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ class NOLA(LowRank):
 
 def _mixed(coefficients: Tensor, bases: Tensor | None) -> Tensor:
     assert bases is not None
-    # Pass the size explicitly, because -1 is ambiguous without matrices.
+    # Pass the size explicitly, because -1 is ambiguous if there are no basis matrices.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

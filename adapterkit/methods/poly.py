@@ -56,7 +56,7 @@ class Poly(Routed):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tasks = layer.call["task_ids"]
         if tasks.shape != x.shape[:1]:
-            why = f"the tasks are {list(tasks.shape)}, but the input is {list(x.shape)}"
+            why = f"the tasks have the shape {list(tasks.shape)}, but the input has the shape {list(x.shape)}"
             raise ShapeMismatch(why, cure="Pass one task number for each row")
         splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)

@@ -517,8 +517,9 @@ def by_prefixes(
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, found = left, True
     while rest and found:
-        # Start over after each rule. With the targets of `model.text.` mapped, one change may fit all remaining targets
-        # of `model.`.
+        # Start over after each exchange of a prefix, because the targets that remain may then fit an exchange that
+        # failed before. For example, once the targets of `model.text.` are mapped, one exchange may fit all remaining
+        # targets of `model.`.
         found = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]

@@ -34,7 +34,7 @@ _NODE = re.compile(
 )
 
 STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
-"""Operators in a module that show that a product with a vector belongs to a norm."""
+"""If a module contains one of these operators, its product with a vector belongs to a norm."""
 
 
 class NormLayer(Layer):

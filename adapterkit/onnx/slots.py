@@ -220,7 +220,7 @@ class Slots:
 
     Args:
         building: the model that is being changed.
-        required: make the slots required inputs without defaults, which all run times can swap.
+        required: whether to make the slots required inputs, without defaults. Every runtime can swap such inputs.
     """
 
     def __init__(self, building: Building, required: bool = False) -> None:
@@ -289,7 +289,7 @@ class Slots:
         if not self.required:
             return
         # Remove the defaults. OpenVINO cannot read defaults of rank 0, and turns other inputs with a default into
-        # constants. Run times in JavaScript cannot set inputs with a default.
+        # constants. Runtimes in JavaScript cannot set inputs with a default.
         initializers = self.building.model.graph.initializers
         for name in self.fills:
             value = initializers.pop(name, None)
@@ -489,7 +489,7 @@ def write_adapter(
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
-    under the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` also loads such a
+    under the names of the inputs, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
     file.
     """
     from ..formats.onnx_adapter import write_slots_record

@@ -126,7 +126,9 @@ def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path
 
 
 def _refuse_cycle(graph: GraphProto, made: Mapping[str, int], waits: Sequence[set[int]], path: Path | None) -> NoReturn:
-    """Raise the error for a cycle; `waits` has, for each node on it or behind it, the nodes that it waits for.
+    """Raise the error for a cycle.
+
+    For each node that is on the cycle or depends on it, `waits` contains the nodes that this node waits for.
 
     onnxruntime's converter to float16 renames the outputs of an If, but not those of its branches. The branches then
     return outer values, which are computed from the If.

@@ -420,7 +420,7 @@ class Symbols:
         return x.cumsum(axis)
 
     def argsort(self, x: Value, axis: int = -1) -> Value:
-        """Return the positions in ascending order; equal entries keep their order."""
+        """Return the indices that sort x in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
             raise Unsayable("a dynamic number of entries is sorted")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))

@@ -119,7 +119,8 @@ def places(
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
-        UsageError: there is no adapter, two of them have no target in common, or they belong to different image models.
+        UsageError: no adapter is given, an adapter has no target in common with the adapters before it and `disjoint`
+            is not set, or adapters belong to different image models.
         ShapeMismatch: adapters disagree about how the base stores a weight.
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """

@@ -44,9 +44,9 @@ class Cut:
     Attributes:
         target: the target.
         method: the method of the new update; empty if the target has no update any more.
-        before: the rank before; for a change without factors, the smaller side of the weight.
+        before: the old rank; for a change without factors, the smaller side of the weight.
         rank: the new rank; None if the change was not cut.
-        norm: the Frobenius norm of the change before.
+        norm: the Frobenius norm of the old change.
         error: the Frobenius norm of the difference between the old and the new change, including the rounding of the
             new factors.
     """

@@ -318,11 +318,13 @@ class Criterion:
             raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
             why = f"sv_ratio is {self.sv_ratio}, but must be a finite number of at least 1"
-            raise UsageError(why, where="sv_ratio", cure="Choose another")
+            raise UsageError(why, where="sv_ratio", cure="Choose another value")
         for name in ("sv_cumulative", "sv_fro"):
             if name in given and not 0 < given[name] <= 1:
                 raise UsageError(
-                    f"{name} is {given[name]}, but must be above 0 and at most 1", where=name, cure="Choose another"
+                    f"{name} is {given[name]}, but must be above 0 and at most 1",
+                    where=name,
+                    cure="Choose another value",
                 )
         if self.scope not in SCOPES:
             raise UsageError(f"unknown scope {self.scope!r}", cure=f"Known: {', '.join(SCOPES)}")
@@ -330,13 +332,17 @@ class Criterion:
             raise UsageError(f"rank is {self.rank}, but must be a whole number of at least 1", where="rank", cure=_RANK)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(
-                f"energy is {self.energy}, but must be above 0 and at most 1", where="energy", cure="Choose another"
+                f"energy is {self.energy}, but must be above 0 and at most 1",
+                where="energy",
+                cure="Choose another value",
             )
         for name in ("error", "frobenius"):
             value = given.get(name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(
-                    f"{name} is {value}, but must be a finite number of at least 0", where=name, cure="Choose another"
+                    f"{name} is {value}, but must be a finite number of at least 0",
+                    where=name,
+                    cure="Choose another value",
                 )
 
     def record(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Charts: Vega-Lite specifications of the measurements, and their SVG and PNG.
+"""Charts: Vega-Lite specifications of the measurements, and the same charts as SVG and PNG.
 
 vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
 only the drawings, and no chart library. The library would add 0.9 MB of script, which mail readers, notebooks on hubs
@@ -88,7 +88,7 @@ def svg(chart: Chart) -> str:
 
 
 def png(chart: Chart, scale: float = 2.0) -> bytes:
-    """Return a chart as a PNG on white.
+    """Return a chart as a PNG with a white background.
 
     Raises:
         Unsupported: the package vl-convert-python is not installed.

@@ -479,7 +479,7 @@ def _formats(found: Sequence[Facts]) -> str:
     )  # fmt: skip
     if tools:
         head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
-        table += "<p>How tools load the file unchanged.</p>" + _scrolled(
+        table += "<p>Whether each tool can load the file as it is, without conversion.</p>" + _scrolled(
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (

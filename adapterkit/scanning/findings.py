@@ -92,7 +92,7 @@ _EVERY = (
     ScanRule(
         "spike",
         "medium",
-        "a change of one direction",
+        "a change dominated by one direction",
         "Triggers are edited into a model as one direction that is far stronger than all other changes.",
     ),
     ScanRule(

@@ -321,7 +321,7 @@ def _first_pass(
     out = forward(*args, **{**kwargs, "use_cache": False, "output_hidden_states": True, "return_dict": True})
     hidden = getattr(out, "hidden_states", None)
     if not hidden:
-        cure = "Use a model that returns them, such as one of transformers"
+        cure = "Use a model that returns them, such as a transformers model"
         raise Unsupported("the model returns no hidden_states", cure=cure)
     last: Tensor = hidden[-1]
     return last

@@ -2,7 +2,7 @@
 
 For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must take a cache of past keys and values.
 transformers' models take both. Callers use the model as before, with token ids or embeddings, including through
-`generate()`. The output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are
+`generate()`. The output covers the input with the virtual tokens added: their logits come first. The virtual tokens are
 added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
 arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
 and positions are shifted by the number of virtual tokens. A prefix of a single attention (see below)
@@ -459,7 +459,8 @@ def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
         why = (
             f"{update.method} does not apply to a {type(module).__name__}, which takes no {' or '.join(sorted(needed))}"
         )
-        raise Unsupported(why, where=where, cure="Target a model that takes it, such as one of transformers")
+        cure = "Use a model that accepts one of these arguments, such as a transformers model"
+        raise Unsupported(why, where=where, cure=cure)
     dims, sizes = update.dims(), sizes_of(module)
     for name, size in sizes.items():
         if update.place == "past" and dims[name] != size:

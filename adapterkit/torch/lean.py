@@ -387,10 +387,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
 
 
-# At one token, the products of a LoRA take some microseconds. It takes several times as long to find out which adapters
-# act, which kind of formula they have, and whether the layer is a plain nn.Linear, and the answer is the same in every
-# forward. A plan caches this answer. The plan is discarded when a switch or weight changes (`scopes.SETTINGS`), in
-# another scope, and when the layer or the adapter gets other tensors.
+# For one token, the products of a LoRA take a few microseconds. It takes several times as long to find out which
+# adapters act, which kind of formula they have, and whether the layer is a plain nn.Linear, and the answer is the same
+# in every forward. A plan caches this answer. The plan is discarded when a switch or weight changes
+# (`scopes.SETTINGS`), in another scope, and when the layer or the adapter gets other tensors.
 
 
 class LeanPlan:

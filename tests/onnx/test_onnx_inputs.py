@@ -1,4 +1,4 @@
-"""Slots that are required inputs, for run times that have no optional ones; the reference is PyTorch's arithmetic."""
+"""Slots that are required inputs, for runtimes that have no optional ones; the reference is PyTorch's arithmetic."""
 
 import asyncio
 

@@ -1,13 +1,13 @@
-"""Loads adapters in the run times that they are written for: each must do what was trained.
+"""Loads adapters in the runtimes that they are written for: each must do what was trained.
 
     python tools/foreign/check_profiles.py make DIR                        needs adapterkit and gguf
-    ENV/bin/python tools/foreign/check_profiles.py run DIR RUNTIME         needs the run time's own packages
+    ENV/bin/python tools/foreign/check_profiles.py run DIR RUNTIME         needs the runtime's own packages
     python tools/foreign/check_profiles.py check DIR                       the table; exit code 1 where one is wrong
 
 The adapter has an alpha other than its rank, and another rank and scale at one module. `make` writes it as adapterkit
-writes it for each run time, and as it should not be: with a scale of 1 for llama.cpp and Keras Hub, as PEFT's folder
-for the others. `run` lets the run time load both on the base, and weights that were merged by the formula in float64,
-and keeps log-probabilities of the next token. `check` compares: the run time must be right with what was written for
+writes it for each runtime, and as it should not be: with a scale of 1 for llama.cpp and Keras Hub, as PEFT's folder
+for the others. `run` lets the runtime load both on the base, and weights that were merged by the formula in float64,
+and keeps log-probabilities of the next token. `check` compares: the runtime must be right with what was written for
 it, and wrong, or refuse, with the other; adapterkit's own merge must be right, too. Tunix reads no adapters of other
 tools, and Ollama refuses adapters: they get the merge.
 
@@ -42,7 +42,7 @@ FEW = {"model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"}
 """The modules of an adapter that leaves a layer out."""
 
 CLOSE, APART = 1e-3, 1e-1
-"""Largest difference of log-probabilities of a right run time; smallest of a wrong one."""
+"""Largest difference of log-probabilities of a right runtime; smallest of a wrong one."""
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -54,15 +54,15 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def prompts() -> Any:
-    """The token ids that every run time reads."""
+    """The token ids that every runtime reads."""
     return np.random.default_rng(3).integers(1, VOCABULARY, (COUNT, LENGTH))
 
 
-# What run times read.
+# What runtimes read.
 
 
 def make(folder: Path) -> None:
-    """Write the base, the merged base, and the adapter for each run time."""
+    """Write the base, the merged base, and the adapter for each runtime."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import adapterkit as ak
     from adapterkit.io.lazy import from_numpy
@@ -179,7 +179,7 @@ def in_gguf(base: Path, path: Path) -> None:
     writer.close()
 
 
-# Run times. Each takes a model and an adapter, or None, and gives log-probabilities.
+# Runtimes. Each takes a model and an adapter, or None, and gives log-probabilities.
 
 
 def mlx(model_path: Path, adapter: Path | None) -> Any:
@@ -267,7 +267,7 @@ META = {
 
 
 def executorch(model_path: Path, adapter: Path | None) -> Any:
-    """ExecuTorch: its own llama with its own LoRA, compiled, and run by its run time."""
+    """ExecuTorch: its own llama with its own LoRA, compiled, and run by its runtime."""
     import torch
     from executorch.examples.models.llama.model import Llama2Model
     from executorch.exir import to_edge
@@ -382,11 +382,11 @@ RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] 
         "written": ("base", "written.lora.h5"), "merged": ("ours", None),
     }),
 }  # fmt: skip
-"""Run time -> what runs it, and the cases: a model and an adapter."""
+"""Runtime -> what runs it, and the cases: a model and an adapter."""
 
 
 def run(folder: Path, name: str) -> None:
-    """Let a run time compute all its cases."""
+    """Let a runtime compute all its cases."""
     ask, cases = RUNTIMES[name]
     found: dict[str, Any] = {}
     for case, (model, adapter) in cases.items():
@@ -399,7 +399,7 @@ def run(folder: Path, name: str) -> None:
 
 
 def check(folder: Path) -> int:
-    """Print a row for each case of the run times that ran; return 1 where one is wrong."""
+    """Print a row for each case of the runtimes that ran; return 1 where one is wrong."""
     bad = False
     for name in RUNTIMES:
         if not (folder / f"{name}.npz").exists():

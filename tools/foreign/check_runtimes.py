@@ -1,9 +1,9 @@
-"""Runs the same graphs and adapters in several run times: `python tools/foreign/check_runtimes.py DIR PYTHON MODULES`.
+"""Runs the same graphs and adapters in several runtimes: `python tools/foreign/check_runtimes.py DIR PYTHON MODULES`.
 
 PYTHON is the interpreter of an environment with OpenVINO and safetensors. MODULES is a `node_modules` folder with
-onnxruntime-node and onnxruntime-web. The graphs are written to DIR. Each run time opens each graph once and swaps
+onnxruntime-node and onnxruntime-web. The graphs are written to DIR. Each runtime opens each graph once and swaps
 adapters; its outputs are compared with float64 formulas. onnxruntime-web runs in headless Chromium. DIR/runtimes.tsv
-has a row for each case: run time, graph, adapter, result, difference.
+has a row for each case: runtime, graph, adapter, result, difference.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def cases(home: Path) -> list[dict[str, Any]]:
 
 
 Run = Callable[[Path, list[dict[str, Any]]], list[Any]]
-"""Runs all cases in a run time; returns the outputs."""
+"""Runs all cases in a runtime; returns the outputs."""
 
 
 def by_onnxruntime(home: Path, asked: list[dict[str, Any]]) -> list[Any]:
@@ -272,11 +272,11 @@ def main() -> int:
         "onnxruntime": by_onnxruntime, "OpenVINO": partial(by_openvino, python),
         "onnxruntime-node": partial(by_node, modules), "onnxruntime-web": partial(by_web, modules),
     }  # fmt: skip
-    rows, wrong = ["run time\tgraph\tadapter\tresult\tdifference"], 0
+    rows, wrong = ["runtime\tgraph\tadapter\tresult\tdifference"], 0
     for name, run in tools.items():
         try:
             outputs = run(home, asked)
-        except Exception as error:  # Whatever a run time raises is what came of it.
+        except Exception as error:  # Whatever a runtime raises is what came of it.
             rows.append(f"{name}\t\t\tnot run: {error}\t")
             wrong += 1
             continue

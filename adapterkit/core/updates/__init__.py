@@ -245,7 +245,7 @@ class ContextUpdate(Update):
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
     No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
-    in the order in which they are attached; the first update comes first.
+    in the order in which they are attached.
 
     Class attributes:
         place: the name of the function below that the method overrides.

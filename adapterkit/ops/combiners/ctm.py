@@ -60,8 +60,8 @@ class CtM(PlugIn):
         X = cores * np.where(sizes > 0, wanted / np.where(sizes > 0, sizes, 1.0), 0.0)
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
-        # A round needs only the spans of the previous round's vectors. The combiner `then` needs the vectors, so they
-        # are computed after the last round.
+        # A round needs only the spans of the previous round's vectors. The combiner named by `then` needs the vectors
+        # themselves, so they are computed once, after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):

@@ -1,4 +1,4 @@
-"""NSC: learn coefficients of a sum that minimise the part of the tasks' inputs in the null space of their adapters.
+"""NSC: learn the weights of a sum of adapters so that little of each task's input is in the null space of its adapter.
 
 Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter uses an input z only as A z, so it ignores the part of z
 in the null space of A. The length of this part, divided by the length of z, is sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T

@@ -137,10 +137,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config states one set of settings for all bottleneck adapters, the kinds of positions that have adapters, and
-# the layers that have none. In every other layer, the adapters library creates an adapter at each position of these
-# kinds, and each of these adapters changes the model. So the updates must cover all these positions. The base must be
-# known, because the base shows the number of layers.
+# A new config states three things: the settings, which all bottleneck adapters share; the kinds of positions that have
+# adapters; and the layers that have no adapters. In every other layer, the adapters library creates an adapter at each
+# position of these kinds, and each of these adapters changes the model. So the updates must cover all these positions.
+# The base must be known, because the base shows the number of layers.
 
 
 FRESH = {
