@@ -199,11 +199,11 @@ def test_laws_that_need_the_weight_are_promoted_at_a_base(base):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({}, "none"), ({"rank": 2, "energy": 0.5}, "rank and energy"), ({"rank": 0}, "rank 0"),
-        ({"rank": 2.5}, "rank 2.5"), ({"rank": True}, "rank True"),
+        ({}, "none"), ({"rank": 2, "energy": 0.5}, "rank and energy"), ({"rank": 0}, "rank is 0,"),
+        ({"rank": 2.5}, "rank is 2.5,"), ({"rank": True}, "rank is True,"),
         ({"rank": 13}, "rank is 13, but the weights have at most rank 12"),
-        ({"energy": 0}, "energy 0"), ({"energy": 1.1}, "energy 1.1"), ({"error": -1}, "error -1"),
-        ({"error": math.nan}, "error nan"), ({"frobenius": math.inf}, "frobenius inf"),
+        ({"energy": 0}, "energy is 0,"), ({"energy": 1.1}, "energy is 1.1,"), ({"error": -1}, "error is -1,"),
+        ({"error": math.nan}, "error is nan,"), ({"frobenius": math.inf}, "frobenius is inf,"),
         ({"rank": 2, "scope": "some"}, "unknown scope"),
     ],
 )  # fmt: skip
