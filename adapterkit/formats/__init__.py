@@ -113,7 +113,9 @@ def read(
     options = {option: value for option, value in options.items() if value is not None}
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
-        raise UsageError(f"{name} does not use --{needless} ({needless}=)", path=path, cure="Omit this option")
+        raise UsageError(
+            f"the format {name} is read without --{needless} ({needless}=)", path=path, cure="Omit this option"
+        )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without --compat (compat=), the adapter computes the training tool's formula"

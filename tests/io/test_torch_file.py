@@ -193,7 +193,7 @@ def test_what_is_not_a_torch_file(tmp_path):
     assert not is_torch_file(tmp_path / "nowhere")
     with pytest.raises(StorageError):
         read_torch_file(tmp_path / "nowhere")
-    with pytest.raises(StorageError, match="Name a file"):
+    with pytest.raises(StorageError, match="Pass a file"):
         read_torch_file(tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_what_tells_a_norm(tmp_path):
     with pytest.raises(Unsupported, match="stores this norm as 1 \\+ weight"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "shifted.safetensors")
     save_file({**held, "first.weight": held["first.weight"] * 3}, tmp_path / "other.safetensors")
-    with pytest.raises(TargetNotFound, match="other values"):
+    with pytest.raises(TargetNotFound, match="values of the norm"):
         ak.onnx.merge(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "other.safetensors")
     other = Adapter({Target("decoder.first"): adapter.updates[Target("first")]})
     with pytest.raises(
