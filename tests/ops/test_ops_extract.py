@@ -285,7 +285,7 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     base = model(0, np.float32)
     folder, twin = write(tmp_path / "base", base), write(tmp_path / "twin", base)
     for arguments, why in (
-        ({}, "none"), ({"rank": 0}, "rank is 0"), ({"rank": 19}, "rank is 19, but the weights have at most rank"),
+        ({}, "none"), ({"rank": 0}, "rank is 0,"), ({"rank": 19}, "rank is 19, but the weights have at most rank"),
         ({"rank": 2, "embeddings": "none"}, "embeddings is 'none'"), ({"rank": 2}, "bit by bit"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
