@@ -3,11 +3,11 @@
 import contextlib
 
 import numpy as np
-import onnx
-import onnxruntime
+import operator_graphs
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from operator_graphs import ran
 from safetensors.numpy import save_file
 
 import adapterkit as ak
@@ -159,23 +159,7 @@ REFUSED = {
 
 
 def saved(path, x, nodes, tensors):
-    graph = helper.make_graph(
-        [helper.make_node(op, inputs, [out] if isinstance(out, str) else out, name, **words)
-         for op, inputs, out, name, words in nodes], "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.array(array, order="C"), name) for name, array in tensors.items()],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
-
-
-def ran(path, x, **feeds):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x, **feeds})[0].astype("f8")
+    return operator_graphs.saved(path, x.shape, nodes, tensors)
 
 
 def ia3():

@@ -2,9 +2,9 @@
 
 import numpy as np
 import onnx
-import onnxruntime
+import operator_graphs
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from operator_graphs import ran
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
@@ -48,22 +48,7 @@ def quantized(held):
 
 def saved(path, nodes, tensors, x=X):
     made = {"x_scale": X_SCALE, "x_zero": X_ZERO, "y_scale": np.float32(0.05), "y_zero": np.uint8(128), **tensors}
-    graph = helper.make_graph(
-        [helper.make_node(op, inputs, outputs, name, **words) for op, inputs, outputs, name, words in nodes], "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *x.shape[1:]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in made.items()],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
-
-
-def ran(path, x, **feeds):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x, **feeds})[0].astype("f8")
+    return operator_graphs.saved(path, ["n", *x.shape[1:]], nodes, made)
 
 
 def changes(shape, scaling=0.5):
