@@ -1,4 +1,4 @@
-"""Replace updates by what their training tool computes, if this depends on the layer's kernel or padding.
+"""Rewrite updates to compute their training tool's forward at a layer, if it depends on the layer's kernel or padding.
 
 A file with OFT or LoRA does not show whether a layer is a convolution, or how the layer pads its input. The engines
 know the layer, so they call this module before they compute. Updates stay unchanged if the adapter was not read from a

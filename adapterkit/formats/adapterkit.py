@@ -123,7 +123,7 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write the updates that it combines as separate updates"
+            cure = "Write separate updates instead of an update that combines several"
             raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)

@@ -32,7 +32,7 @@ FAMILY = "adapterkit.family"
 """The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""For each format that only some families of models use: these families."""
+"""A map from a format that only some families of models use to these families."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
 """The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
@@ -62,7 +62,7 @@ class Origin:
         unknown: the diffusers class of the base if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
         bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
-        of_format: whether `families` was derived only from the file's format; see `FAMILIES`.
+        of_format: whether only the file's format shows the `families`; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -213,7 +213,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: _sized(family, extents))
     fitting = likely(fitting, paths, inputs, origin)
     if origin.of_format:
-        # Check the shapes, too: names of FLUX.2's double blocks are also valid names for FLUX, but the shapes differ.
+        # Names are not enough, so check the shapes: FLUX.2's double blocks have FLUX's names, but other shapes.
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
@@ -305,7 +305,9 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families. Keep such a family if the metadata or the sizes fit it, or if no other is left.
+    """Remove the families that are marked `unlikely`, except those that the metadata, the base or the sizes point to.
+
+    If no family would be left, return all.
 
     Args:
         fitting: the families that have all names.
@@ -333,9 +335,9 @@ def likely(
         if not both <= _numbers(paths).keys():
             # One common kind of blocks proves nothing: FLUX and Bria FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless the number
-        # of blocks is that of a rival family. Other selections prove nothing: block 7 may be FLUX's, but it is also
-        # Bria's last block.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless a rival
+        # family has exactly this number of blocks. Other selections of blocks prove nothing: FLUX has a block 7, but
+        # it is also Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
@@ -356,11 +358,11 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names have two or more consecutive blocks from the first block on, and no block that the family lacks."""
+    """Whether names have consecutive blocks from the first on, at least two, and no block that the family lacks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # Allow the numbers to begin at 1, too, because the first block of SDXL's U-Net has no attention.
+    # The numbers may begin at 0 or 1, because the first block of SDXL's U-Net has no attention.
     rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
     return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
 

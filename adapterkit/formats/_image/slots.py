@@ -70,8 +70,8 @@ def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     """Return alpha / rank; without `by_formula`, return 1 if the alpha is missing or zero.
 
     Raises:
-        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the format's tools would not
-            replace it by the rank.
+        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the rules set neither
+            `by_formula` nor `alpha_needed`.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -249,7 +249,7 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT. Like PEFT's, it rotates blocks of inputs by the first five terms of a series.
+    """Read OneTrainer's OFT. It rotates blocks of inputs, like PEFT's OFT with the first five terms of a series.
 
     On convolutions, OneTrainer applies the inverse rotation. The file does not show which layers are convolutions.
     """

@@ -242,9 +242,9 @@ def _part(own: Mapping[str, object], at: str, settings: Settings) -> tuple[str, 
 _REWRITE = "Save the adapter again with the adapters library"
 _UPGRADE = "Upgrade adapterkit, or remove the field if it is known to be harmless"
 
-# Encode an `Adapter` as the contents of a folder, and check that they read back as the same adapter.
+# Encode an `Adapter` as the contents of a folder, and check that these contents read back as the same adapter.
 #
-# If the source config still describes the adapter, the writer keeps it unchanged. Otherwise the writer composes a new
+# If the source config still describes the adapter, the writer copies this config. Otherwise the writer composes a new
 # config, with the fields that release 1.3 writes.
 
 

@@ -144,7 +144,8 @@ def _block(said: object, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        raise Malformed(f"{str(kind)[:60]!r} with children is not a known block", where=at, cure=_BLOCKS)
+        why = f"{str(kind)[:60]!r} is not a known block with a list of children, or it is nested too deep"
+        raise Malformed(why, where=at, cure=_BLOCKS)
     found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
 

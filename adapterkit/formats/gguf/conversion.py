@@ -149,7 +149,8 @@ class GgufPlace:
             return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
-                "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
+                "llama.cpp splits this weight into two tensors and cannot adapt them: merge the adapter into the GGUF "
+                "model"
             )
         if place.rows == "rotary":
             # Refuse: GLM-4 and GLM-4V have the same architecture in GGUF files, but different orders of rows.
@@ -284,7 +285,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
     if where is None:
         why = f"{place.family.family} has no known weight with this name"
         raise TargetNotFound(
-            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge the adapter with llama.cpp"
+            why, where=foreign, cure=f"Is the architecture {place.name} right? If so, merge the adapter with llama.cpp"
         )
     if where.stacked:
         A, B = slots["A"], slots["B"]

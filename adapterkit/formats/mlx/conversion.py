@@ -474,7 +474,7 @@ def _without_absent(
     if not absent:
         return adapter, []
     items = [
-        f"{target}: MLX-LM's model has no separate layer for this weight that could have an adapter"
+        f"{target}: MLX-LM's model has no separate layer for this weight, so the weight cannot have an adapter"
         for target in absent
     ]
     if on_loss != "drop" or len(absent) == len(adapter.updates):
@@ -517,7 +517,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack in which experts have no update, unless the base shows the number of experts."""
+    """Refuse a stack in which some experts have no update, unless the base shows the number of experts."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:

@@ -40,7 +40,7 @@ READ = {
     "target_parameters": "names of the parameters of stacked experts, in any order",
     "token_indices": "TRAINABLE_TOKENS: token ids of the stored rows",
     "trainable_token_indices": "token ids of the stored rows",
-    "use_bdlora": "which modules have a block-diagonal factor, and its number of blocks",
+    "use_bdlora": "which modules have a block-diagonal factor, and the factor's number of blocks",
     "use_dora": "the method is DoRA",
     "use_rslora": "scaling = lora_alpha / sqrt(r)",
 }

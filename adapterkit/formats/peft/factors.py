@@ -1,4 +1,4 @@
-"""The factors of each LoRA or DoRA with their rank and scaling: of modules, and of parameters (stacks of experts)."""
+"""Find the factors, rank and scaling of each LoRA or DoRA, which adapts a module or a parameter (a stack of experts)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .file import Settings
 
 
-# Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.
+# Collect the tensors of each LoRA or DoRA, and look up its rank and scaling in the config.
 
 
 FIELDS = {
@@ -208,7 +208,7 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
         if needed and name not in keys:
             raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
-            why = f"the file has {_WORDS[name]}, but the config has no such field"
+            why = f"the file has {_WORDS[name]}, but the config does not enable it"
             raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
         raise Unsupported(
@@ -375,7 +375,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return the config with the layout of stacks: in Unsloth's field, or as an old release in `peft_version`."""
+    """Return the config, changed to state the layout of stacks: in Unsloth's field, or by an old `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -445,11 +445,11 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
     if shape is None:
         if old and file.compat is None:
             raise UsageError(
-                "PEFT before 0.19 wrote this file: lora_A has the inputs if the model stores experts as "
-                "[expert, in, out] (gpt-oss), and the outputs if it stores [expert, out, in] (nearly all others)",
+                "PEFT before 0.19 wrote this file: an axis of lora_A is the inputs if the model stores experts as "
+                "[expert, in, out] (gpt-oss), but the outputs if it stores [expert, out, in] (nearly all others)",
                 where=factors.keys["A"].text,
-                cure="Pass --base (base=), or --experts-order rank_major for inputs in lora_A, peft_0.18 for outputs "
-                "(experts_order=)",
+                cure="Pass --base (base=). Or state the axis of lora_A with --experts-order (experts_order=): "
+                "rank_major for the inputs, peft_0.18 for the outputs",
             )
         return False
     in_out = stored_in_out(path, None if file.base is None else file.base.config)

@@ -138,7 +138,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
     """Return updates of zeros for layers in which an adapted module has no update.
 
-    The base shows all layers. Without it, the layers are those that the adapter changes.
+    The base shows all layers. Without a base, only the layers that the adapter changes are known.
     """
     of_module: dict[tuple[str, str], Target] = {}
     layers: dict[str, set[int]] = {}
@@ -193,7 +193,7 @@ def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
     """Return the config to write.
 
-    It has the last word of each module's name instead of the path, as some programs need.
+    The config lists the last word of each module's name instead of the path, because some programs need this.
     """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
@@ -243,8 +243,8 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     if target.stacked and not told:
         return (
             "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
-            "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
-            "BASE that stores experts one by one"
+            "experts' names, with --base (base=); or give a BASE that stores experts one by one, with --match-base "
+            "--base BASE (bind(base))"
         )
     if reason := unfit(target, update, stacked=True):
         return reason

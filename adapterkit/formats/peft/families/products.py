@@ -328,7 +328,7 @@ class HiraFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         for target, found in updates.items():
             for update in (update for update in found if isinstance(update, HiRA)):
@@ -337,7 +337,7 @@ class HiraFamily(Family):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         return is_embedding(target) is None
 
@@ -351,7 +351,7 @@ class HiraFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         paths = cls.of_it(updates)
         turned = any(t.path in paths and t.layout == "in out *k" and not is_embedding(t) for t in updates)

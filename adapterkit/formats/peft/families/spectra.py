@@ -332,7 +332,7 @@ class FourierFTFamily(DrawnSpectrum):
     own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "the number for each module whose path equals a pattern, or ends with a dot and a match",
+        "n_frequency_pattern": "number for modules whose path equals a pattern, or whose end after a dot matches one",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }
