@@ -90,7 +90,7 @@ def read(
         strict: refuse every setting that the format does not define, even a harmless one.
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
-            0.19: the outputs are an axis of lora_A). Formats without stacked experts ignore this argument.
+            0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from that of the base recorded in the
             adapter.
         family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules

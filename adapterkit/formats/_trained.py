@@ -96,7 +96,7 @@ def sites_as_trained(
 # Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.
 #
 # PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
-# width of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other
+# width of the layer's padding. So their update pads its input with zeros, even if the layer itself pads with other
 # values.
 
 
@@ -119,7 +119,7 @@ def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
     """
     why = (
         f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
-        "and no change of the weight computes the same; the formula uses the layer's padding"
+        "and no change of the weight computes the same function; the paper's formula uses the layer's padding"
     )
     return Unsupported(
         why, cure='Read the adapter with the formula, as a merge does: --compat formula (compat="formula")'

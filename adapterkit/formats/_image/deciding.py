@@ -32,10 +32,10 @@ FAMILY = "adapterkit.family"
 """The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""A map from a format that only some families of models use to these families."""
+"""For each format that belongs to particular families of models: these families."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
+"""The naming in each format's files. kohya and LyCORIS are absent: they write any naming, with underscores for dots."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """Names of a pipeline's components that are a U-Net or a transformer.
@@ -62,7 +62,7 @@ class Origin:
         unknown: the diffusers class of the base if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
         bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
-        of_format: whether only the file's format shows the `families`; see `FAMILIES`.
+        of_format: whether `families` follows only from the file's format; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -293,7 +293,7 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
         why = f"its metadata names {told[0].title}, but the base is {there[0].title}"
         name = there[0].name
-        cure = f"Give its base, or convert the file with --family {name} (family={name!r}) first"
+        cure = f"Give the adapter's base, or first convert the file with --family {name} (family={name!r})"
         raise UsageError(why, where=paths[0], cure=cure)
 
 
@@ -344,7 +344,7 @@ def likely(
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules may belong to a ControlNet. Their names do not begin with a component of the pipeline.
+    """Whether modules may belong to a ControlNet, if their names do not begin with a component of the pipeline.
 
     Args:
         paths: the names of the modules.

@@ -1,4 +1,4 @@
-"""The data of one module in a file (its tensors by slot, the format's rules, its updates), and the files themselves."""
+"""Define the data of one module in a file (tensors by slot, the format's rules, updates); load and save the files."""
 
 from __future__ import annotations
 

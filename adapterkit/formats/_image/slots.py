@@ -260,7 +260,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
         raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
         raise ShapeMismatch(
-            f"the shape {list(pairs.shape)} is not that of rows of pairs", where=module.keys["oft_R"], cure=AGAIN
+            f"the shape {list(pairs.shape)} is not [blocks, pairs]", where=module.keys["oft_R"], cure=AGAIN
         )
     five: dict[str, Any] = {"terms": 5}
     if "oft_scaled" not in module.tensors:

@@ -38,7 +38,7 @@ DEPARTURES = {
         "dora: the norm is that of W + scaling * B @ A, and the bias is unchanged",
     ),
     "lora_before_1_1": Departure(
-        "LoRA that the adapters library before 1.1 saved has the scaling 1, even inside a union",
+        "LoRA in files from before adapters 1.1 has the scaling 1, even inside a union",
         "alpha / r",
     ),
 }

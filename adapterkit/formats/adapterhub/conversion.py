@@ -293,7 +293,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the stored tensors that belong to no update: from the adapter's file, and from the prediction head."""
+    """Return two dicts of stored tensors that belong to no update: of the adapter's file, and of the head's file."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}

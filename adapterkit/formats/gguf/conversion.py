@@ -321,7 +321,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 def _own(
     held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
-    """Rename targets from the file's to the family's names, with the layout in which the family stores each weight."""
+    """Rename targets to the family's names, and set the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     found: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
@@ -378,7 +378,7 @@ def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None,
     if name.startswith("layers.") and compat is None:
         return None
     if compat is None:
-        why = "the order of these rows depends on the tool that wrote the file, which the file does not state"
+        why = "the order of these rows depends on the tool that wrote the file, and the file does not name this tool"
         cure = (
             "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
         )

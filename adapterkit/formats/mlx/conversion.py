@@ -66,8 +66,8 @@ if TYPE_CHECKING:
 # Most differences concern experts, whose tensors MLX-LM stacks.
 #
 # The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the
-# base. Without a base, all families that have a name are tried. These families must agree on names of experts; other
-# names stay unchanged if the families disagree.
+# base. Without a base, all families with the target's name are tried. These families must agree on names of experts;
+# other names stay unchanged if the families disagree.
 
 
 NAMING = "mlx"

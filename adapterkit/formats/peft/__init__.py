@@ -38,7 +38,7 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Names of the index file of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc.
+"""Names of the index of an adapter that is split over `adapter_model-00001-of-00002.safetensors` and further files.
 
 transformers 5.24 names this index like a base's index, and cannot load such adapters.
 """

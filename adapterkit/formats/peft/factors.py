@@ -1,4 +1,4 @@
-"""Find the factors, rank and scaling of each LoRA or DoRA, which adapts a module or a parameter (a stack of experts)."""
+"""Find the factors, rank and scaling of each LoRA or DoRA. It adapts a module, or a parameter (a stack of experts)."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ _AGAIN = "Save the adapter again with PEFT"
 # The keys do not show two differences between files:
 #
 # * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
-#   these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
+#   these models, the columns of the old lora_A are outputs, and the rows of the old lora_B are inputs (peft #3165).
 # * lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
 #   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this
 #   (unsloth-zoo #1232, #1269).
@@ -427,7 +427,7 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
 
 
 def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
-    """Whether lora_A has the axis of the outputs and lora_B the axis of the inputs, as in PEFT before 0.19.
+    """Whether the columns of lora_A are outputs and the rows of lora_B are inputs, as in PEFT before 0.19.
 
     Args:
         file: the adapter's file.
@@ -445,11 +445,11 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
     if shape is None:
         if old and file.compat is None:
             raise UsageError(
-                "PEFT before 0.19 wrote this file: an axis of lora_A is the inputs if the model stores experts as "
-                "[expert, in, out] (gpt-oss), but the outputs if it stores [expert, out, in] (nearly all others)",
+                "PEFT before 0.19 wrote this file: the columns of lora_A are inputs if the model stores experts as "
+                "[expert, in, out] (gpt-oss), but outputs if it stores [expert, out, in] (nearly all others)",
                 where=factors.keys["A"].text,
-                cure="Pass --base (base=). Or state the axis of lora_A with --experts-order (experts_order=): "
-                "rank_major for the inputs, peft_0.18 for the outputs",
+                cure="Pass --base (base=). Or state the columns of lora_A with --experts-order (experts_order=): "
+                "rank_major for inputs, peft_0.18 for outputs",
             )
         return False
     in_out = stored_in_out(path, None if file.base is None else file.base.config)

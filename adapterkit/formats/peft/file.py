@@ -188,7 +188,7 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that a tensor has in the loaded model.
 
     The base's tensor is called `name`, or is the only tensor whose name ends with `name`. If a base stores the parts of
-    a tensor that the loaded model fuses, the shape is computed from the parts, by the family's table.
+    a tensor that the loaded model fuses, the shape is computed from the parts with the family's table.
     """
     if name in base.tensors:
         return base.tensors[name].shape

@@ -118,7 +118,7 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(own, updates)
     more = {"model_type": _model_type(own, base)} if own.model_type else {}
-    # Replace the whole source config, because the program would misread its other fields, above all the patterns.
+    # Replace the whole source config, because the program would misread other fields of it, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
@@ -256,5 +256,5 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     if not profile.embeddings and target.layout == "in out *k":
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return f"the rank is not smaller than the module, so {profile.title} would mistake its size for the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would take the module's size for the rank"
     return ""

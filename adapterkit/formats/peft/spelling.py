@@ -291,7 +291,7 @@ _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
 """The text in a key between a module's path and `.trainable_tokens_delta`.
 
-The first is used in a config of another peft_type, the second if peft_type is TRAINABLE_TOKENS.
+The second is used if peft_type is TRAINABLE_TOKENS, otherwise the first.
 """
 
 # Compose configs that are tried when a file is written; the first is most similar to the source config.

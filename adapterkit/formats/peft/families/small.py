@@ -113,7 +113,7 @@ class C3AFamily(Renamed):
     own: ClassVar[type[Own]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "size for modules whose path equals a pattern, or whose end after a dot matches one",
+        "block_size_pattern": "size if a pattern equals the module's path, or matches the path's end after a dot",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 

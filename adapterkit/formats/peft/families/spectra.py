@@ -332,7 +332,7 @@ class FourierFTFamily(DrawnSpectrum):
     own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "number for modules whose path equals a pattern, or whose end after a dot matches one",
+        "n_frequency_pattern": "number if a pattern equals the module's path, or matches the path's end after a dot",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }
