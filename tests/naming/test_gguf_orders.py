@@ -165,7 +165,7 @@ def test_an_architecture_without_a_family_is_refused_by_name(tmp_path):
         ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
 
 
-TWO = "llama.cpp splits its weight into two tensors"
+TWO = "llama.cpp splits this weight into two tensors"
 APART = {
     "latent": (("kv_b_proj",), TWO), "linear_split": (("in_proj_qkvz",), TWO),
     "rotary": (("q_proj", "k_proj"), "does not state which of two orders"),

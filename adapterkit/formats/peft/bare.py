@@ -39,7 +39,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 """Matches the name of DeepSpeed's file up to ZeRO-2. This file has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""Matches the name of DeepSpeed's file with ZeRO-3. This file lacks the weights; each rank has a part in another file."""
+"""Matches the name of DeepSpeed's file with ZeRO-3. This file lacks the weights; other files have a part per rank."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
@@ -208,8 +208,8 @@ def _check_trained(keys: Iterable[Key]) -> None:
     stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
     if stacked is not None:
         why = (
-            "these are stacked experts; only adapter_config.json shows the parameter (target_parameters) and the number "
-            "of experts"
+            "these are stacked experts; only adapter_config.json shows the parameter (target_parameters) and the "
+            "number of experts"
         )
         raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} next to the file")
 
