@@ -336,8 +336,8 @@ def likely(
             # One common kind of blocks proves nothing: FLUX and Bria FIBO have the same number of single blocks.
             return False
         # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless a rival
-        # family has exactly this number of blocks. Other selections of blocks prove nothing: FLUX has a block 7, but
-        # it is also Bria's last block.
+        # family has exactly this number of blocks. Other selections of blocks prove nothing: a block 7 may be one of
+        # FLUX's blocks, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))

@@ -1,4 +1,4 @@
-"""Find the factors, rank and scaling of each LoRA or DoRA. It adapts a module, or a parameter (a stack of experts)."""
+"""Find the factors, rank and scaling of each LoRA and DoRA of a module, or of a parameter (a stack of experts)."""
 
 from __future__ import annotations
 
