@@ -218,7 +218,7 @@ class ImageUpdate:
         fields: a map from each field of the update to its slot.
         kept: slots whose original tensors are stored in the adapter, so that the same file can be written again.
         derived: a map from a slot in `kept` to the field that was computed from the slot's tensor.
-        idle: slots that have no effect; their tensors are stored, too.
+        idle: slots whose tensors have no effect; these tensors are stored, so that the same file can be written again.
     """
 
     update: Update

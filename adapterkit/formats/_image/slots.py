@@ -220,7 +220,7 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha if both factors are full: LyCORIS ignores it, too, and may write any value.
+    # Ignore the alpha if both factors are full, as LyCORIS does: its files may state any alpha then.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
     # With rs_lora and two full factors, the scaling is sqrt(r). LyCORIS saves alpha = r * sqrt(r), so its cube root is
     # sqrt(r).

@@ -403,7 +403,7 @@ def _fused(
 def _scale(config: Mapping[str, JsonValue]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
-        cure = "Add lora_parameters.scale, which MLX-LM needs, too"
+        cure = "Add lora_parameters.scale, which MLX-LM also needs"
         raise Malformed(
             "the config has no scale, so the adapter's scaling is unknown", where="lora_parameters", cure=cure
         )

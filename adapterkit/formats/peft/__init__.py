@@ -58,7 +58,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Check the keys: Tinker and SGLang write PEFT's config, too, for tensors that PEFT cannot load.
+        # Check the keys: Tinker and SGLang also write a config like PEFT's, but for tensors that PEFT cannot load.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:

@@ -1,8 +1,8 @@
 """Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
 This module builds a config from the keys and shapes, which determine the method and the ranks. Alpha comes from the
-file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write such
-files, too; every loader of these models uses the rank as alpha if alpha is missing.
+file's metadata, from tensors `<module>.alpha`, or from the caller. Some trainers of image, video and audio models write
+such files. If alpha is missing, every loader of these models uses the rank as alpha.
 """
 
 from __future__ import annotations
