@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of numbers; an Add of a vector along the last axis may precede these operators."""
+"""Operators that keep the order of numbers. An Add of a vector after such an operator can be moved before it, if the
+vector lies along the last axis."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
@@ -310,7 +311,7 @@ def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
 
 
 def _added(layer: Layer) -> Iterator[_Added]:
-    """Yield the values that nodes add to a layer's output, including Adds after nodes that keep or move its numbers."""
+    """Yield the values that nodes add to a layer's output, directly or after nodes that keep or move the numbers."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:
@@ -354,7 +355,7 @@ def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
 
 
 def _vector(added: _Added, layer: Layer) -> Array | None:
-    """Return the number to add to each channel of a layer's own output; None if nodes in between move the numbers."""
+    """Return an added vector as one number per channel of the layer's output; None if the two do not correspond."""
     held = numbers(added.value)
     held = -held if added.negative else held
     if held.size != layer.outputs:

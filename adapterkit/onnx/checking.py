@@ -99,8 +99,8 @@ TOLERANCE = {"f": 1e-5, "V": 3e-2}
 """Largest allowed difference relative to the largest output: for float32 and float64 ("f"), and for 16 bits ("V")."""
 
 NOISE, MOST_NOISE = 10.0, 1e-4
-"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference that onnxruntime's
-optimizations make to the graph, but never more than `MOST_NOISE`."""
+"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference between the graph's
+outputs with and without onnxruntime's optimizations, but never more than `MOST_NOISE`."""
 
 
 def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
@@ -197,7 +197,7 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Context changes nothing in a run without new tokens, or with a past.
+    if not adapter.updates:  # The adapter has only context, which has no effect without new tokens or with a past.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)

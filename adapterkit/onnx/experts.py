@@ -113,7 +113,7 @@ class Experts(Layer):
     """The first weights of all experts, `[experts * out, in]`: each expert's gate and up, or a single weight.
 
     Class attributes:
-        vector: the position of the biases.
+        vector: the position of the biases among the node's inputs.
         first: True for the first weights, which may fuse gates and ups.
     """
 
@@ -251,7 +251,7 @@ class SecondExperts(Experts):
 
 
 class PackedExperts(Experts):
-    """The first weights of a `QMoE`, packed along the inputs; each row, or each block in it, has a scale."""
+    """The first weights of a `QMoE`, packed along the inputs; each row, or each block of a row, has a scale."""
 
     op_type = "QMoE"
     vector = 4
@@ -301,7 +301,7 @@ EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, Sec
 
 
 def layer_of(name: str) -> str | None:
-    """Return the number of the layer in a name; None if the name has none."""
+    """Return the number of the layer in a name; None if the name contains no layer number."""
     found = LAYER.match(dotted(name) if name.startswith("/") else name)
     return None if found is None else found.group(1)
 

@@ -58,10 +58,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msg
 old weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""Part in a file -> the parts whose targets the file may hold. A decoder beside a vision part is the language model."""
+"""A map from the part that a file holds to the parts whose targets the file may have: the file of a decoder may hold
+the language model of a vision-language model, which targets call `text`."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
-"""Section of `genai_config.json` -> the part in its file."""
+"""A map from each section of `genai_config.json` to the part of the model in the section's file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ class Folding:
         spot: the layer.
         at: the layer's targets, each with its adapter's weight in the merge.
         building: the model that is being changed.
-        fresh: the new tensors of the whole merge, each under a key of its sources.
+        fresh: the new tensors of the whole merge; see `Fresh`.
     """
 
     spot: Spot
@@ -209,9 +209,7 @@ class Folding:
             return apart
         if must:
             methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
-            why = (
-                f"{methods} cannot be kept beside a quantized weight at a weight other than 1 or beside another adapter"
-            )
+            why = f"{methods} can only be kept beside a quantized weight if one adapter is merged, with weight 1"
             cure = "Omit --keep-change (keep_change=), or add the adapters first: adapterkit combine"
             raise Unsupported(why, where=self.name, cure=cure)
         return []
@@ -325,7 +323,7 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shap
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Return the changed weight, computed as a whole, in float64; `W` has the target's rows from `start` on."""
+    """Return rows of a layer's weight, with the targets in these rows applied; `W` has the rows from `start` on."""
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))

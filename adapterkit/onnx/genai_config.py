@@ -44,8 +44,9 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, the
-        sizes of keys and values differ between layers, or the model's configs name no end-of-text token.
+        An empty list if onnxruntime-genai cannot run the graph; then no file is written. The reason is that the graph
+        has no cached keys and values, the sizes of keys and values differ between layers, or the model's configs name
+        no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -93,7 +94,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
 
 
 def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
-    """Return the ids of special tokens, first from the generation config; padding defaults to the end of the text."""
+    """Return the ids of special tokens, first from the generation config. The default for padding is the end token."""
     held = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
     found: dict[str, JsonValue] = {}
     for name in TOKENS:

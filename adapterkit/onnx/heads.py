@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""Last segment of a layer's name in Phi-3 -> the layers that the builder splits it into, in the order of rows."""
+"""A map from the last segment of a layer's name in Phi-3 to the layers into which the builder splits that layer, in the
+order of rows."""
 
 PACKED = "qkv_proj"
 """The builder's name for the layer that packs `PARTS`."""

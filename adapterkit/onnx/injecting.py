@@ -124,7 +124,7 @@ def inject(
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: a layer cannot have an update of this method.
+        Unsupported: a layer does not support the method of an update.
         Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
@@ -149,7 +149,7 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it with --mode constant (mode='constant'); runs without its tokens or with a past are unaffected"
+        cure = "Inject it with --mode constant (mode='constant'): runs without new tokens or with a past do not use it"
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)

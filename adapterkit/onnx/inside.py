@@ -1,4 +1,4 @@
-"""Change a node's weight with nodes before it, if nodes after it cannot express the change of the output.
+"""Change a node's weight with nodes before that node, if nodes after it cannot express the change of its output.
 
 A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
 changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are

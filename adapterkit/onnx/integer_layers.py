@@ -29,7 +29,7 @@ class IntegerLayer(Layer):
 
     Class attributes:
         domain: the operator's domain.
-        parts: the positions of the weight, its scale and its zero point.
+        parts: the positions of the weight, its scale and its zero point among the node's inputs.
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
         out: the positions of the output's scale and zero point; None if the output is floating-point.
@@ -360,7 +360,7 @@ def _in_floats(
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:
-    """Give the nodes that replace a node its exporter's metadata, and an Add of its bias a name in the same module."""
+    """Copy a node's exporter metadata to the nodes that replace it, and name an Add of the bias after the node."""
     for one in branch.nodes:
         if one.op_type not in ("DequantizeLinear", "Transpose"):
             one.metadata_props.update(node.metadata_props)

@@ -69,7 +69,7 @@ class Layer:
         branch: collects the nodes that formulas append.
 
     Attributes:
-        after: the Add after the node that adds the layer's bias, and the bias; None if the node itself adds the bias.
+        after: the Add that adds the layer's bias after the node, and the bias; None if the node itself adds the bias.
         apart: True if the vector that is added to the product is not the layer's bias; see biases.py.
         call: the inputs of the model's call, for formulas that read them; see calls.py.
         moved: the new input of a module whose input a formula replaced; None for layers.

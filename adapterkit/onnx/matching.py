@@ -159,7 +159,8 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _same(held: Array, W: Array) -> Array:
-    """Compare each number; 16-bit numbers may be rounded, and tiny numbers replaced, as converters to float16 do."""
+    """Return, for each number, whether it matches. Converters to float16 round numbers and replace tiny ones, so 16-bit
+    numbers may differ slightly."""
     if held.dtype.itemsize > 2:
         return np.asarray(held == W)
     return np.asarray(abs(held.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)

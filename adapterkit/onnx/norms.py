@@ -50,8 +50,8 @@ def groups_of(spot: Spot) -> int:
 def computes_apart(layer: Layer | Ended, place: Found) -> bool:
     """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
 
-    The node may also add a fused residual. If a batch norm is folded into a packed weight, formulas see the base's
-    weight, but the node computes with a rounded weight.
+    There are two such cases. The node adds a fused residual to the product. Or a batch norm is folded into a packed
+    weight: formulas see the base's weight, but the node computes with a rounded weight.
     """
     return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 

@@ -31,10 +31,10 @@ FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
 """The names of all graphs that an export may write for the parts of a model."""
 
 MASKED = ("input_ids",)
-"""Main inputs of encoders that also need a mask."""
+"""Main inputs that an encoder reads together with a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Main input that needs no mask -> the `model_type` of models whose encoder reads only this input."""
+"""A map from each main input that needs no mask to the `model_type` of models whose encoder reads only this input."""
 
 CLOSE = 1e-4
 """Largest relative difference between the parts and the whole torch model in float32."""
@@ -154,7 +154,7 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache with a past; if the past has the encoder's keys and values, attentions read them from there."""
+    """Return a cache with a past. If this has the encoder's keys and values, attentions read them from the cache."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))

@@ -61,11 +61,12 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""Key of a config for the model type in `genai_config.json`, if nothing else is known about the model."""
+"""The only key of the config that `known_config` returns if it knows only the model type in `genai_config.json`."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
-    """Return the config of the exported model; if there is none, the model type from beside the graph, or None."""
+    """Return the config of the exported model, or else the model type in `genai_config.json` beside the graph, or None.
+    """
     try:
         return config_of(base, path)
     except UsageError:

@@ -300,7 +300,8 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
 
 
 def _is_packed(value: ir.Value | None) -> bool:
-    """Whether a value is a constant of several bytes: some operators store a packed weight so, without its axes."""
+    """Whether a value is a constant of several bytes: some operators store a packed weight as bytes, without its shape.
+    """
     if value is None or not is_constant(value) or element_type(value).itemsize > 1:
         return False
     return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))
@@ -483,7 +484,7 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's weight names in attentions and routers to the graph's names, where one part differs."""
+    """Map the adapter's weight names in attentions and routers to the graph's names, if the two differ in one part."""
     found: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)

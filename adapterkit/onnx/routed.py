@@ -70,10 +70,10 @@ def by_expert(
         model: the graph.
         config: the base's config, whose `model_type` selects the family.
         refused: a list to which targets that cannot be changed are added; the result then omits them. Without a list,
-            they raise an error.
+            such a target raises an error.
 
     Returns:
-        the adapter, with the graph's names of experts; and a map from each such target to the adapter's target.
+        the adapter, with the graph's names of experts; and a map from each of these names to the adapter's target.
 
     Raises:
         Unsupported: the layout of a node's weights is unknown, or a stack's family is unknown.
@@ -197,7 +197,7 @@ def _family(adapter: Adapter, config: Config) -> Architecture | None:
 
 
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
-    """Return the weights of experts under a name; empty if the name is not one of experts', or the family is unknown.
+    """Return the weights of experts that a name refers to; empty for other names, or if the family is unknown.
 
     Only the part of a name after the layer's number is compared, because the words before it differ between classes of
     one family.

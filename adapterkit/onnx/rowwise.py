@@ -35,7 +35,7 @@ INDEX = "adapter_index"
 """Name of the input with the number of an adapter for each row."""
 
 ROWS = "adapterkit.rows"
-"""Metadata key of a model for the name of that input."""
+"""Metadata key of a model for the name of the input `adapter_index`."""
 
 LARGE = 1 << 28
 """Models with more bytes of tensors in their own file than this are not copied to infer shapes."""

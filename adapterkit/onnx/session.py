@@ -36,7 +36,7 @@ _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
     **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
-"""onnxruntime's name of an element type -> numpy's name."""
+"""A map from onnxruntime's name of each element type to numpy's name."""
 
 
 def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:

@@ -125,7 +125,7 @@ class State:
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Return whether there is a state, and keep it for the next block; `y` is the block's output."""
+        """Pass the state on to the next block; return False if there is no state. `y` is the block's output."""
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value

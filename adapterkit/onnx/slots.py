@@ -348,8 +348,8 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. An empty default contains no number; a tensor of another size is
-        # filled with 0.
+        # Record the number that fills the default. An empty default contains no number: for it, record 0, which fills
+        # a tensor of any other size.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -468,7 +468,7 @@ def fit(
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Returns:
-        Slot name -> array, in the slot's dtype.
+        A map from each slot's name to an array, in the slot's dtype.
 
     Raises:
         TargetNotFound: the model does not contain a target, or its slots at a target are for another method.

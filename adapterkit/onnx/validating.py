@@ -33,7 +33,8 @@ _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Field of a tensor proto -> the types whose numbers the field stores; `int32_data` stores all other types."""
+"""A map from each field of a tensor proto to the types whose numbers the field stores. `int32_data` stores all other
+types."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
@@ -224,7 +225,7 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Schema | None:
-    """Return an operator's required inputs, largest number of inputs, and attributes: name -> (type, required)."""
+    """Return an operator's required inputs, largest number of inputs, and attributes, each with type and `required`."""
     from onnx import defs
 
     # Skip older opsets: the model is converted, and then checked again.
