@@ -159,8 +159,10 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _same(held: Array, W: Array) -> Array:
-    """Return, for each number, whether it matches. Converters to float16 round numbers and replace tiny ones, so 16-bit
-    numbers may differ slightly."""
+    """Return, for each number, whether it matches.
+
+    A stored 16-bit number may differ slightly, because converters to float16 round numbers and replace tiny numbers.
+    """
     if held.dtype.itemsize > 2:
         return np.asarray(held == W)
     return np.asarray(abs(held.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)

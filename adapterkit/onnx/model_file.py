@@ -62,7 +62,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve links. Refuse a file outside of the model's folder, unless it is in the folder of the linked model file."""
+    """Resolve links; refuse a file outside of the model's folder and, if the model is a link, of its real folder."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.

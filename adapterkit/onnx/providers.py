@@ -1,5 +1,4 @@
-"""Find an execution provider that works: onnxruntime also lists broken providers, and silently replaces them by others.
-"""
+"""Find a provider that works: onnxruntime also lists broken providers, and silently uses another provider instead."""
 
 from __future__ import annotations
 

@@ -65,8 +65,7 @@ GENAI_TYPE = "genai_model_type"
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
-    """Return the config of the exported model, or else the model type in `genai_config.json` beside the graph, or None.
-    """
+    """Return the exported model's config, or else the model type in `genai_config.json` beside the graph, or None."""
     try:
         return config_of(base, path)
     except UsageError:

@@ -300,8 +300,7 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
 
 
 def _is_packed(value: ir.Value | None) -> bool:
-    """Whether a value is a constant of several bytes: some operators store a packed weight as bytes, without its shape.
-    """
+    """Whether a value is a constant of several bytes: some operators store a packed weight as bytes without a shape."""
     if value is None or not is_constant(value) or element_type(value).itemsize > 1:
         return False
     return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))

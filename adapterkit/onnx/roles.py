@@ -62,7 +62,9 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether `other` must contain each layer of `one`: if words for the form are removed, its name begins with `one`'s.
+    """Whether `other` must contain each layer of `one`, judging by their names without the words for the form.
+
+    The names must be equal, or the name of `other` must continue the name of `one`.
     """
     if one.parent != other.parent:
         return False

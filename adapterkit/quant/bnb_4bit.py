@@ -64,8 +64,8 @@ class Bnb4bit(Scheme):
 class _Blocks:
     """The scales of blocks.
 
-    They are floats or, with double quantization, indices into a table; the looked-up values are multiplied by scales of
-    their own (`above`).
+    Without double quantization, they are floats. With double quantization, they are indices into a table, and the
+    table's values are multiplied by second scales (`above`).
     """
 
     stored: Lazy
@@ -110,7 +110,7 @@ class _Blocks:
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return scales that are read from the stored tensors in `parts` instead."""
+        """Return these scales, read from the new stored tensors in `parts`."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)

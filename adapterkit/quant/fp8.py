@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Endings of scales of a layer's inputs, which only fp8 arithmetic uses."""
+"""Endings of the names of scales for a layer's inputs; only fp8 arithmetic uses such scales."""
 
 COMFYUI = "scale_weight"
 """ComfyUI's name of a weight's scale, `<module>.scale_weight`. Some weights have no scale."""
