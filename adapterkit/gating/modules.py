@@ -306,7 +306,7 @@ class SuspectWeights:
         self.changes = {each.name: after[each.name].detach() - each.before for each in self.held}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
-        """Compare the weights of a module. Return its comparison, with a fault if rounding does not explain the result."""
+        """Compare a module's weights; return its comparison, with a fault unless rounding explains the difference."""
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
         for each in (held for held in self.held if held.module == part.module and not self.why):

@@ -104,7 +104,7 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     four.
     """
     if doubled:
-        # Add 0 * Q, which gives the identity Q's leading axes even if the series has only one term.
+        # Add 0 * Q, so that the result has the leading axes of Q even if the series has only one term.
         R = power = identity(Q) + 0 * Q
         for _ in range(1, terms):
             power = power @ Q

@@ -94,7 +94,7 @@ class Answer:
         tool: the name of the tool's file in `spec/loaders`.
         title: the tool's title, with the version that the data file describes.
         loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
-        why: the reason why the tool does not load all keys, or a description of how its result differs.
+        why: the reason why the tool does not load all keys; or, if it does, how its result differs from the adapter's.
         convert: the arguments of `adapterkit convert`; after this conversion, the tool loads all keys. Empty if
             unknown.
     """

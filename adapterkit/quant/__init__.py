@@ -214,7 +214,7 @@ QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """Return the dtype to dequantize to: the scale's or else the model's dtype if it has 16 bits, else bfloat16."""
+    """Return the dtype to dequantize to: the scale's or else the model's, if it has 16 bits; otherwise bfloat16."""
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}

@@ -173,7 +173,7 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Interrupt a job like Ctrl-C; its partial output is kept for the next run of the same command.
+        """Interrupt a job as Ctrl-C does; its partial output is kept for the next run of the same command.
 
         Raises:
             UsageError: the job does not exist.
