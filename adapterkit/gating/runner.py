@@ -333,7 +333,7 @@ def _add_null(
 
 
 class _Run:
-    """The outputs of the base with adapters, with which the other models are compared."""
+    """The outputs of the base with adapters; the other models are compared with these outputs."""
 
     def __init__(self, adapted: Adapted, inputs: Inputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .models import is_causal

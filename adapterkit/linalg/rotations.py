@@ -66,7 +66,7 @@ def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Check the lengths: rounding may leave a dependent row with a length just above 0, whose direction is noise.
+    # Check the lengths: rounding may leave a dependent row with a length just above 0, and its direction is then noise.
     if _has_values(R):
         left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
         if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):

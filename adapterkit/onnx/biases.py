@@ -74,7 +74,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 def settle_biases(found: Sequence[Found], building: Building) -> None:
     """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
-    Vectors that are not the bias of their layer are noted in `building.apart`.
+    If an added vector is not the bias of its layer, the layer's node is noted in `building.apart`.
 
     Raises:
         Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
@@ -399,7 +399,7 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
-    """Replace an Add or a Sub of a vector by an Add right after the layer that computes the same numbers.
+    """Move the addition or subtraction of a vector: an Add right after the layer then adds the vector.
 
     Returns:
         False if that is impossible, because other nodes read the values in between, or the nodes are in different

@@ -152,7 +152,7 @@ class CallWords:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
         told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
-        config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
+        config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
 
     Raises:
         UsageError: no update reads an input in `told`, or the graph has no value of the given name.

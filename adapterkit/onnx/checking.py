@@ -266,7 +266,7 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
 
 
 def _empty(out: Path) -> Feeds:
-    """For slots without defaults, return values with which the graph computes the same as the base."""
+    """Return values for slots without defaults. With these values, the graph computes the same as the base."""
     model = opened(out).model
     declared = {name: sizes_of(one) for name, one in slots_of(model).items()}
     return as_fed(neutral(fills_of(model.metadata_props), declared))
@@ -552,8 +552,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation also has bugs. Its result only counts if it agrees with onnxruntime on the original
-    graph.
+    The reference implementation may be wrong, too. So its result counts only if it agrees with onnxruntime on the
+    original graph.
     """
     told = told_by_reference(widened(str(out)) or out, feeds)
     if told is None:

@@ -161,7 +161,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 
-# Give each graph the part of an adapter whose targets it contains.
+# Give each graph the updates of an adapter whose targets the graph contains.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -53,7 +53,7 @@ def fold(
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
         damage: a dictionary to which the function adds, for each target, the error of quantizing its changed weight
-            again, even if the change is attached beside the weight instead.
+            again, even if the change is attached beside the unchanged weight.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             `MOST_LOST` of it.
@@ -132,7 +132,7 @@ class Folding:
     def done(
         self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None, keep: str | None
     ) -> list[Found]:  # fmt: skip
-        """Change the layer's bias and weight; return the targets whose changes must be attached instead.
+        """Change the layer's bias and weight; return the targets whose changes must be attached beside the layer.
 
         Args:
             quantized: the choice for a packed weight.

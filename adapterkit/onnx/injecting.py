@@ -100,7 +100,7 @@ def inject(
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs of rank 1 or more, which other runtimes can also swap. With `inputs`,
+            the tensors required inputs of rank 1 or more, which every runtime can swap. With `inputs`,
             `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
             `OUT.neutral.safetensors` stores tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter

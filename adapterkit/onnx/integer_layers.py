@@ -105,7 +105,7 @@ class IntegerLayer(Layer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The step of an integer bias is the product of the input's scale and the weight's scale, which has changed.
+        # The step of an integer bias is the product of the input's and the weight's scale. The weight's has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))

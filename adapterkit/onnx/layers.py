@@ -36,7 +36,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value of this name among the values from which a value is computed."""
+    """Search the values from which a value is computed for a name; return the value with this name, or None."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -143,7 +143,7 @@ class Layer:
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function that returns the present result of `held`, even after the node was changed."""
+        """Return a function that returns the weight as `held` returns it now, even if the node is changed later."""
         copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
@@ -478,7 +478,7 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear may also stand for a Relu or a Clip at 0, because its range ends at 0.
+    """Whether a QuantizeLinear may replace a Relu or a Clip at 0 of the float model, because its range ends at 0.
 
     onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
     """

@@ -41,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, whose node has the output.
+        end: the target's output; None for a layer, because the layer's node has the output.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.

@@ -191,7 +191,7 @@ def _decoder(
 ) -> ExportWords:  # fmt: skip
     """Describe the decoder's call: for the first token, or with a past.
 
-    With a past, the decoder does not read the encoder's output, whose keys and values are in the past.
+    With a past, the decoder does not read the encoder's output: the past contains the keys and values of this output.
     """
     import torch
     from torch import nn

@@ -115,7 +115,7 @@ class Recurrent(Layer):
 
     @classmethod
     def detached_bias(cls, node: ir.Node, held: ir.Value) -> Callable[[], Array]:
-        """Return a function that returns the present bias, even after the node was changed."""
+        """Return a function that returns the bias as it is now, even if the node is changed later."""
         copy, order = held_apart(held), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.own_half()], order)
 

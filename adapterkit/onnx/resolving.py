@@ -81,7 +81,7 @@ _CALL = re.compile(r"_\d+(?=\.weight$)")
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
 ) -> list[Found]:
-    """Find an adapter's targets in a graph, and tied layers that its updates also change.
+    """Find an adapter's targets in a graph, and the tied layers that the adapter's updates change together with them.
 
     Args:
         model: the graph.

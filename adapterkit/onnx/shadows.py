@@ -76,7 +76,7 @@ class Shadows:
         return self.value if self.value is not None else _network(update, heard, self._model())
 
     def close(self) -> None:
-        """Drop the state after the last block, which no block reads."""
+        """Drop the state that the last block passes on, because no block reads it."""
         if self.waiting is not None:
             self.waiting[0].close()
             self.waiting = None

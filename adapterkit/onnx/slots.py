@@ -194,7 +194,7 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots with which the graph computes the same as the base; every dynamic size is 1.
+    """Return tensors for required slots that keep the base's results unchanged; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.

@@ -75,7 +75,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers, which have an offset of half their range."""
+    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers that are offset by half their range."""
 
     stored: Lazy
     scale: Lazy

@@ -88,9 +88,7 @@ def _check_layouts(base: Checkpoint) -> None:
         if not isinstance(said, dict):
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if said.get("format") not in FORMATS:
-            why = (
-                f"the module has ComfyUI's format {said.get('format')!r}, whose scales are in the order of its kernels"
-            )
+            why = f"the module has the format {said.get('format')!r}, which orders scales as ComfyUI's kernels need them"
             cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 
