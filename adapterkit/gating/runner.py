@@ -443,7 +443,7 @@ class _Run:
             with watched.looking():
                 return self._adapted(feeds)
 
-        stage("comparing it module by module")
+        stage("comparing the merged model module by module")
         try:
             told = self._kept(told, lambda feeds: run_torch(other, feeds, device), looked_at, states)
         except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit the inputs.

@@ -221,7 +221,7 @@ class Layer:
 
     @property
     def direct(self) -> bool:
-        """Whether `op` accepts a weight with another number of outputs than the layer's."""
+        """Whether `op` accepts a weight if its number of outputs differs from the layer's."""
         return True
 
     @classmethod

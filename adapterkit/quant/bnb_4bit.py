@@ -151,7 +151,7 @@ class _Levels(Rowwise):
 
     @cached_property
     def _granule(self) -> int:
-        """The smallest number of elements that are whole bytes, whole blocks, and whole blocks of scales."""
+        """The smallest number of elements that fill whole bytes, whole blocks, and whole blocks of scales."""
         return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
 
     def closed(self, row: int) -> bool:

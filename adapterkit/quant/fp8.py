@@ -88,7 +88,7 @@ def _check_layouts(base: Checkpoint) -> None:
         if not isinstance(said, dict):
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if said.get("format") not in FORMATS:
-            why = f"the module has the format {said.get('format')!r}, which orders scales as ComfyUI's kernels need them"
+            why = f"the module has the format {said.get('format')!r}, which orders scales for ComfyUI's kernels"
             cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 

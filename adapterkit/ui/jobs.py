@@ -32,7 +32,7 @@ KEPT = 50
 """The list keeps this many jobs that have ended."""
 
 SAID = 512 * 1024
-"""The first characters of a job's standard output are kept, up to this number."""
+"""The number of characters that are kept from the beginning of a job's standard output."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
