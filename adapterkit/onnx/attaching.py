@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A view of some output channels of a layer, for an update of the corresponding rows of a fused weight."""
+    """Some output channels of a layer, seen as a layer. An update of some rows of a fused weight needs such a view."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -368,7 +368,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
     if place.norm is not None and place.outlet is not None:
-        why = f"the update has a residual or norm, and the batch norm {place.norm.name} is folded into the layer"
+        why = f"the update has a residual or norm, but the batch norm {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.inside:
         refuse_outputs(place, spot.node.op_type)
@@ -384,7 +384,7 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
         raise Unsupported(why, where=str(place.asked), cure="Put updates of weights before updates of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
-            why = f"{update.method} changes the whole output, and the target is a row slice"
+            why = f"{update.method} changes the whole output, but the target is a row slice"
             raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"

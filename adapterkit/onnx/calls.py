@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokens import Size
 
 
-# Compute the last layer's output without the adapter, by a copy of the nodes before it.
+# Compute the last layer's output without the adapter, with a copy of the nodes that compute this output.
 # The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
 # computes from the tokens of the past instead of the cache.
 

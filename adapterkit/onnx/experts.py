@@ -388,7 +388,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         make, sizes = kind.detached(node), kind.sizes(node)
         dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
         name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
-        # Bind the loop's values: the tensor is computed when it is written.
+        # Bind the current values of the loop, because the tensor is computed later, when it is written.
         tensor = ir.LazyTensor(
             lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
                 np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,

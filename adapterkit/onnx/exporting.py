@@ -408,7 +408,7 @@ def files_of_adapters(adapters: Adapters) -> list[Path]:
 
 
 def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Run the model once before it is traced: some formulas create a network in the first call, and tracing would fail.
+    """Run the model once before it is traced: some formulas create a network in the first call, which fails in a trace.
 
     Raises:
         Unsupported: a formula does not support this call.
@@ -429,7 +429,8 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph only once, even for the reference, because onnxruntime optimizes a graph at every load.
+        # Load each graph only once, because onnxruntime optimizes a graph at every load. The comparison with ONNX's
+        # reference uses the same session.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:

@@ -1,7 +1,7 @@
 """Write `genai_config.json` beside an exported language model, so that onnxruntime-genai loads the folder.
 
-The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids. The
-format is that of its model builder: https://onnxruntime.ai/docs/genai/reference/config.html
+The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids.
+onnxruntime-genai's model builder writes the same format: https://onnxruntime.ai/docs/genai/reference/config.html
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ KIND = "decoder"
 """The `type` in the config for any architecture: onnxruntime-genai's other types differ only in the cache layout."""
 
 LONGEST = 2048
-"""Longest text in tokens if the model's config does not limit it."""
+"""Maximum length of a text in tokens, used if the model's config has no limit."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
-"""Names of cached keys and values, as patterns with the number of the layer."""
+"""Patterns for the names of cached keys and values; `%d` is the number of the layer."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

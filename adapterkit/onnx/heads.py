@@ -61,9 +61,10 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """Return the packed layer that contains a part as rows, for a graph with slots beside that layer.
+    """Return the target for a part as rows of the packed layer that contains it.
 
-    Then nodes of the slots are between the layer and its attention, so head counts no longer show the parts.
+    This is needed if a graph has slots for the packed layer: the slots' nodes are between the layer and its attention,
+    so head counts no longer show the parts.
 
     Args:
         target: a target under the graph's own name; its rows are those of the packed layer.
@@ -81,7 +82,7 @@ BETWEEN = {
 """Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of such operators in a row."""
+"""Largest number of these operators between a packed layer and its attention."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:

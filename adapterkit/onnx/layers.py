@@ -31,7 +31,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
     if name is None:
         return read
     held = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
-    # Some exporters share a tensor by an Identity, so the base's tensor may be the output of a node.
+    # Some exporters share a tensor through an Identity, so the base's tensor may be the output of a node.
     return held or _behind(read, name) or read
 
 
@@ -221,7 +221,7 @@ class Layer:
 
     @property
     def direct(self) -> bool:
-        """Whether `op` accepts a weight if its number of outputs differs from the layer's."""
+        """Whether `op` accepts a weight with more or fewer outputs than the layer's weight."""
         return True
 
     @classmethod
@@ -470,7 +470,7 @@ def before_rounding(found: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """Return a value after any QuantizeLinear and DequantizeLinear, where a change is not clipped."""
+    """Return the value after any QuantizeLinear and DequantizeLinear; a change that is added there is not clipped."""
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")

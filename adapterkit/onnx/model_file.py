@@ -551,7 +551,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a data file. The file's name contains a hash of the tensors, so it replaces no other file."""
+    """Write new tensors to a data file, with a hash of the tensors in its name, so that it replaces no other file."""
     held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not held:
         return

@@ -214,8 +214,8 @@ def _found(
 ) -> Found:
     sizes = {int(leaf.shape[0]) for update in updates for leaf in update.tensors.values() if len(leaf.shape) == 1}
     if any(spot.shape != spots[0].shape for spot in spots) or sizes - {spots[0].shape[0]}:
-        why = f"{sorted(sizes)} channels for a norm of {spots[0].shape[0]}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this adapter made for this base?")
+        why = f"the updates have {sorted(sizes)} channels, but the norm has {spots[0].shape[0]}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     _check_numbers(target, spots, base)
     path = replace(target, path=name, layout="out *in")
     return Found(path, target, updates, tuple(spots), "path", 1.0)

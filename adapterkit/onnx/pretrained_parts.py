@@ -77,7 +77,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         why = f"a {type(model).__name__} does not generate tokens"
         cure = "Pass the folder of a model that generates tokens, or " + _WHOLE.lower()
         raise Unsupported(why, path=source, cure=cure)
-    # torch.export cannot trace the strides of torch's fused attention with a position bias, as in T5.
+    # Use eager attention: torch.export cannot trace the strides of torch's fused attention with a position bias (T5).
     with silent():
         model.set_attn_implementation("eager")
     masked = main in MASKED
@@ -182,7 +182,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
 
 
 KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-"""The cached tensors of each layer, by optimum's names."""
+"""Optimum's names for the cached tensors of each layer."""
 
 
 def _decoder(

@@ -124,7 +124,7 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     except Exception as error:  # The quantizers raise any type of error.
         first = first_line(error)
         raise Unsupported(
-            f"onnxruntime cannot quantize it ({first})", cure="Export it without --quantize (quantize=)"
+            f"onnxruntime cannot quantize the graph ({first})", cure="Export it without --quantize (quantize=)"
         ) from error
     graph = opened(out).model
     if not any(is_packed(spot) for spot in spots_of(graph)):

@@ -61,7 +61,7 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""The only key of the config that `known_config` returns if it knows only the model type in `genai_config.json`."""
+"""Key under which `known_config` returns the model type in `genai_config.json`, if there is no other config."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:

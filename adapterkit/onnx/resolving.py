@@ -107,7 +107,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: by its file name, this graph is the {tying.role}"
+            why = f"the target is in another part of the model: this graph's file name says that it is the {tying.role}"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -362,7 +362,7 @@ def _refuse_orders(found: Sequence[Found]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter are at one weight, and at least one is not a plain sum"
+            why = "several targets of one adapter are at one weight, and not all of their updates are plain sums"
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 

@@ -32,7 +32,8 @@ _FORM = re.compile(
     r"optimized|simplified|slim|avx2|avx512|vnni|arm64)$",
     re.IGNORECASE,
 )
-"""Pattern of a word at the end of a file's name that tells the form of the graph, not its content."""
+"""Pattern of a word at the end of a file's name, such as `fp16` or `O2`, that tells the form of the graph, not its
+content."""
 
 
 def role_of(name: Path) -> str | None:
@@ -62,7 +63,7 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether `other` must contain each layer of `one`, judging by their names without the words for the form.
+    """Whether `other` must contain each layer of `one`, judging by their names without words such as `fp16` or `O2`.
 
     The names must be equal, or the name of `other` must continue the name of `one`.
     """

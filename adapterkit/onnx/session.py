@@ -52,12 +52,12 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
         raise ShapeMismatch(
-            f"the tensor has dtype {array.dtype}, and its slot {kind}", path=path, where=name, cure=_MADE
+            f"the tensor has dtype {array.dtype}, but its slot has {kind}", path=path, where=name, cure=_MADE
         )
     sizes = zip(declared, array.shape, strict=False)
     if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
         raise ShapeMismatch(
-            f"the tensor has shape {list(array.shape)}, and its slot {declared}", path=path, where=name, cure=_MADE
+            f"the tensor has shape {list(array.shape)}, but its slot has {declared}", path=path, where=name, cure=_MADE
         )
 
 
@@ -421,7 +421,7 @@ class Session:
         array, kind = np.asarray(given), kind_of(entry)
         if array.dtype != kind:
             raise UsageError(
-                f"the array has dtype {array.dtype}, and the input {kind}",
+                f"the array has dtype {array.dtype}, but the input has {kind}",
                 path=self._path,
                 where=name,
                 cure="Cast the array",

@@ -220,7 +220,8 @@ def _tokens(update: Shadow, heard: Heard, found: Mapping[str, ir.Value], past: b
     if EMBEDS in found:
         if past:
             raise Unsupported(
-                "the graph has embeddings as inputs, and a past", cure="Export the model without past keys and values"
+                "the side network needs the past's tokens, but the graph's inputs are embeddings",
+                cure="Export the model without past keys and values",
             )
         return {EMBEDS: found[EMBEDS]}
     ids = every_token(heard.words, heard.layer.branch)

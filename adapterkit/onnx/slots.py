@@ -625,7 +625,7 @@ def _paired(
         # Compare the attributes without a slot, because they are constants in the graph's nodes.
         if (fixed := _baked(update, own.fields)) != own.attributes:
             name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
-            why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
+            why = f"{name} is {fixed.get(name)!r}, but {own.attributes.get(name)!r} in the model's nodes"
             raise Unsupported(why, where=f"{target}: {update.method}", cure=_MADE)
         pairs.append((update, own.fields))
     return pairs
@@ -698,7 +698,7 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = (
-            f"the shape is {list(array.shape)}, and the slot's is "
+            f"the shape is {list(array.shape)}, but the slot's shape is "
             f"{[size if isinstance(size, int) else 'any' for size in declared]}"
         )
         cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
