@@ -253,7 +253,7 @@ def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> Mod
 
 
 def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
-    """Return the logits or hidden states among the outputs of a model, by the names of transformers."""
+    """Return the logits or hidden states among a model's outputs, which have the names that transformers uses."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         held = told.get(name)
         if held is not None:

@@ -428,7 +428,7 @@ class SuspectWeights:
             if each.name != held.name and other.shape == there.shape and _cosine(there, other) > ALIKE:
                 return f"contains the change of {each.module}"
         if float(there.norm()) > 10 * float(delta.norm()):
-            return "has other weights than the base with the change"
+            return "has other weights than the base plus the change"
         return plain
 
 

@@ -172,7 +172,8 @@ def singular(W: N) -> tuple[N, N, N]:
     import torch
 
     if len(W.shape) != 2:
-        raise ShapeMismatch(f"a weight {list(W.shape)} has no singular values", cure="Choose linear layers only")
+        why = f"a weight of shape {list(W.shape)} is not a matrix, so it has no singular values"
+        raise ShapeMismatch(why, cure="Choose linear layers only")
     U, S, V = torch.linalg.svd(_on_host(W), full_matrices=False)
     return _like(W, U), _like(W, S), _like(W, V)
 

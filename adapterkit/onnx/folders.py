@@ -256,7 +256,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], own: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
     """Return the targets that a graph lacks, although another graph with the same layers has them.
 
-    The names of the files show which graphs have the same layers.
+    The names of the files show which graphs must have the same layers.
     """
     held = own[part.name]
     there = {} if held is None else held.updates

@@ -61,7 +61,7 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """Return the target for a part as rows of the packed layer that contains it.
+    """Replace a target that is a part of a packed layer by rows of that layer; return any other target unchanged.
 
     This is needed if a graph has slots for the packed layer: the slots' nodes are between the layer and its attention,
     so head counts no longer show the parts.

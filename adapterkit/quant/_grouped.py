@@ -152,7 +152,7 @@ class Grouped(Packed):
             return np.arange(columns) // -(-columns // self.groups)
         at = numbers(self.index)
         if at.size != columns or ((at < 0) | (at >= self.groups)).any():
-            why = f"some columns are in groups outside the {self.groups} that the weight has"
+            why = f"some columns are in groups that do not exist: the weight has {self.groups} groups"
             raise ShapeMismatch(why, where=self.name, cure=DAMAGED)
         return at
 

@@ -295,7 +295,7 @@ def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tupl
 
 def _state(stored: Lazy, key: str) -> QuantState:
     if stored.nbytes > LARGEST_STATE:
-        raise Malformed(f"the quantization state has {stored.nbytes} bytes", where=key, cure=DAMAGED)
+        raise Malformed(f"the quantization state is too large: {stored.nbytes} bytes", where=key, cure=DAMAGED)
     try:
         state = load_json(bytes(stored.fetch()).decode())
         json.dumps(state, allow_nan=False)

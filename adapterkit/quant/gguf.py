@@ -48,7 +48,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """A GGUF model in one file, or in several `-00001-of-0000N.gguf`.
+    """A GGUF model in one file, or in several files named `-00001-of-0000N.gguf`.
 
     `general.architecture` determines names and row order.
 
