@@ -60,9 +60,9 @@ MOST_COMPARED = 64
 class ModuleSums:
     """Squared norms and inner products of a module's outputs, summed over the inputs.
 
-    The fields are the squared norms of: the output with adapters (`size`), the change by the adapters (`asked`), the
-    change in the merged model (`there`) and the difference between adapters and merged model (`apart`). `product` is
-    the inner product of the two changes.
+    The fields are the squared norms of: the output with adapters (`size`), the adapters' change (`asked`), the change
+    in the merged model (`there`) and the difference between the two changes (`apart`). `product` is the inner product
+    of the two changes.
     """
 
     size: float = 0.0

@@ -365,7 +365,10 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: slots in `dotted` follow a dot and have up to `words` words; slots in `others` follow no dot."""
+    """A tool's slots, the endings of its keys.
+
+    The slots in `dotted` follow a dot and have up to `words` words; the slots in `others` follow no dot.
+    """
 
     dotted: frozenset[str]
     words: int

@@ -355,7 +355,7 @@ def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
 
 
 def _vector(added: _Added, layer: Layer) -> Array | None:
-    """Return an added vector as one number per channel of the layer's output; None if it cannot be converted so."""
+    """Return an added vector as one number per channel of the layer's output; None if it has no such form."""
     held = numbers(added.value)
     held = -held if added.negative else held
     if held.size != layer.outputs:

@@ -373,6 +373,6 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         out = np.ascontiguousarray(array).astype(kind.numpy())
     # Refuse only new NaNs and infinities, from an overflow: the base itself may already have some.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
-        cure = "Merge with a smaller weight"
+        cure = "Merge with a smaller weight of the adapter: --weight (weights=)"
         raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)
     return out

@@ -36,7 +36,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[Path]:
-    """Write the config of an exported language model; return its path.
+    """Write the config of an exported language model; return a list with its path.
 
     Args:
         model: the transformers model.

@@ -29,7 +29,7 @@ WAITING = 8
 """The maximum number of jobs that may wait."""
 
 KEPT = 50
-"""The list keeps this many jobs that have ended."""
+"""The number of ended jobs that the list keeps."""
 
 SAID = 512 * 1024
 """The number of characters that are kept from the beginning of a job's standard output."""
