@@ -529,7 +529,7 @@ def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
             node.graph.remove(node, safe=True)
 
 
-_PACKED = "GRAPH A -o OUT --quantized requantize or dequantize (quantized='requantize' or 'dequantize')"
+_PACKED = "GRAPH A -o OUT --quantized requantize (quantized='requantize'), or with dequantize instead"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"
 _CONSTANT = "Inject it with --mode constant (mode='constant')"

@@ -603,8 +603,8 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
 def _computes_narrow(model: bytes) -> bool:
     """Whether a graph computes in integers, or in 16 bits or fewer, whatever dtype its outputs have.
 
-    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
-    to 32 before use do not count.
+    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits, but cast
+    to 32 bits before use, do not count.
     """
     import onnx
 

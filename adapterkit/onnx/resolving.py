@@ -107,7 +107,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: this graph's file name says that it is the {tying.role}"
+            why = f"the target is in another part of the model: from its file name, this graph is the {tying.role}"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
