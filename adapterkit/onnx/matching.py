@@ -107,7 +107,7 @@ def _compare_rows(place: Found, W: Array) -> None:
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return the name of another base weight with equal values, or None; the same nodes may store that weight."""
+    """Return the name of another base weight with equal values, or None. The nodes may be the layer of that weight."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )

@@ -110,7 +110,7 @@ def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
         raise UsageError(why, where="model", cure="Pass a function that takes no arguments") from error
     found: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
-        cure = "Return (torch module, example arguments), or the same with a dictionary of arguments of export as third"
+        cure = "Return (torch module, example arguments), optionally followed by a dictionary of arguments of export"
         raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
     more = dict(found[2]) if len(found) == 3 else {}
     if foreign := sorted(more.keys() - OWN, key=str):
