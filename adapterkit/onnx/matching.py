@@ -58,7 +58,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         method, found = nearest(W, spots, str(asked))
         twin = _twin(base, site.weight, W) if len(found) > 1 else None
         if twin is not None:
-            why = f"{len(found)} nodes have this weight, and the base's {twin} has equal values, so the layer is unclear"
+            why = f"{len(found)} nodes have this weight, and the base's {twin} has equal values: the layer is unclear"
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, found)
     return known
