@@ -152,7 +152,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a name from JSON can be a file name: it may be too long, or contain lone surrogates."""
+    """Whether a string from JSON can be a file name, because it is short enough and has no lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -269,7 +269,8 @@ def raw(span: Span) -> Lazy:
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
-    # Check each file name once: a mixture's index lists 45,000 tensors but 163 files, and a name takes 15 us.
+    # Check each file name once: an index of a mixture of experts lists 45,000 tensors in 163 files, and a check takes
+    # 15 us.
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:

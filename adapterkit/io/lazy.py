@@ -147,7 +147,7 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The largest number of tensors that `fetch_once` caches: parts of packed weights that each run of rows needs whole."""
+"""The largest number of tensors that `fetch_once` caches. Each run of rows of a packed weight reads some parts whole."""
 
 MOST_OPEN = 16
 """The largest number of files that stay open.

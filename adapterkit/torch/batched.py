@@ -143,7 +143,7 @@ def _dtype_of(like: Tensor) -> torch.dtype:
 def rank_of(part: Part, layer: Layer) -> int:
     """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
-    Factors of high rank do not count if multiplying by them costs more than the layer itself, as for some LoHa.
+    The rank is also 0 if multiplying by the factors costs more than the layer itself, as for some LoHa.
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
@@ -157,8 +157,8 @@ def rank_of(part: Part, layer: Layer) -> int:
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
-    The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
-    model has thousands of layers, but few shapes.
+    If the formula reads no tensor values, the result is cached for this form of update and this shape: a model has
+    thousands of layers, but few shapes.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
@@ -266,8 +266,8 @@ class Places:
         active: the value of `Scope.active` at that moment.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
-        padded: `[used * most]`, the rows of each used slot; a slot with fewer than `most` rows repeats its first row.
-            None if the result would be all rows in order.
+        padded: `[used * most]`, the rows of each used slot; `most` is the highest number of rows in a slot. A slot
+            with fewer rows repeats its first row. None if `padded` would be all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.

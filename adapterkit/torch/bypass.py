@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 # read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
 # or 8-bit values (diffusers' layerwise casting).
 #
-# accelerate keeps the inner forward in an attribute of the module, diffusers in a reference that its first hook calls.
+# accelerate keeps the inner forward in an attribute of the module; diffusers keeps it in a reference that its first
+# hook calls.
 
 
 Slot = tuple[object, str]
@@ -61,14 +62,14 @@ def inner_slot(module: nn.Module) -> Slot:
     found = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         found.append((module, "_old_forward"))
-    # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
+    # If both tools have hooks, one tool's hooks wrap the forward of the other tool: find the module's own forward.
     own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
     return next(own, found[0] if found else (module, "forward"))
 
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
     """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
-    # Skip wrappers: functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
+    # Skip wrappers: functools.update_wrapper copies all attributes, so a wrapper has the `__self__` of a method.
     plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 
@@ -86,7 +87,7 @@ def slots(module: nn.Module) -> Iterator[Slot]:
 
 
 def _references(module: nn.Module) -> list[Slot]:
-    """Return the slots of forwards that diffusers' hooks at a module call, the innermost first."""
+    """Return the slots of the forwards that a module's diffusers hooks call, the innermost first."""
     registry = module.__dict__.get("_diffusers_hook")
     references = getattr(registry, "_fn_refs", ())
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
@@ -145,7 +146,7 @@ class ForwardProbe:
 
 
 def probe_forward(module: nn.Module) -> None:
-    """Check, at a module's next call, whether its forward still reaches the adapter; once for each new forward."""
+    """Check, at a module's next call, whether a new forward still reaches the adapter; check each forward once."""
     hook: ForwardHook = module.__dict__[HOOK]
     standing = module.__dict__.get("forward")
     if getattr(standing, "__self__", None) is not hook and standing is not hook.known and hook.probe is None:
@@ -227,7 +228,7 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before or only the parameter's dtype is read."""
+        """Record a read of a parameter, unless its module was called before or the code reads only, say, its dtype."""
         if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)
@@ -246,8 +247,7 @@ class Calls:
         so a live model only warns.
 
         Args:
-            is_own: a function of (hook, name) that returns whether `name` is a method of the class around the hook's
-                module.
+            is_own: a function of (hook, name) that returns whether `name` is a method of a parent of the hook's module.
             told: the ids of hooks that a warning has named; hooks that this call warns about are added.
 
         Raises:

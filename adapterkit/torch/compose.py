@@ -50,7 +50,7 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter that gives, at each layer, the weighted mean of the outputs with each given adapter.
+    """Return an adapter that computes, at each layer, the weighted mean of the layer's outputs with each adapter.
 
     The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
     target, the output of the unchanged layer is used for this adapter.
@@ -207,7 +207,7 @@ def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
 
 
 def _alike(path: str, other: str) -> bool:
-    """Whether two paths are equal except for a prefix of one of them."""
+    """Whether two paths are equal, or one path ends with the other."""
     return path == other or path.endswith(f".{other}") or other.endswith(f".{path}")
 
 

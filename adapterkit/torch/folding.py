@@ -236,7 +236,7 @@ def changed_by(parts: Sequence[Part]) -> list[str]:
 
 @torch.no_grad()
 def fold(hook: ForwardHook, parts: list[Part]) -> None:
-    """Merge parts into a hook's module: additive updates in place, and all other updates over the whole weight."""
+    """Merge parts into a hook's module: additive updates block by block, all other updates on the whole weight."""
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}

@@ -372,7 +372,7 @@ class Handle:
 
         Raises:
             NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
-                another, or a weight is not a plain tensor (quantized by a library).
+                another, or a weight is not a plain tensor (such as a weight quantized by a library).
             UsageError: `keep` is unknown, or "recompute" is given for updates that are not additive.
 
         Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
@@ -419,8 +419,8 @@ class Handle:
 
         Raises:
             UsageError: the adapter was not merged with `keep`; the merged weights were changed or replaced since; the
-                adapter was changed, but is needed to recompute the weights; or another adapter has this name. Then
-                nothing is changed.
+                adapter was changed, but is needed to recompute the weights; or another adapter has this name. In each
+                case, nothing is changed.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"

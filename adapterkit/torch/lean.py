@@ -147,7 +147,7 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
 
 
 def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
-    """Return s * (x (W + B A)^T) + b for a frozen W without a new weight, or None if the plain formula is needed.
+    """Return s * (x (W + B A)^T) + b without forming W + B A, or None if the tensors need the plain formula.
 
     Args:
         x: `[..., in]`.
