@@ -479,7 +479,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     if not target.path and not all(whole):
         raise Malformed("a target has no path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
-        raise Malformed("a context update has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+        raise Malformed("a context update must not have a layout or rows", where=f"{target}: layout", cure=_REWRITE)
     kinds = [update.kind for update in updates]
     if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
         why = "an update of the weight follows an update of the output"

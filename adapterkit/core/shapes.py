@@ -1,4 +1,4 @@
-"""Shape strings such as `"r in *k"` document and check the shapes of tensor fields, and shape test examples.
+"""Shape strings such as `"r in *k"`: they document and check the shapes of tensor fields and of test examples.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
 integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's

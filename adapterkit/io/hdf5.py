@@ -118,7 +118,11 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
 
 
 def _text(root: Any, name: str) -> str:
-    """Return a text attribute of the root; empty if it is absent, or not a short text of fixed length."""
+    """Return a text attribute of the root; empty if it is absent.
+
+    Raises:
+        Malformed: the attribute is not a short text of fixed length.
+    """
     if not name or name not in root.attrs:
         return ""
     held = root.attrs.get_id(name)

@@ -147,7 +147,7 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The largest number of tensors that `fetch_once` caches. Each run of rows of a packed weight reads some parts whole."""
+"""The largest number of tensors that `fetch_once` caches: parts of a packed weight that every run of rows reads."""
 
 MOST_OPEN = 16
 """The largest number of files that stay open.
@@ -432,7 +432,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors. Tensors with a single element are read immediately, and adjacent ones in one read."""
+    """Return the tensors; read those with a single element immediately, all adjacent ones in one read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -474,7 +474,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""For types that numpy lacks: a mask, and the value of the masked bits of a NaN or an infinity.
+"""A map from each type that numpy lacks to (mask, value): in a NaN or an infinity, the masked bits have this value.
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf

@@ -160,7 +160,7 @@ class Staging:
     Args:
         target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
         suffix: the end of the hidden folder's name, which differs between kinds of work, such as merging and pulling.
-        noun: a name for the kind of work, for the error that another process holds the lock.
+        noun: a name for the kind of process, for the error if another process holds the lock.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:

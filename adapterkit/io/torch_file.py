@@ -245,7 +245,7 @@ def nested(path: str, value: object, places: Places) -> object:
     def made(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
-            raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
+            raise damaged(f"there are more than {_VALUES:,} values, or more than {_DEEPEST} levels", "top level")
         if type(value) is View:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:

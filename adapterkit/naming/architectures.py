@@ -106,7 +106,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A condition on a base's config.
 
-    It selects the `general.architecture` that llama.cpp's converter writes for the base.
+    The condition selects the `general.architecture` that llama.cpp's converter writes for the base.
 
     Attributes:
         classes: the condition is met if the first entry of the config's `architectures` is in this list.
@@ -390,7 +390,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
-        # Ignore stacks that only MLX-LM has, because other families' stacks have the same names in other tools.
+        # Ignore MLX-LM's names of rare families: in far more common families, the same names mean other weights.
         namings = [naming for naming in architecture.namings if not (architecture.record.rare and naming == "mlx")]
         stacks = {
             _shape_of_place(place).rpartition(".#.")[2]

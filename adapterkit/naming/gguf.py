@@ -82,7 +82,7 @@ def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, s
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""A map from each tensor that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` write to its parts, in order.
+"""A map from each fused tensor to its parts, in order. llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` fuse tensors.
 
 Inside a part, rows have the same order as in a separate tensor. Gate and up are joined for each expert.
 """

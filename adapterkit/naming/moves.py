@@ -1,4 +1,4 @@
-"""The vocabulary of mapping names: moves and rules, the index of a base's names, parts of models, stored layouts."""
+"""Types and tables for mapping names: moves, rules, the index of a base's names, parts of models, stored layouts."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the embeddings that share the tensor: `inputs`; before a single input, also the stored name."""
+    """List the embeddings that share the tensor: `inputs` or, if it has only one name, the stored name and this one."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 

@@ -114,7 +114,7 @@ def _taken(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the rows or the expert that one move selects: the new target and its updates.
 
-    `slices` caches the slices of experts, because several moves use the same slice: an expert's gate and its up.
+    `slices` caches the slices of experts, because several moves use one slice, such as the moves of its gate and up.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
