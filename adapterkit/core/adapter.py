@@ -298,7 +298,7 @@ class Adapter:
         """
         found = {target: updates for target, updates in self.updates.items() if target.path == path}
         if not found:
-            cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
+            cure = nearest(path, (target.path for target in self.updates)) or "Print adapter.updates to see its targets"
             raise TargetNotFound(f"no update changes {path!r}", where=path, cure=cure)
         return found
 

@@ -115,7 +115,7 @@ def tensor(
         optional: True if the tensor may be missing (None).
         integer: True if the tensor contains indices instead of real numbers.
         below: the axis, or product of axes, that the indices refer to; each index is below the axis's size. If the
-            tensor has two rows (the first and second indices of pairs), one axis for each row.
+            tensor has two rows (the first and second indices of pairs), `below` names one axis for each row.
         distinct: True if no index (or pair) may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}

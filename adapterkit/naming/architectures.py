@@ -80,9 +80,9 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         heads: the kind of heads to which the rows belong, one of `SHARED`; only if `rows` is one of `TURNED`.
         columns: the order of the inputs, with the same values as `rows`.
         beside: a template for the name of a second tensor, which has the weight's remaining rows.
-        ratio: the tensor's number of outputs divided by its number of inputs. Only if this ratio distinguishes two
-            weights with the same name: the last block's modulation has fewer outputs than the other blocks'
-            modulations.
+        ratio: the tensor's number of outputs divided by its number of inputs. Set only if this ratio distinguishes two
+            weights with the same name. For example, the last block's modulation may have fewer outputs than the other
+            blocks' modulations.
     """
 
     name: str

@@ -36,7 +36,7 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The location in the base of one part of a target.
+    """One part of a target, and its location in the base.
 
     Attributes:
         path: the name in the base.

@@ -103,7 +103,7 @@ class FactorStack:
 
     def _is_held(self) -> bool:
         """Whether the modules still hold the stack's source tensors."""
-        # Copy the buffers, because another thread may attach an adapter meanwhile.
+        # Copy the buffers: another thread may attach an adapter, and the dictionary must not change during the loop.
         buffers = None if self.home is None else list(self.home._buffers.values())
         # Fast path: one module holds all tensors, and its buffers are the same as at the last check.
         if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers, self.held)):
@@ -132,7 +132,7 @@ class KeptStacks:
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
-    """Return the dtype of a stack, for a layer that has the dtype of `like`.
+    """Return the dtype for the stack of a layer whose weight has the dtype of `like`.
 
     Compiled code keeps a 16-bit dtype, because compilers fuse the products. Without a compiler, the products are
     computed in float32.

@@ -313,8 +313,8 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 def _reader(frame: FrameType | None) -> str | None:
     """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
 
-    torch moves and gathers parameters, and accelerate loads parameters of modules that may never be called. Neither
-    computes with them outside a forward.
+    The result is also None for torch, which moves and gathers parameters, and for accelerate, which loads parameters of
+    modules that may never be called.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back

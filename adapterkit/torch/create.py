@@ -92,7 +92,7 @@ def create(
         seed: the seed of the random numbers.
         layout: the axis order of targets that are parameters, if neither the model's family nor its number of experts
             determines it; one of `LAYOUTS`.
-        attributes: the method's other plain values, and `sizes`.
+        attributes: the method's other settings, and sizes of axes that the weight does not determine.
 
     Raises:
         TargetNotFound: no target matches.

@@ -113,7 +113,8 @@ class Handle:
         self._check()
         check_weight(value)
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
-            raise UsageError("context can only have the weight 1", where=self.name, cure="Call handle.set_active()")
+            why = "an adapter that adds context can only have the weight 1"
+            raise UsageError(why, where=self.name, cure="Call handle.set_active()")
         for switch in (self._switch, *self._copies()):
             switch.weight = value
 

@@ -139,7 +139,7 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
 
 
 def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> Update:
-    """Build Arrow at one layer: subtract the mean of the general experts, which come last, from the other experts."""
+    """Build one layer's Arrow update: subtract the mean of the general experts, which come last, from the others."""
     assert isinstance(router, Arrow)
     tasks = router.tasks or len(experts) - router.general
     if tasks + router.general != len(experts) or router.top_k > tasks:
@@ -258,7 +258,8 @@ def inject(
     rules = parse_renames(rename, [target.path for target in adapter.updates])
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
-        raise UsageError("context can only have the weight 1", where=name, cure="Leave weight= out")
+        why = "an adapter that adds context can only have the weight 1"
+        raise UsageError(why, where=name, cure="Leave weight= out")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})

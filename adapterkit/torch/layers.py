@@ -55,7 +55,7 @@ class Layer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> Layer:
-        """Return the layer with the dtype to compute in; a layer with a packed weight takes the dtype of `x`."""
+        """Return the layer in the dtype to compute in; for a packed weight, this is the dtype of `x`."""
         return self
 
     @classmethod

@@ -42,7 +42,7 @@ RESIDUALS = ("input_tensor", "residual")
 
 
 class InputRecorder(threading.local):
-    """Keep the input of a module until the residual is needed, separately for each thread."""
+    """Keep a module's input until it is needed as a residual, separately for each thread."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
