@@ -244,7 +244,7 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its shape strings and its method's rules, and check that a target's updates agree.
+        """Check each update against its shape strings and method's rules, and a target's updates against each other.
 
         Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
@@ -406,7 +406,7 @@ MOST_VALUES = 1 << 22
 billions of values."""
 
 TOO_LARGE = 10**4300
-"""The smallest integer that Python refuses to print and read: integers may have at most 4300 decimal digits."""
+"""The smallest integer that Python refuses to print or parse: integers may have at most 4300 decimal digits."""
 
 
 def check_json(value: object, where: str) -> None:

@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file, reading headers only.
+    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file; read only headers.
 
     Raises:
         StorageError: the path does not exist, or cannot be read.
@@ -89,7 +89,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_shards(index: Path) -> dict[str, Lazy]:
-    """Return the tensors of all files that an index lists, reading headers only.
+    """Return the tensors of all files that an index lists; only headers are read.
 
     Raises:
         Malformed: the index is damaged, or a listed file is missing or lacks a tensor.

@@ -277,7 +277,7 @@ class Gguf:
 
 
 def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
-    """Read a header.
+    """Read the header of a GGUF adapter.
 
     Args:
         path: the file.
@@ -450,7 +450,7 @@ def write_gguf(
         path: the file.
         values: the key-values.
         tensors: the tensors by name.
-        types: `Q8_0` for the name of each tensor to quantize; all other tensors keep their element type.
+        types: a map from the name of each tensor to quantize to `Q8_0`; all other tensors keep their element type.
 
     Raises:
         Unsupported: GGUF has no such element type.

@@ -207,7 +207,8 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     """Read bytes from an offset of a file into `data`; return the number of bytes read."""
-    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. 0 is the end.
+    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. It returns 0 at
+    # the end of the file.
     file.seek(offset)
     done = file.readinto(data)
     # The common case is one call; only short reads need the loop.
@@ -269,7 +270,7 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file from which the bytes are read, and possibly transposed; None if unknown."""
+        """The file from which the bytes are read, even if they are then transposed; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -432,7 +433,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors; read those with a single element immediately, all adjacent ones in one read."""
+    """Return the tensors. Tensors with a single element are read immediately; adjacent tensors share one read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 MAX_QUOTES = 1 << 23
 """The largest number of quotation marks in a document.
 
-A header has ten per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known model.
+A header has ten quotation marks per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known
+model.
 """
 
 MAX_CONTAINERS = 1 << 21

@@ -19,7 +19,7 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""A naming without fused weights: each weight has its name on the hub, or else its key.
+"""A naming without fused weights: each weight has its name on the hub or, if the hub fuses or stacks it, its key.
 
 GGUF files are read with this naming.
 """

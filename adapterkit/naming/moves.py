@@ -216,7 +216,7 @@ def template_of(name: str) -> str:
 
 
 def swap(name: str, off: str, on: str) -> str:
-    """Replace the prefix `off` of a name with `on`; return a name without the prefix unchanged."""
+    """Replace the prefix `off` of a name with `on`; return the name unchanged if it does not begin with `off`."""
     return on + name[len(off) :] if name.startswith(off) else name
 
 

@@ -381,7 +381,7 @@ def _is_frozen(part: Part) -> bool:
 
 
 def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
-    """Stack the factors of parts in order, padding the ranks with zeros to the highest."""
+    """Stack the factors of parts in order; pad them with zeros to the highest rank."""
     leaves = _leaves(parts) if keep else None
     # Stack outside of inference mode: a later training forward could not use tensors made in inference mode.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():

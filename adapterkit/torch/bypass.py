@@ -18,7 +18,7 @@ Compiled code reads parameters without any dictionary, and its graph does not re
 compiler is watched while it traces: if it traces a call of a block, but no call of a module with an adapter inside the
 block, a warning says so, unless that module ran before. This is not an error, because the block may compute the same
 result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of the same
-structure is not traced again: run such a model once without `torch.compile`.
+structure is not traced again: to check such a model, run it once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before or the code reads only, say, its dtype."""
+        """Record a read of a parameter, unless its module was called before or only its dtype or shape is read."""
         if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)

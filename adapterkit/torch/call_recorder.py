@@ -38,7 +38,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""Names in transformers' configs for four sizes: the number of layers, the width, the heads and the inner width."""
+"""`LAYERS` to `INNERS`: names in transformers' configs for the numbers of layers and heads, and for two widths."""
 
 
 class ShadowState:
@@ -270,7 +270,7 @@ class CallRecorder:
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the call inputs that an update needs, and the optional inputs that the model's forward has."""
+    """Return the call inputs that an update needs, and its optional inputs if the model's forward takes them."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}

@@ -118,7 +118,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """Return the frame of a function, given its module's name and its own; None if the function is not running."""
+    """Return the frame of a running function of this name in this module; None if the function is not running."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:

@@ -151,7 +151,7 @@ def create(
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that, by its config, a model was loaded from; {} if the files are gone.
+    """Return the fingerprint of the files that the model's config names as its source; {} if the files are gone.
 
     The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
     """

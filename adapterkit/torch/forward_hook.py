@@ -280,7 +280,7 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if the weight and bias of a module that was copied without its model have changed since then.
+        """Raise an error if a module was copied without its model, and its weight or bias has changed since the copy.
 
         `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
         """
@@ -656,7 +656,7 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 class HookEntry:
-    """A hook's forward; `generate` reads the signature of the module's own forward from it, `torch.export` its code."""
+    """A hook's forward, with the module's signature (for `generate`) and a `__code__` (for `torch.export`)."""
 
     def __init__(self, hook: ForwardHook) -> None:
         self.__self__ = hook

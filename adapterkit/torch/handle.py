@@ -42,7 +42,7 @@ from .weights import tensor_at
 
 
 class Handle:
-    """An adapter attached to a model. After `remove` or `merge_`, every use raises `UsageError`.
+    """An adapter attached to a model. After `remove` or `merge_`, every use except `unmerge_` raises `UsageError`.
 
     Attributes:
         frozen: the names of the base's parameters that this handle froze; `remove` unfreezes them.
@@ -313,6 +313,7 @@ class Handle:
 
         Raises:
             UsageError: a layer that the adapter changes was copied, or moved to another path in the model.
+            Unsupported: a tensor of the adapter is on the meta device, so its values are lost.
         """
         self._check()
         self._check_uncopied()
@@ -360,7 +361,7 @@ class Handle:
 
     @torch.no_grad()
     def merge_(self, keep: bool | str = False) -> None:
-        """Merge the adapter into the base in place, computed in float64 and rounded once, and detach it.
+        """Merge the adapter into the base in place, and detach it. The sum is computed in float64 and rounded once.
 
         Until the merge is complete, the handle keeps a copy of the weights that the merge changes. If anything fails,
         the weights are restored from the copy.
@@ -524,7 +525,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return parameters of one model with their float64 values after all handles' adapters are merged together.
+    """Return (parameter, its float64 value after all handles' adapters are merged) for each parameter that changes.
 
     Raises:
         NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.

@@ -577,7 +577,7 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor with the device and dtype that W has in a forward under other tools' hooks."""
+    """Return W, or an empty tensor with the device and dtype that other tools' hooks give W during a forward."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 

@@ -183,7 +183,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
-    """Return y + weight * (x A^T) B^T in y's dtype, overwriting y if it is fresh."""
+    """Return y + weight * (x A^T) B^T in y's dtype; the result overwrites y if y is fresh."""
     flat_x, flat = x.reshape(-1, x.shape[-1]), y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
     alone = fresh and flat.data_ptr() == y.data_ptr()
     with _without_autocast(y):

@@ -188,7 +188,7 @@ def split(
         module: the module.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        beside: further tensors with the same rows, which come after the arguments.
+        beside: further tensors with the same rows, which are split like the arguments.
         where: the target, for errors.
 
     Raises:

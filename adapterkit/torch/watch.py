@@ -409,7 +409,7 @@ class _Hook:
         self._stand()
 
     def _stand(self) -> None:
-        """Put a hook at each module on the path to an adapter, replacing the earlier hooks."""
+        """Put a hook at each module on the path to an adapter, in place of the earlier hooks."""
         for step in self.steps:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:

@@ -143,7 +143,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(held: nn.Module, name: str) -> dict[str, object]:
-    """Return the module's dictionary that must get a value of this name."""
+    """Return the module's dictionary in which a value of this name must be set."""
     if torch.compiler.is_compiling():
         for own in (held._parameters, held._buffers, held._modules):
             if name in own:

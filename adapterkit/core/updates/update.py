@@ -415,12 +415,12 @@ class Update:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether the update has a change to add to the weight."""
+        """Whether the update gives the layer a new weight; see `new_weight`."""
         return False
 
     @property
     def changes_bias(self) -> bool:
-        """Whether the update has a change to add to the bias."""
+        """Whether the update gives the layer a new bias; see `new_bias`."""
         return False
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
