@@ -274,14 +274,12 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
-            raise Malformed(
-                f"the index assigns it to {file}, which lacks it", path=path, where=name, cure="Fetch the shards again"
-            )
+            why = f"the index assigns this tensor to {file}, but the file lacks it"
+            raise Malformed(why, path=path, where=name, cure="Fetch the shards again")
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
-        raise Malformed(
-            f"{home[extra].name} has it, but the index lacks it", path=path, where=extra, cure="Rebuild the index"
-        )
+        why = f"{home[extra].name} has this tensor, but the index lacks it"
+        raise Malformed(why, path=path, where=extra, cure="Rebuild the index")
 
 
 # Fingerprints: a short hash of a base's weights, which is so fast that every merge computes it.

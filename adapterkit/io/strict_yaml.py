@@ -99,7 +99,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_yaml_int(self, node: Any) -> int:
             if len(node.value) > MAX_DIGITS:
-                raise _fault(f"a number has {len(node.value)} digits", node)
+                raise _fault(f"a number has {len(node.value)} digits, more than {MAX_DIGITS}", node)
             return int(super().construct_yaml_int(node))
 
         def construct_yaml_float(self, node: Any) -> float:

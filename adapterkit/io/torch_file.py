@@ -190,7 +190,7 @@ def read_legacy(file: Capped, size: int) -> Contents:
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise damaged("the list of storages is not a list of distinct keys", "pickles")
     if set(keys) != set(machine.storages):
-        raise damaged("the listed storages differ from the used ones", "pickles")
+        raise damaged("the list of storages differs from the storages that the tensors use", "pickles")
     return value, _walk(file, [machine.storages[key] for key in keys], stream.tell(), size)
 
 

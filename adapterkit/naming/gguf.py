@@ -116,7 +116,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
     value = values.get(f"{name}.attention.value_length", heads.dim)
     found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
     if sum(found) != rows:
-        why = f"it has {rows} rows; the heads need {found[0]} (queries), {found[1]} (keys) and {found[2]} (values)"
+        why = f"the tensor has {rows} rows, but the heads need {' + '.join(map(str, found))} (queries, keys, values)"
         raise Unsupported(why, where=module, cure=_MERGE)
     return found
 

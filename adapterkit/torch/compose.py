@@ -99,7 +99,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
         own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
         if own is None:
             raise TargetNotFound(
-                "the fusion has no weights for it", where=str(target), cure="Pass the fusion of these adapters"
+                "the fusion has no weights for this target", where=str(target), cure="Pass the fusion of these adapters"
             )
         return Fuse(children=children, **own, **settings)
 
@@ -181,9 +181,8 @@ def _blocks(
     for target in targets:
         found = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in found for update in each):
-            raise Unsupported(
-                f"a block {name!r} cannot contain context", where=str(target), cure="Stack those adapters"
-            )
+            why = f"a block {name!r} cannot contain context"
+            raise Unsupported(why, where=str(target), cure="Combine these adapters with stack()")
         updates[target] = (made(tuple(map(_one, found)), target),)
     return _composed(name, updates)
 

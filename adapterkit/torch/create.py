@@ -102,7 +102,8 @@ def create(
     """
     cls = METHODS[method]
     if rank < 1 or (alpha is not None and "scaling" in attributes):
-        raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
+        cure = "Pass a rank= of at least 1, and only one of alpha= and scaling="
+        raise UsageError("rank is below 1, or both alpha and scaling are given", cure=cure)
     check_dropout(dropout, cls, method)
     check_gathered(model)
     if issubclass(cls, ContextUpdate):

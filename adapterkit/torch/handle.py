@@ -361,10 +361,10 @@ class Handle:
 
     @torch.no_grad()
     def merge_(self, keep: bool | str = False) -> None:
-        """Merge the adapter into the base in place, and detach it. The sum is computed in float64 and rounded once.
+        """Merge the adapter into the base in place, and detach it.
 
-        Until the merge is complete, the handle keeps a copy of the weights that the merge changes. If anything fails,
-        the weights are restored from the copy.
+        The new weights are computed in float64 and rounded once. Until the merge is complete, the handle keeps a copy
+        of the weights that the merge changes. If anything fails, the weights are restored from the copy.
 
         Args:
             keep: what to keep for `unmerge_`. True or "copy" keeps the copy of the weights. "recompute" keeps the

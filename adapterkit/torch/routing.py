@@ -72,7 +72,7 @@ def route(
         )
     if axis not in (None, 0, 1) or (axis and flattened):
         raise UsageError(
-            "rows are on axis 0 or 1, flattened rows on axis 0", cure="Pass axis=0, or axis=1 without flattened"
+            "axis must be 0 or 1, and 0 if rows are flattened", cure="Pass axis=0, or axis=1 without flattened=True"
         )
     known = tuple(switches)
     slots = {name: slot for slot, name in enumerate(known)}
