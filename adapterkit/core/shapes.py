@@ -170,7 +170,7 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
-    why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
+    why = f"the shape {list(shape)} does not match [{axes.text}]" + (f" with {known}" if known else "")
     return ShapeMismatch(why, where=what, cure="Other tensors of the update, or the file's rank, contradict this shape")
 
 
@@ -266,7 +266,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
         worst = outside(leaf, bounds)
         if worst is not None:
             said = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
-            yield name, f"position {worst} is not on {' and '.join(said)}"
+            yield name, f"position {worst} is outside {' and '.join(said)}"
 
 
 def repeated(update: Update) -> str:

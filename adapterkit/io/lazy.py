@@ -176,7 +176,7 @@ def read_span(span: Span) -> bytearray:
     except OSError as error:
         raise storage_error(error, span.path) from error
     if done < span.nbytes:
-        why = f"the file now has {done} of the {span.nbytes} bytes that it had when it was opened"
+        why = f"the file has become shorter: it has only {done} of the {span.nbytes} bytes of this tensor"
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it again")
     return data
 

@@ -119,7 +119,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if not text:
         raise UsageError(
-            "the path is empty", cure="Pass a file, a folder or an address; is a variable of the shell not set?"
+            "the path is empty", cure="Pass a file, a folder or an address; perhaps a shell variable is not set"
         )
     if "\0" in text:
         raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")

@@ -109,7 +109,7 @@ def check_size(data: bytes) -> bytes:
     # The loop has removed all balanced brackets, unless they are nested too deeply. The parser refuses unbalanced
     # brackets.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
-        raise ValueError(f"more than {MAX_DEPTH} objects and lists are nested")
+        raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} levels deep")
     return bare
 
 

@@ -130,7 +130,7 @@ class ForwardProbe:
             Unsupported: the hook did not run.
         """
         if threading.get_ident() not in self.met:
-            why = f"another tool replaced a {type(module).__name__}'s forward by one that bypasses the adapter"
+            why = f"another tool replaced a {type(module).__name__}'s forward with one that bypasses the adapter"
             cure = "Let the new forward call the previous one, or inject the adapter afterwards"
             raise Unsupported(why, where=str(self.hook.parts[0].target) if self.hook.parts else None, cure=cure)
         self.hook.known = self.standing
@@ -256,7 +256,7 @@ class Calls:
         for hook, name, reader in self.reads:
             if hook in self.called or not hook.parts:
                 continue
-            why = f"{reader} computed with its {name} and did not call it, so its adapter did not act"
+            why = f"{reader} computed with the module's {name} but did not call the module, so its adapter did not act"
             where = str(hook.parts[0].target)
             if not is_own(hook, reader):
                 raise Unsupported(why, where=where, cure=_UNFUSE)

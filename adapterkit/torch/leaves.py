@@ -330,7 +330,7 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
         return home
     found = next((module for module in _above(model, home) if id(module) not in hidden), None)
     if found is None:
-        why = "accelerate loads all parameters of the model for each forward, from a map that lacks the adapter's"
+        why = "accelerate loads all parameters of the model for each forward, from a map without the adapter's tensors"
         cure = "Offload only its blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
     return found

@@ -145,7 +145,7 @@ def check_unrouted(switch: Switch) -> None:
     name: str = switch.name
     for route in current().routes.values():
         if switch in route.switches and name in route.names:
-            why = f"{_rows(route.names, name)} of the active route use it"
+            why = f"the active route uses the adapter for {_rows(route.names, name)}"
             raise UsageError(why, where=name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 

@@ -551,7 +551,8 @@ def _check_no_replica(module: nn.Module) -> None:
     """
     if "_is_replica" in module.__dict__:
         cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
-        raise Unsupported("nn.DataParallel runs on several devices", where=type(module).__name__, cure=cure)
+        why = "nn.DataParallel on several devices is not supported"
+        raise Unsupported(why, where=type(module).__name__, cure=cure)
 
 
 def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
