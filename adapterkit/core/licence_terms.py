@@ -108,7 +108,7 @@ def _bounded(found: Alternatives) -> Alternatives:
 
 
 Licence = Mapping[str, str]
-"""A card's fields about the licence; all may be empty. If `license` is `other`, `license_name` and `_link` count."""
+"""A card's licence fields; all may be empty. `license_name` and `license_link` are used if `license` is `other`."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20

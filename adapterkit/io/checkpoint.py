@@ -152,7 +152,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a string from JSON can be a file name, because it is short enough and has no lone surrogates."""
+    """Whether a string from JSON can be a file name: it must be short enough, and have no lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:

@@ -282,8 +282,8 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    Arguments that only the updates ask for are not passed on. If `passes` is set, they are, because the model's context
-    updates read them.
+    Arguments that only the updates ask for are not passed on, unless `passes` is set: then the model's context updates
+    read them.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
