@@ -215,7 +215,7 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules with tensors (with `trained`, trained tensors) of the adapter, and all modules around them."""
+        """Return the modules with tensors of the adapter (`trained`: trained tensors), and all modules around them."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
