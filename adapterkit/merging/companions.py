@@ -140,11 +140,11 @@ def _tokenizer(
     changed = ", ".join(sorted(file for file in {*files, *own} if files.get(file) != own.get(file)))
     differs = f"the tokenizer of {name} differs from the base's ({changed})"
     beyond = _beyond(folder, base)
-    why = f"it has the token {beyond}, for which the base has no embedding"
+    why = f"the base has no embedding for its token {beyond}"
     if chosen == "adapter" and beyond is not None:
         raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
     if chosen == "base" or beyond is not None:
-        kept = f"{differs}; the base's is kept" + (f": {why}" if beyond is not None else "")
+        kept = f"{differs}{f', and {why}' if beyond is not None else ''}; the base's is kept"
         return [], {"from": "base", "differs": True}, [*warnings, kept]
     copies = [(folder / file, file) for file in sorted(files)]
     for file, _ in copies:

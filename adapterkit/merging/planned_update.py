@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight of a target that changes its bias depending on its weight, and the updates of weight and bias.
+    """The weight and the updates of a target; the change of the target's bias depends on this weight.
 
     Attributes:
         name: the name of the base's weight.

@@ -86,7 +86,7 @@ def make_plan(
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index file of a sharded output, the base's own file if it still fits; None for a single file."""
+    """Return the index of a sharded output: the base's index if it still fits, else a new index; None for one file."""
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}

@@ -247,7 +247,7 @@ class Repacked:
 
     @property
     def _held_whole(self) -> int:
-        """The memory for the stored tensors, the new tensors (twice that), the merged weight, and temporary arrays."""
+        """The memory for the stored and the new tensors (twice as much), the merged weight, and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -602,8 +602,8 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return `error`, relative to the merged weight, and `kept`, the fraction of the change that survived.
 
-    `kept` is the projection of the actual change on the intended change, divided by its norm: 1 if the whole change
-    survived, 0 if nothing did.
+    `kept` is the projection of the actual change on the intended change, divided by the norm of the intended change: 1
+    if the whole change survived, 0 if nothing did.
     """
     error, merged, change, left = norms
     # R, M, W are the new, the merged and the old weight. From |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, the

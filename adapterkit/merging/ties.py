@@ -2,7 +2,7 @@
 
 PEFT (0.21.2) attaches an update only to the module that it names, so an update of a tied embedding does not change the
 head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides these rules, for all
-updates or by kind.
+updates or for some kinds of updates.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def settle_tie(
         )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
         why = f"the adapter changes {' and '.join(tie.inputs)} differently, but a model stores one tensor for both"
-        cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
+        cure = f"Inject it into a live model, which has both layers; {_MERGE} changes that tensor and the head"
         raise UsageError(why, where=tie.stored, cure=cure)
     if tied != UNTIE and _equal(inputs, head):
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
@@ -203,7 +203,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or the named one (`untie`)."""
+    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or only the named layer."""
 
     tie: Tie
     own: Folds

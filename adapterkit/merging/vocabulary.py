@@ -1,4 +1,4 @@
-"""Merge adapters whose embedding and head had more rows, or fewer rows, than the base has.
+"""Merge adapters that were trained with more rows, or fewer rows, of embedding and head than the base has.
 
 Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
 adapter's file may contain them: PEFT saves the complete resized layers next to the factors.
@@ -274,7 +274,7 @@ class Vocabulary:
     def _say_kept(self, adapter: str, layer: str, rows: int, needed: int) -> None:
         self.warnings.append(
             f"rows {rows} to {needed - 1} of {layer} in {adapter} are dropped: the output has the base's {rows} rows, "
-            f"and loses the training of the added tokens; {_flag(GROW)} keeps it"
+            f"and loses the training of the added tokens; {_flag(GROW)} keeps these rows"
         )
 
     def _growing(self, rows: int) -> list[str]:

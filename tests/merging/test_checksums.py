@@ -103,7 +103,7 @@ def test_a_sample_is_compared(out: Path) -> None:
     for options in ({"sample": 0}, {"sample": -1}):
         with pytest.raises(UsageError):
             ak.verify(out, base, adapter, **options)
-    with pytest.raises(UsageError, match="the base is missing"):
+    with pytest.raises(UsageError, match="but the base is missing"):
         ak.verify(out, None, adapter)
     assert run("verify", out, "--base", base).exit_code == 2
     assert run("verify", out, "--base", base, "--adapter", adapter, "--sample", "1").exit_code == 0

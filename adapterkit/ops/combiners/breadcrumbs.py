@@ -26,7 +26,7 @@ SCOPE = "where the shares are counted: in each tensor, as in the paper, or in ea
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t, where m_t drops the gamma n largest magnitudes of a tensor, and then the smallest."""
+    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest entries, then keeps the density n largest others."""
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
