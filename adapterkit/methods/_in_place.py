@@ -43,7 +43,7 @@ class InPlace(WeightUpdate):
 
 
 Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
-"""A decomposition of a matrix by the functions of a namespace."""
+"""A function of (array namespace, matrix) that returns the factors of a decomposition."""
 
 
 def svd(W: N) -> tuple[N, N, N]:

@@ -61,8 +61,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         seed: the seed of the random vectors.
 
     Returns:
-        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most 1 + EXCESS times that of the best
-        factors of the same rank.
+        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most (1 + EXCESS) times the error
+        of the best factors of the same rank.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.

@@ -675,7 +675,7 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first left singular vectors, from the smaller Gram matrix: 1/6 of the time of a full decomposition."""
+    """Return the first left singular vectors, from the smaller Gram matrix, in 1/6 of a full decomposition's time."""
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)
