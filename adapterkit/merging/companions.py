@@ -130,7 +130,7 @@ def _tokenizer(
     ]
     if chosen == "adapter" and not whole:
         raise UsageError(
-            "no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder with a tokenizer"
+            "no adapter's folder has a tokenizer", cure=f"Pass {_flag('base')}, or a folder with a tokenizer"
         )
     if not differing:
         return [], ({"from": "base", "differs": False} if whole else None), warnings
@@ -140,7 +140,7 @@ def _tokenizer(
     changed = ", ".join(sorted(file for file in {*files, *own} if files.get(file) != own.get(file)))
     differs = f"the tokenizer of {name} differs from the base's ({changed})"
     beyond = _beyond(folder, base)
-    why = f"the base has no embedding for its token {beyond}"
+    why = f"the base has no embedding for token {beyond}"
     if chosen == "adapter" and beyond is not None:
         raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
     if chosen == "base" or beyond is not None:

@@ -117,9 +117,9 @@ class LowRankBlocks:
         Both arrays are flat.
 
         Returns:
-            A map from the index of each planned update that depends on the base to its change's squared norm. None,
-            with `out` undefined, if the block is too small for a call to pay off, if the loops cannot compute a change,
-            or if the rounding of an element is uncertain.
+            A map from the index of each planned update that depends on the base to its change's squared norm. None if
+            the block is too small for a call to pay off, if the loops cannot compute a change, or if the rounding of an
+            element is uncertain; `out` is then undefined.
         """
         if block.elements < LEAST:
             return None

@@ -155,7 +155,8 @@ def _grouping(
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
-            raise UsageError("a GGUF model keeps its files", cure="Omit --shard-size (shard_size=)")
+            why = "a merge into a GGUF model writes the same files as the base"
+            raise UsageError(why, cure="Omit --shard-size (shard_size=)")
         for file, members in _by_home(base, tensors, None).items():
             yield file.name, members, {}
         return

@@ -43,8 +43,8 @@ KEPT_BYTES = 64
 """The number of bytes per element that `keep` needs: float64 for merged, shifted and packed weights and differences."""
 
 TEXTS = (
-    "--keep adapter (keep='adapter') keeps more with activations: add --calibration builtin, or the file of "
-    "adapterkit.gating.calibrate (calibration=)"
+    "--keep adapter (keep='adapter') keeps more of the change if it knows activations: add --calibration builtin, or "
+    "a file from adapterkit.gating.calibrate (calibration=)"
 )
 """The warning if there are no activations for the rounding."""
 

@@ -252,7 +252,7 @@ class _Choice:
             # mlx-lm uses the tied embedding as the head, and its LoRAEmbedding.as_linear adds the same factors there.
             return MERGE
         if tools != {"peft"}:
-            raise self._unknown(name, "its file does not say which of them training changed")
+            raise self._unknown(name, "its file does not say which layers training changed")
         foreign = self.adapter.foreign.data if self.adapter.foreign else {}
         config = foreign.get("config")
         config = config if isinstance(config, dict) else {}
@@ -269,7 +269,7 @@ class _Choice:
 
     def _unknown(self, name: str, why: str) -> UsageError:
         touched = " and ".join(self.own)
-        one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
+        one = f"the base stores {self.tie.head} and {self.tie.stored} as one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
 
 

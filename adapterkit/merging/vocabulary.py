@@ -264,7 +264,7 @@ class Vocabulary:
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
                 "Is this the base that the adapter was trained on? If its further rows are padding, "
-                f"{_flag(KEEP)} changes the first {made_for} and keeps the rest"
+                f"{_flag(KEEP)} changes the first {made_for} rows and keeps the others"
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)
         self.warnings.append(

@@ -199,7 +199,7 @@ def average(
     chosen = _checked(weights, adapters)
     whole = math.fsum(chosen)
     if whole == 0:
-        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use add")
+        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use ak.ops.add")
     return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
 
 
@@ -210,7 +210,7 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computing anything: ranks add up without a limit, updates without factors stay separate.
+    """Join adapters without computation: ranks add up without a limit, and updates without factors stay separate.
 
     The result computes the same function as the result of `add`. Prompts and other contexts are concatenated.
 

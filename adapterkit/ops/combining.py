@@ -173,7 +173,7 @@ class Evaluation:
     def _count(self) -> None:
         if self.asked.varies:
             why = "a setting that applies to the whole adapter cannot differ between targets"
-            raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
+            raise UsageError(why, where="scope", cure="Pass --set scope=tensor (scope=), or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
         self.census.partial = len(self.found) >= 2 * SAMPLED

@@ -251,7 +251,7 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     found = source.get("layer_range")
     whole = isinstance(found, list) and len(found) == 2 and all(type(each) is int for each in found)
     if not whole or not 0 <= found[0] < found[1]:  # type: ignore[index]
-        raise Malformed("two numbers were expected", where=where, path=path, cure="Write them as in [0, 32]")
+        raise Malformed("two numbers were expected", where=where, path=path, cure="Write both, such as [0, 32]")
     return found[0], found[1]  # type: ignore[index]
 
 
@@ -286,7 +286,7 @@ def _named_base(
         front, _, adapter = said.partition("+")
         names = [None if name == adapter and adapter else name for name in names]
         why = f"base_model combines a base and an adapter ({said})"
-        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, and name BASE"
+        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, then write base_model: BASE"
         raise UsageError(why, where="base_model", path=path, cure=cure)
     others = [front for front in bases if front not in (said, next(iter(bases)))]
     if others or (said is not None and bases and said not in bases):
@@ -303,7 +303,7 @@ def _named_base(
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
-            cure = "Remove the base from models, and divide the other weights by the sum of all weights with the base's"
+            cure = "Remove the base from models, and divide the other weights by the sum of all, the base included"
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
         # Drop the base from the models: these methods combine differences from the base, and the base's own difference
         # is zero.

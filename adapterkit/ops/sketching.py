@@ -313,7 +313,7 @@ class Criterion:
         chosen = [name for name in given if name != "rank" or not self._by_values]
         if len(chosen) > 1 or (needed and not given):
             said = " and ".join(chosen) or "none"
-            raise UsageError(f"one of {NAMES} is needed, not {said}", cure=_ONE)
+            raise UsageError(f"exactly one of {NAMES} is needed, got {said}", cure=_ONE)
         if self._by_values and self.scope != "target":
             why = f"{chosen[0]} applies to each target separately"
             raise UsageError(why, where="scope", cure="Omit --scope (scope=)")

@@ -60,7 +60,7 @@ This work takes 3 s, and is enough for 15 weights of 576 x 576. The weights with
 verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""This much work of decompositions counts as one step of progress; all other work for a target is one step too."""
+"""This much work of decompositions counts as one step of progress; all other work for a target also counts as one."""
 
 
 @dataclass(frozen=True, slots=True)

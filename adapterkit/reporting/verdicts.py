@@ -493,7 +493,8 @@ def _loud(findings: Findings) -> Found:
     if len(sizes) > 1 and max(sizes)[0] > LOUDER * min(sizes)[0]:
         (large, loud), (small, quiet) = max(sizes), min(sizes)
         ratio = large / small
-        yield f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum: set --weight.", None, None
+        text = f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum"
+        yield f"{text}: set --weight (weights=).", None, None
 
 
 def _alike(findings: Findings) -> Found:
@@ -584,7 +585,7 @@ def _merged_narrow(findings: Findings) -> Found:
 
 
 def _merged_noise(findings: Findings) -> Found:
-    """Yield a sentence if the rounding error of the merged weights is as large as the change."""
+    """Yield a sentence if the rounding error of the merged weights is larger than the change."""
     noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
     if noisy:
         worst = max(noisy, key=lambda each: each.error)
@@ -616,7 +617,7 @@ def _summary(findings: Findings) -> Found:
         share = (top.norm or 0.0) ** 2 / total
         text = f"{facts.name}: norm {measured.norm(at):.4g} over {len(effects):,} targets"
         yield (
-            f"{text}; the largest change is {findings.title(top.target)}, with {percent(share)} of it.",
+            f"{text}; the largest change is at {findings.title(top.target)}: {percent(share)} of the total.",
             at,
             top.target,
         )

@@ -185,8 +185,8 @@ class Combiner(ABC):
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets; each may use the results of the earlier
             searches.
-        sequential: whether targets are computed in order, with the finished targets as a third argument of the function
-            `data`.
+        sequential: whether targets are computed in order; the function `data` then gets the finished targets as its
+            third argument.
     """
 
     title: ClassVar[str] = ""
@@ -215,7 +215,7 @@ class Combiner(ABC):
 
     @classmethod
     def defaults(cls) -> dict[str, Value]:
-        """Return the default of every parameter, for a `PlugIn` also the default of `then`."""
+        """Return the default of every parameter; for a `PlugIn`, include the default of `then`."""
         own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 

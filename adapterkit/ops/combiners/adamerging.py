@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ._learned import WeightTrial
 
-PER = "learn one coefficient per task and target (layer; needs gradients), or one per task for all targets (task)"
+PER = "scope of a coefficient: one task at one target (layer; needs gradients), or one task at all targets (task)"
 
 
 class AdaMerging(Learned):

@@ -34,7 +34,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries to drop (the largest ones)", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries that are dropped as the largest", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
