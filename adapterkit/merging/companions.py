@@ -243,7 +243,7 @@ def _check_inside(file: Path, folder: Path) -> None:
     home, target = folder.resolve(), file.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        cure = "Replace the link by a copy of the file, if you know what it is, or delete the link"
+        cure = "Replace the link with a copy of the file, if you know what it is, or delete the link"
         raise Malformed(f"the file is a link to {target}, outside the folder", path=file, cure=cure)
 
 

@@ -516,7 +516,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add weight * (new - W) to `view` (or replace it by `new`); return the squared norm of the change."""
+    """Add weight * (new - W) to `view`, or overwrite `view` with `new`; return the squared norm of the change."""
     change = new - W
     flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)

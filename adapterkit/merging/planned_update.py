@@ -21,7 +21,7 @@ class SeenWeight:
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the planned updates of the weight by earlier targets of the same adapter.
+        before: the planned updates of the weight that come from earlier targets of the same adapter.
         updates: all updates of the target, of weight and bias, in order.
     """
 

@@ -516,7 +516,7 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | Stack], frozenset[str]]:
-    """Replace each packed weight by its stored tensors in the tables of a plan.
+    """Replace each packed weight with its stored tensors in the tables of a plan.
 
     Returns:
         four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those

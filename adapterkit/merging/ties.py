@@ -235,8 +235,8 @@ class _Choice:
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
         """Whether updates had no effect in training, because the model does not call their module, like `shared` in T5.
 
-        PEFT replaces `shared` by its own layer, but the encoder and the decoder call their own embedding modules. Token
-        rows are the exception: PEFT attaches them to every tied layer.
+        PEFT replaces `shared` with its own layer, but the encoder and the decoder call their own embedding modules.
+        Token rows are the exception: PEFT attaches them to every tied layer.
         """
         if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
             return False

@@ -1,4 +1,4 @@
-"""Base class of methods that replace a part of W by a low-rank product, and the decompositions of W that they need."""
+"""Base class of methods that replace a part of W with a low-rank product; decompositions of W for these methods."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Add the target's name to errors in a `with` block, and replace LAPACK's errors by typed errors."""
+    """Add the target's name to errors in a `with` block, and replace LAPACK's errors with typed errors."""
     import numpy as np
 
     try:

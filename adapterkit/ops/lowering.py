@@ -270,7 +270,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace all updates up to the last non-additive update by one dense difference, computed when it is read."""
+    """Replace all updates up to the last non-additive update with one dense difference, computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -466,7 +466,7 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
 
 
 def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-    """Replace all tensors of the updates by placeholders that cannot be read."""
+    """Replace all tensors of the updates with placeholders that cannot be read."""
     return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
 
 

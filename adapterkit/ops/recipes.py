@@ -258,8 +258,8 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
     why = f"layers {span[0]} to {span[1] - 1} would move to {start}, but an adapter fits only the base's layer order"
     cure = (
-        "Keep each layer in its place (the ranges of all sources equal, one after another), or stack the layers with "
-        "mergekit and train an adapter for the result"
+        "Give all sources of a slice the same range, and let the ranges follow one another from layer 0; or stack the "
+        "layers with mergekit, and train an adapter for the result"
     )
     raise UsageError(why, where=where, path=path, cure=cure)
 

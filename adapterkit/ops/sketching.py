@@ -154,7 +154,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of the part beyond the singular values S; call `measure` if the formula is too inexact."""
+    """Return the norm of the part that S, the kept singular values, omits; call `measure` if the formula is inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()

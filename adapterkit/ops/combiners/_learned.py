@@ -196,7 +196,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without multiplying factors; G is `[out, in * k]`, for stacked experts `[e, out, in * k]`."""
+    """Return <D, G> without multiplying factors; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0
