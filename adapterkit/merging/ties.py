@@ -269,7 +269,7 @@ class _Choice:
 
     def _unknown(self, name: str, why: str) -> UsageError:
         touched = " and ".join(self.own)
-        one = f"the base stores {self.tie.head} and {self.tie.stored} as one tensor"
+        one = f"the base ties {self.tie.head} to {self.tie.stored}: both are one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
 
 
