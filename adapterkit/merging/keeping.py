@@ -139,7 +139,7 @@ def _weighed(error: Array, along: Array) -> Array:
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:
-    """Return M + C V^T in float32, computed in float64, because libraries sum in different orders."""
+    """Return M + C V^T in float32; compute in float64, so that the order of summation hardly changes the result."""
     import numpy as np
 
     shifted: Array = (M + C @ Vh).astype(np.float32)

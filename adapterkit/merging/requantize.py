@@ -240,8 +240,8 @@ class Repacked:
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
         """Return the packed weight's rows in consecutive blocks, as (first, end)."""
-        # Convert via elements: a block of a stack counts the rows of one expert, and the rows of a convolution are
-        # longer.
+        # Convert offsets in elements, because a block of a stack counts the rows of one expert, and the rows of a
+        # convolution are longer.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
@@ -334,7 +334,7 @@ class Repacked:
         return next((each for each in found if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Return rows of the weight as `[experts, outputs, inputs]` in float32; a weight without experts has one."""
+        """Return rows of the weight as `[experts, outputs, inputs]` in float32; without experts, the first axis is 1."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
         seen = view(whole, self._whole_target(target, stacked))

@@ -1,4 +1,4 @@
-"""Merge adapters that were trained with more rows, or fewer rows, of embedding and head than the base has.
+"""Merge adapters whose embedding and head had more or fewer rows in training than they have in the base.
 
 Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
 adapter's file may contain them: PEFT saves the complete resized layers next to the factors.

@@ -26,7 +26,7 @@ ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """The least-squares solution over all tasks. D_t G_t is B_t (A_t G_t), so low-rank changes yield a low rank."""
+    """The least-squares solution over all tasks; low-rank if all changes are, because D_t G_t is B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
