@@ -334,7 +334,7 @@ class Repacked:
         return next((each for each in found if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Return rows of the weight as `[experts, outputs, inputs]` in float32; without experts, the first axis is 1."""
+        """Return rows as `[experts, outputs, inputs]` in float32; without experts, the first axis has length 1."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
         seen = view(whole, self._whole_target(target, stacked))
