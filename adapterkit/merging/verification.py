@@ -261,7 +261,7 @@ def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
     wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (made[output.name], found.fetch()))
     bits = f"<u{output.dtype.itemsize}"
     elements = int((wanted.view(bits) != there.view(bits)).sum())
-    return TensorDifference(output.name, "it differs from quantizing the merge again", elements) if elements else None
+    return TensorDifference(output.name, "it differs from the requantized merge", elements) if elements else None
 
 
 def _compare_bytes(output: Output, found: Lazy) -> TensorDifference | None:
