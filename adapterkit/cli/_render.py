@@ -324,7 +324,7 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 
 
 def ranges(layers: Sequence[str]) -> str:
-    """Return layers as ranges, such as `0-21` or `0-3, 8`; only their number if a layer is not a plain number."""
+    """Return layers as ranges, such as `0-21` or `0-3, 8`; if a layer is not a plain number, return the count."""
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
     runs: list[list[int]] = []

@@ -166,7 +166,7 @@ def bring(
 
 
 class _Transfer:
-    """Download files over several connections; the calling thread reports progress, and stops all if one fails."""
+    """Download files over several connections. The calling thread reports progress; if one fails, it stops all."""
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None

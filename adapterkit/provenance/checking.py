@@ -2,8 +2,8 @@
 
 A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload of the
 file. In the rest of the file, most tools ignore unknown keys and unused bits of base64. They therefore accept several
-different files as the same signature. This module accepts only known keys and canonical base64. So either the reader of
-bundles or the cryptographic check refuses a file with any changed bit.
+different files as the same signature. This module accepts only known keys and canonical base64. A signature file in
+which any bit was changed is therefore refused, either by `read_bundle` or by the cryptographic check.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ _OF_FILES = ("written", "norms")
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return the records of the files at `path` about their origin, as plain JSON.
+    """Return the facts about their origin that the files at `path` record, as plain JSON.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -423,7 +423,7 @@ def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """Return the files of git and of downloads in the folder, which are not signed."""
+    """Return the names of git's files and of download records in the folder. These files are not signed."""
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 

@@ -41,7 +41,7 @@ _EVERY = (
     ),
     ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code next to the weights."),
     ScanRule(
-        "code-in-config", "high", "a config that names code", "A loader imports and runs the class that it names."
+        "code-in-config", "high", "a config that names code", "A loader imports and runs the class named in the config."
     ),
     ScanRule(
         "template",
