@@ -223,7 +223,10 @@ def typed(error: BaseException) -> AdapterkitError:
 
 
 def _usage_cure(error: click.UsageError) -> str:
-    """Return the cure of click's error: an example if an argument is missing, the usage if an option is unknown."""
+    """Return the cure for an error from click.
+
+    The cure is an example if an argument is missing, and the usage if an option is unknown. Otherwise it names --help.
+    """
     context = error.ctx
     if context is None:
         return "Try 'adapterkit --help'"

@@ -77,7 +77,7 @@ def graph_in(base: str) -> str | None:
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the path of the graph to read, or of the folder of graphs if `out` is not a single .onnx file."""
+    """Return the path of the graph to read; if `model` is a folder of graphs and `out` is not a file, the folder."""
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:

@@ -150,7 +150,7 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files have already been uploaded; `folder` has sparse files with their headers.
+    """Push an output whose weight files have already been uploaded; `folder` has only the headers of these files.
 
     Args:
         folder: the output; the model card is generated from the headers of the weight files.

@@ -431,7 +431,7 @@ class RangedFile:
                     target.write(data)
 
             writing = threading.Lock()
-            # Read all results, which raises the first exception of a worker.
+            # Read all results: this raises the first exception of a worker.
             for _ in pool.map(one, pieces):
                 pass
         self.held = joined([*self.held, *missing])

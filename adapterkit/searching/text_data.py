@@ -231,7 +231,7 @@ class TextData:
             return _logged(float(whole.detach())), gradients()
 
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
-        """Return NSC's loss on the inputs of its targets, and its gradient with respect to each target's weight."""
+        """Return NSC's loss on the inputs of all targets, and its gradient with respect to each target's weight."""
         total = 0.0
         with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
             for task, feeds in enumerate(self.tasks):
