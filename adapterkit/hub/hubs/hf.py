@@ -392,7 +392,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file with LFS, so that huggingface_hub does not ask the hub for the mode."""
+    """Return a commit operation that adds a file with LFS, so huggingface_hub does not ask the hub for the mode."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
