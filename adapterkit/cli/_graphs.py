@@ -246,7 +246,7 @@ def checked(record: Mapping[str, object]) -> str:
     """Return the largest difference that the check of a graph found, and a note about the check, as text."""
     parts = []
     if record["difference"] is not None:
-        parts.append(f"largest difference {number(record, 'difference'):.2g} of the output")
+        parts.append(f"largest difference {number(record, 'difference'):.2g}, relative to the output")
     if record["note"]:
         parts.append(str(record["note"]))
     return "; ".join(parts) or "not checked"

@@ -54,7 +54,7 @@ def check_names(names: Iterable[str]) -> None:
     for name in seen:
         folder = next((str(p) for p in PurePosixPath(name).parents if str(p) in seen), None)
         if folder:
-            raise Malformed("a file stands where a folder is needed", where=folder, cure="Nothing was written")
+            raise Malformed("this name is both a file and a folder", where=folder, cure="Nothing was written")
 
 
 def _fault(name: str) -> str | None:

@@ -241,10 +241,10 @@ def check_signature(
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
         cure = "Type one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
-        raise UsageError("exactly one of key, certificates and identity of the signer is needed", cure=cure)
+        raise UsageError("exactly one is needed: the signer's key, certificates or identity", cure=cure)
     if (identity is None) != (issuer is None):
         cure = "Type both --identity and --issuer (identity=, issuer=)"
-        raise UsageError("an identity and its issuer need each other", cure=cure)
+        raise UsageError("an identity needs an issuer, and an issuer needs an identity", cure=cure)
     root, file = settled(Path(path)), Path(signature)
     check_exists(root)
     bundle = read_bundle(file)

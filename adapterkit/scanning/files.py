@@ -127,7 +127,7 @@ class _Reader:
             self.skip(place, f"archives nested more than {_DEEPEST} deep")
             return
         if self.left <= 0:
-            self.skip(place, f"more than {_LARGEST_SUM:,} bytes of this archive were scanned before")
+            self.skip(place, f"the limit of {_LARGEST_SUM:,} scanned bytes of this archive is reached")
             return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
@@ -234,7 +234,7 @@ class _Reader:
                         continue
                     found += 1
                     where = f"{place} byte {position}".strip()
-                    yield Finding("pickle-call", self.name, where, f"it asks for {shown(asked.replace(' ', '.', 1))}")
+                    yield Finding("pickle-call", self.name, where, f"it imports {shown(asked.replace(' ', '.', 1))}")
                     if found >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:

@@ -86,9 +86,7 @@ _EVERY = (
     ),
     ScanRule("head", "low", "a change of the output layer", "It can favour some tokens in any context."),
     ScanRule("router", "low", "a change of a router of experts", "It can send chosen inputs to a chosen expert."),
-    ScanRule(
-        "single-expert", "low", "a change of few experts", "Inputs that the router sends to these experts trigger it."
-    ),
+    ScanRule("single-expert", "low", "a change of few experts", "Inputs routed to these experts trigger the change."),
     ScanRule(
         "spike",
         "medium",

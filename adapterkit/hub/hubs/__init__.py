@@ -27,7 +27,9 @@ class Listing(Remote):
     def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - callers read it like a property
         told = sorted((file.path, file.size, file.digest) for file in self.files)
         if not told:
-            raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
+            raise RemoteNotFound(
+                "nothing is there", path=str(self.uri), cure="Check the spelling and your access rights"
+            )
         found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
             cure = "Omit the # and the digest to read the current files"
