@@ -153,13 +153,13 @@ def inject(
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
-    found = resolve(source.model, rest, base, tying)
+    places = resolve(source.model, rest, base, tying)
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
-    attach(found, building, slots, words)
+    attach(places, building, slots, words)
     building.settle()
     keep_original(source)
-    target, told = Path(path_text(out)), CheckOutcome(None)
+    target, outcome = Path(path_text(out)), CheckOutcome(None)
     if slots is not None:
         _beside(target, adapter)
     inputs = [*inputs_of(adapter, base_weights), *(file for one in experts for file in inputs_of(one, None))]
@@ -176,12 +176,12 @@ def inject(
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
             options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
-            told = checked_injection(model, rest, base, path, beside, given, **options)
-        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
-    note = "; ".join(filter(None, [used, words.note, told.note])) or None
+            outcome = checked_injection(model, rest, base, path, beside, given, **options)
+        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
+    note = "; ".join(filter(None, [used, words.note, outcome.note])) or None
     return GraphReport(
-        target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
-        warnings=warnings,
+        target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
+        saturation=outcome.saturation, warnings=warnings,
     )  # fmt: skip
 
 
@@ -249,10 +249,10 @@ def keep_original(source: GraphSource) -> None:
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     """Return the names and bytes of large tensors stored in the main graph, in the order of the file."""
-    held = ((name, value.const_value) for name, value in model.graph.initializers.items())
+    constants = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
-        for name, tensor in held
+        for name, tensor in constants
         if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= 256
     ]
 
