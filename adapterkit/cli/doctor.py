@@ -142,7 +142,7 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and its devices. Also check for onnxruntime's packages that overwrite each other's files."""
+    """Check onnxruntime and its devices. Warn if both of its packages are installed: they overwrite each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:

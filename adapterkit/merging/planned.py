@@ -54,7 +54,7 @@ class PackedRun(Protocol):
 
 
 class PackedPart(Protocol):
-    """Quantizes a packed weight again (or several weights in one tensor) and computes all of its stored tensors."""
+    """Quantizes a packed weight again, or several weights in one tensor, and computes all stored tensors."""
 
     @property
     def packed(self) -> Packed:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokens import Size
 
 
-# Compute the last layer's output without the adapter, by a copy of the nodes before it.
+# Compute the last layer's output without the adapter, with a copy of the nodes that compute this output.
 # The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
 # computes from the tokens of the past instead of the cache.
 
@@ -154,7 +154,7 @@ class CallWords:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
         told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
-        config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
+        config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
 
     Raises:
         UsageError: no update reads an input in `told`, or the graph has no value of the given name.
