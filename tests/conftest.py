@@ -66,7 +66,9 @@ def pytest_collection_modifyitems(config, items):
     cases = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {id(tests[at]) for tests in cases.values() for at in np.linspace(0, len(tests) - 1, most).round().astype(int)}
+    kept = {
+        id(tests[at]) for tests in cases.values() for at in np.linspace(0, len(tests) - 1, most).round().astype(int)
+    }
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
 
