@@ -153,11 +153,11 @@ class CallWords:
     Args:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
-        told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
+        given: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
         config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
 
     Raises:
-        UsageError: no update reads an input in `told`, or the graph has no value of the given name.
+        UsageError: no update reads an input in `given`, or the graph has no value of the given name.
         Unsupported: the graph lacks an input that an update reads.
     """
 
@@ -196,7 +196,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `told` may give another name for the input."""
+        """Return the graph input for an input of the call, or None; `stated` may give another name for the input."""
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None

@@ -40,7 +40,7 @@ class NewTokens:
         new: True where a token is new.
         known: the token ids, with 0 in place of each new token.
         vectors: the vectors of new tokens.
-        said: a sentence that gives the ids of the new tokens.
+        ids_note: a sentence that gives the ids of the new tokens.
     """
 
     ids: ir.Value

@@ -80,7 +80,7 @@ class Selection:
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
         partial: whether only a part of the series was sampled; the magnitudes in this part may differ from the rest.
-        found: the result; None until the search is finished.
+        selected: the result; None until the search is finished.
     """
 
     wanted: Callable[[int, int], int]

@@ -354,7 +354,7 @@ __all__ = [
     "dequantized",
     "detect",
     "is_quantized",
-    "said_method",
+    "stated_method",
 ]
 
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)

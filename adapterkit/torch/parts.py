@@ -77,8 +77,8 @@ class OutputSite:
             if there is no residual.
         reader: the module that reads the residual.
         norm: the norm that the block around the module applies after it has added the residual.
-        own: the position and name of the residual among the module's own arguments, if it takes a residual.
-        own_norm: the name of the module's own norm.
+        residual_argument: the position and name of the residual among the module's own arguments, if it takes one.
+        norm_name: the name of the module's own norm.
         call_words: a function that returns the arguments of the model's call; by default, an empty dictionary.
     """
 

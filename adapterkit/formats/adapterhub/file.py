@@ -190,7 +190,7 @@ class AdapterHubPart:
 
     Attributes:
         settings: the settings outside the sub-dict `config`.
-        own: the fields of this config.
+        method_fields: the fields of this config.
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
