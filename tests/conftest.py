@@ -50,7 +50,7 @@ WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
 
 OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("additive", "weight"))
-"""Methods whose law is one of weights."""
+"""Methods whose formula is one of weights."""
 
 
 def pytest_addoption(parser):

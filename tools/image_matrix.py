@@ -31,7 +31,7 @@ from adapterkit.naming.image import ImageFamily, families  # noqa: E402
 from adapterkit.writing import Promotion  # noqa: E402
 
 PAGE = ROOT / "docs" / "image-families.md"
-DIALECTS = ("diffusers", "comfyui", "kohya", "lycoris")
+IMAGE_FORMATS = ("diffusers", "comfyui", "kohya", "lycoris")
 
 SIZE = 24
 
@@ -92,22 +92,27 @@ def page() -> str:
     """Return the whole page."""
     reasons: dict[str, int] = {}
     lines = [HEADER]
-    for dialect in DIALECTS:
-        lines += [f"## `{dialect}`", "", "| Family | " + " | ".join(MAKERS) + " |", "| --- " * (len(MAKERS) + 1) + "|"]
+    for image_format in IMAGE_FORMATS:
+        lines += [
+            f"## `{image_format}`",
+            "",
+            "| Family | " + " | ".join(MAKERS) + " |",
+            "| --- " * (len(MAKERS) + 1) + "|",
+        ]
         for family in families():
             if not family.facts.generic:
-                cells = [_cell(family, dialect, method, reasons) for method in MAKERS]
+                cells = [_cell(family, image_format, method, reasons) for method in MAKERS]
                 lines.append(f"| {family.title} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {reason}" for reason, number in reasons.items())]
     return "\n".join(lines) + "\n"
 
 
-def _cell(family: ImageFamily, dialect: str, method: str, reasons: dict[str, int]) -> str:
+def _cell(family: ImageFamily, image_format: str, method: str, reasons: dict[str, int]) -> str:
     found = []
     for targets in (plain(family, norm=method == "norm"), () if method == "norm" else fused(family)):
         if targets and not (found and found[0].isdigit()):
-            outcome, reason = outcome_of(family, dialect, method, targets)
+            outcome, reason = outcome_of(family, image_format, method, targets)
             found.append(str(reasons.setdefault(reason, len(reasons) + 1)) if reason else outcome)
     return ", ".join(dict.fromkeys(found))
 
@@ -150,10 +155,10 @@ def adapter_of(family: ImageFamily, method: str, targets: dict[str, int]) -> Ada
     return read_with(Adapter(updates, recipe=(Step("read", {"format": "diffusers"}),)), {FAMILY: family.name})
 
 
-def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
+def outcome_of(family: ImageFamily, image_format: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
     """Return `=`, `L`, `D`, or the reason why a format refuses a method on these modules."""
     adapter = adapter_of(family, method, targets)
-    writer = FORMATS[dialect]()
+    writer = FORMATS[image_format]()
     kinds: list[str] = []
 
     def ask(changed: Adapter) -> list[str]:

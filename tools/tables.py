@@ -85,8 +85,8 @@ def methods() -> str:
 
 
 def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
-    law = f"[`{name}`](reference/methods/{name}.md)"
-    return [law, f"[{entry['title']}]({entry['paper']})", entry["kind"]]
+    formula = f"[`{name}`](reference/methods/{name}.md)"
+    return [formula, f"[{entry['title']}]({entry['paper']})", entry["kind"]]
 
 
 def formats() -> str:

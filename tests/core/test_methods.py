@@ -286,17 +286,17 @@ def test_token_numbers_are_distinct_and_not_negative(index):
 
 
 class Bottleneck(OutputUpdate):
-    """A made-up law on outputs."""
+    """A made-up formula on outputs."""
 
 
 class Prompt(ContextUpdate):
-    """A made-up law on the context."""
+    """A made-up formula on the context."""
 
 
 @pytest.mark.parametrize(
     ("cls", "acts_on"), [(Bottleneck, "the output of the layer"), (Prompt, "the context of the model")]
 )
-def test_laws_that_are_not_of_weights_refuse_to_be_merged(cls, acts_on):
+def test_formulas_that_are_not_of_weights_refuse_to_be_merged(cls, acts_on):
     with pytest.raises(NotMergeable, match=f"changes {acts_on}, not its weights") as raised:
         cls().new_weight(torch.zeros(2, 2))
     assert raised.value.exit_code == 3
@@ -353,7 +353,7 @@ def test_attribute_types_are_checked_without_postponed_annotations_too(shift):
 
 
 LINES = 130
-"""A method is a small file: about 80 lines, some more where the law has many forms."""
+"""A method is a small file: about 80 lines, some more where the formula has many forms."""
 
 
 @pytest.mark.parametrize("name", METHODS)

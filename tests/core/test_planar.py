@@ -1,4 +1,4 @@
-"""Laws of plain weights: positions that are not on their axes, sizes of another base, kernels, and 16 bits."""
+"""Formulas of plain weights: positions that are not on their axes, sizes of another base, kernels, and 16 bits."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_convolutions_are_refused_by_name(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", PLANAR)
-def test_laws_hold_in_16_bits(method, dtype):
+def test_formulas_hold_in_16_bits(method, dtype):
     torch.manual_seed(2)
     wide = nn.Sequential(nn.Linear(12, 8))
     fresh = ak.torch.create(wide, method, rank=4)

@@ -84,7 +84,7 @@ def test_projections_beside_a_config_without_are_refused(trained):
         ak.read(folder, base=base)
 
 
-def test_drawing_at_inference_is_no_law(trained):
+def test_drawing_at_inference_is_no_formula(trained):
     _, folder, _ = trained(Layers, PveraConfig(r=2, target_modules=["q"], sample_at_inference=True))
     with pytest.raises(Unsupported, match="random draws"):
         ak.read(folder)
@@ -121,7 +121,7 @@ def test_bases_of_randlora_are_in_the_file_once_for_all(trained, tmp_path):
 
 @pytest.mark.parametrize("form", ["{}_lora_latent_mapping.weight", "{}.default_lora_latent_mapping.weight"])
 def test_lora_xs_as_its_authors_save_it(form, trained, tmp_path):
-    """No PEFT has the law: float64 numpy has."""
+    """No PEFT has the formula: float64 numpy has."""
     _, folder, base = trained(Layers, LoraConfig(r=3, lora_alpha=5, target_modules=["q", "up"]))
     tensors = load_file(folder / "adapter_model.safetensors")
     paths = {key.partition(".lora_A")[0] for key in tensors if "lora_A" in key}

@@ -1,4 +1,4 @@
-"""Routed laws and Shadow against PEFT: what they compute, what is read and written, what they ask of a call."""
+"""Routed formulas and Shadow against PEFT: what they compute, what is read and written, what they ask of a call."""
 
 import copy
 import json
@@ -209,7 +209,7 @@ def test_generates_what_peft_generates(made):
     ak.torch.inject(mine, ak.read(made("alora of all")))
     got = mine.generate(**GENERATION)
     assert torch.equal(got, theirs.generate(**GENERATION))
-    # PEFT counts from the end of the prompt, also where each step reads all tokens; the law counts from the invocation.
+    # PEFT counts from the end of the prompt, even if each step reads all tokens; the formula counts from the invocation.
     assert torch.equal(mine.generate(**GENERATION, use_cache=False), got)
     assert not torch.equal(theirs.generate(**GENERATION, use_cache=False), got)
 

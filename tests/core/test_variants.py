@@ -1,4 +1,4 @@
-"""Laws that look at the base: biases that see the weight, decompositions, blocks; and what starts from the base."""
+"""Formulas that look at the base: biases that see the weight, decompositions, blocks; and what starts from the base."""
 
 import numpy as np
 import pytest
@@ -199,7 +199,7 @@ def product(parts):
 
 
 @pytest.mark.parametrize("method", ["kasa", "olora", "pissa"])
-def test_laws_that_take_a_base_apart_do_not_write_to_it(method):
+def test_formulas_that_take_a_base_apart_do_not_write_to_it(method):
     model, x = model_of(torch.float32), torch.randn(4, 16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     handle = ak.torch.inject(model, moved(ak.torch.create(model, method, rank=2)))

@@ -126,7 +126,7 @@ OWN = {"nola": "nola/value", "textual_inversion": "textual_inversion/kohya"}
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_a_law_of_one_dialect_is_refused_by_all_others_but_those_of_every_law(method, tmp_path):
+def test_a_formula_of_one_format_is_refused_by_all_others_but_those_of_every_formula(method, tmp_path):
     adapter, base = (
         ak.read(VECTORS / "formats" / OWN[method] / "expected.native.safetensors"),
         VECTORS / "bases" / "llama",

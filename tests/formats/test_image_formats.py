@@ -96,9 +96,9 @@ def test_an_adapter_computes_what_its_tool_computed(folder):
     for target, updates in adapter.updates.items():
         W, x, y = (held[f"{target}|{field}"].double() for field in "Wxy")
         new, bias = W, held.get(f"{target}|b", torch.zeros(len(W))).double()
-        for law in map(loaded, updates):
-            new = law.new_weight(new) if law.changes_weight else new
-            bias = law.new_bias(bias) if law.changes_bias else bias
+        for formula in map(loaded, updates):
+            new = formula.new_weight(new) if formula.changes_weight else new
+            bias = formula.new_bias(bias) if formula.changes_bias else bias
         if W.ndim == 1:
             got = functional.layer_norm(x, W.shape, new, bias)
         else:
@@ -351,7 +351,7 @@ def test_a_truncated_file_is_refused(kind, cut, tmp_path):
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("foreign", ["base_model.model.q.lora_A.weight", "blk.0.attn_q.weight.lora_a", "x"])
-def test_a_key_of_another_dialect_is_refused_by_name(kind, foreign, tmp_path):
+def test_a_key_of_another_format_is_refused_by_name(kind, foreign, tmp_path):
     path = written(tmp_path, GOOD[kind] | {foreign: torch.ones(2, 2)})
     with pytest.raises(Malformed) as raised:
         ak.read(path, format=kind)
@@ -430,7 +430,7 @@ def test_what_is_wrong_with_a_kohya_file_is_named(tensors, error, where, tmp_pat
     assert raised.value.cure
 
 
-def test_files_of_two_dialects_at_once_are_refused(tmp_path):
+def test_files_of_two_formats_at_once_are_refused(tmp_path):
     path = written(tmp_path, GOOD["kohya"] | GOOD["comfyui"])
     with pytest.raises(UnknownFormat, match="comfyui or kohya"):
         ak.read(path)

@@ -35,8 +35,10 @@ def cells() -> list[tuple[str, str, bool]]:
     ]
 
 
-@pytest.mark.parametrize("dialect", MATRIX.DIALECTS)
-def test_what_is_written_comes_back_to_diffusers_names_with_the_same_function(dialect: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image_format", MATRIX.IMAGE_FORMATS)
+def test_what_is_written_comes_back_to_diffusers_names_with_the_same_function(
+    image_format: str, tmp_path: Path
+) -> None:
     tried = 0
     for name, method, on_fused in cells():
         family = next(each for each in FAMILIES if each.name == name)
@@ -44,21 +46,21 @@ def test_what_is_written_comes_back_to_diffusers_names_with_the_same_function(di
         targets = MATRIX.fused(family) if on_fused and not norm else MATRIX.plain(family, norm=norm)
         if not targets:
             continue
-        outcome, why = MATRIX.outcome_of(family, dialect, method, targets)
+        outcome, why = MATRIX.outcome_of(family, image_format, method, targets)
         if why:
             continue
         adapter = MATRIX.adapter_of(family, method, targets)
         loss = "refuse" if outcome == "=" else "promote"
-        ak.write(adapter, tmp_path / "x.safetensors", dialect, on_loss=loss)
-        back = ak.read(tmp_path / "x.safetensors", dialect, family=name)
+        ak.write(adapter, tmp_path / "x.safetensors", image_format, on_loss=loss)
+        back = ak.read(tmp_path / "x.safetensors", image_format, family=name)
         parts = in_parts(back.updates, (name,))
         for target, (wanted,) in Adapter(adapter.updates).load().updates.items():
             (got,) = Adapter(parts).load().updates[target]
             W = torch.randn(targets[target.path.partition(".")[2]], MATRIX.SIZE)
             W = W[:, 0] if norm else W
-            for one, law in ((W, "weight"), (W if norm else W[:, 0], "bias")):
-                if getattr(wanted, f"changes_{law}"):
-                    made, said = getattr(got, f"new_{law}")(one), getattr(wanted, f"new_{law}")(one)
+            for one, formula in ((W, "weight"), (W if norm else W[:, 0], "bias")):
+                if getattr(wanted, f"changes_{formula}"):
+                    made, said = getattr(got, f"new_{formula}")(one), getattr(wanted, f"new_{formula}")(one)
                     assert torch.allclose(made, said, atol=1e-5), (name, method, target)
         tried += 1
     assert tried > 20

@@ -168,7 +168,7 @@ GGUFS = {
     "alpha as text": (VALUES | {"adapter.lora.alpha": GgufValue("string", "4")}, gguf_tensors(), Malformed),
     "alpha infinite": (VALUES | {"adapter.lora.alpha": GgufValue("f32", float("inf"))}, gguf_tensors(), Malformed),
     "a factor alone": (VALUES, {k: v for k, v in gguf_tensors().items() if k.endswith("a")}, Malformed),
-    "another dialect's key": (VALUES, gguf_tensors() | {"m.lora_A.weight": from_numpy(np.ones(2, "f4"))}, Malformed),
+    "another format's key": (VALUES, gguf_tensors() | {"m.lora_A.weight": from_numpy(np.ones(2, "f4"))}, Malformed),
     "no tensors": (VALUES, {}, Malformed),
     "a name without a place": (VALUES, gguf_tensors("blk.9.ffn_up"), TargetNotFound),
     "a name that is none": (VALUES, gguf_tensors("blk.0.mystery"), TargetNotFound),

@@ -85,7 +85,7 @@ CONFIG_FAULTS = {
     "an unknown type": (CONFIG | {"peft_type": "FOO"}, Unsupported, "peft_type"),
     "an unknown field": (CONFIG | {"use_superlora": True}, Unsupported, "use_superlora"),
     "aLoRA of no tokens": (CONFIG | {"alora_invocation_tokens": []}, Malformed, None),
-    "aLoRA with another law": (
+    "aLoRA with another formula": (
         CONFIG | {"alora_invocation_tokens": [1], "use_dora": True},
         Unsupported,
         "alora_invocation_tokens",
@@ -98,7 +98,7 @@ CONFIG_FAULTS = {
     "a field of BD-LoRA's": (CONFIG | {"use_bdlora": {"rows": 2}}, Malformed, "use_bdlora"),
     "QA-LoRA": (CONFIG | {"use_qalora": True}, Unsupported, "use_qalora"),
     "PiSSA by random numbers": (CONFIG | {"init_lora_weights": "pissa_niter_4"}, Unsupported, "init_lora_weights"),
-    "two laws": (CONFIG | {"init_lora_weights": "olora", "use_dora": True}, Unsupported, "init_lora_weights"),
+    "two formulas": (CONFIG | {"init_lora_weights": "olora", "use_dora": True}, Unsupported, "init_lora_weights"),
     "KaSA with a bias": (CONFIG | {"kasa_config": {}, "lora_bias": True}, Unsupported, "kasa_config"),
     "CorDA": (CONFIG | {"init_lora_weights": "corda"}, Unsupported, "init_lora_weights"),
     "LoftQ": (CONFIG | {"init_lora_weights": "loftq"}, Unsupported, "init_lora_weights"),

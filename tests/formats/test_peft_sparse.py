@@ -246,7 +246,7 @@ def test_no_order_is_made_up():
     assert in_order([], {"model_type": "llama"}) is None
 
 
-def test_two_c3a_adapters_of_peft_feed_each_other_where_the_law_adds():
+def test_two_c3a_adapters_of_peft_feed_each_other_where_the_formula_adds():
     """PEFT's forward gives the first adapter's output to the second as input; its own merge adds both."""
     model = nn.ModuleDict({"q": nn.Linear(8, 8, bias=False)})
     wrapped = get_peft_model(model, C3AConfig(block_size=4, target_modules=["q"], init_weights="gaussian"), "one")

@@ -82,7 +82,7 @@ def test_what_has_no_thin_factors_needs_an_error_to_be_accepted(name, tmp_path):
         assert np.abs(got[path] - delta).max() <= 1e-6 * np.abs(delta).max()
 
 
-def test_a_law_of_the_weight_is_taken_at_the_base(tmp_path):
+def test_a_formula_of_the_weight_is_taken_at_the_base(tmp_path):
     held = load_file(next(BASE.glob("*.safetensors")))
     path = "model.layers.0.mlp.down_proj"
     W, factors = held[f"{path}.weight"].astype("f8"), np.linspace(0.5, 2, 24)

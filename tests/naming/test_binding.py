@@ -260,7 +260,7 @@ def test_delta_of_a_convolution_has_its_kernel():
     torch.testing.assert_close(got.double(), torch.from_numpy(product(update)), rtol=1e-6, atol=1e-6)
 
 
-def test_delta_of_a_law_that_needs_the_weight(base):
+def test_delta_of_a_formula_that_needs_the_weight(base):
     W, scale = normal(3, 4), normal(3)
     given = adapter(q=IA3(l=from_numpy(scale)))
     with pytest.raises(UsageError, match="the formula of ia3 needs the weight") as raised:

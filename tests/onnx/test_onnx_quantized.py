@@ -345,7 +345,7 @@ def test_the_command_line_warns_of_clipping(ranges, tmp_path):
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck"])
 def test_other_methods_on_four_bits(method, exported, tmp_path):
-    """The law at the numbers that the packed weight stands for, which the reference implementation tells."""
+    """The formula at the numbers that the packed weight stands for, which the reference implementation tells."""
     path, out = exported / "legacy-nbits-qdq.onnx", tmp_path / "out.onnx"
     proto = onnx.load(path)
     held = next(node for node in proto.graph.node if node.op_type == "DequantizeLinear")

@@ -1,4 +1,4 @@
-"""Laws that look at the model's call or beside its attentions, in graphs: onnxruntime computes what PEFT does."""
+"""Formulas that look at the model's call or beside its attentions, in graphs: onnxruntime computes what PEFT does."""
 
 import copy
 import os
@@ -245,7 +245,7 @@ def test_xlora_behind_a_past(case, experts, tmp_path, tmp_path_factory, close):
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
 
 
-def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
+def test_what_routed_formulas_refuse_as_slots(graphs, tmp_path):
     trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
     with pytest.raises(Unsupported, match="its formula reads the model's inputs input_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")

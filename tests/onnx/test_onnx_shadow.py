@@ -252,7 +252,7 @@ def test_in_half_precision(fixed, made, tmp_path):
 
 @torch.no_grad()
 def test_what_a_lora_changes_inside_a_block(fixed, made, tmp_path, close):
-    """Beside the blocks' own law, as in torch."""
+    """Beside the blocks' own formula, as in torch."""
     adapter = ak.read(made("shared")[1])
     A, B = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.ones(8, 2)
     both = {**adapter.updates, ak.Target("model.layers.1.self_attn.q_proj"): (ak.METHODS["lora"](A=A, B=B),)}

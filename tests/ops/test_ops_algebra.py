@@ -328,25 +328,27 @@ def test_one_adapters_own_methods_are_kept_where_they_can_be_scaled():
 
 
 class Bottleneck(OutputUpdate):
-    """A made-up law on outputs."""
+    """A made-up formula on outputs."""
 
     scale: torch.Tensor = tensor("out")
 
 
 class Prompt(ContextUpdate):
-    """A made-up law on the context."""
+    """A made-up formula on the context."""
 
     tokens: torch.Tensor = tensor("n width")
 
 
-LAWS = [Bottleneck(scale=from_numpy(np.ones(OUT))), Prompt(tokens=from_numpy(np.ones((2, 4))))]
+FORMULAS = [Bottleneck(scale=from_numpy(np.ones(OUT))), Prompt(tokens=from_numpy(np.ones((2, 4))))]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.kind)
-def test_laws_that_are_not_of_weights_are_refused_with_the_reason(law):
-    adapter = Adapter({TARGET: (law,)})
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.kind)
+def test_formulas_that_are_not_of_weights_are_refused_with_the_reason(formula):
+    adapter = Adapter({TARGET: (formula,)})
     for work in (lambda: ops.scale(adapter, 2), lambda: ops.add([adapter, adapter])):
-        with pytest.raises(NotMergeable, match=f"changes {law.acts_on}, not weights, so it cannot be scaled or added"):
+        with pytest.raises(
+            NotMergeable, match=f"changes {formula.acts_on}, not weights, so it cannot be scaled or added"
+        ):
             work()
 
 
@@ -357,7 +359,7 @@ def test_contexts_are_stacked_behind_one_another():
 
 
 @pytest.mark.parametrize("method", ["dora"])
-def test_laws_that_need_the_weight_ask_for_the_base(method):
+def test_formulas_that_need_the_weight_ask_for_the_base(method):
     fields = {"A": (2, IN), "B": (OUT, 2), "magnitude": (OUT,)}
     adapter = Adapter({TARGET: (METHODS[method](**{n: from_numpy(np.ones(s)) for n, s in fields.items()}),)})
     with pytest.raises(UsageError, match=r"cannot be .* without a base") as raised:

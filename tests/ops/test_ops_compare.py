@@ -149,7 +149,7 @@ def test_stacked_experts_and_targets_of_one_alone():
     close(found.relative_error, math.sqrt((((X - Y) ** 2).sum() + squares[2]) / max(a, b)))
 
 
-def test_laws_that_need_the_weight_are_compared_by_their_fields_or_at_a_base(base):
+def test_formulas_that_need_the_weight_are_compared_by_their_fields_or_at_a_base(base):
     scales = np.random.default_rng(0).normal(size=9)
     ia3 = METHODS["ia3"](l=from_numpy(scales))
     narrow = METHODS["ia3"](l=from_numpy(scales.astype(np.float32)))
@@ -172,12 +172,12 @@ def test_laws_that_need_the_weight_are_compared_by_their_fields_or_at_a_base(bas
 
 
 class Bottleneck(OutputUpdate):
-    """A made-up law on outputs."""
+    """A made-up formula on outputs."""
 
     down: object = tensor("r in")
 
 
-def test_laws_of_outputs_are_the_same_when_their_fields_are(base):
+def test_formulas_of_outputs_are_the_same_when_their_fields_are(base):
     one, same, other = (Adapter({TARGET: (Bottleneck(down=from_numpy(np.full((2, 3), v))),)}) for v in (1.0, 1.0, 2.0))
     model = base({"q.weight": np.ones((3, 3))})
     for options in ({}, {"base": model}):

@@ -183,7 +183,7 @@ def test_dense_changes_are_promoted_to_the_rank_that_they_have():
     np.testing.assert_allclose(dense(made), best(D, 2), atol=1e-12)
 
 
-def test_laws_that_need_the_weight_are_promoted_at_a_base(base):
+def test_formulas_that_need_the_weight_are_promoted_at_a_base(base):
     rng = np.random.default_rng(0)
     W = rng.normal(size=(12, 20))
     fields = {"A": rng.normal(size=(2, 20)), "B": rng.normal(size=(12, 2)), "magnitude": rng.normal(size=12)}

@@ -166,7 +166,7 @@ def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     assert report.left_out == ("expected.safetensors", "quantize_config.json")
 
 
-def test_a_law_that_needs_the_weight_sees_the_dequantized_one(tmp_path):
+def test_a_formula_that_needs_the_weight_sees_the_dequantized_one(tmp_path):
     W = load_file(BNB / "expected.safetensors")["m.weight"]
     lora, delta = low_rank(W.shape)
     magnitude = np.random.default_rng(5).uniform(0.5, 1.5, W.shape[0]).astype(np.float32)

@@ -24,7 +24,7 @@ from adapterkit.methods import METHODS
 
 
 class Doubled(OutputUpdate):
-    """A made-up law on outputs: y' = y + v * y."""
+    """A made-up formula on outputs: y' = y + v * y."""
 
     v: object = tensor("out")
 
@@ -34,13 +34,13 @@ class Doubled(OutputUpdate):
 
 
 class Prompted(ContextUpdate):
-    """A made-up law on the context."""
+    """A made-up formula on the context."""
 
     v: object = tensor("n")
 
 
 class Biased(METHODS["dora"]):
-    """A made-up law of the weight that must change a bias."""
+    """A made-up formula of the weight that must change a bias."""
 
     @property
     def changes_bias(self):
@@ -97,8 +97,8 @@ REFUSED = {
     "a missing partner": (Target("fc"), METHODS["dense"](), Malformed, "fc: dense: .*needs at least one of: D, d"),
     "a scale that is none": (Target("fc"), lora(scaling=float("nan")), Malformed, r"fc: lora\.scaling"),
     "no such place": (Target("fcc"), lora(), TargetNotFound, r"fcc: .*Nearest: fc"),
-    "a law on outputs at some rows": (Target("fc", rows=(0, 2)), Doubled(v=torch.ones(2)), Unsupported, r"fc\[0:2\]"),
-    "a law on the context": (Target("fc"), Prompted(v=torch.ones(3)), Unsupported, "fc: .*does not apply"),
+    "a formula of outputs at rows": (Target("fc", rows=(0, 2)), Doubled(v=torch.ones(2)), Unsupported, r"fc\[0:2\]"),
+    "a formula on the context": (Target("fc"), Prompted(v=torch.ones(3)), Unsupported, "fc: .*does not apply"),
     "a bias that is not there": (Target("bare"), Biased(**DORA), Unsupported, "bare: .*bias.*does not have.*Give"),
     "eight bits": (Target("eight"), lora(), Unsupported, "eight: .*float8.*Load the base unquantized"),
     "whole numbers": (Target("whole"), lora(), Unsupported, "whole: .*int8.*Load the base unquantized"),
@@ -124,7 +124,7 @@ def test_a_refused_adapter_leaves_no_trace(case):
 
 
 @pytest.mark.parametrize("order", ["outer first", "inner first", "one adapter"])
-def test_laws_on_outputs_see_the_layer_with_its_parameters_exchanged(order, close):
+def test_formulas_on_outputs_see_the_layer_with_its_parameters_exchanged(order, close):
     outer = {Target("fc"): (Doubled(v=torch.ones(4)),)}
     inner = {Target("fc", rows=(0, 2)): (lora(2),)}
     base, x = model(), torch.ones(3, 6)
@@ -135,7 +135,7 @@ def test_laws_on_outputs_see_the_layer_with_its_parameters_exchanged(order, clos
     close(base["fc"](x), 2 * (y + torch.tensor([12.0, 12.0, 0.0, 0.0])))
 
 
-def test_laws_on_outputs_go_with_laws_of_weights(close):
+def test_formulas_on_outputs_go_with_formulas_of_weights(close):
     base, x = model(), torch.ones(3, 6)
     y = base["fc"](x)
     handles = [

@@ -204,7 +204,7 @@ def test_sixteen_bits(method, dtype, close):
         assert torch.equal(model(x), plain)
 
 
-def test_sixteen_bit_laws_of_the_weight_are_rounded_once():
+def test_sixteen_bit_formulas_of_the_weight_are_rounded_once():
     """A trained change far below a bfloat16's last place is not lost on the way to the new weight."""
     model = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
     W = model[0].weight.detach().float()

@@ -49,12 +49,12 @@ def updates():
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward(kind, method, weight, close):
     model, W, b = quantized(kind)
-    update, law = updates()[method]
+    update, formula = updates()[method]
     x = draw(5, 64, seed=4)
     packed = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     plain = model["fc"](x)
     handle = ak.torch.inject(model, Adapter({Target("fc"): (update,)}), weight=weight)
-    V, c = law(W, b)
+    V, c = formula(W, b)
     # The library multiplies in 8 bits, or rounds on the way: its own error beside the weight that it stands for.
     own = float((plain - functional.linear(x, W, b)).abs().max() / plain.abs().max())
     close(model["fc"](x), functional.linear(x, W + weight * (V - W), b + weight * (c - b)), plain, tolerance=own + 1e-5)

@@ -193,7 +193,7 @@ class Odd(nn.Module):
 
 COMPILED = {
     "formula": (lambda: nn.Linear(6, 4), Target("0"), lora(4, 6)),
-    "law of the weight": (
+    "formula of the weight": (
         lambda: nn.Linear(6, 4),
         Target("0"),
         METHODS["dora"](A=draw(2, 6), B=draw(4, 2), magnitude=draw(4).abs()),

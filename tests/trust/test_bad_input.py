@@ -167,7 +167,7 @@ KEYED = {
 
 
 @of(*sorted(KEYS))
-def test_a_key_of_another_dialect_is_refused_by_name(good, tmp_path):
+def test_a_key_of_another_format_is_refused_by_name(good, tmp_path):
     name, path, on = good
     changed(path, lambda tensors: {**tensors, FOREIGN: torch.ones(2, 2)})
     error = refused(name, path, on, tmp_path / "out")

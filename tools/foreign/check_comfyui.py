@@ -33,7 +33,7 @@ from comfyui_keys import MODELS, ROOT, Absent, is_norm, key_map
 
 TOLERANCE = 1e-5
 METHODS = ("lora", "dora", "loha", "lokr", "oft", "boft", "glora", "diff", "diff_b", "norm")
-DIALECTS = {"lora": ("comfyui", "kohya"), "oft": ("lycoris",), "boft": ("lycoris",), "glora": ("lycoris",)}
+IMAGE_FORMATS = {"lora": ("comfyui", "kohya"), "oft": ("lycoris",), "boft": ("lycoris",), "glora": ("lycoris",)}
 """The formats of a method's files, where they are not ComfyUI's alone."""
 SAMPLE = 3
 """Weights of a file that are computed; keys are compared for all."""
@@ -109,7 +109,7 @@ def checked(name: str, method: str) -> str:
     family = next(each for each in families() if each.name == name)
     known, shapes = smaller(*key_map(*MODELS[name][-1]))
     # LyCORIS's files have the names of the model that was trained; ComfyUI reads those of the original model.
-    original = "lycoris" in DIALECTS.get(method, ())
+    original = "lycoris" in IMAGE_FORMATS.get(method, ())
     modules = modules_of(family, shapes, norms=method == "norm", original=original)
     recipe = (Step("read", {"format": "lycoris" if original else "diffusers"}),)
     found = dict[str, Held]()
@@ -117,12 +117,12 @@ def checked(name: str, method: str) -> str:
         updates = {Target(f"{family.component}.{path}"): (made(method, size),) for path, size in part.items()}
         adapter = read_with(Adapter(updates, recipe=recipe), {FAMILY: name})
         compare(adapter, name, method, known, shapes, found)
-    return "; ".join(f"{dialect} {held}" for dialect, held in found.items()) or "no such modules"
+    return "; ".join(f"{image_format} {held}" for image_format, held in found.items()) or "no such modules"
 
 
 @dataclass
 class Held:
-    """What ComfyUI held of the files of one dialect, and how far its changes were from the formula's."""
+    """What ComfyUI held of the files of one format, and how far its changes were from the formula's."""
 
     weights: int = 0
     lost: int = 0
@@ -147,7 +147,7 @@ def compare(
     shapes: Mapping[str, tuple[int, ...]],
     found: dict[str, Held],
 ) -> None:
-    """Write an adapter in each dialect, and add to `found` what ComfyUI makes of the files.
+    """Write an adapter in each format, and add to `found` what ComfyUI makes of the files.
 
     Raises:
         Different: a key is not held, or a weight differs.
@@ -161,16 +161,16 @@ def compare(
         if method == "lora":
             ak.write(adapter, Path(folder, "diffusers.safetensors"), "diffusers")
             theirs, _ = patches(Path(folder, "diffusers.safetensors"), known)
-        for dialect in DIALECTS.get(method, ("comfyui",)):
-            path, result = Path(folder, f"{dialect}.safetensors"), found.setdefault(dialect, Held())
+        for image_format in IMAGE_FORMATS.get(method, ("comfyui",)):
+            path, result = Path(folder, f"{image_format}.safetensors"), found.setdefault(image_format, Held())
             try:
-                ak.write(adapter, path, dialect, on_loss="promote")
+                ak.write(adapter, path, image_format, on_loss="promote")
             except Unrepresentable as refusal:
                 result.refused = str(refusal.items[0] if refusal.items else refusal)
                 continue
             held, lost = patches(path, known)
-            if lost and dialect == "comfyui":
-                raise Different(f"{dialect}: {len(lost)} keys are not held: {sorted(lost)[:3]}")
+            if lost and image_format == "comfyui":
+                raise Different(f"{image_format}: {len(lost)} keys are not held: {sorted(lost)[:3]}")
             read = ak.read(path, family=name).load("cpu")
             for weight in sample(held, shapes):
                 own = calculated(held[weight], weight, shapes, method)
@@ -268,7 +268,7 @@ def modules_of(family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: boo
 def made(method: str, shape: tuple[int, ...]) -> Any:
     """Return an update of a weight of this shape."""
     from adapterkit.io.lazy import from_numpy
-    from adapterkit.methods import METHODS as LAWS
+    from adapterkit.methods import METHODS as FORMULAS
 
     def leaf(*size: int) -> Any:
         return from_numpy((0.1 * RANDOM.normal(size=size)).astype("f4"))
@@ -279,26 +279,26 @@ def made(method: str, shape: tuple[int, ...]) -> Any:
         # Parts of a fused weight can be one DoRA if they share A.
         A = 0.1 * np.random.default_rng(rest).normal(size=(2, *rest))
         magnitude = from_numpy((1 + RANDOM.random(out)).astype("f4"))
-        return LAWS["dora"](A=from_numpy(A.astype("f4")), B=leaf(out, 2), magnitude=magnitude)
+        return FORMULAS["dora"](A=from_numpy(A.astype("f4")), B=leaf(out, 2), magnitude=magnitude)
     if method == "oft" and size > 1:
-        return LAWS["oft"](square=leaf(out // size, size, size), side="out")
+        return FORMULAS["oft"](square=leaf(out // size, size, size), side="out")
     if method == "boft" and size > 1:
         factors = 2 if out // size % 2 == 0 else 1
-        return LAWS["boft_outputs"](square=leaf(factors, out // size, size, size))
+        return FORMULAS["boft_outputs"](square=leaf(factors, out // size, size, size))
     if method == "glora":
-        return LAWS["glora_products"](A1=leaf(rest[0], 2), A2=leaf(2, rest[0]), B1=leaf(out, 2), B2=leaf(2, *rest))
+        return FORMULAS["glora_products"](A1=leaf(rest[0], 2), A2=leaf(2, rest[0]), B1=leaf(out, 2), B2=leaf(2, *rest))
     if method == "norm":
-        return LAWS["dense"](D=leaf(*shape))
+        return FORMULAS["dense"](D=leaf(*shape))
     columns = int(np.prod(rest))
     if method == "loha":
-        return LAWS["loha"](w1_a=leaf(out, 2), w1_b=leaf(2, columns), w2_a=leaf(out, 2), w2_b=leaf(2, columns))
+        return FORMULAS["loha"](w1_a=leaf(out, 2), w1_b=leaf(2, columns), w2_a=leaf(out, 2), w2_b=leaf(2, columns))
     if method == "lokr" and out % 4 == 0 and columns % 4 == 0 and len(rest) == 1:
-        return LAWS["lokr"](w1=leaf(4, 4), w2_a=leaf(out // 4, 2), w2_b=leaf(2, columns // 4))
+        return FORMULAS["lokr"](w1=leaf(4, 4), w2_a=leaf(out // 4, 2), w2_b=leaf(2, columns // 4))
     if method == "diff":
-        return LAWS["dense"](D=leaf(*shape))
+        return FORMULAS["dense"](D=leaf(*shape))
     if method == "diff_b":
-        return LAWS["dense"](d=leaf(out))
-    return LAWS["lora"](A=leaf(2, *rest), B=leaf(out, 2))
+        return FORMULAS["dense"](d=leaf(out))
+    return FORMULAS["lora"](A=leaf(2, *rest), B=leaf(out, 2))
 
 
 def patches(path: Path, known: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:

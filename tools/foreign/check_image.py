@@ -87,16 +87,19 @@ def _error(updates: Sequence[Any], base: nn.Module, path: str, tool: Any) -> flo
     x = torch.randn(2, W.shape[1], 5, 5) if W.ndim == 4 else torch.randn(2, W.shape[-1])
     with torch.no_grad():
         got = tool(x).double()
-    laws = [update.map(lambda leaf: as_torch(leaf).double()) for update in updates]
-    wanted = _law(laws, layer, W.double(), x.double())
+    formulas = [update.map(lambda leaf: as_torch(leaf).double()) for update in updates]
+    wanted = _formula(formulas, layer, W.double(), x.double())
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def _law(laws: Sequence[Any], layer: Any, W: Tensor, x: Tensor) -> Tensor:
+def _formula(formulas: Sequence[Any], layer: Any, W: Tensor, x: Tensor) -> Tensor:
     b = torch.zeros(len(W)).double() if layer.bias is None else layer.bias.detach().double()
     new, bias = W, b
-    for law in laws:
-        new, bias = law.new_weight(new) if law.changes_weight else new, law.new_bias(bias) if law.changes_bias else bias
+    for formula in formulas:
+        new, bias = (
+            formula.new_weight(new) if formula.changes_weight else new,
+            formula.new_bias(bias) if formula.changes_bias else bias,
+        )
     if W.ndim == 1:
         return functional.layer_norm(x, W.shape, new, bias)
     return functional.conv2d(x, new, bias, padding=1) if W.ndim == 4 else functional.linear(x, new, bias)

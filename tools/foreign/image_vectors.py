@@ -335,7 +335,7 @@ def _lora(layer: Any) -> Any:
 
 
 def converted(dest: Path) -> None:
-    """Files of the FLUX dialects, and what diffusers' converters make of them."""
+    """Files of the FLUX formats, and what diffusers' converters make of them."""
     torch.manual_seed(3)
     h = 8
     sizes = {

@@ -35,8 +35,8 @@ class Case:
         x: shape of the input; None for token numbers.
         layer: what the layer does with input and weight.
         dtype: element type of the adapter's tensors; integers are I64 unless given as int32.
-        beside: shapes of what else a law on outputs sees, by name: a residual, the norm after it.
-        call: what the model's call brought, by name, where the law asks for it.
+        beside: shapes of what else a formula on outputs sees, by name: a residual, the norm after it.
+        call: what the model's call brought, by name, where the formula asks for it.
     """
 
     name: str

@@ -106,7 +106,7 @@ def _view(W: Array, stored_as: str) -> Array:
 
 
 def _outcome(case: Case, x: Array, W: Array, b: Array | None) -> dict[str, Array | None]:
-    """What must come out: y alone where a law is not of weights."""
+    """What must come out: y alone where a formula is not of weights."""
     if any(hasattr(methods.named(update.method), "output") for update in case.updates):
         beside = {name: numbers(f"{case.name}.{name}", *shape) for name, shape in case.beside.items()}
         call = {f"call.{name}": array for name, array in case.call.items()}
@@ -118,7 +118,9 @@ def _outcome(case: Case, x: Array, W: Array, b: Array | None) -> dict[str, Array
 
 def _output(case: Case, x: Array, W: Array, b: Array | None, beside: dict[str, Array]) -> Array:
     if len(case.updates) > 1 or case.rows or case.stacked:
-        raise ValueError(f"{case.name}: a law that is not of weights stands alone, on a whole layer without experts")
+        raise ValueError(
+            f"{case.name}: a formula that is not of weights stands alone, on a whole layer without experts"
+        )
     (update,) = case.updates
 
     def layer(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Laws that LoraConfig switches on: KaSA, BD-LoRA, PiSSA, OLoRA."""
+"""Formulas that LoraConfig switches on: KaSA, BD-LoRA, PiSSA, OLoRA."""
 
 from peft import BdLoraConfig, KasaConfig
 

@@ -1,4 +1,4 @@
-"""Routed laws: aLoRA, Arrow, Poly, Lily, X-LoRA."""
+"""Routed formulas: aLoRA, Arrow, Poly, Lily, X-LoRA."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ CASES = {
 
 
 def update_of(_path: str, layer: Any, config: Any) -> Any:
-    """The two factors, and what the law has besides; nothing for plain LoRA."""
+    """The two factors, and what the formula has besides; nothing for plain LoRA."""
     if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
         return None
     A, B, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
@@ -37,5 +37,5 @@ def update_of(_path: str, layer: Any, config: Any) -> Any:
         return BDLoRA(A_blocks=A.reshape(2, 1, 2), B=B, scaling=scaling)
     if config.use_bdlora is not None:
         return BDLoRA(A=A, B_blocks=B.reshape(2, 2, 1), scaling=scaling)
-    law = {"olora": OLoRA, "pissa": PiSSA}.get(str(config.init_lora_weights))
-    return None if law is None else law(A=A, B=B, scaling=scaling)
+    formula = {"olora": OLoRA, "pissa": PiSSA}.get(str(config.init_lora_weights))
+    return None if formula is None else formula(A=A, B=B, scaling=scaling)

@@ -15,7 +15,7 @@ SECOND = "text_encoder_2.text_model.embeddings.token_embedding"
 
 
 def samples() -> dict[str, Sample]:
-    """One sample a dialect."""
+    """One sample a format."""
     one, two, wide = (numbers(f"inversion.{n}", n, d) for n, d in ((1, 8), (3, 8), (2, 12)))
     automatic = {
         "string_to_token": {"*": 265}, "string_to_param": {"*": f32(two)}, "name": "cat", "step": 99,

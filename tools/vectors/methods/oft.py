@@ -80,7 +80,7 @@ def _series(Q: Array, terms: int, doubled: bool) -> Array:
 
 
 def cases() -> list[Case]:
-    """Both sides, both ways to store Q, both laws of R, both limits on Q, one block for all, every layer."""
+    """Both sides, both ways to store Q, both formulas of R, both limits on Q, one block for all, every layer."""
     six: dict[str, Any] = {"weight": (3, 6), "x": (2, 6)}
     embedding4 = EMBEDDING | {"weight": (6, 4)}
     return [

@@ -1,5 +1,5 @@
-"""Every family and dialect that diffusers converts: the file read here and written as diffusers changes what its
-converter says; and every family through every dialect and back.
+"""Every family and format that diffusers converts: the file read here and written as diffusers changes what its
+converter says; and every family through every format and back.
 """
 
 import json
@@ -130,7 +130,7 @@ def test_fal_s_kontext_lora_becomes_what_diffusers_makes_of_it(tmp_path):
 
 @pytest.mark.parametrize("way", ["comfyui", "kohya", "lycoris"])
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.facts.generic])
-def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, way, tmp_path):
+def test_every_family_goes_from_diffusers_through_every_format_and_back(name, way, tmp_path):
     family = FAMILIES[name]
     modules = whole(family, "diffusers")
     if family.component == "unet":
