@@ -53,7 +53,7 @@ def test_convert_refuses_before_any_work(folder: Path) -> None:
         ak.convert(folder / "a", folder / "x", to="pfet")
     with pytest.raises(UsageError, match="--match-base"):
         ak.convert(folder / "a", folder / "x", to="peft", match_base=True)
-    with pytest.raises(UsageError, match="without --alpha"):
+    with pytest.raises(UsageError, match="takes no --alpha"):
         ak.convert(folder / "a", folder / "x.safetensors", to="adapterkit", format="adapterkit", alpha=3.0)
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
     assert not (folder / "x").exists()

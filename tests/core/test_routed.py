@@ -209,7 +209,7 @@ def test_generates_what_peft_generates(made):
     ak.torch.inject(mine, ak.read(made("alora of all")))
     got = mine.generate(**GENERATION)
     assert torch.equal(got, theirs.generate(**GENERATION))
-    # PEFT counts from the end of the prompt, even if each step reads all tokens; the formula counts from the invocation.
+    # PEFT counts from the end of the prompt, even if steps read all tokens; the formula counts from the invocation.
     assert torch.equal(mine.generate(**GENERATION, use_cache=False), got)
     assert not torch.equal(theirs.generate(**GENERATION, use_cache=False), got)
 

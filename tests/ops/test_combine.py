@@ -782,7 +782,7 @@ def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, shar
     blocks.settle([search], lambda: [rounds.append(1), *(search.feed(part) for part in np.split(values, 5))])
     ordered = np.sort(values)[::-1]
     expected = ordered[k - 1] if k else np.inf
-    found = search.found
+    found = search.selected
     assert (found.value, found.above, found.total) == (expected, (values > expected).sum(), len(values))
     assert found.equal == (values == expected).sum()
     assert len(rounds) <= 8
