@@ -163,7 +163,7 @@ def test_names_that_are_lost_are_found_by_numbers(exported, tmp_path, close):
     close(torch.tensor(graphs.run(tmp_path / "merged.onnx", ids)), model(ids))
     handle.remove()
     twin = Adapter({Target("layers.1.up"): (lora(12, 8),)})
-    with pytest.raises(TargetNotFound, match=r"2 nodes have this weight, and the base.s layers\.0\.up\.weight has equal values"):
+    with pytest.raises(TargetNotFound, match=r"2 nodes have this weight, and the base.s layers\.0\.up\.weight"):
         ak.onnx.inject(path, twin, tmp_path / "twin.onnx", base_weights=folder / "base.safetensors")
 
 
