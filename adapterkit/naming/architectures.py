@@ -21,8 +21,7 @@ from ..errors import Malformed
 WEIGHT = "weight"
 """A naming without fused weights. A weight that the hub fuses or stacks is named by its key in the family's file.
 
-All other weights have the hub's names.
-GGUF files are read with this naming.
+All other weights have the hub's names. GGUF files are read with this naming.
 """
 
 STORED_AS = "stored_as"
@@ -73,7 +72,7 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             its value. Only with `qkv`.
         half: for two weights whose experts are numbered together: 0 if this weight has the first half of the numbers, 1
             if it has the second half.
-        flat: whether the tensor has shape `[in]`; the weight then has one row.
+        flat: whether the tensor has shape `[in]`, so that the weight has one row.
         transposed: whether the tensor is stored as `[in, out]`.
         rows: the order of the tensor's rows. `rope`: Meta's order, in which rotated pairs of rows are adjacent. `qkv`:
             all queries, then all keys, then all values, although the family itself orders the fused weight by groups.
@@ -162,10 +161,10 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kohya: the naming whose names sd-scripts and similar tools write with underscores for dots.
         distinctive: True if no language model uses this family's names. The names then identify the family even without
             a prefix.
-        generic: whether the names fit any number of blocks; the family is then chosen only if no other family fits.
-        unlikely: whether the family shares names with another family that has far more adapters. This family is then
+        generic: whether the names fit any number of blocks. A generic family is chosen only if no other family fits.
+        unlikely: whether the family shares names with another family that has far more adapters. An unlikely family is
             chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
-            this family.
+            it.
         no_inputs: input sizes that only the text encoders of other models have; no weight of this family has them.
         outputs: a map from an input size to the output sizes of weights with that input size, in the published models.
         widths: input sizes of the blocks in the published models.
@@ -181,7 +180,7 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             these names with underscores for dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
         header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.
-        whole_norms: whether diffusers' loader accepts new weights for the norms of queries and keys.
+        whole_norms: whether diffusers' loader accepts adapter files with new weights for the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -430,7 +429,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 def of_pipelines() -> Iterator[tuple[Head, str]]:
-    """Yield (head, whole text) of the file of each family that is part of a diffusers pipeline.
+    """Yield (head, whole text of the file) for each family that is part of a diffusers pipeline.
 
     There are about thirty such files, and parsing all of them takes longer than reading an adapter. So this function
     does not parse the tables of weights; `named` parses one whole file.

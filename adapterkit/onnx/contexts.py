@@ -50,7 +50,7 @@ class NewTokens:
     ids_note: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
-        """Return the embedded tokens, with the vectors of new tokens in their positions."""
+        """Return `embedded` with the vectors of the new tokens at the positions of the new tokens."""
         wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
         return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
 
@@ -109,7 +109,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot be added to a decoder with a past, because its positions would count them"
+        why = "new tokens cannot be added to a decoder with a past, because later positions would count the new tokens"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"

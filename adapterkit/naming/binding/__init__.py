@@ -209,8 +209,8 @@ def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: t
 
 
 _NO_BIAS = (
-    "Inject the adapter instead of merging it (adapterkit.torch.inject). Or, if the base's config has attention_bias or "
-    "mlp_bias, merge into a copy with biases: from_pretrained(base, attention_bias=True), then save_pretrained"
+    "Inject the adapter instead of merging it (adapterkit.torch.inject). Or, if the base's config has attention_bias "
+    "or mlp_bias, merge into a copy with biases: from_pretrained(base, attention_bias=True), then save_pretrained"
 )
 """PEFT's merge refuses such an update, too. Transformers fills new biases with zeros, which change no output."""
 
@@ -340,16 +340,17 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Return whether all updates are whole weights, so that the adapter's layout describes the axes of these weights."""
+    """Return whether all updates are whole weights, so that the adapter's layout describes these weights' axes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
 
-# Reorder fused queries, keys and values for bases that store them head by head; shapes do not show which bases do.
+# Reorder fused queries, keys and values for bases that store them head by head. Shapes do not show this order.
 #
 # MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
-# the same names, but all queries, then all keys, then all values; adapters always have this order after reading. Names,
-# shapes and metadata do not show the order, so diffusers' loader has an argument for it (`qkv_layout`).
+# the same names, but store all queries, then all keys, then all values. After reading, adapters always have the order
+# of the single files. Names, shapes and metadata do not show the order, so diffusers' loader has an argument for it
+# (`qkv_layout`).
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
