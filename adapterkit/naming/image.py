@@ -25,7 +25,7 @@ The family's file states which naming this is.
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps: `native` in most families, in the others a separate naming based on `native`."""
+"""The naming of ComfyUI's key maps: `native` in most families, a separate naming based on `native` in the others."""
 
 FUSED = "diffusers_fused"
 """diffusers' naming after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight in this naming."""

@@ -129,8 +129,7 @@ PERHAPS = frozenset({"module", "default"})
 """Words that DistributedDataParallel and adapters insert into paths; models' own paths may also contain them."""
 
 Left = list[tuple[str, str]]
-"""Pairs (target, name) of the targets that are not mapped yet; the rules that were tried so far changed target to
-name."""
+"""Pairs (target, name) for the targets that are not mapped yet; `name` is the target's name after the earlier rules."""
 
 
 @dataclass(frozen=True, eq=False)

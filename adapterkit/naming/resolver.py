@@ -296,7 +296,7 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the change of prefix, as (removed, added), that maps most names of a naming to the base.
+        """Find the change of prefix, as (removed, added), that maps the largest number of a naming's names to the base.
 
         Saving a model without its head drops a prefix.
 
@@ -447,7 +447,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def variants(name: str) -> Iterator[str]:
-    """Yield a name, then the name without its first words, then with `model.` added.
+    """Yield a name, then the name with its first words removed, then the name with `model.` in front.
 
     Such names occur in classes with another head or without a head.
     """
@@ -480,7 +480,7 @@ def by_prefixes(
     fits: Fits,
     loses_a_part: Callable[[str, str], bool] | None = None,
 ) -> Left:
-    """Map targets by changes of prefixes: one rule per prefix, which must map every target with this prefix.
+    """Map targets by changes of prefixes. A change is only used if it maps every target that has the prefix.
 
     A change must not remove the name of a part of the model, such as a vision tower. `loses_a_part` knows these names
     for the base's family. The same part has different names in different families: Idefics's text part is

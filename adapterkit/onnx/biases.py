@@ -78,7 +78,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
-    If an added vector is not the bias of its layer, the layer's node is noted in `building.apart`.
+    If an added vector is not the bias of its layer, the layer's node is added to `building.apart`.
 
     Raises:
         Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added

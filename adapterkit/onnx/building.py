@@ -109,7 +109,7 @@ class Building:
         self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must also be inputs.
 
     def _rename_generated(self) -> None:
-        """Rename shapes and permutations of a graph that onnxruntime wrote after optimizing it.
+        """Rename the tensors for shapes and permutations in a graph that onnxruntime optimized and wrote.
 
         When onnxruntime optimizes the graph again, it may give the same names to tensors that it adds; such a graph
         does not load. This happens if onnxruntime first removes nodes that read the old tensors, and later adds tensors

@@ -196,7 +196,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `stated` may give another name for the input."""
+        """Return the graph input for an input of the call, which `stated` may rename; None if the graph has none."""
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None

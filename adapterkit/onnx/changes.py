@@ -180,7 +180,7 @@ class Changed(ir.LazyTensor):
 
 
 Fresh = dict[Hashable, ir.Value]
-"""A map from a key, which identifies an old tensor and its changes, to the new initializer."""
+"""A map from a key that identifies a changed tensor to the tensor's new initializer."""
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:

@@ -486,8 +486,8 @@ def _most_empty(model: bytes) -> float:
     # A fused attention of 16 bits rounds less often than the nodes into which it is split.
     if b"Attention" in model and _computes_narrow(model):
         return TOLERANCE["V"]
-    # onnxruntime packs the constant weights of recurrent layers, and then sums in another order than for computed
-    # weights.
+    # In recurrent layers, onnxruntime packs constant weights, but not computed weights. It sums in another order for
+    # packed weights.
     return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0
 
 

@@ -139,7 +139,7 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
 
 
 # Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs. The
-# attention's own projections give the prompt's keys and values, which are computed when the prompt is attached.
+# prompt's keys and values are computed with the attention's own projections, once, when the prompt is attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
@@ -354,7 +354,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
-    """Make a prefix the default value of the inputs for past keys and values."""
+    """Set the default values of the graph's inputs for past keys and values to a prefix."""
     inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:

@@ -1,7 +1,7 @@
 """Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
 
-The output is not a sum of products with these weights, so nodes after such a node cannot add a change. An injection
-instead adds nodes before the node that compute a changed stack; a merge changes the stored stack.
+The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Instead, an
+injection computes a changed stack in front of the node, and a merge changes the stored stack.
 
 Formulas see a stack `[expert, out, in]` as one matrix: the rows of expert 0, then those of expert 1, and so on. So each
 part of an expert is a range of rows, as in torch. In the node, the rows of fused gates and ups alternate, beginning

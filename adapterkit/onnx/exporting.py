@@ -168,7 +168,8 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
     Args:
         graph: an exported graph, whose tensors have the base's names.
         weights: a safetensors file, or a folder of them.
-        out: the file that the graph will be written to, in the folder of the safetensors files or in a parent of it.
+        out: the file to which the graph will be written. It must be in the folder of the safetensors files, or in a
+            parent of that folder.
 
     Returns:
         the names of the shared tensors.

@@ -137,8 +137,8 @@ class Folding:
         Args:
             quantized: the choice for a packed weight.
             damage: a dictionary to which the error of a requantized weight is added.
-            keep: the choice for the change of a packed weight: empty to decide from the loss, None to always quantize
-                the change.
+            keep: the choice for the change of a packed weight. An empty string attaches the change if quantizing would
+                lose too much of it; None always quantizes the change.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"

@@ -496,8 +496,8 @@ def _modules() -> frozenset[str]:
 def _parts_with() -> frozenset[str]:
     """List the model types of parts of models.
 
-    These are all types in the table's `parts`. They are also all types that are named differently from their module, if
-    the module's name is itself a model type.
+    These are, first, all types in the table's `parts`; second, all types that are named differently from their module,
+    if the module's name is itself a model type.
     """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
