@@ -131,7 +131,7 @@ def is_narrow(outputs: Sequence[object]) -> bool:
 
 
 def most_of_oracles(outputs: Sequence[object]) -> float:
-    """Return the largest difference between onnxruntime and the reference implementation that rounding can cause."""
+    """Return how much rounding alone can make onnxruntime and the reference implementation differ."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
 

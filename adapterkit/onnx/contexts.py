@@ -82,7 +82,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
 
 
 def read_by(node: ir.Node) -> str | None:
-    """Return the name of the graph input that an embedding looks up, or None."""
+    """Return the name of the graph input whose ids an embedding looks up; None if it looks up other values."""
     source = input_behind(node.inputs[1])
     return None if source is None else source.name
 

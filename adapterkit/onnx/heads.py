@@ -82,7 +82,7 @@ BETWEEN = {
 """Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of such operators that the search passes between a packed layer and its attention."""
+"""Largest number of nodes that the search for the attention visits after a packed layer."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:

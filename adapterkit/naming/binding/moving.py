@@ -379,7 +379,7 @@ _ALIKE = "Convert the adapter to one method with the same settings for all exper
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Return a map from each target's path to its moves into another naming; targets that it lacks are left out.
+    """Return a map from each target's path to its moves into another naming; targets outside that naming are left out.
 
     Raises:
         TargetNotFound: a name can mean two different weights.
