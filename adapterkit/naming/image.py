@@ -408,7 +408,8 @@ class PatternNames:
         """List the patterns that fit a dotted name."""
         wanted = shape(name)
         candidates = self.by_dots.get(wanted, ())
-        # A pattern without literal numbers fits every name of the same shape; others need a comparison of the numbers.
+        # A pattern without literal numbers fits every name that differs only in numbers. Other patterns need a
+        # comparison of the numbers.
         return [each for each in candidates if each == wanted or fill_numbers(each, numbers_in(each, name)) == name]
 
     @property

@@ -160,7 +160,7 @@ class Names:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Return a map from each template to one name that fits it, such as `layers.#.mlp` to `layers.0.mlp`."""
+        """Return a map from each template, such as `layers.#.mlp`, to one name that fits it, such as `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
         # Join all names into one string for the substitution: a call for each of the 90,000 names of a large model
         # takes three times as long.

@@ -302,7 +302,7 @@ class FamilyNames:
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has some of the family's names without any change. Then a prefix is changed only
+            in_part: whether the base has some of the family's names without any change. If so, a prefix is changed only
                 if the change maps every name with this prefix to the base, and the base has none of these names
                 unchanged.
         """

@@ -435,8 +435,8 @@ def _checked(
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
-            # Check the packed layers against dequantized weights on exact inputs. The error of the packing itself is
-            # reported, but does not fail the check.
+            # Check the packed layers against dequantized weights, without rounding the layers' inputs. The error of the
+            # packing itself is reported, but does not fail the check.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
