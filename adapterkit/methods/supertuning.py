@@ -2,7 +2,7 @@
 
 https://arxiv.org/abs/2607.09287
 
-Positions count the elements of the weight row by row. The hybrid form, Supra, also adds a LoRA: scaling * B @ A.
+`index` numbers the weight's elements row by row. The hybrid form, Supra, also adds a LoRA: `scaling * B @ A`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SuperTuning(Additive):
-    """W'[index // in, index % in] = W[...] + values, plus scaling * B @ A if A and B are present."""
+    """W' = W with values added at [index // in, index % in], plus scaling * B @ A if A and B are present."""
 
     linear_only = True
     paper = "https://arxiv.org/abs/2607.09287"

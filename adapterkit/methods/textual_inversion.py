@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TextualInversion(ContextUpdate):
-    """Row i of P is the embedding of token number base + i, where base is the base's number of tokens."""
+    """Row i of P is the embedding of token n + i, where n is the number of tokens in the base's vocabulary."""
 
     place = "vocabulary"
     acts_on = "the vocabulary of the model"

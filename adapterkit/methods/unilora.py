@@ -1,7 +1,8 @@
 """Uni-LoRA: LoRA whose factors repeat the elements of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
-Every element of A and B is an element of the vector theta times a fixed scale, 1 / sqrt(n), where n is how often this
-element of theta is used in all modules. With these scales, the map from theta to all factors is an isometry.
+Every element of A and B is an element of the vector theta, multiplied by a fixed scale. The scale is `1 / sqrt(n)`,
+where n counts how often all modules together use this element of theta. With these scales, the map from theta to all
+factors is an isometry.
 """
 
 from __future__ import annotations

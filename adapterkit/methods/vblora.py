@@ -61,7 +61,7 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return the mixtures of the bank's vectors, with the axis `b` instead of the logits' last axis."""
+        """Return mixtures of the bank's vectors: the last axis has size `b`, the other axes are those of the logits."""
         xp = namespace(self.bank)
         if logits is not None:
             indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]

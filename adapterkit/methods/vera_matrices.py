@@ -1,4 +1,4 @@
-"""VeRA with matrices in place of its vectors: W' = W + scaling * E @ B @ D @ A.
+"""VeRA with matrices E and D in place of the vectors b and d: W' = W + scaling * E @ B @ D @ A.
 
 Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454. AdapterHub trains full matrices D and E, which are diagonal in
 the paper. A and B are fixed, and the same for all weights.

@@ -1,8 +1,9 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
 The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
-are elements of the change. With a filter of L taps, the transform pads an axis of n elements at both ends to n + L - 2
-elements, or to one more if this number is odd. `index` does not count the padding at the start.
+are the elements of the change themselves. With a filter of L taps, the transform pads an axis of n elements at both
+ends, to `n + L - 2` elements, or to one more if this number is odd. Index 0 is the first coefficient after the padding
+at the start.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class WaveFT(Coefficients):
-    """W' = W + scaling * (inverse transform of F), F[index[0], index[1]] = spectrum and 0 elsewhere."""
+    """W' = W + scaling * (inverse transform of F), where F[index[0], index[1]] = spectrum, and F is 0 elsewhere."""
 
     paper = "https://arxiv.org/abs/2505.12532"
     frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
@@ -49,8 +50,8 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The axes are crossed: coefficients in the right half get the high-pass filter along the outputs, coefficients
-        # in the lower half get it along the inputs.
+        # The axes are crossed. A coefficient in the right half gets the high-pass filter along the outputs; a
+        # coefficient in the lower half gets the high-pass filter along the inputs.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -58,7 +59,7 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Return whether each coefficient is in the second half of the padded axis, and its filter's positions."""
+    """Return whether each coefficient is in the padded axis's second half, and the positions that its filter covers."""
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2
@@ -67,7 +68,7 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(low: Tensor, high: Tensor) -> Tensor:
-    """Return each coefficient's filter, `[n, taps]`: the low-pass filter, or its mirror with alternating signs."""
+    """Return each coefficient's filter, `[n, taps]`: the low-pass filter, or its reverse with alternating signs."""
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 

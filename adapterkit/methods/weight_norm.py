@@ -1,7 +1,7 @@
 """Weight normalisation: W' = magnitude * W / |W|, with one norm per output or per input.
 
-Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. After a LoHa, LoKr or LoRA at the same target, weight
-normalisation gives the DoRA that LyCORIS trains (https://arxiv.org/abs/2402.09353).
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. The DoRA that LyCORIS trains
+(https://arxiv.org/abs/2402.09353) is a LoHa, LoKr or LoRA, followed by weight normalisation at the same target.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightNorm(WeightUpdate):
         return cls.from_fields(out=norm + eps, eps=eps, **attributes)
 
     def cuts(self, axis: str) -> bool:
-        """Whether the update can be split along an axis, which is possible only along the axis of the stored norms."""
+        """Return whether the update can be split along `axis`; only the axis of the stored norms can be split."""
         return axis == ("out" if self.into is None else "in")
 
     def new_weight(self, W: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from a classifier.
 
-Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the last layer's output for the same
-tokens without the adapter. All layers have the same classifier, and share its logits or use separate logits.
+Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the output that the last layer has for
+the same tokens if the adapter is off. One classifier serves all layers. Either all layers use the same logits, or each
+layer has its own logits.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""A naming without fused weights: each weight has its name on the hub or, if the hub fuses or stacks it, its key.
+"""A naming without fused weights. A weight that the hub fuses or stacks is named by its key in the family's file.
 
-GGUF files are read with this naming.
+All other weights have the hub's names. GGUF files are read with this naming.
 """
 
 STORED_AS = "stored_as"
@@ -66,19 +66,19 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         of: the number of equal runs of rows in the tensor.
         interleaved: whether the weight has every `of`-th row of the tensor, starting at row `part`, instead of
             consecutive rows.
-        qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values; the base's heads
-            determine the number of rows of each.
-        groups: whether the rows are ordered by groups: the queries that share a key, then this key, then its value.
-            Only with `qkv`.
+        qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values. The base's numbers
+            of heads determine how many rows each of the three has.
+        groups: whether the rows are ordered by groups. A group has the queries that share a key, then this key, then
+            its value. Only with `qkv`.
         half: for two weights whose experts are numbered together: 0 if this weight has the first half of the numbers, 1
             if it has the second half.
-        flat: whether the tensor has shape `[in]`; the weight then has one row.
+        flat: whether the tensor has shape `[in]`, so that the weight has one row.
         transposed: whether the tensor is stored as `[in, out]`.
         rows: the order of the tensor's rows. `rope`: Meta's order, in which rotated pairs of rows are adjacent. `qkv`:
             all queries, then all keys, then all values, although the family itself orders the fused weight by groups.
             The README of spec/architectures lists the other orders.
         heads: the kind of heads to which the rows belong, one of `SHARED`; only if `rows` is one of `TURNED`.
-        columns: the order of the inputs, with the same values as `rows`.
+        columns: the order of the tensor's inputs: None, or `linear_value` with the same meaning as for `rows`.
         beside: a template for the name of a second tensor, which has the weight's remaining rows.
         ratio: the tensor's number of outputs divided by its number of inputs. Set only if this ratio distinguishes two
             weights with the same name. For example, the last block's modulation may have fewer outputs than the other
@@ -106,7 +106,7 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A condition on a base's config.
 
-    The condition selects the `general.architecture` that llama.cpp's converter writes for the base.
+    If the condition is met, llama.cpp's converter writes the `general.architecture` to which the condition belongs.
 
     Attributes:
         classes: the condition is met if the first entry of the config's `architectures` is in this list.
@@ -139,7 +139,7 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         kind: the kind of model: `clip`, `t5` or `llm`.
         comfyui: the encoder's name in ComfyUI; empty if ComfyUI does not have it.
-        prefix: for an `llm`, the prefix of `layers.` in diffusers' names.
+        prefix: for an `llm`, the text before `layers.` in diffusers' names.
     """
 
     kind: str
@@ -159,28 +159,28 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         words: the family's names in the metadata of files, reduced to letters and digits, such as `flux1`.
         sd_scripts: whether sd-scripts trains the family; other families have no OFT adapters from sd-scripts.
         kohya: the naming whose names sd-scripts and similar tools write with underscores for dots.
-        distinctive: whether no language model has this family's names. If so, the names identify the family even
-            without a prefix.
-        generic: whether the names fit any number of blocks; the family is then chosen only if no other family fits.
-        unlikely: whether the family shares names with another family that has far more adapters. This family is then
+        distinctive: True if no language model uses this family's names. The names then identify the family even without
+            a prefix.
+        generic: whether the names fit any number of blocks. A generic family is chosen only if no other family fits.
+        unlikely: whether the family shares names with another family that has far more adapters. An unlikely family is
             chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
-            this family.
+            it.
         no_inputs: input sizes that only the text encoders of other models have; no weight of this family has them.
         outputs: a map from an input size to the output sizes of weights with that input size, in the published models.
         widths: input sizes of the blocks in the published models.
-        blocks: a map from the first word of names to the number of blocks with that first word, in the largest
-            published model.
+        blocks: a map from the first word of block names to the number of blocks whose names start with it, in the
+            largest published model.
         ratios: a map from a weight to its number of outputs divided by its number of inputs; a list of ratios if the
             published models differ.
         encoders: a map from diffusers' names to the text encoders.
-        prefixes: a map from a part of the pipeline to the prefix of its keys in kohya's files, if the prefix is not
-            `lora_unet` or `lora_te`.
+        prefixes: a map from a part of the pipeline to the prefix of its keys in kohya's files. Parts with the prefix
+            `lora_unet` or `lora_te` are not listed.
         beside: a map from a module (or a prefix) in another part of the pipeline to the module's name in ComfyUI.
         modules: a map from a part of the pipeline, as in `beside`, to templates of its modules' names. Kohya's keys are
             these names with underscores for dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
         header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.
-        whole_norms: whether diffusers' loader accepts new weights for the norms of queries and keys.
+        whole_norms: whether diffusers' loader accepts adapter files with new weights for the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -229,7 +229,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The contents of one file in the folder `namings`.
 
-    The file has a tool's names for the weights of families that also have their own files.
+    The file has one tool's names for the weights of several families; each of these families also has a separate file.
     """
 
     format: int
@@ -280,7 +280,7 @@ class Architecture:
     def find(self, name: str, naming: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
         """Return (weight, place, numbers) for each weight that a naming stores under `name`.
 
-        `numbers` replaces the placeholders.
+        `numbers` maps each placeholder to its number in `name`.
         """
         places = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
@@ -290,7 +290,7 @@ class Architecture:
         return places
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """List the namings in which some name has the same shape as `name` (see `shape_of`); `WEIGHT` comes last."""
+        """List the namings with `name`, or with a name that differs only in its numbers; `WEIGHT` comes last."""
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))
@@ -351,8 +351,8 @@ def _of_type(model_type: str) -> Architecture | None:
     if own_file.exists():
         return load(own_file)
     for file in sorted(folder().glob("*.toml")):
-        # Most families are named after their first model type. For other types, read only the start of each file, which
-        # lists them.
+        # Most families are named after their first model type. For another type, read only the start of each file,
+        # which lists the file's model types.
         listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
@@ -405,7 +405,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
     """Yield the families that have one of these names in any naming; prefixes of names are ignored.
 
-    The function compares only the part after the last number, such as `mlp.experts.gate_up_proj`.
+    The function compares only the part of each name after the last number, such as `mlp.experts.gate_up_proj`.
     """
     tails = {shape_of(name).rpartition("#.")[2] for name in names}
     for file in sorted(folder().glob("*.toml")):
@@ -429,7 +429,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 def of_pipelines() -> Iterator[tuple[Head, str]]:
-    """Yield (head, whole text) of the file of each family that is part of a diffusers pipeline.
+    """Yield (head, whole text of the file) for each family that is part of a diffusers pipeline.
 
     There are about thirty such files, and parsing all of them takes longer than reading an adapter. So this function
     does not parse the tables of weights; `named` parses one whole file.
@@ -450,7 +450,7 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
 
 @cache
 def texts_of_models() -> tuple[str, ...]:
-    """Return the texts of the files of all families that are not part of a pipeline: transformers' models."""
+    """Return the texts of the files of transformers' models, which are all families outside diffusers pipelines."""
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
@@ -633,8 +633,8 @@ def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | No
     """Return a map from each placeholder to its number.
 
     Returns:
-        the map; None if another word of the name differs from the template, or the same placeholder would get two
-        numbers.
+        the map; None if a word outside the placeholders differs from the template, or if a placeholder would get two
+        different numbers.
     """
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):

@@ -1,8 +1,8 @@
 """Find the family of a GGUF file, and compute how the file's rows are ordered relative to the hub's weights.
 
 Tensor names and row orders are not in the code, but in spec/architectures, under the naming `gguf`.
-`tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. A tensor that the data lacks
-is refused.
+`tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. Tensors that this data does
+not list are refused.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ ARCHITECTURE = "general.architecture"
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
     """Find the family of a model or adapter file.
 
-    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family that knows
-    the largest number of the file's names is chosen. If several families know equally many, the family with the fewest
-    weights without a GGUF name is chosen; if these numbers are also equal, the family with the fewest names that the
-    file lacks.
+    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. If the file has a
+    key-value that marks one of these families, only marked families are considered. The function chooses the family
+    that knows the most names of the file. It breaks ties by the fewest weights that have no GGUF name, and then by the
+    fewest GGUF names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.
@@ -67,7 +67,7 @@ def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int
 
 
 def is_projector(values: Mapping[str, object]) -> bool:
-    """Whether a file's key-values describe the vision or audio part of a model, an `mmproj` file."""
+    """Whether a file's key-values show that it is an `mmproj` file, which holds a model's vision or audio part."""
     kind, name = values.get("general.type"), values.get(ARCHITECTURE)
     return kind == "mmproj" or name == "clip"
 
@@ -84,7 +84,8 @@ def place_of(family: Architecture, module: str) -> tuple[str, WeightPlace, dict[
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
 """A map from each fused tensor to its parts, in order. llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` fuse tensors.
 
-Inside a part, rows have the same order as in a separate tensor. Gate and up are joined for each expert.
+The rows of a part have the same order as in a tensor that stores only this part. Gate and up are joined for each
+expert.
 """
 
 
@@ -161,7 +162,7 @@ def column_order(place: WeightPlace, columns: int, heads: Heads, where: str) -> 
 def rows_apart(
     place: WeightPlace, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """Return which rows of a weight each of two tensors has, if the weight's rows are divided between both tensors.
+    """Return which rows of a weight are in which of the two tensors that store the weight.
 
     Args:
         place: the weight's name and layout in GGUF.
@@ -170,8 +171,8 @@ def rows_apart(
         where: the tensor, for errors.
 
     Returns:
-        the rows of the first tensor and those of the second; whether the first tensor has each head's matrix
-        transposed; the width of a row.
+        a tuple: the rows in the first tensor and the rows in the second; whether the first tensor stores each head's
+        matrix transposed; the number of elements of a row.
 
     Raises:
         Unsupported: the two tensors do not fit each other.

@@ -96,7 +96,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:
-    """Return the number of key heads if the config states the query heads per key head of each block (Nemotron NAS).
+    """Return the number of key heads of a Nemotron NAS, whose config states the query heads per key head of each block.
 
     Raises:
         Unsupported: the blocks have different numbers of query heads per key head.

@@ -25,7 +25,7 @@ The family's file states which naming this is.
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps: `native` in most families, in the others a separate naming based on `native`."""
+"""The naming of ComfyUI's key maps: `native` in most families, a separate naming based on `native` in the others."""
 
 FUSED = "diffusers_fused"
 """diffusers' naming after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight in this naming."""
@@ -72,7 +72,7 @@ class ImageFamily:
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """Return the module names of another part of the pipeline that the authors' model file also contains."""
+        """Return the module names of another pipeline part, if the authors' model file also contains that part."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
@@ -86,7 +86,7 @@ class ImageFamily:
 
         This check avoids parsing most files.
         """
-        # Cache results without block numbers, so that all blocks of a model share one result.
+        # Cache results by name without block numbers, so that all blocks of a model share one result.
         wanted = shape(name)
         if wanted not in self._words:
             self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
@@ -127,7 +127,8 @@ class ImageFamily:
             path: the module's name.
             ours: the naming that `path` belongs to.
             theirs: the naming to translate it to.
-            ratio: the module's outputs divided by its inputs, if several weights have this name.
+            ratio: the module's number of outputs divided by its number of inputs; needed if several weights have this
+                name.
         """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
@@ -142,7 +143,7 @@ class ImageFamily:
         return pieces_here if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List the possible values of a module's outputs divided by its inputs.
+        """List the possible ratios of a module's number of outputs to its number of inputs.
 
         Empty if the family's file states none.
         """
@@ -183,9 +184,9 @@ def families() -> tuple[ImageFamily, ...]:
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     """List the families to which a whole U-Net or transformer may belong, given the names of its tensors in any naming.
 
-    A family fits if its file lists all modules of the model. If no file does, a family fits if its file lists more of
-    the modules than any other file, and more than half. The remaining modules must then be in no file: published
-    checkpoints also have learned tokens and small networks, which no file lists.
+    A family fits if its file lists all modules of the model. If no file lists all, a family fits if its file lists more
+    than half of the modules, and no other file lists more of them. No family's file may list the remaining modules:
+    published checkpoints also have learned tokens and small networks, which no file lists.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
@@ -213,9 +214,9 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
     """Whether module names look like those of image, video and audio models rather than other models.
 
-    Use this for models whose family has no file. The function counts the files that contain the last two words of each
-    name, such as `attn.to_q`: once in the files of pipelines, once in all other files. One match is not enough, because
-    the audio tower of a language model may also have a `to_q`.
+    Use this for models whose family has no file. The function looks for the last two words of each name, such as
+    `attn.to_q`, in the families' files. It returns True if more matches are in the files of pipelines than in all other
+    files. A single match is not enough, because the audio tower of a language model may also have a `to_q`.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()
@@ -254,7 +255,10 @@ def encoders() -> dict[str, PatternNames]:
 
 
 LLM_PREFIXES = ("", "model.", "model.language_model.")
-"""Possible prefixes of `layers.` in a language model that is a text encoder, saved with or without its head."""
+"""Texts that may precede `layers.` in the names of a text encoder that is a language model.
+
+The text depends on the class that saved the model: with or without a head.
+"""
 
 
 def encoder_kind(rest: str) -> str:
@@ -404,7 +408,8 @@ class PatternNames:
         """List the patterns that fit a dotted name."""
         wanted = shape(name)
         candidates = self.by_dots.get(wanted, ())
-        # A pattern without literal numbers fits every name of the same shape; others need a comparison of the numbers.
+        # A pattern without literal numbers fits every name that differs only in numbers. Other patterns need a
+        # comparison of the numbers.
         return [each for each in candidates if each == wanted or fill_numbers(each, numbers_in(each, name)) == name]
 
     @property
@@ -459,7 +464,7 @@ def flatten(name: str) -> str:
 
 
 def numbers_in(pattern: str, name: str) -> list[str]:
-    """Return the numbers in `name` at the positions of `#` in `pattern`. Elsewhere, the two must be equal."""
+    """Return the numbers in `name` at the positions of `#` in `pattern`. All other words of both must be equal."""
     words, parts = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [parts[i] for i, word in enumerate(words) if word == "#" and i < len(parts)]
 

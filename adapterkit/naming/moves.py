@@ -129,7 +129,7 @@ PERHAPS = frozenset({"module", "default"})
 """Words that DistributedDataParallel and adapters insert into paths; models' own paths may also contain them."""
 
 Left = list[tuple[str, str]]
-"""(target, name) of each target that is not mapped yet; the name is the target's name after the rules so far."""
+"""Pairs (target, name) for the targets that are not mapped yet; `name` is the target's name after the earlier rules."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ class Names:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Return a map from each template to one name that fits it, such as `layers.#.mlp` to `layers.0.mlp`."""
+        """Return a map from each template, such as `layers.#.mlp`, to one name that fits it, such as `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
         # Join all names into one string for the substitution: a call for each of the 90,000 names of a large model
         # takes three times as long.
@@ -254,7 +254,7 @@ def parts_of(kind: str, name: str) -> set[str]:
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether prefix `on` may replace `off`: the last words differ, and the prefixes do not name different parts.
+    """Whether prefix `on` may replace `off`: their last words differ, and they do not name different parts or families.
 
     For example, `roberta.` may not replace `bert.`, and an encoder's prefix may not replace a decoder's.
     """
@@ -274,7 +274,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether the change from `off` to `on` only drops words, or drops at most the words `model` and `transformer`."""
+    """Whether the change from `off` to `on` adds no word, or drops no words except `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)

@@ -51,7 +51,7 @@ class Rename:
 
 
 def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
-    """Replace each `@FILE` among the rules with the rules in that file; a single rule needs no list.
+    """Replace each `@FILE` among the rules with the rules in that file; `rename` may be a list or a single rule.
 
     Raises:
         StorageError: a file cannot be read.
@@ -67,7 +67,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """Return the text of each rule, with the contents of rules files: plans and records must not depend on files.
+    """Return the text of each rule, and of each rule in a rules file: plans and records must not depend on files.
 
     Raises:
         StorageError, Malformed: see `read_rules`.

@@ -52,8 +52,8 @@ def resolve(
         architecture: the architecture of the base's family, if a file describes it.
         renames: the user's rules; the first rule that matches a name is used.
         partial: whether targets that the base does not have are allowed.
-        fits: a function that returns whether the shapes of a target and of a name in the base fit; called if several
-            names are possible.
+        fits: a function of (target, name in the base) that returns whether their shapes fit. It is called only if
+            several names are possible.
 
     Returns:
         where each target is in the base; `missing` lists the targets that the base lacks.
@@ -154,8 +154,8 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 def _of_modules(left: Left) -> Left:
     """Replace the name of a weight with the name of its module, which the other rules and the families' files use.
 
-    PEFT's `target_parameters=["mlp.gate.weight"]` is the weight of a router, whose module is `block_sparse_moe.gate` in
-    Mixtral's files.
+    For example, PEFT's `target_parameters=["mlp.gate.weight"]` names the weight of a router. In Mixtral's files, the
+    router's module is `block_sparse_moe.gate`.
     """
     return [(target, name.removesuffix(".weight")) for target, name in left]
 
@@ -180,8 +180,8 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
             placed.append((target, name, *next(iter(readings.items()))))
         else:
             rest.append((target, name))
-    # Do not map two targets to the same weight: FLAVA has three encoders, and without their prefixes their names are
-    # those of DPT's only encoder.
+    # Do not map two targets to the same weight. For example, FLAVA has three encoders. Without prefixes, the names in
+    # all three equal the names in DPT's only encoder.
     uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
     uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
     for target, name, moves, used in placed:
@@ -228,7 +228,7 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return every distinct way to map a name to the base, with two namings: the name's and the base's."""
+        """Map each distinct way to find a name in the base to two namings: that of the name and that of the base."""
         readings: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
         # Also try the name with prefixes that the base lacks. If the base is one part of a model, its names lack the
@@ -253,15 +253,15 @@ class FamilyNames:
 
         Empty if this name, such as `model`, is not the name of a family.
 
-        `AutoModel` loads the class without a head, so names in an adapter for it lack this word:
-        `layers.0.attention.q_proj`.
+        `AutoModel` loads the class without a head. The names in an adapter for this class therefore lack this word, as
+        in `layers.0.attention.q_proj`.
         """
         firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
         return word if 2 * count > firsts.total() and is_family(word) else ""
 
     def loses_a_part(self, name: str, suffix: str) -> bool:
-        """Whether `suffix`, which is `name` without a prefix, lacks the only word that names a part of the model.
+        """Whether shortening `name` to `suffix` removes the only word that names a part of the model.
 
         For example, ERNIE's `model.vision_tower.blocks.0` is not Cosmos's `blocks.0`: Cosmos calls its vision part
         `visual`.
@@ -296,13 +296,13 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the change of prefix, as (removed, added), that maps most names of a naming to the base.
+        """Find the change of prefix, as (removed, added), that maps the largest number of a naming's names to the base.
 
         Saving a model without its head drops a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has some of the family's names without any change. Then a prefix is changed only
+            in_part: whether the base has some of the family's names without any change. If so, a prefix is changed only
                 if the change maps every name with this prefix to the base, and the base has none of these names
                 unchanged.
         """
@@ -407,7 +407,7 @@ def moves_to(
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
     """Find where the weights of a name are in another naming of the family, without a base.
 
-    None if the naming lacks them.
+    None if the naming lacks one of the weights.
 
     The result records no orders of rows, because each format reorders rows itself.
 
@@ -447,7 +447,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def variants(name: str) -> Iterator[str]:
-    """Yield a name, then the name without its first words, then with `model.` added.
+    """Yield a name, then the name with its first words removed, then the name with `model.` in front.
 
     Such names occur in classes with another head or without a head.
     """
@@ -480,17 +480,18 @@ def by_prefixes(
     fits: Fits,
     loses_a_part: Callable[[str, str], bool] | None = None,
 ) -> Left:
-    """Map targets by changes of prefixes: one rule per prefix, which must map every target with this prefix.
+    """Map targets by changes of prefixes. A change is only used if it maps every target that has the prefix.
 
     A change must not remove the name of a part of the model, such as a vision tower. `loses_a_part` knows these names
-    for the base's family. Which words name a part depends on the family: `model.text_model.` is a part of an Idefics,
-    but LLaVA's text part is `language_model.model.`.
+    for the base's family. The same part has different names in different families: Idefics's text part is
+    `model.text_model.`, LLaVA's is `language_model.model.`.
 
     Args:
         left: the targets that are not mapped yet.
         base: the names in the base.
         resolution: the result; the function adds moves and rules to it.
-        partial: whether the base may lack some targets; if so, the prefix that maps the most targets is also accepted.
+        partial: whether the base may lack some targets. If so, the function finally adds the prefix that maps the most
+            of the remaining targets, if exactly one prefix does.
         fits: a function that returns whether the shapes of a target and of a name in the base fit.
         loses_a_part: a function of (name, changed name) that returns whether the change removes the name of a part;
             None if the family is unknown.
@@ -581,8 +582,9 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
     """Return a list with the only candidate that merely adds words to `off`, or merely drops words from it.
 
-    The list is empty unless exactly one candidate does so. It is also empty if this candidate keeps no words of `off`
-    except `model` and `transformer`, or if another candidate keeps all words that this one keeps.
+    The list is empty if no candidate or several candidates do so. It is also empty if the only candidate keeps no words
+    of `off` except `model` and `transformer`, or if another candidate also keeps all words of `off` that the only
+    candidate keeps.
 
     Video-LLaVA has two towers of the same shape: `image_tower.vision_model.` becomes `image_tower.`, not
     `video_tower.`.
@@ -623,7 +625,7 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
     """Return a map from each template to the changes of prefix to try.
 
-    A number in a prefix must be the same in all names.
+    A change that removes a number is tried only if all names with this template have the same number there.
     """
     names: dict[str, list[str]] = {}
     for _, name in left:

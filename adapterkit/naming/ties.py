@@ -55,8 +55,8 @@ class Tie:
             decoder.
         head: the name of the output head's weight.
         apart: whether the files also contain the head's weight, although the config ties the head.
-        beside: (name, stored name) of further tensors that transformers ties together with the head, such as the bias
-            of BERT's head.
+        beside: pairs (name, stored name) of further tensors that transformers ties together with the head, such as the
+            bias of BERT's head.
     """
 
     stored: str
@@ -204,7 +204,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the embeddings that share the tensor: `inputs`; if there is only one, the stored name precedes it."""
+    """List the embeddings that share the tensor: `inputs`, preceded by the stored name if `inputs` has one entry."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 
@@ -212,7 +212,7 @@ class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Model classes that tie the same weights.
 
     Attributes:
-        pairs: a map from the second name of a parameter to the parameter.
+        pairs: a map from a tied parameter's second name to its first name.
         classes: the names of the classes.
     """
 

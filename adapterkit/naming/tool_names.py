@@ -185,8 +185,8 @@ def bridge() -> dict[str, tuple[str, ...]]:
 
     Names are relative to the layer.
 
-    Canonical LoRA has factors for each part of a fused weight. Their module is named after the part: `adapter_q` for
-    `q_proj`.
+    Canonical LoRA has factors for each part of a fused weight. The factors' module is named after the part: `adapter_q`
+    for `q_proj`.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -265,7 +265,7 @@ EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.jo
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
-    """Whether a file's keys and shapes have this form: tensors with three axes contain the factors of the experts."""
+    """Whether a file has SGLang's form with shared outer factors: tensors with three axes hold the experts' factors."""
     # Check shapes first: counting axes excludes nearly every other file, and is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)

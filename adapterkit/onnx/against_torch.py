@@ -84,7 +84,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between onnxruntime and ONNX's reference; None if that cannot run the graph."""
+    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
     expected = reference_outputs(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if expected is None else difference_of(expected, session_outputs(session, example))
 
@@ -95,7 +95,7 @@ def session_outputs(session: Session, example: Example, adapter: str | None = No
 
 
 def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
-    """Return the largest difference that rounding can cause: for 16-bit outputs, twice torch's rounding error.
+    """Return the largest difference that rounding can cause; for 16-bit outputs, this is twice torch's rounding error.
 
     Torch's error is measured for each model: a model with a few large activations loses much precision in 16 bits, in
     any runtime.

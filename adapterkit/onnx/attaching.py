@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """Some output channels of a layer, seen as a layer. An update of some rows of a fused weight needs such a view."""
+    """Some output channels of a layer, treated as a layer. Updates of some rows of a fused weight need such a view."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -114,7 +114,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Apply the norm to a new output. If it equals the old output, the result equals the layer's output exactly."""
+        """Apply the norm to a new output. For the old output, the result is exactly the layer's output."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -427,7 +427,7 @@ def _wide(leaf: Leaf) -> Array:
 
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
-    """Return the update if nodes can express its formula; otherwise, an equal dense update for this weight."""
+    """Return the update if nodes can express its formula; otherwise, if `constant`, an equal dense update."""
     # Try the formula, and always remove the nodes that the trial appended.
     if isinstance(update, OutputUpdate):
         return update
@@ -490,10 +490,9 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: True to compute the change of the output and add the change to the layer's output. An update without
-            effect then keeps every bit.
-        more: True to keep the layer's output, and to add the change of the product `W @ x` to it; see
-            `computes_apart`.
+        added: True to compute the change of the output and add the change to the layer's output. If the update has no
+            effect, every bit of the output then stays the same.
+        more: True to keep the layer's output and add to it the change of the product `W @ x`; see `computes_apart`.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
@@ -503,7 +502,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
-    # Only sums keep the output of the layer; other formulas compute a new product.
+    # Only additive updates keep the output of the layer; other formulas compute a new product.
     if (layer.direct and (sums if more else not added or not weights)) or not inner:
         return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:

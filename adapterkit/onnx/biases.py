@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of numbers. An Add of a vector after such an operator can be moved before it, if the
-vector lies along the last axis."""
+"""Operators that keep the order of numbers. If an Add of a vector follows such an operator, the Add can be moved before
+the operator, provided that the vector lies along the last axis."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
@@ -42,7 +42,7 @@ PASSES = KEEPS_ORDER | {
 WIDE = 64
 """Largest number of values that are searched for the name of a bias."""
 
-_BASE = "Pass the base's weights, which show whether it is the bias: --base-weights DIR (base_weights=)"
+_BASE = "Pass the base's weights, which show whether the vector is the bias: --base-weights DIR (base_weights=)"
 
 
 def changes_bias(place: ResolvedTarget) -> bool:
@@ -78,7 +78,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
-    If an added vector is not the bias of its layer, the layer's node is noted in `building.apart`.
+    If an added vector is not the bias of its layer, the layer's node is added to `building.apart`.
 
     Raises:
         Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
@@ -117,7 +117,7 @@ class _Added:
         node: the node that adds it.
         value: the vector.
         passed: nodes between the layer and this node.
-        negative: whether the node subtracts the vector.
+        negative: True if the node subtracts the vector instead of adding it.
         first: whether nothing else is added to the output before the vector.
     """
 
@@ -172,7 +172,7 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
 
 
 def _in_float_sums(layer: GraphLayer) -> bool:
-    """Replace a QLinearAdd of a constant after a layer by an Add between a DequantizeLinear and a QuantizeLinear.
+    """If a QLinearAdd adds a constant after a layer, replace it by DequantizeLinear, Add and QuantizeLinear.
 
     Returns:
         True if there was such a node.
@@ -245,8 +245,8 @@ def _is_bias(
         adds: the node that adds the vector.
         vector: the vector, with one number for each output channel; None if it cannot be converted to this form.
         place: the layer's target.
-        plain: True if exporters write a bias in this way. Then the vector is the bias unless something shows that it is
-            not.
+        plain: True if exporters write a bias in this way. In that case, the vector is the bias unless something shows
+            that it is not.
         bias: the value that holds the vector; None if the layer's own node reads it.
 
     Raises:
@@ -408,7 +408,7 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
-    """Move the addition or subtraction of a vector: an Add right after the layer then adds the vector.
+    """Move the addition or subtraction of a vector, so that an Add right after the layer adds the vector.
 
     Returns:
         False if that is impossible, because other nodes read the values in between, or the nodes are in different
@@ -441,7 +441,7 @@ def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
 
 
 def _is_named(value: ir.Value, place: ResolvedTarget) -> bool:
-    """Whether a value is, or is computed from, a tensor with the name of a target's bias."""
+    """Whether a value is a tensor with the name of a target's bias, or is computed from such a tensor."""
     paths = dict.fromkeys((place.target.path, place.asked.path))
     names = [name.removesuffix("_quantized") for name in _names(value)]
     return any(same_end(name, f"{path}.bias") for name in names for path in paths)
@@ -453,7 +453,7 @@ def _names(value: ir.Value) -> list[str]:
 
 
 def _depends(value: ir.Value) -> bool:
-    """Whether a value depends on the graph's inputs, or too many nodes compute it to tell."""
+    """Whether a value depends on the graph's inputs; also True if too many nodes compute the value to be sure."""
     behind = list(_behind(value))
     inputs = any(one.producer() is None and one.const_value is None for one in behind)
     return inputs or len(behind) >= WIDE

@@ -32,7 +32,7 @@ FREE = 1 << 40
 
 
 class Building:
-    """The nodes and tensors to add to one model. All nodes that need the tensor of a key share one tensor.
+    """The nodes and tensors to add to one model. Tensors have keys; nodes that ask for the same key share one tensor.
 
     Args:
         model: the model that is being changed.
@@ -100,7 +100,7 @@ class Building:
         return id(thing)
 
     def settle(self) -> None:
-        """Add the new tensors that nodes read to the graph's initializers, and the new inputs to its inputs."""
+        """Register new tensors that have readers as the graph's initializers, and new inputs as the graph's inputs."""
         for value in self.tensors.values():
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
@@ -109,11 +109,11 @@ class Building:
         self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must also be inputs.
 
     def _rename_generated(self) -> None:
-        """Rename shapes and permutations of a graph that onnxruntime wrote after optimizing it.
+        """Rename the tensors for shapes and permutations in a graph that onnxruntime optimized and wrote.
 
-        When it optimizes the graph again, onnxruntime may choose the same names for tensors that it adds, and then the
-        graph does not load. That happens if onnxruntime adds tensors for the new nodes after it removed nodes that read
-        the old tensors.
+        When onnxruntime optimizes the graph again, it may give the same names to tensors that it adds; such a graph
+        does not load. This happens if onnxruntime first removes nodes that read the old tensors, and later adds tensors
+        for the new nodes.
         """
         for name, value in list(self.model.graph.initializers.items()):
             constant = value.const_value
@@ -145,7 +145,8 @@ class Branch:
         """Append a node, and return its output number `position`, which is the only output that other nodes read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        # Omit a shape with a size of FREE or more: this stands for a dynamic size and must not be written to the file.
+        # Omit a shape that has a size of FREE or more. Such a size stands for a dynamic size and must not be written to
+        # the file.
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]

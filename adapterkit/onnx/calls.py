@@ -1,7 +1,7 @@
 """Provide the inputs of the model's call that formulas read, such as the token ids or the last layer's original output.
 
-A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. Then the graph gets an
-extra input for the cached tokens, and the formula reads both; see tokens.py.
+A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. In that case, an extra
+input for the ids of the cached tokens is added to the graph, and the formula reads both inputs; see tokens.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 
 # Compute the last layer's output without the adapter, with a copy of the nodes that compute this output.
-# The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
-# computes from the tokens of the past instead of the cache.
+# The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy does
+# not use the cache, but computes from all tokens, including the tokens of the past.
 
 
 WORD = "hidden_states"
@@ -196,7 +196,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `stated` may give another name for the input."""
+        """Return the graph input for an input of the call, which `stated` may rename; None if the graph has none."""
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None

@@ -180,11 +180,11 @@ class Changed(ir.LazyTensor):
 
 
 Fresh = dict[Hashable, ir.Value]
-"""A map from the sources of a changed tensor to the tensor's new initializer."""
+"""A map from a key that identifies a changed tensor to the tensor's new initializer."""
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
-    """Return the changed tensor as a new initializer beside `old`; nodes with the same changes share the new tensor."""
+    """Return the changed tensor as a new initializer beside `old`; nodes with the same `key` share the new tensor."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
@@ -195,7 +195,7 @@ def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, 
 
 
 def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
-    """Register a new tensor. If no node reads the old one any more, `settle` later gives its name to the new one."""
+    """Register a new tensor; `settle` later gives it the old tensor's name if no node still reads the old tensor."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)

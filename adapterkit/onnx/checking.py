@@ -47,7 +47,8 @@ FEW = 1 << 16
 """Largest number of input elements on which the reference implementation runs."""
 
 LAST_BITS = 1e-6
-"""Largest accepted relative difference between a recurrent layer with stored weights and one with computed weights."""
+"""Largest accepted relative difference between a recurrent layer with stored weights and the same layer with computed
+weights."""
 
 STATIC = (b"QuantizeLinear", b"QLinear", b"QGemm")
 """Operators of static quantization."""
@@ -130,7 +131,7 @@ def is_narrow(outputs: Sequence[object]) -> bool:
 
 
 def most_of_oracles(outputs: Sequence[object]) -> float:
-    """Return the largest difference between onnxruntime and the reference implementation that rounding can cause."""
+    """Return how much rounding alone can make onnxruntime and the reference implementation differ."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
 
@@ -173,14 +174,15 @@ def checked_injection(
         adapter: the injected adapter.
         base: the base's weights.
         out: the written graph.
-        beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds only that file, as a
-            user does, and so finds unfilled slots. The graph with empty slots is also compared with the original graph.
+        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check feeds only that file,
+            as a user does, and so finds slots that the file does not fill. The graph with empty slots is also compared
+            with the original graph.
         given: inputs to run on, by name.
-        alone: True if no other method can make the same change, as for attention prefixes. Then the check only runs the
-            graph.
+        alone: True if no other method can make the same change, as for attention prefixes. In that case, the check only
+            runs the graph.
         tying: the choices for tied layers, as for the injection.
-        by_rows: True if the slots are stacks of adapters. Then the check also runs a batch with the adapter in one row
-            only.
+        by_rows: True if the slots are stacks of adapters. In that case, the check also runs a batch in which only one
+            row uses the adapter.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -290,7 +292,7 @@ def checked_merge(
     if beside:
         return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
-        return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter with weight 1")
+        return CheckOutcome(None, "the check needs an injection of the same change: one adapter, with weight 1")
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -408,7 +410,7 @@ def _run_both(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes that work.
+    """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes with which the graphs run.
 
     Args:
         wanted: a graph that must compute the same; None to only run `out`.
@@ -484,8 +486,8 @@ def _most_empty(model: bytes) -> float:
     # A fused attention of 16 bits rounds less often than the nodes into which it is split.
     if b"Attention" in model and _computes_narrow(model):
         return TOLERANCE["V"]
-    # onnxruntime packs the constant weights of recurrent layers, and then sums in another order than for computed
-    # weights.
+    # In recurrent layers, onnxruntime packs constant weights, but not computed weights. It sums in another order for
+    # packed weights.
     return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0
 
 
@@ -495,14 +497,14 @@ def _rounds_outputs(model: bytes) -> bool:
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
-    """Return the inputs that select a branch of an If, such as the branch with a past in optimum's merged decoders."""
+    """Return the inputs that select a branch of an If; optimum's merged decoders have a branch for runs with a past."""
     read = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "If"]
     names = dict.fromkeys(root.name or "" for value in read for root in _roots(value))
     return [name for name in names if name in feeds and feeds[name].dtype == np.bool_]
 
 
 def _roots(value: ir.Value | None) -> list[ir.Value]:
-    """Return the graph input that a condition comes from, looking through nodes with one input such as Squeeze."""
+    """Return the graph input that a condition comes from; nodes with a single input, such as Squeeze, are skipped."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0] if node.inputs else None
     return [] if value is None else [value]

@@ -50,7 +50,7 @@ class NewTokens:
     ids_note: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
-        """Return the embedded tokens, with the vectors of new tokens in their positions."""
+        """Return `embedded` with the vectors of the new tokens at the positions of the new tokens."""
         wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
         return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
 
@@ -82,7 +82,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
 
 
 def read_by(node: ir.Node) -> str | None:
-    """Return the name of the graph input that an embedding looks up, or None."""
+    """Return the name of the graph input whose ids an embedding looks up; None if it looks up other values."""
     source = input_behind(node.inputs[1])
     return None if source is None else source.name
 
@@ -109,7 +109,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot be added to a decoder with a past, because its positions would count them"
+        why = "new tokens cannot be added to a decoder with a past, because later positions would count the new tokens"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"
@@ -139,7 +139,7 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
 
 
 # Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs. The
-# attention's own projections give the prompt's keys and values, which are computed when the prompt is attached.
+# prompt's keys and values are computed with the attention's own projections, once, when the prompt is attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
@@ -354,7 +354,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
-    """Make a prefix the default value of the inputs for past keys and values."""
+    """Set the default values of the graph's inputs for past keys and values to a prefix."""
     inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:

@@ -1,7 +1,7 @@
 """Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
 
-The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Nodes before it
-compute a changed stack, or a merge changes the stored stack.
+The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Instead, an
+injection computes a changed stack in front of the node, and a merge changes the stored stack.
 
 Formulas see a stack `[expert, out, in]` as one matrix: the rows of expert 0, then those of expert 1, and so on. So each
 part of an expert is a range of rows, as in torch. In the node, the rows of fused gates and ups alternate, beginning
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OPERATORS = ("MoE", "QMoE")
 
 LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
-"""Matches a name up to the number of its layer."""
+"""Matches the start of a name, up to and including the number of the layer."""
 
 
 def is_routed(node: ir.Node) -> bool:
@@ -413,7 +413,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
 
 
 class ExpertPacking(Packing):
-    """How a stack of a `QMoE` is packed; `shape` and the rows of `numbers` describe one matrix of all experts."""
+    """How a stack of a `QMoE` is packed. `shape` and the rows of `numbers` treat all experts as one matrix."""
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized stack as one matrix, in torch's order of rows, float32."""

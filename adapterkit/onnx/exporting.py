@@ -168,7 +168,8 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
     Args:
         graph: an exported graph, whose tensors have the base's names.
         weights: a safetensors file, or a folder of them.
-        out: the file that the graph will be written to, in the folder of the safetensors files or in a parent of it.
+        out: the file to which the graph will be written. It must be in the folder of the safetensors files, or in a
+            parent of that folder.
 
     Returns:
         the names of the shared tensors.
@@ -294,7 +295,7 @@ def export(
 
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
-        args: an example of its positional arguments.
+        args: an example of the model's positional arguments.
         out: the file to write. If the tensors have more than 64 MB, they go into a data file: `out` with `.data`
             appended.
         adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
@@ -302,21 +303,21 @@ def export(
         mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes that compute
             the adapters' formulas; `slots` makes the adapters' tensors optional inputs of the graph and writes
             `.onnx_adapter` files beside the graph.
-        kwargs: an example of its named arguments.
+        kwargs: an example of the model's named arguments.
         input_names: names of the graph's inputs.
-        output_names: names of its outputs.
+        output_names: names of the graph's outputs.
         dynamic_shapes: the dynamic sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
-        also: more examples of `args`, in other sizes; the check also runs on them.
+        also: more examples of `args`, in other sizes, on which the check also runs.
         quantize: `int8` or `int4` packs the linear layers with onnxruntime's quantizers; see quantizing.py.
             `GraphReport.damage` stores the error of each weight, and `GraphReport.difference` stores the error of the
             outputs.
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
-            instead of a copy.
+            instead of storing a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, targets that the graph
-            lacks are then omitted (`GraphReport.left` lists them), and the adapter files are named
+        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, the export then omits
+            targets that the graph lacks (listed in `GraphReport.left`), and names the adapter files
             `PART.NAME.onnx_adapter`.
         check: run the graph in onnxruntime and compare it with the torch model; a quantized graph is also compared with
             the same graph with dequantized weights.
@@ -326,8 +327,8 @@ def export(
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
         NotMergeable: an adapter changes more than weights, or a weight is tied.
         Unsupported: torch cannot export the model, or a layer does not support the method of an update.
-        CheckFailed: the graph's outputs differ from torch's by more than rounding explains. Then no file is left at
-            `out`.
+        CheckFailed: the graph's outputs differ from torch's by more than rounding explains. In that case, no file is
+            left at `out`.
     """
     from ..torch.inject import config_of_model
 
@@ -408,7 +409,7 @@ def files_of_adapters(adapters: Adapters) -> list[Path]:
 
 
 def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Run the model once before it is traced: some formulas create a network in the first call, which fails in a trace.
+    """Run the model once before the trace: some formulas create a network in the first call, which a trace cannot do.
 
     Raises:
         Unsupported: a formula does not support this call.
@@ -434,8 +435,8 @@ def _checked(
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
-            # Check the packed layers against dequantized weights on exact inputs. The error of the packing itself is
-            # reported, but does not fail the check.
+            # Check the packed layers against dequantized weights, without rounding the layers' inputs. The error of the
+            # packing itself is reported, but does not fail the check.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
@@ -448,7 +449,7 @@ def _checked(
 
 
 def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
-    """Return the adapters of each run of the check: one run per adapter with slots, otherwise one run with all."""
+    """Return the runs of the check: with slots, one without an adapter and one per adapter; otherwise one with all."""
     if mode != "slots":
         return {None: (lambda: injected(model, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(model, {}), None)}
@@ -518,7 +519,7 @@ def _check_weights(quantize: str | None, share: object) -> None:
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the path of the adapter file for a graph's slots; the name of a model's part becomes part of the path."""
+    """Return the path of the adapter file for a graph's slots; if `part`, the file's name starts with the graph's."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 

@@ -75,7 +75,7 @@ class FolderSession:
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
-        """Load an adapter under a name, or replace the adapter of that name; each graph gets its own targets.
+        """Load an adapter under a name, or replace the adapter of that name; each graph gets the targets that it has.
 
         Args:
             name: the adapter's name in calls of `run` and `generate`.

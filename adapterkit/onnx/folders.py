@@ -2,9 +2,9 @@
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
 `decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
-may have targets in all graphs; each graph gets the updates of its own targets. The graph of an encoder names its layers
-without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore, the names
-of files are compared first: they show which part of the model a graph holds.
+may have targets in several graphs; each graph gets the updates of its own targets. The graph of an encoder names its
+layers without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore,
+the names of files are compared first: they show which part of the model a graph holds.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 DEEP = 2
-"""How many levels of folders are searched, including the model's folder: diffusers has one folder for each part."""
+"""How many levels of folders are searched, counting the model's folder as one: diffusers has one folder for each
+part."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 """Suffixes of weight files of other frameworks. A changed folder gets no copies of these files, because they hold the
 old weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""A map from the part in a file's name to the parts whose targets the file may have. For example, `decoder` may be the
-language model of a vision-language model, whose targets belong to `text`."""
+"""A map from the part that a file's name mentions to the parts whose targets the file may have. For example, a file
+named `decoder` may hold the language model of a vision-language model; its targets belong to `text`."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
 """A map from each section of `genai_config.json` to the part of the model in the section's file."""
@@ -423,7 +424,7 @@ def placed_folder(
     out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
     overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a scratch folder; when the block ends, its files replace the files of `out`, and unrelated files stay.
+    """Yield a scratch folder. When the block ends, its files replace those in `out`; unrelated files in `out` stay.
 
     Raises:
         UsageError: `out` is the model's own folder.

@@ -1,8 +1,8 @@
 """Fold updates into the weights of the layers that an adapter names; all other layers keep their weights.
 
-Layers may share a stored tensor, because the layers are tied or because the exporter stored equal tensors once. Then
-the changed layer gets a separate copy, and the others keep the old tensor. Changes are computed in float64 and rounded
-once.
+Layers may share a stored tensor, because the layers are tied or because the exporter stored equal tensors once. In that
+case, the changed layer gets a separate copy, and the other layers keep the old tensor. Changes are computed in float64
+and rounded once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fold(
     damage: dict[str, Mapping[str, float]] | None = None, keep_change: str | None = None,
     beside: list[ResolvedTarget] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
-    """Give every named layer a changed weight and bias; return the new values, which are computed lazily.
+    """Give every layer in `folds` a changed weight and bias; return the new values, which are computed lazily.
 
     Args:
         folds: pairs of a target and its adapter's weight in the merge.
@@ -56,7 +56,7 @@ def fold(
             again, even if the change is attached beside the unchanged weight.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
-            `MOST_LOST` of it.
+            the fraction `MOST_LOST` of the change.
         beside: a list to which the function adds the targets whose changes the caller must attach beside a packed
             weight; None to attach no change.
     """
@@ -137,8 +137,8 @@ class Folding:
         Args:
             quantized: the choice for a packed weight.
             damage: a dictionary to which the error of a requantized weight is added.
-            keep: the choice for the change of a packed weight: empty to decide from the loss, None to always quantize
-                the change.
+            keep: the choice for the change of a packed weight. An empty string attaches the change if quantizing would
+                lose too much of it; None always quantizes the change.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
@@ -295,7 +295,7 @@ def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], b
             bias_flat = np.zeros_like(flat) if norm.bias is None else norm.bias
             scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
-        # With a folded norm, the graph holds scale * b + shift, so multiply the change of b by the scale.
+        # With a folded norm, the graph holds `scale * b + shift`, so multiply the change of b by the scale.
         after[rows] += factor * scale * (through(place, seen, bias_flat[rows])[1] - bias_flat[rows])
     return after.reshape(before.shape)
 
@@ -327,7 +327,7 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array],
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Return rows of a layer's weight, with the targets in these rows applied; `W` has the rows from `start` on."""
+    """Apply the updates of all targets whose rows are in `W`; `W` holds the layer's rows from row `start` on."""
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))

@@ -1,4 +1,4 @@
-"""Write `genai_config.json` beside an exported language model, so that onnxruntime-genai loads the folder.
+"""Write `genai_config.json` beside an exported language model, so that onnxruntime-genai can load the folder.
 
 The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids.
 onnxruntime-genai's model builder writes the same format: https://onnxruntime.ai/docs/genai/reference/config.html
@@ -36,7 +36,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[Path]:
-    """Write the config of an exported language model; return a list with its path.
+    """Write the config of an exported language model.
 
     Args:
         model: the transformers model.
@@ -44,9 +44,9 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        An empty list if onnxruntime-genai cannot run the graph; then no file is written. The reason is that the graph
-        has no cached keys and values, the sizes of keys and values differ between layers, or the model's configs name
-        no end-of-text token.
+        the path in a list. The list is empty, and no file is written, if onnxruntime-genai cannot run the graph. This
+        is the case if the graph has no cached keys and values, if the sizes of keys and values differ between layers,
+        or if the model's configs name no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -94,7 +94,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
 
 
 def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
-    """Return the ids of special tokens, first from the generation config. The default for padding is the end token."""
+    """Return the ids of special tokens. The generation config takes precedence; padding defaults to the end token."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
     ids: dict[str, JsonValue] = {}
     for name in TOKENS:

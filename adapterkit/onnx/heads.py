@@ -61,7 +61,7 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """Replace a target that is a part of a packed layer by rows of that layer; return any other target unchanged.
+    """If a target is a part of a packed layer, return a target for the part's rows; otherwise return it unchanged.
 
     This is needed if a graph has slots for the packed layer: the slots' nodes are between the layer and its attention,
     so head counts no longer show the parts.
@@ -82,11 +82,11 @@ BETWEEN = {
 """Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of these operators between a packed layer and its attention."""
+"""Largest number of nodes that the search for the attention visits after a packed layer."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:
-    """If layers pack queries, keys and values, return these three as separate layers, each with its rows and names."""
+    """Return the spots, with each packed layer of queries, keys and values replaced by three spots, one for each."""
     return [part for spot in spots for part in _parts(spot)]
 
 

@@ -1,8 +1,8 @@
 """Bind an adapter to a base: find the stored tensors of each target, and check that shapes fit.
 
-`naming.resolver` maps names. `moving` splits and joins updates if the base fuses or stacks weights differently. The
-layout of a stored weight follows from shapes; if shapes do not show the layout, it is taken from the family's table, or
-else from the adapter.
+`naming.resolver` maps names. `moving` splits and joins updates if the base fuses or stacks weights differently. Shapes
+show the layout of most stored weights. For the others, the layout comes from the family's table, or else from the
+adapter.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Binding:
         sites: the stored tensors of each target, in the adapter's order. Context updates, such as prompts, have no
             stored tensor and no site.
         missing: the targets that the base does not have, if partial binding was allowed.
-        renamed: the change of prefix that mapped the names, as (removed, added); None if prefixes are equal.
+        renamed: the change of prefix that mapped the names, as (removed, added); None if no prefix was changed.
         rules: the rules that mapped the adapter's names to the base's names.
         origins: for each site, the target in the adapter.
     """
@@ -209,8 +209,8 @@ def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: t
 
 
 _NO_BIAS = (
-    "Inject it instead of merging (adapterkit.torch.inject), or merge into a copy of the base that has biases: "
-    "from_pretrained(base, attention_bias=True) and save_pretrained, if its config has attention_bias or mlp_bias"
+    "Inject the adapter instead of merging it (adapterkit.torch.inject). Or, if the base's config has attention_bias "
+    "or mlp_bias, merge into a copy with biases: from_pretrained(base, attention_bias=True), then save_pretrained"
 )
 """PEFT's merge refuses such an update, too. Transformers fills new biases with zeros, which change no output."""
 
@@ -219,8 +219,8 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 # Rename the targets of an adapter by the user's rules, for operations without a base.
 #
-# Operations with a base pass the user's rules to the resolver, which reports the rules together with its own.
-# Operations without a base apply the same rules to the adapter's targets here.
+# Operations with a base pass the user's rules to the resolver. The resolver reports which of these rules and of its own
+# rules it used. Operations without a base apply the user's rules to the adapter's targets here.
 
 
 def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -> list[Adapter]:
@@ -340,16 +340,17 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Return whether all updates are whole weights; the adapter's layout then describes their own axes."""
+    """Return whether all updates are whole weights, so that the adapter's layout describes these weights' axes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
 
-# Reorder fused queries, keys and values for bases that store them head by head; shapes do not show which bases do.
+# Reorder fused queries, keys and values for bases that store them head by head. Shapes do not show this order.
 #
 # MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
-# the same names, but all queries, then all keys, then all values; adapters always have this order after reading. Names,
-# shapes and metadata do not show the order, so diffusers' loader has an argument for it (`qkv_layout`).
+# the same names, but store all queries, then all keys, then all values. After reading, adapters always have the order
+# of the single files. Names, shapes and metadata do not show the order, so diffusers' loader has an argument for it
+# (`qkv_layout`).
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
@@ -417,7 +418,7 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """Reorder an update of all rows to the base's order; extend an update of one part to all rows with zeros."""
+    """Reorder an update's rows to the base's order; first extend an update of one part to all rows, with zeros."""
     if site.target.rows is not None:
         if update.method != "lora":
             why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
@@ -430,7 +431,7 @@ def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
 
 
 def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
-    """Copy a factor's rows into a zero tensor with `rows` rows."""
+    """Copy a factor into the rows `part` of a zero tensor that has `rows` rows."""
     tensor = as_lazy(leaf)
 
     def spread(array: Array) -> Array:
@@ -450,7 +451,7 @@ def _order(rows: int, size: int) -> Array:
     return np.arange(rows).reshape(3, -1, size).swapaxes(0, 1).reshape(rows)
 
 
-# Compute the full difference W' - W of one weight, for inspection and checks; merges do not compute this difference.
+# Compute the full difference `W' - W` of one weight, for inspection and checks. Merges do not compute it.
 
 
 A = TypeVar("A")
@@ -458,7 +459,7 @@ A = TypeVar("A")
 
 
 def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
-    """Return W' - W of the weight `path` in float32, with axes `[out, in, *k]`; see `Adapter.delta`."""
+    """Return `W' - W` for the weight `path` in float32, with axes `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
     _refuse_other_formulas(path, adapter.find(path))
@@ -490,7 +491,7 @@ def view(W: A, target: Target, bias: bool = False) -> A:
 
     Args:
         W: a numpy array or torch tensor as stored.
-        target: the target, which says the order of the stored axes, and the rows that the updates use.
+        target: the target. Its layout is the order of the stored axes; its `rows` are the rows that the updates use.
         bias: whether W is a bias.
     """
     seen: Any = W
@@ -546,10 +547,11 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
 def weight_shape(
     target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
 ) -> tuple[int, ...] | None:
-    """Return the shape of a target's weight, from the base if `base` is not None, or else from the updates.
+    """Return the shape of a target's weight: from the base if it has the weight, or else from the updates.
 
     Returns:
-        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if unknown.
+        `[out, in, *k]`, without the axis of experts; `[out]` if the updates change only a bias and the base shows no
+        weight; None if unknown.
     """
     if base is not None:
         checkpoint = opened(base)
@@ -587,5 +589,5 @@ def _one_view(path: str, targets: Iterable[Target]) -> None:
     views = {(target.layout, target.rows) for target in targets}
     if len(views) > 1:
         raise UsageError(
-            "the updates have different layouts or rows of this weight", where=path, cure="Merge them instead"
+            "the updates use different layouts or different rows of this weight", where=path, cure="Merge them instead"
         )

@@ -37,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether the updates fit a stored weight with shape `shape`, which has the target's layout."""
+    """Return whether the updates fit a weight that is stored with shape `shape` in the target's layout."""
     seen = viewed(shape, target)
     if seen is None:
         return False
@@ -62,7 +62,7 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # Return the shape unchanged: the only axis of such a weight is its outputs, in every layout.
+    # Return the shape unchanged if it already starts with the outputs, or if the outputs are its only axis.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -103,7 +103,7 @@ def biasless(base: Checkpoint, path: str) -> bool:
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor in the live model, if the base stores the tensor split or fused; None if unknown."""
+    """Return the shape in the live model of a tensor that the base stores split or fused; None if unknown."""
     # Cache the shapes: readers need the shape of each stack several times, and each computation visits every expert of
     # the base.
     known = _LIVE_SHAPES.setdefault(base, {})
@@ -128,7 +128,7 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
-    """Return the fraction of a fused weight's rows that a part has, as (numerator, denominator)."""
+    """Return the fraction of a fused weight's rows that belong to a part, as (numerator, denominator)."""
     if not part.heads:
         return 1, part.of
     heads = heads_of(base.config, str(base.root))
@@ -233,7 +233,7 @@ def identity_of(base: Checkpoint) -> dict[str, str]:
 
 
 def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict[str, str]:
-    """Return `identity_of` for an adapter without a recorded fingerprint; otherwise an empty dict."""
+    """Return `identity_of(base)` if the adapter records no fingerprint yet; otherwise an empty dict."""
     from ...io.checkpoint import opened
 
     return {} if fingerprints_of(adapter) else identity_of(opened(base))
@@ -265,8 +265,8 @@ def check_base(
 ) -> tuple[str, ...]:
     """Call `check_bases`; compute the base's fingerprint only if an adapter records a fingerprint.
 
-    `formats.read` calls this function if a base is given. Functions that accept adapters that are already in memory
-    call it as well. Without a base, nothing is compared.
+    `formats.read` calls this function if a base is given. Functions that take adapters in memory also call this
+    function. Without a base, nothing is compared.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -285,7 +285,7 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if adapterkit merged the tuned weights from another base, as their merge record states.
+    """Return a warning if the merge record of the tuned weights states a fingerprint that `base` does not have.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -349,12 +349,12 @@ def name_map(
         base: an open checkpoint, or its path.
         adapter: the adapter. If None, the result lists the names in the base, each with the names that other tools use.
         rename: rules for names, each `FROM=TO` or `@FILE`.
-        partial: whether to list targets that the base does not have, instead of refusing them.
+        partial: whether to list targets that the base does not have, instead of raising an error.
 
     Returns:
         a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
         `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name, with the
-        weight's name in each naming. If names differ only in numbers, only one of them has a record.
+        weight's name in each naming. Stored names that differ only in numbers share one record.
 
     Raises:
         TargetNotFound: the base does not have a target, or a target's name can mean two modules.

@@ -44,7 +44,7 @@ def moved(
     shapes: Shapes,
     config: Mapping[str, object] | None = None,
 ) -> list[Placed]:
-    """Split and join an adapter's updates for the base's tensors.
+    """Split and join an adapter's updates so that each result fits one tensor of the base.
 
     Args:
         updates: the updates by target.
@@ -56,7 +56,7 @@ def moved(
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
         NotMergeable: the formula of an update cannot be split along rows.
-        ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
+        ShapeMismatch: a fused weight cannot be divided into its parts, or the base has another number of experts.
         Unsupported: updates of single experts cannot be joined into one stack.
     """
     placed: list[Placed | tuple[str, PathPart | None]] = []
@@ -114,7 +114,7 @@ def _taken(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the rows or the expert that one move selects: the new target and its updates.
 
-    `slices` caches the slices of experts, because the moves of an expert's gate and up use the same slice.
+    `slices` caches the slices of experts: gate and up of an expert have separate moves, but use the same slice.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -138,7 +138,7 @@ def _taken(
 
 
 def _whole_stack(updates: tuple[Update, ...]) -> bool:
-    """Return whether all updates replace whole weights with three axes.
+    """Return whether all updates replace whole weights that have at least three axes.
 
     PEFT's `modules_to_save=["experts"]` yields such updates, and their targets do not have `stacked` set.
     """
@@ -289,7 +289,7 @@ def _into(
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
     """Extend a LoRA of every `step`-th row to all rows of the weight, with zeros in the other rows."""
     if update.method != "lora":
-        why = f"{update.method} adapts every {step}th row of a weight, because the base stores gate and up interleaved"
+        why = f"{update.method} adapts one of every {step} rows of a weight, because the base interleaves gate and up"
         raise NotMergeable(
             why, where=str(target), cure="Train the adapter on the weight that the base stores, or use LoRA"
         )
@@ -345,7 +345,8 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
     """Join one LoRA per expert into a LoRA of a stack.
 
-    Ranks are padded with zeros. If scalings differ, each B is multiplied by its scaling, and the stack has scaling 1.
+    Smaller ranks are padded with zeros to the largest rank. If scalings differ, each B is multiplied by its scaling,
+    and the stack has scaling 1.
     """
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
@@ -372,13 +373,13 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 _ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"
 
-# Translate an adapter to a naming of its family, without a base; for writers of files.
+# Translate an adapter to a naming of its family, without a base. The writers of file formats use these functions.
 
 
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Map each target to its names in another naming. The result lacks targets that the naming does not have.
+    """Return a map from each target's path to its moves into another naming; targets outside that naming are left out.
 
     Raises:
         TargetNotFound: a name can mean two different weights.
@@ -481,7 +482,7 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
+    """Split updates of a whole weight if another adapter updates the weight's parts, such as gate and up, separately.
 
     Args:
         adapters: adapters for one base, in its names.
@@ -539,7 +540,7 @@ def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
-    """Split the stacks of one adapter into single experts, if the family files that fit agree on one result."""
+    """Split the stacks of one adapter into single experts. An adapter that no family's file fits stays unchanged."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
     families_by_moves: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]

@@ -38,8 +38,8 @@ from .moving import moved
 def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the family that the adapter records.
 
-    A base that contains the family also passes: an adapter for a Llama fits a LLaVA whose language model is a Llama.
-    Models that are neither in transformers nor in a family's file are not compared.
+    A base that contains a model of this family also passes: an adapter for a Llama fits a LLaVA whose language model is
+    a Llama. Models that are neither in transformers nor in a family's file are not compared.
 
     An adapter that the user's rules have renamed is not compared, because the user's rules take precedence.
 
@@ -84,7 +84,7 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """Return everything that decides whether the updates fit the stored tensors, except values.
+        """Return everything except values that decides whether the updates fit the stored tensors.
 
         See `Update.form`.
         """
@@ -144,7 +144,7 @@ class Bound:
 
     Attributes:
         sites: the stored tensors of the targets, in the adapter's order. A target that is split has several sites.
-        origins: for each site, the target in the adapter. For a stack that was joined from single experts, it is the
+        origins: for each site, the target in the adapter. If single experts were joined into a stack, this is the
             target of the first expert.
         missing: the targets that the base does not have.
         rules: the rules that were used.
@@ -172,8 +172,8 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target whose updates all change the module's output need not have a weight. The target may be any module that
-    contains stored tensors, or that is listed in `modules`.
+    A target whose updates all change the module's output need not have a weight. Such a target may be any module that
+    contains stored tensors or is listed in `modules`.
 
     Args:
         adapter: the adapter.
@@ -253,8 +253,8 @@ def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, o
     """Map targets with the family file of each part of the base.
 
     An encoder-decoder of two models has a config per model. For example, TrOCR's published models are a
-    `vision-encoder-decoder` with a ViT, and the family file of ViT has both names of its layers, which transformers 5
-    renamed.
+    `vision-encoder-decoder` that contains a ViT. Transformers 5 renamed the layers of ViT; ViT's family file has the
+    old and the new names.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
@@ -291,7 +291,7 @@ def _rename(path: str, off: str, on: str) -> str:
 
 
 _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
-"""Matches the keys of an adapter; every key contains one of these substrings."""
+"""Matches the keys of an adapter. If all names in a base match, the base is an adapter itself."""
 
 
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
@@ -335,7 +335,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
     Raises:
         TargetNotFound: two families map the targets differently, and shapes fit both.
-        UsageError: the only family that fits splits a fused projection by heads, and the numbers of heads are unknown
+        UsageError: no other family fits, and a family splits a fused projection by heads, whose numbers are unknown
             without a config.
     """
     some = _one_of_each_form(updates)
@@ -496,8 +496,8 @@ def _modules() -> frozenset[str]:
 def _parts_with() -> frozenset[str]:
     """List the model types of parts of models.
 
-    These are the types listed for the classes of parts, and the types whose name differs from their module, if the
-    module is also a model type.
+    These are, first, all types in the table's `parts`; second, all types that are named differently from their module,
+    if the module's name is itself a model type.
     """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
@@ -538,8 +538,9 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
     if trained_class is None:
         return bool(there)
     if types is None:
-        # The adapter was trained on a whole model. Do not accept a base that only has a part in common: MusicFlamingo
-        # contains AudioFlamingo 3's audio encoder. But an adapter of the whole Gemma 3 may fit the text model alone.
+        # The adapter was trained on a whole model. Do not accept a base that shares only a part with this model:
+        # MusicFlamingo contains AudioFlamingo 3's audio encoder. But an adapter of the whole Gemma 3 may fit the text
+        # model alone.
         return any(whole or name not in _parts_with() for name, whole in there.items())
     # The adapter was trained on a part. Accept whole models, because they contain all parts of their module. But
     # Parakeet models with different heads are not parts of each other.
