@@ -41,9 +41,9 @@ def same_end(one: str, other: str) -> bool:
 
 
 def dotted(path: str) -> str:
-    """Return the name of the module for a path in a node's name.
+    """Convert a path in a node's name to the module's dotted name.
 
-    torch's old exporter repeats the name of a Sequential in the names of its modules: `/layer2/layer2.0/conv1`.
+    torch's old exporter repeats a Sequential's name in the names of the modules inside it: `/layer2/layer2.0/conv1`.
     """
     words = path.strip("/").split("/")
     following = [*words[1:], ""]
@@ -109,7 +109,7 @@ class Module:
 
 
 def module_at(model: ir.Model, path: str, where: str) -> Module:
-    """Return a module by its path in the base.
+    """Return the module of a graph that has this path in the base.
 
     Raises:
         TargetNotFound: no node is in such a module, or several modules match the path; the error gives the nearest
@@ -132,7 +132,7 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse the modules from a node's metadata or name; cached, because every node is parsed for every target."""
+    """Parse module names from a node's metadata or name; cached, because every target asks for every node."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)

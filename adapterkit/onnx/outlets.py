@@ -2,8 +2,8 @@
 
 Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
 blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
-normalises the sum. Sites are found before anything is attached; `Building.now` returns later replacements of their
-values.
+normalises the sum. Sites are found before anything is attached. If a site's value is replaced later, `Building.now`
+returns the new value.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target with the interface that `OutputUpdate` uses: a module, or a layer whose residual and norm are elsewhere.
+    """A target for `OutputUpdate`s: a module, or a layer with a residual and a norm outside of the layer's node.
 
     Args:
         outlet: the target's output site.

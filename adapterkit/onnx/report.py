@@ -21,7 +21,7 @@ class GraphReport:
     Attributes:
         out: the written model.
         files: all written files.
-        found: the layers of each target.
+        found: the adapter's targets, each with its layers in the graph.
         difference: the largest difference that the check found; None if the check did not run.
         note: why the check did not run; for an adapter with context, how to use the context.
         damage: for each target with a requantized weight, `error` (relative to the merged weight) and `kept` (the
