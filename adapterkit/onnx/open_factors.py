@@ -71,7 +71,7 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return zero factors with the shapes of an update's slots; None if the update changes more than weight and bias."""
+    """Return neutral factors in the shapes of an update's slots; None if the update changes more than weight and bias."""
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows

@@ -127,7 +127,7 @@ def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether an Add adds its input `at`, an outside value that nothing else reads, to a value of the module."""
+    """Whether input `at` of an Add is a residual: an outside value that no other node of the module reads."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]

@@ -40,7 +40,7 @@ CLOSE = 1e-4
 """Largest accepted relative difference between the parts' logits and the whole torch model's logits, in float32."""
 
 CLOSE_NARROW = 3e-2
-"""The same limit as `CLOSE`, for a model in 16 bits."""
+"""Largest accepted relative difference of these logits in 16 bits."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 

@@ -34,8 +34,8 @@ class AlignedPlace:
 
     Attributes:
         target: the target.
-        updates: each adapter's updates of the target, in the order of the adapters; `()` for an adapter without
-            updates.
+        updates: each adapter's updates of the target, in the order of the adapters; `()` for an adapter that does not
+            change the target.
         base: the base, if one was given.
     """
 
@@ -49,7 +49,7 @@ class AlignedPlace:
 
     @cached_property
     def shape(self) -> Shape:
-        """The shape of the weight (of one expert if stacked), `[out, in, *k]`; `[out]` if only a bias changes.
+        """The weight's shape, `[out, in, *k]`; for stacked experts, one expert's shape. `[out]` if only a bias changes.
 
         Raises:
             ShapeMismatch: the adapters were made for different weights.
@@ -89,7 +89,7 @@ def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | Non
     In the tuple, None stands for an adapter without a change.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # Generators are truthy, so the loop runs if any adapter changes the weight. The loop ends with the generators.
+    # Generators are truthy, so the loop starts if any adapter changes the weight. It ends when all generators have ended.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
