@@ -110,7 +110,8 @@ def inject(
         call: a map from the usual name of a model input to the name of a graph value, if the graph uses another name.
             `{"task_ids": 1}` sets one task for all rows; without it, the graph gets a new input for the task.
             `{"hidden_states": "NAME"}` names the output of the last layer.
-        experts: adapters that a router's file names but does not contain (Arrow, X-LoRA), in the router's order.
+        experts: adapters that a router (Arrow, X-LoRA) selects from, if the router's file does not contain them; in the
+            router's order.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that the adapter names. By
@@ -150,7 +151,10 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it with --mode constant (mode='constant'): runs without new tokens or with a past do not use it"
+        cure = (
+            "Inject it with --mode constant (mode='constant'): runs without a prompt's new tokens do not use the "
+            "prompt, and runs with a past do not use the prefix"
+        )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)

@@ -538,11 +538,11 @@ FUSED_BIASES = {
     "SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "SkipGroupNorm": 4, "BiasGelu": 1,
     "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1,
 }  # fmt: skip
-"""A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+"""Fused operators of onnxruntime, each with the position of the bias among the operator's inputs."""
 
 
 PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "DecoderMaskedMultiHeadAttention": 10}
-"""A map from each attention of onnxruntime to the position of the packed biases of queries, keys and values."""
+"""Attention operators of onnxruntime, each with the position of the input that packs the biases of q, k and v."""
 
 
 def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
@@ -673,7 +673,7 @@ class Gather(GraphLayer):
 
 
 # onnxruntime's fused attention: a node that computes a whole attention, with one weight `[in, q | k | v]`.
-# A merge changes that weight. To attach an adapter, the node is first split into a MatMul, an Add of its bias and a
+# A merge changes that weight. Before an adapter is attached, the node is split into a MatMul, an Add of the bias and a
 # MultiHeadAttention.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 

@@ -53,7 +53,7 @@ def merge(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> GraphReport:
-    """Fold adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), with one rounding.
+    """Fold adapters into the weights of a graph: `W' = W + sum_i weight_i * (f_i(W) - W)`, rounded once.
 
     Args:
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and

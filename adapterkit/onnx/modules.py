@@ -14,10 +14,10 @@ from .building import element_type
 from .operands import is_constant
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key of a node for the names of the modules around it."""
+"""Key of node metadata: the names of the modules around the node."""
 
 CLASSES = "pkg.torch.onnx.class_hierarchy"
-"""Metadata key of a node for the classes of the modules around it."""
+"""Key of node metadata: the classes of the modules around the node."""
 
 _LIST = 1 << 16
 """Longest list that is parsed, in characters; a list in an untrusted file may have any length."""

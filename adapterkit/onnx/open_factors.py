@@ -38,9 +38,9 @@ FACTORS = ("A", "B", "s")
 
 
 class OpenFactors(Additive):
-    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d.
+    """`y' = y + (y - b) * (s - 1) + B @ A @ x * s + d`, i.e. `W' = s * (W + B @ A)` and `b' = b + d`.
 
-    If the output is not W @ x + b (`adds_more`), W @ x is computed again; see `computes_apart`.
+    If the output is not `W @ x + b` (`adds_more`), `W @ x` is computed again; see `computes_apart`.
     """
 
     A: Tensor = tensor("r in *k")
@@ -71,7 +71,7 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return neutral factors in the shapes of an update's slots; None if the update changes more than weight and bias."""
+    """Return neutral factors in the shapes of an update's slots; None if more than a weight and a bias changes."""
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows

@@ -1,9 +1,9 @@
 """Find output sites: graph values that are a target's output, the residual added to it, and the norm of the sum.
 
 Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
-blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
-normalises the sum. Sites are found before anything is attached. If a site's value is replaced later, `Building.now`
-returns the new value.
+blocks, the sum is outside the module. For these, the update names the module whose input is the residual, and the
+module that normalises the sum. Sites are found before anything is attached. If a site's value is replaced later,
+`Building.now` returns the new value.
 """
 
 from __future__ import annotations

@@ -369,14 +369,14 @@ CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
 """The choices of a merge for packed weights, each with its meaning."""
 
 EXPLAINED = (
-    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
-    "floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
+    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and store the change beside it "
+    "as floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
     "and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): quantize the result "
     "again in the same scheme, and report how much of the change is left"
 )
 
 KEEPING = {
-    "float": "keep each packed weight unchanged, and the change beside it as floating-point factors",
+    "float": "keep each packed weight unchanged, and store its change beside it as floating-point factors",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
 """The choices of a merge for the change of a packed weight, each with its meaning."""

@@ -161,8 +161,8 @@ def export_pretrained(
         dtype: the dtype in which the graph computes.
         opset: the opset version; torch's default if not given.
         quantize: see `export`.
-        share_weights: write to the model's own folder, and make the graph refer to its safetensors files instead of a
-            copy; 16-bit weights are cast if the graph computes in 32 bits.
+        share_weights: write to the model's own folder, and make the graph refer to the safetensors files there instead
+            of a copy. If the graph computes in 32 bits, it casts 16-bit weights.
         check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
         made_from: a digest of everything that determines the output, stored with the output for later runs.

@@ -177,7 +177,7 @@ def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node 
 def taken(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None, role: str | None = None
 ) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
+    """Split an adapter into the updates whose targets a graph has, and the targets that the graph lacks.
 
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.

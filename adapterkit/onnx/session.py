@@ -245,9 +245,9 @@ class Session:
             inputs: an array for each required input (`self.inputs`), and optionally for slots and other optional
                 inputs. For one text, a language model only needs `input_ids`: by default, the past is empty, no token
                 is masked, and positions count up.
-            adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
-                model that `inject` wrote with `mode="rows"`, a list with a name or None for each row of the batch. With
-                None, the results equal the base's bit for bit.
+            adapter: the adapter's name; or a mapping from names to weights, for several adapters without a common
+                target; or, for a model that `inject` wrote with `mode="rows"`, a list with a name or None for each row
+                of the batch. With None, the results equal the base's bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:

@@ -1,9 +1,9 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
 A slot's default leaves the base unchanged. Inner sizes such as the rank are dynamic. In the default, they are 0, or 1
-if the layer's operator cannot handle empty tensors. Scalars such as `scaling` are slots of shape `[1]`. While the graph
-is built, an adapter's formula runs on the slots. During this, each dynamic size is represented by a number that is too
-large for a real size.
+for operators such as Conv that do not compute correctly with empty tensors. Scalars such as `scaling` are slots of
+shape `[1]`. While the graph is built, an adapter's formula runs on the slots. During this, each dynamic size is
+represented by a number that is too large for a real size.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots that keep the base's results unchanged; every dynamic size is 1.
+    """Return tensors for required slots, with which the graph gives the base's results; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -548,7 +548,11 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> P
 def _fitted(
     model: Model, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Return the adapter with targets split like the graph's layers; the slots' arrays; and each update's slot names."""
+    """Split the adapter's targets like the graph's layers.
+
+    Returns:
+        the split adapter; a map from slots to arrays; and for each update, a map from its fields to slots.
+    """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}

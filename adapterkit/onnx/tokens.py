@@ -89,7 +89,7 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
 def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) -> ir.Value:
     """Return the positions of all tokens, `[rows, positions]`.
 
-    The past's positions are consecutive, and end just before the call's first position.
+    The past's positions count up to the number before the call's first position; none is below 0.
 
     Args:
         words: the inputs of the call, after `every_token` was called.

@@ -44,7 +44,7 @@ class Unknown(Exception):
 
 
 def unround(model: ir.Model) -> bool:
-    """Remove the rounding of activations. If a node's float form is unknown, return False; the model is then unusable."""
+    """Remove the rounding of activations; return False, with the model unusable, if a node's float form is unknown."""
     for node in model.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
     try:

@@ -182,7 +182,10 @@ def written(value: Value, key: object, values: Value) -> Value:
 
 
 def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, object]]:
-    """Return `(axis, part of the key)` pairs with `...` expanded. If the number of axes is unknown, count from the end."""
+    """Return `(axis, part of the key)` pairs, with `...` expanded.
+
+    If the number of axes is unknown, the axes after `...` are negative, i.e. counted from the end.
+    """
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
     at = next(n for n, part in enumerate(key) if part is Ellipsis)

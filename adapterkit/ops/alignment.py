@@ -89,7 +89,7 @@ def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | Non
     In the tuple, None stands for an adapter without a change.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # Generators are truthy, so the loop starts if any adapter changes the weight. It ends when all generators have ended.
+    # Generators are truthy, so the loop starts if any adapter changes the weight. It ends when all generators end.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):

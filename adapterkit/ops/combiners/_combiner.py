@@ -180,7 +180,7 @@ class Combiner(ABC):
         dense: whether the result lacks low-rank factors even if all changes have them.
         compat: a map from a peer library to the parameter values that reproduce the peer's results.
         plug: the parameter that names the inner combiner; None if the combiner has none.
-        single: names of the parameters that may have one value per adapter.
+        single: names of the parameters that may have a different value for each adapter.
         based: whether the formula needs the weights of the base.
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets; each may use the results of the earlier
