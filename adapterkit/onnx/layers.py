@@ -200,7 +200,7 @@ class GraphLayer:
 
     @property
     def adds_more(self) -> bool:
-        """Whether the node adds something that is not the layer's bias, so that formulas must keep its output."""
+        """Whether the node adds something other than the layer's bias, so formulas must keep the node's output."""
         return self.stated_bias is not None and self.bias is None
 
     @property

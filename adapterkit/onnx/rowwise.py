@@ -1,7 +1,7 @@
 """A different adapter for each row of a batch: slots for stacked adapters, and an input that selects one for each row.
 
-One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
-`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`, which includes the scaling. All targets share the input
+So one run can serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
+`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`. `B` includes the scaling. All targets share the input
 `adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph's results equal the
 base's bit for bit.
 """
@@ -178,7 +178,7 @@ def stacked(
 
     Args:
         names: the adapter of each row; None for the base.
-        loaded: for each adapter, a map from slots to stacks of this one adapter.
+        loaded: for each adapter, a map from slots to the adapter's factors, as stacks of one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

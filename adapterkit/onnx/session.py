@@ -329,7 +329,7 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens and the positions of the last `length` tokens, if these are inputs."""
+        """Return those that the model reads: the mask of all tokens, and the positions of the last `length` tokens."""
         arrays_by_name = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {
             name: array.astype(kind_of(self._entries[name]))

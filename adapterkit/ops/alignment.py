@@ -115,7 +115,7 @@ def places(
             that is impossible.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
-        strict_base: whether to refuse a base that differs from the base that an adapter records.
+        strict_base: whether to refuse a base other than the base that an adapter records.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
