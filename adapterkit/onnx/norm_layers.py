@@ -1,6 +1,6 @@
 """Find norms as targets: nodes that scale channels by a vector, such as a saved LayerNorm or a tuned RMSNorm.
 
-A norm multiplies by the vector inside its node, so nodes before it compute the changed vector; see inside.py. Some
+A norm's node itself multiplies by the vector, so nodes before the norm compute the changed vector; see inside.py. Some
 exporters store equal vectors once. Therefore, a norm is found by the name of its node, and by the name of its vector
 only if no other node reads the vector.
 """

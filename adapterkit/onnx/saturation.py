@@ -61,7 +61,7 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if no node clips more, and the outputs change about as much, as without it."""
+        """The warning for the user; None if quantization distorts the model about as much without the adapter."""
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
         before, after = self.moved or (0.0, 0.0)

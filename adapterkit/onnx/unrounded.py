@@ -136,7 +136,7 @@ class _Unrounding:
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return an operand as dequantized floats. The node's two inputs after it are its scale and zero point.
+        """Return an operand as dequantized floats. The node's next two inputs are the operand's scale and zero point.
 
         Args:
             node: an operator.
