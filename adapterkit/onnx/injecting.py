@@ -45,10 +45,11 @@ if TYPE_CHECKING:
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with the experts that its router selects from; unchanged if the adapter needs no experts.
+    """Add to an adapter the experts that its router selects from; return an adapter that needs none unchanged.
 
     Raises:
-        Unsupported: the router's logits are in the order of the torch model's modules, which a graph does not show.
+        Unsupported: the order of the router's logits is the order of the torch model's modules. A graph does not show
+            this order.
         Also the errors of `with_experts` in `adapterkit/torch/inject.py`.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
@@ -65,7 +66,7 @@ def _no_order() -> NoReturn:
 
 
 ORIGINAL = "adapterkit.original"
-"""Metadata key of a rewritten model for the data that restores the original file."""
+"""Metadata key of a rewritten model. The value holds the data from which `eject` restores the original file."""
 
 MODES = ("constant", "slots", "rows", "inputs")
 
@@ -94,22 +95,23 @@ def inject(
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
             decoders. The model is not changed.
         adapter: the adapter, or its path.
-        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. If
-            the model is a folder, this is the folder to write: each graph gets the updates of its own targets, and all
-            other files are copied.
+        out: the file to write. It refers to the model's external data files, which are copied only if `out` is in
+            another folder. If the model is a folder, `out` is the folder to write: each graph gets the updates of its
+            own targets, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs of rank 1 or more, which every runtime can swap. With `inputs`,
-            `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
-            `OUT.neutral.safetensors` stores tensors that change nothing.
+            the tensors required inputs, which every runtime can swap; the rank of their LoRA factors is at least 1.
+            With `inputs`, `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
+            `OUT.neutral.safetensors` stores tensors with which the graph computes the base model.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
-            has a side network (Shadow), its architecture is read from the `config.json` of the base, or beside the
-            graph.
-        call: for inputs of the model's call that the graph names differently, a map from their usual name to the name
-            of a graph value. `{"task_ids": 1}` fixes the task of all rows; otherwise, the task is a new input.
+            has a side network (Shadow), the network's architecture is read from the base's `config.json`, or from the
+            `config.json` beside the graph.
+        call: a map from the usual name of a model input to the name of a graph value, if the graph uses another name.
+            `{"task_ids": 1}` sets one task for all rows; without it, the graph gets a new input for the task.
             `{"hidden_states": "NAME"}` names the output of the last layer.
-        experts: adapters that a router's file names but does not contain (Arrow, X-LoRA), in the router's order.
+        experts: adapters that a router (Arrow, X-LoRA) selects from, if the router's file does not contain them; in the
+            router's order.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that the adapter names. By
@@ -117,7 +119,7 @@ def inject(
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         allow_partial: omit targets that the graph lacks; the graph must have at least one target.
         check: run the result in onnxruntime and compare it with merged weights. A mapping gives the inputs by name;
-            True uses made-up inputs.
+            True uses generated inputs.
         overwrite: replace an existing `out`.
         made_from: a digest of everything that determines the output, stored with the output for later runs.
 
@@ -128,7 +130,7 @@ def inject(
         Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
-            base differs. Then no file is left at `out`.
+            base differs. No file is left at `out`.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
@@ -149,7 +151,10 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it with --mode constant (mode='constant'): runs without new tokens or with a past do not use it"
+        cure = (
+            "Inject it with --mode constant (mode='constant'): runs without a prompt's new tokens do not use the "
+            "prompt, and runs with a past do not use the prefix"
+        )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
@@ -186,7 +191,7 @@ def inject(
 
 
 def _beside(out: Path, adapter: Source) -> Path:
-    """Return the path of the adapter file of a graph with slots.
+    """Return the path of the adapter file to write beside a graph with slots.
 
     Raises:
         UsageError: the path equals the path of the model, or of the file that the adapter is read from.
@@ -209,7 +214,7 @@ def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
 
 
 def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
-    """Write two files for a graph's required inputs: the adapter's tensors, and tensors that change nothing."""
+    """Write two files with values for a graph's required inputs: the adapter's, and those that keep the base model."""
     write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
     model = opened(path).model
     declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
@@ -218,10 +223,10 @@ def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
 
 
 def keep_original(source: GraphSource) -> None:
-    """Store the original file in the model's metadata, without the bytes that are still in the model's tensors.
+    """Store the original file in the model's metadata, except for the bytes that the model's tensors still contain.
 
     Raises:
-        Unsupported: the model has been rewritten before.
+        Unsupported: the model already has an injected adapter.
     """
     model = source.model
     if ORIGINAL in model.metadata_props:
@@ -232,7 +237,7 @@ def keep_original(source: GraphSource) -> None:
         )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
-        # Search only after the previous tensor, because the tensors are in the order of the file.
+        # Search only after the previous tensor's bytes, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
@@ -263,7 +268,7 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
 
     Args:
         model: a file that `inject` wrote.
-        out: the file to write; if the original has data files, they must be in the same folder.
+        out: the file to write. If the original has data files, put `out` into their folder.
 
     Raises:
         UsageError: the model has no injected adapter.

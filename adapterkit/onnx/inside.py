@@ -1,4 +1,4 @@
-"""Change a node's weight with nodes before that node, if nodes after it cannot express the change of its output.
+"""Compute changed weights in nodes before a layer, if nodes after the layer cannot express the change of its output.
 
 A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
 changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
@@ -60,7 +60,7 @@ def changed_inside(
     if any(update.changes_weight for update in updates):
         part = cast(Value, chain.weight)
         if place.norm is not None:
-            # The graph stores the base's weight times the norm's scale, so also multiply the change by the scale.
+            # The graph stores the base's weight multiplied by the norm's scale, so multiply the change by it, too.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
             current = W[rows] if place.target.rows else W
             part = current + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
@@ -83,7 +83,7 @@ def changed_inside(
         _reads(layer.node, layer.position, layer.operand, changed[0])
     if bias is not None:
         node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
-        # A weight and a bias with equal numbers may be one tensor, so search for the bias after the weight.
+        # If the weight and the bias have equal numbers, both inputs may be one tensor, so search after the weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
         _reads(node, at, read, bias)
@@ -97,8 +97,8 @@ def experts_changed(layer: GraphLayer, parts: Sequence[tuple[ResolvedTarget, For
 
     Args:
         layer: the stack of experts.
-        parts: the targets, whose rows do not overlap; each target with a view of its rows as a layer, and with its
-            updates.
+        parts: for each target: the target, a layer that shows only the target's rows, and the updates. The rows of the
+            targets do not overlap.
     """
     W, b = layer.weight, layer.bias
     weights: list[tuple[tuple[int, int], Value]] = []

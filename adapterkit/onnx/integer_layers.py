@@ -1,7 +1,7 @@
 """Layers whose operators compute with integers: their weights, and their dequantized inputs and outputs.
 
 An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
-dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers.
+dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers as before.
 https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -33,7 +33,7 @@ class IntegerLayer(GraphLayer):
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
         out: the positions of the output's scale and zero point; None if the output is floating-point.
-        floating: the kind of layer that computes the same with a float weight.
+        floating: the layer class whose operator computes the same with a float weight.
     """
 
     domain: ClassVar[str] = ""
@@ -58,7 +58,7 @@ class IntegerLayer(GraphLayer):
 
     @classmethod
     def axis(cls, node: ir.Node) -> int:
-        """Return the axis of the weight's output channels, which may have different scales."""
+        """Return the axis of the stored weight that holds the output channels; each channel may have its own scale."""
         return len(cls.stored_shape(node)) - 1 if cls.turns(node) else 0
 
     @classmethod
@@ -105,13 +105,13 @@ class IntegerLayer(GraphLayer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The step of an integer bias is the product of the input's and the weight's scale. The weight's has changed.
+        # The scale of an integer bias is the input's scale times the weight's scale, and the latter has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
 
     def in_floats(self, W: ir.Value, x: ir.Value | None = None) -> ir.Value:
-        """Append nodes that compute the same in floating point; return their output.
+        """Append nodes that compute this layer in floating point; return their output.
 
         Args:
             W: the weight, in the axis order of `floating`.
@@ -205,7 +205,7 @@ class DynamicQuantizeMatMul(IntegerLayer):
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """A `DynamicQuantizeMatMul` for a quantized input that several layers share."""
+    """`x @ W`, where another node has quantized x, because several layers read the quantized x."""
 
     op_type, domain = "MatMulIntegerToFloat", MICROSOFT
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
@@ -220,7 +220,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # Refuse a past: the float operator can also take a past, but the conversion does not connect the past.
+        # Refuse a past: the float operator can take a past, but the conversion to it does not connect the past.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod
@@ -360,7 +360,7 @@ def _in_floats(
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:
-    """Copy a node's exporter metadata to the nodes that replace it, and name an Add of the bias after the node."""
+    """Copy a node's exporter metadata to the nodes that replace it, and name the Add of a bias `{node.name}_bias`."""
     for one in branch.nodes:
         if one.op_type not in ("DequantizeLinear", "Transpose"):
             one.metadata_props.update(node.metadata_props)

@@ -36,7 +36,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Search the values from which a value is computed for a name; return the value with this name, or None."""
+    """Return the value called `name`: `value` itself, or a value that it is computed from; None if there is none."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -51,14 +51,14 @@ def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
 
 
 class GraphLayer:
-    """A node with a weight that formulas can replace; each subclass supports one operator.
+    """A node with a weight that formulas can replace; each subclass is for one operator.
 
     Class attributes:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: the possible numbers of axes of the weight.
-        inside: True if the output is not a function of `x @ W` alone. Then nodes after this node cannot express a
-            change, and nodes before it compute the changed weight; see inside.py.
+        inside: True if the output is not a function of `x @ W` alone. Nodes after such a node cannot express a change,
+            so nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
         indexed: True if the input consists of indices, not of numbers in the weight's type.
@@ -105,7 +105,7 @@ class GraphLayer:
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the layer's input and output, outside of any Reshapes that merge the axes of rows and positions."""
+        """Skip Reshapes around the node that merge the batch and position axes; return the input and the output."""
         return given, end
 
     @property
@@ -143,7 +143,7 @@ class GraphLayer:
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function that returns the weight of now, even if the node is changed later."""
+        """Return a function that returns the weight as it is now, even if the node is changed later."""
         copy = detached_copy(cls.operand_of(node))
         return lambda: numbers(copy)
 
@@ -200,7 +200,7 @@ class GraphLayer:
 
     @property
     def adds_more(self) -> bool:
-        """Whether the node adds something that is not the layer's bias, so that formulas must keep its output."""
+        """Whether the node adds something other than the layer's bias, so formulas must keep the node's output."""
         return self.stated_bias is not None and self.bias is None
 
     @property
@@ -480,7 +480,7 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear may replace a Relu or a Clip at 0 of the float model, because its range ends at 0.
+    """Whether the range of a QuantizeLinear ends at 0, so that it may stand for a Relu or Clip of the float model.
 
     onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
     """
@@ -514,8 +514,8 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tupl
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
-    # If the constant had more axes than the output, the sum would have more axes, too. Most layers keep the number of
-    # axes of their input.
+    # A constant with more axes than the layer's output is not a bias, because the sum would get more axes. If the graph
+    # does not show the output's axes, count the axes of the node's inputs: most layers keep their number.
     most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
     return (add, other) if len(shape_of(other)) <= most else None
 
@@ -538,18 +538,19 @@ FUSED_BIASES = {
     "SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3, "SkipGroupNorm": 4, "BiasGelu": 1,
     "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1,
 }  # fmt: skip
-"""A map from each fused operator of onnxruntime to the position of the bias among its inputs."""
+"""Fused operators of onnxruntime, each with the position of the bias among the operator's inputs."""
 
 
 PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "DecoderMaskedMultiHeadAttention": 10}
-"""A map from each attention of onnxruntime to the position of the packed biases of queries, keys and values."""
+"""Attention operators of onnxruntime, each with the position of the input that packs the biases of q, k and v."""
 
 
 def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
     """Refuse to change a bias that a fused node adds to the layer's output.
 
     Raises:
-        Unsupported: a fused node adds the bias, which may belong to another layer whose output the node also adds.
+        Unsupported: a fused node adds a bias to the layer's output. If the node also adds the output of another layer,
+            the bias may belong to that layer.
     """
     for use in [] if layer.inside else layer.result.uses():
         node, position = use.node, FUSED_BIASES.get(use.node.op_type)
@@ -566,7 +567,7 @@ def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
 
 
 def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
-    """Whether an attention adds a bias to its queries (0), keys (1) or values (2)."""
+    """Whether an attention adds a nonzero bias to its queries (`at` is 0), keys (1) or values (2)."""
     position = PACKED_BIASES[node.op_type]
     bias = node.inputs[position] if len(node.inputs) > position else None
     if bias is None or at > 2:
@@ -672,7 +673,7 @@ class Gather(GraphLayer):
 
 
 # onnxruntime's fused attention: a node that computes a whole attention, with one weight `[in, q | k | v]`.
-# A merge changes that weight. To attach an adapter, the node is first split into a MatMul, an Add of its bias and a
+# A merge changes that weight. Before an adapter is attached, the node is split into a MatMul, an Add of the bias and a
 # MultiHeadAttention.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 

@@ -29,8 +29,9 @@ class Place:
         target: the layer's name, to be used as an adapter's target; None if the graph does not show a name.
         spots: one spot for each node that calls the layer.
         method: how the name was found, one of `METHODS`; None if no name was found.
-        confidence: 1 minus the relative distance from the base's weight; 1 if the layer was not compared with a weight.
-        note: why no node was found.
+        confidence: 1 minus the relative distance from the base's weight. For a layer that was not compared with a
+            weight: 1 if it has a name, otherwise 0.
+        note: why no node was found for a weight of the base.
     """
 
     target: str | None
@@ -58,7 +59,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Args:
         model: an ONNX file, or an in-memory model.
         base_weights: the weights that the graph was exported from. If passed, the function searches the graph for each
-            of these matrices, by name and by values, and compares a layer that was found by name with its matrix.
+            of these matrices, by name and by values. A layer that was found by name is compared with the base's matrix.
 
     Returns:
         the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
@@ -92,7 +93,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """Return a layer's name and the method that found it; prefer the name of a module's weight to a tensor's name."""
+    """Return a layer's name and how it was found; prefer names that end with `.weight`, because they name a module."""
     names_by_method = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in names_by_method if name.endswith(".weight")]
     scoped = [(method, name) for method, name in names_by_method if not NUMBERED.match(name)]

@@ -67,7 +67,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
 
 
 def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[ResolvedTarget]:
-    """Compare layers that were found by name with the base's weights; return the layers, with any folded norms.
+    """Compare layers that were found by name with the base's weights; return them with the norms folded into them.
 
     Raises:
         TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
@@ -94,7 +94,7 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
-    """Compare the base's weight with a target's rows of a packed layer. The head counts decide which rows these are.
+    """Compare a target's rows of a packed layer with the base's weight, because wrong head counts give other rows.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
@@ -111,7 +111,7 @@ def _compare_rows(place: ResolvedTarget, W: Array) -> None:
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return the name of another base weight with equal values, or None. The nodes may be the layer of that weight."""
+    """Return the name of another base weight with equal values, or None. Matching nodes may belong to that weight."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -119,7 +119,7 @@ def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
 
 
 def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
-    """Return the method that found the layers with a weight, and these layers.
+    """Find the layers that store a weight; return the method that found them, and the layers.
 
     Raises:
         TargetNotFound: no layer stores the weight, or several layers may store it.
@@ -147,7 +147,7 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
 
 
 def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
-    """Return layers whose weights contain this weight as rows, as packed queries, keys and values do."""
+    """Return layers whose weights contain `W` as some of their rows, e.g. layers of packed queries, keys and values."""
     spots_found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:

@@ -53,7 +53,7 @@ def merge(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> GraphReport:
-    """Fold adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), with one rounding.
+    """Fold adapters into the weights of a graph: `W' = W + sum_i weight_i * (f_i(W) - W)`, rounded once.
 
     Args:
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
@@ -67,10 +67,10 @@ def merge(
         quantized: the choice for packed weights. `dequantize` folds into the dequantized numbers and writes a
             floating-point layer. `requantize` quantizes the merged weight again in the same scheme;
             `GraphReport.damage` stores the error.
-        keep_change: the choice for the change of a packed weight. `float` keeps the weight unchanged and attaches the
-            change beside it, as floating-point factors. `packed` quantizes the changed weight again, however much is
-            lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 % of that
-            change; `GraphReport.beside` names these targets.
+        keep_change: how to store the change of a packed weight. `float` keeps the weight unchanged and attaches the
+            change beside it, as floating-point factors. `packed` quantizes the changed weight again, even if most of
+            the change is lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 %
+            of that change; `GraphReport.beside` names these targets.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By
@@ -78,7 +78,7 @@ def merge(
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         allow_partial: omit targets that the graph lacks; the graph must have at least one target of each adapter.
         check: run the result in onnxruntime and compare it with injected adapters. A mapping gives the inputs by name;
-            True uses made-up inputs.
+            True uses generated inputs.
         overwrite: replace an existing `out`.
         made_from: a digest of everything that determines the output, stored with the output for later runs.
 
@@ -87,11 +87,11 @@ def merge(
         ShapeMismatch: the shape of a tensor does not fit its layer.
         NotMergeable: an update changes something other than weights.
         Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
-            unknown; or the merge cannot be attached beside the weight.
+            unknown; or the change cannot be attached beside the weight.
         Malformed: the file is not a model, or a result does not fit its dtype.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what injected adapters compute, or `strict_base` is set and the
-            base differs. Then no file is left at `out`.
+            base differs. No file is left at `out`.
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")

@@ -34,7 +34,7 @@ from .validating import check_model
 
 
 def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """Check the files with the model's external data; return them.
+    """Check the files that hold the model's external data; return their paths.
 
     Raises:
         Malformed: a file is missing, too short, outside of the model's folder, or a hard link.
@@ -55,14 +55,17 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         if real.stat().st_size < need:
             why = f"the file has {real.stat().st_size} bytes, but {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        # Read the real file: a hub's cache stores files as links, and runtimes refuse links out of the folder.
+        # Read the real file: a hub's cache stores files as links, and runtimes refuse links that leave the folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name
         tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
     return tuple(files)
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve links; refuse a file outside of the model's folder and, if the model is a link, of its real folder."""
+    """Resolve a data file's links; refuse a file outside of the model's folder.
+
+    If the model is a link, the folder that it points to is also allowed.
+    """
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
@@ -71,7 +74,7 @@ def _inside(file: Path, model: Path, where: str) -> Path:
     if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
         why = f"the data file {file.name} is a link out of the model's folder"
         raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
-    # Refuse hard links, as onnx does: in an archive, they can refer to any file of the user who unpacks it.
+    # Refuse hard links, as onnx does: a hard link in an archive can refer to any file of the user who unpacks it.
     if real.stat().st_nlink > 1:
         why = f"the data file {file.name} is a hard link, possibly to another user's file"
         raise Malformed(why, path=model, where=where, cure="If you trust the file, replace it by a copy of itself")
@@ -141,7 +144,7 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute those changed tensors that are stored in the model's own file."""
+    """Compute the values of changed tensors, so that they can be stored in the model's own file."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
@@ -179,10 +182,10 @@ INLINE = 1024
 """New tensors of up to this many bytes are stored in the model's file."""
 
 APART = 1 << 26
-"""The tensors of an export with more bytes than this are written to a data file beside the model."""
+"""If an export's tensors together have more bytes than this, they are written to a data file beside the model."""
 
 STAYS = "adapterkit.stays"
-"""Metadata key of a tensor that stays in its file while all other tensors are rewritten."""
+"""Metadata key of a tensor that stays in its data file, while all other tensors are rewritten."""
 
 LIMIT = 2**31 - 2**20
 """Largest size of a model file in bytes, because protobuf is limited to 2 GB."""
@@ -258,7 +261,7 @@ def _without_functions(model: ir.Model) -> ir.Model:
     copy = model.clone()
     try:
         return InlinePass()(copy).model
-    except Exception:  # E.g. a function of another opset. An adapter for its layers is refused later.
+    except Exception:  # E.g. a function uses another opset. An adapter for layers inside the function is refused later.
         return model
 
 
@@ -284,10 +287,12 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
 
 
 def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
-    """Turn tensors with external data into inputs; return, by name, the tensor and whether it was already an input.
+    """Turn tensors with external data into inputs, because ONNX's opset converter would drop references to data files.
 
-    ONNX's converter of operator sets would drop the references to data files. It needs the values of small tensors,
-    e.g. the sizes of a Reshape, so small tensors are loaded.
+    The converter needs the values of small tensors, e.g. the sizes of a Reshape, so small tensors are loaded.
+
+    Returns:
+        a map from each tensor's name to the tensor, and to whether it was already an input.
     """
     outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
     for graph in model.graphs():
@@ -373,8 +378,8 @@ def save_merged(
 ) -> None:
     """Write a model with changed tensors, with only a few blocks in memory; see `save`.
 
-    If the model has external data, or if `apart` is set, all tensors that a node reads are written to one new data
-    file.
+    If the model has external data, is large, or `apart` is set, the tensors are written to one new data file. Tensors
+    that no node reads are dropped.
     """
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -551,7 +556,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a data file, with a hash of the tensors in its name, so that it replaces no other file."""
+    """Write new tensors to a data file. Its name contains a hash of the tensors, so that it replaces no other file."""
     large = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not large:
         return

@@ -14,10 +14,10 @@ from .building import element_type
 from .operands import is_constant
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key of a node for the names of the modules around it."""
+"""Key of node metadata: the names of the modules around the node."""
 
 CLASSES = "pkg.torch.onnx.class_hierarchy"
-"""Metadata key of a node for the classes of the modules around it."""
+"""Key of node metadata: the classes of the modules around the node."""
 
 _LIST = 1 << 16
 """Longest list that is parsed, in characters; a list in an untrusted file may have any length."""
@@ -41,9 +41,9 @@ def same_end(one: str, other: str) -> bool:
 
 
 def dotted(path: str) -> str:
-    """Return the name of the module for a path in a node's name.
+    """Convert a path in a node's name to the module's dotted name.
 
-    torch's old exporter repeats the name of a Sequential in the names of its modules: `/layer2/layer2.0/conv1`.
+    torch's old exporter repeats a Sequential's name in the names of the modules inside it: `/layer2/layer2.0/conv1`.
     """
     words = path.strip("/").split("/")
     following = [*words[1:], ""]
@@ -109,7 +109,7 @@ class Module:
 
 
 def module_at(model: ir.Model, path: str, where: str) -> Module:
-    """Return a module by its path in the base.
+    """Return the module of a graph that has this path in the base.
 
     Raises:
         TargetNotFound: no node is in such a module, or several modules match the path; the error gives the nearest
@@ -132,7 +132,7 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse the modules from a node's metadata or name; cached, because every node is parsed for every target."""
+    """Parse module names from a node's metadata or name; cached, because every target asks for every node."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)

@@ -1,6 +1,6 @@
 """Find norms as targets: nodes that scale channels by a vector, such as a saved LayerNorm or a tuned RMSNorm.
 
-A norm multiplies by the vector inside its node, so nodes before it compute the changed vector; see inside.py. Some
+A norm's node itself multiplies by the vector, so nodes before the norm compute the changed vector; see inside.py. Some
 exporters store equal vectors once. Therefore, a norm is found by the name of its node, and by the name of its vector
 only if no other node reads the vector.
 """
@@ -34,7 +34,7 @@ _NODE = re.compile(
 )
 
 STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
-"""If a module contains one of these operators, its product with a vector belongs to a norm."""
+"""Operators that compute statistics. In a module with one of them, a Mul by a vector belongs to a norm."""
 
 
 class NormLayer(GraphLayer):
@@ -74,7 +74,7 @@ class RMSNorm(NormLayer):
 
 
 class SkipNorm(NormLayer):
-    """A norm of a sum, fused by onnxruntime's optimizer."""
+    """A LayerNorm of a sum; onnxruntime's optimizer fuses the two into one node."""
 
     operators = ((MICROSOFT, "SkipLayerNormalization"),)
     position, vector = 2, 3
@@ -174,14 +174,14 @@ def norms_at(
     Args:
         model: the graph.
         adapter: the adapter.
-        others: names of the weights of other layers.
+        others: a map whose keys are the names of other layers' weights.
         base: the weights that the graph was exported from.
         role: the part of the model that the graph holds, such as `encoder`, according to the graph's file name.
 
     Raises:
         ShapeMismatch: an update does not fit a norm's channels.
         TargetNotFound: a norm's values differ from the base's.
-        Unsupported: the vector may be `1 + weight`, and no base is given to verify it; or it is `1 + weight`.
+        Unsupported: the graph stores the vector as `1 + weight`, or may do so and no base is given to compare with.
     """
     wanted = [
         target for target, updates in adapter.updates.items()
@@ -200,8 +200,8 @@ def norms_at(
 def _is_same(name: str, path: str, role: str | None) -> bool:
     """Whether a norm has a target's name, except for a prefix.
 
-    A graph of an encoder or a decoder omits the word `encoder` or `decoder` from its names, so only the file's name
-    shows which of the two it is.
+    The names in an encoder's or a decoder's graph do not contain the word `encoder` or `decoder`, so only the file's
+    name shows which of the two the graph is.
     """
     if not same_end(name, path):
         return False

@@ -2,8 +2,8 @@
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
 convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so its change
-must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and verified with the
-graph's weight.
+must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics, and must match the graph's
+weight.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
-"""A norm is ignored if none of its scales differs from 1 by more than this."""
+"""A norm with all scales within this distance of 1 is ignored, if the layer also matches the base without the norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which weight files do not store: torch's default, then the value in models from TensorFlow."""
+"""Candidates for `eps`, which weight files do not store. The first is torch's default, the second TensorFlow's."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
@@ -48,9 +48,9 @@ def groups_of(spot: Spot) -> int:
 
 
 def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
-    """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
+    """Whether a formula must compute `W @ x` itself, because the layer's output differs from `W @ x` plus the bias.
 
-    There are two such cases. The node adds a fused residual to the product. Or a batch norm is folded into a packed
+    There are two such cases. The node may add a fused residual to the product. Or a batch norm is folded into a packed
     weight: formulas see the base's weight, but the node computes with a rounded weight.
     """
     return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
@@ -71,7 +71,7 @@ def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's metadata names a batch normalisation for a node, alone or with other operations."""
+    """Whether the exporter's metadata says that a node computes a batch normalisation, alone or fused with others."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -137,8 +137,8 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer's weight differs from the base's; or the base's weights with and without a norm are
-            about equally near.
+        TargetNotFound: the layer's weight differs from the base's weight; or it is about equally near to the base's
+            weight and to that weight with a norm folded in.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -194,7 +194,7 @@ def _weight_of(spot: Spot) -> Array:
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer's weight equals the base's weight if each channel is multiplied by some factor."""
+    """Whether a layer's weight is the base's weight with each output channel multiplied by some factor."""
     V, rows = _weight_of(spot), _by_channel(spot, W)
     # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
@@ -211,8 +211,8 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, weight: Ar
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(weight - wanted).max()) / most
-            # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
-            # have similar scales.
+            # The weight and the bias must both match, because several norms can have similar scales. So use the larger
+            # of the two distances.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 FACTORS = ("A", "B", "s")
-"""Fields of the slots; a further field `d` is the change of a bias."""
+"""Fields of the slots. If an update changes a bias, the additional field `d` holds the change."""
 
 
 class OpenFactors(Additive):
-    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d.
+    """`y' = y + (y - b) * (s - 1) + B @ A @ x * s + d`, i.e. `W' = s * (W + B @ A)` and `b' = b + d`.
 
-    If the output is not W @ x + b (`adds_more`), W @ x is computed again; see `computes_apart`.
+    If the output is not `W @ x + b` (`adds_more`), `W @ x` is computed again; see `computes_apart`.
     """
 
     A: Tensor = tensor("r in *k")
@@ -71,7 +71,7 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return factors in the shapes of an update's slots; None if the update changes more than weight and bias."""
+    """Return neutral factors in the shapes of an update's slots; None if more than a weight and a bias changes."""
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows
@@ -128,7 +128,8 @@ def worked_out(
     packed = in_packed(named, by_name(spots_of(model)))
     whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
     held_by = None if base is None else opened_base(base)
-    # The graph's list of slots pairs both names, so a word that the graph omits shows which part of the model it holds.
+    # The target has two names. If the graph's name omits the word `encoder` or `decoder` of the adapter's name, the
+    # graph holds this part of the model.
     omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
     tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
     (place, *_) = resolve(model, whole, held_by, tying)

@@ -71,7 +71,7 @@ def numbers(value: ir.Value) -> Array:
 
 
 def detached_copy(value: ir.Value) -> ir.Value:
-    """Copy a constant value and the nodes that compute it, so that later changes of the graph do not affect it."""
+    """Copy a constant value and the nodes that compute it; later changes of the graph do not affect the copy."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)

@@ -1,9 +1,9 @@
 """Find output sites: graph values that are a target's output, the residual added to it, and the norm of the sum.
 
 Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
-blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
-normalises the sum. Sites are found before anything is attached; `Building.now` returns later replacements of their
-values.
+blocks, the sum is outside the module. For these, the update names the module whose input is the residual, and the
+module that normalises the sum. Sites are found before anything is attached. If a site's value is replaced later,
+`Building.now` returns the new value.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether an Add adds its input `at`, an outside value that nothing else reads, to a value of the module."""
+    """Whether input `at` of an Add is a residual: an outside value that no other node of the module reads."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -136,7 +136,7 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target with the interface that `OutputUpdate` uses: a module, or a layer whose residual and norm are elsewhere.
+    """A target for `OutputUpdate`s: a module, or a layer with a residual and a norm outside of the layer's node.
 
     Args:
         outlet: the target's output site.

@@ -160,8 +160,8 @@ def joined_bits(rows: Array, bits: int) -> Array:
 
 
 # Layers that onnxruntime's tools write: fused layers, and layers that compute with packed weights.
-# To attach an adapter, the packed numbers stay unchanged. The added nodes compute in floating point beside them, on the
-# input before it is quantized.
+# An attached adapter leaves the packed numbers unchanged. Its nodes compute in floating point, on the layer's input
+# before it is quantized.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
 
@@ -183,7 +183,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # Use this operator, not a Transpose: a Transpose needs the number of axes, which is missing in such graphs.
+        # Use a FusedMatMul, not a Transpose: a Transpose needs the number of axes, which such graphs do not show.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -229,7 +229,7 @@ class MatMulNBits(GraphLayer):
         blocks = -(-K // size)
         q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
-            # Without zero points, the middle of the range is 0.
+            # Without zero points, the integer in the middle of the range stands for 0.
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
             zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
@@ -366,20 +366,20 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""A map from each choice for a packed weight in a merge to the choice's meaning."""
+"""The choices of a merge for packed weights, each with its meaning."""
 
 EXPLAINED = (
-    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
-    "floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
+    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and store the change beside it "
+    "as floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
     "and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): quantize the result "
     "again in the same scheme, and report how much of the change is left"
 )
 
 KEEPING = {
-    "float": "keep each packed weight unchanged, and the change beside it as floating-point factors",
+    "float": "keep each packed weight unchanged, and store its change beside it as floating-point factors",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""A map from each choice for the change of a packed weight in a merge to the choice's meaning."""
+"""The choices of a merge for the change of a packed weight, each with its meaning."""
 
 MOST_LOST = 0.05
 """The largest fraction of a change that quantizing again may lose. By default, a change that would lose more is
@@ -461,7 +461,7 @@ def _unpacked(
 
 
 def _plain_node(layer: GraphLayer, value: ir.Value) -> ir.Node:
-    """Replace a node that computes with packed weights by a MatMul, and by an Add if the node has a bias."""
+    """Replace a node that computes with packed weights by a MatMul, followed by an Add if the node has a bias."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
@@ -692,7 +692,7 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor that replaces an old one, in the same dtype; nodes with equal values share the new tensor."""
+    """Return a new tensor in place of an old one, in the same dtype. Equal replacements of one tensor are shared."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype

@@ -79,7 +79,7 @@ def export_factory(
     Raises:
         UsageError: there is no such function, or the function returns something else.
         ShapeMismatch: the weights do not fit the module.
-        Also the errors of `export`; then `out` is left unchanged.
+        Also the errors of `export`. After an error, `out` is unchanged.
     """
     target = Path(path_text(out))
     check_folder(target, overwrite)
@@ -149,9 +149,9 @@ def export_pretrained(
 
     For a causal language model, the folder also contains `genai_config.json`, which onnxruntime-genai needs.
 
-    An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
+    An encoder-decoder becomes several graphs. Classes of optimum such as `ORTModelForSeq2SeqLM` load them. A language
     model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
-    graphs, each adapter gets an `.onnx_adapter` file for each graph that has some of its targets.
+    graphs, an adapter gets one `.onnx_adapter` file for each graph that has some of the adapter's targets.
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
@@ -161,8 +161,8 @@ def export_pretrained(
         dtype: the dtype in which the graph computes.
         opset: the opset version; torch's default if not given.
         quantize: see `export`.
-        share_weights: write to the model's own folder, and make the graph refer to its safetensors files instead of a
-            copy; 16-bit weights are cast if the graph computes in 32 bits.
+        share_weights: write to the model's own folder, and make the graph refer to the safetensors files there instead
+            of a copy. If the graph computes in 32 bits, it casts 16-bit weights.
         check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
         made_from: a digest of everything that determines the output, stored with the output for later runs.
@@ -176,7 +176,7 @@ def export_pretrained(
         Malformed: transformers cannot load the folder.
         Unsupported: the kind of model is unknown, or the model needs code from its folder or a kernel that must be
             downloaded.
-        Also the errors of `export`; then `out` is left unchanged.
+        Also the errors of `export`. After an error, `out` is unchanged.
     """
     source, target = located(model), Path(path_text(out))
     given, kind = dtype, dtype_named(dtype)
@@ -189,7 +189,7 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
-    # Check for links out of the folder before the tracing, which takes minutes.
+    # Tracing takes minutes, so first check for links that leave the folder.
     if not share_weights:
         _to_carry(source)
     with quiet():
@@ -251,7 +251,7 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
 def _whole(
     reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
 ) -> GraphReport:  # fmt: skip
-    """Return one report of all parts; warn about targets that are in no graph, because no output needs them."""
+    """Return one report of all parts; warn about targets that no graph has, because no output depends on them."""
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
         at

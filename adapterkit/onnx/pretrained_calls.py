@@ -51,7 +51,7 @@ class CacheLayer(Protocol):
 
 
 class Cache(Protocol):
-    """A cache of transformers; `EncoderDecoderCache` has the last three attributes."""
+    """A cache of transformers; only `EncoderDecoderCache` has the last three attributes."""
 
     layers: Sequence[CacheLayer]
     self_attention_cache: Cache
@@ -90,7 +90,7 @@ class ExportWords:
         examples: example arguments of several sizes; the first one is traced.
         inputs: names of the inputs; nested inputs are flattened.
         outputs: names of the outputs.
-        shapes: names of the dynamic sizes, in the structure of the arguments.
+        shapes: names of the dynamic sizes, nested like the arguments.
     """
 
     module: nn.Module
@@ -223,8 +223,8 @@ def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Run the model once; return the number and size of heads of each layer's keys and values."""
-    # Read these sizes from a real cache, because each architecture's config stores them under other names.
+    """Run the model once; return, for each layer, `(heads, head size)` of the keys and of the values."""
+    # Read these sizes from a real cache, because their names in a config depend on the architecture.
     import torch
 
     cache: Cache = import_module("transformers").DynamicCache()

@@ -34,13 +34,13 @@ MASKED = ("input_ids",)
 """Main inputs that an encoder reads together with a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""A map from each main input that needs no mask to the `model_type` of models whose encoder reads only this input."""
+"""Main inputs that an encoder reads alone, without a mask, each with the `model_type`s of such encoder-decoders."""
 
 CLOSE = 1e-4
-"""Largest relative difference between the parts and the whole torch model in float32."""
+"""Largest accepted relative difference between the parts' logits and the whole torch model's logits, in float32."""
 
 CLOSE_NARROW = 3e-2
-"""Largest relative difference between the parts and the whole torch model in 16 bits."""
+"""Largest accepted relative difference of these logits in 16 bits."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
@@ -84,7 +84,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output: each config stores these sizes under other names, and for
+        # Run the encoder to get the sizes of its output. Their names in a config depend on the architecture, and for
         # sounds and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
@@ -154,7 +154,7 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache with a past. If this has the encoder's keys and values, attentions read them from the cache."""
+    """Return a cache that holds a past. Attentions read the encoder's keys and values from it, if it contains them."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -164,7 +164,7 @@ def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
 
 
 def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return the number and size of heads of each layer's keys and values: the decoder's, then the encoder's."""
+    """Return, for each layer, `(heads, head size)` of the decoder's key and value, then of the encoder's."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -340,7 +340,7 @@ def _check_parts(
     model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
     words: Sequence[str],
 ) -> None:  # fmt: skip
-    """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
+    """Check that the parts give the same logits as the whole model, with image features in place of image tokens.
 
     Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for row and column
     positions. The exported graphs of such models would run, but compute something else.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-"""Providers that need NVIDIA's driver; without the driver, onnxruntime would load their libraries and print errors."""
+"""Providers that need NVIDIA's driver. Without the driver, onnxruntime prints errors when it loads their libraries."""
 
 WORDS = {
     "cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider",

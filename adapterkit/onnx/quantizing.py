@@ -158,7 +158,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
-    """Return the relative error of each weight in the Frobenius norm, by the name of its module."""
+    """Return a map from each module's name to its weight's relative error, in the Frobenius norm."""
     initializers = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):

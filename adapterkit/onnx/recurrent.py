@@ -1,8 +1,9 @@
 """Recurrent layers: one node with the weights and biases of all gates and directions.
 
-Nodes before such a layer compute a changed weight, because nodes beside it cannot express the change. The order of
-gates differs: torch has r z n for GRU and i f g o for LSTM; ONNX has z r h and i o f c. Formulas see weights and biases
-in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
+Nodes before such a layer compute the changed weight, because nodes beside the layer cannot express the change. The
+order of gates differs: torch has `r z n` for GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. Formulas see
+weights and biases in torch's order.
+https://onnx.ai/onnx/operators/onnx__LSTM.html
 https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 """
 
@@ -121,7 +122,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked biases, with this weight's bias changed by `f`."""
+        """Return a function that computes the stacked biases after `f` has changed the bias of this weight."""
         copy, order, back = detached_copy(bias), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
@@ -161,7 +162,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
+        """Return a function that computes the stacked tensor after `f` has changed the weight of this direction."""
         copy, order, back = detached_copy(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:

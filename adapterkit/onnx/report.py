@@ -21,9 +21,9 @@ class GraphReport:
     Attributes:
         out: the written model.
         files: all written files.
-        found: the layers of each target.
+        found: the adapter's targets, each with its layers in the graph.
         difference: the largest difference that the check found; None if the check did not run.
-        note: why the check did not run; for an adapter with context, how to use the context.
+        note: why the check did not run; for an adapter with prompts, new tokens or a prefix, how to use them.
         damage: for each target with a requantized weight, `error` (relative to the merged weight) and `kept` (the
             fraction of the change that is left).
         reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;

@@ -30,7 +30,7 @@ NEAR = 0.15
 """Largest relative distance, in the Frobenius norm, between a base weight and its rounded copy in the graph."""
 
 APART = 3.0
-"""The second nearest base weight must be this many times as far away as the nearest."""
+"""The nearest candidate is accepted if the second nearest is at least this many times as far away as the nearest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +40,7 @@ class Spot:
     Attributes:
         node: the node.
         kind: the kind of layer.
-        names: for each method in `METHODS`, the names that the method found for the weight in the base, ending with
-            `.weight`.
+        names: for each method in `METHODS`, the names that it found for the layer's weight. They end with `.weight`.
         shape: the weight's shape as formulas see it, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
         rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
@@ -56,7 +55,7 @@ class Spot:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""A map from each weight's name to the method that found the name, and the layers with that weight."""
+"""A map from each weight's name to a pair: the method that found the name, and the layers with that weight."""
 
 
 def distance(W: Array, spot: Spot) -> float | None:

@@ -85,7 +85,7 @@ def resolve(
 
     Args:
         model: the graph.
-        adapter: updates of weights and of outputs of layers.
+        adapter: the adapter, whose updates change weights or the outputs of layers.
         base: the weights that the graph was exported from, to find layers without names and to verify layers with
             names.
         tying: the caller's choice for tied layers, and the base's config, whose `model_type` selects the naming.
@@ -107,7 +107,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: from its file name, this graph is the {tying.role}"
+            why = f"the target is in another part of the model: by its file name, this graph is the {tying.role}"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -149,7 +149,7 @@ def resolve(
         places = compare(places, base)
         compare_experts(places, whole, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in places]
-    # Put inner layers first, because the modules around them read their new outputs.
+    # Put inner layers first, because the modules around them read the new outputs of the inner layers.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
@@ -177,11 +177,11 @@ def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node 
 def taken(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None, role: str | None = None
 ) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
+    """Split an adapter into the updates whose targets a graph has, and the targets that the graph lacks.
 
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
-        adapter: updates of weights and of outputs of layers.
+        adapter: the adapter, whose updates change weights or the outputs of layers.
         base: the weights that the graph was exported from, to find layers without names by their values.
         config: the base's config.
         role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
@@ -214,7 +214,7 @@ def taken(
 
 
 def _rows_of(known: Known) -> Callable[[str], int | None]:
-    """Return a function that gives the number of rows of the layer at a path; None if there is no such layer."""
+    """Return a function that maps a path to the number of rows of the layer there, or to None if there is no layer."""
 
     def rows_of(path: str) -> int | None:
         at = known.get(f"{path}.weight") or next(
@@ -239,7 +239,7 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
 
 
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
-    """Refuse two targets at one layer. An encoder's graph omits the word `encoder`, so two names can be confused."""
+    """Refuse two targets that match one layer: a graph's names omit the word `encoder`, so `decoder` may match, too."""
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
         first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
@@ -285,7 +285,7 @@ def is_named(spot: Spot) -> bool:
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Node | None:
-    """Return the node of an unknown kind that reads a target's weight, or None."""
+    """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
@@ -336,7 +336,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Map each module path in node names to the additional prefix that the names of the module's parameters have.
+    """Map each module path in node names to the prefix that this path lacks, but the module's parameter names have.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
     node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
@@ -416,7 +416,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights, each with the first method that found it and the layers with that weight."""
+    """Map each weight's name to the first method that found the name, and to the layers with that weight."""
     known: Known = {}
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
     for method in METHODS:
@@ -479,21 +479,21 @@ BUILDER_NAMES = (
     ("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"),
     ("moe.router", "feed_forward.gate"), ("moe.router", "block_sparse_moe.gate"), ("moe.router", "router.proj"),
 )  # fmt: skip
-"""Pairs of names for the same layer, beginning with the graph's name: onnxruntime-genai's builder calls every attention
+"""Pairs of names for the same layer; the graph's name comes first. onnxruntime-genai's builder calls every attention
 `attn`, and every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, and the same names with the words that the adapter uses for attentions and routers.
+    """Return a graph's names, and aliases in which attentions and routers have the names that the adapter uses.
 
-    This must run before family names are translated, because one family also names a layer `attn.q_proj`, with rows in
-    another order.
+    This must run before family names are translated: one family also names a layer `attn.q_proj`, but the rows of that
+    layer have another order.
     """
     return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's weight names in attentions and routers to the graph's names, if the two differ in one part."""
+    """Map the adapter's names of attention and router weights to the graph's names, if the two differ in one part."""
     renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
@@ -512,11 +512,11 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
 
 
 def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
-    """Return the target at a site; `renamed` maps an adapter's name of a weight to the graph's name if they differ."""
+    """Return the target at a site. `renamed` maps the adapter's weight names to the graph's, if the two differ."""
     name = site.weight
     if site.target.stacked:
         raise Unsupported(
-            "the target is a stack of experts, which a graph lacks",
+            "the target is a stack of experts, and the graph has no such stack",
             where=str(asked),
             cure="Merge the experts' updates before the export",
         )

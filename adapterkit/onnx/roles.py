@@ -32,8 +32,8 @@ _FORM = re.compile(
     r"optimized|simplified|slim|avx2|avx512|vnni|arm64)$",
     re.IGNORECASE,
 )
-"""Pattern of a word at the end of a file's name, such as `fp16` or `O2`, that tells the form of the graph, not its
-content."""
+"""Pattern of a word at the end of a file's name, such as `fp16` or `O2`. It says how the graph was converted, not which
+part of the model the graph holds."""
 
 
 def role_of(name: Path) -> str | None:
@@ -53,8 +53,8 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
     Args:
         path: the target's path.
         role: the part that the graph holds, according to its file name.
-        names: the names of the graph's layers. If one of these names contains the target's part, it proves more than
-            the file's name.
+        names: the names of the graph's layers. If one of these names contains the target's part, the file's name is
+            ignored.
     """
     role_here = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
     if {role_here, role} != {"encoder", "decoder"}:

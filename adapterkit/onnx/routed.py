@@ -40,7 +40,7 @@ TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
          "w2": "down_proj"}  # fmt: skip
-"""A map from the names of an expert's weights, in all models that store them separately, to the names in a graph."""
+"""A map from the names of an expert's weights to the names in a graph, for models that store the weights separately."""
 
 Config = Mapping[str, object] | None
 
@@ -69,8 +69,8 @@ def by_expert(
         adapter: the adapter.
         model: the graph.
         config: the base's config, whose `model_type` selects the family.
-        refused: a list to which targets that cannot be changed are added; the result then omits them. Without a list,
-            such a target raises an error.
+        refused: a list for targets that cannot be changed. If it is given, these targets are added to it and omitted
+            from the result; otherwise, such a target raises an error.
 
     Returns:
         the adapter, with the graph's names of experts; and a map from each of these names to the adapter's target.
@@ -111,7 +111,7 @@ def by_expert(
 
 
 def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Target], base: Checkpoint) -> None:
-    """Compare experts in a graph with the base's weights that have the adapter's names.
+    """Compare a graph's experts with the base's weights. The weights are looked up under the adapter's names.
 
     Args:
         places: the targets of an adapter.
@@ -161,8 +161,8 @@ def _check(
     if count != stack.experts:
         why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # The builder multiplies Gemma 4's second weights by one scale per expert. A change would have to be multiplied by
-    # this scale, too.
+    # onnxruntime-genai's builder multiplies Gemma 4's `down_proj` weights by one scale per expert. A change would have
+    # to be multiplied by this scale, too.
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
         raise _refused(target, stack.node, "a scale of each expert is folded into its weights")

@@ -1,7 +1,7 @@
 """A different adapter for each row of a batch: slots for stacked adapters, and an input that selects one for each row.
 
-One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
-`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`, which includes the scaling. All targets share the input
+So one run can serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
+`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`. `B` includes the scaling. All targets share the input
 `adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph's results equal the
 base's bit for bit.
 """
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 INDEX = "adapter_index"
-"""Name of the input with the number of an adapter for each row."""
+"""Name of the input that gives each row the number of its adapter."""
 
 ROWS = "adapterkit.rows"
-"""Metadata key of a model for the name of the input `adapter_index`."""
+"""Metadata key of a model. Its value is the name of the input `adapter_index`."""
 
 LARGE = 1 << 28
 """A model is not copied to infer shapes if its file contains tensors with more bytes than this."""
@@ -152,14 +152,14 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         worked_out = ir.from_proto(proto)
-    except Exception:  # ONNX's errors have no common base class. Without shapes, only the later check finds errors.
+    except Exception:  # ONNX's errors have no common base class. Without shapes, faults only show in the later check.
         return {}
     outputs = (out for node in worked_out.graph for out in node.outputs)
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
 def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a matrix is the batch, and not the tokens of all texts together."""
+    """Whether the first axis of a matrix is the batch, and not a joint axis for the tokens of all texts."""
     first = None if shape is None else shape[0]
     batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
     return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)
@@ -178,7 +178,7 @@ def stacked(
 
     Args:
         names: the adapter of each row; None for the base.
-        loaded: for each adapter, a map from slots to stacks of this one adapter.
+        loaded: for each adapter, a map from slots to the adapter's factors, as stacks of one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

@@ -29,8 +29,8 @@ CURE = (
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Warn if rounding and clipping change the outputs by more than `MOST_MOVED`, and by more than `TIMES` times the change
-without the adapter."""
+"""Limits for a warning. With the adapter, rounding and clipping change the outputs by more than `MOST_MOVED` of the
+largest output value, and by more than `TIMES` times as much as without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Saturation:
     Attributes:
         nodes: for each QuantizeLinear that clips values, how many it clips without and with the adapter.
         values: the number of quantized values.
-        moved: by how much the outputs change because activations are rounded and clipped, relative to the largest
-            output value: first without the adapter, then with it. None if the graph cannot be run without rounding and
+        moved: two numbers, without and with the adapter: by how much rounding and clipping activations changes the
+            outputs, relative to the largest output value. None if the graph cannot be run without rounding and
             clipping.
     """
 
@@ -61,7 +61,7 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if quantization costs about the same with the adapter as without it."""
+        """The warning for the user; None if quantization distorts the model about as much without the adapter."""
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
         before, after = self.moved or (0.0, 0.0)
@@ -161,7 +161,7 @@ def _beyond(node: ir.Node, x: Array) -> int:
     if zero is None and (output_dtype := attribute(node, "output_dtype", 0)):
         kind = ir.DataType(output_dtype).numpy()
     if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
-        return 0  # Floating-point types follow other rules of saturation.
+        return 0  # Count only integers: floating-point types saturate by other rules.
     limits: Any = import_module("ml_dtypes").iinfo(kind)
     assert scale is not None
     axis = attribute(node, "axis", 1)

@@ -245,9 +245,9 @@ class Session:
             inputs: an array for each required input (`self.inputs`), and optionally for slots and other optional
                 inputs. For one text, a language model only needs `input_ids`: by default, the past is empty, no token
                 is masked, and positions count up.
-            adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
-                model that `inject` wrote with `mode="rows"`, a list with a name or None for each row of the batch. With
-                None, the results equal the base's bit for bit.
+            adapter: the adapter's name; or a mapping from names to weights, for several adapters without a common
+                target; or, for a model that `inject` wrote with `mode="rows"`, a list with a name or None for each row
+                of the batch. With None, the results equal the base's bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
@@ -329,7 +329,7 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens and the positions of the last `length` tokens, if these are inputs."""
+        """Return those that the model reads: the mask of all tokens, and the positions of the last `length` tokens."""
         arrays_by_name = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {
             name: array.astype(kind_of(self._entries[name]))
@@ -392,8 +392,8 @@ class Session:
     def binding(self, adapter: Choice = None) -> OrtBinding:
         """Return an onnxruntime binding with an adapter's slots; bind inputs and outputs to it, then call `run_bound`.
 
-        With a binding, outputs such as past keys and values stay on the device. Use this method for adapters:
-        onnxruntime ignores the adapters of run options if there is a binding.
+        With a binding, outputs such as past keys and values stay on the device. To use an adapter with a binding, pass
+        it here: with a binding, onnxruntime ignores the adapters in run options.
 
         Raises:
             UsageError, Unsupported: as in `run`.
@@ -573,8 +573,8 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, options_here) if options_here else name for name, options_here in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
-    # Check the providers first: if one is missing, some versions of onnxruntime fail, others warn or silently use
-    # another.
+    # Check the providers first. If one is missing, some versions of onnxruntime fail; others use another provider, with
+    # a warning or silently.
     names = [name for name, _ in asked]
     available: list[str] = onnxruntime.get_available_providers()
     _refuse([name for name in names if name not in available], available)

@@ -113,7 +113,7 @@ class State:
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block, with the sizes of the block's input if the state has the same width."""
+        """Return the state before the block. If it is as wide as the block's input, it gets the input's sizes."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -151,7 +151,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
     for domain, version in network.opset_imports.items():
         if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
             why = (
-                f"the side network needs operator set {version} of {domain or 'ONNX'}, and the graph has {branch.opset}"
+                f"the side network needs operator set {version} of {domain or 'ONNX'}, but the graph has {branch.opset}"
             )
             raise Unsupported(why, cure="Export the graph with a newer operator set")
 
@@ -175,8 +175,8 @@ def _traced(
     embedded = update.map(known)
     network = Standing(cast("nn.Module", model), embedded, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
-    # Use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor per input, because
-    # a tensor that is passed twice would become one input.
+    # For dynamic sizes, use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor
+    # per input, because a tensor that is passed twice would become one input.
     rows, length = sizes or (2, 3)
     examples = [
         torch.zeros(rows, length, width, dtype=kind) if name == EMBEDS else torch.ones(rows, length, dtype=torch.int64)
@@ -190,7 +190,8 @@ def _traced(
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     """Return the numbers of rows and positions, if they are fixed and equal for all inputs and there is no past.
 
-    Tracing with fixed sizes takes a third of the time, and keeps graphs usable on devices without dynamic sizes.
+    Tracing with fixed sizes takes a third of the time of tracing with dynamic sizes. And devices that do not support
+    dynamic sizes can still run the graph.
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None

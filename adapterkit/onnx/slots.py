@@ -1,8 +1,9 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
-A slot's default changes nothing. Inner sizes such as the rank are dynamic; in the default, they are 0 (1 for
-convolutions). Scalars such as `scaling` are slots of shape `[1]`. While the graph is built, an adapter's formula runs
-on the slots. Meanwhile, a number that is too large for a real size represents each dynamic size.
+A slot's default leaves the base unchanged. Inner sizes such as the rank are dynamic. In the default, they are 0, or 1
+for operators such as Conv that do not compute correctly with empty tensors. Scalars such as `scaling` are slots of
+shape `[1]`. While the graph is built, an adapter's formula runs on the slots. During this, each dynamic size is
+represented by a number that is too large for a real size.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 RECORD = "adapterkit.slots"
-"""Metadata key of a model for the list of each target's slots."""
+"""Metadata key of a model. Its value is JSON that lists each target's slots."""
 
 REQUIRED = "adapterkit.required"
 """Metadata key of a model whose slots are required inputs. The key's value maps each slot to the number that fills the
@@ -173,7 +174,7 @@ def slots_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return the slots that every run must fill, each with the number that changes nothing.
+    """Return the slots that every run must fill, each with the number that fills it if there is no adapter.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -194,7 +195,7 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots that keep the base's results unchanged; every dynamic size is 1.
+    """Return tensors for required slots, with which the graph gives the base's results; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -240,8 +241,8 @@ class Slots:
             position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: no values of the tensors make the update change nothing, or its formula reads the model's
-                inputs.
+            Unsupported: the update has no neutral tensors, which leave the base unchanged; or the update's formula
+                reads the model's inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
@@ -290,8 +291,8 @@ class Slots:
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         if not self.required:
             return
-        # Remove the defaults. OpenVINO cannot read defaults of rank 0, and turns other inputs with a default into
-        # constants. Runtimes in JavaScript cannot set inputs with a default.
+        # Remove the defaults. OpenVINO cannot read empty defaults (LoRA rank 0), and turns other inputs with a default
+        # into constants. Runtimes in JavaScript cannot set inputs with a default.
         initializers = self.building.model.graph.initializers
         for name in self.fills:
             value = initializers.pop(name, None)
@@ -320,7 +321,7 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # An update that changes two tied layers has one slot for its scaling, as for each of its tensors.
+            # If an update changes two tied layers, both layers share one slot for the scaling, as for each tensor.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             shared = self.scalings.setdefault(self.building.keep(update), number)
             slots_made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
@@ -352,8 +353,8 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. An empty default contains no number: for it, record 0, which fills
-        # a tensor of any other size.
+        # Record the number that fills the default. If the default is empty, record 0: a required input is filled with
+        # this number when it has another size.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -547,7 +548,11 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> P
 def _fitted(
     model: Model, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Return the adapter, split like the graph's layers; each slot's array; and each update's slots by field."""
+    """Split the adapter's targets like the graph's layers.
+
+    Returns:
+        the split adapter; a map from slots to arrays; and for each update, a map from its fields to slots.
+    """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
@@ -566,7 +571,7 @@ def _fitted(
 
 
 def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
-    """Return a function that gives the number of rows of the target at a path, from the shapes of its slots."""
+    """Return a function that maps a path to the number of rows of the target there, from the shapes of its slots."""
     rows: dict[str, int | None] = {}
     for record in records:
         for update in record.updates:
@@ -626,7 +631,7 @@ def _paired(
                 cure=cure,
             )
         slot_update = left.pop(0)
-        # Compare the attributes without a slot, because they are constants in the graph's nodes.
+        # An attribute that has no slot is a constant in the graph's nodes, so its value must be equal.
         if (fixed := _baked(update, slot_update.fields)) != slot_update.attributes:
             name = next(
                 name for name in (fixed | slot_update.attributes) if fixed.get(name) != slot_update.attributes.get(name)

@@ -48,7 +48,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """Return the graph's inputs for the past, by the layer's number and `key` or `value`."""
+    """Return the graph's inputs for the past, keyed by `(layer number, "key" or "value")`."""
     inputs_by_layer: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         match = _PAST.search(value.name or "") if "past" in (value.name or "") else None
@@ -89,7 +89,7 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
 def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) -> ir.Value:
     """Return the positions of all tokens, `[rows, positions]`.
 
-    The past's positions count up to the call's first position.
+    The past's positions count up to the number before the call's first position; none is below 0.
 
     Args:
         words: the inputs of the call, after `every_token` was called.

@@ -51,7 +51,7 @@ def traced(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
     except Exception as error:  # The exporter raises any type of error.
-        first = first_line(error.__cause__ or error)  # Quote the cause, because it names the fault.
+        first = first_line(error.__cause__ or error)  # Quote the cause: the exporter's own message is general.
         cure = "Make its forward traceable for torch.export, or pass input_names= and dynamic_shapes="
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None

@@ -89,8 +89,8 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # Do not mask tokens in onnxruntime-genai's graphs: they count tokens with the mask, and if the last token
-            # is masked, some output memory is not written.
+            # Do not mask tokens in onnxruntime-genai's graphs: these graphs count tokens by the mask, and if the last
+            # token is masked, they leave some output memory unwritten.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
@@ -124,7 +124,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return ones with a 0 at the end: whether 0 or 1 means masked, some entries then stay visible."""
+    """Return ones with a 0 at the end, so that some entries stay visible, whether 0 or 1 means masked."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

@@ -33,7 +33,7 @@ class Tying:
     """The information about a graph's ties that is not in the graph.
 
     Attributes:
-        tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
+        tied: the caller's choice, as `parse_tied` returns it; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
         role: the part of the model that the graph holds, according to its file name; None if the name does not show it.
         warnings: a list to which a sentence is added for each omitted update.
@@ -167,7 +167,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[ResolvedTarget]) -> dict[str, list[Spot]]:
-    """Return the nodes of each layer, under the adapter's name for the layer's weight, or else the graph's name."""
+    """Group nodes by layer. The key is the adapter's name for the layer's weight, or else the graph's name."""
     nodes = {spot.node for spot in spots}
     spots_by_name: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
@@ -184,7 +184,7 @@ def _name(place: ResolvedTarget) -> str:
 
 
 def _fold(place: ResolvedTarget) -> PlannedUpdate:
-    """Return a target's updates as a planned update of the table, whose rows are tokens."""
+    """Return a target's updates as a planned update of the tied table, in which each row belongs to a token."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")

@@ -1,9 +1,9 @@
 """Make a quantized graph compute in floating point, so that a check can compare two changed graphs exactly.
 
 Two correct graphs may sum in different orders. If a later node rounds to 8 bits, a difference in the last bit becomes a
-whole rounding step. And if a node clips, a change before the node gives another result than the same change after it.
-Without rounding and clipping of activations, correct graphs agree to the last bits of floats. Weights keep their
-dequantized values.
+whole rounding step. And if a node clips, adding a change before the node gives another result than adding it after the
+node. Without rounding and clipping of activations, the outputs of correct graphs differ only in the last bits of
+floats. Weights keep their dequantized values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Unknown(Exception):
 
 
 def unround(model: ir.Model) -> bool:
-    """Remove the rounding of activations; return False, with the model in an unusable state, if a node is unknown."""
+    """Remove the rounding of activations; return False, with the model unusable, if a node's float form is unknown."""
     for node in model.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
     try:
@@ -136,7 +136,7 @@ class _Unrounding:
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return an operand's integers as dequantized floats; the operand's scale and zero point are the next inputs.
+        """Return an operand as dequantized floats. The node's next two inputs are the operand's scale and zero point.
 
         Args:
             node: an operator.
@@ -173,7 +173,7 @@ class _Unrounding:
         return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
-        """Return the float output `y` of an operator, with the Relu that its range may stand for.
+        """Return the float output `y` of an operator, followed by the Relu that the operator's range may stand for.
 
         Args:
             y: the output.
@@ -241,7 +241,7 @@ def _gemm(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _vector(of: _Unrounding, node: ir.Node, at: int) -> ir.Value | None:
-    """Return the float value of an integer bias, whose step is the product of the input's and the weight's scales."""
+    """Return the float value of an integer bias. Its scale is the product of the input's and the weight's scales."""
     value = _at(node, at)
     if value is None:
         return None

@@ -131,10 +131,10 @@ def _refuse_cycle(
 ) -> NoReturn:
     """Raise the error for a cycle.
 
-    For each node that is on the cycle or depends on it, `waits` contains the nodes that this node waits for.
+    For each node that is on the cycle or depends on the cycle, `waits` contains the nodes that this node waits for.
 
-    onnxruntime's converter to float16 renames the outputs of an If, but not those of its branches. The branches then
-    return outer values, which are computed from the If.
+    A known cause is onnxruntime's converter to float16. It renames the outputs of an If, but not those of the If's
+    branches, so the branches return outer values, which are computed from the If.
     """
     for at, node in enumerate(graph.node):
         for name in _returned(node) if waits[at] else ():

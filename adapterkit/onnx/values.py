@@ -182,7 +182,10 @@ def written(value: Value, key: object, values: Value) -> Value:
 
 
 def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, object]]:
-    """Return (axis, part of the key) pairs, with `...` expanded; for an unknown rank, axes after `...` are negative."""
+    """Return `(axis, part of the key)` pairs, with `...` expanded.
+
+    If the number of axes is unknown, the axes after `...` are negative, i.e. counted from the end.
+    """
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
     at = next(n for n, part in enumerate(key) if part is Ellipsis)
@@ -213,7 +216,7 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
     # Refuse limits near FREE: they were computed from a dynamic size. Numbers from FREE on stand for dynamic sizes.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("the limits of a slice depend on a dynamic size")
-    # Refuse a part of a dynamic axis: a formula that loops over all positions of the axis would not end.
+    # Refuse to slice a dynamic axis: a formula that loops over all positions of such an axis would not end.
     if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
         raise Unsayable("a slice is taken of an axis with a dynamic size")
     literal = value.branch.building.literal
@@ -757,7 +760,7 @@ class Value:
         return taken(self, key)
 
     def __setitem__(self, key: object, values: object) -> None:
-        # Make this object stand for the new value, because graph values themselves cannot change.
+        # Make this object refer to the new graph value, because a graph value cannot change.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 

@@ -1,8 +1,8 @@
 """Run graphs of bfloat16 in float32, for a check: onnxruntime's CPU provider lacks most bfloat16 kernels.
 
-The twin of a graph has float32 in place of bfloat16 everywhere. All weights are equal, since float32 represents every
-bfloat16 exactly; only the rounding between nodes is missing. So two graphs that compute the same in bfloat16 have twins
-that compute the same in float32.
+The twin of a graph has float32 in place of bfloat16 everywhere. The twin's weights equal the graph's weights, because
+float32 represents every bfloat16 exactly; only the rounding between nodes is missing. So two graphs that compute the
+same in bfloat16 have twins that compute the same in float32.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes; experts are stacked. Only the sum and one of the changes are in memory at a time."""
+    """Return the sum of changes; experts are stacked. Only the sum and one change are in memory at the same time."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -121,11 +121,11 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. The sum of adapters changes a weight as a merge of these adapters does: W' = W + sum_i weight_i
-# * (f_i(W) - W).
+# The public operations. The sum of adapters changes a weight as a merge of these adapters does:
+#     W' = W + sum_i weight_i * (f_i(W) - W)
 #
 # Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
-# separately, so its result also contains products B_i @ A_j of different adapters.
+# separately, so its result also contains products `B_i @ A_j` of different adapters.
 
 
 def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
@@ -191,7 +191,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the weighted mean of adapters; see `add`. At a target that an adapter lacks, its change counts as 0.
+    """Return the weighted mean of adapters; see `add`. If an adapter lacks a target, its change there counts as 0.
 
     Raises:
         UsageError: the weights sum to 0.

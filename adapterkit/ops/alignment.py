@@ -34,8 +34,8 @@ class AlignedPlace:
 
     Attributes:
         target: the target.
-        updates: each adapter's updates of the target, in the order of the adapters; `()` for an adapter without
-            updates.
+        updates: each adapter's updates of the target, in the order of the adapters; `()` for an adapter that does not
+            change the target.
         base: the base, if one was given.
     """
 
@@ -49,7 +49,7 @@ class AlignedPlace:
 
     @cached_property
     def shape(self) -> Shape:
-        """The shape of the weight (of one expert if stacked), `[out, in, *k]`; `[out]` if only a bias changes.
+        """The weight's shape, `[out, in, *k]`; for stacked experts, one expert's shape. `[out]` if only a bias changes.
 
         Raises:
             ShapeMismatch: the adapters were made for different weights.
@@ -89,7 +89,7 @@ def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | Non
     In the tuple, None stands for an adapter without a change.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # Generators are truthy, so the loop runs if any adapter changes the weight. The loop ends with the generators.
+    # Generators are truthy, so the loop starts if any adapter changes the weight. It ends when all generators end.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -115,7 +115,7 @@ def places(
             that is impossible.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
-        strict_base: whether to refuse a base that differs from the base that an adapter records.
+        strict_base: whether to refuse a base other than the base that an adapter records.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.

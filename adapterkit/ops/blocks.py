@@ -2,7 +2,7 @@
 
 The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
 take a gigabyte. Therefore, formulas that need every entry iterate over blocks two or three times. Each iteration
-computes all products again, and memory contains one block.
+computes all products again, and only one block is in memory.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BINS = 1 << 16
 """The number of bins for an interval with more than `MAX_NUMBERS` values."""
 
 SHARE = 256
-"""In tensors with more than `WHOLE` entries, one of this many entries is sampled."""
+"""In large tensors, one of this many entries is sampled, but at least `WHOLE` entries."""
 
 WHOLE = 1 << 12
-"""In tensors with at most this many entries, all entries are sampled."""
+"""In tensors with at most this many entries, all entries are sampled; in larger tensors, at least this many."""
 
 DEVIATIONS = 6.0
 """Half of the width of the first interval, in standard deviations of the estimate."""
@@ -46,7 +46,7 @@ DEVIATIONS = 6.0
 WIDER = 1.25
 """The factor by which the interval is widened at both ends if only a few targets were sampled.
 
-The interval must be wider then, because magnitudes differ between layers.
+In this case, the interval must be wider, because magnitudes differ between layers.
 """
 
 LARGEST = 0x7FEFFFFFFFFFFFFF
@@ -99,7 +99,7 @@ class Selection:
     _lock: Any = field(default_factory=Lock)
 
     def sample(self, values: Array, of: int) -> None:
-        """Add `values`, a sample from `of` values of the series; call this method before `begin`."""
+        """Add a sample: `values` were drawn from `of` values of the series. Call this method before `begin`."""
         with self._lock:
             self._samples.append((values, of / max(values.size, 1)))
 
@@ -272,7 +272,7 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Return entries at random positions, equal for all changes, as `[T, n]`.
+        """Return entries of all changes, `[T, n]`, at n random positions, which are the same for all changes.
 
         If the changes have at most `WHOLE` entries, return all entries.
         """

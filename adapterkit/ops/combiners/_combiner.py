@@ -49,15 +49,15 @@ def shares(weights: Array) -> Array:
 
 
 def gram(deltas: Sequence[Delta]) -> Array:
-    """Return <D_s, D_t> for all pairs of changes, `[T, T]`, without forming the products of factors."""
+    """Return the inner products `<D_s, D_t>` of all pairs of changes, `[T, T]`, without computing `B @ A`."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
         flat = np.stack([delta.dense().ravel() for delta in deltas])
         product: Array = flat @ flat.T
         return product
-    # <B_s A_s, B_t A_t> is the sum over the entries of (B_s^T B_t) * (A_s A_t^T). These matrices have the size of the
-    # ranks, not of the weight.
+    # `<B_s A_s, B_t A_t>` is the sum of the entries of `(B_s^T B_t) * (A_s A_t^T)`. The sizes of these two matrices are
+    # ranks, so they are much smaller than the weight.
     products = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
@@ -66,7 +66,7 @@ def gram(deltas: Sequence[Delta]) -> Array:
 
 
 def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
-    """Return sum_t coefficients[t] * D_t; factors are concatenated."""
+    """Return the change `sum_t coefficients[t] * D_t`. Its factors are the scaled, concatenated factors of the D_t."""
     import numpy as np
 
     scaled = [delta.scaled(float(c)) for delta, c in zip(deltas, coefficients, strict=True)]
@@ -83,7 +83,7 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """Return left @ core @ right as B and A, each scaled by the roots of the singular values; drop rounding noise."""
+    """Factor `left @ core @ right` into B and A by the core's SVD, with `sqrt(S)` in each; drop rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -162,7 +162,7 @@ DEPENDENCES = {
     "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
-"""The influences on a combiner's result besides the changes. Tests check each combiner's `depends`."""
+"""Influences on a combiner's result other than the changes. Tests check that each combiner's `depends` is right."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
@@ -179,8 +179,8 @@ class Combiner(ABC):
         takes: the smallest and the largest number of adapters; None for no limit.
         dense: whether the result lacks low-rank factors even if all changes have them.
         compat: a map from a peer library to the parameter values that reproduce the peer's results.
-        plug: the parameter that names the inner combiner; empty if the combiner has none.
-        single: parameters that may differ from adapter to adapter.
+        plug: the parameter that names the inner combiner; None if the combiner has none.
+        single: names of the parameters that may have a different value for each adapter.
         based: whether the formula needs the weights of the base.
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets; each may use the results of the earlier
@@ -272,12 +272,12 @@ class Combiner(ABC):
         """
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
-        """Combine the changes of a bias, `[T, out]`, to `[out]`; by default sum_t w_t d_t / T."""
+        """Combine the changes of a bias, `[T, out]`, to `[out]`. By default, return `sum_t w_t * d_t / T`."""
         return weights @ changes / len(changes)
 
 
 class Mixture(Combiner):
-    """Combiners with the result sum_t c_t * D_t, where c depends only on inner products of the changes."""
+    """Combiners with the result `sum_t c_t * D_t`, where `c` depends only on inner products of the changes."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
@@ -291,7 +291,7 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners whose formula gets small cores `[T, p, q]`: the changes in bases that all tasks share."""
+    """Combiners whose formula gets small cores `[T, p, q]`: change t is `left @ cores[t] @ right` for all t."""
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
