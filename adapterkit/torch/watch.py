@@ -217,7 +217,7 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules that hold tensors of the adapter (if `trained`, trained ones), and all modules around them."""
+        """Return the modules that hold the adapter's tensors (if `trained`, trained ones) and all modules around."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
