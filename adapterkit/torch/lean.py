@@ -306,7 +306,9 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B; if W is given, add x's gradient of x W^T.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B.
+
+    If W is given, the gradient for x includes that of x W^T.
 
     x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.

@@ -91,9 +91,9 @@ def _nothing(*_: object, **__: object) -> None:
 # LoRA-FA: A keeps its initial values, and B learns from its gradient projected on A.  Zhang et al. 2023
 #
 # https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r numbers for each
-# token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. Of all steps in B, the resulting one
-# changes the weight most like a step along the full weight's gradient. Moments, bias correction and decay follow PEFT's
-# `LoraFAOptimizer`, which computes this product of the gradient in 16 bits where possible.
+# token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. This makes the change of the weight as
+# close as possible to a step along the full weight's gradient. Moments, bias correction and decay follow PEFT's
+# `LoraFAOptimizer`, which does this multiplication in 16 bits where possible.
 
 
 class LoRAFA(torch.optim.Optimizer):

@@ -235,7 +235,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Remove this hook only once, because each adapter of the model has registered it.
+            # Each adapter of the model has registered this hook once, so remove it only once.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
