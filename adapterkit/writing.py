@@ -41,8 +41,8 @@ ACCEPT = "Accept an error with max_error=/--max-error, pass the base if a formul
 
 _REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""The relative tolerance when the reported error of a promotion is checked. The absolute tolerance, for rounding to
-float32, is a hundredth of this number."""
+"""The relative tolerance with which the reported error of a promotion is checked. A hundredth of this number is allowed
+in addition, for rounding to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
@@ -79,8 +79,8 @@ def write(
         profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
             Scalings and ranks that the program ignores are folded into the tensors; updates that the program cannot
             run are refused.
-        max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
-            approximate by a low rank; None allows no error.
+        max_error: with `on_loss="promote"`, the largest relative Frobenius error that is accepted if the format can
+            store a change only as a LoRA that approximates it; None accepts no error.
         overwrite: replace an existing file or folder at `path`; if False, an existing file or folder is an error.
         made_from: a digest of all inputs and options. The digest is stored with the output, so that a later run with
             the same digest can skip the work; see `adapterkit.io.staging`.
@@ -119,7 +119,8 @@ class Promotion:
     Attributes:
         lora: whether the format supports LoRA.
         dense: whether the format supports weight differences (`Dense`).
-        identities: whether a weight difference may become a LoRA of full rank, one factor of which is the identity.
+        identities: whether a weight difference may become a LoRA of full rank that has the identity as one of its
+            factors.
         whole: whether the format supports whole parameters, so that the base's weight plus a difference may be written.
         max_error: the accepted relative Frobenius error of each change; None accepts no error.
         base: the base, for formulas that read its weights.
@@ -154,7 +155,8 @@ class Promotion:
                 refused = {target for target, _ in refusal.places}
                 changed, promotion_lines = self._promoted(adapter, refused)
                 if not promotion_lines:
-                    # Try to promote all targets: the writer may refuse a LoRA because it conflicts with the others.
+                    # Try to promote all targets: the writer may refuse a LoRA because it conflicts with updates at
+                    # other targets.
                     changed, promotion_lines = self._promoted(adapter, {*adapter.updates} if refused else set())
                 if not promotion_lines:
                     if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
@@ -171,7 +173,7 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, group: Sequence[Update]) -> bool:
-        """Whether the updates of a target can be rewritten, without loss, as one LoRA or one weight difference.
+        """Whether the updates of a target can be rewritten without loss, as one LoRA or as one weight difference.
 
         False if the updates are already in this form.
         """
@@ -213,7 +215,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
-        """Return an update that replaces a weight difference, for formats that cannot store one.
+        """Return an update that replaces a weight difference, for a format that cannot store weight differences.
 
         The result is None if the difference cannot be replaced.
         """
@@ -230,7 +232,7 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, line: str) -> Promoted | None:
-        """Return the LoRA of the smallest rank for which the error is accepted."""
+        """Return the LoRA of the smallest rank whose error is accepted."""
         from .ops import promote
 
         cuts: list[Any] = []
@@ -302,7 +304,7 @@ def _sum(weight: Lazy, update: Dense) -> Lazy:
 
 
 def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None) -> Any:
-    """Return one LoRA with the factors of all updates; None if an update lacks factors, or the shape is unknown."""
+    """Return one LoRA with the factors of all updates; None if an update has no factors or the shape is unknown."""
     from .ops.lowering import Change, low_rank
 
     additive = [u for u in group if isinstance(u, Additive) and type(u).pair is not Additive.pair]
@@ -321,7 +323,7 @@ def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A; if their rank is 0, which formats cannot store, return zero factors of rank 1."""
+    """Return B and A. Formats cannot store factors of rank 0; in their place, return zero factors of rank 1."""
     import numpy as np
 
     out, columns = delta.shape
@@ -407,7 +409,7 @@ def _type(target: Target, group: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return the update that `make` returns, with tensors that call `make` again at each access, to save memory.
+    """Return the update that `make` returns. To save memory, its tensors are not kept: each access calls `make` again.
 
     Return None if `make` returns None.
     """

@@ -42,12 +42,12 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 SMALL = 1 << 16
-"""The size of a layer's input or output up to which the plain formula is faster (measured on one core)."""
+"""The plain formula is faster if neither a layer's input nor its output has more numbers than this (measured on one
+core)."""
 BLOCK = 1 << 19
-"""The number of 16-bit elements in a block that is converted to float32; the size keeps such copies small."""
+"""The number of 16-bit elements that are converted to float32 at once, so that the float32 copies stay small."""
 ROWS = 64
-"""The smallest number of input rows in a block that is converted to float32; each block reads the layer's weight
-once."""
+"""The smallest number of input rows in such a block, because each block reads the layer's whole weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -104,7 +104,7 @@ def is_eager() -> bool:
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
     """Return x W^T + b + weight * (x A^T) B^T for a frozen W, or None if the tensors need the plain formula.
 
-    One autograd function for both products adds their gradients of x without a second tensor of x's size.
+    One autograd function computes both products. It adds their gradients for x without a second tensor of x's size.
 
     Args:
         x: `[..., in]`.
@@ -166,7 +166,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, 
 
 
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the functions below support these tensors and the current state of torch."""
+    """Whether the autograd functions of this module can be used with these tensors in the current state of torch."""
     if torch.compiler.is_compiling() or not is_eager():
         return False
     if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
@@ -255,8 +255,8 @@ class _LowRankLinear(torch.autograd.Function):
 class _ScaledLinear(torch.autograd.Function):
     """s * (x (W + B A)^T) + b; keeps x, W, s, A and B for the backward pass, and x (W + B A)^T for the gradient of s.
 
-    Without this tensor of the output's size, the gradient of s would need a third product with W, and a step would take
-    longer than PEFT's, which keeps at least two such tensors.
+    x (W + B A)^T has the output's size. If it were not kept, the gradient of s would need a third product with W, and a
+    training step would take longer than in PEFT, which keeps at least two tensors of this size.
     """
 
     @staticmethod
@@ -306,7 +306,9 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, x's gradient includes that of x W^T.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B.
+
+    If W is given, the gradient for x includes that of x W^T.
 
     x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.
@@ -336,11 +338,11 @@ def _of_factors(
 def _of_factors_by_blocks(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None, to_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute `_of_factors` for 16-bit tensors on a CPU, in float32 and in blocks of rows, so that copies stay small.
+    """Compute `_of_factors` for 16-bit tensors on a CPU: in float32, and in blocks of rows to keep the copies small.
 
-    The gradient of x is rounded once. The rounded sum includes the product with W, unless the processor multiplies
-    16-bit numbers itself: torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in
-    float32 on AVX2.
+    The gradient of x is rounded once. If the processor has no 16-bit products, the product with W is also computed in
+    float32 and added before this rounding. On AVX2, torch 2.13 takes 165 ms for a product of [512, 680] and [680, 256]
+    in bfloat16, but 3 ms in float32.
     """
     to_x = to_x or W is not None
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None
@@ -381,7 +383,7 @@ def _rows_of(W: Tensor) -> int:
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has 16-bit matrix products, which torch then uses."""
+    """Whether the processor has matrix products in this 16-bit dtype, so that torch uses them."""
     ask: Any = torch.ops.mkldnn
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False

@@ -1,9 +1,9 @@
 """Register the tensors of attached adapters with the model, so that every framework finds them.
 
 Optimizers, Trainers, DDP, FSDP2, ZeRO, `model.to()` and `torch.compile` all use `model.parameters()` and
-`model.buffers()`. So trained tensors become parameters, and all others non-persistent buffers, of modules that the
-model already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call` and
-`model.to()` put other tensor objects under the same name.
+`model.buffers()`. So each tensor is registered with a module that the model already has: trained tensors as parameters,
+all other tensors as non-persistent buffers. Each tensor is read back from its module at every forward, because FSDP2,
+`functional_call` and `model.to()` put other tensor objects under the same name.
 
 Rejected alternatives:
 * a new child module: `named_modules()` and all code that walks over it would change.
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 
 PREFIX = "adapterkit:"
-"""The start of the names of registered tensors; it is not a valid Python identifier, so it clashes with no
-attribute."""
+"""The prefix of the names of registered tensors. It is not a valid Python identifier, so it does not clash with other
+attributes."""
 
 
 def is_leaf_name(name: str) -> bool:
@@ -60,8 +60,8 @@ class Leaf:
 
     Attributes:
         staged: the tensor, before it is registered.
-        first: the registered parameter. It is dropped once a forward finds another parameter under its name, so that
-            FSDP2 can free its memory.
+        first: the parameter that was registered. It is set to None once a forward finds another parameter under this
+            name, so that FSDP2 can free the memory of the first one.
     """
 
     module: nn.Module
@@ -129,13 +129,13 @@ class Leaf:
             self.module._buffers[self.name] = copied
 
     def check_loaded(self) -> None:
-        """Check that the tensor is not on the meta device while the weight of its module has been loaded again.
+        """Check that the tensor was not left on the meta device when the weights of its module were loaded again.
 
         On CPU, torch's products with a meta tensor return uninitialised memory.
 
         Raises:
-            Unsupported: the tensor is still on the meta device: `load_state_dict(assign=True)` of a base does not load
-                the adapter's tensors.
+            Unsupported: the tensor is still on the meta device, because `load_state_dict(assign=True)` with a base's
+                state dict does not load the adapter's tensors.
         """
         if self.tensor.is_meta:
             beside = [p for name, p in self.module._parameters.items() if p is not None and not is_leaf_name(name)]
@@ -158,8 +158,8 @@ class Leaf:
             hidden: the result of `offloaded`.
 
         Raises:
-            Unsupported: something, such as an optimizer, holds the empty parameter that is registered there, and would
-                train it.
+            Unsupported: other code, such as an optimizer, holds the empty parameter that accelerate registered, and
+                would train it.
         """
         first = self.first
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
@@ -249,7 +249,7 @@ class Registration:
     Args:
         model: the model.
         adapter: the adapter's name.
-        trainable: whether leaves become parameters, except those that the method calls `frozen`.
+        trainable: whether leaves become parameters. Leaves that the method lists in `frozen` never become parameters.
     """
 
     model: nn.Module
@@ -270,7 +270,7 @@ class Registration:
             updates: updates with leaves of any kind.
             holder: the module whose forward uses them.
             like: a tensor with the device and dtype to compute with.
-            where: the target, for names.
+            where: the target, which becomes a part of the registered names.
         """
         bound, leaves = [], []
         home = home_of(self.model, holder, self._hidden)
@@ -402,7 +402,7 @@ def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> No
 
 
 def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
-    """Return the device where accelerate's hooks load a module's parameters for its forward, or None without hooks."""
+    """Return the device to which accelerate's hooks load a module's parameters for a forward, or None without hooks."""
     for above in _above(model, module):
         for hook in _hooks_of_accelerate(above):
             device: Device | None = getattr(hook, "execution_device", None)
@@ -427,8 +427,8 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
 def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     """Return all names of a parameter that tied modules share.
 
-    accelerate's offloading gives each module a separate empty parameter. An embedding and a head of one shape are then
-    tied if their values are equal, unless the model's config says that they are not tied.
+    accelerate's offloading gives each module a separate empty parameter. In this case, an embedding and a head of the
+    same shape count as tied if their values are equal, unless the model's config says that they are not tied.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     names = [name for name, each in named if each is parameter]

@@ -1,9 +1,9 @@
 """The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them.
 
 Updates of outputs see each call of a module through one interface, which includes the residual and the norm. A module
-adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
-output before the residual is computed by running the module on a residual of 0 and skipping its norm. Otherwise, the
-block around the module adds the residual. In this case, an update names the module that reads the residual, and a
+adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. For such a
+module, the output before the residual is computed by running the module with a residual of 0 and without its norm. If
+the block around the module adds the residual instead, an update names the module that reads the residual, and a
 recorder at that module keeps the residual until it is needed.
 """
 
@@ -35,10 +35,11 @@ Parameters = Callable[[], Mapping[str, Tensor]]
 """A function that returns the module's parameters, keyed by name, with the attached updates of weights applied."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
-"""A residual that a recorder kept, and arguments of the model's call."""
+"""The residual that a recorder kept (None without a recorder), and the arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""Names that transformers gives to the residual, the second argument of `forward`, which is added to the output."""
+"""The names in transformers of a residual that a module gets as the second argument of `forward` and adds to its
+output."""
 
 
 class InputRecorder(threading.local):
@@ -58,7 +59,8 @@ class InputRecorder(threading.local):
         """Return the residual of this forward pass.
 
         Raises:
-            Unsupported: the module was not called before.
+            Unsupported: the module with this recorder was not called in this forward pass before its residual was
+                needed.
         """
         value, self.value = self.value, None
         if value is None:
@@ -79,7 +81,7 @@ class OutputSite:
         norm: the norm that the block around the module applies after it has added the residual.
         residual_argument: the position and name of the residual among the module's own arguments, if it takes one.
         norm_name: the name of the module's own norm.
-        call_words: a function that returns the arguments of the model's call; by default, an empty dictionary.
+        call_words: a function that returns the arguments of the model's call. The default returns an empty dictionary.
     """
 
     channels: int | None
@@ -101,7 +103,7 @@ def find_output_site(
     """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
 
     Raises:
-        Unsupported: the module does not support one of the updates, or not all of them together.
+        Unsupported: one of the updates cannot be applied to the module, or the updates cannot be applied together.
         TargetNotFound: an update names a residual or norm module that does not exist.
     """
     _check(module, target)
@@ -334,7 +336,7 @@ def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
 
 
 HOOK = "_adapterkit_hook"
-"""The attribute of a module that holds its hook, even if other tools have moved its forward."""
+"""The name of the attribute in which a module holds its hook. The hook stays there if other tools move the forward."""
 
 SCRIPTING = "__prepare_scriptable__"
 """The attribute of a module that torch.jit.script calls before it compiles the module."""

@@ -58,7 +58,8 @@ def load_pretrained(
         source: the folder; its `config.json` names the class.
         dtype: the name of the torch dtype of the weights.
         state: the weights, keyed by their stored names; if None, the weights in the folder's files.
-        lacking: a list to which the names of weights that the files lack are added; transformers draws these weights.
+        lacking: a list that receives the names of weights that are missing in the files. transformers initialises these
+            weights randomly.
 
     Raises:
         Malformed: the config cannot be read, or transformers cannot load the folder.
@@ -94,7 +95,7 @@ def load_pretrained(
             _check_no_kernel(config, source)
             if state is not None:
                 vars(config).pop("quantization_config", None)
-                # An Auto class would need a folder to choose the class.
+                # AutoModel itself would need a folder to choose the class.
                 built = transformers.MODEL_MAPPING[type(config)] if name == "AutoModel" else built
             model, loading = built.from_pretrained(
                 str(source) if state is None else None, config=config, dtype=getattr(torch, dtype),
@@ -116,9 +117,9 @@ def load_pretrained(
 def _check_no_kernel(config: object, source: Path) -> None:
     """Check that a config, including all configs inside it, does not name a kernel that transformers would download.
 
-    transformers downloads a kernel for a name `org/kernel`, and for names such as `flash_attention_2` if that package
-    is not installed; `local_files_only` does not prevent this. The loaded config object is checked instead of
-    config.json, which can refer to another file (`configuration_files`).
+    transformers downloads a kernel for a name `org/kernel`, and for a name such as `flash_attention_2` if the package
+    that has this kernel is not installed; `local_files_only` does not prevent this. The loaded config object is checked
+    instead of config.json, which can refer to another file (`configuration_files`).
 
     Raises:
         Unsupported: the config names such a kernel.

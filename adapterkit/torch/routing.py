@@ -37,13 +37,14 @@ def route(
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
     Rows are the first axis of each module's inputs and outputs; an argument whose first axis has another length is the
-    same for all rows. The route applies only in this thread (and this asyncio task). Inside the route,
-    `handle.disable()` gives that adapter's rows the unchanged base.
+    same for all rows. The route applies only in this thread (and this asyncio task). Inside the route, `with
+    handle.disable()` runs the rows of the handle's adapter through the unchanged base.
 
     Args:
         model: the model, with adapters attached.
         names: for each row, the name of an attached adapter, or None.
-        flattened: whether some modules have rows and tokens in one axis, row by row, as the experts of a mixture do.
+        flattened: whether some modules get rows and tokens joined in one axis, first all tokens of row 0, as the
+            experts of a mixture do.
         axis: the axis of the rows: 0, or 1 in a model with sequence-first tensors `[tokens, rows, ...]`. It must be
             given if the model has a module with `batch_first=False`.
 
@@ -97,7 +98,7 @@ class _RoutedHook(Protocol):
 
 
 def _switches_of(hooks: list[_RoutedHook]) -> dict[str, Switch]:
-    """Return the switches of a model's adapters, keyed by name; the cache is valid until one of them changes."""
+    """Return the switches of a model's adapters, keyed by name. The result is cached until a switch changes."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept

@@ -61,7 +61,7 @@ class Route:
         names: for each row, the name of an adapter, or None for the base.
         flattened: whether a tensor may have rows and tokens joined in one axis.
         axis: the axis of the rows.
-        known: the names of the adapters attached to the model.
+        known: the names of all adapters that are attached to the model.
         switches: the switches of these adapters.
         table: `[rows]`, for each row, the adapter's position in `known`; `len(known)` stands for the base.
         plans: values that batched.py caches for this route.
@@ -97,7 +97,10 @@ class Route:
         raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
 
     def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: give `[rows, ...]` the shape of a module's output `like`, except its number of rows."""
+        """Undo `rows_first`: return `[rows, ...]` with the axes of `like`, the module's output.
+
+        The number of rows may differ from that of `like`.
+        """
         if self.axis and like.ndim > self.axis:
             return tensor.movedim(0, self.axis)
         return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
@@ -217,8 +220,8 @@ class Recall:
             switches: the switches of the adapters at the module.
 
         Raises:
-            Unsupported: in a recomputation, if several scopes have run since the last backward pass, or an adapter was
-                reweighted or switched since.
+            Unsupported: in a recomputation, if forwards with several scopes ran since the last backward pass, or if an
+                adapter's weight or switch changed since the forward.
         """
         if torch.compiler.is_compiling():
             return _LOCAL.scope
@@ -243,8 +246,8 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use those
-        # without gradients, because reentrant checkpointing runs its first forward in this way.
+        # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use forwards
+        # without gradients, because reentrant checkpointing runs its first forward without them.
         with_gradients, without = self._seen[True], self._seen[False]
         recalled = with_gradients or without
         if not recalled:

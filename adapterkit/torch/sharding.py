@@ -1,7 +1,7 @@
 """Weights that are sharded over several processes, and gradients that DDP averages.
 
-FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 leaves an empty parameter, whose shape and local
-part are attributes, and gathers a module's parameters before its forward.
+FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 replaces each parameter by an empty one, which has
+the shape and the local part as attributes. Before a module's forward, ZeRO gathers the parameters of the module.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
 
 @contextmanager
 def constants_on_every_process() -> Iterator[None]:
-    """Let formulas over DTensors create plain tensors (indices, identity matrices), which are equal in all processes.
+    """Let formulas over DTensors use plain tensors (indices, identity matrices), which are equal in all processes.
 
     torch's own `implicit_replication` cannot be nested: at the end of the inner block, torch also ends the outer one.
     """

@@ -130,7 +130,10 @@ def _orthogonal(_: str, place: StartPlace) -> Start:
 
 
 def _pissa(init: str, place: StartPlace) -> Start:
-    """Start from the largest singular values; `pissa_niter_N` computes them in N steps of a randomised method."""
+    """Start from the components of W with the largest singular values.
+
+    `pissa_niter_N` computes these values in N steps of a randomised method.
+    """
     r = place.rank
     if init == "pissa":
         U, S, V = torch.linalg.svd(place.W, full_matrices=False)
@@ -146,7 +149,10 @@ def _olora(_: str, place: StartPlace) -> Start:
 
 
 def _corda(init: str, place: StartPlace) -> Start:
-    """Start from the components of W that matter most (with `corda_kpm`, least) for the inputs in the data."""
+    """Start from the components of W that matter most for the inputs in the data.
+
+    `corda_kpm` starts from the components that matter least.
+    """
     assert place.seen is not None
     C = place.seen.covariance()
     damp = 0.01
@@ -169,9 +175,10 @@ def _eva(_: str, place: StartPlace) -> Start:
 
 
 def _loftq(init: str, place: StartPlace) -> Start:
-    """Start from the largest part of the rounding error of the weight; `taken` subtracts the whole error.
+    """Start from the largest singular components of the weight's rounding error; `taken` subtracts the whole error.
 
-    As in PEFT, the scaling is ignored: if alpha is not the rank, the result is not the best approximation.
+    As in PEFT, the scaling is ignored. If alpha is not the rank, the LoRA is therefore not the best approximation of
+    the error.
     """
     rounded_to = _to_int8 if "int8" in init else _to_nf4
     turns = int(init.rpartition("iter_")[2]) if "iter" in init else 1
@@ -284,7 +291,8 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
         model: the model; it is switched to evaluation mode during the run.
         paths: the paths of the modules.
         data: the batches. A mapping is passed as keyword arguments, a list or tuple as positional arguments, any other
-            value as the only argument. Tokens are omitted if `attention_mask` is 0 or `labels` is -100.
+            value as the only argument. Tokens do not count for EVA if their `attention_mask` is 0 or their label in
+            `labels` is -100.
 
     Raises:
         UsageError: there is no data, or a module was never called.

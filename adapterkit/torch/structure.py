@@ -45,11 +45,14 @@ class HeadSizes(ABC):
 
     @abstractmethod
     def mixed(self, h: Tensor) -> Tensor:
-        """Mix the heads of `[batch, m, heads * d]` by the output projection, without its bias."""
+        """Apply the output projection, without its bias, to the outputs of the heads `[batch, m, heads * d]`."""
 
 
 class Separate(HeadSizes):
-    """The projections of Llama: `q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves, if any."""
+    """The projections of Llama: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+
+    If the model has rotary positions, they rotate the two halves of each head.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -168,7 +171,7 @@ WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module passes keys and values to the function that its config names."""
+    """Whether a module is an attention that calls the attention function of transformers that its config names."""
     has_words = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
     return has_words and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
@@ -184,7 +187,7 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention with the relative positions that the attention at `path` uses: in T5, the first one."""
+    """Return the attention that holds the relative positions for the attention at `path`; in T5, the first one."""
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
     tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
@@ -243,7 +246,8 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            renamed[plain] = path  # If several modules have this name, the innermost comes last and is kept.
+            # If several modules have the same name without wrappers, the innermost comes last and is kept.
+            renamed[plain] = path
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)
     if not any(target.path in renamed for target in adapter.updates):

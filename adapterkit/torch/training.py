@@ -64,7 +64,7 @@ class TrainerCallback:
             write(adapter, folder / self.name, format=self.to, **self.options)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return a function without effect for all other events of the Trainer."""
+        """For all other events of the Trainer, return a function that does nothing."""
         if not name.startswith("on_"):
             raise AttributeError(name)
         return _nothing
@@ -91,9 +91,9 @@ def _nothing(*_: object, **__: object) -> None:
 # LoRA-FA: A keeps its initial values, and B learns from its gradient projected on A.  Zhang et al. 2023
 #
 # https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r numbers for each
-# token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. The resulting step in B comes nearest
-# to the gradient of the full weight. Moments, bias correction and decay follow PEFT's `LoraFAOptimizer`, which computes
-# this product of the gradient in 16 bits where possible.
+# token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. This makes the change of the weight as
+# close as possible to a step along the full weight's gradient. Moments, bias correction and decay follow PEFT's
+# `LoraFAOptimizer`, which does this multiplication in 16 bits where possible.
 
 
 class LoRAFA(torch.optim.Optimizer):
@@ -105,7 +105,7 @@ class LoRAFA(torch.optim.Optimizer):
     The optimizer sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
 
     Args:
-        handle: the handle of a LoRA injected with `trainable=True`. Biases are trained as by AdamW.
+        handle: the handle of a LoRA injected with `trainable=True`. Biases are trained with the formula of AdamW.
         lr: the learning rate.
         betas: the decay rates of the two moments.
         eps: a number added to the root of the second moment.

@@ -3,7 +3,7 @@
 `quantize_dynamic`, `replace_module` functions and attention fusers replace a module that has an adapter, or a block
 around it. The new module runs without the adapter, and nothing else would report that. A tool that deletes a module's
 `forward` also removes the adapter. If a tool patches the forward of a module's class, or gives the module another
-class, the patch has no effect, because the adapter still runs the earlier forward.
+class, this change has no effect, because the adapter still runs the earlier forward.
 
 The model's own forward checks everything. But users also call a part of a model: its encoder, one block, the layers of
 a pipeline stage. So each module on the path from the model to an adapter checks the next step of the path.
@@ -30,9 +30,9 @@ from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
 from .sharding import check_averaged
 
-# Detect at once when another tool removes an adapter from a model and the model's next forward could not detect this.
+# Detect at once those removals of an adapter that the model's next forward could not detect.
 #
-# `Watch` checks the model before each forward. The following tools finish before the next forward:
+# `Watch` checks the model before each forward. This does not detect the changes of the following tools:
 #
 # * torch.fx copies a model's modules into a new module (`prepare_fx`) and replaces them there (`convert_fx`). The model
 #   itself does not change, and the new module is not watched.
@@ -59,8 +59,8 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Check a module that is being registered with another one.
 
     Raises:
-        Unsupported: the new module replaces a module with an adapter in torch.fx's copy of a model, or it leaves a PEFT
-            layer whose merge changed what the adapter computes.
+        Unsupported: the new module replaces a module with an adapter in torch.fx's copy of a model, or the new module
+            comes out of a PEFT layer whose merge changed what the adapter computes.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -98,7 +98,7 @@ def is_tuner(module: nn.Module) -> bool:
 
 
 def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
-    """Check that a PEFT layer has not merged into a weight whose adapter depends on the order of changes.
+    """Check that PEFT has not merged its adapter into a weight for which the order of the two adapters matters.
 
     If both changes are additive, their order does not matter.
 
@@ -116,7 +116,7 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
     if _is_sum(tuner) and all(update.kind == "additive" and not update.changes_bias for update in ours):
         return
     methods = " and ".join(dict.fromkeys(update.method for update in ours)) or "an adapter"
-    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, which gives another result"
+    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, so the result differs"
     raise Unsupported(why, where=where, cure="Call handle.merge_() first, or keep PEFT's adapter unmerged")
 
 
@@ -173,7 +173,8 @@ class Watch:
                 module.register_forward_pre_hook(_no_fused_path)
 
     def __getstate__(self) -> dict[str, object]:
-        # A class function that was patched since then cannot be pickled; a copy looks up the current functions.
+        # If the forward of a class was patched after the attachment, the earlier forward cannot be pickled. A copy
+        # therefore looks up the current forwards.
         return {**self.__dict__, "_forwards": None}
 
     @property
@@ -192,7 +193,8 @@ class Watch:
                 called because its block was fused.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
-            # A wrapper around the module, such as torch's CheckpointWrapper, changes its path but still calls it.
+            # A wrapper around the module, such as torch's CheckpointWrapper, changes the module's path but calls the
+            # module.
             self.places = self._find()
         for parent, name, _ in self.places:
             # diffusers' fuse_qkv_projections adds one fused projection and keeps the old ones, which are no longer
@@ -215,7 +217,7 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules with tensors of the adapter (`trained`: trained tensors), and all modules around them."""
+        """Return the modules that hold the adapter's tensors (if `trained`, trained ones) and all modules around."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
@@ -233,7 +235,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Remove only one: each adapter of the model has registered this hook.
+            # Each adapter of the model has registered this hook once, so remove it only once.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -280,8 +282,8 @@ class _Step:
 
     Args:
         module: the submodule.
-        places: the steps that start at the submodule or at a list inside it: lists are never called, so they run
-            no hooks.
+        places: the steps that start at the submodule, or at a list inside the submodule. Lists are never called, so
+            they cannot run hooks themselves.
         home: the model.
     """
 
@@ -328,7 +330,7 @@ class _Step:
         return True
 
     def _look(self, module: nn.Module) -> None:
-        """Look for moved modules in the whole model; in a copy of the module alone, look inside the copy.
+        """Look for moved modules in the whole model. If the module was copied without its model, look inside the copy.
 
         Raises:
             Unsupported: an adapter no longer acts.
@@ -348,7 +350,7 @@ class _Step:
 
 
 class _WatchHook:
-    """The forward pre-hook of a model with adapters, shared by all adapters, because most change the same modules."""
+    """The forward pre-hook of a model with adapters. All adapters share it: most of them change the same modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -434,7 +436,7 @@ class _WatchHook:
     def _block(self, module: nn.Module, places: list[Place]) -> BypassBlock:
         """Return the block of a module, with the hooks at the modules inside the block.
 
-        A known block keeps the forward that it had when it was first seen.
+        If the block is already known, the returned block keeps the forward that was recorded first.
         """
         hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
         known = self.below.get(id(module))
@@ -499,7 +501,9 @@ class _WatchHook:
         begin_calls(self.hooks)
 
     def finish(self, _model: nn.Module, _args: object, result: object) -> None:
-        """Check what the forward read and called. If the forward raised, torch calls this function without a result.
+        """Check which weights the forward read and which modules it called.
+
+        If the forward raised an error, torch passes no result.
 
         Raises:
             Unsupported: the forward read the weight of a module with an adapter without calling the module.
@@ -511,9 +515,9 @@ class _WatchHook:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def check_traced(self) -> bool:
-        """Warn, during compilation, about modules that the code does not call.
+        """Warn, during compilation, about modules with adapters that the compiled code does not call.
 
-        The warning names only modules inside blocks that the code calls.
+        The warning names a module only if the compiled code calls a block around it.
         """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.warned)

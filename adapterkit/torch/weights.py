@@ -1,4 +1,4 @@
-"""Compute stored parameters after updates, for merging and for modules that must run under their own forward."""
+"""Apply updates to stored parameters, for merging and for modules that must run with their own forward."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
     """Put values into the module itself for the `with` block.
 
-    An instance attribute hides the parameter of that name. torch.compile before torch 2.13 cannot trace the deletion of
-    this attribute, so there the parameter itself is replaced.
+    Each value becomes an instance attribute, which hides the parameter of the same name. torch.compile before torch
+    2.13 cannot trace the deletion of such an attribute, so with these versions the parameter itself is replaced.
     """
     placed: list[tuple[dict[str, object], str, bool, object]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None

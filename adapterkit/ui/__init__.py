@@ -130,7 +130,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether a text is the token. The time does not depend on the number of right characters."""
+        """Whether a text is the token. The comparison takes the same time however many characters match."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
@@ -282,7 +282,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
 
     Args:
         adapters: two or more adapters.
-        base: the base of the adapters, if measuring them needs one.
+        base: the base of the adapters, if their changes can be measured only with a base.
     """
     from ..api import report
 

@@ -28,8 +28,8 @@ LEFT_OUT = frozenset({
     "address", "bandwidth", "debug", "engine", "from_sarif", "help", "json", "node_tasks", "nodes", "price", "quiet",
     "recipe", "sarif", "stream", "suite", "verbose",
 })  # fmt: skip
-"""Options that forms omit: options for the terminal output, options for other machines, and options for files that name
-further files."""
+"""Options that forms omit: options for the output in a terminal, options that choose other machines, and options that
+take a file in which further files are named."""
 
 LONGEST = 4096
 """The maximum number of characters in a value."""
@@ -208,7 +208,7 @@ class Forms:
         return text
 
     def listing(self, folder: str | None) -> dict[str, JsonValue]:
-        """List the folders and files in a folder, each with its likely kind, for the dialog that chooses a path."""
+        """List the folders and files in a folder, each with its likely kind, for the dialog to choose a path."""
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
             return {"path": "", "parent": None, "entries": entries, "left_out": 0}
@@ -226,7 +226,7 @@ class Forms:
 
 
 LISTED = 1000
-"""The largest number of entries of a folder that are listed."""
+"""The maximum number of entries that are listed of one folder."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
 

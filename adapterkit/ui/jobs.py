@@ -29,7 +29,7 @@ WAITING = 8
 """The maximum number of jobs that may wait."""
 
 KEPT = 50
-"""The number of ended jobs that the list keeps."""
+"""The number of ended jobs that stay in the list."""
 
 MAX_ERROR_BYTES = 512 * 1024
 """The number of characters that are kept from the beginning of a job's standard output."""
@@ -70,7 +70,7 @@ class Jobs:
 
     Args:
         folder: the working folder of the jobs: the folder in which the page was started.
-        temporary: a folder for reports if the user does not type a path.
+        temporary: the folder for reports for which the user does not type a path.
     """
 
     def __init__(self, folder: Path, temporary: Path) -> None:
