@@ -1,7 +1,7 @@
-"""Test a program that reads adapterkit files with the specification's test vectors (spec/README.md, section 16).
+"""Run the specification's test vectors on a program that reads adapterkit files (spec/README.md, section 16).
 
 Any program can be tested. The test calls the program with a verb and paths, and the program prints one line of JSON per
-path. The vectors contain the expected results, so the tests do not use this package's own reader of adapters.
+path. The vectors contain the expected results, so the tests do not need this package's own adapter reader.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
 """Names of the tensors that the verb `compute` prints. In a vector, all other tensors of the base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""For each verb that answers with a list of texts: the field of this list, and the field of an expected text."""
+"""Verb that answers with a list of texts -> (field of this list in the answer, field of an expected text in a case)."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that have a negative zero."""

@@ -349,7 +349,7 @@ def largest(group: Sequence[Record], name: str) -> Record | None:
 
 
 def together(group: Sequence[Record], name: str) -> object:
-    """Return the root of the sum of the squared norms, which is the total norm; None if one of the norms is unknown."""
+    """Return the total norm: the root of the sum of the squared norms. Return None if one of the norms is unknown."""
     if any(each[name] is None for each in group):
         return None
     return short(math.hypot(*(number(each, name) for each in group)))

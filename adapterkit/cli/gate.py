@@ -1,4 +1,4 @@
-"""Check that a merged model or graph has its adapters' effect.
+"""Check that a merged model or graph behaves like the base with its adapters.
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
 without the adapters, and with random changes of the same size. --merged and --onnx name the merged model and the graph
@@ -75,7 +75,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--min-agreement", type=float, metavar="SHARE",
-    help="Minimum share of greedily generated tokens that are the same.",
+    help="Minimum share of greedily generated tokens that equal those of the base with adapters.",
 )  # fmt: skip
 @click.option(
     "--max-perplexity", type=float, metavar="RATIO",

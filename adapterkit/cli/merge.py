@@ -1,8 +1,8 @@
 """Merge adapters into a base and write the merged model.
 
 BASE is a folder of weights or one weight file; each A is an adapter in any known format; OUT is a path, or an address
-on a hub such as oci://registry/name:tag. Run an interrupted merge again to resume it. BASE may also be an ONNX model:
-the merged graph is then run, and its outputs are compared with those of the graph with attached adapters.
+on a hub such as oci://registry/name:tag. Run an interrupted merge again to resume it. BASE may also be an ONNX model.
+In this case, the merged graph is run, and its outputs are compared with the outputs of BASE with the adapters attached.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="Run on this machine, or on a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", metavar="HOST:PORT", help="Address of the Ray cluster; default: one on this machine.")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Address of the Ray cluster. Default: start a cluster on this machine."
+)
 @_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
@@ -57,9 +59,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
-    help="For a quantized graph: keep the change as floating-point factors next to the quantized weights (float), or, "
-    "with --quantized requantize, quantize weight and change together, even if much of the change is lost (packed). "
-    "Default of --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
+    help="For a quantized graph: float keeps the change as floating-point factors next to the quantized weights. With "
+    "--quantized requantize, packed quantizes weight and change together, even if much of the change is lost. "
+    "Default for --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
     "the others.",
 )  # fmt: skip
 @click.option(
@@ -94,7 +96,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer", metavar="base|adapter|DIR",
-    help="Source of the tokenizer and chat template. Default: the adapter's tokenizer, if one fits the base.",
+    help="Source of the tokenizer and chat template. Default: the tokenizer of an adapter, if it fits the base.",
 )  # fmt: skip
 @_options.strict_base
 @_options.strict_licence
@@ -498,7 +500,7 @@ def _adapters_table(record: Mapping[str, object]) -> TextTable:
 
 
 def _names(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each adapter with the rules that translated its names to the names of the base."""
+    """For each adapter, yield a line with the rules that translated the adapter's names to the names of the base."""
     for adapter in parts(record, "adapters"):
         used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(adapter, "names"))
         if used:

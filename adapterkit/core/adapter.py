@@ -1,4 +1,4 @@
-"""`Adapter`: the type into which every format is read, and which all other functions take."""
+"""`Adapter`: the type that the readers of all formats return, and that all other functions take."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def collection_off() -> Iterator[None]:
 
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
-"""Axis orders of stored weights: `out in *k` for linear layers and convolutions, `in out *k` for GPT-2's Conv1D and
-embeddings, and the same with a leading `e` for stacked experts."""
+"""Axis orders of stored weights. `out *in` is for linear layers and convolutions; `in out *k` is for embeddings and for
+GPT-2's Conv1D. Stacked experts have the same orders with a leading `e`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -67,8 +67,8 @@ class Target:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, named as in the base. An empty
             path is the whole model, and takes only context updates.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
-            in, *k]`. A leading `e` means a stack with one weight per expert; each tensor of an update then has a
-            leading axis `e` too.
+            in, *k]`. A leading `e` means a stack with one weight per expert: each tensor of an update has the
+            same leading axis.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -244,7 +244,7 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its shape strings and method's rules, and a target's updates against each other.
+        """Check each update against its method's shape strings and rules, and check that all updates of a target agree.
 
         Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
@@ -291,7 +291,7 @@ class Adapter:
                     raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
-        """Return the pairs of target and updates at a dotted path.
+        """Return the targets that have this dotted path, each with its updates.
 
         Raises:
             TargetNotFound: the path has no update; the message suggests the most similar path.
