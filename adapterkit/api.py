@@ -68,7 +68,7 @@ def convert(
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The path, the format, the number of targets, a line for each thing that was not written exactly, and warnings.
+        The path, the format, the number of targets, one line for each omitted or rewritten update, and warnings.
 
     Raises:
         UsageError: `dst` is `src`, or `match_base` is set without a base.
@@ -161,7 +161,7 @@ def inspect(
     Args:
         src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
             checkpoint.
-        base: the base of an adapter; the result then says whether the adapter fits the base.
+        base: the base of an adapter. If it is set, the result also says whether the adapter fits the base.
         format: the format of an adapter; detected from its headers if absent.
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.

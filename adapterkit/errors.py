@@ -1,4 +1,4 @@
-"""The errors that adapterkit raises on purpose: one root class and few subclasses. Each has a location and a cure.
+"""The errors that adapterkit raises on purpose: a root class and its subclasses. Each error has a location and a cure.
 
 The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
 """

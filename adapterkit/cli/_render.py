@@ -50,7 +50,7 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""JSON of at least this many characters is formatted by msgspec. For shorter JSON, importing msgspec takes longer."""
+"""msgspec formats JSON of at least this many characters; for shorter JSON, its import takes longer than it saves."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
@@ -218,7 +218,7 @@ GAP = 2
 
 
 def _print_drawn(table: TextTable) -> None:
-    """Print a table. If it is too wide, first drop spare columns; then wrap cells; then print each row as a record."""
+    """Print a table. If it is too wide, drop spare columns; if that is not enough, wrap cells, or print each row."""
     import shutil
     import textwrap
 

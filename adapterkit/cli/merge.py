@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 @_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
-    help="If the base is quantized: merge into its dequantized weights and write 16-bit weights (dequantize), or "
-    "quantize the result again (requantize), or merge into the original 16-bit weights at --onto (original).",
+    help="If the base is quantized: dequantize merges into the dequantized weights and writes 16-bit weights; "
+    "requantize quantizes this result again; original merges into the original 16-bit weights at --onto.",
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
     "adapter's file contains all new rows.",
 )  # fmt: skip
 @click.option(
-    "--stream", is_flag=True, help="Download a base one weight file at a time, so that the disk never holds all of it."
+    "--stream", is_flag=True, help="Download one weight file of the base at a time; the disk never holds all of them."
 )
 @_options.compat
 @_options.allow_partial
@@ -124,7 +124,7 @@ if TYPE_CHECKING:
 @click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of one node per hour.")
 @click.option(
     "--node-tasks", type=click.IntRange(min=1), metavar="N",
-    help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. Default: 1.",
+    help="With --nodes: number of tasks that a node runs at once; Ray itself runs one for each processor. Default: 1.",
 )  # fmt: skip
 @click.option(
     "--verify",

@@ -1,7 +1,8 @@
 """List what the licences of a merged model's parts (base and adapters) require, and where these licences conflict.
 
-The licences are data in `spec/licences.toml`. A model card may name a wrong licence, and only lawyers can say whether changed
-weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
+The licences are data in `spec/licences.toml`. A model card may name a wrong licence, and only lawyers can say whether
+changed weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an
+error.
 
 A licence may be an SPDX expression: `MIT OR Apache-2.0`, `(GPL-3.0 OR MIT) AND CC-BY-4.0`, `GPL-2.0 WITH exception`.
 The grammar is that of SPDX 3.0, annex B: AND binds closer than OR, and case does not matter.

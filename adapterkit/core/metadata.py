@@ -21,7 +21,7 @@ SHAPES = "base_shapes"
 """The argument of a lineage step that holds a digest of the tensor names and shapes of the step's base."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> the metadata key that holds its value in formats without lineage, such as PEFT's."""
+"""Argument of a lineage step -> the metadata key that holds the same value in formats without lineage, such as PEFT."""
 
 MODEL_TYPE = "model_type"
 """The argument of a lineage step that holds the base's `model_type` in transformers."""
@@ -124,7 +124,7 @@ def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def shapes_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return all digests of base names and shapes in an adapter's lineage and metadata, without duplicates."""
+    """Return all digests of the base's tensor names and shapes in the lineage and the metadata, without duplicates."""
     return _of_bases(adapter, SHAPES)
 
 
@@ -154,7 +154,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the class and module of the base that PEFT trained an adapter on; both are empty if unknown."""
+    """Return the names of the base's class and of its module, as PEFT's config states them; both are "" if unknown."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     fields = mapping if isinstance(mapping, Mapping) else {}

@@ -129,7 +129,7 @@ def read(
             adapter = _as_member(adapter, member)
         adapter.validate()
         if strict_base:
-            from ..naming.binding.fitting import check_base  # Detection needs no binding.
+            from ..naming.binding.fitting import check_base  # Import it here: detection does not need it.
 
             check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
@@ -216,7 +216,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace updates of methods that the format lacks with equivalent updates of other methods.
+    """If the format lacks the method of an update, replace the update with an equivalent update of another method.
 
     This is done only for layers without a bias, because only there the other methods compute the same function.
     """
@@ -302,7 +302,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a whole model (a base or a tuned model), judged by whether `opened` finds tensors there."""
+    """Whether a path is a whole model, such as a base or a tuned model: `opened` must find tensors there."""
     if is_address(source):
         return False
     try:

@@ -73,7 +73,7 @@ class Layer(Protocol):
         ...
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply another weight with the same geometry (stride, padding, lookup)."""
+        """Apply the layer's operation to x with another weight; stride, padding and kind of operation stay the same."""
         ...
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Layer(Protocol):
         """Return the value that is added to the output, or None."""
 
     def norm(self, h: Tensor) -> Tensor:
-        """Return the normalised sum; h itself if the layer does not normalise."""
+        """Return the sum h, normalised; h itself if the layer does not normalise."""
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
@@ -118,7 +118,7 @@ class Update:
             the bias is dropped there.
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: a phrase for error messages that says what the update changes.
-        rules: conditions on the axes, attributes and tensors beyond shape strings, checked in this order.
+        rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
         fits: conditions on the weight. In these conditions, `out`, `in` and `columns` are sizes of the weight as a
             matrix, and `kernel` is the number of kernel axes.
         forms: groups of alternatives. Each alternative is a set of optional tensors, and exactly one alternative of
@@ -130,8 +130,8 @@ class Update:
         sizes: for a new update, the default sizes of axes that are not axes of the weight.
         starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods whose paper
             starts training at another function.
-        shared_as: if several layers share a tensor, the way to apply the update to all these layers: `tied`, `rows` or
-            `replacement`; `layer` if this is impossible.
+        shared_as: the way to apply the update to all layers that share one tensor: `tied`, `rows` or `replacement`;
+            `layer` if this is impossible.
         dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
             `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
             compensate. `blocks`: blocks along the axis `n` of a tensor (of one of its factors if it has an axis `m`).
@@ -359,8 +359,8 @@ class Update:
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the shape `[out, in, *k]` of the largest weight that the update fits, if it fits several sizes.
 
-        A method overrides this function if weights of several sizes share its tensors. None: the tensors do not
-        determine a largest size.
+        A method overrides this function if weights of several sizes share its tensors. Return None if the tensors do
+        not determine a largest size.
         """
         return None
 
@@ -483,7 +483,7 @@ def _solved(method: type[Update], stack: bool, leaves: TensorForms) -> Dims:
 
 
 def _narrow(leaf: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
-    """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
+    """Return positions `start` to `stop` along `axis`; a negative `axis` is counted from the last axis."""
     whole, here = slice(None), slice(start, stop)
     key: tuple[Any, ...] = (*[whole] * axis, here) if axis >= 0 else (..., here, *[whole] * (-axis - 1))
     return leaf[key]
