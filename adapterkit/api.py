@@ -1,4 +1,4 @@
-"""Public functions that accept paths and hub addresses; most other modules accept only objects that are already open.
+"""Public functions that accept paths and hub addresses; most other modules accept only opened files and adapters.
 
 `adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function of the
 same name would replace each other, depending on the order of imports.
@@ -62,7 +62,7 @@ def convert(
         max_error: with `on_loss="promote"`, the largest relative error that is allowed in a change.
         profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
-        rename: rules for names, each `FROM=TO` or `@FILE`.
+        rename: rules that rename targets, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
         made_from: a digest of all inputs and options, which is stored with the output; see `write`.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
@@ -165,7 +165,7 @@ def inspect(
         format: the format of an adapter; detected from its headers if absent.
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
-        rename: rules for names in the base, each `FROM=TO` or `@FILE`.
+        rename: rules that rename targets to names in the base, each `FROM=TO` or `@FILE`.
         base_weights: for a graph, the weights of its base model; comparing values finds layers that names do not.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
@@ -204,7 +204,7 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Match an adapter's targets to the weights of a base, and list the rules that matched them; read only headers.
+    """Match an adapter's targets to the weights of a base, and list the rules that matched them. Only headers are read.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.

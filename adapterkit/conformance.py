@@ -252,7 +252,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Compare all tensors that the program computed for a method with the expected tensors.
 
-    If the program answers Unsupported for some tensors, and all other tensors are right, then `passed` is None.
+    `passed` is None if the program answers Unsupported for some tensors, and all other tensors are right.
     """
     import numpy as np
 

@@ -128,7 +128,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Set the path and location of an error that lacks them, and return the same error."""
+        """Set the path and the location, unless the error already has them, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self

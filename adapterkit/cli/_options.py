@@ -372,7 +372,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Add a location to errors about an adapter: the key in the recipe at which this adapter is named."""
+    """Add a location to errors about an adapter: the key in the recipe that names this adapter."""
     from ..errors import AdapterkitError
 
     try:
@@ -440,7 +440,7 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """A default of an option that the user or a project has set.
+    """A default value that the user or a project has set for an option.
 
     Attributes:
         option: the option, such as `--device`.

@@ -37,7 +37,7 @@ STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""Set while a progress meter is active; `StageLines` then prints nothing."""
+"""This event is set while a progress meter is active, so that `StageLines` prints nothing."""
 
 
 class StageLines(logging.Handler):

@@ -21,8 +21,8 @@ class TextTable:
     Attributes:
         columns: the headings.
         rows: the cells of each row.
-        spare: headings of the columns that may be dropped on a narrow terminal, in the order of dropping. A line below
-            the table names the dropped columns.
+        spare: headings of the columns that may be dropped on a narrow terminal; the first is dropped first. A line
+            below the table names the dropped columns.
     """
 
     columns: Sequence[str]
@@ -68,19 +68,19 @@ def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Ma
 
 
 def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """Return an entry of a record, which must be a record too."""
+    """Return the entry `name` of a record; this entry must itself be a record."""
     value = record[name]
     assert isinstance(value, Mapping), name
     return value
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return an entry of a record, which must be a record too; None if it is absent, null or empty."""
+    """Return the entry `name` of a record; None if it is absent, null or empty. It must itself be a record."""
     return part(record, name) if record.get(name) else None
 
 
 def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
-    """Return an entry of a record, which must be a list of records; an absent list is empty."""
+    """Return the entry `name` of a record; this entry must be a list of records. An absent entry is an empty list."""
     value = record.get(name, ())
     assert isinstance(value, Sequence), name
     return value
@@ -94,14 +94,14 @@ def texts(record: Mapping[str, object], name: str) -> list[str]:
 
 
 def integer(record: Mapping[str, object], name: str) -> int:
-    """Return an entry of a record, which must be an integer."""
+    """Return the entry `name` of a record; this entry must be an integer."""
     value = record[name]
     assert isinstance(value, int), name
     return value
 
 
 def number(record: Mapping[str, object], name: str) -> float:
-    """Return an entry of a record, which must be a number."""
+    """Return the entry `name` of a record; this entry must be a number."""
     value = record[name]
     assert isinstance(value, (int, float)), name
     return value
@@ -279,7 +279,7 @@ def _print_records(texts: Sequence[Sequence[str]]) -> None:
                 click.echo(folded(f"  {name.ljust(width)}  {text}"))
 
 
-# Tables of many targets: by default one row for each module across all layers, with --all one row for each target.
+# Tables of many targets. By default, a row covers one module in all layers; with --all, each target has a row.
 
 
 FEW = 24

@@ -119,7 +119,7 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run wrote the same output from the same inputs; if so, print a line that says so.
+        """Whether an earlier run wrote the same output from the same inputs; if it did, print a line about it.
 
         Raises:
             UsageError: the destination is one of the sources.

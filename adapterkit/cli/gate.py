@@ -44,7 +44,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
     help="Number of greedily generated tokens to compare, for each of four texts.",
 )  # fmt: skip
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed for the choice of texts and the random changes."
+    "--seed", type=int, default=0, show_default=True, help="Random seed for choosing texts and making random changes."
 )
 @click.option(
     "--null/--no-null", default=True, show_default=True, help="Also run the base with random changes of the same size."

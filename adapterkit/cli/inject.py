@@ -2,8 +2,8 @@
 
 MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
 --no-check is given, the new graph is run, and its outputs are compared with an independent computation. MODEL.onnx may
-also be a folder that optimum or onnxruntime-genai wrote: the adapter is then attached to each graph that contains its
-targets, and all other files are copied to the folder OUT.onnx.
+also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each graph that
+contains some of its targets, and all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Target:
 
     Attributes:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, named as in the base. An empty
-            path is the whole model, and takes only context updates.
+            path is the whole model; only context updates and routers without their experts may have it.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
             in, *k]`. A leading `e` means a stack with one weight per expert: each tensor of an update has the
             same leading axis.
@@ -330,7 +330,7 @@ class Adapter:
 
         Args:
             base: an open checkpoint, or its path.
-            rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
+            rename: rules that rename targets, each `FROM=TO` or `@FILE`; the first rule that matches a name applies.
 
         Raises:
             TargetNotFound: a target matches no weight of the base, or several.

@@ -12,19 +12,19 @@ from typing import Any
 from .adapter import Adapter, Step
 
 METADATA = "metadata"
-"""The argument of a lineage step that holds the text metadata of the source files."""
+"""Name of the argument in which a lineage step stores the text metadata of the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""The argument of a lineage step that holds the fingerprint of the step's base."""
+"""Name of the argument in which a lineage step stores the fingerprint of its base."""
 
 SHAPES = "base_shapes"
-"""The argument of a lineage step that holds a digest of the tensor names and shapes of the step's base."""
+"""Name of the argument in which a lineage step stores a digest of its base's tensor names and shapes."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
 """Argument of a lineage step -> the metadata key that holds the same value in formats without lineage, such as PEFT."""
 
 MODEL_TYPE = "model_type"
-"""The argument of a lineage step that holds the base's `model_type` in transformers."""
+"""Name of the argument in which a lineage step stores the `model_type` of its base, as in transformers."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 

@@ -134,7 +134,7 @@ class Update:
             `layer` if this is impossible.
         dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
             `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
-            compensate. `blocks`: blocks along the axis `n` of a tensor (of one of its factors if it has an axis `m`).
+            compensate. `blocks`: blocks along a tensor's axis `n`; with an axis `m`, only those at one random `m`.
         bound_to: the library or function that a reader must use to compute the formula, for example to compute tensors
             that are not stored; empty for most methods.
         paper: the source of the formula.
@@ -245,7 +245,7 @@ class Update:
 
     @classmethod
     def from_fields(cls, **fields: object) -> Self:
-        """Return an update with these fields, without type hints; call `check` to check their types."""
+        """Return an update with these field values. Type checkers do not check the values; `check` does."""
         return cls(**fields)
 
     def replace(self, **changes: object) -> Self:
@@ -455,7 +455,7 @@ class Update:
         return b
 
     def without_bias(self) -> Update:
-        """Return an update that has the same effect on a layer without a bias.
+        """For a layer without a bias, return an update that has the same effect as this update.
 
         If possible, the result uses a method that more formats support.
         """
