@@ -91,7 +91,7 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
 
-    When a text attribute is set, `public` removes secrets from its urls, and `brief` shortens a long text.
+    Whenever a text is assigned to an attribute, `public` removes secrets from urls, and `brief` shortens a long text.
 
     Attributes:
         why: the fault, in one sentence without a full stop.

@@ -278,7 +278,7 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Read every tensor, one at a time, and check its values: NaN, infinities, and indices out of range.
+        """Read every tensor, one at a time, and check its values for NaN, infinities, and indices out of range.
 
         Raises:
             Malformed: a value is wrong; the message names the first target, field and position.
@@ -463,7 +463,7 @@ def _encodes(text: str) -> bool:
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
     """Return a key for the cache of target checks: everything that the checks read, except the path.
 
-    None if a damaged value makes the key unhashable.
+    Return None if a damaged value makes the key unhashable.
     """
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:

@@ -26,7 +26,7 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The maximum number of alternatives in an expression, and the maximum number of words."""
+"""The maximum number of alternatives in an expression; also the maximum number of words."""
 
 Alternatives = tuple[tuple[str, ...], ...]
 """Sets of licences. The user of the model chooses one set, and must comply with all licences in this set."""
@@ -53,7 +53,7 @@ def alternatives(text: str) -> Alternatives | None:
 
 
 def _words(text: str) -> list[str] | None:
-    """Return the words of an expression, the last one first; None if the text has other characters."""
+    """Return the words of an expression in reverse order; None if the text has other characters."""
     words: list[str] = []
     at = 0
     while text[at:].strip():
@@ -244,7 +244,7 @@ def spdx_expression_of(licence: Licence) -> str | None:
 
 
 def choices(licence: Licence) -> list[list[Licence]]:
-    """Return the sets of single licences among which a card lets its readers choose.
+    """Return the sets of single licences among which the users of a card's model may choose.
 
     If at least one set has only known licences, sets with an unknown licence are left out.
     """
@@ -276,7 +276,7 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
     Args:
         parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
-            If a card lets its readers choose, the choice with the fewest contradictions counts.
+            If a card lets users choose, the choice with the fewest contradictions counts.
     """
     return min((_contradictions(reading) for reading in _readings(parts)), key=len)
 

@@ -173,7 +173,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(value: object) -> dict[str, str]:
-    """Return the entries of a mapping or a list of pairs whose key and value are text; {} for any other value."""
+    """From a mapping or a list of pairs, return the entries in which key and value are text; {} for any other value."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {
         pair[0]: pair[1]

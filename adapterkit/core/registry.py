@@ -5,7 +5,7 @@ module; getting an entry imports only its module. If a registry sets `several`, 
 listing imports all modules.
 
 Other packages add entries as Python entry points in the registry's group. The entry point has the name of the entry's
-module. It cannot replace a built-in entry.
+module. Such an entry cannot replace a built-in entry.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .updates.update import Update
 
 Dims = dict[str, int | tuple[int, ...]]
-"""Sizes by axis name; a starred name has a tuple, the sizes of all axes that it stands for."""
+"""Axis name -> size. A starred name has a tuple: the sizes of all axes that it stands for."""
 
 _AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 

@@ -1,4 +1,4 @@
-"""HTML tables for notebooks, which the `_repr_html_` of results returns."""
+"""HTML tables for notebooks: the `_repr_html_` methods of results return them."""
 
 from __future__ import annotations
 

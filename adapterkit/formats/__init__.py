@@ -41,7 +41,7 @@ FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.forma
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Return the format of the adapter at `path`, a file or a folder, detected from the headers.
+    """Detect the format of the adapter at `path`, a file or a folder, from its headers, and return the format's name.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -91,8 +91,7 @@ def read(
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
             0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
-        strict_base: refuse a base whose name, config or fingerprint differs from that of the base recorded in the
-            adapter.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter records.
         family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules
             fit several families.
 

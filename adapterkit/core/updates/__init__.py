@@ -246,7 +246,7 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: vectors, keys or values that precede those of the input, or rows for new tokens.
+    """Extra context for the model: vectors, or keys and values, to put before the input's; or embeddings of new tokens.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
     No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated

@@ -125,7 +125,7 @@ class Update:
             each group must be present. The alternative `()` means that none of the group's tensors is present.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
-        bias_sees_weight: True if the change of the bias depends on the weight. Then `settled` must be called before
+        bias_sees_weight: True if the change of the bias depends on the weight; if so, call `settled` before
             `new_bias`.
         sizes: for a new update, the default sizes of axes that are not axes of the weight.
         starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods whose paper
