@@ -25,7 +25,7 @@ BATCH = 100
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""Names of the tensors that `compute` prints. A vector's base file has these as expected values; the rest are inputs."""
+"""Names of the tensors that `compute` prints. A vector has their expected values in its base file, next to inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
 """Verb that answers with a list of texts -> (field of this list in the answer, field of an expected text in a case)."""
