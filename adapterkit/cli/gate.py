@@ -1,4 +1,4 @@
-"""Check that a merged model or graph behaves like the base with its adapters.
+"""Check that a merged model or graph behaves like its adapters.
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
 without the adapters, and with random changes of the same size. --merged and --onnx name the merged model and the graph
