@@ -79,7 +79,7 @@ _HOME = {
     "verify": "merging",
     "write": "writing",
 }
-"""Public name -> the module that defines it, followed by the name in that module if the two names differ."""
+"""Public name -> the module that defines it; `module:name` if the module uses another name."""
 
 __all__ = [
     "FORMATS",

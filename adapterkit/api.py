@@ -1,4 +1,4 @@
-"""Public functions that accept paths and hub addresses; most other modules accept only objects that are already open.
+"""Public functions that accept paths and hub addresses; most other modules accept only opened files and adapters.
 
 `adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function of the
 same name would replace each other, depending on the order of imports.
@@ -54,21 +54,21 @@ def convert(
         dst: the file, the folder or the address to write.
         to: the format to write; `FORMATS` lists them.
         format: the format of `src`; detected from its headers if absent.
-        base: the base, for formats that need it to resolve names or to order rows. For `onnx_adapter`, it may be a
-            graph with slots (`.onnx`): the file then has the names, types and layout of the slots.
+        base: the base model; some formats need it to resolve names or to order rows. For `onnx_adapter`, this may be an
+            ONNX graph with slots (`.onnx`): the written file gets the names, types and layout of these slots.
         compat: another interpretation of `src`; see `read`.
         on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
             `write`.
-        max_error: with `on_loss="promote"`, the largest relative error of a change.
+        max_error: with `on_loss="promote"`, the largest relative error that is allowed in a change.
         profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
-        rename: rules for names, each `FROM=TO` or `@FILE`.
+        rename: rules that rename targets, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
         made_from: a digest of all inputs and options, which is stored with the output; see `write`.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The result: path, format and number of targets, with a line for each loss and each warning.
+        The path, the format, the number of targets, one line for each omitted or rewritten update, and warnings.
 
     Raises:
         UsageError: `dst` is `src`, or `match_base` is set without a base.
@@ -161,12 +161,12 @@ def inspect(
     Args:
         src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
             checkpoint.
-        base: the base of an adapter; the result then says whether the adapter fits the base.
+        base: the base of an adapter. If it is set, the result also says whether the adapter fits the base.
         format: the format of an adapter; detected from its headers if absent.
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
-        rename: rules for names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: for a graph, the weights of its base, to find layers by their values.
+        rename: rules that rename targets to names in the base, each `FROM=TO` or `@FILE`.
+        base_weights: for a graph, the weights of its base model; comparing values finds layers that names do not.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
@@ -204,23 +204,23 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Match an adapter's targets to the weights of a base, and list the rules that matched them; read only headers.
+    """Match an adapter's targets to the weights of a base, and list the rules that matched them. Only headers are read.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
         adapter: the adapter, or its path. If absent, the function lists the base's weight names, each with the names
             that other tools use for this weight.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        allow_partial: list targets that match no weight under `missing`, instead of raising `TargetNotFound`.
+        allow_partial: put each target without a weight into `missing`, instead of raising `TargetNotFound`.
         strict_base: refuse a base whose name, config or fingerprint differs from the values in the adapter's files.
 
     Returns:
         A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter,
         the dict also has three lists. `targets` has records with `target` (the name in the adapter), `path` (the name
         in the base), `rows`, `layout` and `tensor`. `rules` has each rule with the number of targets that the rule
-        resolved. `missing` has the targets without a weight. Without an adapter, the dict has `weights`, with one
-        record per stored name: the name with `#` in place of numbers, the number of modules with this name, and
-        `names`, the names that other tools use.
+        resolved. `missing` has the targets without a weight. Without an adapter, the dict has `weights`. Names that
+        differ only in numbers share one record: the name with `#` for each number, the number of modules with this
+        name, and `names`, the names that other tools use.
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter names another base.
@@ -271,7 +271,7 @@ def report(
         out: an HTML file to write the report to.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         gate: the result of `adapterkit.gate`, its record, or a file with the output of `adapterkit gate --json`; the
-            page shows it in a separate section.
+            HTML page shows the gate's result in a separate section.
         overwrite: replace an existing file at `out`.
         progress: a function that is called with (work done, total work).
 
@@ -328,7 +328,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short, unique name for each adapter: the end of its path, as long as needed to make it unique."""
+    """Return a name for each adapter: the shortest end of its path that no other adapter's path shares."""
     from os import fspath
 
     parts = [

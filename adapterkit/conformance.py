@@ -1,7 +1,7 @@
-"""Test a program that reads adapterkit files with the specification's test vectors (spec/README.md, section 16).
+"""Run the specification's test vectors on a program that reads adapterkit files (spec/README.md, section 16).
 
 Any program can be tested. The test calls the program with a verb and paths, and the program prints one line of JSON per
-path. The vectors contain the expected results, so the tests do not use this package's own reader of adapters.
+path. The vectors contain the expected results, so the tests do not need this package's own adapter reader.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BATCH = 100
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""Names of the tensors that the verb `compute` prints. In a vector, all other tensors of the base are inputs."""
+"""Names of the tensors that `compute` prints. A vector has their expected values in its base file, next to inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""For each verb that answers with a list of texts: the field of this list, and the field of an expected text."""
+"""Verb that answers with a list of texts -> (field of this list in the answer, field of an expected text in a case)."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that have a negative zero."""
@@ -252,7 +252,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Compare all tensors that the program computed for a method with the expected tensors.
 
-    If the program answers Unsupported for some tensors, and all other tensors are right, then `passed` is None.
+    `passed` is None if the program answers Unsupported for some tensors, and all other tensors are right.
     """
     import numpy as np
 

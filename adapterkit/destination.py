@@ -122,7 +122,7 @@ class Destination:
             adapter: the adapter.
             on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
             profile: the program that will load the output, if it supports only a part of the format.
-            max_error: with `on_loss="promote"`, the largest relative error of a change.
+            max_error: with `on_loss="promote"`, the largest relative error that is allowed in a change.
             base: the base, if it is already open.
             made_from: a digest of all inputs and options, which is stored with the output.
             warnings: warnings to include in the result.

@@ -1,4 +1,4 @@
-"""The errors that adapterkit raises on purpose: one root class and few subclasses. Each has a location and a cure.
+"""The errors that adapterkit raises on purpose: a root class and its subclasses. Each error has a location and a cure.
 
 The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
 """
@@ -91,7 +91,7 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
 
-    When a text attribute is set, `public` removes secrets from its urls, and `brief` shortens a long text.
+    Whenever a text is assigned to an attribute, `public` removes secrets from urls, and `brief` shortens a long text.
 
     Attributes:
         why: the fault, in one sentence without a full stop.
@@ -128,7 +128,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Set the path and location of an error that lacks them, and return the same error."""
+        """Set the path and the location, unless the error already has them, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self

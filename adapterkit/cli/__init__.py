@@ -45,7 +45,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # `nohup` makes the process ignore SIGHUP: do not install a handler then.
+        ):  # Under `nohup`, SIGHUP is ignored: a handler would end the command after all.
             signal.signal(number, _interrupted)
     # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all
     # objects.
@@ -61,6 +61,6 @@ def main() -> None:
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the command as Ctrl-C does, which removes unfinished output. Ignore a second signal during the removal."""
+    """End the command like Ctrl-C, so that unfinished output is removed. Ignore the same signal during the removal."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -225,7 +225,8 @@ def typed(error: BaseException) -> AdapterkitError:
 def _usage_cure(error: click.UsageError) -> str:
     """Return the cure for an error from click.
 
-    The cure is an example if an argument is missing, and the usage if an option is unknown. Otherwise it names --help.
+    If an argument is missing, the cure shows an example. If an option is unknown, the cure shows the usage line. In all
+    other cases, the cure is to try --help.
     """
     context = error.ctx
     if context is None:
@@ -261,7 +262,7 @@ def as_flags(text: str) -> str:
 
 
 def coloured(text: str) -> str:
-    """Format an error for a terminal, with `error` in red and the cure in cyan; break lines only between words."""
+    """Format an error for a terminal: the word `error` in red, the cure in cyan, and line breaks only between words."""
     import textwrap
 
     width = max(20, shutil.get_terminal_size().columns)
@@ -303,7 +304,7 @@ def _discard_output() -> None:
 
 
 def _escape_unprintable() -> None:
-    """If the terminal's encoding lacks a character, print its escape, instead of raising `UnicodeEncodeError`."""
+    """Print a backslash escape for each character that the terminal's encoding lacks; no `UnicodeEncodeError`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -77,7 +77,7 @@ def graph_in(base: str) -> str | None:
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the path of the graph to read; if `model` is a folder of graphs and `out` is not a file, the folder."""
+    """Return the graph to read; or `model` itself if it is a folder of graphs and `out` does not end in .onnx."""
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
@@ -166,7 +166,7 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Remove leftovers of a killed run, and refuse an output path that exists or is also an input."""
+    """Remove files that a killed run left behind, and refuse an output path that exists or is also an input."""
     from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
@@ -186,12 +186,12 @@ def refuse_graph_options(ctx: click.Context, base: str) -> None:
 def refuse(
     ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Omit the option"
 ) -> None:
-    """Raise an error if certain options were typed.
+    """Raise an error if the option of a parameter in `names` was typed.
 
     Args:
         ctx: the context of the command.
         names: the parameters to refuse.
-        why: the message after the name of the option.
+        why: the part of the message that follows the option's name.
         path: the file that the message names.
         cure: the cure in the error.
 

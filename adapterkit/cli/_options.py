@@ -192,7 +192,7 @@ def in_reading(
 
 
 def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
-    """Return a warning for each value that an adapter's files record about the base and that this base does not match.
+    """Compare the base with the values that adapters' files record about their base; return a warning per difference.
 
     Args:
         sources: the names of the adapters, for the warnings.
@@ -261,7 +261,7 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read all adapters with `adapterkit.read`, which then compares the base."""
+"""`--strict-base` for commands that read all adapters with `adapterkit.read`: that function compares the base."""
 
 
 # Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe.
@@ -362,7 +362,7 @@ recipe_option = click.option(
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the adapters and the recipe: --recipe, or a single argument that ends in .yml or .yaml."""
+    """Return the adapters and the recipe, which is --recipe or a single argument that ends in .yml or .yaml."""
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -372,7 +372,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Add a location to errors about an adapter: the key in the recipe at which this adapter is named."""
+    """Add a location to errors about an adapter: the key in the recipe that names this adapter."""
     from ..errors import AdapterkitError
 
     try:
@@ -429,7 +429,7 @@ OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _PROGRAM_VARIABLES)
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters without a default: they choose the files to write or replace, and the machine that does the work.
+"""Parameters for which users cannot set defaults: the files to write or replace, and the machine that does the work.
 
 They must be typed, because a file of defaults in a downloaded folder could otherwise choose their values.
 """
@@ -440,7 +440,7 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """A default of an option that the user or a project has set.
+    """A default value that the user or a project has set for an option.
 
     Attributes:
         option: the option, such as `--device`.
@@ -488,7 +488,7 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Return the options of a command that may have a default, keyed by their long names without dashes."""
+    """Return the options for which users can set a default, keyed by their long names without dashes."""
     return {
         word.removeprefix("--"): option
         for option in command.params

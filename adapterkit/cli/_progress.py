@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PATIENCE = 2.0
-"""On a terminal, seconds without output after which a line with the current step is printed."""
+"""If a command prints nothing on a terminal for this many seconds, a line with the current step is printed."""
 
 PLAIN_PATIENCE = 5.0
 """The same limit if standard error is not a terminal (e.g. a log). ADAPTERKIT_PATIENCE overrides both limits."""
@@ -37,7 +37,7 @@ STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""Set while a progress meter is active; `StageLines` then prints nothing."""
+"""This event is set while a progress meter is active, so that `StageLines` prints nothing."""
 
 
 class StageLines(logging.Handler):

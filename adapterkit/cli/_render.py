@@ -21,8 +21,8 @@ class TextTable:
     Attributes:
         columns: the headings.
         rows: the cells of each row.
-        spare: headings of the columns that may be dropped on a narrow terminal, in the order of dropping. A line below
-            the table names the dropped columns.
+        spare: headings of the columns that may be dropped on a narrow terminal; the first is dropped first. A line
+            below the table names the dropped columns.
     """
 
     columns: Sequence[str]
@@ -50,7 +50,7 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""JSON of at least this many characters is formatted by msgspec. For shorter JSON, importing msgspec takes longer."""
+"""msgspec formats JSON of at least this many characters; for shorter JSON, its import takes longer than it saves."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
@@ -68,19 +68,19 @@ def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Ma
 
 
 def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """Return an entry of a record, which must be a record too."""
+    """Return the entry `name` of a record; this entry must itself be a record."""
     value = record[name]
     assert isinstance(value, Mapping), name
     return value
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return an entry of a record, which must be a record too; None if it is absent, null or empty."""
+    """Return the entry `name` of a record; None if it is absent, null or empty. It must itself be a record."""
     return part(record, name) if record.get(name) else None
 
 
 def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
-    """Return an entry of a record, which must be a list of records; an absent list is empty."""
+    """Return the entry `name` of a record; this entry must be a list of records. An absent entry is an empty list."""
     value = record.get(name, ())
     assert isinstance(value, Sequence), name
     return value
@@ -94,14 +94,14 @@ def texts(record: Mapping[str, object], name: str) -> list[str]:
 
 
 def integer(record: Mapping[str, object], name: str) -> int:
-    """Return an entry of a record, which must be an integer."""
+    """Return the entry `name` of a record; this entry must be an integer."""
     value = record[name]
     assert isinstance(value, int), name
     return value
 
 
 def number(record: Mapping[str, object], name: str) -> float:
-    """Return an entry of a record, which must be a number."""
+    """Return the entry `name` of a record; this entry must be a number."""
     value = record[name]
     assert isinstance(value, (int, float)), name
     return value
@@ -218,7 +218,7 @@ GAP = 2
 
 
 def _print_drawn(table: TextTable) -> None:
-    """Print a table. If it is too wide, first drop spare columns; then wrap cells; then print each row as a record."""
+    """Print a table. If it is too wide, drop spare columns; if that is not enough, wrap cells, or print each row."""
     import shutil
     import textwrap
 
@@ -279,7 +279,7 @@ def _print_records(texts: Sequence[Sequence[str]]) -> None:
                 click.echo(folded(f"  {name.ljust(width)}  {text}"))
 
 
-# Tables of many targets: by default one row for each module across all layers, with --all one row for each target.
+# Tables of many targets. By default, a row covers one module in all layers; with --all, each target has a row.
 
 
 FEW = 24
@@ -349,7 +349,7 @@ def largest(group: Sequence[Record], name: str) -> Record | None:
 
 
 def together(group: Sequence[Record], name: str) -> object:
-    """Return the root of the sum of the squared norms, which is the total norm; None if one of the norms is unknown."""
+    """Return the total norm: the root of the sum of the squared norms. Return None if one of the norms is unknown."""
     if any(each[name] is None for each in group):
         return None
     return short(math.hypot(*(number(each, name) for each in group)))

@@ -53,7 +53,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether `out` already contains the unchanged output of the same inputs; if so, print this on standard output."""
+    """Whether `out` already has the unchanged output of a run with the same inputs; if it has, print a line."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
@@ -78,7 +78,7 @@ on_loss = click.option(
 )  # fmt: skip
 max_error = click.option(
     "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
-    help="With --on-loss promote: accept an approximation by a LoRA, up to this error relative to the change.",
+    help="With --on-loss promote: accept a LoRA that approximates a change with at most this relative error.",
 )  # fmt: skip
 dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16; float32 or wider if absent.")
 
@@ -119,7 +119,7 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run wrote the same output from the same inputs; if so, print a line that says so.
+        """Whether an earlier run wrote the same output from the same inputs; if it did, print a line about it.
 
         Raises:
             UsageError: the destination is one of the sources.

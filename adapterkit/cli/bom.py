@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter or a model.
 
 PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM. It lists every file with its
-SHA-256 digest, the licences and their obligations, and the base and the adapters as ancestors. The document depends
-only on the files, unless --serial is given.
+SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. The document
+depends only on the files, unless --serial is given.
 """
 
 from __future__ import annotations

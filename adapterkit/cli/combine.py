@@ -1,7 +1,7 @@
 """Combine several adapters into one.
 
 Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
-a YAML file like mergekit's. It names the merge_method, its parameters, and the models, each with parameters.
+a YAML file like mergekit's. It has the merge_method with its parameters, and the models with theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..ops import Cut
 
 _THRESHOLDS = {-3: 32 << 20, -1: 64 << 20, -2: 16 << 20}
-"""Names of glibc's `mallopt` (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD) and their values in bytes."""
+"""Number of a parameter of glibc's `mallopt` -> bytes: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD."""
 
 
 def keep_freed_memory() -> None:
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
     help="Cut the result to this rank at each target. Default: cut a dense result to the largest rank of the adapters, "
     "but only if the format cannot hold dense updates.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=None, metavar="N", help="Seed of methods that draw at random; default: 0.")
+@click.option("--seed", type=int, default=None, metavar="N", help="Seed for methods with random numbers; default: 0.")
 @click.option("--disjoint", is_flag=True, help="Allow adapters that have no target in common.")
 @_writing.dtype
 @_options.base

@@ -1,6 +1,6 @@
 """Print the script that completes adapterkit in a shell.
 
-It completes commands, options, paths, formats, methods and devices. For bash, add the line
+The script completes commands, options, paths, formats, methods and devices. For bash, add the line
 eval "$(adapterkit completion bash)" to ~/.bashrc. For zsh, add eval "$(adapterkit completion zsh)" to ~/.zshrc. For
 fish, write the script to ~/.config/fish/completions/adapterkit.fish.
 """

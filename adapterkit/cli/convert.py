@@ -31,7 +31,7 @@ from ._render import View, counted, integer, show, texts
 )
 @click.option(
     "--match-base", is_flag=True,
-    help="Use the weight names of --base, and split or fuse targets in the way that --base stores its weights.",
+    help="Use the weight names of --base, and split or fuse targets to match the weights that --base stores.",
 )  # fmt: skip
 @_options.rename
 @_options.overwrite

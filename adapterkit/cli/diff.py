@@ -39,7 +39,7 @@ COLUMNS = {
 SPARE = (
     "overlap in", "overlap out", "interference", "sign conflict", "rank A", "rank B", "norm A", "norm B", "cosine",
 )  # fmt: skip
-"""Columns that a narrow terminal does not show, in the order of dropping."""
+"""Columns that are dropped on a narrow terminal; the first is dropped first."""
 
 MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
 

@@ -142,7 +142,7 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and its devices. Warn if both of its packages are installed: they overwrite each other."""
+    """Check onnxruntime and its devices. Warn if onnxruntime-gpu is also installed: the two overwrite each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
@@ -242,7 +242,7 @@ def _direct_write(_: int, target: int) -> None:
 
 
 def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
-    """Try an operation on two temporary files in a folder; return the reason of its failure, or None if it works."""
+    """Try an operation on two temporary files in a folder. Return why it fails, or None if it works."""
     try:
         with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
             source.write(bytes(4096))

@@ -1,8 +1,8 @@
 """Extract an adapter from a fine-tuned model and its base.
 
 TUNED and BASE are folders of weights, or weight files, of the same architecture. Each changed matrix becomes a LoRA, or
-an update of another --method. Changes of norms and biases, and changed or new rows of token embeddings, are stored
-without loss.
+an update of the method that --method names. Changes of norms and biases, and changed or new rows of token embeddings,
+are stored without loss.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--error", type=float, metavar="E", help="Maximum relative error.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="Apply --rank, --energy or --error to each matrix, or to the whole model; --rank is then the average rank.",
+    help="Apply --rank, --energy or --error to each matrix, or to the whole model. With all, --rank is the average.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Extract only these targets. Repeatable.")
 @click.option(

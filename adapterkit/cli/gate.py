@@ -1,4 +1,4 @@
-"""Check that a merged model or graph has its adapters' effect.
+"""Check that a merged model or graph behaves like its adapters.
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
 without the adapters, and with random changes of the same size. --merged and --onnx name the merged model and the graph
@@ -44,7 +44,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
     help="Number of greedily generated tokens to compare, for each of four texts.",
 )  # fmt: skip
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed for the choice of texts and the random changes."
+    "--seed", type=int, default=0, show_default=True, help="Random seed for choosing texts and making random changes."
 )
 @click.option(
     "--null/--no-null", default=True, show_default=True, help="Also run the base with random changes of the same size."
@@ -75,7 +75,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--min-agreement", type=float, metavar="SHARE",
-    help="Minimum share of greedily generated tokens that are the same.",
+    help="Minimum share of greedily generated tokens that equal those of the base with adapters.",
 )  # fmt: skip
 @click.option(
     "--max-perplexity", type=float, metavar="RATIO",

@@ -2,8 +2,8 @@
 
 MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
 --no-check is given, the new graph is run, and its outputs are compared with an independent computation. MODEL.onnx may
-also be a folder that optimum or onnxruntime-genai wrote: the adapter is then attached to each graph that contains its
-targets, and all other files are copied to the folder OUT.onnx.
+also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each graph that
+contains some of its targets, and all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 @_options.allow_partial
 @click.option(
     "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
-    help="constant: write the adapter into the graph; slots: make its tensors optional inputs; rows: stack these "
-    "inputs, so that each row of a batch picks its adapter; inputs: make them required inputs, which every runtime "
-    "supports.",
+    help="constant: write the adapter into the graph; slots: make the adapter's tensors optional inputs of the graph; "
+    "rows: like slots, but stacked, so that each row of a batch picks an adapter; inputs: like slots, but as required "
+    "inputs, which every runtime supports.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
-    help="Weights of the base, to find layers whose names the graph lacks. Its config.json describes the model.",
+    help="Weights of the base, to find layers whose names the graph lacks. config.json in DIR describes the model.",
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     "experts",
     metavar="A",
     multiple=True,
-    help="Expert adapter that a router's file names but does not contain. Repeat the option in the router's order.",
+    help="Adapter of an expert, if the file of a router refers to the expert but does not contain it. Repeat the "
+    "option in the router's order.",
 )
 @click.option(
     "--calibration", metavar="FILE.npz",
@@ -106,7 +107,7 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Parse the options --call: return, for each argument of the model, the name of a graph value, or a number."""
+    """Parse the options --call. Return {argument of the model: name of a graph value, or a number}."""
     options: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")

@@ -40,7 +40,7 @@ from ._render import (
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by their values.")
+@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by values.")
 @click.option(
     "--all", "every", is_flag=True,
     help="List every target or tensor. Without this flag, if there are more than 24, print one row for each module.",
@@ -89,7 +89,7 @@ def _unresolved_view(record: Mapping[str, object]) -> View:
 
 
 SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
-"""Columns that a narrow terminal does not show, in the order of dropping."""
+"""Columns that are dropped on a narrow terminal; the first is dropped first."""
 
 
 def _adapter_view(record: Mapping[str, object], every: bool) -> View:

@@ -1,8 +1,8 @@
 """Merge adapters into a base and write the merged model.
 
 BASE is a folder of weights or one weight file; each A is an adapter in any known format; OUT is a path, or an address
-on a hub such as oci://registry/name:tag. Run an interrupted merge again to resume it. BASE may also be an ONNX model:
-the merged graph is then run, and its outputs are compared with those of the graph with attached adapters.
+on a hub such as oci://registry/name:tag. Run an interrupted merge again to resume it. BASE may also be an ONNX model.
+In this case, the merged graph is run, and its outputs are compared with the outputs of BASE with the adapters attached.
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ if TYPE_CHECKING:
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="Run on this machine, or on a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", metavar="HOST:PORT", help="Address of the Ray cluster; default: one on this machine.")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Address of the Ray cluster. Default: start a cluster on this machine."
+)
 @_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
-    help="If the base is quantized: merge into its dequantized weights and write 16-bit weights (dequantize), or "
-    "quantize the result again (requantize), or merge into the original 16-bit weights at --onto (original).",
+    help="If the base is quantized: dequantize merges into the dequantized weights and writes 16-bit weights; "
+    "requantize quantizes this result again; original merges into the original 16-bit weights at --onto.",
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
-    help="For a quantized graph: keep the change as floating-point factors next to the quantized weights (float), or, "
-    "with --quantized requantize, quantize weight and change together, even if much of the change is lost (packed). "
-    "Default of --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
+    help="For a quantized graph: float keeps the change as floating-point factors next to the quantized weights. With "
+    "--quantized requantize, packed quantizes weight and change together, even if much of the change is lost. "
+    "Default for --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
     "the others.",
 )  # fmt: skip
 @click.option(
@@ -94,7 +96,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer", metavar="base|adapter|DIR",
-    help="Source of the tokenizer and chat template. Default: the adapter's tokenizer, if one fits the base.",
+    help="Source of the tokenizer and chat template. Default: the tokenizer of an adapter, if it fits the base.",
 )  # fmt: skip
 @_options.strict_base
 @_options.strict_licence
@@ -104,7 +106,7 @@ if TYPE_CHECKING:
     "adapter's file contains all new rows.",
 )  # fmt: skip
 @click.option(
-    "--stream", is_flag=True, help="Download a base one weight file at a time, so that the disk never holds all of it."
+    "--stream", is_flag=True, help="Download one weight file of the base at a time; the disk never holds all of them."
 )
 @_options.compat
 @_options.allow_partial
@@ -122,7 +124,7 @@ if TYPE_CHECKING:
 @click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of one node per hour.")
 @click.option(
     "--node-tasks", type=click.IntRange(min=1), metavar="N",
-    help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. Default: 1.",
+    help="With --nodes: number of tasks that a node runs at once; Ray itself runs one for each processor. Default: 1.",
 )  # fmt: skip
 @click.option(
     "--verify",
@@ -498,7 +500,7 @@ def _adapters_table(record: Mapping[str, object]) -> TextTable:
 
 
 def _names(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each adapter with the rules that translated its names to the names of the base."""
+    """For each adapter, yield a line with the rules that translated the adapter's names to the names of the base."""
     for adapter in parts(record, "adapters"):
         used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(adapter, "names"))
         if used:

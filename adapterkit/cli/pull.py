@@ -49,7 +49,7 @@ def command(
 
 
 def _scan(uri: str) -> None:
-    """Scan the files of the hub in the cache, before anything is written to DST.
+    """Download the hub's files into the cache and scan them, before anything is written to DST.
 
     Raises:
         CheckFailed: a finding has medium severity or worse.

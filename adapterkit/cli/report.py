@@ -1,8 +1,8 @@
 """Write an HTML page that shows what adapters change.
 
-Each A is an adapter in any known format. The page shows norms by layer, spectra and ranks, the overlap and the
-conflicts of the adapters, and conclusions in words. The page works without a network. With --base, changes are compared
-with the weights of the base.
+Each A is an adapter in any known format. The page shows norms by layer, spectra, ranks, overlaps and conflicts
+between the adapters, and conclusions in words. The page works without a network. With --base, changes are compared with
+the weights of the base.
 """
 
 from __future__ import annotations

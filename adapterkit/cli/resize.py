@@ -33,7 +33,7 @@ from ._render import show
 @click.option("--sv-fro", type=float, metavar="E", help="Like kohya's option: keep this share of the Frobenius norm.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="Apply the limit to each target, or to the whole adapter; --rank is then the average rank.",
+    help="Apply the limit to each target, or to the whole adapter. With all, --rank is the average rank.",
 )  # fmt: skip
 @click.option("--promote", "promoted", is_flag=True, help="Also convert updates of other additive methods to LoRA.")
 @_options.rename

@@ -1,9 +1,9 @@
 """Scan an untrusted adapter for signs of an attack.
 
 SRC is a file, a folder, or an address on a hub (the files are downloaded first). Nothing in the files is executed. The
-scan looks for pickles that call functions, code in configs, chat templates that access more than their data, misleading
-names, and targets and values that training does not produce. Findings are evidence, not proof. The exit code is 1 if a
-finding has at least the severity --fail-on.
+scan looks for pickles that call functions, for code in configs, for chat templates that access more than their data,
+for misleading names, and for targets or values that training does not produce. Findings are evidence, not proof. The
+exit code is 1 if a finding has at least the severity that --fail-on names.
 """
 
 from __future__ import annotations

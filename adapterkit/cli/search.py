@@ -52,7 +52,7 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 )  # fmt: skip
 @click.option(
     "--start", multiple=True, metavar="RECIPE|METHOD",
-    help="Combination to try first: a recipe of these adapters, or a method with all weights 1. Repeatable.",
+    help="Combination to try first: a recipe of these adapters, or a method (with the weight 1 for each). Repeatable.",
 )  # fmt: skip
 @click.option("--most", type=float, default=1.5, show_default=True, metavar="W", help="Largest weight to try.")
 @click.option(

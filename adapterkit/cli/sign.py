@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--certificate", metavar="CERT.pem",
-    help="Certificate of the key; verifiers then need to trust only its issuer.",
+    help="Certificate of the key. With it, verifiers need to trust only the issuer of the certificate.",
 )  # fmt: skip
 @click.option(
     "--chain", multiple=True, metavar="CERT.pem",

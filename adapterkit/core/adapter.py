@@ -1,4 +1,4 @@
-"""`Adapter`: the type into which every format is read, and which all other functions take."""
+"""`Adapter`: the type that the readers of all formats return, and that all other functions take."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def collection_off() -> Iterator[None]:
 
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
-"""Axis orders of stored weights: `out in *k` for linear layers and convolutions, `in out *k` for GPT-2's Conv1D and
-embeddings, and the same with a leading `e` for stacked experts."""
+"""Axis orders of stored weights. `out *in` is for linear layers and convolutions; `in out *k` is for embeddings and for
+GPT-2's Conv1D. Stacked experts have the same orders with a leading `e`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,10 +65,10 @@ class Target:
 
     Attributes:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, named as in the base. An empty
-            path is the whole model, and takes only context updates.
+            path is the whole model; only context updates and routers without their experts may have it.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
-            in, *k]`. A leading `e` means a stack with one weight per expert; each tensor of an update then has a
-            leading axis `e` too.
+            in, *k]`. A leading `e` means a stack with one weight per expert: each tensor of an update has the
+            same leading axis.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -244,7 +244,7 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its shape strings and method's rules, and a target's updates against each other.
+        """Check each update against its method's shape strings and rules, and check that all updates of a target agree.
 
         Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
@@ -278,7 +278,7 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Read every tensor, one at a time, and check its values: NaN, infinities, and indices out of range.
+        """Read every tensor, one at a time, and check its values for NaN, infinities, and indices out of range.
 
         Raises:
             Malformed: a value is wrong; the message names the first target, field and position.
@@ -291,7 +291,7 @@ class Adapter:
                     raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
-        """Return the pairs of target and updates at a dotted path.
+        """Return the targets that have this dotted path, each with its updates.
 
         Raises:
             TargetNotFound: the path has no update; the message suggests the most similar path.
@@ -330,7 +330,7 @@ class Adapter:
 
         Args:
             base: an open checkpoint, or its path.
-            rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
+            rename: rules that rename targets, each `FROM=TO` or `@FILE`; the first rule that matches a name applies.
 
         Raises:
             TargetNotFound: a target matches no weight of the base, or several.
@@ -463,7 +463,7 @@ def _encodes(text: str) -> bool:
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
     """Return a key for the cache of target checks: everything that the checks read, except the path.
 
-    None if a damaged value makes the key unhashable.
+    Return None if a damaged value makes the key unhashable.
     """
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:

@@ -1,7 +1,8 @@
-"""List the requirements of the licences of a merged model's parts (base and adapters), and conflicts between them.
+"""List what the licences of a merged model's parts (base and adapters) require, and where these licences conflict.
 
-The licences are data in `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
-weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
+The licences are data in `spec/licences.toml`. A model card may name a wrong licence, and only lawyers can say whether
+changed weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an
+error.
 
 A licence may be an SPDX expression: `MIT OR Apache-2.0`, `(GPL-3.0 OR MIT) AND CC-BY-4.0`, `GPL-2.0 WITH exception`.
 The grammar is that of SPDX 3.0, annex B: AND binds closer than OR, and case does not matter.
@@ -25,15 +26,15 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The maximum number of alternatives in an expression, and the maximum number of words."""
+"""The maximum number of alternatives in an expression; also the maximum number of words."""
 
 Alternatives = tuple[tuple[str, ...], ...]
-"""Sets of licences; the reader of an expression may choose one set."""
+"""Sets of licences. The user of the model chooses one set, and must comply with all licences in this set."""
 
 
 @cache
 def alternatives(text: str) -> Alternatives | None:
-    """Return the sets of licences of an expression, in lower case; None if it is not an expression.
+    """Return the sets of licences that an expression offers, in lower case; None if the text is not an expression.
 
     A licence with an exception is one licence, `gpl-2.0 with classpath-exception-2.0`.
 
@@ -52,7 +53,7 @@ def alternatives(text: str) -> Alternatives | None:
 
 
 def _words(text: str) -> list[str] | None:
-    """Return the words of an expression, the last one first; None if the text has other characters."""
+    """Return the words of an expression in reverse order; None if the text has other characters."""
     words: list[str] = []
     at = 0
     while text[at:].strip():
@@ -243,7 +244,7 @@ def spdx_expression_of(licence: Licence) -> str | None:
 
 
 def choices(licence: Licence) -> list[list[Licence]]:
-    """Return the sets of single licences among which a card lets its readers choose.
+    """Return the sets of single licences among which the users of a card's model may choose.
 
     If at least one set has only known licences, sets with an unknown licence are left out.
     """
@@ -259,7 +260,7 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return one list of (part, single licence) for each combination of choices that the cards allow."""
+    """Return each combination of choices that the cards allow, as a list of (part, single licence)."""
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]
 
@@ -275,7 +276,7 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
     Args:
         parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
-            If a card lets its readers choose, the choice with the fewest contradictions counts.
+            If a card lets users choose, the choice with the fewest contradictions counts.
     """
     return min((_contradictions(reading) for reading in _readings(parts)), key=len)
 
@@ -312,7 +313,7 @@ def _adds_limits(whole: Terms, other: Terms) -> bool:
 
 
 def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return a sentence for each requirement of a part's licence that the licence of the merged model lacks.
+    """Return a sentence for each requirement that a part's licence has and the merged model's licence lacks.
 
     Args:
         stated: the licence in the merged model's card.

@@ -12,19 +12,19 @@ from typing import Any
 from .adapter import Adapter, Step
 
 METADATA = "metadata"
-"""The argument of a lineage step that holds the text metadata of the source files."""
+"""Name of the argument in which a lineage step stores the text metadata of the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""The argument of a lineage step that holds the fingerprint of the step's base."""
+"""Name of the argument in which a lineage step stores the fingerprint of its base."""
 
 SHAPES = "base_shapes"
-"""The argument of a lineage step that holds a digest of the tensor names and shapes of the step's base."""
+"""Name of the argument in which a lineage step stores a digest of its base's tensor names and shapes."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> the metadata key that holds its value in formats without lineage, such as PEFT's."""
+"""Argument of a lineage step -> the metadata key that holds the same value in formats without lineage, such as PEFT."""
 
 MODEL_TYPE = "model_type"
-"""The argument of a lineage step that holds the base's `model_type` in transformers."""
+"""Name of the argument in which a lineage step stores the `model_type` of its base, as in transformers."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
@@ -124,7 +124,7 @@ def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def shapes_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return all digests of base names and shapes in an adapter's lineage and metadata, without duplicates."""
+    """Return all digests of the base's tensor names and shapes in the lineage and the metadata, without duplicates."""
     return _of_bases(adapter, SHAPES)
 
 
@@ -154,7 +154,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the class and module of the base that PEFT trained an adapter on; both are empty if unknown."""
+    """Return the names of the base's class and of its module, as PEFT's config states them; both are "" if unknown."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     fields = mapping if isinstance(mapping, Mapping) else {}
@@ -173,7 +173,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(value: object) -> dict[str, str]:
-    """Return the entries of a mapping or a list of pairs whose key and value are text; {} for any other value."""
+    """From a mapping or a list of pairs, return the entries in which key and value are text; {} for any other value."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {
         pair[0]: pair[1]

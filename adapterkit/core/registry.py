@@ -5,7 +5,7 @@ module; getting an entry imports only its module. If a registry sets `several`, 
 listing imports all modules.
 
 Other packages add entries as Python entry points in the registry's group. The entry point has the name of the entry's
-module. It cannot replace a built-in entry.
+module. Such an entry cannot replace a built-in entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Registry(Mapping[str, T], Generic[T]):
         package: the package whose modules are the built-in entries; modules with a leading underscore are private.
         group: the entry point group for entries of other packages.
         root: the class that all entries derive from.
-        several: whether a module may define several entries; each entry class then sets `name`.
+        several: whether a module may define several entries. If so, each entry class sets `name`.
     """
 
     def __init__(self, noun: str, package: str, group: str, root: type, several: bool = False) -> None:
@@ -116,7 +116,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
     def _foreign(self, name: str, entry: object) -> T:
-        """Check an entry of another package: its entry point must have the module's name, because files store it."""
+        """Check an entry of another package: its entry point must have the module's name, which files store."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
             why = f"{self.group}: {name} must be a {self.root.__name__} in a module of that name, not {entry}"
@@ -145,7 +145,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def _package(point: EntryPoint) -> str:
-    """Return the name and version of the package that has an entry point."""
+    """Return the name and version of the package that declares an entry point."""
     return point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 

@@ -1,4 +1,4 @@
-"""Shape strings such as `"r in *k"`: they document and check the shapes of tensor fields and of test examples.
+"""Shape strings such as `"r in *k"` document and check the shapes of tensor fields; tests create examples from them.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
 integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .updates.update import Update
 
 Dims = dict[str, int | tuple[int, ...]]
-"""Sizes by axis name; a starred name has a tuple, the sizes of all axes that it stands for."""
+"""Axis name -> size. A starred name has a tuple: the sizes of all axes that it stands for."""
 
 _AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 
@@ -55,7 +55,7 @@ class Axes:
     def index(self, axis: str) -> int | None:
         """Return the index of an axis. After a starred axis, the index is negative, counted from the back.
 
-        None if no axis of the string is exactly this name.
+        Return None if no axis of the string is exactly `axis`.
         """
         if axis not in self.axes:
             return None
@@ -174,7 +174,7 @@ def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> Shap
     return ShapeMismatch(why, where=what, cure="Other tensors of the update, or the file's rank, contradict this shape")
 
 
-# Check the rules of a method that shape strings cannot express: ranges of values, positions, and conditions.
+# Check those rules of a method that its shape strings cannot express: ranges of values, positions, and conditions.
 
 
 DAMAGED = "The file is damaged, or the tool that wrote it has a fault; write it again"
@@ -189,7 +189,7 @@ def attribute(
     """Declare a field for a plain value, with rules beyond its type.
 
     Args:
-        default: the value if the file or caller states none; without a default, the attribute is required.
+        default: the value if neither the file nor the caller states one; without a default, the attribute is required.
         among: the allowed strings or numbers.
         least: the smallest allowed number.
         most: the largest allowed number.
@@ -250,7 +250,7 @@ def _type_name(annotation: object) -> str:
 
 
 def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each field with a position that exceeds the size of its axis, and a description of the error.
+    """For each field with a position outside its axis, yield the field's name and a description of the error.
 
     Args:
         update: the update; `below` in a field's declaration names the axis of the positions, or a product of axes.
@@ -270,7 +270,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
 
 
 def repeated(update: Update) -> str:
-    """Return the first field that repeats a position (or pair) but must not; "" if no field does."""
+    """Return the first field that repeats a position (or pair) although its declaration forbids it; "" if none does."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -360,8 +360,8 @@ def check_fits(update: Update, shape: Shape) -> None:
         return
     fields = update.tensor_fields()
     leaves = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # A tensor with one axis more than its shape string has an axis of experts. Skip shape strings with a starred axis,
-    # which match any number of axes.
+    # If a tensor has more axes than its shape string, the first axis is the axis of experts. Skip shape strings with a
+    # starred axis, because they match any number of axes.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in leaves if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)

@@ -1,4 +1,4 @@
-"""HTML tables for notebooks, which the `_repr_html_` of results returns."""
+"""HTML tables for notebooks: the `_repr_html_` methods of results return them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_ROWS = 60
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table as HTML with escaped text, because names come from files that nobody has checked.
+    """Return an HTML table. The text is escaped, because names come from files that nobody has checked.
 
     Args:
         title: the text above the table.

@@ -1,4 +1,4 @@
-"""A small transformer that reads 8x8 handwritten digits, the tasks of its adapters, and the function that scores it.
+"""A small transformer that reads 8x8 handwritten digits; also the tasks of its adapters, and a function to score it.
 
 Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
 2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.
@@ -100,7 +100,7 @@ def _patches(images: Tensor) -> Tensor:
 
 
 def build(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a `DigitTransformer` in float32 with the given weights; the sizes of the model follow from their shapes.
+    """Return a `DigitTransformer` in float32 with the given weights, whose shapes determine the sizes of the model.
 
     Raises:
         KeyError: the first layer's `mlp.up_proj`, from which the sizes are taken, is missing.

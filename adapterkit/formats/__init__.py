@@ -41,7 +41,7 @@ FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.forma
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Return the format of the adapter at `path`, a file or a folder, detected from the headers.
+    """Detect the format of the adapter at `path`, a file or a folder, from its headers, and return the format's name.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -91,8 +91,7 @@ def read(
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
             0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
-        strict_base: refuse a base whose name, config or fingerprint differs from that of the base recorded in the
-            adapter.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter records.
         family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules
             fit several families.
 
@@ -129,7 +128,7 @@ def read(
             adapter = _as_member(adapter, member)
         adapter.validate()
         if strict_base:
-            from ..naming.binding.fitting import check_base  # Detection needs no binding.
+            from ..naming.binding.fitting import check_base  # Import it here: detection does not need it.
 
             check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
@@ -216,7 +215,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace updates of methods that the format lacks with equivalent updates of other methods.
+    """If the format lacks the method of an update, replace the update with an equivalent update of another method.
 
     This is done only for layers without a bias, because only there the other methods compute the same function.
     """
@@ -302,7 +301,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a whole model (a base or a tuned model), judged by whether `opened` finds tensors there."""
+    """Whether a path is a whole model, such as a base or a tuned model: `opened` must find tensors there."""
     if is_address(source):
         return False
     try:

@@ -1,8 +1,9 @@
-"""An update is the change at one target. Its kind, one of four, decides which operations it supports.
+"""An update is the change at one target. Each update has one of four kinds, which decides what can be done with it.
 
-The kinds are additive updates, functions of the weight, functions of a layer's output, and context. A method is a
-subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived from the fields
-and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.
+The kinds are `Additive`, `WeightUpdate` (a function of the weight), `OutputUpdate` (a function of a layer's output) and
+`ContextUpdate` (extra context). A method is a subclass of one kind, with fields, their shape strings, and one formula.
+All other functions are derived from the fields and the formula. Formulas get each weight as `[out, in, *k]`, even if
+the base stores it in another axis order.
 
 Formulas run in the caller's floating dtype: float64 in a merge, the model's dtype in a live model. The type hints name
 torch tensors, but formulas use only operations that numpy arrays have too (operators, indexing, `reshape`, `sum`,
@@ -48,20 +49,22 @@ _Function = TypeVar("_Function")
 
 
 def of_pair(forward: _Function) -> _Function:
-    """Decorate a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A, B from `pair`, d from `bias_delta`.
+    """Decorate a `forward` that computes `layer(x) + mix(op(x, A), B) + d`. B and A are the result of `pair`.
 
-    Backends may replace a decorated `forward` by a faster computation. If a method overrides `forward`, the new
-    function is not decorated, so backends call it as written; it may depend on the tokens, for example.
+    d is the result of `bias_delta`. Backends may replace a decorated `forward` with a faster computation. If a method
+    overrides `forward`, the new function is not decorated, so backends call it. Such a function may, for example,
+    depend on the tokens.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
 
 
 class Additive(Update):
-    """W' = W + D, b' = b + d, where D and d do not depend on W.
+    """`W' = W + D` and `b' = b + d`, where D and d do not depend on W.
 
     Class attributes:
-        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the low-rank factors of `pair`.
+        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the output from the factors of
+            `pair`.
     """
 
     kind = "additive"
@@ -84,18 +87,18 @@ class Additive(Update):
         return None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A; None if the formula is not a low-rank product."""
+        """Return B `[out, r]` and A `[r, in * k]`; `D = B @ A`. None if the formula is not a low-rank product."""
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s with D = s * B @ A. Methods override this function to keep the scaling separate from B."""
+        """Return B, A and s; `D = s * B @ A`. Methods override this function to keep the scaling separate from B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
-        """Return an update of the same method with the changes weight * D and weight * d.
+        """Return an update of the same method that changes the weight by `weight * D` and the bias by `weight * d`.
 
-        None if this is impossible without reading tensors.
+        Return None if this is impossible without reading tensors.
         """
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
@@ -106,7 +109,7 @@ class Additive(Update):
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Write weight * D into an array of the weight's shape. A method may override this function to avoid a copy."""
+        """Write `weight * D` into the array `D`. A method may override this function to avoid a copy."""
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -124,7 +127,7 @@ class Additive(Update):
 
 
 class WeightUpdate(Update):
-    """W' = f(W), b' = g(b)."""
+    """`W' = f(W)` and `b' = g(b)`."""
 
     kind = "weight"
 
@@ -134,7 +137,7 @@ class WeightUpdate(Update):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Return one update that adds the weighted sum of the changes, sum_i weights[i] * (f_i(W) - W), for any W.
+        """Return one update that changes each W by the weighted sum `sum_i weights[i] * (f_i(W) - W)`.
 
         The changes of the bias are summed in the same way.
 
@@ -148,16 +151,18 @@ class WeightUpdate(Update):
         return None
 
     def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b, or None.
+        """Return s `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = s[:, None] * (W + B @ A)` and `b' = b`.
 
-        Gradients flow through s, B and A as through `new_weight`; W is a constant.
+        Return None if the formula does not have this form. W is a constant; gradients flow through s, B and A as they
+        do in `new_weight`.
         """
         return None
 
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return m `[out]`, B `[out, r]`, A `[r, in * k]` with W' = m * V / |V|, V = W + B @ A, |V| per row; or None.
+        """Return m `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = m * V / |V|` and `V = W + B @ A`.
 
-        A merge computes this formula in a compiled loop.
+        |V| is the norm of each row. Return None if the formula does not have this form. A merge computes this form in a
+        compiled loop.
         """
         return None
 
@@ -168,14 +173,14 @@ class WeightUpdate(Update):
 
 
 class OutputUpdate(Update):
-    """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
+    """`y' = f(x, layer)`. A method defines `forward`; or `inside`, if it acts before the layer's residual and norm.
 
     A `layer` is any module, with or without a weight. It has these attributes and methods:
 
     `layer(x)`: the complete output.
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
     `layer.residual(x)`: the residual that is added to the output, or None.
-    `layer.norm(h)`: the normalised sum; h itself if the layer does not normalise.
+    `layer.norm(h)`: the sum h, normalised; h itself if the layer does not normalise.
     `layer.close(h, x, whole)`: the layer's output if `layer.hidden(x)` were h. If `whole` is false, the output includes
         neither the residual nor the norm.
     `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution does.
@@ -241,7 +246,7 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: vectors, or keys and values, before those of the input; or embeddings of new tokens.
+    """Extra context for the model: vectors, or keys and values, to put before the input's; or embeddings of new tokens.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
     No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated

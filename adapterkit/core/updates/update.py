@@ -73,7 +73,7 @@ class Layer(Protocol):
         ...
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply another weight with the same geometry (stride, padding, lookup)."""
+        """Apply the layer's operation to x with another weight; stride, padding and kind of operation stay the same."""
         ...
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Layer(Protocol):
         """Return the value that is added to the output, or None."""
 
     def norm(self, h: Tensor) -> Tensor:
-        """Return the normalised sum; h itself if the layer does not normalise."""
+        """Return the sum h, normalised; h itself if the layer does not normalise."""
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
@@ -118,23 +118,23 @@ class Update:
             the bias is dropped there.
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: a phrase for error messages that says what the update changes.
-        rules: conditions on the axes, attributes and tensors beyond shape strings, checked in this order.
+        rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
         fits: conditions on the weight. In these conditions, `out`, `in` and `columns` are sizes of the weight as a
             matrix, and `kernel` is the number of kernel axes.
         forms: groups of alternatives. Each alternative is a set of optional tensors, and exactly one alternative of
             each group must be present. The alternative `()` means that none of the group's tensors is present.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
-        bias_sees_weight: True if the change of the bias depends on the weight. Then `settled` must be called before
+        bias_sees_weight: True if the change of the bias depends on the weight; if so, call `settled` before
             `new_bias`.
         sizes: for a new update, the default sizes of axes that are not axes of the weight.
         starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods whose paper
             starts training at another function.
-        shared_as: if several layers share a tensor, the way to apply the update to all these layers: `tied`, `rows` or
-            `replacement`; `layer` if this is impossible.
+        shared_as: the way to apply the update to all layers that share one tensor: `tied`, `rows` or `replacement`;
+            `layer` if this is impossible.
         dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
             `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
-            compensate. `blocks`: blocks along the axis `n` of a tensor (of one of its factors if it has an axis `m`).
+            compensate. `blocks`: blocks along a tensor's axis `n`; with an axis `m`, only those at one random `m`.
         bound_to: the library or function that a reader must use to compute the formula, for example to compute tensors
             that are not stored; empty for most methods.
         paper: the source of the formula.
@@ -245,7 +245,7 @@ class Update:
 
     @classmethod
     def from_fields(cls, **fields: object) -> Self:
-        """Return an update with these fields, without type hints; call `check` to check their types."""
+        """Return an update with these field values. Type checkers do not check the values; `check` does."""
         return cls(**fields)
 
     def replace(self, **changes: object) -> Self:
@@ -359,8 +359,8 @@ class Update:
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the shape `[out, in, *k]` of the largest weight that the update fits, if it fits several sizes.
 
-        A method overrides this function if weights of several sizes share its tensors. None: the tensors do not
-        determine a largest size.
+        A method overrides this function if weights of several sizes share its tensors. Return None if the tensors do
+        not determine a largest size.
         """
         return None
 
@@ -455,7 +455,7 @@ class Update:
         return b
 
     def without_bias(self) -> Update:
-        """Return an update that has the same effect on a layer without a bias.
+        """For a layer without a bias, return an update that has the same effect as this update.
 
         If possible, the result uses a method that more formats support.
         """
@@ -483,7 +483,7 @@ def _solved(method: type[Update], stack: bool, leaves: TensorForms) -> Dims:
 
 
 def _narrow(leaf: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
-    """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
+    """Return positions `start` to `stop` along `axis`; a negative `axis` is counted from the last axis."""
     whole, here = slice(None), slice(start, stop)
     key: tuple[Any, ...] = (*[whole] * axis, here) if axis >= 0 else (..., here, *[whole] * (-axis - 1))
     return leaf[key]
