@@ -33,10 +33,10 @@ def layout(file: File, path: str) -> str:
 
 
 def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of the weight that a key's update changes.
+    """Return (outputs, inputs) of the weight of the module that a key belongs to.
 
     Raises:
-        UsageError: the numbers depend on the base, and no base is given.
+        UsageError: only the base shows the sizes, and no base is given. `why` says why they are needed.
         ShapeMismatch: the base has no linear layer at this path.
     """
     if key.path in file.known:
@@ -68,14 +68,14 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 
 
 def not_linear(target: Target, method: str) -> str:
-    """Return the reason if a target is neither a linear layer nor a Conv1D; empty if it is one of the two."""
+    """Return why PEFT lacks a method at a target; empty for a linear layer or a Conv1D."""
     if target.layout == "in out *k":
         return not_embedded(target, method)
     return "" if target.layout == "out *in" else f"PEFT has no {method} on a weight stored as {target.layout}"
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Return the reason if a target is an embedding, for methods that PEFT does not have for embeddings; else empty."""
+    """Return why PEFT lacks a method at a target if the target is an embedding; empty otherwise."""
     return f"PEFT has no {method} on an embedding" if is_embedding(target) else ""
 
 
@@ -85,9 +85,10 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size of the first pattern that matches all of `path` after one of its dots, else the default `size`.
+    """Return the size for the module at `path`; the default is `size`.
 
-    A pattern that equals `path` as a text counts if no pattern matches.
+    The first pattern decides that matches the text of `path` from one of its dots to the end. If no pattern matches,
+    an entry whose name is exactly `path` decides.
     """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))

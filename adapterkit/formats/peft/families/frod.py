@@ -36,7 +36,7 @@ class FRoDFields(MethodFields, frozen=True, kw_only=True):
     sparse_rate: float = 0.01
 
     def places(self, size: int) -> int:
-        """Return the number of off-diagonal values that PEFT trains in a matrix of this size."""
+        """Return the number of off-diagonal values that PEFT trains in a matrix with `size` rows and columns."""
         count = min(int(size * size * self.sparse_rate), size * size - size)
         return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
 

@@ -1,7 +1,6 @@
 """Families with low-rank factors similar to LoRA's: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
-AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. The file does not have the ranks that training
-removed.
+AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. Training removes ranks, so r differs between modules.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 """A map from a word in keys to the update's field."""
 
 EPSILON = 1e-5
-"""A constant that PEFT adds to the rank before it divides by the rank."""
+"""A constant that PEFT adds to the rank before it divides alpha by the rank."""
 
 
 class AdaLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -304,7 +303,8 @@ def _form(update: GraLoRA) -> tuple[int, int, int, float]:
     return int(update.A.shape[0]), int(update.A.shape[2]), hybrid, float(update.scaling)
 
 
-# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r], `peanut_encoders.<i>.weight` [r, r] and decoders.
+# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r]; `peanut_encoders.<i>.weight` and
+# `peanut_decoders.<i>.weight`, both [r, r].
 
 
 class PEANuTFields(MethodFields, frozen=True, kw_only=True):

@@ -106,7 +106,7 @@ class LilyFamily(Family):
 
 
 def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
-    """Yield the same updates, such that updates with a shared tensor have the same tensor object.
+    """Yield the updates; modules that share A or B get one tensor object for it.
 
     Raises:
         Malformed: modules that share a tensor in PEFT have different values for it; PEFT would use only the last.
@@ -137,7 +137,8 @@ def _word(path: str, settings: PeftSettings) -> str:
     return next((word for word in reversed(words or ()) if path.endswith(word)), path)
 
 
-# Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and logits.
+# Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and
+# `poly_router.module_logits`.
 
 
 POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}

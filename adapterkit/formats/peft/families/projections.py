@@ -47,7 +47,7 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves` * r rows.
+    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves * r` rows.
     """
 
     halves: ClassVar[int] = 1
@@ -390,7 +390,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and the largest number of inputs, the smaller first; None without a base."""
+    """Return the largest number of outputs and the largest number of inputs, sorted; None if the base lacks them."""
     widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():
         return None

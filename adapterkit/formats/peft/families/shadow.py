@@ -90,7 +90,7 @@ class ShadowFamily(Family):
 
     @classmethod
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
-        """Return the tensors that a block has separately; all blocks share the network."""
+        """Return the update of one block, with an empty network. `decode` adds the network, which all blocks share."""
         config = file.settings.method_fields
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}

@@ -113,7 +113,9 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """Return one sparsity that yields the number of trained elements of every weight.
+    """Return a sparsity from which PEFT computes the right number of trained elements for every weight.
+
+    `counts` has (number of trained elements, number of elements) by path.
 
     Raises:
         Unrepresentable: no sparsity yields all of these numbers.
