@@ -193,7 +193,7 @@ def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors with the keys and shapes of the source file, if the source file has the same form."""
+    """Return the tensors by key. If the source file has the same form, use its keys and shapes."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])

@@ -221,8 +221,8 @@ class BoftFamily(Family):
     parts = ("boft_R", "boft_s")
     method_fields: ClassVar[type[MethodFields]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "boft_block_num": "number of blocks; 0 if boft_block_size states it",
-        "boft_block_size": "size of blocks; 0 if boft_block_num states it",
+        "boft_block_num": "number of blocks; 0 if boft_block_size is set instead",
+        "boft_block_size": "size of blocks; 0 if boft_block_num is set instead",
         "boft_n_butterfly_factor": "number of factors; one if PEFT ran without its CUDA extension",
     }
     harmless: ClassVar[Mapping[str, str]] = {"boft_dropout": "training only"}

@@ -298,7 +298,7 @@ class WaveFTFamily(DrawnSpectrum):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the dtype for a module's filter: that of the filter in `file.known`, or F64 if the module has none there."""
+    """Return the dtype for a module's filter: that of the filter in `file.known`, or F64 if it has none there."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
