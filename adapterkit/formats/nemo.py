@@ -190,7 +190,7 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= PIECE or self.tell() > self.limit:
             raise Malformed(
-                f"the archive asks for {size:,} bytes at once, or for bytes beyond {self.limit:,}", cure=DAMAGED
+                f"reading needs {size:,} bytes at once, or bytes after the first {self.limit:,}", cure=DAMAGED
             )
         return bytes(self.source.read(size))
 

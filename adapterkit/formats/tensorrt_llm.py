@@ -139,7 +139,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """Map (module's name inside its layer, layer) to the paths of such modules in the base."""
+    """Return, for each (module's name inside its layer, layer), the paths of the base's modules there."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         match = LAYER_PATH.fullmatch(name)

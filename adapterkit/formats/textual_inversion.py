@@ -41,7 +41,11 @@ _BESIDE = ("adapter_config.json", "config.json")
 
 
 class TextualInversionFiles(Format):
-    """Files with token embeddings. The writer uses the form of the source file, or else diffusers' or SDXL's form."""
+    """Files with token embeddings.
+
+    The writer uses the form of the source file. Without a source file, it uses SDXL's form if the adapter has an
+    embedding for the second text encoder, otherwise diffusers' form.
+    """
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"

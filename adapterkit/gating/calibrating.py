@@ -1,7 +1,7 @@
 """Run a model on texts and record the inputs of each target. A quantized merge uses these inputs for its rounding.
 
-The base runs once over the texts, with the adapters attached: so it has the activations that the merged model will
-have. The memory needed is that of the model, plus 4 bytes for each number in the recorded tensors (tokens x width).
+The base runs once over the texts, with the adapters attached, so that its activations are those of the merged model.
+The memory needed is that of the model, plus 4 bytes for each number in the recorded tensors (tokens x width).
 """
 
 from __future__ import annotations

@@ -302,9 +302,10 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
-    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, two inner products of outputs.
+    """Return two inner products: `<other - base, adapted - base>` and `<adapted - base, adapted - base>`.
 
-    Logits are first converted to log-probabilities; the probabilities of `adapted` are the weights of the products.
+    The first divided by the second is the share of the adapters' change in `other`. Logits are first converted to
+    log-probabilities, and each product is weighted by the probabilities of `adapted`.
     """
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)

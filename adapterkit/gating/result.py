@@ -121,9 +121,9 @@ class BlockDifference:
 
     Attributes:
         block: the number of the block; 0 stands for the embedding.
-        difference: |merged - adapted| / |adapted|; `merged` means the states of the merged model, `adapted` the states
-            of the base with adapters.
-        change: |adapted - base| / |adapted|; `base` means the states of the base.
+        difference: `|merged - adapted| / |adapted|`; `merged` stands for the states of the merged model, and `adapted`
+            for the states of the base with adapters.
+        change: `|adapted - base| / |adapted|`; `base` stands for the states of the base.
     """
 
     block: int

@@ -215,7 +215,7 @@ class Peft(Format):
             compat: see `Format.read`.
             base: see `Format.read`.
             alpha: LoRA's alpha; needed if neither a config nor the file has alpha.
-            rank: the expected rank; an error if the shapes or the config have another rank.
+            rank: the expected rank. If the shapes or the config have another rank, reading fails.
             strict: whether to refuse every field of the config that PEFT does not define.
         """
         from . import bare

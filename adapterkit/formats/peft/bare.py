@@ -37,13 +37,14 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""Matches the name of the file that DeepSpeed writes with ZeRO-1 or ZeRO-2. The file has all weights."""
+"""Matches the name of the file that DeepSpeed writes without ZeRO-3. The file has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 """Matches the name of a file that DeepSpeed writes with ZeRO-3. The weights are in other files, one part per rank."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The metadata key under which diffusers stores PEFT's config as JSON; the names of fields begin with a component."""
+"""The metadata key under which diffusers stores PEFT's config as JSON; a field's name begins with a component's name.
+"""
 ASSUMED = "alpha_assumed"
 """A field in configs that this module builds. It means that alpha was assumed, because the file has no alpha."""
 

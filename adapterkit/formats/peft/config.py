@@ -231,7 +231,7 @@ def _check_init(value: bool | str | None) -> None:
     if known:
         raise Unsupported(
             f"{value} changed the base when the adapter was created: "
-            f"it subtracted {WHY_CHANGED[known]} from the base's weights",
+            f"from the base's weights, it subtracted {WHY_CHANGED[known]}",
             where="init_lora_weights",
             cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
         )

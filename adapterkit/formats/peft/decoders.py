@@ -89,7 +89,7 @@ DEPARTURES = {
     ),
     "grouped_dora_norm": Departure(
         "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
-        "W + B @ A with B's values read as [out / groups, r]",
+        "W + B @ A, where B's values are read as [out / groups, r]",
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
     "convolution_padding": Departure(

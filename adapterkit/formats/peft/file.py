@@ -100,10 +100,10 @@ class File:
         tensors: the tensors by key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        parameters: a map from stems to parameters of the base. The caller fills the map if it knows the parameters,
-            because the file may not show them.
+        parameters: a map from stems to parameters of the base, which the writer fills for its check. The file may not
+            show the parameters.
         known: the expected update at each path, if the writer reads its own file for a check; otherwise empty.
-        omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
+        omitted: shared tensors that are not in the file, by `Key.word`. The writer provides them for its check.
     """
 
     settings: PeftSettings
@@ -182,7 +182,7 @@ class DecodedUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor does not affect the computed function. It is stored so that the writer can write it again."""
+    """A key whose tensor has no effect. It is kept so that the writer can write the tensor again."""
 
     key: Key
 

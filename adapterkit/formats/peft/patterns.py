@@ -332,7 +332,7 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index that finds fitting patterns fast; configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
+    """An index that finds fitting patterns fast. Configs of PEFT's EVA have up to 10^4 patterns, as have our own.
 
     Args:
         patterns: a map from patterns to values, in the order in which they are tried.

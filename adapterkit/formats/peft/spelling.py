@@ -334,7 +334,11 @@ def configs(
     numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, JsonValue]]:
-    """Yield the source config, then one with new ranks and alphas, then one with new ranks, alphas and module lists."""
+    """Yield the configs to try, the most similar to the source config first.
+
+    If the targets are those of the source file, the first config is the source config, and the second also has new
+    ranks and alphas. The last config has new ranks, alphas and lists of modules.
+    """
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)

@@ -133,7 +133,7 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a method can be a file's main method. Replacements and token rows only accompany a main method."""
+    """Whether a method can be a file's main method. Replacements and token rows cannot; they need no main method."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
@@ -493,7 +493,7 @@ def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: U
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
-    """Return the stored tensors that belong to no update, if their module still has a target."""
+    """Return the source file's tensors that belong to no update; omit those of modules that are no longer adapted."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)

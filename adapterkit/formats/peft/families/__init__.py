@@ -113,7 +113,10 @@ def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue
 
 
 def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the fields with aLoRA's activating tokens and a `task_type`: PEFT searches for tokens in causal models."""
+    """Return the fields `alora_invocation_tokens` and `task_type`.
+
+    The tokens activate aLoRA. PEFT searches for them only in models with the `task_type` of causal models.
+    """
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}
@@ -277,7 +280,10 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether the target may be an embedding or a Conv1D. The two have different keys, so the writer must guess."""
+        """Whether the target may be an embedding or a Conv1D.
+
+        The two have different keys, so the keys of such a target are uncertain.
+        """
         return False
 
     @classmethod
@@ -343,7 +349,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def minority(value_of: Mapping[Target, object]) -> list[Target]:
-    """Return the targets that do not have the most common value; of equally common values, the first one counts."""
+    """Return the targets whose value is not the most common one. If several are equally common, the first is used."""
     count = Counter(value_of.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in value_of.items() if value != most]
@@ -361,7 +367,7 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     """Check that a module's keys have exactly the parts in `wanted`.
 
     Raises:
-        Malformed: a part is missing, or the module has a further part.
+        Malformed: a part is missing, or the module has a part that is not in `wanted`.
     """
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)

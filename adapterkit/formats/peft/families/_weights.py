@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def layout(file: File, path: str) -> str:
-    """Return the layout in which the base stores a weight, from the base's family of models or else from the config."""
+    """Return the layout in which the base stores a weight.
+
+    The base's family of models decides. If it is unknown, the adapter's config decides.
+    """
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
     return "in out *k" if turned else "out *in"
@@ -87,7 +90,7 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
     """Return the size for the module at `path`; the default is `size`.
 
-    The first pattern decides that matches the text of `path` from one of its dots to the end. If no pattern matches,
+    Each pattern is compared with the ends of `path` that follow a dot; the first match decides. If no pattern matches,
     an entry whose name is exactly `path` decides.
     """
     pattern = pattern or {}
@@ -96,7 +99,7 @@ def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
-    """Return fields for sizes: the most common size, and a pattern with the full path of every other module."""
+    """Return the config fields for sizes: the most common size, and the full paths of modules with other sizes."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
@@ -140,7 +143,10 @@ TORCH = frozenset({".bin", ".pt", ".pth"})
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of a model's modules: endings of paths before the layers, inside each layer, and after the layers."""
+    """The order of a model's modules, as endings of their paths.
+
+    `before` has the modules before the layers, `inside` those in each layer, and `after` those after the layers.
+    """
 
     before: tuple[str, ...]
     inside: tuple[str, ...]

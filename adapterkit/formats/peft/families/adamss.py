@@ -115,7 +115,7 @@ class AdamssFamily(Family):
                 elif isinstance(update, AdaMSS):
                     why = _unproven(config, target.path, update, base)
                     if update.seed != config.random_seed:
-                        why = "its seed differs from the other updates'; the config states one seed for all modules"
+                        why = "its seed differs from that of the first update; the config states one seed for all"
                     if why:
                         yield target, why
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
 """A map from a field of the update to the shared key, without the kind of module at the key's end."""

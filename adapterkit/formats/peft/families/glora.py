@@ -1,7 +1,7 @@
 """GLoRA: each module has up to five matrices or vectors, A to E, which the paper calls support tensors.
 
 A's keys are `glora_A.Xd` and `glora_A.Xu` for a low-rank product, or `glora_A.X` for a vector or a constant. If A is
-unused, its key is `glora_A.zeros`. The keys of B to E are alike.
+unused, its key is `glora_A.zeros`. B and C have the same kinds of keys. D and E are never low-rank products.
 """
 
 from __future__ import annotations

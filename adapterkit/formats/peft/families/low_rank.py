@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 EPSILON = 1e-5
 """A constant that PEFT adds to the rank before it divides alpha by the rank."""
@@ -130,11 +130,11 @@ class AdaloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         scalings = {t: u.scaling for t, group in updates.items() for u in group if isinstance(u, AdaLoRA)}
         for target in minority(scalings):
-            yield target, "the scaling of this adalora differs from the other updates'; the config states one for all"
+            yield target, "its scaling differs from that of most adalora updates; the config states one for all"
 
 
 def _left(config: AdaLoRAFields, key: Key) -> int:
-    """Return the rank of a module in the config."""
+    """Return the rank that the config states for a module after training."""
     kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != config.init_r:
         why = f"it has {len(kept)} entries, but init_r is {config.init_r}"
@@ -228,7 +228,7 @@ class DeftFamily(Family):
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class GraLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -388,7 +388,7 @@ _SIDES = ("encoder", "decoder")
 
 
 OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 Share = int | float | None
 

@@ -36,8 +36,7 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""For w1 and w2, the possible maps from parts of keys to fields; the first map whose first part is in the file applies.
-"""
+"""For w1 and w2, the possible maps from key parts to fields; the first map whose first part is in the file applies."""
 
 
 class LoKrFields(ScaledFields, frozen=True, kw_only=True):
@@ -233,7 +232,7 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class LohaFamily(Family):

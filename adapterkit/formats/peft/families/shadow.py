@@ -32,7 +32,7 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class ShadowFields(MethodFields, frozen=True, kw_only=True):
@@ -146,7 +146,7 @@ def _named(part: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """The attributes that all blocks share, and the keys of those attributes that are tensors."""
+    """The fields that all blocks share. `keys` has the keys of the fields that are tensors."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class SupertuningFields(MethodFields, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
 
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class SHiRAFamily(Family):
