@@ -1,7 +1,8 @@
 """NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
 
-Plain and canonical LoRA are supported. The config in the archive has alpha and the numbers of heads. If an archive is
-split over ranks, the parts must be merged first.
+Both of NeMo's variants can be read and written: `nemo` (one pair for query, key and value) and `canonical` (separate
+pairs). The config in the archive has alpha and the numbers of heads. If the tensors are split over ranks, NeMo must
+merge them first.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lz
 
 
 class NemoHints(Leftovers, total=False):
-    """The leftovers: prefix of names, whether pairs are fused, numbers of heads, alpha, the config and its text."""
+    """The data that the reader keeps for the writer.
+
+    `prefix` is the prefix of the keys. `fused` says whether query, key and value have one pair. `heads` is (query
+    heads, key-value heads, size of a head). `text` is the YAML text of `config`.
+    """
 
     prefix: str
     fused: bool
@@ -65,7 +70,7 @@ class NemoHints(Leftovers, total=False):
 
 
 class Nemo(Format):
-    """NeMo 1's archives of LoRA."""
+    """NeMo 1's LoRA archives."""
 
     url = "https://github.com/NVIDIA/NeMo/blob/r1.23.0/scripts/nlp_language_modeling/merge_lora_weights/merge.py"
     description = "NeMo 1: a .nemo archive with model_config.yaml and model_weights.ckpt"
@@ -126,7 +131,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                 name = _name(member)
                 if count >= MEMBERS or not (member.isfile() or member.isdir()):
                     raise Malformed(
-                        "the archive has more than an adapter, or this member is not a plain file",
+                        f"the archive has more than {MEMBERS} members, or this member is neither a file nor a folder",
                         where=name,
                         cure=DAMAGED,
                     )
@@ -159,10 +164,10 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed contents of an archive. Limits the size of one read and the total size.
+    """The decompressed contents of an archive. This class limits the size of one read, and the total size.
 
-    The limits protect memory: `tarfile` reads a header in one read of the size that the file states, and skips members
-    by reading them.
+    The limits protect memory: the file states the size of a header, and `tarfile` reads all of the header at once. In
+    a compressed archive, the bytes of a skipped member are decompressed, too.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
@@ -185,7 +190,7 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= PIECE or self.tell() > self.limit:
             raise Malformed(
-                f"the archive asks for {size:,} bytes at once, or for bytes beyond {self.limit:,}", cure=DAMAGED
+                f"reading needs {size:,} bytes at once, or bytes after the first {self.limit:,}", cure=DAMAGED
             )
         return bytes(self.source.read(size))
 
@@ -212,9 +217,10 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy the contents of a member. If the archive is not compressed, the kernel copies, which is three times as fast.
+    """Copy the contents of a member.
 
-    Python copies sparse members, because their data is not contiguous in the file.
+    The kernel copies from an uncompressed archive, three times as fast as Python. Python copies sparse members, because
+    their data is not contiguous in the file.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -261,7 +267,10 @@ def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
 def _config(
     hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, object]:
-    """Return the source config with a new alpha, rank and variant. Without a source, use the fields that NeMo needs."""
+    """Return the source config with a new alpha, rank and variant.
+
+    Without a source config, return a config with only the fields that NeMo needs.
+    """
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
         heads = heads_of(base.config, "config.json")

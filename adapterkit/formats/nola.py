@@ -1,9 +1,9 @@
 """Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
-A file is a torch dict `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and
-`p2_nola` in MLPs. For each factor, the file has a seed instead of the random matrices, and torch's generator draws the
-matrices again. `nola.json` next to the file has LoRA's alpha and the device that drew the matrices. The adapter stores
-the file's seeds; only an adapter with seeds can be written in this format.
+A file is a torch dict `{"model_state_dict": ...}`. Its keys contain `nola_query` or `nola_value` for an attention, and
+`p1_nola` or `p2_nola` for an MLP. The file stores a seed for each factor, but no random matrices: the reader draws them
+again with torch's generator. `nola.json` next to the file has LoRA's alpha and the type of the device that drew the
+matrices. The adapter keeps the file's seeds; only an adapter with seeds can be written in this format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LARGEST = 4 << 30
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""A map from a word in keys to the adapted module, and to the adapted third of its outputs (None: all outputs)."""
+"""For each word in keys: the adapted module, and the index of the adapted third of its outputs (None: all outputs)."""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -52,14 +52,14 @@ _SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
 class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The contents of `nola.json`: `lora_alpha` of the training, and the device that trained, `cpu` or `cuda`."""
+    """The contents of `nola.json`: LoRA's alpha, and the type of the device that drew the random matrices."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
     device: Literal["cpu", "cuda"]
 
 
 class NolaHints(Leftovers, total=False):
-    """The leftovers of a file: its settings. The file's seeds are stored as leftover tensors."""
+    """The settings in `nola.json`, kept for the writer. The seeds are kept as tensors, in `Foreign.tensors`."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -119,12 +119,12 @@ class Nola(Format):
 
 
 def _place(target: Target) -> tuple[str, int | None]:
-    """Return the target's module, and the index of the third of its outputs that the target changes, as in `_PARTS`."""
+    """Return (module, index of the changed third of the module's outputs); the index is None for all outputs."""
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Map (module, index of a third of its output rows, or None) to the prefix of the keys of its A and B."""
+    """Return, for each (module, index) as in `_place`, the prefix that the keys of its A and B have."""
     matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in matches.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
@@ -164,10 +164,7 @@ def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, La
 
 
 def _alpha(update: NOLA, known: float) -> float:
-    """Return LoRA's alpha: the source file's alpha if it yields exactly the update's scaling.
-
-    Otherwise return scaling * rank.
-    """
+    """Return LoRA's alpha: `known` if `known / rank` is exactly the update's scaling, otherwise `scaling * rank`."""
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
 
@@ -185,7 +182,7 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Group the tensors by (path of an attention or MLP, word for the part), then by factor and slot.
+    """Group the tensors by (path of an attention or MLP, word of `_PARTS`), then by factor and slot, such as `Aseed`.
 
     Raises:
         Malformed: a key is not NOLA's, or a key is missing.
@@ -214,7 +211,7 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":
-            why = f"the random matrices need {size} bytes of {mix.dtype}; at most {LARGEST} bytes of F32 are drawn"
+            why = f"the random matrices need {size} bytes of {mix.dtype}; the limit is {LARGEST} bytes of F32"
             raise Unsupported(why, where=f"{where}.lora_{factor}", cure="Train with fewer random matrices, in float32")
 
 
@@ -234,7 +231,7 @@ def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """Return the random matrices of one factor; they are drawn when the values are loaded."""
+    """Return the random matrices of one factor. They are drawn only when their values are read."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:

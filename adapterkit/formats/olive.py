@@ -1,6 +1,7 @@
-"""Olive's adapters from `olive convert-adapters`, for inputs of an ONNX graph. Only LoRA; B includes the scaling.
+"""Read and write LoRA files of `olive convert-adapters`, whose factors are inputs of an ONNX graph.
 
-Compared with PEFT, both factors are transposed. The file is `.onnx_adapter`, `.npz` or `.safetensors`.
+Both factors are transposed, compared with PEFT, and B includes the scaling. The file is `.onnx_adapter`, `.npz` or
+`.safetensors`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Olive(Format):
             tensors, versions = _load(path)
             quantized = next((key for key in tensors if ".quant." in key), None)
             if quantized is not None:
-                why = "the factors have 4 bits; their values were rounded when the file was written"
+                why = "the factors are quantized, so their values were rounded when the file was written"
                 raise Unsupported(why, where=quantized, cure="Convert the adapter again, in floating point")
             updates: dict[Target, tuple[LoRA, ...]] = {}
             for name, slots in grouped(tensors, _SLOTS, "Olive").items():

@@ -1,8 +1,8 @@
-"""onnxruntime's adapters, `.onnx_adapter`: named values for a graph's inputs. adapterkit's record is in another file.
+"""Read and write onnxruntime's `.onnx_adapter` files, which hold named values for the inputs of an ONNX graph.
 
-The adapter file has only names and values. Methods and targets are in the record: a file with the same name and the
-suffix `.json`. The record has the same contents as the metadata key in adapterkit's own files. The format `olive` reads
-files without a record, if the values have Olive's names.
+The adapter file has only names and values. Methods and targets are in adapterkit's record, which is a second file: its
+name is the adapter file's name plus `.json`. The record has the same contents as the metadata key in adapterkit's own
+files. The format `olive` reads files without a record, if the values have Olive's names.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_slots_record(
     Args:
         adapter: the adapter in the adapter file.
         names: for each update, in order, a map from the update's fields to names of the graph's inputs.
-        others: the names of all other values: scalings, which are also in the record.
+        others: the names of all other values. They are scalings, which the record has, too.
         path: the adapter file.
     """
     record = encode_record(adapter.replace(foreign=None), {})

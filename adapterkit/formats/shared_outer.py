@@ -205,7 +205,7 @@ def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[
 
 
 class SharedOuterHints(Leftovers, total=False):
-    """The leftovers of a folder: its config."""
+    """The source folder's config, kept for the writer."""
 
     config: dict[str, Any]
 
@@ -301,7 +301,7 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
 
 
 def _writes(name: str) -> bool:
-    """Whether a module's outputs are hidden states, as for `down_proj`. Then the experts share B, otherwise A."""
+    """Whether a module's outputs are hidden states, as for `down_proj`. If so, its experts share B; otherwise, A."""
     return name.rpartition(".")[2] in OUTER
 
 
@@ -317,8 +317,8 @@ def _stack(
 ) -> dict[str, Lazy]:
     """Return the tensors A and B of a stack, by key.
 
-    If the experts have different outer factors, these factors are concatenated into one. Then the inner
-    factor of each expert is zero, except at the rank indices of this expert.
+    If the experts have different outer factors, these factors are concatenated along the rank. The inner factor of each
+    expert is padded with zeros at the rank indices of all other experts.
     """
     writes, first = _writes(name), next(iter(experts_here.values()))
     axis = 1 if writes else 0  # The axis of the rank in the outer factor; in the inner factor, it is 1 - axis.

@@ -1,7 +1,8 @@
-"""TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`: LoRA; B includes the scaling.
+"""Read and write LoRA as TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`.
 
-A row of the first array has A and B of one module, flattened and padded with zeros. The same row of the second array
-has the module's number, the layer and the rank. The numbers of inputs and outputs come from the base.
+A row of the first array has A and B of one module, flattened and padded with zeros. B includes the scaling. The same
+row of the second array has the module's number, the layer and the rank. The numbers of inputs and outputs come from the
+base.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _REAL = ("F16", "BF16", "F32")
 
 
 class TensorRTHints(Leftovers, total=False):
-    """The leftovers: the number of columns in the config, the width of the weights, and the targets in row order."""
+    """Kept for the writer: the config's number of columns, the width of the weights, and the paths in row order."""
 
     columns: int
     width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
@@ -138,7 +139,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """Map (module's name inside its layer, layer) to the paths of such modules in the base."""
+    """Return, for each (module's name inside its layer, layer), the paths of the base's modules there."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         match = LAYER_PATH.fullmatch(name)

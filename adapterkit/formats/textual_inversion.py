@@ -41,7 +41,11 @@ _BESIDE = ("adapter_config.json", "config.json")
 
 
 class TextualInversionFiles(Format):
-    """Files with token embeddings. The writer uses the form of the source file, or else diffusers' or SDXL's form."""
+    """Files with token embeddings.
+
+    The writer uses the form of the source file. Without a source file, it uses SDXL's form if the adapter has an
+    embedding for the second text encoder, otherwise diffusers' form.
+    """
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
@@ -193,7 +197,7 @@ def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors with the keys and shapes of the source file, if the source file has the same form."""
+    """Return the tensors by key. If the source file has the same form, use its keys and shapes."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])

@@ -86,7 +86,7 @@ _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_s
 
 
 class TinkerHints(Leftovers, total=False):
-    """The leftovers of a folder: its config."""
+    """The source folder's config, kept for the writer."""
 
     config: dict[str, Any]
 

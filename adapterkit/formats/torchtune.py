@@ -48,7 +48,7 @@ _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude
 
 
 class TorchtuneHints(Leftovers, total=False):
-    """The leftovers: alpha, the numbers of heads, and whether rows are in Meta's order."""
+    """Kept for the writer: alpha, the numbers of heads, and whether the rows of q and k are in Meta's order."""
 
     alpha: float
     heads: dict[str, int | bool]
@@ -160,7 +160,7 @@ def _as_is(rows: Rows) -> Order:
 
 @cache
 def table() -> NameTable:
-    """Return the table of our and torchtune's name templates, which are the same for all families of models."""
+    """Return the table from our name templates to torchtune's, which is the same for all families of models."""
     return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 

@@ -1,7 +1,8 @@
-"""XLabs' LoRA for FLUX, for the processors of attention modules, without alpha.  https://github.com/XLabs-AI/x-flux
+"""Read and write XLabs' LoRA for FLUX (https://github.com/XLabs-AI/x-flux). The files have no alpha.
 
-`qkv_lora1` and `proj_lora1` adapt the image's stream; `qkv_lora2` and `proj_lora2` adapt the text's stream. In a single
-block, `qkv_lora` adapts the first three sevenths of linear1, and `proj_lora` adapts linear2.
+The keys name processors of attention modules. In a double block, `qkv_lora1` and `proj_lora1` adapt the image's stream,
+and `qkv_lora2` and `proj_lora2` adapt the text's stream. In a single block, `qkv_lora` adapts the first three sevenths
+of linear1's outputs, and `proj_lora` adapts linear2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Calibration: run the model on texts and record the inputs of each target, for the rounding of a quantized merge.
+"""Run a model on texts and record the inputs of each target. A quantized merge uses these inputs for its rounding.
 
-The base runs once over the texts. The adapters are attached, because the merged model will have the same activations.
-Memory: the model, and 4 bytes for each number in the recorded tensors (tokens x width).
+The base runs once over the texts, with the adapters attached, so that its activations are those of the merged model.
+The memory needed is that of the model, plus 4 bytes for each number in the recorded tensors (tokens x width).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def calibrate(
 def recorded(
     model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object], drawn: bool = False
 ) -> Calibration:
-    """Write the inputs that the linear layers with adapters get while a function runs the model.
+    """Run a model, record the inputs of its linear layers with adapters, and write these inputs to a file.
 
     Args:
         model: a model with attached adapters.

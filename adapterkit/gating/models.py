@@ -1,8 +1,8 @@
 """Run the models that a gate compares, and measure their outputs.
 
-The models are the base with attached adapters, a merged model, and an ONNX graph. Their inputs are tokens of short
-texts, or random token ids or pixels if the base has no tokenizer. The figures are the KL divergence, perplexity, the
-agreement of greedy text, and the difference of hidden states after each block.
+The models are the base with attached adapters, a merged model, and an ONNX graph. A language model reads the tokens of
+short texts; if the base has no tokenizer, it reads random token ids. An image model reads random pixels. The figures
+are the KL divergence, perplexity, the agreement of greedy text, and the difference of hidden states after each block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
 
-# Create the inputs of a gate: tokens of short texts, or random token ids or pixels if the base has no tokenizer.
+# Create the inputs of a gate: tokens of short texts, random token ids (without a tokenizer), or random pixels.
 
 
 BUILTIN = "builtin"
@@ -269,7 +269,10 @@ def _double(values: Tensor) -> Tensor:
 
 
 def divergence(first: ModelOutput, second: ModelOutput) -> float:
-    """Return KL(first || second) in nats, summed over positions; without logits, the relative squared difference."""
+    """Return KL(first || second) in nats, summed over positions.
+
+    Without logits, return the relative squared difference of the hidden states, times the number of positions.
+    """
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
     a, b = _alike(first.main, second.main)
@@ -299,9 +302,10 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
-    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, two inner products of outputs.
+    """Return two inner products: `<other - base, adapted - base>` and `<adapted - base, adapted - base>`.
 
-    Logits are first converted to log-probabilities; the probabilities of `adapted` are the weights of the products.
+    The first divided by the second is the share of the adapters' change in `other`. Logits are first converted to
+    log-probabilities, and each product is weighted by the probabilities of `adapted`.
     """
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)
@@ -355,7 +359,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens before the first difference between two generated texts."""
+    """Compare pairs of generated texts. Return the share of tokens that come before the first difference in a pair."""
     same = total = 0
     for first, second in zip(one, other, strict=True):
         total += len(first)
@@ -365,7 +369,11 @@ def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> f
 
 @dataclass(slots=True)
 class StateSums:
-    """Squared differences of hidden states, summed over inputs."""
+    """Squared norms for the hidden states after the embedding and each block, summed over inputs.
+
+    `size` is for the states of the base with adapters, `apart` for their difference from the other model's states, and
+    `moved` for their difference from the base's states.
+    """
 
     size: list[float] = field(default_factory=list)
     apart: list[float] = field(default_factory=list)
@@ -455,9 +463,9 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 class Adapted:
-    """A base with attached adapters, and with an attached null adapter, which makes random changes of the same size.
+    """A base with attached adapters. A null adapter can be attached, too; it makes random changes of the same size.
 
-    Either the adapters or the null adapter are active, or neither.
+    The adapters and the null adapter are never active at the same time.
     """
 
     def __init__(self, model: Any, adapters: Sequence[Adapter], weights: Sequence[float], **options: Any) -> None:

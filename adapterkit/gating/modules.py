@@ -39,15 +39,15 @@ QUANTIZED = "quantized"
 
 
 RESIDUE = 0.2
-"""A wrong change counts as a multiple of the right change if its part orthogonal to the right change is at most this,
-relative to the larger of the two changes."""
+"""A wrong change counts as a multiple of the right change if its part orthogonal to the right change is small: at most
+this fraction of the larger of the two changes."""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
 """The fault of a weight that cannot be compared begins with one of these texts."""
 
 CERTAIN = 5.0
-"""The scale of a quantized change is a fault if it differs from 1 by more than this many standard errors of the
-rounding noise."""
+"""The scale of a quantized change may differ from 1 by `max_scale_error` plus this many standard errors of the rounding
+noise. A larger difference is a fault."""
 
 OTHER = 0.5
 """A quantized weight with a larger relative error counts as a different weight: 2-bit rounding has an error of 1/3."""
@@ -60,9 +60,9 @@ MOST_COMPARED = 64
 class ModuleSums:
     """Squared norms and inner products of a module's outputs, summed over the inputs.
 
-    The fields are the squared norms of: the output with adapters (`size`), the adapters' change (`asked`), the change
-    in the merged model (`there`) and the difference between the two changes (`apart`). `product` is the inner product
-    of the two changes.
+    `size` is the squared norm of the output with adapters. `asked` is that of the adapters' change, and `there` that of
+    the change in the merged model. `apart` is the squared norm of the difference between these two changes, and
+    `product` is their inner product.
     """
 
     size: float = 0.0
@@ -189,7 +189,10 @@ def _floats(output: object) -> Iterator[Tensor]:
 
 
 def scale_of(comparison: ModuleComparison) -> float | None:
-    """Return the share of the change that the merged model contains: a mean over the modules, weighted by norms."""
+    """Return the share of the change that the merged model contains; None if the adapters change no module.
+
+    This is a mean over the modules, weighted by the squared norms of the adapters' changes.
+    """
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
 
@@ -206,7 +209,7 @@ def judged(
         other: the merged model.
         handles: the attached adapters; the function merges them.
         dtype: the stored dtype of the merged model, or `quantized`.
-        coarse: the relative rounding step of the dtype of the computation.
+        coarse: the relative rounding step of the dtype in which the models ran.
         max_scale_error: see `Thresholds`.
         max_part_error: see `Thresholds`.
     """
@@ -310,7 +313,10 @@ class SuspectWeights:
         self.changes = {each.name: after[each.name].detach() - each.before for each in self.copies}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
-        """Compare a module's weights; return its comparison, with a fault unless rounding explains the difference."""
+        """Compare a module's weights, and return `part` with the result.
+
+        For a suspected module, the result has a fault unless rounding explains the difference.
+        """
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
         for each in (weight for weight in self.copies if weight.module == part.module and not self.why):
@@ -385,7 +391,7 @@ class SuspectWeights:
         if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
             return _WeightFound("has other weights than the base", None, apart / max(whole, 1e-30), False)
         if size <= 1e-6 * float(before.norm()):
-            # Compare vectors at 16 bits, because they are not quantized.
+            # Allow vectors only an error of 16-bit rounding, because they are not quantized.
             far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
             return _WeightFound("has other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
         scale = _along(there, delta)
@@ -412,7 +418,7 @@ class SuspectWeights:
         return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
-        """Whether an expert contains a wrong change, which may be too small to notice in the norm of the stack."""
+        """Whether any expert in a stack has a wrong change. The norm of the whole stack may not show it."""
         sizes = delta.flatten(1).norm(dim=1)
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())

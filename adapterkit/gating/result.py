@@ -28,7 +28,7 @@ class Thresholds:
     Attributes:
         min_effect: the minimum of KL(base || base with adapters), in nats per token.
         min_kept: the minimum share of the effect that a merged model or graph keeps.
-        max_scale_error: the maximum of |1 - scale|; `scale` is the share of the change in the merged model or graph.
+        max_scale_error: the maximum of `|1 - scale|`; `scale` is the share of the change in the merged model or graph.
         max_part_error: the maximum error of a module's change, relative to the change; rounding errors are not counted.
         min_agreement: the minimum share of greedily generated tokens that are equal to those of the base with adapters.
         max_perplexity: the maximum perplexity, relative to the perplexity of the base with adapters.
@@ -73,7 +73,8 @@ class AdapterEffect:
         divergence: KL(base || base with adapters) in nats; for models without logits, the squared difference of the
             hidden states, relative to the base's hidden states.
         unit: the unit of `divergence`, in words.
-        null: the divergence for random changes that have the same norm at each target.
+        null: the divergence between the base and the base with random changes, which have the same norm as the
+            adapters' change at each target.
         why_no_null: the reason why `null` was not measured; empty if it was.
         agreement: the share of greedily generated tokens that are equal for the base and the base with adapters.
         perplexity_base: the perplexity of the base.
@@ -120,9 +121,9 @@ class BlockDifference:
 
     Attributes:
         block: the number of the block; 0 stands for the embedding.
-        difference: |merged - adapted| / |adapted|; `merged` means the states of the merged model, `adapted` the states
-            of the base with adapters.
-        change: |adapted - base| / |adapted|; `base` means the states of the base.
+        difference: `|merged - adapted| / |adapted|`; `merged` stands for the states of the merged model, and `adapted`
+            for the states of the base with adapters.
+        change: `|adapted - base| / |adapted|`; `base` stands for the states of the base.
     """
 
     block: int
@@ -137,8 +138,9 @@ class KeptEffect:
     Attributes:
         model: `merged` or `onnx`.
         path: the path of the model or graph.
-        divergence: KL(base with adapters || this model), or the relative difference of hidden states.
-        kept: 1 - divergence / KL(base with adapters || base).
+        divergence: KL(base with adapters || this model); without logits, the relative squared difference of the hidden
+            states.
+        kept: `1 - divergence / KL(base with adapters || base)`.
         scale: the share of the change in this model: 1 in a correct merge, 0 in the base, 2 for twice the change.
         agreement: the share of greedily generated tokens that are equal to those of the base with adapters.
         perplexity: the perplexity of this model.
@@ -187,7 +189,7 @@ class Gate:
         dtype: the dtype in which the models ran.
         seed: the seed of all random choices.
         effect: the effect of the adapters.
-        kept: an entry for the merged model and an entry for the graph, if they were passed.
+        kept: an entry for the merged model and an entry for the graph, if the caller gave them.
         checks: the comparisons with thresholds.
         verdicts: plain sentences about the result, faults first.
         seconds: the duration.
@@ -221,12 +223,12 @@ class Gate:
 
     @property
     def merged(self) -> KeptEffect | None:
-        """The figures of the merged model; None if no merged model was passed."""
+        """The figures of the merged model; None if the caller gave no merged model."""
         return next((each for each in self.kept if each.model == "merged"), None)
 
     @property
     def onnx(self) -> KeptEffect | None:
-        """The figures of the graph; None if no graph was passed."""
+        """The figures of the graph; None if the caller gave no graph."""
         return next((each for each in self.kept if each.model == "onnx"), None)
 
     def __repr__(self) -> str:
@@ -264,7 +266,7 @@ SHOWN = 3
 """The maximum number of modules that a sentence names."""
 
 MOST = 0.9
-"""A fault that at least this share of the modules has is reported once, for the whole model."""
+"""If at least this share of the modules has the same fault, the fault is reported once, for the whole model."""
 
 EVERYWHERE = 0.5
 """If at least this share of the modules without adapters has wrong weights, the merge used another base."""

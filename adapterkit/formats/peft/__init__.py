@@ -38,9 +38,9 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Names of the index of an adapter that is split over `adapter_model-00001-of-00002.safetensors` and further files.
+"""Possible names of the index file of an adapter in several files (`adapter_model-00001-of-00002.safetensors`, ...).
 
-transformers 5.24 names this index like a base's index, and cannot load such adapters.
+The second name is the one that a base's index has. transformers 5.24 writes it for adapters, but cannot load them.
 """
 
 METADATA = {"format": "pt"}
@@ -88,9 +88,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """Return the strings in the header of the folder's safetensors file.
+    """Return the metadata in the header of the folder's safetensors file; empty for a `.bin` file.
 
-    PEFT ignores them, but other tools use them.
+    PEFT ignores this metadata, but other tools use it.
     """
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
@@ -215,7 +215,7 @@ class Peft(Format):
             compat: see `Format.read`.
             base: see `Format.read`.
             alpha: LoRA's alpha; needed if neither a config nor the file has alpha.
-            rank: the expected rank; an error if the shapes or the config have another rank.
+            rank: the expected rank. If the shapes or the config have another rank, reading fails.
             strict: whether to refuse every field of the config that PEFT does not define.
         """
         from . import bare

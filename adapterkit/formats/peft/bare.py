@@ -37,13 +37,14 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""Matches the name of DeepSpeed's file up to ZeRO-2. This file has all weights."""
+"""Matches the name of the file that DeepSpeed writes without ZeRO-3. The file has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""Matches the name of DeepSpeed's file with ZeRO-3. This file lacks the weights; other files have a part per rank."""
+"""Matches the name of a file that DeepSpeed writes with ZeRO-3. The weights are in other files, one part per rank."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The header's key for PEFT's config in diffusers' files. It is JSON, and its fields begin with a component's name."""
+"""The metadata key under which diffusers stores PEFT's config as JSON; a field's name begins with a component's name.
+"""
 ASSUMED = "alpha_assumed"
 """A field in configs that this module builds. It means that alpha was assumed, because the file has no alpha."""
 
@@ -53,7 +54,10 @@ _MAX_SCAN = 64 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` has LoRA tensors with PEFT's names, but no config that shows which tool wrote the tensors."""
+    """Whether `path` has LoRA tensors with PEFT's names and no config, or is a tensor file next to PEFT's config.
+
+    DeepSpeed's checkpoints are recognized by the names of their files.
+    """
     if not is_bare(path):
         # Next to PEFT's config, accept a tensor file with any name. Check the content of the config, not only its name.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
@@ -146,7 +150,11 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Return `lora_alpha` and related fields, from the file or the caller; two different alphas are an error."""
+    """Return `lora_alpha` and related fields, from the file or the caller.
+
+    Raises:
+        UsageError: neither the file nor the caller states alpha, or they state different alphas.
+    """
     stated = _scaling_fields(header)
     if alpha is None and not stated and not alphas and looks_of_pipeline(ranks):
         return {
@@ -197,7 +205,7 @@ def _scaling_fields(header: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse the state dict of a whole model, because its keys do not show which weights were trained."""
+    """Refuse stacked experts, and a whole model's state dict, whose keys do not show which weights were trained."""
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
@@ -226,7 +234,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the subfolder that the file `latest` of a DeepSpeed checkpoint names; without `latest`, the folder."""
+    """Return the subfolder that a DeepSpeed checkpoint names in its file `latest`; otherwise return `folder`."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -319,7 +327,7 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
 OF_FAMILY = "adapterkit.family"
-"""The metadata key with an adapter's family of models, for writers."""
+"""The metadata key that tells writers the family of models that an adapter belongs to."""
 
 FAMILY = "cogvideox"
 """The only family of models whose names in SAT are known."""
@@ -331,7 +339,7 @@ def is_sat(keys: Mapping[str, object]) -> bool:
 
 
 def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str, Lazy]:
-    """Return SAT's matrices under PEFT's keys, with the names that the modules have in diffusers.
+    """Rename SAT's matrices to PEFT's keys, with diffusers' names of the modules.
 
     Args:
         tensors: the tensors of the file, by key.

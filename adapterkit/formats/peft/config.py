@@ -98,7 +98,7 @@ PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Values of `init_lora_weights` that leave the base unchanged."""
 
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
-"""The first words of initialisations that subtract the adapter's initial values from the base."""
+"""Beginnings of those values of `init_lora_weights` that subtract the adapter's initial values from the base."""
 
 WHY_CHANGED = {
     "corda": "values computed from samples of its training data",
@@ -115,7 +115,7 @@ def peft_types() -> tuple[str, ...]:
 
 
 def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> PeftSettings:
-    """Check every field of a config, and return the fields that affect the function.
+    """Check every field of a config, and return the fields that affect the model's outputs.
 
     Args:
         config: the decoded adapter_config.json.
@@ -123,7 +123,7 @@ def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> PeftSetti
 
     Raises:
         Malformed: a field has the wrong type.
-        Unsupported: a field, or the value of a field, is unknown and may change the function.
+        Unsupported: a field, or the value of a field, is unknown and may change the model's outputs.
     """
     _check_type(config)
     family = family_of_type(str(config["peft_type"]))
@@ -159,9 +159,9 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
 
 
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
-    """List the fields with a value that PEFT does not define, sorted.
+    """List the nonempty fields that PEFT does not define, sorted.
 
-    `parse` must have checked that they are harmless.
+    Call `parse` first: it refuses such fields unless they are harmless.
     """
     family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
@@ -190,8 +190,8 @@ def _is_marker(name: str, value: object) -> bool:
     """Whether an unknown field only records who wrote the file, when it was written, or in which run.
 
     A string is such a record if the field's name is in a list, or if the string looks like a release, a date or a
-    digest. Other strings, numbers and `true` may change the function. Example: Unsloth's `lora_B_layout` is
-    `rank_major` or `grouped_by_expert`, two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is
+    digest. Other strings, numbers and `true` may change the model's outputs. For example, Unsloth's `lora_B_layout` is
+    `rank_major` or `grouped_by_expert`: two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is
     a record if all of its contents are records.
     """
     if isinstance(value, Mapping):
@@ -206,7 +206,7 @@ def _is_marker(name: str, value: object) -> bool:
 def _check_variants(settings: PeftSettings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
-    PEFT has some variants only for modules (not for parameters), and only without a bias.
+    Also check `lora_bias` and `target_parameters`: PEFT cannot combine them with every variant.
     """
     variants_on = {
         "use_bdlora": settings.use_bdlora is not None,
@@ -231,7 +231,7 @@ def _check_init(value: bool | str | None) -> None:
     if known:
         raise Unsupported(
             f"{value} changed the base when the adapter was created: "
-            f"it subtracted {WHY_CHANGED[known]} from the base's weights",
+            f"from the base's weights, it subtracted {WHY_CHANGED[known]}",
             where="init_lora_weights",
             cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
         )
@@ -243,7 +243,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Names of fields whose text is only a record of the file's origin."""
+"""Matches names of fields whose text only records where the file comes from."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

@@ -1,4 +1,4 @@
-"""Decode LoRA, DoRA and LoRA-XS of modules, and updates of no family: whole parameters, IA3, token rows, norms."""
+"""Decode LoRA, DoRA and LoRA-XS of modules, and updates without a `Family`: parameters, IA3, token rows, norms."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 # Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
 #
 # The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In
-# an `nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which belong to the
-# attention's name. PEFT's forward adds the change of the output projection twice
+# an `nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which the config
+# lists under the attention's name. PEFT's forward adds the change of the output projection twice
 # (https://github.com/huggingface/peft/pull/3774).
 
 
-# Compute adapters of convolutions as PEFT does, where PEFT's forward is not equivalent to a change of the weight.
+# Compute adapters of convolutions as PEFT's forward does, even if a change of the weight would give other outputs.
 #
 # PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base
 # layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads
-# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding, which
-# also pads with zeros. OFT rotates the patches of the input.
+# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. This
+# function also pads with zeros. OFT rotates the patches of the input.
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""The methods whose forward in PEFT calls the base layer, and so has the base layer's padding."""
+"""The methods whose forward in PEFT calls the base layer, and so pads as the base layer does."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
@@ -54,7 +54,7 @@ def turns_patches(shape: tuple[int, ...]) -> bool:
 
 
 def on_patches(update: Update, layer: LayerFacts) -> Update:
-    """Return an OFT update as PEFT's forward computes it at this layer."""
+    """Return the update that PEFT's forward computes at this layer: OFT may become `OFTPatches`."""
     if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
         return update
     same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
@@ -89,7 +89,7 @@ DEPARTURES = {
     ),
     "grouped_dora_norm": Departure(
         "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
-        "W + B @ A with B's values read as [out / groups, r]",
+        "W + B @ A, where B's values are read as [out / groups, r]",
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
     "convolution_padding": Departure(
@@ -103,7 +103,7 @@ DEPARTURES = {
 """The cases in which PEFT's forward differs from the formulas of LoRA and its variants."""
 
 TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
-"""The first words of key parts whose tensors matter only in training."""
+"""Beginnings of `Key.part` for tensors that are used only in training."""
 
 
 def decode(file: File) -> Findings:
@@ -215,7 +215,7 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
 
 
 def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[DecodedUpdate]:
-    """Yield a LoRA for each run of adjacent rows of the weight that belong to one group.
+    """Yield a LoRA for each run of adjacent output rows. All rows of a run belong to one block and one group.
 
     Raises:
         ShapeMismatch: the tensors do not fit these blocks or this rank.
@@ -234,7 +234,7 @@ def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[Deco
 
 
 def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> int:
-    """Return the number of groups that A and B have."""
+    """Return the number of groups of the grouped convolution that A and B form."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0
     whole = groups and rows == inner * groups and outputs % groups == 0 and blocks and outputs % blocks == 0
@@ -247,7 +247,7 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Split B's rows into runs that end at the end of a block or of a group."""
+    """Yield (start, stop) of each run of B's rows. A run ends at the end of a block or of a group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 
@@ -289,10 +289,10 @@ def decode_replacement(file: File) -> Findings:
 
 
 def _unread(file: File) -> Iterator[Key]:
-    """Yield the keys of copies of a module that PEFT ignores when it loads the file.
+    """Yield the keys of a module's redundant copies, which PEFT ignores when it loads the file.
 
     With `save_embedding_layers`, PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
-    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. When PEFT loads the file, it uses only the first.
+    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. When PEFT loads the file, it uses `NAME.weight`.
     """
     plain = {key.path for key in file.tensors if not key.part and not key.copy}
     trained = {key.path for key in file.tensors if key.copy == "modules_to_save"}
@@ -302,9 +302,9 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
-    """Create the update of a module's parameters.
+    """Create the update that replaces a module's parameters.
 
-    The layout is [in, out] only if the bias fits the weight's second axis.
+    The layout is [in, out] only if the bias has the size of the weight's second axis, and not that of the first.
     """
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
@@ -315,8 +315,8 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     """Return (target, field) for a parameter.
 
-    For a weight or a bias, the target is the module; the input bias of an attention belongs to its `in_proj_weight`.
-    Any other parameter is itself the target, with the field `weight`.
+    The target of a `weight` or a `bias` is its module. The target of an attention's `in_proj_bias` is the attention's
+    `in_proj_weight`. Any other parameter is itself the target, with the field `weight`.
     """
     if not axes:
         raise Unsupported(
@@ -330,7 +330,8 @@ def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     return name, "weight"
 
 
-# IA3: `ia3_l` scales outputs, [out, 1], or the inputs of `feedforward_modules`, [1, in]; on convolutions, [1, n, 1].
+# IA3: `ia3_l` of shape [out, 1] scales a module's outputs. For `feedforward_modules`, `ia3_l` has the shape [1, in] and
+# scales the inputs. On convolutions, both have the shape [1, n, 1, ...].
 
 
 IA3_PART = "ia3_l"
@@ -366,7 +367,10 @@ def _scales_inputs(settings: PeftSettings, key: Key, shape: Shape) -> bool:
 
 
 def feedforward(settings: PeftSettings, path: str) -> bool | None:
-    """Whether IA3 scales a module's inputs; names match by their ends, as in PEFT. None if the config has no list."""
+    """Whether IA3 scales a module's inputs; None if the config has no `feedforward_modules`.
+
+    As in PEFT, a listed name matches every path that ends with it.
+    """
     named = settings.feedforward_modules
     if named is None:
         return None
@@ -379,7 +383,7 @@ def feedforward(settings: PeftSettings, path: str) -> bool | None:
 
 TOKENS_PART = "trainable_tokens_delta"
 ORIGINAL = "trainable_tokens_original"
-"""The part of keys for a copy of the base's original rows."""
+"""The `Key.part` of a copy of the base's original rows."""
 
 
 def decode_rows(file: File) -> Findings:
@@ -408,7 +412,7 @@ def integers(values: list[int]) -> Lazy:
 
 
 def _index(settings: PeftSettings, path: str) -> list[int] | None:
-    """Return the ids of the tokens whose rows a module has; None if the config does not have them."""
+    """Return the token ids of the rows that the file stores for a module; None if the config does not state them."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices
@@ -462,7 +466,7 @@ def norm_spelled(name: str) -> str:
 def _norm_name(key: Key) -> str:
     """Return the path of the parameter that a key names.
 
-    The parser of keys mistakes the name of a child module for an adapter's name. This function undoes the mistake.
+    `parse_key` mistakes the name of a child module for an adapter's name. This function corrects that.
     """
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]

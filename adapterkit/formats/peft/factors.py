@@ -1,4 +1,4 @@
-"""Find the factors, rank and scaling of each LoRA and DoRA of a module, or of a parameter (a stack of experts)."""
+"""Find the factors, rank and scaling of each LoRA and DoRA; the target is a module or a parameter (stacked experts)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def find_factors(file: File) -> list[PeftFactors]:
 
 
 def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Check the tensors' rank against the config. For a grouped convolution, B has rank / groups columns.
+    """Check the tensors' rank against the config. For a grouped convolution, B has `rank / groups` columns.
 
     Raises:
         ShapeMismatch: the rank of A or B does not match the config.
@@ -158,7 +158,7 @@ def _method(settings: PeftSettings, tensors: Mapping[str, Lazy], embedding: bool
 
 
 def _router(arrow: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Create Arrow's update, with the settings of the router; the factors are stored, but only the router uses them."""
+    """Create Arrow's update with the settings of the router. It keeps the file's unused pair of factors as `idle_*`."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(arrow.task_adapter_names or ()), len(arrow.gks_adapter_names or ()) if arrow.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -250,7 +250,7 @@ SWAPPED_BEFORE = (0, 19)
 """The first release of PEFT that reads the axes of a stack in the order in which the model stores them."""
 
 OLD_VERSION = "0.18.1"
-"""The `peft_version` in new configs for stacks with the axes of PEFT before 0.19."""
+"""The `peft_version` to write if the axes of stacks are in the order of PEFT before 0.19."""
 
 MAX_NAMES = 6
 """The limit on the number of adapted parameters of one module; in real models, modules have at most two."""
@@ -288,7 +288,7 @@ def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
 
 
 def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
-    """Reorder lora_B from PEFT's [out, r * e] to [e, out, r].
+    """Reorder lora_B from the file's [out, r * e] to [e, out, r].
 
     Args:
         B: the matrix lora_B, which has the columns of all experts.
@@ -375,7 +375,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return the config, changed to state the layout of stacks: in Unsloth's field, or by an old `peft_version`."""
+    """Return the config with the layout of stacks in it: as Unsloth's `lora_B_layout`, or as an old `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -488,8 +488,8 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. If a router has one pair, the pair adapts
-    # `gate.weight`.
+    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`, and both entries match a router `gate`. If the router
+    # has one pair, the pair adapts `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -539,8 +539,8 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
     """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj decide; otherwise None.
 
-    gate_up has twice as many outputs as down has inputs. No shapes fit both answers, because one width would then have
-    to be twice itself.
+    gate_up has twice as many outputs as down has inputs, and as many inputs as down has outputs. No shapes fit both
+    answers: `in_` would have to equal both `down_out` and `2 * down_out`.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:

@@ -41,12 +41,12 @@ class Key(NamedTuple):
 
     Attributes:
         text: the complete key.
-        stem: the text before the part, including words of wrappers. For a parameter of the base, the whole path; for a
-            tensor that all modules share, empty.
+        stem: the text before the part, including the words that wrappers insert, such as `base_layer`. For a parameter
+            of the base, the stem is the whole path. For a tensor that all modules share, it is empty.
         part: the kind of tensor, such as `lora_A` or `ia3_l`; empty for a parameter of the base.
         leaf: the text after the part: `weight`, `bias` or empty.
         adapter: the adapter's name, if the key contains it.
-        copy: `modules_to_save` or `original_module` if the key has this word of a wrapper; otherwise empty.
+        copy: `modules_to_save` or `original_module` if the key contains one of these words; otherwise empty.
     """
 
     text: str
@@ -100,10 +100,10 @@ class File:
         tensors: the tensors by key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        parameters: a map from stems to parameters of the base. The caller fills the map if it knows the parameters,
-            because the file may not show them.
-        known: the update that is expected at each path, if a file that was just written is read for a check.
-        omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
+        parameters: a map from stems to parameters of the base, which the writer fills for its check. The file may not
+            show the parameters.
+        known: the expected update at each path, if the writer reads its own file for a check; otherwise empty.
+        omitted: shared tensors that are not in the file, by `Key.word`. The writer provides them for its check.
     """
 
     settings: PeftSettings
@@ -120,7 +120,7 @@ class File:
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
-        """Return the keys with one of these parts, as stem -> (part, leaf) -> key."""
+        """Return the keys with one of these parts, as `stem -> (part, leaf) -> key`."""
         parts = frozenset(parts)
         groups_by_stem: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
@@ -132,7 +132,10 @@ class File:
         return groups_by_stem
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
-        """Return the keys whose words match one of these patterns, as stem -> word -> key; a star matches one word."""
+        """Return the keys whose `word` matches one of these patterns, as `stem -> word -> key`.
+
+        In a pattern, `*` matches the text between two dots.
+        """
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         modules_by_stem: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
@@ -179,7 +182,7 @@ class DecodedUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor does not affect the computed function. It is stored so that the writer can write it again."""
+    """A key whose tensor has no effect. It is kept so that the writer can write the tensor again."""
 
     key: Key
 
@@ -187,8 +190,9 @@ class Kept:
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that a tensor has in the loaded model.
 
-    The base's tensor is called `name`, or is the only tensor whose name ends with `name`. If a base stores the parts of
-    a tensor that the loaded model fuses, the shape is computed from the parts with the family's table.
+    The base's tensor is called `name`, or is the only tensor whose name ends with `name`. The base may store a tensor
+    in parts, which the loaded model joins. The shape of such a tensor is computed from the parts, with the family's
+    table.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -203,7 +207,7 @@ def _ending(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Index a base's tensors by the last word, and by the last two words, of their names, for many fast look-ups."""
+    """Return the base's tensor names by their last word, and by their last two words, for many fast look-ups."""
     names_by_ending: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -325,9 +329,8 @@ def _families() -> Iterable[type[Family]]:
 def _words(patterns: Iterable[str]) -> str:
     """Return a regular expression for the parts of keys; it matches nothing if `patterns` is empty.
 
-    In a pattern, `*` stands for one word.
-
-    Longer words come first, because a word may be the beginning of another.
+    In a pattern, `*` stands for one word. The expression tries longer patterns first, because one pattern may be the
+    beginning of another.
     """
     bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
@@ -379,12 +382,12 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers of a PEFT file.
+    """Details of a PEFT file with which the writer can write the same file again.
 
     Attributes:
         config: the source config.
-        targets: a fingerprint of the source's targets. If it still matches, the lists of modules in the config are
-            correct.
+        targets: a fingerprint of the source's targets. If the adapter's targets still have this fingerprint, the lists
+            of modules in the config are correct.
         prefix: the prefix of all keys.
         compat: the caller's `compat`. If the written file is read with this `compat`, it must yield the same adapter.
         experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
@@ -403,10 +406,10 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter) -> PeftHints:
-    """Return the leftovers of an adapter that was read from PEFT's format; empty leftovers for any other adapter.
+    """Return the hints of an adapter that was read from PEFT's format; empty hints for any other adapter.
 
     Raises:
-        Malformed: the leftovers are damaged.
+        Malformed: the hints are damaged.
     """
     return leftovers(adapter, FORMAT, PeftHints)
 
@@ -468,7 +471,10 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class PeftSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The config fields that change the function, with PEFT's defaults; `method_fields` has the fields of a family."""
+    """The config fields that change the model's outputs, with PEFT's defaults.
+
+    `method_fields` has the fields that only one family reads.
+    """
 
     peft_type: str
     r: Rank = 8
@@ -535,7 +541,7 @@ def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
 def parse_version(version: str | None) -> tuple[int, ...]:
     """Return the first two numbers of a PEFT release, such as (0, 18).
 
-    A very large number if the release is missing.
+    If the release is missing, return one very large number, so that it compares as newer than any release.
     """
     match = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(match[1]), int(match[2])) if match else (1 << 30,)
@@ -544,7 +550,8 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
     """Whether `target_modules` selects a module.
 
-    A text is a pattern. An item of a list is a path or the end of a path.
+    If `target_modules` is a string, it is a regular expression for the whole path. Each item of a list is a path or the
+    end of a path after a dot.
     """
     path = unwrapped(path)
     if isinstance(target_modules, str):

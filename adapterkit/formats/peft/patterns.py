@@ -107,7 +107,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If the body can match in several ways, each repetition multiplies the number of ways. Then there is no small
+        # If the body can match in several ways, each repetition multiplies the number of ways, so there is no small
         # bound.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
@@ -301,10 +301,10 @@ T = TypeVar("T")
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of the first pattern that fits `name`, or fits the end of `name` after a dot.
 
-    If no pattern fits, return the value whose pattern equals `name` as a text, or `default`.
+    If no pattern fits, return the value of the entry that is exactly `name`; without such an entry, return `default`.
 
-    Words that wrappers add to the name are ignored. PEFT applies the patterns before FSDP or torch.compile wrap a
-    model, but keys that were saved inside these wrappers contain the words.
+    The name is also tried without the words that wrappers add to it. PEFT applies the patterns before FSDP or
+    torch.compile wrap a model, but keys that were saved inside these wrappers contain the words.
     """
     if not patterns:
         return default
@@ -332,7 +332,7 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index that finds fitting patterns fast; configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
+    """An index that finds fitting patterns fast. Configs of PEFT's EVA have up to 10^4 patterns, as have our own.
 
     Args:
         patterns: a map from patterns to values, in the order in which they are tried.
@@ -455,9 +455,9 @@ Scale = tuple[int, float]
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
-    """Choose the `use_rslora` for which most scalings have an exact alpha.
+    """Return the config fields for ranks and scalings, and the modules whose scaling has no exact alpha.
 
-    Return the fields, and the modules whose scaling has no exact alpha.
+    The field `use_rslora` gets the value of `rslora` for which most scalings have an exact alpha.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))

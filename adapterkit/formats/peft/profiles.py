@@ -140,7 +140,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 
 
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
-    """Return updates of zeros for layers in which an adapted module has no update.
+    """Return, for each adapted module, updates of zeros for the layers in which it has no update.
 
     The base shows all layers. Without a base, only the layers that the adapter changes are known.
     """
@@ -189,15 +189,15 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Replace the hints in the adapter's leftovers; the stored tensors are unchanged."""
+    """Return the adapter's `Foreign` with these hints; its tensors are unchanged."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
-    """Return the config to write.
+    """Return a `Foreign` that contains the config to write.
 
-    The config lists the last word of each module's name instead of the path, because some programs need this.
+    The config lists the last word of each module's path instead of the whole path, because some programs need this.
     """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),

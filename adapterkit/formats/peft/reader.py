@@ -35,7 +35,7 @@ BUILT_IN = {
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
-"""A map from (target, index of the update) to a map from the update's fields to their keys."""
+"""For each target, a list with one map per update: from the update's fields to their keys."""
 
 
 def decode(
@@ -91,7 +91,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
-    """Return the updates by target, the keys of the updates' tensors, and the keys that are only stored."""
+    """Return the updates by target, the keys of the updates' tensors, and the keys of tensors that have no effect."""
     by_place: dict[Place, list[DecodedUpdate]] = {}
     kept: list[str] = []
     used: set[Key] = set()

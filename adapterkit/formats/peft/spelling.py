@@ -123,10 +123,10 @@ def spell_updates(
 
 
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-    """Whether all updates are LoRA of linear modules that do not contain one another. Then keys have no wrappers.
+    """Whether all updates are LoRA of linear modules that do not contain one another.
 
-    The key of a factor is then `<prefix><path>.lora_A.weight`. This shortcut saves time: an adapter for a mixture of
-    experts has 10^5 keys, and applying all rules to each key took a fifth of the time for reading such a file.
+    If so, a key such as `<prefix><path>.lora_A.weight` has no words of wrappers. This shortcut saves time: an adapter
+    for a mixture of experts has 10^5 keys, and the general code for keys took a fifth of the time for reading a file.
     """
     paths: set[str] = set()
     for target, group in updates.items():
@@ -243,7 +243,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: PeftNames) -> str:
-    """Return the path in the keys of a LoRA, including the wrappers of its module."""
+    """Return the path with which a LoRA's keys begin, including the words that its module's wrappers insert."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -334,7 +334,11 @@ def configs(
     numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, JsonValue]]:
-    """Yield the source config, then one with new ranks and alphas, then one with new ranks, alphas and module lists."""
+    """Yield the configs to try, the most similar to the source config first.
+
+    If the targets are those of the source file, the first config is the source config, and the second also has new
+    ranks and alphas. The last config has new ranks, alphas and lists of modules.
+    """
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""A map from the `place` of a context update to the method that stores the network's output instead of the network."""
+"""For each `place` of a context update, the method whose tensor is the network's output."""
 
 
 def has_encoder(update: Update) -> bool:
@@ -108,7 +108,10 @@ def _computed(update: ContextUpdate) -> Update:
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
-    """Return each update that a PEFT file cannot express, at most once; see `File` for `by_formula`."""
+    """Return (target, index of the update, one reason) for each update that a PEFT file cannot express.
+
+    `by_formula` is explained at `File`.
+    """
     losses_found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
@@ -130,7 +133,7 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a method can be a file's main method; other updates, such as token rows, are possible in any file."""
+    """Whether a method can be a file's main method. Replacements and token rows cannot; they need no main method."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
@@ -222,7 +225,9 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the LoRAs with a bias, or the LoRAs without a bias if they are fewer: a file has only one `lora_bias`.
+    """Yield LoRAs whose bias PEFT does not support; if there are none, yield LoRAs that contradict `lora_bias`.
+
+    A file has one `lora_bias`. So if some LoRAs have a bias and others have none, the smaller group cannot be written.
 
     PEFT's forward ignores the bias of an attention's input projection, so a LoRA of this projection without a bias fits
     both groups.
@@ -273,8 +278,8 @@ def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     methods = family.methods() if family else ()
     members = [update for group in updates.values() for update in group if type(update) in methods]
     if family and not family.empty and any(map(_empty, members)):
-        # Updates with empty tensors have already been reported as losses of the conversion. After they are removed,
-        # this function is called again for the rest.
+        # `_alone` reports the updates with empty tensors. After they are removed, this function is called again for
+        # the rest.
         return
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
@@ -488,7 +493,7 @@ def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: U
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
-    """Return the stored tensors that belong to no update, if their module still has a target."""
+    """Return the source file's tensors that belong to no update; omit those of modules that are no longer adapted."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)

@@ -1,4 +1,7 @@
-"""The families of tensors in PEFT's folders, each with a `peft_type` and kinds of keys; and the methods of LoRA."""
+"""The base class and the registry of PEFT's families, and the methods that belong to no family, such as LoRA.
+
+A family has a `peft_type` and its own kinds of keys.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ RESIDUAL = (OLoRA, PiSSA)
 """The methods that subtract their initial values from the base. PEFT has them for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
-"""How many times PEFT's forward adds the change of the output projection of an `nn.MultiheadAttention`."""
+"""The number of times that PEFT's forward adds the change of an `nn.MultiheadAttention`'s output projection."""
 
 TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, BDLoRA),
@@ -75,7 +78,7 @@ _KASA = {"beta": 1e-4, "gamma": 1e-3}
 
 
 def rank_of(update: Update, stacked: bool = False) -> int:
-    """Return the rank of a pair."""
+    """Return the rank of a pair. `stacked` says whether the first axis of its tensors counts experts."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
@@ -94,7 +97,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the config fields that select the formula of these pairs; `before` is the old config."""
+    """Return the config fields that select the formula of these pairs; `before` is the source file's config."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -110,7 +113,10 @@ def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue
 
 
 def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the field with the tokens that activate aLoRA; PEFT searches for these tokens only in causal models."""
+    """Return the fields `alora_invocation_tokens` and `task_type`.
+
+    The tokens activate aLoRA. PEFT searches for them only in models with the `task_type` of causal models.
+    """
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}
@@ -144,7 +150,10 @@ def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Return the reason why a file cannot store a pair at this target; empty if no special rule forbids it."""
+    """Return the reason why a file cannot store a pair at this target; empty if neither of two checks fails.
+
+    The checks concern methods for linear layers, and Arrow's experts.
+    """
     if isinstance(update, LINEAR) and target.layout != "out *in":
         return f"PEFT has no {update.method} on a weight stored as [in, out]"
     if isinstance(update, Arrow) and not update.lacks_experts:
@@ -167,7 +176,7 @@ class MethodFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """Converts the files with one `peft_type`. If a module defines several families, each has a `name`.
+    """Converts the files of one `peft_type` to updates and back.
 
     Class attributes:
         name: the family's name; needed only if a module defines several families.
@@ -186,8 +195,8 @@ class Family(ABC):
         fresh: config fields for an adapter that was not read from PEFT's format.
         departures: the cases, by name, in which PEFT's forward differs from the paper's formula; see `Format`.
         empty: whether tensors of the family's updates may have no elements.
-        folds: fields of an update; a scaling that the config cannot express is folded into the first of them that
-            exists.
+        folds: fields of an update, in order of preference. A scaling that the config cannot express is multiplied into
+            the first of these fields that the update has.
     """
 
     name: ClassVar[str]
@@ -235,9 +244,10 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Map each field of an update, or `FIELD.0`, `FIELD.1`, ..., to (part or shared key, tensor as PEFT stores it).
+        """Return (part or shared key, tensor as PEFT stores it) for each field of an update.
 
-        A part that begins with a dot belongs to the module, even if a shared key has the same name.
+        If PEFT stores a field as several tensors, their entries are `FIELD.0`, `FIELD.1`, and so on. A part that begins
+        with a dot belongs to the module, even if a shared key has the same name.
         """
 
     @classmethod
@@ -270,7 +280,10 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether the keys of a target are uncertain, because it may be an embedding or a Conv1D, whose keys differ."""
+        """Whether the target may be an embedding or a Conv1D.
+
+        The two have different keys, so the keys of such a target are uncertain.
+        """
         return False
 
     @classmethod
@@ -336,7 +349,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def minority(value_of: Mapping[Target, object]) -> list[Target]:
-    """Return the targets that do not have the most common value; of equally common values, the first one counts."""
+    """Return the targets whose value is not the most common one. If several are equally common, the first is used."""
     count = Counter(value_of.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in value_of.items() if value != most]
@@ -354,7 +367,7 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     """Check that a module's keys have exactly the parts in `wanted`.
 
     Raises:
-        Malformed: a part is missing, or the module has a further part.
+        Malformed: a part is missing, or the module has a part that is not in `wanted`.
     """
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
@@ -389,7 +402,7 @@ def check_stem(stem: str, key: Key) -> None:
 
 _AGAIN = "Save the adapter again with PEFT"
 
-# Find families of tensors. A family has a `peft_type`, kinds of keys and config fields; it reads and writes files.
+# Look up families by method or by `peft_type`.
 #
 # LoRA, DoRA, IA3, token rows and whole parameters belong to no family; modules next to this package read them.
 

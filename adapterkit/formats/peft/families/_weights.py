@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 
 
 def layout(file: File, path: str) -> str:
-    """Return the layout in which the base stores a weight, from the base's family of models or else from the config."""
+    """Return the layout in which the base stores a weight.
+
+    The base's family of models decides. If it is unknown, the adapter's config decides.
+    """
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
     return "in out *k" if turned else "out *in"
 
 
 def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of the weight that a key's update changes.
+    """Return (outputs, inputs) of the weight of the module that a key belongs to.
 
     Raises:
-        UsageError: the numbers depend on the base, and no base is given.
+        UsageError: only the base shows the sizes, and no base is given. `why` says why they are needed.
         ShapeMismatch: the base has no linear layer at this path.
     """
     if key.path in file.known:
@@ -68,14 +71,14 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 
 
 def not_linear(target: Target, method: str) -> str:
-    """Return the reason if a target is neither a linear layer nor a Conv1D; empty if it is one of the two."""
+    """Return why PEFT lacks a method at a target; empty for a linear layer or a Conv1D."""
     if target.layout == "in out *k":
         return not_embedded(target, method)
     return "" if target.layout == "out *in" else f"PEFT has no {method} on a weight stored as {target.layout}"
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Return the reason if a target is an embedding, for methods that PEFT does not have for embeddings; else empty."""
+    """Return why PEFT lacks a method at a target if the target is an embedding; empty otherwise."""
     return f"PEFT has no {method} on an embedding" if is_embedding(target) else ""
 
 
@@ -85,9 +88,10 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size of the first pattern that matches all of `path` after one of its dots, else the default `size`.
+    """Return the size for the module at `path`; the default is `size`.
 
-    A pattern that equals `path` as a text counts if no pattern matches.
+    Each pattern is compared with the ends of `path` that follow a dot; the first match decides. If no pattern matches,
+    an entry whose name is exactly `path` decides.
     """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
@@ -95,7 +99,7 @@ def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
-    """Return fields for sizes: the most common size, and a pattern with the full path of every other module."""
+    """Return the config fields for sizes: the most common size, and the full paths of modules with other sizes."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
@@ -139,7 +143,10 @@ TORCH = frozenset({".bin", ".pt", ".pth"})
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of a model's modules: endings of paths before the layers, inside each layer, and after the layers."""
+    """The order of a model's modules, as endings of their paths.
+
+    `before` has the modules before the layers, `inside` those in each layer, and `after` those after the layers.
+    """
 
     before: tuple[str, ...]
     inside: tuple[str, ...]

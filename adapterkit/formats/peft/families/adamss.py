@@ -2,8 +2,8 @@
 
 The file does not list the rows of each group. Whenever PEFT loads the file, it computes the groups again:
 `torch.svd_lowrank`, seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the
-left singular vectors. This module computes the same groups, and verifies them by the right singular vectors and the
-group sizes in the file.
+left singular vectors. This module computes the same groups. To verify them, it compares the base's right singular
+vectors and the sizes of the groups with those in the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
-"""The arguments in PEFT: `max_iter` and `random_state` of scikit-learn's KMeans, and `niter` of svd_lowrank."""
+"""PEFT's arguments `max_iter` and `random_state` for scikit-learn's KMeans, and `niter` for torch.svd_lowrank."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
 """The allowed difference between the singular vectors (of length 1) in the file and those of the base, by dtype."""
@@ -115,7 +115,7 @@ class AdamssFamily(Family):
                 elif isinstance(update, AdaMSS):
                     why = _unproven(config, target.path, update, base)
                     if update.seed != config.random_seed:
-                        why = "its seed differs from the other updates'; the config states one seed for all modules"
+                        why = "its seed differs from that of the first update; the config states one seed for all"
                     if why:
                         yield target, why
 
@@ -293,7 +293,7 @@ TOLERANCE = 1e-4
 """scikit-learn's stopping tolerance for the centers' movement, relative to the mean variance of the columns."""
 
 CLOSE = 2e-6
-"""The largest relative difference between two squared distances that counts as a tie: float32 cannot order them."""
+"""Two squared distances are tied if they differ by at most this fraction of the largest one: float32 may swap them."""
 
 
 def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
 """A map from a field of the update to the shared key, without the kind of module at the key's end."""
@@ -36,7 +36,7 @@ class FRoDFields(MethodFields, frozen=True, kw_only=True):
     sparse_rate: float = 0.01
 
     def places(self, size: int) -> int:
-        """Return the number of off-diagonal values that PEFT trains in a matrix of this size."""
+        """Return the number of off-diagonal values that PEFT trains in a matrix with `size` rows and columns."""
         count = min(int(size * size * self.sparse_rate), size * size - size)
         return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
 

@@ -1,4 +1,8 @@
-"""GLoRA: supports A to E. A has `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`; if it is unused, `glora_A.zeros`."""
+"""GLoRA: each module has up to five matrices or vectors, A to E, which the paper calls support tensors.
+
+A's keys are `glora_A.Xd` and `glora_A.Xu` for a low-rank product, or `glora_A.X` for a vector or a constant. If A is
+unused, its key is `glora_A.zeros`. B and C have the same kinds of keys. D and E are never low-rank products.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
 class GLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, and the form of each support."""
+    """The rank, and the form of each support tensor."""
 
     r: int = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
@@ -97,7 +101,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield (field, key) for each tensor of one support; nothing if the support is missing or zero."""
+    """Yield (field, key) for each tensor of the support A, B, C, D or E; nothing if it is missing or all zeros."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.method_fields.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
@@ -158,6 +162,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""The axes of the zeros that PEFT saves for each unused support."""
+"""The axes of the tensor `zeros` that PEFT saves for an unused support."""
 
 _AGAIN = "Save the adapter again with PEFT"

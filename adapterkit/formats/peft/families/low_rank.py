@@ -1,7 +1,6 @@
 """Families with low-rank factors similar to LoRA's: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
-AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. The file does not have the ranks that training
-removed.
+AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. Training removes ranks, so r differs between modules.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 EPSILON = 1e-5
-"""A constant that PEFT adds to the rank before it divides by the rank."""
+"""A constant that PEFT adds to the rank before it divides alpha by the rank."""
 
 
 class AdaLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -131,11 +130,11 @@ class AdaloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         scalings = {t: u.scaling for t, group in updates.items() for u in group if isinstance(u, AdaLoRA)}
         for target in minority(scalings):
-            yield target, "the scaling of this adalora differs from the other updates'; the config states one for all"
+            yield target, "its scaling differs from that of most adalora updates; the config states one for all"
 
 
 def _left(config: AdaLoRAFields, key: Key) -> int:
-    """Return the rank of a module in the config."""
+    """Return the rank that the config states for a module after training."""
     kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != config.init_r:
         why = f"it has {len(kept)} entries, but init_r is {config.init_r}"
@@ -229,7 +228,7 @@ class DeftFamily(Family):
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class GraLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -304,7 +303,8 @@ def _form(update: GraLoRA) -> tuple[int, int, int, float]:
     return int(update.A.shape[0]), int(update.A.shape[2]), hybrid, float(update.scaling)
 
 
-# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r], `peanut_encoders.<i>.weight` [r, r] and decoders.
+# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r]; `peanut_encoders.<i>.weight` and
+# `peanut_decoders.<i>.weight`, both [r, r].
 
 
 class PEANuTFields(MethodFields, frozen=True, kw_only=True):
@@ -388,7 +388,7 @@ _SIDES = ("encoder", "decoder")
 
 
 OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 Share = int | float | None
 

@@ -74,7 +74,7 @@ class MissFamily(Family):
             t: _form(update) for t, group in updates.items() for update in group if isinstance(update, cls.methods())
         }
         for target in minority(forms):
-            yield target, "the rank or form of this miss differs from the other updates'; the config states one for all"
+            yield target, "its rank or form differs from that of most miss updates; the config states one for all"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:

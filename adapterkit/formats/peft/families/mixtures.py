@@ -2,9 +2,9 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules share B if their shapes are equal and they match the same word in `target_modules`. Among these modules,
-each group of `stride_A` neighbours shares A. A file repeats a shared tensor for each module; after reading, all these
-updates share one tensor object.
+Modules share B if their shapes are equal and their paths end with the same entry of `target_modules`. Among these
+modules, each group of `stride_A` neighbours shares A. A file repeats a shared tensor for each module. After reading,
+the updates of these modules share one tensor object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..file import Findings, PeftSettings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class LilyFields(MethodFields, frozen=True, kw_only=True):
@@ -102,11 +102,11 @@ class LilyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         sizes = {t: (u.scaling, *u.router.shape) for t, group in updates.items() for u in group if isinstance(u, Lily)}
         for target in minority(sizes):
-            yield target, "the rank, the scaling or the number of experts of this lily differs from the other updates'"
+            yield target, "its rank, scaling or number of experts differs from that of most lily updates"
 
 
 def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
-    """Yield the same updates, such that updates with a shared tensor have the same tensor object.
+    """Yield the updates; modules that share A or B get one tensor object for it.
 
     Raises:
         Malformed: modules that share a tensor in PEFT have different values for it; PEFT would use only the last.
@@ -130,18 +130,22 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
 
 
 def _word(path: str, settings: PeftSettings) -> str:
-    """Return the last word in `target_modules` that matches a module, as PEFT does."""
+    """Return the last entry of `target_modules` with which a path ends, as PEFT does.
+
+    If `target_modules` is a string, return this string. If no entry fits, return the path.
+    """
     words = settings.target_modules
     if isinstance(words, str):
         return words
     return next((word for word in reversed(words or ()) if path.endswith(word)), path)
 
 
-# Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and logits.
+# Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and
+# `poly_router.module_logits`.
 
 
 POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class PolyFields(MethodFields, frozen=True, kw_only=True):
@@ -198,7 +202,7 @@ class PolyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         sizes = {t: _sizes(u) for t, group in updates.items() for u in group if isinstance(u, Poly)}
         for target in minority(sizes):
-            yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others'"
+            yield target, "its rank or its number of tasks, skills or splits differs from that of most poly updates"
 
 
 def _sizes(update: Poly) -> tuple[int, int, int, int]:
@@ -253,7 +257,7 @@ class XloraFamily(Family):
         "layerwise_scalings": "whether each layer has its own logits",
         "scaling_pass_value": "must be 0: with other values, the first pass uses the experts",
         "softmax_temperature": "divisor of the logits",
-        "top_k_lora": "number of weights that are kept",
+        "top_k_lora": "how many of the largest weights are kept; the others become 0",
         "xlora_depth": "number of the classifier's layers",
         "xlora_dropout_p": "above 0, a layer's number also counts the dropouts before it",
     }
@@ -272,7 +276,7 @@ class XloraFamily(Family):
         words = [f"{LAYERS}.{number}" for number in _numbers(config.xlora_depth, config.xlora_dropout_p > 0)]
         lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
         if lost:
-            why = "the file lacks a layer of the classifier: some releases mistake its number for an expert's name"
+            why = "the file lacks a layer of the classifier: some PEFT releases mistake its number for an expert's name"
             raise Malformed(
                 why, where=f"{lost}.weight", cure="Save the model's state dict with the release that trained it"
             )

@@ -1,6 +1,7 @@
 """Families of products: LoKr (Kronecker), LoHa (Hadamard), and HiRA (Hadamard product with the base's weight).
 
-LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; likewise `lokr_w2` [b, d, *k], which may have a core `lokr_t2`.
+LoKr: `lokr_w1` [a, c], or its factors `lokr_w1_a` and `lokr_w1_b`; and `lokr_w2` [b, d, *k], or its factors `lokr_w2_a`
+and `lokr_w2_b`. For a kernel, these may also have a core `lokr_t2`.
 
 PEFT's config does not contain the sizes a, b, c, d. PEFT divides the numbers of outputs and inputs by
 `decompose_factor`, and decomposes a factor into two if the rank is small. A file that PEFT can load has exactly the
@@ -35,7 +36,7 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""For each factor, the possible maps from parts of keys to fields; the first map with a part in the file is used."""
+"""For w1 and w2, the possible maps from key parts to fields; the first map whose first part is in the file applies."""
 
 
 class LoKrFields(ScaledFields, frozen=True, kw_only=True):
@@ -132,10 +133,12 @@ class LokrFamily(Family):
 
 
 class LokrSizes:
-    """The sizes that PEFT chooses for one weight. If the kernel size is unknown, the input size may be unknown, too.
+    """The sizes of one update's factors, for a comparison with the sizes that PEFT would choose.
+
+    If `kernel`, the number of the kernel's elements, is unknown, the number of inputs may be unknown, too.
 
     Attributes:
-        sides: (the weight's size, w1's size) for the outputs and, if known, for the inputs.
+        sides: (the weight's outputs, w1's outputs) and, if known, (the weight's inputs, w1's inputs).
         first: whether w1 is decomposed into two factors, and the larger size of w1.
         second: whether w2 is decomposed into two factors, and the larger size of w2.
         rank: the rank of the decomposed factors; None if no factor is decomposed.
@@ -155,7 +158,10 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank for which PEFT does not decompose a factor that this update stores in one piece."""
+        """Return the smallest rank with which PEFT leaves whole each factor that this update stores whole.
+
+        `both` is the config's `decompose_both`.
+        """
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
@@ -226,7 +232,7 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class LohaFamily(Family):

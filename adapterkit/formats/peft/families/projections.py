@@ -47,7 +47,7 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves` * r rows.
+    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves * r` rows.
     """
 
     halves: ClassVar[int] = 1
@@ -119,7 +119,7 @@ class Projections(Family):
         """
         members: dict[Target, Any] = {t: u for t, group in updates.items() for u in group if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in members.items()})
-        yield from ((target, "the sizes of its projections differ from the other updates'") for target in odd)
+        yield from ((target, "the sizes of its projections differ from those of most updates") for target in odd)
         kept = {target: update for target, update in members.items() if target not in odd}
         for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
             widths = [stored_inputs(base, target) for target in kept]
@@ -276,7 +276,7 @@ class PveraFamily(Projections):
 
 SEPARATE = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class RandLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -373,13 +373,13 @@ class RandloraFamily(Family):
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
         odd = minority(settings_of)
         yield from (
-            (target, "the scaling or the bases of this randlora differ from the other updates'") for target in odd
+            (target, "its scaling or the sizes of its bases differ from those of most updates") for target in odd
         )
         kept = {target: update for target, update in members.items() if target not in odd}
         for target, update in kept.items():
             n, short = update.gamma.shape
             if n != -(-short // update.lam.shape[0]):
-                yield target, "the number of terms of this randlora differs from PEFT's for a weight of this size"
+                yield target, "its number of terms is not the number that PEFT creates for a weight of this size"
         for longs, bases, r, shorts in {(*u.B.shape, u.A.shape[-1]) for u in kept.values()}:
             needed = _needed(base, kept)
             if bases != -(-shorts // r) or (needed is not None and (shorts, longs) != needed):
@@ -390,7 +390,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and the largest number of inputs, the smaller first; None without a base."""
+    """Return the largest number of outputs and the largest number of inputs, sorted; None if the base lacks them."""
     widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():
         return None

@@ -1,6 +1,6 @@
 """Define families of virtual tokens: prompts, P-tuning, CPT, multitask prompts, prefixes, cartridges, LLaMA-Adapter.
 
-The tensors belong to no module, and the config has the tensors' sizes.
+The config has the tensors' sizes. Only LLaMA-Adapter has tensors for single modules.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class PTuningFamily(PromptLike):
 
 
 class CptFamily(PromptLike):
-    """CPT: `prompt_embeddings` [tokens, dim]: the embeddings of the examples, plus the trained change."""
+    """CPT: `prompt_embeddings` [tokens, dim], the sum of the examples' embeddings and the trained change."""
 
     name = "cpt"
     peft_type = "CPT"
@@ -327,7 +327,7 @@ class CartridgeFamily(PrefixLike):
 GPT2 = "attn"
 """The name of GPT-2's attention.
 
-For GPT-2, PEFT changes the attention's output; for other models, the input of the output projection.
+For GPT-2, PEFT adds the change after the attention's output projection; for other models, before it.
 """
 
 

@@ -71,11 +71,11 @@ class OftFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "block_share": "whether all blocks are the same",
         "coft": "whether each block's Q is limited by eps",
-        "eps": "with coft, the limit for all blocks together, from which each block's limit follows",
+        "eps": "with coft, the limit for all blocks together; it determines each block's limit",
         "num_cayley_neumann_terms": "number of terms of the series",
         "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r gives the "
         "number of blocks instead",
-        "use_cayley_neumann": "whether to use the first terms of a series, whose last term changed in 0.18",
+        "use_cayley_neumann": "whether to use the first terms of a series; PEFT 0.18 changed the last term",
     }
     harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -192,7 +192,10 @@ def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
-    """Return a number (or size) of blocks that PEFT rounds to the right value in every layer; None if there is none."""
+    """Return a number of blocks (`which` 0) or a size (1) that PEFT rounds to the right value in every layer.
+
+    None if there is no such value.
+    """
     tried = sorted({each[which] for each in blocks}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in blocks]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
@@ -221,8 +224,8 @@ class BoftFamily(Family):
     parts = ("boft_R", "boft_s")
     method_fields: ClassVar[type[MethodFields]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "boft_block_num": "number of blocks; 0 if boft_block_size states it",
-        "boft_block_size": "size of blocks; 0 if boft_block_num states it",
+        "boft_block_num": "number of blocks; 0 if boft_block_size is set instead",
+        "boft_block_size": "size of blocks; 0 if boft_block_num is set instead",
         "boft_n_butterfly_factor": "number of factors; one if PEFT ran without its CUDA extension",
     }
     harmless: ClassVar[Mapping[str, str]] = {"boft_dropout": "training only"}

@@ -32,7 +32,7 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class ShadowFields(MethodFields, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ class ShadowFamily(Family):
 
     @classmethod
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
-        """Return the tensors that a block has separately; all blocks share the network."""
+        """Return the update of one block, with an empty network. `decode` adds the network, which all blocks share."""
         config = file.settings.method_fields
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
@@ -146,7 +146,7 @@ def _named(part: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """The attributes that all blocks share, and the keys of those attributes that are tensors."""
+    """The fields that all blocks share. `keys` has the keys of the fields that are tensors."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]

@@ -60,10 +60,10 @@ class BeftFamily(Family):
 
 
 class Renamed(Family):
-    """The base class of families in which each key of a module is one field of the update, under another name.
+    """The base class of families that store each field of an update under one key of the module.
 
     Class attributes:
-        fields: a map from a word in keys to the update's field.
+        fields: a map from parts of keys to fields of the update.
     """
 
     fields: ClassVar[Mapping[str, str]]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class SupertuningFields(MethodFields, frozen=True, kw_only=True):
@@ -113,7 +113,9 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """Return one sparsity that yields the number of trained elements of every weight.
+    """Return a sparsity from which PEFT computes the right number of trained elements for every weight.
+
+    `counts` has (number of trained elements, number of elements) by path.
 
     Raises:
         Unrepresentable: no sparsity yields all of these numbers.
@@ -133,7 +135,7 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
 
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class SHiRAFamily(Family):

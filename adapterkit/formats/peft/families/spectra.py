@@ -4,8 +4,8 @@ WaveFT: `waveft_spectrum` [n]. The positions of the coefficients follow from `ra
 The config names the wavelet.
 
 The filters in this module are low-pass reconstruction filters, with the digits that PEFT uses. Daubechies published the
-filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). They are orthonormal, and have N vanishing
-moments (dbN, symN) or 2 N (coifN).
+filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). They are orthonormal. dbN and symN have N
+vanishing moments, and coifN has 2N.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ class WaveFTFamily(DrawnSpectrum):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the element type for a filter: that of the update's filter, or F64 if there is no update."""
+    """Return the dtype for a module's filter: that of the filter in `file.known`, or F64 if it has none there."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
@@ -401,7 +401,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
-    """Return the fields `scaling` and `fan_in_fan_out`, which a config has once for all modules."""
+    """Return the fields `scaling` and `fan_in_fan_out`. A config has one value of each, for all modules."""
     members: list[Any] = [(target, u) for target, group in updates.items() for u in group if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in members).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in members)}

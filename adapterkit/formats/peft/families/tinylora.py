@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 SEED = 42
 
 
@@ -178,11 +178,11 @@ def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: in
     config, update = file.settings.method_fields, decoded.update
     groups = max(1, round(count * (1 - config.weight_tying)))
     if number is None and (groups > 1 or update.tensors.get("P") is None):
-        why = "the file does not show the module's number in the model, on which v or P depends"
+        why = "v or P depends on the module's number in the model, and the file does not show this number"
         if file.base is None:
             raise UsageError(why, where=decoded.path, cure="Give the base with --base (base=)")
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
-        raise Unsupported(f"{why}; the base does not show this number, either", where=decoded.path, cure=cure)
+        raise Unsupported(f"{why}; the base does not show it, either", where=decoded.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class UniLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -214,7 +214,7 @@ CHOSEN = {
     "vblora_logits_B_topk_indices": "indices_B",
     "vblora_logits_B_topk_weights": "weights_B",
 }
-"""A map from a word in keys to the update's field."""
+"""A map from parts of keys to fields of the update."""
 
 
 class VBLoRAFields(MethodFields, frozen=True, kw_only=True):
