@@ -23,7 +23,7 @@ from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
 from .calls import CallWords
-from .checking import CheckOutcome, checked_injection
+from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
 from .folders import folder_of, inject_folder, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
@@ -125,7 +125,8 @@ def inject(
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer cannot have an update of this method.
-        Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
+        Malformed: the file is not a model; its data is missing, too short or outside of its folder; or it is so invalid
+            that onnxruntime does not load it.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
             base differs. Then no file is left at `out`.
@@ -156,7 +157,12 @@ def inject(
     found = resolve(source.model, rest, base, tying)
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
-    attach(found, building, slots, words)
+    try:
+        attach(found, building, slots, words)
+    except Unsupported:
+        if check is not False:  # If the graph mixes types inside a layer, that is the reason to report.
+            refuse_invalid(opened(model))
+        raise
     building.settle()
     keep_original(source)
     target, told = Path(path_text(out)), CheckOutcome(None)
@@ -177,6 +183,8 @@ def inject(
             alone = any(of_attention(*each) for each in context)
             options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
             told = checked_injection(model, rest, base, path, beside, given, **options)
+            if told.difference is None:
+                refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return GraphReport(
