@@ -386,12 +386,12 @@ def _unrounded(model: bytes | str) -> bytes:
 
 
 INVALID = re.compile(r"InferenceError|Type Error|INVALID_GRAPH|[Ii]nvalid model")
-"""Matches onnxruntime's errors about graphs that break the rules of ONNX, such as nodes that mix types. It does not match
-errors about what this onnxruntime lacks: a kernel, a custom operator, or support for a newer opset."""
+"""Matches onnxruntime's errors about graphs that break the rules of ONNX, such as nodes that mix types. It does not
+match errors about what this onnxruntime lacks: a kernel, a custom operator, or support for a newer opset."""
 
 
 def refuse_invalid(source: GraphSource) -> None:
-    """Refuse a graph that onnxruntime cannot load because the graph itself is invalid: with an adapter, it cannot either.
+    """Refuse a graph that onnxruntime cannot load because the graph is invalid: with an adapter, it cannot either.
 
     Converters to float16 write such graphs, because they miss some tensors in the branches of an If.
 

@@ -203,6 +203,40 @@ def with_packed(model: Any, folder: Path) -> None:
             getattr(block, part).weight.data = torch.from_numpy(rows.copy())
 
 
+def split_norms(graph: Any) -> None:
+    """Compute the norms of queries and keys in nodes before each attention: its CPU kernel does not compute them."""
+    from onnx import helper, numpy_helper
+
+    sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
+    nodes = []
+    for node in graph.node:
+        norms = list(node.input[14:16]) if node.op_type == "GroupQueryAttention" else []
+        if not any(norms):
+            nodes.append(node)
+            continue
+        told = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        for at, norm in enumerate(norms):
+            stem, size = f"{node.name}/norm_{at}", sizes[norm]
+            shapes = {f"{stem}/by_head": [0, 0, -1, size], f"{stem}/whole": [0, 0, -1]}
+            graph.initializer.extend(numpy_helper.from_array(np.array(ints), name) for name, ints in shapes.items())
+            nodes += [
+                helper.make_node("Reshape", [node.input[at], f"{stem}/by_head"], [f"{stem}/heads"]),
+                helper.make_node(
+                    "SimplifiedLayerNormalization", [f"{stem}/heads", norm], [f"{stem}/normed"], axis=-1,
+                    epsilon=told["qk_norm_epsilon"], stash_type=1,
+                ),
+                helper.make_node("Reshape", [f"{stem}/normed", f"{stem}/whole"], [f"{stem}/out"]),
+            ]  # fmt: skip
+            node.input[at] = f"{stem}/out"
+        kept = [each for each in node.attribute if each.name != "qk_norm_epsilon"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        del node.input[14:]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def exact(folder: Path) -> Path:
     """Return a copy that runs on the CPU, and whose packed layers do not round what they read."""
     import onnx
@@ -218,6 +252,7 @@ def exact(folder: Path) -> Path:
         kept = [each for each in node.attribute if each.name != "accuracy_level"]
         del node.attribute[:]
         node.attribute.extend(kept)
+    split_norms(model.graph)
     onnx.save(model, copy / "model.onnx")
     return copy
 
