@@ -27,7 +27,7 @@ from .resolving import resolve
 from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
-from .slots import fills_of, neutral, sizes_of, slots_of
+from .slots import neutral_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
 from .unrounded import ROUGH, rounds, unround
 from .widening import as_fed, started, widened, widened_note
@@ -268,9 +268,7 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
 
 def _empty(out: Path) -> Feeds:
     """For slots without defaults, return values with which the graph computes the same as the base."""
-    model = opened(out).model
-    declared = {name: sizes_of(one) for name, one in slots_of(model).items()}
-    return as_fed(neutral(fills_of(model.metadata_props), declared))
+    return as_fed(neutral_of(opened(out).model))
 
 
 def checked_merge(

@@ -31,7 +31,7 @@ from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
 from .saturation import clipping
-from .slots import fills_of, neutral, sizes_of, slots_of, write_adapter, write_slot_values
+from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def inject(
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
             the tensors required inputs of rank 1 or more, which other runtimes can also swap. With `inputs`,
             `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
-            `OUT.neutral.safetensors` stores tensors that change nothing.
+            `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a side network (Shadow), its architecture is read from the `config.json` of the base, or beside the
             graph.
@@ -217,12 +217,11 @@ def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
 
 
 def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
-    """Write two files for a graph's required inputs: the adapter's tensors, and tensors that change nothing."""
+    """Write files for a graph's required inputs: the adapter's tensors, and tensors that change nothing."""
     write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
-    model = opened(path).model
-    declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
-    feeds = neutral(fills_of(model.metadata_props), declared)
-    write_slot_values(feeds, path.with_name(f"{path.name}.neutral.safetensors"))
+    feeds = neutral_of(opened(path).model)
+    for ending in (".safetensors", ".onnx_adapter"):
+        write_slot_values(feeds, path.with_name(f"{path.name}.neutral{ending}"))
 
 
 def keep_original(source: GraphSource) -> None:

@@ -25,6 +25,7 @@ from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
+from .trial_inputs import sizes_beside, windows_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -157,9 +158,11 @@ class Session:
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self._slots |= {name: entry for name, entry in entries.items() if name in fills}
         declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}
-        self._neutral = {name: _value(array) for name, array in neutral(fills, declared).items()}
+        self._unchanging = neutral(fills, declared)
+        self._neutral = {name: _value(array) for name, array in self._unchanging.items()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+        self._sizes, self._windows = sizes_beside(self._path), windows_beside(self._path)
         self._loaded: dict[str, dict[str, tuple[Array, OrtValue]]] = {}
         self._by_rows = ROWS in metadata
         self._stacks: dict[tuple[str | None, ...], dict[str, OrtValue]] = {}
@@ -220,6 +223,11 @@ class Session:
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
+        # Files for required slots also fill the slots of other targets, with tensors that change nothing. Without
+        # these, adapters of disjoint targets can be used together.
+        same = {key for key, array in self._unchanging.items() if key in feeds and np.array_equal(feeds[key], array)}
+        stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
+        feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
         self._stacks.clear()
 
@@ -351,25 +359,35 @@ class Session:
         if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
             return {}
         batch, length = np.shape(ids)
-        given = [np.shape(array) for name, array in inputs.items() if name.startswith(PAST)]
-        past = given[0][2] if given and len(given[0]) == 4 else 0
+        given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
+        lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
+        if len(lengths) != 1 and given:  # A cache of a window does not show how many tokens came before.
+            return {}
+        past = lengths.pop() if given else 0
         made: dict[str, Array] = {}
         for name in missing:
             entry = self._entries[name]
-            shape = entry.shape
-            if (
-                name.startswith(PAST)
-                and not given
-                and len(shape) == 4
-                and all(isinstance(shape[i], int) for i in (1, 3))
-            ):
-                made[name] = np.zeros((batch, shape[1], 0, shape[3]), kind_of(entry))
+            if name.startswith(PAST):
+                sizes = self._cache_sizes(entry)
+                if not given and sizes is not None:
+                    made[name] = np.zeros((batch, sizes[0], self._windows.get(name, 0), sizes[1]), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
                 # If the mask has padding, the caller must pass the positions, because they may begin at any number.
                 made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return made
+
+    def _cache_sizes(self, entry: OrtInput) -> tuple[int, int] | None:
+        """Return the number and the size of the heads of cached keys or values; None if they are unknown."""
+        if len(entry.shape) != 4:
+            return None
+        # onnxruntime-genai's builder leaves the size of heads open, and writes it to its config.
+        known = (self._sizes.get("heads"), self._sizes.get("head_size"))
+        heads, size = (
+            one if isinstance(one, int) else other for one, other in zip(entry.shape[1::2], known, strict=True)
+        )
+        return None if heads is None or size is None else (heads, size)
 
     def _shape(self, name: str) -> str:
         return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
@@ -394,7 +412,7 @@ class Session:
             raise UsageError(
                 "a binding takes one adapter", path=self._path, cure="Call run for a batch with several adapters"
             )
-        for key, value in self._chosen(adapter).items():
+        for key, value in (self._neutral | self._chosen(adapter)).items():
             binding.bind_ortvalue_input(key, value)
         return binding
 

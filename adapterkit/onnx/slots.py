@@ -207,6 +207,12 @@ def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[ob
     }
 
 
+def neutral_of(model: ir.Model) -> dict[str, Array]:
+    """Return tensors for a graph's required slots with which it computes the same as the base."""
+    declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
+    return neutral(fills_of(model.metadata_props), declared)
+
+
 def _target(plain: Any) -> Target:
     path, rows = plain
     return Target(str(path), rows=None if rows is None else (int(rows[0]), int(rows[1])))
@@ -490,18 +496,16 @@ def write_adapter(
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
     under the names of the inputs, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
-    file.
+    file. If the slots are required inputs, the file also has a tensor that changes nothing for each slot that the
+    adapter does not fill.
     """
     from ..formats.onnx_adapter import write_slots_record
 
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
     read, feeds, names = _fitted(model, read, base_weights)
-    if str(out).lower().endswith(SAFETENSORS):
-        model_ir = opened(model).model
-        declared = {name: sizes_of(value) for name, value in slots_of(model_ir).items()}
-        return write_slot_values(neutral(fills_of(model_ir.metadata_props), declared) | feeds, out)
-    write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
-    if not all(names):
+    feeds = neutral_of(opened(model).model) | feeds
+    write_slot_values(feeds, out)
+    if str(out).lower().endswith(SAFETENSORS) or not all(names):
         return Path(out)  # Stacks and computed factors are for this graph only, and cannot be read back.
     told = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in told], Path(out))
@@ -534,10 +538,13 @@ KIND = {"format": "adapterkit.slots"}
 """Metadata of a safetensors file with tensors for slots."""
 
 
-def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> Path:
-    """Write tensors for slots as a safetensors file."""
-    write_safetensors(out, {name: from_numpy(array) for name, array in feeds.items()}, KIND)
-    return Path(out)
+def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> None:
+    """Write tensors for slots as a safetensors file, or else as an `.onnx_adapter` file."""
+    tensors = {name: from_numpy(array) for name, array in feeds.items()}
+    if str(out).lower().endswith(SAFETENSORS):
+        write_safetensors(out, tensors, KIND)
+    else:
+        write_ort_adapter(out, OrtAdapter(tensors))
 
 
 def _fitted(
