@@ -303,8 +303,8 @@ def checked_merge(
     # step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # No nodes can change packed experts, so compare with an injection into their dequantized weights.
-    found = (unpacked if quantized == "dequantize" else experts_as_floats)(found, building)
     try:
+        found = (unpacked if quantized == "dequantize" else experts_as_floats)(found, building)
         attach(found, building)
     except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.
         return _compared(None, out, {}, plain=plain, given=given, known=known)
