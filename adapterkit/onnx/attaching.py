@@ -189,7 +189,7 @@ def attach(
     stacks: dict[tuple[ir.Node, type[Experts]], list[Found]] = {}
     for place in in_order(found, building.model.graph):
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
-            _check_experts(place, kind, slots is not None)
+            _check_experts(place, kind, isinstance(slots, RowSlots))
             stacks.setdefault((place.spots[0].node, kind), []).append(place)
             continue
         for spot in place.spots:
@@ -197,16 +197,17 @@ def attach(
         if not place.spots:
             _attach(place, None, building, slots, words)
     for (node, kind), places in stacks.items():
-        _attach_experts(node, kind, places, building)
+        assert not isinstance(slots, RowSlots)  # `_check_experts` raises for these.
+        _attach_experts(node, kind, places, building, slots)
     words.shadows.close()
 
 
-def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
+def _check_experts(place: Found, kind: type[Experts], by_rows: bool) -> None:
     """Refuse experts that nodes before their node cannot change.
 
     Raises:
-        Unsupported: the experts are packed; or the adapter must be swappable, and each call would compute all experts'
-            weights anew.
+        Unsupported: the experts are packed; or each row of a batch may have another adapter, and the node reads the
+            same weights for all rows.
     """
     node = place.spots[0].node
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
@@ -214,14 +215,15 @@ def _check_experts(place: Found, kind: type[Experts], slots: bool) -> None:
         why = f"{where}, which reads packed weights, so added nodes cannot change them"
         cure = f"Merge it instead: adapterkit merge {_PACKED}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
-    if slots:
-        why = f"{where}, so with slots, each call would compute the weights of all experts anew"
-        cure = "Inject it with --mode constant (mode='constant'), or merge it: adapterkit merge GRAPH A -o OUT"
-        raise Unsupported(why, where=str(place.asked), cure=cure)
+    if by_rows:
+        why = f"{where}, which reads the same weights for all rows of a batch"
+        raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
     refuse_outputs(place, node.op_type)
 
 
-def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building) -> None:
+def _attach_experts(
+    node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building, slots: Slots | None
+) -> None:
     """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
     # Targets with the same rows, such as targets of two adapters, are next to each other.
     rounds: list[list[Found]] = []
@@ -237,9 +239,12 @@ def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Found],
             assert place.target.rows is not None
             seen = Slice(layer, place.target.rows)
             _check(place, layer, layer.bias)
-            given = [_valued(update, layer, place, at, None) for at, update in enumerate(place.updates)]
+            given = [_valued(update, layer, place, at, slots) for at, update in enumerate(place.updates)]
             try:
-                new = [_weighable(update, seen, branch) or _worked_out(update, seen) for update in given]
+                new = _new_weights(given, seen, layer, place, slots)
+            except (AttributeError, TypeError) as error:  # The formula uses an operation that graph values lack.
+                why = f"the formula cannot be written as nodes: {error}"
+                raise Unsupported(why, where=str(place.asked), cure=_CONSTANT) from None
             except AdapterkitError as error:
                 raise error.at(where=str(place.asked)) from None
             parts.append((place, cast("FormulaLayer", seen), new))
@@ -303,21 +308,32 @@ def _attach(
     _insert(layer, y.value, branch)
 
 
+def _new_weights(
+    given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None
+) -> list[Update]:
+    """Return updates from which nodes can compute the layer's new weight and bias.
+
+    Raises:
+        Unsayable: nodes cannot compute the weight from slots.
+    """
+    if slots is None:
+        return [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
+    new = []
+    for position, update in enumerate(given):
+        one = _weighable(update, seen, layer.branch)
+        one = one or slots.factored(place.updates[position], layer, place, position)
+        if one is None:
+            raise Unsayable(f"nodes cannot compute the changed weight of {update.method}")
+        new.append(one)
+    return new
+
+
 def _change_inside(
     given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None, spot: Spot
 ) -> None:
     """Change the weight and bias that a node reads: nodes before this node compute both from the updates."""
     try:
-        if slots is None:
-            new = [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
-        else:
-            new = []
-            for position, update in enumerate(given):
-                one = _weighable(update, seen, layer.branch)
-                one = one or slots.factored(place.updates[position], layer, place, position)
-                if one is None:
-                    raise Unsayable(f"nodes cannot compute the changed weight of {update.method}")
-                new.append(one)
+        new = _new_weights(given, seen, layer, place, slots)
         changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         cure = _CONSTANT if slots is not None else "Merge it instead"

@@ -334,7 +334,8 @@ def layer_of(name: str) -> str | None:
 
 def stem_of(node: ir.Node) -> str | None:
     """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
-    held = [value.name or "" for value in node.inputs[2:] if value is not None]
+    weights = (weight_at(node, at) for at in range(2, len(node.inputs)))
+    held = [value.name or "" for value in weights if value is not None]
     for name in (*held, dotted(node.name or "")):
         found = LAYER.match(name)
         if found is not None:

@@ -25,11 +25,13 @@ from .building import Building
 from .calls import CallWords
 from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
+from .experts import Experts
 from .folders import folder_of, inject_folder, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
+from .routed import remember_family
 from .saturation import clipping
 from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     import onnx
 
     from ..io.strict_json import JsonValue
+    from .found import Found
     from .reading import Base, Model, Source
     from .rowwise import RowSlots
     from .slots import Slots
@@ -173,6 +176,7 @@ def inject(
         path, beside = place_.path, None
         if slots is not None:
             slots.record()
+            remember_family(source.model, rest, tying.config)
         save(source.model, source, path, building.tensors.values())
         if slots is not None:
             beside = write_adapter(path, rest, path.with_name(f"{path.stem}.onnx_adapter"), base_weights=base)
@@ -186,11 +190,23 @@ def inject(
             if told.difference is None:
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
-    note = "; ".join(filter(None, [used, words.note, told.note])) or None
+    slow = None if slots is None else _recomputed(found)
+    note = "; ".join(filter(None, [used, words.note, slow, told.note])) or None
     return GraphReport(
         target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
         warnings=warnings,
     )  # fmt: skip
+
+
+def _recomputed(found: Sequence[Found]) -> str | None:
+    """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
+    nodes = {spot.node for place in found for spot in place.spots if issubclass(spot.kind, Experts)}
+    if not nodes:
+        return None
+    return (
+        f"each call computes the weights of all experts in {len(nodes)} MoE nodes anew, because these nodes have no "
+        "inputs for an adapter; --mode constant (mode='constant') computes them once"
+    )
 
 
 def _beside(out: Path, adapter: Source) -> Path:

@@ -377,12 +377,54 @@ def test_packings_that_are_refused(tmp_path, words, why):
         ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize")
 
 
-@pytest.mark.parametrize("mode", ["slots", "inputs", "rows"])
-def test_slots_of_experts_name_the_way(tmp_path, mode):
+def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
     graph(tmp_path / "base")
     adapter = Adapter({Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)})
-    with pytest.raises(Unsupported, match=r"each call would compute.*--mode constant \(mode='constant'\)"):
-        ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode=mode)
+    with pytest.raises(Unsupported, match=r"the same weights for all rows.*--mode slots \(mode='slots'\)"):
+        ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode="rows")
+
+
+@pytest.mark.parametrize("mode", ["slots", "inputs"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_slots_of_single_experts_and_the_router(tmp_path, fused, method, mode):
+    W = graph(tmp_path / "base", fused)
+    parts = ["gate_proj", "up_proj", "down_proj"] if fused else ["up_proj", "down_proj"]
+    names = [(number, part) for number in (0, 2, 3) for part in parts if (number, part) != (2, "up_proj")]
+
+    def adapter(seed, chosen):
+        held = {
+            Target(f"model.layers.0.mlp.experts.{number}.{part}"): (update(method, *SHAPES[part], seed + at),)
+            for at, (number, part) in enumerate(chosen)
+        }
+        held[Target("model.layers.0.mlp.gate")] = (update(method, EXPERTS, HIDDEN, seed + 40),)
+        return Adapter(held)
+
+    adapters = {"one": adapter(0, names), "two": adapter(100, names), "few": adapter(200, names[:2])}
+    report = ak.onnx.inject(tmp_path / "base", adapters["one"], tmp_path / "out", mode=mode)
+    assert report.difference is not None, report.note
+    assert "computes the weights of all experts in 1 MoE nodes anew" in report.note
+    session = ak.onnx.Session(tmp_path / "out", adapters)
+    for name in ("one", None, "few", "two", "one"):
+        wanted = layer(changed(W, adapters[name]) if name else W, X, fused)
+        got = session.run({"x": X}, name)["y"]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
+    np.testing.assert_array_equal(session.run({"x": X})["y"], run(tmp_path / "base", X))
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_slots_of_stacks(tmp_path, kind):
+    W, (adapter, single) = graph(tmp_path / "base", kind=kind), stacks(kind)
+    report = ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode="slots")
+    assert report.difference is not None, report.note
+    more = adapter.map(lambda leaf: torch.as_tensor(leaf) * 0.5)
+    ak.onnx.write_adapter(tmp_path / "out" / "model.onnx", more, tmp_path / "half.onnx_adapter")
+    given = {"whole": adapter, "file": tmp_path / "out" / "model.onnx_adapter", "half": tmp_path / "half.onnx_adapter"}
+    session = ak.onnx.Session(tmp_path / "out", given)
+    half = single.map(lambda leaf: torch.as_tensor(leaf) * 0.5)
+    for name, one in (("whole", single), ("half", half), ("file", single)):
+        wanted = layer(changed(W, one), X, True)
+        np.testing.assert_allclose(session.run({"x": X}, name)["y"], wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

@@ -32,7 +32,12 @@ TYPES = {
     "fp32": ("fp32", ()), "fp16": ("fp16", ()), "int4": ("int4", ()),
     "int4asym": ("int4", ("is_symmetric=false",)),
     "int4kquant": ("int4", ("algo_config=k_quant_mixed",)),
+    "int4apart": ("int4", ("is_symmetric=false", "shared_embeddings=false")),
 }  # fmt: skip
+
+TIED = ("gemma",)
+"""Models whose head shares the embedding's weight. With zero points, onnxruntime does not load the builder's graph of
+them: the embedding reads a tensor of floats as packed numbers. `int4apart` packs the head alone."""
 
 
 def configs() -> dict[str, tuple[Any, list[str]]]:
@@ -124,6 +129,8 @@ def make(folder: Path, chosen: Sequence[str]) -> None:
         for kind, (precision, options) in TYPES.items():
             if name in PARAMETERS and kind != "fp32":  # The dequantized weights of other types are not compared.
                 continue
+            if kind == "int4apart" and name not in TIED:
+                continue
             if (home / kind / "genai_config.json").exists():
                 continue
             words = ["-i", home / "base", "-o", home / kind, "-p", precision, "-c", home / "cache",
@@ -185,7 +192,8 @@ def with_packed(model: Any, folder: Path) -> None:
         words = name.strip("/").split("/")  # model/layers.0/attn/qkv_proj/MatMulNBits
         if words[0] == "lm_head":
             model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(W.copy()))
-            if config.tie_word_embeddings:  # The builder packs both as one tensor.
+            # The builder packs both as one tensor, or the head alone.
+            if config.tie_word_embeddings and folder.name != "int4apart":
                 model.model.embed_tokens.weight = model.lm_head.weight
             continue
         layer = model.model.layers[int(words[1].split(".")[1])]

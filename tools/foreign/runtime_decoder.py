@@ -14,7 +14,7 @@ import adapterkit as ak
 
 STEPS = [[5, 17, 4, 29, 3, 11, 8], [21], [9]]
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
@@ -79,12 +79,12 @@ class Decoder:
         import torch
         from transformers import AutoModelForCausalLM
 
-        more = {"target_modules": TARGETS}
+        more: dict[str, Any] = {"target_modules": TARGETS}
         configs: dict[str, Any] = {
             f"rank {rank}": peft.LoraConfig(r=rank, lora_alpha=8, init_lora_weights=False, **more) for rank in (2, 5)
         }  # fmt: skip
         if method == "ia3":
-            words = {**more, "feedforward_modules": TARGETS[-1:], "init_ia3_weights": False}
+            words: dict[str, Any] = {**more, "feedforward_modules": TARGETS[-1:], "init_ia3_weights": False}
             configs = {name: peft.IA3Config(**words) for name in ("first", "second")}
         found = {}
         for seed, (name, config) in enumerate(configs.items()):
