@@ -104,6 +104,9 @@ def kind_of(entry: OrtInput) -> Dtype:
 PAST = "past_key_values."
 """Prefix of the names of a language model's cached keys and values."""
 
+STATE = "past."
+"""Prefix of the names of other states of a language model, such as the last inputs of a convolution."""
+
 MOST_NAMED = 4
 """Largest number of inputs that an error lists."""
 
@@ -307,15 +310,18 @@ class Session:
             all tokens, `[batch, length + new]`.
 
         Raises:
-            UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
-                excludes the last token.
+            UsageError: the model is not a language model with a past, the prompt is empty, a mask is missing or
+                excludes the last token, or padded texts would change the states of convolutions.
             Also the errors of `run`.
         """
-        past = [name for name in self.inputs if name.startswith(PAST)]
+        past = [name for name in self.inputs if name.startswith((PAST, STATE))]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
             cure = "Export a language model with adapterkit export; for other models, call run"
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
         tokens, mask = _prompt(input_ids, attention_mask)
+        if not mask.all() and any(name.startswith(STATE) for name in past):
+            why = "the states of its layers would contain the padding of shorter texts"
+            raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of one length")
         ends = [end] if isinstance(end, int) else list(end)
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
@@ -328,7 +334,7 @@ class Session:
             done |= np.isin(new, ends)
             if done.all():
                 break
-            feeds = {"input_ids": new[:, None]} | {name: told[name.replace(PAST, "present.", 1)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: told[_new_name(name)] for name in past}
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
@@ -356,7 +362,7 @@ class Session:
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
         """Return defaults for missing inputs of a language model: an empty past, a mask of ones, positions."""
         ids = inputs.get("input_ids")
-        if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
+        if ids is None or np.ndim(ids) != 2 or not any(name.startswith((PAST, STATE)) for name in self.inputs):
             return {}
         batch, length = np.shape(ids)
         given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
@@ -371,6 +377,10 @@ class Session:
                 sizes = self._cache_sizes(entry)
                 if not given and sizes is not None:
                     made[name] = np.zeros((batch, sizes[0], self._windows.get(name, 0), sizes[1]), kind_of(entry))
+            elif name.startswith(STATE):
+                own = entry.shape[1:]
+                if not given and all(isinstance(size, int) for size in own):
+                    made[name] = np.zeros((batch, *own), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
@@ -393,8 +403,10 @@ class Session:
         return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
 
     def __repr__(self) -> str:
-        past = sum(name.startswith(PAST) for name in self.inputs)
-        inputs = [name for name in self.inputs if not name.startswith(PAST)] + ([f"{past} of the past"] if past else [])
+        past = sum(name.startswith((PAST, STATE)) for name in self.inputs)
+        inputs = [name for name in self.inputs if not name.startswith((PAST, STATE))] + (
+            [f"{past} of the past"] if past else []
+        )
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
@@ -500,6 +512,11 @@ class Session:
 
     def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
+
+
+def _new_name(name: str) -> str:
+    """Return the name of the output that continues an input of the past."""
+    return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
 
 
 def _only_graph(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Attentions with a sliding window: `Session.generate` writes what transformers does, far beyond the window."""
+"""`Session.generate` with caches of a sliding window, and with states of convolutions: the same tokens as elsewhere."""
 
 import os
 
@@ -15,6 +15,7 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper
 
 import adapterkit as ak
+from adapterkit.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
 
@@ -145,3 +146,44 @@ def test_a_cache_that_keeps_the_window_only(tmp_path):
             tokens.append(next_token(tokens, window))
     assert wanted[WINDOW] != wanted[100]
     assert session.generate([5, 9, 2], max_new_tokens=NEW)[0].tolist() == wanted[WINDOW]
+
+
+def graph_of_a_state(path):
+    """A graph whose convolution reads the last two tokens from a state, as onnxruntime-genai's builder names it."""
+    held = {"embed": weights()["embed"], "last": weights()["embed"].T, "kernel": kernel(), "two": np.array([-2])}
+    held |= {"end": np.array([1 << 40]), "axis": np.array([2])}
+    nodes = [
+        helper.make_node("Gather", ["embed", "input_ids"], ["x"]),
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("Concat", ["past.0.conv", "t"], ["whole"], axis=2),
+        helper.make_node("Slice", ["whole", "two", "end", "axis"], ["present.0.conv"]),
+        helper.make_node("Conv", ["whole", "kernel"], ["c"], group=WIDTH),
+        helper.make_node("Transpose", ["c"], ["b"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["b", "last"], ["logits"]),
+    ]
+    value = helper.make_tensor_value_info
+    ids = value("input_ids", TensorProto.INT64, ["batch", "tokens"])
+    states = [value(f"{word}.0.conv", TensorProto.FLOAT, ["batch", WIDTH, 2]) for word in ("past", "present")]
+    logits = value("logits", TensorProto.FLOAT, ["batch", "tokens", VOCABULARY])
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in held.items()]
+    made = helper.make_graph(nodes, "g", [ids, states[0]], [logits, states[1]], tensors)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def kernel():
+    return np.random.default_rng(1).normal(size=(WIDTH, 1, 3)).astype("f4")
+
+
+def test_a_state_of_a_convolution(tmp_path):
+    session, wanted = ak.onnx.Session(graph_of_a_state(tmp_path / "model.onnx")), [5, 9, 2]
+    E, K = weights()["embed"].astype("f8"), kernel()[:, 0].astype("f8")
+    for _ in range(NEW):
+        x = np.concatenate([np.zeros((2, WIDTH)), E[wanted]])[-3:]
+        wanted.append(int(((x * K.T).sum(0) @ E.T).argmax()))
+    assert len({*wanted}) > 4
+    assert session.generate([5, 9, 2], max_new_tokens=NEW)[0].tolist() == wanted
+    two = session.generate([[5, 9, 2]] * 2, attention_mask=np.ones((2, 3)), max_new_tokens=NEW)
+    assert two.tolist() == [wanted] * 2
+    with pytest.raises(UsageError, match="would contain the padding"):
+        session.generate([[5, 9, 2], [0, 9, 2]], attention_mask=[[1, 1, 1], [0, 1, 1]])
