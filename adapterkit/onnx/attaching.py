@@ -30,6 +30,7 @@ from .values import Unsayable, Value, computed_over
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.adapter import Target
     from ..core.updates.update import Layer as FormulaLayer
     from ..io.lazy import Leaf
     from .slots import Slots
@@ -202,6 +203,12 @@ def attach(
     words.shadows.close()
 
 
+def unchangeable(found: Sequence[Found], by_rows: bool) -> list[Target]:
+    """Return the adapter's targets that are experts which nodes before their node cannot change."""
+    kind = Experts if by_rows else PackedExperts
+    return [*dict.fromkeys(at.asked for at in found if at.spots and issubclass(at.spots[0].kind, kind))]
+
+
 def _check_experts(place: Found, kind: type[Experts], by_rows: bool) -> None:
     """Refuse experts that nodes before their node cannot change.
 
@@ -213,11 +220,12 @@ def _check_experts(place: Found, kind: type[Experts], by_rows: bool) -> None:
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
     if issubclass(kind, PackedExperts):
         why = f"{where}, which reads packed weights, so added nodes cannot change them"
-        cure = f"Merge it instead: adapterkit merge {_PACKED}"
+        cure = f"Merge it instead: adapterkit merge {_PACKED}; or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     if by_rows:
         why = f"{where}, which reads the same weights for all rows of a batch"
-        raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
+        cure = f"Inject it with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
+        raise Unsupported(why, where=str(place.asked), cure=cure)
     refuse_outputs(place, node.op_type)
 
 
@@ -543,6 +551,8 @@ def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             node.graph.remove(node, safe=True)
 
+
+_PARTIAL = "--allow-partial (allow_partial=True)"
 
 _PACKED = "GRAPH A -o OUT --quantized requantize or dequantize (quantized='requantize' or 'dequantize')"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"

@@ -324,7 +324,8 @@ def inject_folder(
 
     def change(part: GraphPart, there: Path) -> GraphReport | None:
         own = division.of[part.name]
-        return None if own is None else inject(part.path, own, there, base_weights=base_weights, **options)
+        more = {"base_weights": base_weights, "allow_partial": allow_partial, **options}
+        return None if own is None else inject(part.path, own, there, **more)
 
     return _written(folder, parts, Path(out), change, inputs, overwrite, made_from, division.warnings)
 

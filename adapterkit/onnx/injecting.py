@@ -20,13 +20,13 @@ from ..io.atomic import write_bytes
 from ..io.lazy import as_lazy
 from ..io.locations import path_text
 from ..naming.binding import renamed
-from .attaching import attach
+from .attaching import attach, unchangeable
 from .building import Building
 from .calls import CallWords
 from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
 from .experts import Experts
-from .folders import folder_of, inject_folder, left_out, only_graph
+from .folders import folder_of, inject_folder, left_line, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
@@ -158,6 +158,10 @@ def inject(
     building = Building(source.model)
     used = place(context, building)
     found = resolve(source.model, rest, base, tying)
+    if allow_partial and (inside := unchangeable(found, mode == "rows")) and len(inside) < len(rest.updates):
+        rest = rest.replace(updates={target: own for target, own in rest.updates.items() if target not in inside})
+        found = [at for at in found if at.asked not in inside]
+        wrong = (*wrong, *left_line(inside, "added nodes cannot change experts there"))
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     try:

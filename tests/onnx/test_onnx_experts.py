@@ -377,6 +377,30 @@ def test_packings_that_are_refused(tmp_path, words, why):
         ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize")
 
 
+@pytest.mark.parametrize(("bits", "mode"), [(4, "constant"), (4, "slots"), (None, "rows")])
+@pytest.mark.parametrize("file", ["", "model.onnx"])
+def test_experts_that_nodes_cannot_change_are_omitted(tmp_path, bits, mode, file):
+    W = graph(tmp_path / "base", bits=bits)
+    router = {Target("model.layers.0.mlp.gate"): (update("lora", EXPERTS, HIDDEN, 40),)}
+    expert_ = {Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)}
+    base, out = tmp_path / "base" / file, tmp_path / "out" / file
+    for folder in ("out", "no") if file else ():
+        (tmp_path / folder).mkdir()
+    with pytest.raises(Unsupported, match=r"omit such targets: --allow-partial \(allow_partial=True\)"):
+        ak.onnx.inject(base, Adapter(router | expert_), out, mode=mode)
+    report = ak.onnx.inject(base, Adapter(router | expert_), out, mode=mode, allow_partial=True)
+    assert any(line.endswith("model.layers.0.mlp.experts.1.up_proj") for line in report.warnings), report.warnings
+    given = {"one": tmp_path / "out" / "model.onnx_adapter"} if mode == "slots" else {"one": Adapter(router)}
+    session = ak.onnx.Session(tmp_path / "out" / "model.onnx", {} if mode == "constant" else given)
+    choice = {"constant": None, "slots": "one", "rows": ["one"] * len(X)}[mode]
+    wanted = layer(changed(W, Adapter(router)), X, True)
+    np.testing.assert_allclose(session.run({"x": X}, choice)["y"], wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+    with pytest.raises(Unsupported, match="omit such targets"):
+        ak.onnx.inject(
+            tmp_path / "base" / file, Adapter(expert_), tmp_path / "no" / file, mode=mode, allow_partial=True
+        )
+
+
 def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
     graph(tmp_path / "base")
     adapter = Adapter({Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)})
