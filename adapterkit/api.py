@@ -137,8 +137,8 @@ def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Che
     """Return a warning for each adapter whose files name a base other than `base`; no warnings if `base` is None."""
     if base is None:
         return []
-    found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
-    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
+    differences = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
+    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in differences]
 
 
 def _known(names: Iterable[str]) -> str:
@@ -289,7 +289,7 @@ def report(
     from .io.inputs import inputs_kept
     from .io.locations import located
     from .io.staging import check_free
-    from .reporting.report import gate_figures, made
+    from .reporting.report import build_page, gate_figures
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:
@@ -299,19 +299,19 @@ def report(
     if out is not None:
         check_free(Path(out), overwrite)
     record: Any = getattr(gate, "record", None)  # Do not import `Gate` to check: its package imports transformers.
-    told: Any = gate if record is None else record()
-    figures = None if told is None else gate_figures(told)
+    gate_record: Any = gate if record is None else record()
+    figures = None if gate_record is None else gate_figures(gate_record)
     checkpoint = None if base is None else opened(base)
     with inputs_kept():
-        held = [each if isinstance(each, Adapter) else _read_for(each, checkpoint) for each in given]
+        loaded = [each if isinstance(each, Adapter) else _read_for(each, checkpoint) for each in given]
     paths = [None if isinstance(each, Adapter) else located(each) for each in given]
-    found = made(
-        held, _names_for(given), paths=paths, base=checkpoint, merged=None if merged is None else opened(merged),
+    page = build_page(
+        loaded, _names_for(given), paths=paths, base=checkpoint, merged=None if merged is None else opened(merged),
         rename=rename, progress=progress, gate=figures,
     )  # fmt: skip
     if out is not None:
-        found.save(out, overwrite=overwrite)
-    return found
+        page.save(out, overwrite=overwrite)
+    return page
 
 
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:

@@ -118,28 +118,30 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
                 "the file is not the vector that index.json lists", path=root / name, cure="Download the suite again"
             )
     ask: Ask = command if callable(command) else partial(_lines, command)
-    found = []
+    results = []
     known: set[str] = set()
     for verb in ("check", "base", *TEXTS):
-        own = [case for case in cases if case["verb"] == verb]
-        paths = [root / case.get("path", next(iter(case["inputs"]))) for case in own]
+        verb_cases = [case for case in cases if case["verb"] == verb]
+        paths = [root / case.get("path", next(iter(case["inputs"]))) for case in verb_cases]
         lines = list(ask(verb, paths))
-        known |= {name for case, line in zip(own, lines, strict=True) if line.get("ok") for name in _methods(case)}
-        for case, path, line in zip(own, paths, lines, strict=True):
+        known |= {
+            name for case, line in zip(verb_cases, lines, strict=True) if line.get("ok") for name in _methods(case)
+        }
+        for case, path, line in zip(verb_cases, paths, lines, strict=True):
             if _foreign(case, line, known):
-                found.append(_outcome(case, None, "the program does not know the method"))
+                results.append(_outcome(case, None, "the program does not know the method"))
             else:
-                found.append(_rewritten(case, line, path) if verb in TEXTS else _judged(case, line))
+                results.append(_rewritten(case, line, path) if verb in TEXTS else _judged(case, line))
     for case in (case for case in cases if case["verb"] in ("compute", "merge")):
         adapter, base, *merged = (root / name for name in case["inputs"])
         (line,) = ask(case["verb"], [adapter, base])
         if _foreign(case, line, known):
-            found.append(_outcome(case, None, "the program does not know the method"))
+            results.append(_outcome(case, None, "the program does not know the method"))
         elif case["verb"] == "compute":
-            found.append(_computed(case, line, base))
+            results.append(_computed(case, line, base))
         else:
-            found.append(_merged(case, line, merged[0] if merged else None))
-    return found
+            results.append(_merged(case, line, merged[0] if merged else None))
+    return results
 
 
 def _methods(case: Case) -> list[str]:

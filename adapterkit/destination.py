@@ -47,9 +47,9 @@ class WriteResult:
     already_done: bool = False
 
     def __repr__(self) -> str:
-        told = f", {len(self.losses):,} losses" if self.losses else ""
-        told += f", {len(self.warnings):,} warnings" if self.warnings else ""
-        return f"WriteResult({public(self.out)!r}: {self.format}, {self.updates:,} updates{told})"
+        summary = f", {len(self.losses):,} losses" if self.losses else ""
+        summary += f", {len(self.warnings):,} warnings" if self.warnings else ""
+        return f"WriteResult({public(self.out)!r}: {self.format}, {self.updates:,} updates{summary})"
 
     def _repr_html_(self) -> str:
         rows = [["loss", loss] for loss in self.losses] + [["warning", warning] for warning in self.warnings]

@@ -21,7 +21,7 @@ from .errors import AdapterkitError, Miswritten, NotMergeable, Unrepresentable, 
 from .formats import FORMATS, save
 from .formats._functions import unlike
 from .io.checkpoint import opened
-from .io.computed import computed, held, load
+from .io.computed import computed, load, rounded_lazy
 from .io.lazy import as_lazy
 from .methods.dense import Dense
 from .methods.lora import LoRA
@@ -46,7 +46,7 @@ float32, is a hundredth of this number."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
-Made = tuple["Target", "Update", str]
+Promoted = tuple["Target", "Update", str]
 """The promotion of one target: the target, the update that replaces all its updates, and a line for the user."""
 
 
@@ -152,100 +152,100 @@ class Promotion:
                 return lines + write(adapter)
             except Unrepresentable as refusal:
                 refused = {target for target, _ in refusal.places}
-                changed, said = self._promoted(adapter, refused)
-                if not said:
+                changed, promotion_lines = self._promoted(adapter, refused)
+                if not promotion_lines:
                     # Try to promote all targets: the writer may refuse a LoRA because it conflicts with the others.
-                    changed, said = self._promoted(adapter, {*adapter.updates} if refused else set())
-                if not said:
+                    changed, promotion_lines = self._promoted(adapter, {*adapter.updates} if refused else set())
+                if not promotion_lines:
                     if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
                         refusal.cure = ACCEPT
                     raise
-                adapter, lines = changed, lines + said
+                adapter, lines = changed, lines + promotion_lines
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
         """If promotion can write all refused updates without loss, put promotion first in the error's cure."""
         refused = {target for target, _ in refusal.places}
-        found = [adapter.updates.get(target, ()) for target in refused]
-        if found and all(self._is_exact(each) for each in found):
+        groups = [adapter.updates.get(target, ()) for target in refused]
+        if groups and all(self._is_exact(each) for each in groups):
             promote = "Write them in another method without loss, with on_loss='promote'/--on-loss promote"
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
-    def _is_exact(self, found: Sequence[Update]) -> bool:
+    def _is_exact(self, group: Sequence[Update]) -> bool:
         """Whether the updates of a target can be rewritten, without loss, as one LoRA or one weight difference.
 
         False if the updates are already in this form.
         """
-        if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
+        if not group or (len(group) == 1 and isinstance(group[0], LoRA)):
             return False
-        if len(found) == 1 and isinstance(found[0], Dense):
-            return self.identities and _is_matrix(found[0])
-        sums = [update for update in found if isinstance(update, Additive)]
+        if len(group) == 1 and isinstance(group[0], Dense):
+            return self.identities and _is_matrix(group[0])
+        sums = [update for update in group if isinstance(update, Additive)]
         thin = self.lora and all(type(update).pair is not Additive.pair for update in sums)
-        return len(sums) == len(found) and (self.dense or thin)
+        return len(sums) == len(group) and (self.dense or thin)
 
     def _promoted(self, adapter: Adapter, targets: set[Target]) -> tuple[Adapter, list[str]]:
         updates: dict[Target, tuple[Update, ...]] = {}
         lines: list[str] = []
-        for target, found in adapter.updates.items():
-            made = self._one(adapter, target) if target in targets else None
-            updates |= {target: found} if made is None else {made[0]: (made[1],)}
-            lines += [] if made is None else [made[2]]
+        for target, group in adapter.updates.items():
+            promoted = self._one(adapter, target) if target in targets else None
+            updates |= {target: group} if promoted is None else {promoted[0]: (promoted[1],)}
+            lines += [] if promoted is None else [promoted[2]]
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
-    def _one(self, adapter: Adapter, target: Target) -> Made | None:
+    def _one(self, adapter: Adapter, target: Target) -> Promoted | None:
         """Return one update that replaces all updates of a target, or None if they cannot be promoted."""
-        found = adapter.updates[target]
-        said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
-        if len(found) == 1 and isinstance(found[0], LoRA):
+        group = adapter.updates[target]
+        line = f"wrote {' and '.join(dict.fromkeys(update.method for update in group))} at {target} as"
+        if len(group) == 1 and isinstance(group[0], LoRA):
             return None
-        if len(found) == 1 and isinstance(found[0], Dense) and self.max_error is None:
-            return self._of_difference(target, found[0], said) if self.identities else None
-        exact = _in_factors(target, found, self.base)
+        if len(group) == 1 and isinstance(group[0], Dense) and self.max_error is None:
+            return self._of_difference(target, group[0], line) if self.identities else None
+        exact = _in_factors(target, group, self.base)
         if exact is not None:
-            _check_exact(target, found, exact, self.base)
-            return target, exact, f"{said} a LoRA of rank {_rank(exact, target)}"
-        alone = adapter.replace(updates={target: found}, foreign=None)
+            _check_exact(target, group, exact, self.base)
+            return target, exact, f"{line} a LoRA of rank {_rank(exact, target)}"
+        alone = adapter.replace(updates={target: group}, foreign=None)
         try:
-            if self.dense and not isinstance(found[0], Dense):
-                return _difference(alone, self.base, said)
-            return None if self.max_error is None else self._nearest(alone, self.max_error, said)
+            if self.dense and not isinstance(group[0], Dense):
+                return _difference(alone, self.base, line)
+            return None if self.max_error is None else self._nearest(alone, self.max_error, line)
         except (NotMergeable, UsageError):
             return None
 
-    def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
+    def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
         """Return an update that replaces a weight difference, for formats without weight differences, or None."""
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
-            made = _by_identity(update, shape)
-            _check_exact(target, [update], made, self.base)
-            return target, made, f"{said} a LoRA of rank {_rank(made, target)}, one factor of which is the identity"
+            exact = _by_identity(update, shape)
+            _check_exact(target, [update], exact, self.base)
+            return target, exact, f"{line} a LoRA of rank {_rank(exact, target)}, one factor of which is the identity"
         if self.whole and update.D is not None and update.d is None and self.base is not None:
             weight = _weight_at(target, update, self.base)
             if weight is not None:
                 total = _when_read(lambda: Replacement(weight=_sum(weight, update), bias=None))  # type: ignore[arg-type]
-                return target, total, f"{said} the whole weight, computed from the base's weight"
+                return target, total, f"{line} the whole weight, computed from the base's weight"
         return None
 
-    def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
+    def _nearest(self, alone: Adapter, error: float, line: str) -> Promoted | None:
         """Return the LoRA of the smallest rank for which the error is accepted."""
         from .ops import promote
 
         cuts: list[Any] = []
-        made = promote(alone, error=error, base=self.base, report=cuts.append)
-        target, found = next(iter(made.updates.items()))
-        if len(found) != 1 or not isinstance(found[0], LoRA):
+        promoted = promote(alone, error=error, base=self.base, report=cuts.append)
+        target, group = next(iter(promoted.updates.items()))
+        if len(group) != 1 or not isinstance(group[0], LoRA):
             return None
         lost = cuts[0].error / cuts[0].norm if cuts[0].norm else 0.0
         if lost > error * (1 + _SLACK) + _SLACK * 1e-2:
             why = f"its error is {lost:.1e} of the change, but only {error:.1e} is accepted"
             raise _mispromoted(target, next(iter(alone.updates.values())), why)
-        _check_error(alone, target, found[0], lost, self.base)
-        return target, found[0], f"{said} a LoRA of rank {_rank(found[0], target)}, relative error {lost:.1e}"
+        _check_error(alone, target, group[0], lost, self.base)
+        return target, group[0], f"{line} a LoRA of rank {_rank(group[0], target)}, relative error {lost:.1e}"
 
 
-def _is_vector(found: Sequence[Update]) -> bool:
+def _is_vector(group: Sequence[Update]) -> bool:
     """Whether all updates change norms or biases, which a LoRA cannot approximate."""
-    return bool(found) and all(isinstance(update, Dense) and not _is_matrix(update) for update in found)
+    return bool(group) and all(isinstance(update, Dense) and not _is_matrix(update) for update in group)
 
 
 def _is_matrix(update: Dense) -> bool:
@@ -295,26 +295,26 @@ def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
 
 def _sum(weight: Lazy, update: Dense) -> Lazy:
     """Add a difference to a weight; round the sum once to the weight's dtype."""
-    return held(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
+    return rounded_lazy(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
 
 
-def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
+def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None) -> Any:
     """Return one LoRA with the factors of all updates; None if an update lacks factors, or the shape is unknown."""
     from .ops.lowering import Change, low_rank
 
-    additive = [u for u in found if isinstance(u, Additive) and type(u).pair is not Additive.pair]
-    shape = weight_shape(target, additive, base) if len(additive) == len(found) else None
+    additive = [u for u in group if isinstance(u, Additive) and type(u).pair is not Additive.pair]
+    shape = weight_shape(target, additive, base) if len(additive) == len(group) else None
     if shape is None or len(shape) < 2:
         return None
-    change, kind = Change(target, shape, tuple(additive)), _type(target, found)
+    change, kind = Change(target, shape, tuple(additive)), _type(target, group)
 
-    def made() -> LoRA | None:
+    def factors() -> LoRA | None:
         deltas = [*change.deltas()]
         if any(delta.rest is not None for delta in deltas):
             return None  # The method has no low-rank factors for this weight, such as LoKr for convolutions.
         return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
-    return _when_read(made)
+    return _when_read(factors)
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
@@ -325,7 +325,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
     return (delta.B, delta.A) if delta.rank else (np.zeros((out, 1)), np.zeros((1, columns)))
 
 
-def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
+def _difference(alone: Adapter, base: Checkpoint | None, line: str) -> Promoted | None:
     """Return the sum of all updates' changes to the weight, as one weight difference."""
     from .ops.alignment import places
     from .ops.lowering import dense
@@ -335,24 +335,24 @@ def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | No
     if change is None:
         return None
 
-    def made() -> Dense:
+    def promoted_difference() -> Dense:
         whole = [delta.dense() for delta in change.deltas()] if change.changes_weight else None
         return dense(place.target, place.shape, whole, change.bias(), kind)
 
-    promoted = _when_read(made)
+    promoted = _when_read(promoted_difference)
     _check_error(alone, place.target, promoted, 0.0, base)
-    return place.target, promoted, f"{said} a weight difference"
+    return place.target, promoted, f"{line} a weight difference"
 
 
-def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
+def _check_exact(target: Target, group: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
     """Check with random inputs that the promoted update equals the sum of the original updates.
 
     Raises:
         Miswritten: the promoted update is not the sum of the original updates.
     """
     # Pass the promoted update first: its dtype decides the tolerance, and the originals may have a narrower dtype.
-    if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
-        raise _mispromoted(target, found, why)
+    if why := unlike({target: (promoted,)}, {target: tuple(group)}, base, frozenset()):
+        raise _mispromoted(target, group, why)
 
 
 def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
@@ -373,34 +373,34 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     """
     import numpy as np
 
-    (given, found), *_ = alone.updates.items()
+    (given, group), *_ = alone.updates.items()
     if not promoted.changes_weight:
         return
-    D = alone.delta(given.path, None if all(isinstance(u, Additive) for u in found) and _shaped(alone) else base)
-    made = Adapter({target: (promoted,)}).delta(target.path)
+    D = alone.delta(given.path, None if all(isinstance(u, Additive) for u in group) and _shaped(alone) else base)
+    change = Adapter({target: (promoted,)}).delta(target.path)
     norm = float(np.linalg.norm(D.numpy().astype("f8")))
-    error = float(np.linalg.norm((D.double() - made.double().reshape(D.shape)).numpy())) / norm if norm else 0.0
+    error = float(np.linalg.norm((D.double() - change.double().reshape(D.shape)).numpy())) / norm if norm else 0.0
     if error > stated * (1 + _SLACK) + _SLACK * 1e-2:
-        raise _mispromoted(given, found, f"the error is {error:.1e} of the change, not {stated:.1e}")
+        raise _mispromoted(given, group, f"the error is {error:.1e} of the change, not {stated:.1e}")
 
 
 def _shaped(alone: Adapter) -> bool:
     """Whether the shape of the weight follows from the updates alone, without a base."""
     try:
-        return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
+        return all(bool(view_shape(target, group)) for target, group in alone.updates.items())
     except UsageError:
         return False
 
 
-def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritten:
-    names = " and ".join(dict.fromkeys(update.method for update in found))
+def _mispromoted(target: Target, group: Sequence[Update], why: str) -> Miswritten:
+    names = " and ".join(dict.fromkeys(update.method for update in group))
     return Miswritten(f"the promoted form of {names} differs: {why}", where=str(target), cure=_REPORT)
 
 
-def _type(target: Target, found: Sequence[Update]) -> DType:
+def _type(target: Target, group: Sequence[Update]) -> DType:
     from .ops.lowering import result_type
 
-    return result_type([Adapter({target: tuple(found)})], None)
+    return result_type([Adapter({target: tuple(group)})], None)
 
 
 def _when_read(make: Callable[[], Any]) -> Any:

@@ -267,8 +267,8 @@ def coloured(text: str) -> str:
         lines = click.style("error", fg="red", bold=True) + ":" + rest
     if not sign:
         return lines
-    told = "\n".join(fill(line, initial_indent="  ", subsequent_indent="  ") for line in cure.split("\n"))
-    return f"{lines}\n{click.style(told, fg='cyan')}"
+    hint = "\n".join(fill(line, initial_indent="  ", subsequent_indent="  ") for line in cure.split("\n"))
+    return f"{lines}\n{click.style(hint, fg='cyan')}"
 
 
 def _say(error: BaseException, settings: CliSettings) -> int:
@@ -445,12 +445,12 @@ class Commands(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
             # Read no defaults for `doctor`: it reports unreadable files of defaults, and must not fail because of them.
-            found = {} if name == "doctor" else for_command(name, command)
-            ctx.default_map = {name: found}
+            defaults = {} if name == "doctor" else for_command(name, command)
+            ctx.default_map = {name: defaults}
             lines = ctx.meta.get(STAGES)
             if lines is not None:
                 lines.command = name
-                for parameter, value in found.items():
+                for parameter, value in defaults.items():
                     detail(f"default of {parameter}: {value}")
         return name, command, rest
 

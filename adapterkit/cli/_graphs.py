@@ -29,7 +29,7 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
-    rounded = {name: told for name, told in damage.items() if name not in beside}
+    rounded = {name: error for name, error in damage.items() if name not in beside}
     worst = sorted(rounded, key=lambda name: number(rounded[name], "kept"))
     for name in worst[:MOST_SHOWN]:
         error, kept = number(rounded[name], "error"), number(rounded[name], "kept")
@@ -89,8 +89,8 @@ def is_graphs(base: str, out: str | None) -> str | None:
     """Return the path of the graph or the folder of graphs at `base`; None if `base` is a folder or file of weights."""
     from ..reporting.inspecting import graph_folder
 
-    found = graph_or_folder(base, out)
-    return found if found.lower().endswith(".onnx") or graph_folder(found) is not None else None
+    graph = graph_or_folder(base, out)
+    return graph if graph.lower().endswith(".onnx") or graph_folder(graph) is not None else None
 
 
 def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -118,11 +118,11 @@ def merge_graph(
     if only_plan:
         from ..onnx import plan
 
-        found = plan(
+        plan_lines = plan(
             model, adapters, weights=chosen, base_weights=base_weights, tied=tied, strict_base=strict_base,
             rename=rename, allow_partial=allow_partial,
         )  # fmt: skip
-        show(settings, {"base": model, "targets": [place.record() for place in found]}, _plan_view)
+        show(settings, {"base": model, "targets": [place.record() for place in plan_lines]}, _plan_view)
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")

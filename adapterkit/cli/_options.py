@@ -44,8 +44,8 @@ class CliSettings:
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
-        told = os.environ.get("ADAPTERKIT_VERBOSE", "")
-        verbose = verbose or (min(int(told), 2) if told.isdecimal() else 0)
+        verbosity = os.environ.get("ADAPTERKIT_VERBOSE", "")
+        verbose = verbose or (min(int(verbosity), 2) if verbosity.isdecimal() else 0)
         quiet = bool({"-q", "--quiet"} & {*given}) or (quiet and not verbose)
         return cls("--json" in given, quiet, debug or "--debug" in given, verbose)
 
@@ -204,9 +204,9 @@ def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], bas
     from ..formats import read
     from ..naming.binding.fitting import check_base
 
-    held = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
-    found = check_base([*zip(sources, held, strict=True)], base, strict=False)
-    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
+    loaded = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
+    differences = check_base([*zip(sources, loaded, strict=True)], base, strict=False)
+    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in differences]
 
 
 base = click.option("--base", metavar="BASE", help="The base model of the adapter: a folder or a weight file.")
@@ -269,7 +269,7 @@ strict_base_of_read = click.option(
 
 def method_and_settings(default: str | None) -> Callable[[F], F]:
     """Add the options `--method`, `--set` and `--data`."""
-    said = f"; {default} if absent" if default else ""
+    default_text = f"; {default} if absent" if default else ""
 
     def decorated(command: F) -> F:
         for option in (
@@ -284,7 +284,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
             ),
             click.option(
                 "--method", metavar="METHOD",
-                help=f"Method to combine the adapters{said}. 'adapterkit list combine' shows all.",
+                help=f"Method to combine the adapters{default_text}. 'adapterkit list combine' shows all.",
             ),
         ):  # fmt: skip
             command = option(command)
@@ -317,11 +317,11 @@ def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options
         raise UsageError("texts need a model that reads them", where="--data", cure="Add --base BASE")
     from ..searching import TextData
 
-    found = TextData(
+    source = TextData(
         options["base"], sources, files[0] if len(files) == 1 else files, rename=options.get("rename") or (),
         seed=options.get("seed") or 0,
     )  # fmt: skip
-    return {"data": found.learned_by(name)}
+    return {"data": source.learned_by(name)}
 
 
 S = TypeVar("S")
@@ -421,9 +421,9 @@ def setting(text: str) -> tuple[str, object]:
 
 
 PREFIX = "ADAPTERKIT_"
-_OWN = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
+_PROGRAM_VARIABLES = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
-OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
+OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _PROGRAM_VARIABLES)
 """Environment variables of adapterkit that are not defaults of options."""
 
 TYPED = frozenset({
@@ -478,10 +478,10 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
                 words: Any = value.split() if parameter.multiple else value
                 yield Default(f"--{key}", name if scope else None, words, variable, parameter.name or "")
     for path, table in files():
-        own = table.get(name)
-        if isinstance(own, Mapping):
-            yield from _entries(own, name, options, path, every=False)
-        elif own is not None:
+        section = table.get(name)
+        if isinstance(section, Mapping):
+            yield from _entries(section, name, options, path, every=False)
+        elif section is not None:
             cure = f"Write [{name}], then a line for each option"
             raise Malformed("the value is not a table", path=path, where=name, cure=cure)
         yield from _entries(table, None, options, path, every=True)
@@ -535,9 +535,9 @@ def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
     if here is not None:
         yield here
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    own = Path(home) / "adapterkit" / "config.toml"
-    if own.is_file():
-        yield own, _table(own)
+    user_file = Path(home) / "adapterkit" / "config.toml"
+    if user_file.is_file():
+        yield user_file, _table(user_file)
 
 
 def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
@@ -559,16 +559,16 @@ def _table(path: Path, *, needed: bool = False) -> Mapping[str, JsonValue]:
     import tomllib
 
     try:
-        found: Any = tomllib.loads(_bytes(path, needed=needed).decode("utf-8"))
+        content: Any = tomllib.loads(_bytes(path, needed=needed).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         cure = "Correct the file, or set ADAPTERKIT_CONFIG= to read no file"
         raise Malformed(f"the file is not valid TOML: {error}", path=path, cure=cure) from None
     if path.name == "pyproject.toml":
-        tool = found.get("tool", {})
-        found = tool.get("adapterkit", {}) if isinstance(tool, Mapping) else {}
-    if not isinstance(found, Mapping):
+        tool = content.get("tool", {})
+        content = tool.get("adapterkit", {}) if isinstance(tool, Mapping) else {}
+    if not isinstance(content, Mapping):
         raise Malformed("the value is not a table", path=path, where="tool.adapterkit", cure="Write [tool.adapterkit]")
-    return found
+    return content
 
 
 def _bytes(path: Path, *, needed: bool = False) -> bytes:
@@ -591,10 +591,10 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
 def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
     """Yield (source, why) for every variable and key that no command uses; `doctor` reports them."""
     options = {name: options_of(command) for name, command in commands.items()}
-    everywhere = {key for found in options.values() for key in found}
+    everywhere = {key for known in options.values() for key in known}
     variables = {f"{PREFIX}{key.replace('-', '_').upper()}" for key in everywhere} | OWN_VARIABLES
     variables |= {
-        f"{PREFIX}{name.upper()}_{key.replace('-', '_').upper()}" for name, found in options.items() for key in found
+        f"{PREFIX}{name.upper()}_{key.replace('-', '_').upper()}" for name, known in options.items() for key in known
     }
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in variables:

@@ -251,13 +251,13 @@ def _draw(label: str, total: int, sizes: bool) -> Progress:
     from rich import progress as rich
     from rich.console import Console
 
-    told: tuple[rich.ProgressColumn, ...] = (
+    counters: tuple[rich.ProgressColumn, ...] = (
         (rich.DownloadColumn(), rich.TransferSpeedColumn()) if sizes else (rich.TaskProgressColumn(),)
     )
     console = Console(file=sys.stderr)
     if console.width < NARROW:
-        told = (rich.TaskProgressColumn(),)
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(None if console.width < NARROW else 40), *told)
+        counters = (rich.TaskProgressColumn(),)
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(None if console.width < NARROW else 40), *counters)
     drawn = rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, expand=console.width < NARROW)
     drawn.add_task(label, total=total)
     drawn.start()

@@ -33,8 +33,8 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     from ..provenance.signing import files_of
 
     if out is None:
-        found = bom(path, serial=serial)
-        show(settings, found.data, lambda _: found.text().splitlines())
+        sbom = bom(path, serial=serial)
+        show(settings, sbom.data, lambda _: sbom.text().splitlines())
         return
     refuse_place(out)
     place, root = local(out), located(path)
@@ -43,11 +43,11 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     if is_done(settings, str(place), decided, overwrite):
         return
     check_inputs([place], files)
-    found = bom(path, serial=serial, leave_out=place)
-    found.save(place, overwrite=overwrite, made_from=decided)
-    main = found.data["metadata"]["component"]
+    sbom = bom(path, serial=serial, leave_out=place)
+    sbom.save(place, overwrite=overwrite, made_from=decided)
+    main = sbom.data["metadata"]["component"]
     record = {
-        "out": str(place), "name": main["name"], "files": len(files), "ancestors": len(found.data["components"])
+        "out": str(place), "name": main["name"], "files": len(files), "ancestors": len(sbom.data["components"])
     }  # fmt: skip
     show(settings, record, _view)
 

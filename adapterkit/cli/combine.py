@@ -105,22 +105,22 @@ def command(
         working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
         working |= learned_data(data, read, options)
         try:
-            made = ops.combine(read, **options, **working)
+            combined = ops.combine(read, **options, **working)
         except Unrepresentable:
             if options.get("rank") is not None:
                 raise
-            made = ops.combine(read, **options | {"rank": "fit"}, **working)
-    record: dict[str, object] = dict(destination.write(made, on_loss))
+            combined = ops.combine(read, **options | {"rank": "fit"}, **working)
+    record: dict[str, object] = dict(destination.write(combined, on_loss))
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
-    told = [] if read_from is None else [*read_from.notes]
+    notes = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
-        told.append("the recipe's tokenizer is not used: adapters have no tokenizer. Use 'adapterkit merge --recipe'")
+        notes.append("the recipe's tokenizer is not used: adapters have no tokenizer. Use 'adapterkit merge --recipe'")
     record["warnings"] = [
-        *told,
-        *made.recipe[-1].args.get("warnings", ()),
+        *notes,
+        *combined.recipe[-1].args.get("warnings", ()),
         *_options.base_warnings(sources, read, options.get("base")),
     ]
-    show(settings, record | said(made), _view)
+    show(settings, record | method_record(combined), _view)
 
 
 def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str, what: str) -> None:
@@ -141,24 +141,24 @@ def _error(cuts: Sequence[Cut]) -> float | None:
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
-def said(made: Adapter) -> dict[str, object]:
+def method_record(combined: Adapter) -> dict[str, object]:
     """Return the combining method and its parameters, as the lineage of the result records them."""
-    args = made.recipe[-1].args
+    args = combined.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
 def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
     """Return the format of the sources if all have the same format, otherwise adapterkit's own format."""
-    found = {detect(source) for source in sources}
-    return found.pop() if len(found) == 1 else "adapterkit"
+    formats = {detect(source) for source in sources}
+    return formats.pop() if len(formats) == 1 else "adapterkit"
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
     """Return a parameter's value as text; if adapters have different values, return all values in order."""
-    shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
-    if not any(name in each for each in own):
+    shared, per_adapter = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
+    if not any(name in each for each in per_adapter):
         return str(shared)
-    return ", ".join(str(each.get(name, shared)) for each in own)
+    return ", ".join(str(each.get(name, shared)) for each in per_adapter)
 
 
 def _view(record: Mapping[str, object]) -> View:

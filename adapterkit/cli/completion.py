@@ -101,9 +101,9 @@ def script(shell: str, program: str = "adapterkit") -> str:
 
     from . import adapterkit
 
-    made = get_completion_class(shell)
-    assert made is not None
-    completion: Any = made(adapterkit, {}, program, VARIABLE)
+    completion_class = get_completion_class(shell)
+    assert completion_class is not None
+    completion: Any = completion_class(adapterkit, {}, program, VARIABLE)
     # Use the template directly: `source()` would run bash to check the version, and any bash since 2014 is new enough.
     return str(completion.source_template % completion.source_vars())
 

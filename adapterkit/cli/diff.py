@@ -70,11 +70,11 @@ def command(
     from .. import ops
 
     read = _options.in_reading((a, b), compat, base)
-    found = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
+    comparison = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
     warnings = _options.base_warnings((a, b), read, base)
-    show(ctx.obj, {"a": a, "b": b, **found.record(), "warnings": warnings}, partial(_view, every=every))
-    if found.equal is not True:
-        ctx.exit(1 if found.equal is False else 3)
+    show(ctx.obj, {"a": a, "b": b, **comparison.record(), "warnings": warnings}, partial(_view, every=every))
+    if comparison.equal is not True:
+        ctx.exit(1 if comparison.equal is False else 3)
 
 
 def _view(record: Mapping[str, object], every: bool) -> View:

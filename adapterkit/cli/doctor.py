@@ -43,7 +43,7 @@ class Check:
 
     name: str
     status: str
-    found: str
+    state: str
     cure: str | None = None
 
     def record(self) -> dict[str, str | None]:
@@ -78,8 +78,8 @@ def kernel() -> Check:
     if os.environ.get(OFF):
         return Check("compiled merge", "ok", f"switched off by {OFF}: merges use numpy")
     cure = "Install a C compiler, then: pip install --force-reinstall --no-deps --no-binary adapterkit adapterkit"
-    found = "missing: merges use numpy, which gives the same bits about three times slower"
-    return Check("compiled merge", "warn", found, cure)
+    state = "missing: merges use numpy, which gives the same bits about three times slower"
+    return Check("compiled merge", "warn", state, cure)
 
 
 def plugins() -> Iterator[Check]:
@@ -113,7 +113,7 @@ def defaults() -> Iterator[Check]:
         known = {name: command for name, command in commands.items() if command is not None}
         read = [str(path) for path, _ in files()]
         yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file of defaults")
-        told: dict[str, Check] = {}
+        checks: dict[str, Check] = {}
         for name, command in known.items():
             decided: set[str] = set()
             for each in settings_of(name, command):
@@ -121,8 +121,8 @@ def defaults() -> Iterator[Check]:
                     decided.add(each.parameter)
                     scope = f"{each.command} " if each.command else ""
                     value = " ".join(map(str, each.value)) if isinstance(each.value, list) else str(each.value)
-                    told.setdefault(each.source, Check(f"{scope}{each.option}", "ok", f"{value}, by {each.source}"))
-        yield from told.values()
+                    checks.setdefault(each.source, Check(f"{scope}{each.option}", "ok", f"{value}, by {each.source}"))
+        yield from checks.values()
         for source, why in unknown(known):
             key = source.rpartition(": ")[2].removeprefix("ADAPTERKIT_").lower().replace("-", "_")
             cure = "Type it on the command line: it cannot have a default" if key in TYPED else f"Remove it; {why}"
@@ -150,17 +150,17 @@ def providers() -> Check:
         return Check("onnxruntime", "warn", "two packages that overwrite each other are installed", cure)
     if check.status != "ok":
         return check
-    own = _version(both[0]) if both else check.found
+    version = _version(both[0]) if both else check.state
     try:
         from ..onnx.providers import runs_on
     except Exception as error:  # The import failed because of another broken package, which has its own check.
-        return Check("onnxruntime", "warn", f"{own}, not tested: {type(error).__name__}", "Repair onnx first")
+        return Check("onnxruntime", "warn", f"{version}, not tested: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()
     running = [name for name in built if runs_on(name)]
     idle = [name for name in built if name not in running]
-    found = f"{own} (runs on {_plainly(running)}"
-    found += f"; also built for {_plainly(idle)}, where no session starts)" if idle else ")"
-    return Check("onnxruntime", "ok" if running else "warn", found, None if running else "pip install onnxruntime")
+    state = f"{version} (runs on {_plainly(running)}"
+    state += f"; also built for {_plainly(idle)}, where no session starts)" if idle else ")"
+    return Check("onnxruntime", "ok" if running else "warn", state, None if running else "pip install onnxruntime")
 
 
 def _plainly(names: Sequence[str]) -> str:
@@ -173,11 +173,11 @@ def devices() -> Check:
     try:
         import torch
 
-        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except Exception as error:
         return Check("CUDA devices", "warn", f"{type(error).__name__}: {error}", "Repair torch first")
-    if found:
-        return Check("CUDA devices", "ok", ", ".join(f"{d.name} ({size(d.total_memory)})" for d in found))
+    if cards:
+        return Check("CUDA devices", "ok", ", ".join(f"{d.name} ({size(d.total_memory)})" for d in cards))
     if Path("/proc/driver/nvidia/version").exists():
         why = "this torch has no CUDA" if torch.version.cuda is None else "torch cannot use the driver"
         return Check("CUDA devices", "warn", f"none: {why}", "Install a torch built for the CUDA of your driver")
@@ -189,10 +189,10 @@ def space(name: str, folder: Path) -> Check:
     import shutil
 
     free = shutil.disk_usage(folder).free
-    found = f"{size(free)} free in {folder}"
+    state = f"{size(free)} free in {folder}"
     if free < LOW_SPACE:
-        return Check(name, "warn", found, "Free some space; a merge writes as many bytes as the base has")
-    return Check(name, "ok", found)
+        return Check(name, "warn", state, "Free some space; a merge writes as many bytes as the base has")
+    return Check(name, "ok", state)
 
 
 def memory() -> Check:
@@ -200,10 +200,10 @@ def memory() -> Check:
     free, total = _memory()
     if total is None:
         return Check("memory", "ok", "unknown: the system does not report it")
-    found = size(total) if free is None else f"{size(free)} available of {size(total)}"
+    state = size(total) if free is None else f"{size(free)} available of {size(total)}"
     if free is not None and free < LOW_MEMORY:
-        return Check("memory", "warn", found, "Close other programs")
-    return Check("memory", "ok", found)
+        return Check("memory", "warn", state, "Close other programs")
+    return Check("memory", "ok", state)
 
 
 def copies(folder: Path) -> Iterator[Check]:
@@ -218,8 +218,8 @@ def copies(folder: Path) -> Iterator[Check]:
     # Never warn about this: most file systems cannot share blocks.
     yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
     direct = _try_in(folder, _direct_write)
-    found = "works here" if direct is None else f"not here ({direct}); files are written through the page cache"
-    yield Check("direct writes", "ok", found)
+    state = "works here" if direct is None else f"not here ({direct}); files are written through the page cache"
+    yield Check("direct writes", "ok", state)
 
 
 def _copy_range(source: int, target: int) -> None:
@@ -262,8 +262,8 @@ def _cores() -> int:
 def _memory() -> tuple[int | None, int | None]:
     """Return the available and the total memory in bytes. If a container has a lower limit, use the container's."""
     lines = _text("/proc/meminfo").splitlines()
-    told = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
-    free, total = told.get("MemAvailable"), told.get("MemTotal")
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
+    free, total = sizes.get("MemAvailable"), sizes.get("MemTotal")
     limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
     if free is not None and total is not None and limit.isdigit() and used.isdigit():
         free, total = min(free, max(int(limit) - int(used), 0)), min(total, int(limit))

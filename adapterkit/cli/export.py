@@ -111,8 +111,8 @@ def _view(record: Mapping[str, object]) -> View:
     if damage := part_or_none(record, "damage"):
         errors = {name: number(part(damage, name), "error") for name in damage}
         worst = max(errors, key=lambda name: errors[name])
-        found = f"{errors[worst]:.2%} ({worst})"
-        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of a weight is {found}"
+        worst_error = f"{errors[worst]:.2%} ({worst})"
+        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of a weight is {worst_error}"
     yield f"  {', '.join(texts(record, 'files'))}"
     yield from _try(record)
 

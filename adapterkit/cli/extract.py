@@ -67,12 +67,12 @@ def command(
         return
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
-        made = ops.extract(
+        extracted = ops.extract(
             tuned, base, rank, energy=energy, error=error, scope=scope, targets=targets, embeddings=embeddings,
             method=method, dtype=dtype, report=cuts.append, progress=meter, rename=rename,
             strict_base=strict_base,
         )  # fmt: skip
-    record: dict[str, object] = dict(destination.write(made, on_loss))
+    record: dict[str, object] = dict(destination.write(extracted, on_loss))
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = [
         f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)

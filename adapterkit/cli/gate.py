@@ -99,28 +99,28 @@ def command(
     check_named(base, *adapters, merged, onnx)
     from .. import gate
 
-    held = _options.in_reading(adapters, compat, base)
+    loaded = _options.in_reading(adapters, compat, base)
     chosen = list(weights) or None
-    found = gate(base, held, merged=merged, onnx=onnx, data=data, weights=chosen, **options)
-    warn(found.warnings)
-    show(ctx.obj, found.record(), lambda _: _view(found))
-    if found.outcome != "passed":
-        ctx.exit(1 if found.outcome == "failed" else 3)
+    result = gate(base, loaded, merged=merged, onnx=onnx, data=data, weights=chosen, **options)
+    warn(result.warnings)
+    show(ctx.obj, result.record(), lambda _: _view(result))
+    if result.outcome != "passed":
+        ctx.exit(1 if result.outcome == "failed" else 3)
 
 
-def _view(found: Gate) -> View:
+def _view(result: Gate) -> View:
     yield TextTable(
         ("model", "check", "result", "value", "limit"),
-        [[check.model, check.name, RESULTS[check.ok], check.value, check.limit] for check in found.checks],
+        [[check.model, check.name, RESULTS[check.ok], check.value, check.limit] for check in result.checks],
     )
-    effect = found.effect
+    effect = result.effect
     rows: list[list[object]] = [
         ["base", None, None, effect.perplexity_base, effect.agreement],
         ["base + adapters", effect.divergence, None, effect.perplexity, None],
         ["base + random changes", effect.null, None, None, None],
     ]
-    rows += [[each.model, each.divergence, each.kept, each.perplexity, each.agreement] for each in found.kept]
+    rows += [[each.model, each.divergence, each.kept, each.perplexity, each.agreement] for each in result.kept]
     yield TextTable(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
-    yield from found.verdicts
-    adapters = counted(len(found.adapters), "adapter")
-    yield f"{found.outcome}: {adapters} on {found.data}, {found.device}, {found.seconds:.1f} s"
+    yield from result.verdicts
+    adapters = counted(len(result.adapters), "adapter")
+    yield f"{result.outcome}: {adapters} on {result.data}, {result.device}, {result.seconds:.1f} s"

@@ -28,10 +28,10 @@ def command(ctx: click.Context, name: str | None) -> None:
         text = parent.get_help()
     else:
         known = adapterkit.list_commands(parent)
-        found = adapterkit.get_command(parent, name)
-        if found is None:
+        subcommand = adapterkit.get_command(parent, name)
+        if subcommand is None:
             raise UsageError(f"no such command {name!r}", cure=nearest(name, known) or f"Known: {', '.join(known)}")
-        text = found.get_help(found.context_class(found, parent=parent, info_name=name))
+        text = subcommand.get_help(subcommand.context_class(subcommand, parent=parent, info_name=name))
     if ctx.obj.json:
         show(ctx.obj, {"command": name, "help": text}, _view)
         return

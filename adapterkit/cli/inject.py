@@ -85,9 +85,9 @@ def command(
     if is_done(settings, out, decided, overwrite):
         return
     free(out, overwrite, read)
-    (held,) = _options.in_reading((adapter,), compat, base_weights)
+    (loaded,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
-        model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
+        model, loaded, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
         tied=tied, strict_base=strict_base, rename=rename, allow_partial=allow_partial,
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
@@ -107,13 +107,13 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
     """Parse the options --call: return, for each argument of the model, the name of a graph value, or a number."""
-    told: dict[str, str | int] = {}
+    options: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")
         if not (word and equals and value):
             raise click.UsageError(f"--call {given!r} is not ARGUMENT=NAME")
-        told[word] = int(value) if value.isdecimal() else value
-    return told
+        options[word] = int(value) if value.isdecimal() else value
+    return options
 
 
 def _view(record: Mapping[str, object], every: bool) -> View:

@@ -64,11 +64,11 @@ def command(
             raise click.UsageError("--base-weights is only for ONNX models; for an adapter, type --base")
         if rename and base is None:
             raise click.UsageError("--rename requires --base")
-    found = inspect(
+    inspection = inspect(
         src, format=source_format, base=base, compat=compat, layers=layers, rename=rename, base_weights=base_weights,
         **_options.stated(),
     )  # fmt: skip
-    show(settings, found.record(), partial(_view, every=every))
+    show(settings, inspection.record(), partial(_view, every=every))
 
 
 def _view(record: Mapping[str, object], every: bool) -> View:
@@ -143,7 +143,7 @@ def _adapter_view(record: Mapping[str, object], every: bool) -> View:
         yield "--all lists every target, --layers shows how much each layer is changed"
 
 
-def _story(record: Mapping[str, object], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
+def _story(record: Mapping[str, object], groups: Sequence[_ModuleRows]) -> Iterable[tuple[str, str]]:
     """Yield (name, value) for each line of an adapter's summary."""
     totals = part(record, "totals")
     methods = part(totals, "methods")
@@ -167,18 +167,18 @@ def _story(record: Mapping[str, object], groups: Sequence[_Group]) -> Iterable[t
 def _step(step: Mapping[str, object]) -> str:
     args = part(step, "args")
     of = args.get("of")
-    told = args.get("method") or args.get("format")
+    detail = args.get("method") or args.get("format")
     many = f" of {len(of)} adapters" if isinstance(of, list) else ""
-    return f"{step['op']}" + (f" ({told})" if told else "") + many
+    return f"{step['op']}" + (f" ({detail})" if detail else "") + many
 
 
 def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
-    found = [*pairs]
-    width = max((len(key) for key, _ in found), default=0)
-    return (f"  {key.ljust(width)}  {value}" for key, value in found)
+    rows = [*pairs]
+    width = max((len(key) for key, _ in rows), default=0)
+    return (f"  {key.ljust(width)}  {value}" for key, value in rows)
 
 
-class _Group:
+class _ModuleRows:
     """The targets of one module, whose names differ only in the number of the layer."""
 
     def __init__(self, module: str, first: Mapping[str, object]) -> None:
@@ -197,20 +197,20 @@ class _Group:
         ]  # fmt: skip
 
 
-def _groups(updates: Sequence[Mapping[str, object]]) -> list[_Group]:
+def _groups(updates: Sequence[Mapping[str, object]]) -> list[_ModuleRows]:
     from ..reporting.grid import cells, reading_order
 
     where = cells(str(update["target"]) for update in updates)
-    found: dict[tuple[str, int, str], _Group] = {}
+    groups: dict[tuple[str, int, str], _ModuleRows] = {}
     ranks = {order: rank for rank, order in enumerate(sorted({cell.order for cell in where.values()}))}
     ordered = sorted(updates, key=lambda update: ranks[where[str(update["target"])].order])
     for update in ordered:
         cell = where[str(update["target"])]
         key = cell.module, id(update["tensors"]), _rows(update)
-        if key not in found:
-            found[key] = _Group((cell.module or "(model)") + _rows(update), update)
-        found[key].add(update, cell.layer)
-    return sorted(found.values(), key=lambda group: reading_order(group.module))
+        if key not in groups:
+            groups[key] = _ModuleRows((cell.module or "(model)") + _rows(update), update)
+        groups[key].add(update, cell.layer)
+    return sorted(groups.values(), key=lambda group: reading_order(group.module))
 
 
 _LONG = (
@@ -232,13 +232,13 @@ def _short(value: str) -> str:
 def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[object]]:
     """Return the rows of the table of updates. Rows of updates that differ only in their names are formatted once."""
     known: dict[int, list[object]] = {}
-    found = []
+    rows = []
     for update in updates:
         row = known.get(id(update["tensors"]))
         if row is None:
             row = known[id(update["tensors"])] = _update_row(update)
-        found.append([_named(update), *row[1:]])
-    return found
+        rows.append([_named(update), *row[1:]])
+    return rows
 
 
 def _rows(update: Mapping[str, object]) -> str:
@@ -346,9 +346,17 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
     """Return the row of a module in a graph. If a value differs between layers, show a list or a range."""
     rows = [_layer_row(place) for place in group]
-    shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
+    shapes, methods = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])
-    return [module, len(rows), layers_of(group, layers), " ".join(shapes[:2]), rows[0][2], ", ".join(found), confidence]
+    return [
+        module,
+        len(rows),
+        layers_of(group, layers),
+        " ".join(shapes[:2]),
+        rows[0][2],
+        ", ".join(methods),
+        confidence,
+    ]
 
 
 def _layer_counts(record: Mapping[str, object]) -> str:
@@ -358,11 +366,11 @@ def _layer_counts(record: Mapping[str, object]) -> str:
 
 
 def _layer_row(place: Mapping[str, object]) -> list[object]:
-    nodes, found = texts(place, "nodes"), place["method"]
+    nodes, method = texts(place, "nodes"), place["method"]
     shown = nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "") if nodes else place["note"]
     shape = "" if place["shape"] is None else _shape(place)
-    confidence = f"{number(place, 'confidence'):.4f}" if found else ""
-    return [place["target"] or "?", shape, shown, ", ".join(texts(place, "values")), found or "", confidence]
+    confidence = f"{number(place, 'confidence'):.4f}" if method else ""
+    return [place["target"] or "?", shape, shown, ", ".join(texts(place, "values")), method or "", confidence]
 
 
 def _amounts(totals: Mapping[str, object]) -> str:

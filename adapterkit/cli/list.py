@@ -34,8 +34,8 @@ def command(
     """List `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
     if file is not None and what != "loaders":
         raise click.UsageError(f"'list {what}' takes no FILE; only 'list loaders' does")
-    said = {"from": source_format, "base": base, "compat": compat, **_options.stated()}
-    given = next((name for name, value in said.items() if value is not None), None)
+    stated_options = {"from": source_format, "base": base, "compat": compat, **_options.stated()}
+    given = next((name for name, value in stated_options.items() if value is not None), None)
     if file is None and given is not None:
         raise click.UsageError(f"--{given} requires 'list loaders FILE'")
     if file is not None:

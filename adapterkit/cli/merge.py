@@ -163,9 +163,9 @@ def command(
     if graph is not None and read_from is not None:
         raise click.UsageError("--recipe does not work with an ONNX graph: combine first, then merge the result")
     if graph is not None:
-        held = _options.in_reading(adapters, compat, base_weights)
+        loaded = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, graph, held, out, weights, base_weights, quantized, keep_change, tied, strict_base, check, overwrite,
+            ctx, graph, loaded, out, weights, base_weights, quantized, keep_change, tied, strict_base, check, overwrite,
             only_plan, rename, allow_partial,
         )  # fmt: skip
         return
@@ -422,10 +422,11 @@ def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
 
     from ..merging.companions import has_tokenizer
 
-    found = [name for name in adapters if has_tokenizer(Path(name))]
-    if found:
+    with_tokenizer = [name for name in adapters if has_tokenizer(Path(name))]
+    if with_tokenizer:
+        names = ", ".join(with_tokenizer)
         yield (
-            f"the tokenizer of the base is kept, although these adapters have a tokenizer too: {', '.join(found)}; "
+            f"the tokenizer of the base is kept, although these adapters have a tokenizer too: {names}; "
             "--tokenizer DIR (tokenizer=) chooses another tokenizer"
         )
 

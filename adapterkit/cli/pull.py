@@ -57,11 +57,11 @@ def _scan(uri: str) -> None:
     from .. import scan
     from ..errors import CheckFailed
 
-    found = scan(uri)
-    if found.fails():
-        first = found.findings[0].record()
+    findings = scan(uri)
+    if findings.fails():
+        first = findings.findings[0].record()
         place = ": ".join(part for part in (first["file"], first["where"]) if part)
-        why = f"the scan has {counted(len(found.findings), 'finding')}, the worst in {place}: {first['title']}"
+        why = f"the scan has {counted(len(findings.findings), 'finding')}, the worst in {place}: {first['title']}"
         cure = f"adapterkit scan {uri} shows all findings; to download anyway, pull without --scan"
         raise CheckFailed(why, path=uri, cure=cure)
 

@@ -69,8 +69,8 @@ def _view(record: Mapping[str, object]) -> View:
     kinds = ("added", "replaced", "unchanged", "removed")
     yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in texts(record, kind)])
     if record["dry_run"]:
-        made = "; the repository would be created" if record["created"] else ""
-        yield f"{record['uri']}: nothing was written{made}"
+        creation = "; the repository would be created" if record["created"] else ""
+        yield f"{record['uri']}: nothing was written{creation}"
     elif not any(record[kind] for kind in ("added", "replaced", "removed")):
         yield f"{record['uri']}: nothing to push, all files are there already"
     else:

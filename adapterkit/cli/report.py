@@ -62,13 +62,13 @@ def command(
         check_inputs([Path(out)], files)
     _options.in_reading(adapters, None, base)  # --strict-base is enforced here.
     with progress(settings, "report", sizes=False) as meter:
-        found = report(list(adapters), base=base, merged=merged, rename=rename, gate=gate, progress=meter)
-    record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}
+        page = report(list(adapters), base=base, merged=merged, rename=rename, gate=gate, progress=meter)
+    record = page.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}
     if out is not None:
-        found.save(out, overwrite=overwrite, made_from=decided)
+        page.save(out, overwrite=overwrite, made_from=decided)
         record |= {"out": out, "bytes": Path(out).stat().st_size}
     if figures is not None:
-        record["figures"] = [str(path) for path in found.figures(figures)]
+        record["figures"] = [str(path) for path in page.figures(figures)]
     show(settings, record, _view)
 
 

@@ -65,12 +65,12 @@ def command(
         raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure="Promote first, then resize")
     cuts: list[ops.Cut] = []
     adapter = read(src, name, base, compat=compat, **_options.stated())
-    made = (ops.promote if promoted else ops.resize)(
+    resized = (ops.promote if promoted else ops.resize)(
         adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append, rename=rename, **by_values,
     )  # fmt: skip
-    record: dict[str, object] = dict(destination.write(made, on_loss))
-    error_of_all = made.recipe[-1].args["error_of_all"]
+    record: dict[str, object] = dict(destination.write(resized, on_loss))
+    error_of_all = resized.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = _options.base_warnings([src], [adapter], base)
     show(settings, record, partial(_writing.cuts_view, every=every))

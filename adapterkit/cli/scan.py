@@ -37,12 +37,12 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..io.locations import local
 
     _options.in_reading([src], None, base)  # --strict-base is enforced here.
-    found = scan(src, base=base)
+    scan_result = scan(src, base=base)
     if sarif is not None:
-        write_bytes(local(sarif), json.dumps(found.sarif(), indent=2).encode())
-    record = found.record() | {"warnings": _warnings(src, base)}
+        write_bytes(local(sarif), json.dumps(scan_result.sarif(), indent=2).encode())
+    record = scan_result.record() | {"warnings": _warnings(src, base)}
     show(ctx.obj, record, _view)
-    if fail_on != "never" and found.fails(fail_on):
+    if fail_on != "never" and scan_result.fails(fail_on):
         ctx.exit(1)
 
 

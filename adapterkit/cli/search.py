@@ -95,23 +95,23 @@ def command(
     check_free(Path(out), overwrite)
     check_inputs([Path(out), kept], files)
     _options.in_reading(adapters, None, base)  # --strict-base is enforced here.
-    found = search(
+    result = search(
         list(adapters), data, base=base, methods=methods or None, budget=budget, tune=dict(map(bounds, tune)),
         start=start, most=most, rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite,
         device=device,
     )  # fmt: skip
     with staged(Path(out), overwrite=overwrite, made_from=digest) as path:
-        path.write_text(found.recipe(), "utf-8")
+        path.write_text(result.recipe(), "utf-8")
     warned = _options.base_warnings(adapters, adapters, base)
-    record = found.record() | {"out": out, "trials_file": str(kept), "warnings": warned}
-    show(settings, record, lambda _: _view(found, out, str(kept), warned))
+    record = result.record() | {"out": out, "trials_file": str(kept), "warnings": warned}
+    show(settings, record, lambda _: _view(result, out, str(kept), warned))
 
 
-def _view(found: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:
+def _view(result: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:
     from ..searching.result import shown_parameters
 
-    ranked = sorted((trial.loss, trial.number) for trial in found.trials if trial.loss is not None)
-    by_number = {trial.number: trial for trial in found.trials}
+    ranked = sorted((trial.loss, trial.number) for trial in result.trials if trial.loss is not None)
+    by_number = {trial.number: trial for trial in result.trials}
     rows = [
         [
             number, by_number[number].method, " ".join(f"{weight:.3g}" for weight in by_number[number].weights),
@@ -120,9 +120,9 @@ def _view(found: Search, out: str, trials_file: str, warnings: Sequence[str]) ->
         for loss, number in ranked[:SHOWN]
     ]  # fmt: skip
     yield TextTable(("trial", "method", "weights", "parameters", "loss"), rows)
-    for adapter, alone in zip(found.adapters, found.alone, strict=True):
+    for adapter, alone in zip(result.adapters, result.alone, strict=True):
         yield f"{adapter} alone: {'no loss' if alone is None else f'loss {alone:.5g}'}"
-    left = len(found.trials) - len(ranked)
-    yield f"{counted(len(found.trials), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
+    left = len(result.trials) - len(ranked)
+    yield f"{counted(len(result.trials), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
     yield from (f"warning: {warning}" for warning in warnings)
     yield f"{out}: the recipe of the best trial; {trials_file}: all trials"

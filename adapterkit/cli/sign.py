@@ -73,8 +73,8 @@ def _password(file: str | None) -> bytes | None:
     from ..provenance.signing import PASSWORD
 
     if file is None:
-        told = os.environ.get(PASSWORD)
-        return None if told is None else os.fsencode(told)
+        password = os.environ.get(PASSWORD)
+        return None if password is None else os.fsencode(password)
     try:
         with open_input(Path(file)) as opened:
             return opened.readline().rstrip(b"\r\n")

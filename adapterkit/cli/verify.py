@@ -72,9 +72,9 @@ def command(
         record = _signed(merged, signature, key, trust, identity, issuer, None if adapters else base)
     if adapters or signature is None:
         chosen = list(weights) or None
-        held = _options.in_reading((*adapters, *more), compat, base)
+        loaded = _options.in_reading((*adapters, *more), compat, base)
         record |= record_of(
-            settings, merged, base, held, chosen, allow_partial, seed, sample, rename, strict_base, calibration
+            settings, merged, base, loaded, chosen, allow_partial, seed, sample, rename, strict_base, calibration
         )
     warn(record.get("warnings", ()))
     show(settings, record, verdict)
@@ -153,12 +153,12 @@ def _signature(signed: Mapping[str, object]) -> View:
     if statement is None:
         yield "the signature does not name base and lineage: it was not made by adapterkit"
         return
-    made = part_or_none(statement, "made_from") or {}
+    sources = part_or_none(statement, "made_from") or {}
     yield f"signed as: {statement['kind']}, by adapterkit {statement['adapterkit']}"
-    for adapter in parts(made, "adapters"):
+    for adapter in parts(sources, "adapters"):
         yield f"  merged: {adapter['name']} with weight {number(adapter, 'weight'):g}, digest {adapter['digest']}"
-    if made.get("base_fingerprint"):
-        yield f"  into: {made.get('base_uri') or 'a base'} with the fingerprint {made['base_fingerprint']}"
+    if sources.get("base_fingerprint"):
+        yield f"  into: {sources.get('base_uri') or 'a base'} with the fingerprint {sources['base_fingerprint']}"
     base = part_or_none(statement, "base") or {}
     if base.get("id"):
         yield f"  base: {base['id']}" + (f"@{base['revision']}" if base.get("revision") else "")

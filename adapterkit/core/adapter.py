@@ -213,8 +213,8 @@ class Adapter:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks of the updates, sorted; updates without a rank are skipped."""
-        found = {update.dims(target.stacked).get("r") for target, update in self}
-        return tuple(sorted(rank for rank in found if isinstance(rank, int)))
+        ranks = {update.dims(target.stacked).get("r") for target, update in self}
+        return tuple(sorted(rank for rank in ranks if isinstance(rank, int)))
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
         """Return the adapter with each tensor `t` replaced by f(t). For a shared tensor, f is called once."""
@@ -296,11 +296,11 @@ class Adapter:
         Raises:
             TargetNotFound: the path has no update; the message suggests the most similar path.
         """
-        found = {target: updates for target, updates in self.updates.items() if target.path == path}
-        if not found:
+        matches = {target: updates for target, updates in self.updates.items() if target.path == path}
+        if not matches:
             cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
             raise TargetNotFound(f"no update changes {path!r}", where=path, cure=cure)
-        return found
+        return matches
 
     def digest(self) -> str:
         """Return the sha256 of targets, methods, values and tensor bytes.

@@ -45,10 +45,10 @@ def alternatives(text: str) -> Alternatives | None:
     if words is None:
         return None
     try:
-        found = _any(words)
+        parsed = _any(words)
     except (IndexError, ValueError):
         return None
-    return None if words else found
+    return None if words else parsed
 
 
 def _words(text: str) -> list[str] | None:
@@ -65,28 +65,28 @@ def _words(text: str) -> list[str] | None:
 
 
 def _any(words: list[str]) -> Alternatives:
-    found = _every(words)
+    parsed = _every(words)
     while words and words[-1] == "or":
         words.pop()
-        found += _every(words)
-    return _bounded(found)
+        parsed += _every(words)
+    return _bounded(parsed)
 
 
 def _every(words: list[str]) -> Alternatives:
-    found = _one(words)
+    parsed = _one(words)
     while words and words[-1] == "and":
         words.pop()
-        found = _bounded(tuple(tuple(dict.fromkeys(a + b)) for a, b in product(found, _one(words))))
-    return found
+        parsed = _bounded(tuple(tuple(dict.fromkeys(a + b)) for a, b in product(parsed, _one(words))))
+    return parsed
 
 
 def _one(words: list[str]) -> Alternatives:
     word = words.pop()
     if word == "(":
-        found = _any(words)
+        parsed = _any(words)
         if words.pop() != ")":
             raise ValueError("an open parenthesis")
-        return found
+        return parsed
     if word in (")", "and", "or", "with"):
         raise ValueError("an operator without a licence")
     if words and words[-1] == "with":
@@ -98,10 +98,10 @@ def _one(words: list[str]) -> Alternatives:
     return ((word,),)
 
 
-def _bounded(found: Alternatives) -> Alternatives:
-    if len(found) > _MOST:
+def _bounded(alternatives_: Alternatives) -> Alternatives:
+    if len(alternatives_) > _MOST:
         raise ValueError("too many alternatives")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(alternatives_))
 
 
 # Read the licence from a model card's metadata.
@@ -121,15 +121,17 @@ def licence_called(name: str | Licence | None) -> Licence:
 
 def licence_of(card: str) -> Licence:
     """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression."""
-    told = dict(metadata(card))
-    listed = told.get("license")
+    card_fields = dict(metadata(card))
+    listed = card_fields.get("license")
     if isinstance(listed, list) and all(isinstance(each, str) and alternatives(each) for each in listed):
         # A card does not say whether a list is a choice, so all of its licences count.
-        told["license"] = " AND ".join(each if re.fullmatch(IDENTIFIER, each) else f"({each})" for each in listed)
-    found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
-    if alternatives(found.get("license", "")) is None:
+        card_fields["license"] = " AND ".join(
+            each if re.fullmatch(IDENTIFIER, each) else f"({each})" for each in listed
+        )
+    licence = {key: card_fields[key].strip() for key in KEYS if isinstance(card_fields.get(key), str)}
+    if alternatives(licence.get("license", "")) is None:
         return {}
-    return {key: value for key, value in found.items() if value.isprintable() and len(value) <= 200}
+    return {key: value for key, value in licence.items() if value.isprintable() and len(value) <= 200}
 
 
 def licence_at(path: Path) -> Licence:
@@ -146,10 +148,10 @@ def metadata(card: str) -> Mapping[str, Any]:
     """Return the metadata at the head of a card; empty if it is not a YAML mapping."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
-        told = load_yaml(head[1].encode("utf-8", "replace")) if head else None
+        fields = load_yaml(head[1].encode("utf-8", "replace")) if head else None
     except Malformed:
         return {}
-    return told if isinstance(told, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 # Terms of licences, and conflicts between them.
@@ -185,7 +187,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     into: tuple[str, ...] = ()
 
 
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _LicenceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     families: dict[str, Terms]
     licences: dict[str, _Entry]
@@ -193,14 +195,14 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @cache
-def _table() -> _Table:
+def _table() -> _LicenceTable:
     installed = Path(__file__).parent / "data" / "licences.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "licences.toml"
-    found = msgspec.toml.decode(read_input(path), type=_Table)
-    if found.format != FORMAT:
-        why = f"the table has format {found.format}, but this version reads format {FORMAT}"
+    table = msgspec.toml.decode(read_input(path), type=_LicenceTable)
+    if table.format != FORMAT:
+        why = f"the table has format {table.format}, but this version reads format {FORMAT}"
         raise Malformed(why, path=path, cure="Correct it")
-    return found
+    return table
 
 
 def family_of(licence: Licence) -> str | None:
@@ -229,15 +231,15 @@ def is_expression(licence: Licence) -> bool:
 def spdx_expression_of(licence: Licence) -> str | None:
     """Return an expression with SPDX's identifiers; None if one of its licences has no known identifier."""
     words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
-    found, exception = [], False
+    tokens, exception = [], False
     for word in words:
         known = _table().licences.get(word.lower())
         operator = word in "()" or word.lower() in ("and", "or", "with")
         if not (operator or exception) and (known is None or known.spdx is None):
             return None
-        found.append(word.upper() if operator else word if exception or known is None else str(known.spdx))
+        tokens.append(word.upper() if operator else word if exception or known is None else str(known.spdx))
         exception = word.lower() == "with"
-    return " ".join(found).replace("( ", "(").replace(" )", ")")
+    return " ".join(tokens).replace("( ", "(").replace(" )", ")")
 
 
 def choices(licence: Licence) -> list[list[Licence]]:
@@ -245,10 +247,10 @@ def choices(licence: Licence) -> list[list[Licence]]:
 
     If at least one set has only known licences, sets with an unknown licence are left out.
     """
-    found = alternatives(licence.get("license", "")) if is_expression(licence) else None
-    if found is None:
+    options = alternatives(licence.get("license", "")) if is_expression(licence) else None
+    if options is None:
         return [[licence]]
-    single: list[list[Licence]] = [[{"license": each} for each in some] for some in found]
+    single: list[list[Licence]] = [[{"license": each} for each in some] for some in options]
     known = [some for some in single if all(terms_of(each) is not None for each in some)]
     return known or single
 
@@ -259,13 +261,13 @@ _MOST_READINGS = 256
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
     """Return one list of (part, single licence) for each combination of choices that the cards allow."""
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
-    return [[part for some in found for part in some] for found in islice(product(*each), _MOST_READINGS)]
+    return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]
 
 
 def called(licence: Licence) -> str:
     """Return the licence's name for messages: `apache-2.0`, or the `license_name` if the identifier is `other`."""
-    told = licence.get("license", "")
-    return licence.get("license_name", told) if told == "other" else told
+    identifier = licence.get("license", "")
+    return licence.get("license_name", identifier) if identifier == "other" else identifier
 
 
 def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -283,7 +285,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
         return ()
-    found = [
+    problems = [
         f"{_cited(name, licence)}, which does not allow sharing changed copies"
         for name, licence, terms in known if not terms.changes
     ]  # fmt: skip
@@ -293,15 +295,15 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                found.append(f"{pair}: each of them must cover the whole model")
+                problems.append(f"{pair}: each of them must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
-                found.append(
+                problems.append(
                     f"{pair}: one must cover the whole model without further limits, but the other adds limits"
                 )
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
-                found.append(f"{pair}: the result allows no commercial use, because of {strict}")
-    return tuple(dict.fromkeys(found))
+                problems.append(f"{pair}: the result allows no commercial use, because of {strict}")
+    return tuple(dict.fromkeys(problems))
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
@@ -316,24 +318,28 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
         stated: the licence in the merged model's card.
         parts: the base and the adapters of the merged model.
     """
-    found: list[str] = []
+    overlooked: list[str] = []
     for owns in choices(stated):
         omitted = [
-            [part for part in reading if all(_omits(own, part[1]) for own in owns)] for reading in _readings(parts)
+            [part for part in reading if all(_omits(terms, part[1]) for terms in owns)] for reading in _readings(parts)
         ]
         for name, licence in min(omitted, key=len):
             terms = terms_of(licence)
             asks = terms.asks if terms is not None else ""
-            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {asks}")
-    return tuple(dict.fromkeys(found))
+            overlooked.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {asks}")
+    return tuple(dict.fromkeys(overlooked))
 
 
 def _omits(stated: Licence, licence: Licence) -> bool:
     """Whether the result's licence omits a requirement of a part's licence; both are single licences."""
-    own, terms = terms_of(stated), terms_of(licence)
-    if own is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
+    stated_terms, terms = terms_of(stated), terms_of(licence)
+    if stated_terms is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
         return False
-    dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
+    dropped = (
+        (terms.restricts and not stated_terms.restricts)
+        or (stated_terms.commercial and not terms.commercial)
+        or terms.whole
+    )
     return dropped or not terms.changes
 
 
@@ -358,22 +364,22 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
     Raises:
         CheckFailed: `against` is not empty, or a part's licence is missing or not in the table.
     """
-    found = [*against, *unknown(parts)]
-    if found:
+    problems = [*against, *unknown(parts)]
+    if problems:
         cure = (
             "Choose parts whose licences agree, name the licence in the README.md of each, or leave out "
             "--strict-licence (strict_licence=False): the contradictions are then only warnings"
         )
-        raise CheckFailed(f"licences: {'; '.join(found)}", path=path, cure=cure)
+        raise CheckFailed(f"licences: {'; '.join(problems)}", path=path, cure=cure)
 
 
 def parts_of(record: Mapping[str, object]) -> list[Part]:
     """Return the parts that a merge's record lists, each with the licence in its card."""
-    told = record.get("licences")
-    pairs = told.items() if isinstance(told, Mapping) else ()
-    found = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
+    licences = record.get("licences")
+    pairs = licences.items() if isinstance(licences, Mapping) else ()
+    parts = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
     # Put the base first: records are written with sorted keys.
-    return sorted(found, key=lambda part: part[0] != BASE)
+    return sorted(parts, key=lambda part: part[0] != BASE)
 
 
 def _id(licence: Licence) -> str:
@@ -389,14 +395,14 @@ def _reached(licence: Licence) -> set[str]:
 
     A licence lists compatible licences, each of which may list further compatible licences; all are included.
     """
-    found: set[str] = set()
+    reached: set[str] = set()
     left = [_id(licence)]
     while left:
         entry = _table().licences.get(left.pop())
-        new = set(entry.into if entry is not None else ()) - found
-        found |= new
+        new = set(entry.into if entry is not None else ()) - reached
+        reached |= new
         left += new
-    return found
+    return reached
 
 
 def _meet(first: Licence, second: Licence) -> bool:

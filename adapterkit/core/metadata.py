@@ -50,12 +50,12 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
     Keys that describe only the source file, such as its rank or a hash of its bytes, are omitted, because their values
     would be wrong in another file.
     """
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for step in adapter.recipe:
-        found |= _strings(step.args.get(METADATA))
+        metadata |= _strings(step.args.get(METADATA))
     if adapter.foreign is not None:
-        found |= _strings(adapter.foreign.data.get(METADATA))
-    return {key: value for key, value in found.items() if key not in _STRUCTURAL}
+        metadata |= _strings(adapter.foreign.data.get(METADATA))
+    return {key: value for key, value in metadata.items() if key not in _STRUCTURAL}
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
@@ -133,8 +133,8 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))
-    told = (each for strings in texts for each in strings.get(KEYS_OF_FILES[name], "").split(",") if each)
-    return tuple(dict.fromkeys((*_arguments(adapter.recipe, name), *told)))
+    from_files = (each for strings in texts for each in strings.get(KEYS_OF_FILES[name], "").split(",") if each)
+    return tuple(dict.fromkeys((*_arguments(adapter.recipe, name), *from_files)))
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
@@ -143,22 +143,22 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
     A PEFT config without a task type contains the module path of the base's class, which contains the model type. An
     AdapterHub config contains `model_type`.
     """
-    found = [*_arguments(adapter.recipe, MODEL_TYPE)]
+    types = [*_arguments(adapter.recipe, MODEL_TYPE)]
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     if isinstance(config, Mapping):
         mapping = config.get("auto_mapping")
         library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
         module = _MODULE.fullmatch(library) if isinstance(library, str) else None
-        found += [each for each in (module and module[1], config.get(MODEL_TYPE)) if isinstance(each, str)]
-    return tuple(dict.fromkeys(found))
+        types += [each for each in (module and module[1], config.get(MODEL_TYPE)) if isinstance(each, str)]
+    return tuple(dict.fromkeys(types))
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
     """Return the class and module of the base that PEFT trained an adapter on; both are empty if unknown."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
-    found = mapping if isinstance(mapping, Mapping) else {}
-    name, library = found.get("base_model_class"), found.get("parent_library")
+    fields = mapping if isinstance(mapping, Mapping) else {}
+    name, library = fields.get("base_model_class"), fields.get("parent_library")
     return name if isinstance(name, str) else "", library if isinstance(library, str) else ""
 
 
@@ -172,9 +172,9 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
                 yield from _arguments(one.get("recipe") or (), name)
 
 
-def _strings(found: object) -> dict[str, str]:
+def _strings(value: object) -> dict[str, str]:
     """Return the entries of a mapping or a list of pairs whose key and value are text; {} for any other value."""
-    pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
+    pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {
         pair[0]: pair[1]
         for pair in pairs

@@ -124,15 +124,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return cast(T, entry)
 
     def _entry(self, module: ModuleType) -> T:
-        found = self._classes(module)
-        if len(found) != 1:
-            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, but has {len(found)}")
-        return cast(T, found[0])
+        classes = self._classes(module)
+        if len(classes) != 1:
+            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, but has {len(classes)}")
+        return cast(T, classes[0])
 
     def _add_all(self, name: str, module: ModuleType) -> None:
         """Add the entries of a module: its only class, or each class that sets `name`."""
-        found = self._classes(module)
-        named = {name: found[0]} if len(found) == 1 else {vars(c)["name"]: c for c in found if "name" in vars(c)}
+        classes = self._classes(module)
+        named = {name: classes[0]} if len(classes) == 1 else {vars(c)["name"]: c for c in classes if "name" in vars(c)}
         if not named or self._loaded.keys() & named.keys():
             raise TypeError(f"{module.__name__} must define a {self.root.__name__} that sets `name`")
         self._loaded.update(cast("dict[str, T]", named))

@@ -148,10 +148,10 @@ def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
 @cache
 def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
     """Return the names and numbers in an axis's numerator, and those in its denominator."""
-    found: dict[str, list[str | int]] = {"*": [], "/": []}
+    factors: dict[str, list[str | int]] = {"*": [], "/": []}
     for sign, part in re.findall(r"([*/])(\w+)", "*" + axis):
-        found[sign].append(int(part) if part.isdigit() else part)
-    return tuple(found["*"]), tuple(found["/"])
+        factors[sign].append(int(part) if part.isdigit() else part)
+    return tuple(factors["*"]), tuple(factors["/"])
 
 
 def _value(part: str | int, dims: Mapping[str, int | tuple[int, ...]]) -> int:
@@ -265,8 +265,8 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
         bounds = tuple(_size(axis, known) for axis in axes)
         worst = outside(leaf, bounds)
         if worst is not None:
-            said = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
-            yield name, f"position {worst} is not on {' and '.join(said)}"
+            limits = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
+            yield name, f"position {worst} is not on {' and '.join(limits)}"
 
 
 def repeated(update: Update) -> str:
@@ -359,10 +359,10 @@ def check_fits(update: Update, shape: Shape) -> None:
     if not update.fits:
         return
     fields = update.tensor_fields()
-    held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
+    leaves = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
     # A tensor with one axis more than its shape string has an axis of experts. Skip shape strings with a starred axis,
     # which match any number of axes.
-    stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
+    stack = any(len(leaf.shape) > len(axes) for axes, leaf in leaves if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)
     names = _Names(update, {**update.dims(stack), **seen}, stack)
@@ -385,11 +385,11 @@ class _Names:
 
     def value(self, name: str) -> int | str:
         name = name.removesuffix("_")
-        found = self.dims[name] if name in self.dims else self.update.attributes.get(name)
+        value = self.dims[name] if name in self.dims else self.update.attributes.get(name)
         # Refuse a starred axis: it has several sizes, and rules compute with integers.
-        if not isinstance(found, int | str):
+        if not isinstance(value, int | str):
             raise _NoValue(name)
-        return int(found) if isinstance(found, bool) else found
+        return int(value) if isinstance(value, bool) else value
 
     def axes(self, tensor: str) -> int | None:
         """Return the number of a tensor's axes without the experts' axis; None if the tensor is absent."""
@@ -414,10 +414,10 @@ class _Given(_Names):
         self.values, self.given_axes = values, axes
 
     def value(self, name: str) -> int | str:
-        found = self.values.get(name.removesuffix("_"))
-        if not isinstance(found, int | str):
+        value = self.values.get(name.removesuffix("_"))
+        if not isinstance(value, int | str):
             raise _NoValue(name)
-        return int(found) if isinstance(found, bool) else found
+        return int(value) if isinstance(value, bool) else value
 
     def axes(self, tensor: str) -> int | None:
         return self.given_axes.get(tensor)

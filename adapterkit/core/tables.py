@@ -33,7 +33,9 @@ def _cell(value: object) -> str:
 
 def counts(names: Iterable[str]) -> str:
     """Return a text with the count of each name, the most frequent name first: `14 lora, 2 ia3`."""
-    found: dict[str, int] = {}
+    counts_by_name: dict[str, int] = {}
     for name in names:
-        found[name] = found.get(name, 0) + 1
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        counts_by_name[name] = counts_by_name.get(name, 0) + 1
+    return ", ".join(
+        f"{count:,} {name}" for name, count in sorted(counts_by_name.items(), key=lambda item: (-item[1], item[0]))
+    )

@@ -104,10 +104,10 @@ def read(
         CheckFailed: `strict_base` is set, and the base is not the one that is recorded in the adapter.
         UsageError: `strict_base` is set, but no base is given.
     """
-    source, found, member = _searched(path, FORMATS if format is None else [format])
-    if base is not None and not found:
+    source, formats, member = _searched(path, FORMATS if format is None else [format])
+    if base is not None and not formats:
         _check_order(path, base)
-    name = _only(found, path) if format is None else format
+    name = _only(formats, path) if format is None else format
     reader = FORMATS[name]()
     options = {"alpha": alpha, "rank": rank, "strict": strict or None, "family": family}
     options = {option: value for option, value in options.items() if value is not None}
@@ -268,12 +268,12 @@ def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
     return tuple(_searched(path, FORMATS)[1])
 
 
-def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
+def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
     """Return the only recognised format of a path; raise an error if no format or several formats were recognised."""
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Name the format with --from (format=)")
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        raise UnknownFormat(f"could be {' or '.join(formats)}", path=path, cure="Name the format with --from (format=)")
     from ._image.file import tensor_names
     from ._others import adapter_modules, other_file
 
@@ -328,10 +328,10 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
     If the adapter to read is in a subfolder of `path`, also return the subfolder's name, otherwise None.
     """
     source = _existing(path)
-    file, found = _recognised(source, names)
-    members = [] if found or not source.is_dir() else members_of(source)
+    file, formats = _recognised(source, names)
+    members = [] if formats or not source.is_dir() else members_of(source)
     if not members:
-        return file, found, None
+        return file, formats, None
     if len(members) > 1 or not _holds_only(source, members[0]):
         what = "several adapters" if len(members) > 1 else "an adapter and other files"
         named = ", ".join(f"{public(str(path))}#{name}" for name in members)
@@ -389,9 +389,9 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
             # One command may detect the format several times; the cache runs each format's `sniff` once per file.
-            found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
-            if found:
-                return file, found
+            formats = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
+            if formats:
+                return file, formats
     return source, []
 
 

@@ -74,10 +74,10 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
     if len(layouts) > 1:
         return f"the weight is stored as [{targets[-1].layout}], not [{targets[0].layout}]"
     unit, least = _rounding(asked, got, dtypes)
-    updates = [update for group in (asked, got) for found in group.values() for update in found]
+    updates = [update for group in (asked, got) for updates_there in group.values() for update in updates_there]
     if any(update.kind not in ("additive", "weight") for update in updates):
         return _unlike_values([*_in_order(asked)], [*_in_order(got)], unit, least)
-    weight = _Weight(asked, got, base, unit, least)
+    weight = _WeightAnswers(asked, got, base, unit, least)
     if base is not None:
         weight.check_base()
     if _same_but_folded(asked, got, unit, least):
@@ -99,7 +99,7 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
     """
     from ._proof import equal
 
-    if asked.keys() != got.keys() or any(len(found) != len(got[target]) for target, found in asked.items()):
+    if asked.keys() != got.keys() or any(len(group) != len(got[target]) for target, group in asked.items()):
         return False
     for one, other in zip(_in_order(asked), _in_order(got), strict=True):
         if type(one) is not LoRA or type(other) is not LoRA or one.bias is not None or other.bias is not None:
@@ -143,7 +143,7 @@ def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
 
 
 def _in_order(group: Updates) -> Iterator[Update]:
-    return (update for found in group.values() for update in found)
+    return (update for group in group.values() for update in group)
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
@@ -172,7 +172,7 @@ class _Answer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Weight:
+class _WeightAnswers:
     """The weight that both groups change. Computes each group's outputs for the random inputs."""
 
     asked: Updates
@@ -202,15 +202,15 @@ class _Weight:
 
         Targets for rows of one weight share one entry.
         """
-        found: dict[tuple[str, int], _Answer] = {}
+        answers: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]
             experts = int(updates[0].dims(True)["e"]) if target.stacked else 1  # type: ignore[arg-type]
             for expert in range(experts):
                 each = [update.expert(expert) for update in loaded] if target.stacked else loaded
                 for part, answer in self._answers(target, each):
-                    self._place(found, (part, expert), target, answer)
-        return found
+                    self._place(answers, (part, expert), target, answer)
+        return answers
 
     def _answers(self, target: Target, updates: Sequence[Update]) -> Iterator[tuple[str, _Answer]]:
         shape = self._shape(target)
@@ -270,14 +270,16 @@ class _Weight:
         # Use `*`, not `**`: if the square overflows, `**` raises OverflowError, but `*` returns infinity.
         return _Answer(value, np.full(value.shape, rounding * rounding))
 
-    def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
+    def _place(
+        self, answers: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, answer: _Answer
+    ) -> None:
         import numpy as np
 
         start = 0 if target.rows is None else target.rows[0]
-        size = (self._outputs, *own.value.shape[1:])
-        whole = found.setdefault(key, _Answer(np.zeros(size), np.zeros(size)))
-        whole.value[start : start + len(own.value)] += own.value
-        whole.squares[start : start + len(own.value)] += own.squares
+        size = (self._outputs, *answer.value.shape[1:])
+        whole = answers.setdefault(key, _Answer(np.zeros(size), np.zeros(size)))
+        whole.value[start : start + len(answer.value)] += answer.value
+        whole.squares[start : start + len(answer.value)] += answer.squares
 
     @property
     def _outputs(self) -> int:
@@ -366,7 +368,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
     """
     import numpy as np
 
-    found: dict[str, list[Any]] = {}
+    tokens: dict[str, list[Any]] = {}
     for update in updates:
         several = update.dims().get("tasks", 1) != 1
         if not isinstance(update, ContextUpdate) or update.place not in ("embeddings", "past") or several:
@@ -374,10 +376,10 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
         values: Any = update.map(_values)
         for place in ("embeddings", "decoder_embeddings", "past"):
             if (each := getattr(values, place)()) is not None:
-                found.setdefault(place, []).append(each)
+                tokens.setdefault(place, []).append(each)
     # The axis of the tokens is the last axis but one, in embeddings and in past keys and values.
     try:
-        return {place: np.concatenate(each, axis=-2) for place, each in found.items()}
+        return {place: np.concatenate(each, axis=-2) for place, each in tokens.items()}
     except ValueError:
         return None
 

@@ -50,16 +50,16 @@ def with_joined_rows(
         for whole, parts in groups.items()
         if outs[whole] and whole not in updates and _apart(parts)
     }
-    made: dict[Target, tuple[Update, ...]] = {}
+    result: dict[Target, tuple[Update, ...]] = {}
     for target, given in updates.items():
         whole = replace(target, rows=None)
-        made |= {whole: (joined[whole],)} if target in groups.get(whole, ()) and whole in joined else {target: given}
+        result |= {whole: (joined[whole],)} if target in groups.get(whole, ()) and whole in joined else {target: given}
     lines = [
         f"joined {len(groups[whole])} LoRAs on rows of {whole} into one of rank {_rank(update, whole)}"
         for whole, update in joined.items()
         if _rank(update, whole) != _rank(updates[groups[whole][0]][0], whole)
     ]
-    return made, lines
+    return result, lines
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
@@ -72,15 +72,15 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
         the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
         LoRAs of a target have the same A and change different rows.
     """
-    made = dict(updates)
+    result = dict(updates)
     lines = []
     for target, given in updates.items():
         if len(given) > 1 and all(type(each) is LoRA and each.bias is None for each in given):
             one = _summed(cast("tuple[LoRA, ...]", given), int(target.stacked))
-            made[target] = (one,)
+            result[target] = (one,)
             if _rank(one, target) != _rank(given[0], target):
                 lines.append(f"joined {len(given)} LoRAs of {target} into one of rank {_rank(one, target)}")
-    return made, lines
+    return result, lines
 
 
 def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
@@ -96,8 +96,8 @@ def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
     """Whether in each row at most one of the matrices is nonzero, so that adding the matrices rounds nothing."""
     from ..io.lazy import as_array
 
-    held = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
-    return bool((held <= 1).all())
+    writers = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
+    return bool((writers <= 1).all())
 
 
 def _rows_of(target: Target, base: Checkpoint | None) -> int:

@@ -67,8 +67,8 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
         groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
     if not groups:
         raise Malformed("the file has no tensors", cure=DAMAGED)
-    for module, found in groups.items():
-        missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in found), None)
+    for module, fields in groups.items():
+        missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in fields), None)
         if missing is not None:
             raise Malformed(f"this module has no {missing.lstrip('.')}", where=module, cure=DAMAGED)
     return groups
@@ -93,7 +93,7 @@ def check_factors(where: str, slots: Slots) -> int:
 
 def expressible(
     adapter: Adapter,
-    dialect: str,
+    format_name: str,
     on_loss: str,
     why: Callable[[Target, Pair], str],
     methods: tuple[type[Pair], ...] = (LoRA,),
@@ -103,7 +103,7 @@ def expressible(
 
     Args:
         adapter: the adapter to write.
-        dialect: the format's name, for messages.
+        format_name: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
         why: a function that returns the reason why the format cannot express an update; empty if it can. The update
             already has one of the `methods`.
@@ -131,10 +131,10 @@ def expressible(
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
-        raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
+        raise Unrepresentable(f"{format_name} cannot express these updates", items=items, cure=cure, places=places)
     if not kept:
         cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
-        raise Unrepresentable(f"{dialect} can express none of the adapter's updates", items=items, cure=cure)
+        raise Unrepresentable(f"{format_name} can express none of the adapter's updates", items=items, cure=cure)
     return kept, [f"left out {item}" for item in items]
 
 
@@ -190,8 +190,8 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
     """Join updates of consecutive row blocks, with the same A and scaling, into one update of the fused weight."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
-    held = [name for name in names if name in first.tensors]
-    return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
+    names_present = [name for name in names if name in first.tensors]
+    return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in names_present})
 
 
 def is_finite(value: object, where: str) -> float:
@@ -242,7 +242,7 @@ def of_one_alpha(
     adapter: Adapter,
     why: Callable[[Target, Pair], str],
     *,
-    dialect: str,
+    format_name: str,
     on_loss: str,
     first: float | None = None,
     one_rank: bool = False,
@@ -252,7 +252,7 @@ def of_one_alpha(
     Args:
         adapter: the adapter to write.
         why: a function that returns the reason why the format cannot express an update; empty if it can.
-        dialect: the format's name, for messages.
+        format_name: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
         first: the alpha in the source file; None if unknown.
         one_rank: whether all modules must have the same rank.
@@ -260,14 +260,14 @@ def of_one_alpha(
     Raises:
         Unrepresentable: see `expressible` and `one_number`.
     """
-    pairs, lines = expressible(adapter, dialect, on_loss, why)
-    held = of_one_rank(pairs) if one_rank else pairs
-    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
-    return alpha, held, lines + folded
+    pairs, lines = expressible(adapter, format_name, on_loss, why)
+    pairs_left = of_one_rank(pairs) if one_rank else pairs
+    alpha, pairs_left, folded = one_alpha(pairs_left, format_name=format_name, on_loss=on_loss, first=first)
+    return alpha, pairs_left, lines + folded
 
 
 def one_alpha(
-    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
+    pairs: Mapping[Target, Pair], *, format_name: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
     """Choose the alpha of a file in which every module's scaling is alpha / rank; see `one_number`."""
     from .peft.patterns import exact_alpha
@@ -278,7 +278,7 @@ def one_alpha(
 
     return one_number(
         pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),
-        dialect=dialect, on_loss=on_loss, default=float(rank(next(iter(pairs.values())))), first=first,
+        format_name=format_name, on_loss=on_loss, default=float(rank(next(iter(pairs.values())))), first=first,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def one_number(
     of: Callable[[Pair], float | None],
     gives: Callable[[float, Pair], float],
     *,
-    dialect: str,
+    format_name: str,
     on_loss: str,
     default: float,
     first: float | None = None,
@@ -304,7 +304,7 @@ def one_number(
         pairs: the updates by target.
         of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
         gives: a function that returns the scaling that a value yields for an update.
-        dialect: the format's name, for messages.
+        format_name: the format's name, for messages.
         on_loss: `fold` and `promote` allow folding scalings.
         default: the value to use if `of` returns None for every update.
         first: the value in the source file; chosen if no other value fits more updates.
@@ -320,12 +320,12 @@ def one_number(
         items = [
             f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
         ]
-        raise Unrepresentable(f"{dialect} stores one scaling for all modules", items=items, cure=_ALLOW)
+        raise Unrepresentable(f"{format_name} stores one scaling for all modules", items=items, cure=_ALLOW)
     changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
     return number, changed, [f"folded the scaling into B of {target}" for target in needy]
 
 
-def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
+def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs, list[str]]:
     """Fold every scaling into B, for a format that stores no scalings; return a line for each folded scaling.
 
     Raises:
@@ -334,7 +334,7 @@ def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, li
     needy = [target for target, update in pairs.items() if update.scaling != 1]
     if needy and on_loss not in FOLDING:
         items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
-        raise Unrepresentable(f"{dialect} stores no scaling", items=items, cure=_ALLOW)
+        raise Unrepresentable(f"{format_name} stores no scaling", items=items, cure=_ALLOW)
     plain = {target: folded(update, 1.0) for target, update in pairs.items()}
     return plain, [f"folded the scaling into B of {target}" for target in needy]
 
@@ -399,7 +399,7 @@ Loss = tuple["Target", int, str]
 
 
 def all_expressible(
-    updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
+    updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, format_name: str, place: str, on_loss: str
 ) -> tuple[Updates, list[str]]:
     """Return the updates that one file of the format can store together, and a line for each omitted update.
 
@@ -407,7 +407,7 @@ def all_expressible(
         updates: the updates to write.
         find: a function that returns the updates that the format cannot express. It is called again on the remaining
             updates, until it returns no update.
-        dialect: the format's name, for messages.
+        format_name: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
         on_loss: `drop` omits updates that the format cannot express; every other value refuses them.
 
@@ -420,7 +420,7 @@ def all_expressible(
         if on_loss != "drop":
             cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
             places = [(target, position) for target, position, _ in losses]
-            raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
+            raise Unrepresentable(f"{format_name} cannot express these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:
@@ -430,5 +430,5 @@ def all_expressible(
 
 
 def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
-    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
-    return {target: found for target, found in kept.items() if found}
+    kept = {t: tuple(u for i, u in enumerate(group) if (t, i) not in lost) for t, group in updates.items()}
+    return {target: group for target, group in kept.items() if group}

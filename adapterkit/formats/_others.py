@@ -44,11 +44,11 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def key_of(self, names: Iterable[str]) -> str:
         """If the file is of this kind, return a key that matches the first expression; otherwise an empty text."""
         known = list(names)
-        found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
-        return found[0] if all(found) else ""
+        keys_found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
+        return keys_found[0] if all(keys_found) else ""
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _OtherFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     files: list[OtherFile]
 
@@ -58,11 +58,11 @@ def other_files() -> tuple[OtherFile, ...]:
     """Return the kinds of files that are not read, in the order in which they are tried."""
     installed = Path(__file__).parent / "data" / "other_files.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "other_files.toml"
-    found = msgspec.toml.decode(read_input(path), type=_Record)
-    if found.format != FORMAT:
-        why = f"the file has format {found.format}; this version reads format {FORMAT}"
+    record = msgspec.toml.decode(read_input(path), type=_OtherFiles)
+    if record.format != FORMAT:
+        why = f"the file has format {record.format}; this version reads format {FORMAT}"
         raise Malformed(why, path=path, cure="Correct the file")
-    return tuple(found.files)
+    return tuple(record.files)
 
 
 def other_file(names: Iterable[str]) -> tuple[OtherFile, str] | None:
@@ -99,13 +99,13 @@ def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]
         )
     except AdapterkitError:
         return {}
-    found: dict[str, dict[str, Lazy | safetensors.Entry]] = {}
-    told = False
+    modules: dict[str, dict[str, Lazy | safetensors.Entry]] = {}
+    recognised = False
     for key, tensor in tensors.items():
         match = _ENDINGS.fullmatch(key)
-        told = told or match is not None
+        recognised = recognised or match is not None
         match = match or _ALPHA.fullmatch(key)
         if match is None:
             return {}
-        found.setdefault(match[1], {})[match[2]] = tensor
-    return found if told else {}
+        modules.setdefault(match[1], {})[match[2]] = tensor
+    return modules if recognised else {}

@@ -201,7 +201,7 @@ class _Proof:
             Miswritten: a target differs.
         """
         ours, theirs = asked.updates, got.updates
-        if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
+        if ours.keys() == theirs.keys() and all(_same(group, theirs[target]) for target, group in ours.items()):
             return
         try:
             got.validate()
@@ -222,8 +222,8 @@ class _Proof:
     def _check_path(self, asked: Updates, got: Updates) -> None:
         from ._functions import unlike
 
-        asked = {target: self._as_reported(target, found, got.get(target, ())) for target, found in asked.items()}
-        if asked.keys() == got.keys() and all(_same(found, got[target]) for target, found in asked.items()):
+        asked = {target: self._as_reported(target, group, got.get(target, ())) for target, group in asked.items()}
+        if asked.keys() == got.keys() and all(_same(group, got[target]) for target, group in asked.items()):
             return
         why = "the file has no such update"
         for choice in self._choices(asked):
@@ -236,7 +236,7 @@ class _Proof:
         if asked and got and layouts[0] != layouts[1]:
             ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
             items = [f"{target}: its base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
-            places = [(target, position) for target, found in asked.items() for position in range(len(found))]
+            places = [(target, position) for target, group in asked.items() for position in range(len(group))]
             why = f"{self.name} does not state how a base stores these weights"
             raise Unrepresentable(
                 why, items=items, cure="Write adapterkit's format: --to adapterkit (format='adapterkit')", places=places
@@ -266,9 +266,9 @@ class _Proof:
     def _choices(self, asked: Updates) -> list[Updates]:
         """Return the sets of updates that the file may contain: all, or all except some that were reported omitted."""
         choices: list[Updates] = [asked]
-        for target, found in asked.items():
+        for target, group in asked.items():
             if str(target) in self.left_out:
-                some = [c for size in range(len(found)) for c in combinations(found, size)]
+                some = [c for size in range(len(group)) for c in combinations(group, size)]
                 # Many omitted rows would give too many subsets. Then try only two: omit none of the rows, or omit all.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
@@ -299,8 +299,8 @@ def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callabl
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))
     # A file with few modules may fit several families of models. The metadata, the base and the shapes then decide.
     inside = denoiser_targets(asked.updates, ())
-    told = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
-    for known in dict.fromkeys((names, told)):
+    stated = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
+    for known in dict.fromkeys((names, stated)):
         ways += [partial(in_parts, families=known), partial(in_parts, families=known, fuse=False)]
     return ways if base is None else [*ways, lambda updates: _bound(updates, base)]
 
@@ -322,10 +322,10 @@ def _shared(asked: Updates, got: Updates) -> float:
 
 def _by_path(updates: Updates) -> dict[str, dict[Target, tuple[Update, ...]]]:
     """Group targets by the path of their weight; several targets with one path change different rows of the weight."""
-    found: dict[str, dict[Target, tuple[Update, ...]]] = {}
+    by_path: dict[str, dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
-        found.setdefault(target.path, {})[target] = each
-    return found
+        by_path.setdefault(target.path, {})[target] = each
+    return by_path
 
 
 def _same(asked: tuple[Update, ...], got: tuple[Update, ...]) -> bool:
@@ -377,8 +377,8 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     Raises:
         Miswritten: the bytes differ.
     """
-    held = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
-    for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
+    leaves = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
+    for key, leaf in leaves[:: -(-len(leaves) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
             continue  # Computing a large tensor once more takes too long.

@@ -81,7 +81,7 @@ def sites_as_trained(
     Raises:
         Unsupported: see `as_trained`.
     """
-    found, sites = [], list(sites)
+    result, sites = [], list(sites)
     rules = _rules(recipe, {update.method for site in sites for update in site.updates})
     for site in sites if rules else ():
         plain = not site.target.stacked and site.target.rows is None
@@ -89,8 +89,8 @@ def sites_as_trained(
         shape = None if stored is None else viewed(stored, site.target)
         updates = site.updates if shape is None else _by_rules(rules, site.updates, LayerFacts(shape), site.target)
         same = all(one is other for one, other in zip(updates, site.updates, strict=True))
-        found.append(site if same else replace(site, updates=updates))
-    return found if rules else sites
+        result.append(site if same else replace(site, updates=updates))
+    return result if rules else sites
 
 
 # Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.

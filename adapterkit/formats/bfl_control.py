@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Target, Updates
 from ..naming.image import component_of, families_of, rooted
-from ._image.dialect import ImageFormat
 from ._image.file import ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ImageFormat
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -51,8 +51,8 @@ class BflControl(ImageFormat):
     def parse(self, key: str) -> ImageKey | None:
         if _NORM.fullmatch(key):
             return ImageKey(key, key, "set_weight")
-        found = _KEY.fullmatch(key)
-        return ImageKey(key, found[1], _WORDS[found[2]]) if found else None
+        match = _KEY.fullmatch(key)
+        return ImageKey(key, match[1], _WORDS[match[2]]) if match else None
 
     def spell(self, stem: str, slot: str) -> str:
         return stem if slot == "set_weight" else f"{stem}.{SLOTS.get(slot, slot)}"
@@ -68,7 +68,7 @@ class BflControl(ImageFormat):
         In these names, a replaced norm ends in `scale`; in diffusers' names, it ends in `weight`.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
-        return {_scale(target, found): found for target, found in changed.items()}, losses
+        return {_scale(target, group): group for target, group in changed.items()}, losses
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         rest = rooted(target.path)[1]
@@ -82,9 +82,9 @@ class BflControl(ImageFormat):
         return (hints.metadata if hints.stems else [("format", "pt")]), True
 
 
-def _scale(target: Target, found: Iterable[Update]) -> Target:
+def _scale(target: Target, group: Iterable[Update]) -> Target:
     """Return the parameter `scale` of a norm if updates replace the norm; otherwise the unchanged target."""
-    whole = all(update.method == "replacement" for update in found)
+    whole = all(update.method == "replacement" for update in group)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 

@@ -41,12 +41,12 @@ from ._image.deciding import (
     encoder_kinds,
     has_encoders,
     may_be_controlnet,
+    names_family,
     narrowed,
-    said,
 )
-from ._image.dialect import ImageFormat
 from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, inputs_of, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ImageFormat
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -110,9 +110,9 @@ class Comfyui(ImageFormat):
         return bool(parsed) and all(parsed) and bool(_families({_rest(each[1]) for each in parsed if each is not None}))
 
     def parse(self, key: str) -> ImageKey | None:
-        found = _KEY.fullmatch(key)
-        if found is not None:
-            return ImageKey(key, found[1], _WORDS.get(found[2]) or _BARE[found[2]])
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            return ImageKey(key, match[1], _WORDS.get(match[2]) or _BARE[match[2]])
         other = _OTHER.fullmatch(key)
         return ImageKey(key, other[1], _WORDS[other[3]]) if other and _DOTTED.fullmatch(other[2]) else None
 
@@ -139,7 +139,7 @@ class Comfyui(ImageFormat):
             and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
         ):
             part = ""  # The component is unknown. A writer that needs the component raises an error.
-        fitting = narrowed(fitting, lambda family: said(family, metadata))
+        fitting = narrowed(fitting, lambda family: names_family(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
         fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
@@ -152,7 +152,7 @@ class Comfyui(ImageFormat):
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
-        return {t: tuple(part for u in found for part in _apart(u)) for t, found in changed.items()}, losses
+        return {t: tuple(part for u in group for part in _apart(u)) for t, group in changed.items()}, losses
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
@@ -192,7 +192,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):
         return modules
     family = fitting[0]
-    found = {}
+    stacked = {}
     for stem, module in modules.items():
         keys = {slot: key.replace(".default.weight", ".weight") for slot, key in module.keys.items()}
         rest, up = _rest(stem), module.tensors.get("up")
@@ -203,8 +203,8 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
                 why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
                 raise Malformed(why, where=module.keys["up"], cure=AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
-        found[stem] = replace(module, keys=keys)
-    return found
+        stacked[stem] = replace(module, keys=keys)
+    return stacked
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
@@ -275,11 +275,11 @@ def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str
     kinds = encoder_kinds(targets)
     fitting = [family for family in families() if has_encoders(family, kinds)]
     fitting = [f for f in fitting if f.name in named] or [f for f in fitting if all(path in f for path in inside)]
-    found: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    names_by_word: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for family in fitting:
         for name, each in family.facts.encoders.items():
-            found.setdefault((name, each.kind), set()).add((each.comfyui, each.prefix))
-    return {key: next(iter(words)) for key, words in found.items() if len(words) == 1}
+            names_by_word.setdefault((name, each.kind), set()).add((each.comfyui, each.prefix))
+    return {key: next(iter(words)) for key, words in names_by_word.items() if len(words) == 1}
 
 
 def component_is_encoder(path: str) -> bool:

@@ -26,9 +26,9 @@ from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
 from ..naming.image import PARTS, component_of, families, rooted
 from ._image.deciding import candidates, denoiser_targets
-from ._image.dialect import ImageFormat, folder_file
 from ._image.file import TORCH_SUFFIXES, ImageKey, ImageModule, ImageUpdate, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ImageFormat, folder_file
 from ._image.translate import narrow
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
-    from .peft.file import Settings
+    from .peft.file import PeftSettings
 
 
 CONFIG = "lora_adapter_metadata"
@@ -122,20 +122,20 @@ class Diffusers(ImageFormat):
     def parse(self, key: str) -> ImageKey | None:
         if key.startswith(("double_blocks.", "single_blocks.")):
             return None
-        if found := _FIRST.fullmatch(key):
-            part = "to_out.0" if found[2] == "to_out" else found[2]
-            return ImageKey(key, f"{found[1]}.{part}", found[3])
-        if found := _SECOND.fullmatch(key):
-            return ImageKey(key, found[1], found[2])
-        if found := _THIRD.fullmatch(key):
-            return ImageKey(key, found[1], _WORDS[found[2]])
-        if found := _LOKR.fullmatch(key):
-            return ImageKey(key, found[1], found[2])
+        if match := _FIRST.fullmatch(key):
+            part = "to_out.0" if match[2] == "to_out" else match[2]
+            return ImageKey(key, f"{match[1]}.{part}", match[3])
+        if match := _SECOND.fullmatch(key):
+            return ImageKey(key, match[1], match[2])
+        if match := _THIRD.fullmatch(key):
+            return ImageKey(key, match[1], _WORDS[match[2]])
+        if match := _LOKR.fullmatch(key):
+            return ImageKey(key, match[1], match[2])
         stem, _, word = key.rpartition(".")
         if word == "weight" and _NORM.fullmatch(stem):
             return ImageKey(key, stem, SCALE)
-        found = _ALPHA.fullmatch(key)
-        return ImageKey(key, found[1], "alpha") if found else None
+        match = _ALPHA.fullmatch(key)
+        return ImageKey(key, match[1], "alpha") if match else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.weight" if slot == SCALE else f"{stem}.{SLOTS.get(slot, slot)}"
@@ -179,8 +179,8 @@ class Diffusers(ImageFormat):
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         kinds: dict[str, dict[bool, list[Target]]] = {}
-        for target, found in changed.items():
-            for update in found:
+        for target, group in changed.items():
+            for update in group:
                 if isinstance(update, (LoKr, LoRA, DoRA)):
                     part = component_of(target.path) or ""
                     kinds.setdefault(part, {}).setdefault(isinstance(update, LoKr), []).append(target)
@@ -190,12 +190,12 @@ class Diffusers(ImageFormat):
             *((target, "one component cannot have both lokr and lora") for each in mixed for target in each),
         ]
 
-    def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
+    def rescaled(self, update_in: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
-        update = cast(Any, found.update)
+        update = cast(Any, update_in.update)
         if settings is None or isinstance(update, Replacement):
-            return found
+            return update_in
         if isinstance(update, LoKr):
             raise Unsupported(
                 "LoKr cannot have a config in the header", where=stem, cure=f"Remove {CONFIG} from the header"
@@ -214,13 +214,15 @@ class Diffusers(ImageFormat):
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
-        return ImageUpdate(update.replace(scaling=settings.scaling(name)), found.fields, found.kept, found.derived)
+        return ImageUpdate(
+            update.replace(scaling=settings.scaling(name)), update_in.fields, update_in.kept, update_in.derived
+        )
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         old = hints.metadata if hints.stems else [("format", "pt")]
         if hints.stems and len(hints.without_alpha) < len(hints.stems):
             return old, False
-        pairs = ((stems[str(t)], u) for t, found in updates.items() for u in found)
+        pairs = ((stems[str(t)], u) for t, group in updates.items() for u in group)
         each: list[tuple[str, Any]] = [(stem, u) for stem, u in pairs if not isinstance(u, (LoKr, Replacement))]
         scales = {stem: (int(u.A.shape[0]), float(u.scaling), u) for stem, u in each}
         if _say(_settings(dict(old).get(CONFIG, "")), scales):
@@ -247,23 +249,23 @@ def _path(stem: str) -> str:
 def _with_biases(updates: Updates) -> Updates:
     """Join changes of biases with the LoRAs of the same modules, and give the component's other LoRAs zero biases."""
     joined: dict[Target, tuple[Update, ...]] = {}
-    for target, found in updates.items():
-        if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
+    for target, group in updates.items():
+        if len(group) != 2 or not isinstance(group[0], LoRA) or not isinstance(group[1], Dense):
             continue
-        lora, dense = cast(tuple[LoRA, Dense], found)
+        lora, dense = cast(tuple[LoRA, Dense], group)
         if lora.bias is None and lora.scaling and dense.D is None and dense.d is not None:
             bias = times(dense.d, dense.scaling / lora.scaling) if dense.scaling != lora.scaling else as_lazy(dense.d)
             joined[target] = (lora.replace(bias=bias),)
     parts = {component_of(target.path) for target in joined}
-    parts |= {component_of(t.path) for t, found in updates.items() if any(_has_bias(update) for update in found)}
-    for target, found in updates.items():
-        alone = found[0] if len(found) == 1 else None
+    parts |= {component_of(t.path) for t, group in updates.items() if any(_has_bias(update) for update in group)}
+    for target, group in updates.items():
+        alone = group[0] if len(group) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
             continue  # Keys cannot name experts. A later step refuses the update.
         if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
-    return {target: joined.get(target, found) for target, found in updates.items()}
+    return {target: joined.get(target, group) for target, group in updates.items()}
 
 
 def _has_bias(update: Update) -> bool:
@@ -271,7 +273,7 @@ def _has_bias(update: Update) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _settings(text: str) -> dict[str, Settings]:
+def _settings(text: str) -> dict[str, PeftSettings]:
     """Parse the header's PEFT settings, and return the settings of each component.
 
     Raises:
@@ -298,7 +300,7 @@ def _settings(text: str) -> dict[str, Settings]:
     return {part: parse({**config, "peft_type": "LORA"}) for part, config in parts.items()}
 
 
-def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
+def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
     """Whether the header's configs yield these ranks and scalings.
 
     Without configs, return whether diffusers' defaults do so.
@@ -325,17 +327,17 @@ def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, Json
         part, _, name = stem.partition(".")
         parts.setdefault(part, {})[name] = scale
     config: dict[str, Any] = {}
-    for part, found in parts.items():
-        config |= {f"{part}.{field}": value for field, value in _fields(part, found).items()}
+    for part, fields in parts.items():
+        config |= {f"{part}.{field}": value for field, value in _fields(part, fields).items()}
     canonical(config)
     return config
 
 
-def _fields(part: str, found: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
+def _fields(part: str, stored_fields: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
     from .peft.patterns import number_fields
 
     fields, inexact = number_fields(
-        {name: (rank, scaling) for name, (rank, scaling, _) in found.items()}, (False, True)
+        {name: (rank, scaling) for name, (rank, scaling, _) in stored_fields.items()}, (False, True)
     )
     if inexact:
         items = [f"{part}.{name}: no alpha yields its exact scaling" for name in inexact]
@@ -343,11 +345,11 @@ def _fields(part: str, found: Mapping[str, tuple[int, float, object]]) -> dict[s
             "diffusers stores a scaling as alpha / r", items=items, cure="Write kohya's format: --to kohya"
         )
     flags = {
-        "use_dora": [isinstance(update, DoRA) for _, _, update in found.values()],
-        "lora_bias": [getattr(update, "bias", None) is not None for _, _, update in found.values()],
+        "use_dora": [isinstance(update, DoRA) for _, _, update in stored_fields.values()],
+        "lora_bias": [getattr(update, "bias", None) is not None for _, _, update in stored_fields.values()],
     }
     for name, values in flags.items():
         if len(set(values)) > 1:
             why = f"{name} is one setting for all modules of {part}, and some modules differ"
             raise Unrepresentable(why, cure="Write another format: --to kohya or --to adapterkit")
-    return {**fields, **{name: values[0] for name, values in flags.items()}, "target_modules": sorted(found)}
+    return {**fields, **{name: values[0] for name, values in flags.items()}, "target_modules": sorted(stored_fields)}

@@ -66,7 +66,7 @@ class KerasLayer(NamedTuple):
         return self.axes.endswith("dim")
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _KerasRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_types: list[str]
     first: int
     stride: int
@@ -83,17 +83,17 @@ class KerasFamily:
     """
 
     name: str
-    record: _Record
+    record: _KerasRecord
 
     @cached_property
     def layers(self) -> Mapping[str, KerasLayer]:
         """The layers by our name of the module in a block, such as `self_attn.q_proj`."""
-        return {own: KerasLayer(*layer) for own, layer in self.record.modules.items()}
+        return {path: KerasLayer(*layer) for path, layer in self.record.modules.items()}
 
     @cached_property
     def table(self) -> NameTable:
         """A table from our names to the number of the block and the layer's name, as in `{n}.query`."""
-        return NameTable({f"model.layers.{{n}}.{own}": f"{{n}}.{layer.name}" for own, layer in self.layers.items()})
+        return NameTable({f"model.layers.{{n}}.{path}": f"{{n}}.{layer.name}" for path, layer in self.layers.items()})
 
     def number(self, block: int, layer: KerasLayer) -> int:
         """Return the number of a layer in files."""
@@ -102,8 +102,8 @@ class KerasFamily:
     def at(self, number: int) -> tuple[int, str] | None:
         """Return the block and our module name for a number in a file; None if that layer has no LoRA."""
         block, offset = divmod(number - self.record.first, self.record.stride)
-        own = next((own for own, layer in self.layers.items() if layer.offset == offset), None)
-        return None if own is None or block < 0 else (block, own)
+        path = next((path for path, layer in self.layers.items() if layer.offset == offset), None)
+        return None if path is None or block < 0 else (block, path)
 
 
 @cache
@@ -111,9 +111,9 @@ def families() -> Mapping[str, KerasFamily]:
     """Return the families by transformers' `model_type`."""
     installed = Path(__file__).parent / "data" / "keras_hub.toml"
     file = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "keras_hub.toml"
-    records = msgspec.toml.decode(read_input(file), type=dict[str, _Record])
-    made = [KerasFamily(name, record) for name, record in records.items()]
-    return {kind: family for family in made for kind in family.record.model_types}
+    records = msgspec.toml.decode(read_input(file), type=dict[str, _KerasRecord])
+    all_families = [KerasFamily(name, record) for name, record in records.items()]
+    return {kind: family for family in all_families for kind in family.record.model_types}
 
 
 # The format.
@@ -188,9 +188,9 @@ class KerasHub(Format):
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
         # Convert before folding, so that a scaling does not round to a half-precision type.
         _check_shapes(pairs, base)
-        pairs, folded = of_no_number(_wide(pairs), dialect="Keras Hub", on_loss=on_loss)
-        held = _by_layer(pairs, names)
-        writer = _Writer(family, held, _Sizes.of(base), hints.get("rank", 1))
+        pairs, folded = of_no_number(_wide(pairs), format_name="Keras Hub", on_loss=on_loss)
+        by_layer = _by_layer(pairs, names)
+        writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
         # An adapter that was read from such a file loads by the same call as that file.
         notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
@@ -265,19 +265,19 @@ def _decode(
     names = TableNames(family.table, None if base is None else modules_of(base.tensors))
     heads = None if base is None or base.config is None else heads_of(base.config, A_KEY)
     for number in sorted(layers):
-        found = family.at(number)
-        if found is None:
+        place = family.at(number)
+        if place is None:
             cure = "Is this the base that the adapter was trained on?"
             raise Malformed(
                 f"{family.name} has no layer with this number that can have LoRA", where=f"lora/{number}", cure=cure
             )
-        block, own = found
-        layer = family.layers[own]
-        pair: Slots = _pair(layer, layers[number], rank, heads, own, f"lora/{number}")
+        block, path = place
+        layer = family.layers[path]
+        pair: Slots = _pair(layer, layers[number], rank, heads, path, f"lora/{number}")
         yield Target(names.back(f"{block}.{layer.name}")), LoRA(**pair)
 
 
-def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads | None, own: str, where: str) -> Slots:
+def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads | None, path: str, where: str) -> Slots:
     """Return A and B of a layer.
 
     Raises:
@@ -295,7 +295,7 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
         return {"A": turned(a.reshape(-1, rank)), "B": turned(b)}
     first = layer.axes == "heads in dim"
     count, width = (a.shape[0], a.shape[1]) if first else (a.shape[1], a.shape[0])
-    wanted = None if heads is None else (_count(own, heads), heads.dim)
+    wanted = None if heads is None else (_count(path, heads), heads.dim)
     if heads is not None and (count, b.shape[1]) != wanted:
         raise _other_heads(where, (count, b.shape[1]), heads)
     if count * count * rank * b.shape[1] > MOST_ELEMENTS:
@@ -308,16 +308,16 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     return {"A": A, "B": block_diagonal([turned(b)] * count)}
 
 
-def _other_heads(where: str, found: tuple[int, ...], heads: Heads) -> ShapeMismatch:
+def _other_heads(where: str, counts: tuple[int, ...], heads: Heads) -> ShapeMismatch:
     why = (
-        f"the layer has {found[0]} heads of width {found[1]}; the base has {heads.query} query heads "
+        f"the layer has {counts[0]} heads of width {counts[1]}; the base has {heads.query} query heads "
         f"and {heads.kv} key and value heads of width {heads.dim}"
     )
     return ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
 
 
-def _count(own: str, heads: Heads) -> int:
-    return heads.query if own == "self_attn.q_proj" else heads.kv
+def _count(path: str, heads: Heads) -> int:
+    return heads.query if path == "self_attn.q_proj" else heads.kv
 
 
 # Writing
@@ -357,16 +357,16 @@ def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
     Raises:
         UsageError: two targets are the same module, with different prefixes.
     """
-    held: dict[tuple[int, str], Pair] = {}
+    by_layer: dict[tuple[int, str], Pair] = {}
     for target, update in pairs.items():
         foreign = names.there(target.path)
         assert foreign is not None
-        block, own = str(names.table.back(foreign)).removeprefix("model.layers.").split(".", 1)
-        if (int(block), own) in held:
+        block, path = str(names.table.back(foreign)).removeprefix("model.layers.").split(".", 1)
+        if (int(block), path) in by_layer:
             why = "another target of the adapter is the same layer of Keras Hub"
             raise UsageError(why, where=str(target), cure="Write the two as separate files, or remove one of them")
-        held[int(block), own] = update
-    return held
+        by_layer[int(block), path] = update
+    return by_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,37 +392,39 @@ class _Sizes:
         return cls(blocks, heads_of(config, "self_attn.q_proj"))
 
 
-class _Writer:
+class _KerasWriter:
     """Encodes pairs with scaling 1. Keras Hub adapts a layer in all blocks, so missing pairs become zeros."""
 
-    def __init__(self, family: KerasFamily, held: Mapping[tuple[int, str], Pair], sizes: _Sizes, least: int) -> None:
-        self.family, self.held, self.sizes = family, held, sizes
-        beyond = max(block for block, _ in held)
+    def __init__(
+        self, family: KerasFamily, by_layer: Mapping[tuple[int, str], Pair], sizes: _Sizes, least: int
+    ) -> None:
+        self.family, self.by_layer, self.sizes = family, by_layer, sizes
+        beyond = max(block for block, _ in by_layer)
         if beyond >= sizes.blocks:
             why = f"the adapter changes block {beyond}, and the base has {sizes.blocks} blocks"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
-        self.dtype: DType = as_lazy(next(iter(held.values())).A).dtype
-        adapted = {own for _, own in held}
-        self.adapted = [own for own in family.layers if own in adapted]
-        needs = (self._needs(own, update) for (_, own), update in held.items())
+        self.dtype: DType = as_lazy(next(iter(by_layer.values())).A).dtype
+        adapted = {path for _, path in by_layer}
+        self.adapted = [path for path in family.layers if path in adapted]
+        needs = (self._needs(path, update) for (_, path), update in by_layer.items())
         self.rank = max(least, *needs)
 
     def tensors(self) -> dict[str, Lazy]:
         """Return the tensors of the file, in the order of the numbers in the file."""
-        made = {RANK: _integer(self.rank)}
+        tensors = {RANK: _integer(self.rank)}
         places = [
-            (self.family.number(n, self.family.layers[own]), n, own)
+            (self.family.number(n, self.family.layers[path]), n, path)
             for n in range(self.sizes.blocks)
-            for own in self.adapted
+            for path in self.adapted
         ]
-        for number, block, own in sorted(places):
-            a, b = self._layer(block, own)
-            made |= {f"lora/{number}/vars/{A_KEY}": a, f"lora/{number}/vars/{B_KEY}": b}
-        return made
+        for number, block, path in sorted(places):
+            a, b = self._layer(block, path)
+            tensors |= {f"lora/{number}/vars/{A_KEY}": a, f"lora/{number}/vars/{B_KEY}": b}
+        return tensors
 
     def notes(self, rank: int) -> list[str]:
         """Return lines about the rank, and about the call that loads the file."""
-        names = [self.family.layers[own].name for own in self.adapted]
+        names = [self.family.layers[path].name for path in self.adapted]
         lines = []
         if self.rank > rank:
             why = "the heads of query, key and value share one lora_kernel_b"
@@ -432,30 +434,30 @@ class _Writer:
             lines.append(f"call {call} before load_lora_weights, which by itself loads only query and value")
         return lines
 
-    def _needs(self, own: str, update: Pair) -> int:
+    def _needs(self, path: str, update: Pair) -> int:
         """Return the rank that a pair needs in the file."""
-        layer = self.family.layers[own]
+        layer = self.family.layers[path]
         if not layer.shares:
             return rank_of(update)
-        rows, _ = _shared_rows(as_array(update.B), self._heads(own, update))
+        rows, _ = _shared_rows(as_array(update.B), self._heads(path, update))
         return max(1, min(len(rows), self.sizes.heads.dim))
 
-    def _heads(self, own: str, update: Pair) -> int:
+    def _heads(self, path: str, update: Pair) -> int:
         """Return the number of heads of a projection, after a check of the pair's shape."""
-        count, heads = _count(own, self.sizes.heads), self.sizes.heads
+        count, heads = _count(path, self.sizes.heads), self.sizes.heads
         if update.B.shape[0] != count * heads.dim:
             why = f"B has {update.B.shape[0]} rows, and the base has {count} heads of width {heads.dim}"
-            raise ShapeMismatch(why, where=own, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
         return count
 
-    def _layer(self, block: int, own: str) -> tuple[Lazy, Lazy]:
-        layer, update = self.family.layers[own], self.held.get((block, own))
+    def _layer(self, block: int, path: str) -> tuple[Lazy, Lazy]:
+        layer, update = self.family.layers[path], self.by_layer.get((block, path))
         heads = self.sizes.heads
         if update is None:
-            out, width = self._shape(own)
+            out, width = self._shape(path)
             lead = {
                 "in out": (width,), "heads dim out": (heads.query, heads.dim),
-                "in heads dim": (width, _count(own, heads)), "heads in dim": (_count(own, heads), width),
+                "in heads dim": (width, _count(path, heads)), "heads in dim": (_count(path, heads), width),
             }[layer.axes]  # fmt: skip
             last = heads.dim if layer.shares else out
             return zeros((*lead, self.rank), self.dtype), zeros((self.rank, last), self.dtype)
@@ -465,10 +467,10 @@ class _Writer:
             if layer.axes == "heads dim out":
                 if A.shape[1] != heads.query * heads.dim:
                     why = f"A has {A.shape[1]} columns, and the base has {heads.query} heads of width {heads.dim}"
-                    raise ShapeMismatch(why, where=own, cure="Is this the base that the adapter was trained on?")
+                    raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
                 a = a.reshape(heads.query, heads.dim, self.rank)
             return a, padded(turned(B), self.rank, 0)
-        return self._shared(A, B, self._heads(own, update), layer)
+        return self._shared(A, B, self._heads(path, update), layer)
 
     def _shared(self, A: Lazy, B: Lazy, count: int, layer: KerasLayer) -> tuple[Lazy, Lazy]:
         """Return the tensors of a projection whose heads share `lora_kernel_b`."""
@@ -500,18 +502,18 @@ class _Writer:
                 for head, row, column in places:
                     whole[head, :, column] += factor[row]
             with np.errstate(over="ignore"):
-                made = np.ascontiguousarray(whole if first else whole.transpose(1, 0, 2), self.dtype.array)
+                joined_leaf = np.ascontiguousarray(whole if first else whole.transpose(1, 0, 2), self.dtype.array)
             largest = float(np.abs(whole).max())
-            if not np.isfinite(made).all() or 0 < largest < float(np.finfo(self.dtype.array).smallest_normal):
+            if not np.isfinite(joined_leaf).all() or 0 < largest < float(np.finfo(self.dtype.array).smallest_normal):
                 cure = "Write a format that stores A and B, such as adapterkit's own: --to adapterkit"
                 raise Malformed(f"the change is outside the range of {self.dtype}", where=layer.name, cure=cure)
-            return made
+            return joined_leaf
 
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
-    def _shape(self, own: str) -> tuple[int, int]:
+    def _shape(self, path: str) -> tuple[int, int]:
         """Return [out, in] of a module, from its update in another block."""
-        return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.held.items() if name == own)
+        return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.by_layer.items() if name == path)
 
 
 def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:

@@ -16,9 +16,9 @@ from ..errors import Malformed, ShapeMismatch
 from ..methods.oft import OFT
 from ..naming.image import KOHYA, component_of, families, families_of, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
-from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import AGAIN, OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ALPHAS, PADDING, ImageFormat
 from ._image.underscores import prefixes_of, resolve, stem_of
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ class Kohya(ImageFormat):
         return any(map(self.parse, keys)) and not any(key.startswith("lycoris_") or _foreign(key) for key in keys)
 
     def parse(self, key: str) -> ImageKey | None:
-        found = _KEY.fullmatch(key)
-        if found is None or not (found[2] in _WORDS or PART.fullmatch(found[2])):
+        match = _KEY.fullmatch(key)
+        if match is None or not (match[2] in _WORDS or PART.fullmatch(match[2])):
             return None
-        if found[1].startswith("oft_unet_") != found[2].startswith("oft_blocks") and found[2] != "alpha":
+        if match[1].startswith("oft_unet_") != match[2].startswith("oft_blocks") and match[2] != "alpha":
             return None
-        return ImageKey(key, found[1], _WORDS.get(found[2], found[2]))
+        return ImageKey(key, match[1], _WORDS.get(match[2], match[2]))
 
     def spell(self, stem: str, slot: str) -> str:
         bare, _, part = stem.partition(".")
@@ -103,8 +103,8 @@ class Kohya(ImageFormat):
                 return dict(updates), [(target, why) for target in turned_there]
             origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
-        told = is_xl(paths) or is_not_xl(paths) or prefixes_of([target.path for target in inside])
-        unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if told else (inside, [])
+        stated = is_xl(paths) or is_not_xl(paths) or prefixes_of([target.path for target in inside])
+        unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if stated else (inside, [])
         changed = {**unets, **moved}
         return changed, [*losses, *more, *uneven(changed)]
 
@@ -125,9 +125,9 @@ class Kohya(ImageFormat):
 
 def _foreign(key: str) -> bool:
     """Whether a key has one of kohya's prefixes and a slot that only LyCORIS has."""
-    found = _KEY.fullmatch(key)
-    slot = found[2] if found else ""
-    return bool(found) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
+    match = _KEY.fullmatch(key)
+    slot = match[2] if match else ""
+    return bool(match) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
 
 
 LYCORIS = (
@@ -153,7 +153,7 @@ def parts(module: ImageModule) -> list[ImageModule]:
     Raises:
         Malformed: a part is missing, or the module has both numbered and unnumbered blocks.
     """
-    numbered = {int(found[1]): slot for slot in module.tensors if (found := PART.fullmatch(slot))}
+    numbered = {int(match[1]): slot for slot in module.tensors if (match := PART.fullmatch(slot))}
     if not numbered:
         return [module]
     lost = next((number for number in range(len(numbered)) if number not in numbered), None)
@@ -165,8 +165,10 @@ def parts(module: ImageModule) -> list[ImageModule]:
 
 def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
     slots = {"oft_blocks": slot} | ({"alpha": "alpha"} if "alpha" in module.tensors else {})
-    tensors = {name: module.tensors[own] for name, own in slots.items()}
-    return ImageModule(f"{module.stem}.{number}", tensors, {name: module.keys[own] for name, own in slots.items()})
+    tensors = {name: module.tensors[slot_name] for name, slot_name in slots.items()}
+    return ImageModule(
+        f"{module.stem}.{number}", tensors, {name: module.keys[slot_name] for name, slot_name in slots.items()}
+    )
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
@@ -175,7 +177,7 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
     Raises:
         ShapeMismatch: the tensor of a part does not have the shape of square blocks.
     """
-    found: dict[str, tuple[int, int]] = {}
+    rows: dict[str, tuple[int, int]] = {}
     for stem, module in modules.items():
         bare, _, number = stem.partition(".")
         if not number or f"{bare}.1" not in modules:
@@ -185,9 +187,9 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
             raise ShapeMismatch(
                 f"the shape {list(shape)} is not that of square blocks", where=module.keys["oft_blocks"], cure=AGAIN
             )
-        start = 0 if number == "0" else found[f"{bare}.{int(number) - 1}"][1]
-        found[stem] = (start, start + shape[0] * shape[1])
-    return found
+        start = 0 if number == "0" else rows[f"{bare}.{int(number) - 1}"][1]
+        rows[stem] = (start, start + shape[0] * shape[1])
+    return rows
 
 
 def number_of(target: Target) -> int | None:
@@ -211,25 +213,25 @@ def of_flux(target: Target) -> bool:
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
     """Yield targets whose OFT sd-scripts would misread: a part has no update, or blocks or constraints differ."""
-    turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
-    held: dict[str, set[int | None]] = {}
+    turned = {t: u for t, group in updates.items() for u in group if isinstance(u, OFT) and u.square is not None}
+    numbers: dict[str, set[int | None]] = {}
     for target in turned:
-        held.setdefault(target.path, set()).add(number_of(target))
-    said = {target: _said(update) for target, update in turned.items()}
+        numbers.setdefault(target.path, set()).add(number_of(target))
+    forms_of = {target: _settings_of(update) for target, update in turned.items()}
     for target in turned:
         count = _PARTS.get(target.path.rpartition(".")[2], 1) if of_flux(target) else 0
-        if count and held[target.path] != set(range(count)):
+        if count and numbers[target.path] != set(range(count)):
             yield (
                 target,
                 f"oft must adapt all {count} parts of a fused weight separately" if count > 1 else "oft of rows",
             )
-        elif said[target] != next(iter(said.values())):
+        elif forms_of[target] != next(iter(forms_of.values())):
             yield (
                 target,
                 "the other updates have another number of blocks, or another constraint relative to their size",
             )
 
 
-def _said(update: OFT) -> tuple[int, float]:
+def _settings_of(update: OFT) -> tuple[int, float]:
     n, size = (int(axis) for axis in update.square.shape[:2])  # type: ignore[union-attr]
     return n, update.constraint / (n * size)

@@ -51,7 +51,9 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 @cache
 def _qkv() -> NameTable:
     """Map our name templates of q, k and v to litgpt's names: the name of the fused weight, and then of the part."""
-    return NameTable({own: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, own in litgpt_parts().items()})
+    return NameTable(
+        {hub_path: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, hub_path in litgpt_parts().items()}
+    )
 
 
 class LitgptHints(Leftovers, total=False):
@@ -100,14 +102,14 @@ class Litgpt(Format):
         before = hints.get("settings", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
-            adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=first, one_rank=True
+            adapter, _why_not, format_name=FORMAT, on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
         flags = {
             f"lora_{name}": any(_flag(target) == name for target in pairs)
             for name in (*litgpt_parts(), *FLAGS.values())
         }
-        tensors = _Writer(
+        tensors = _LitgptWriter(
             pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
         ).tensors()
         settings = {**before, "lora_r": rank, "lora_alpha": whole_number(alpha), **flags}
@@ -134,10 +136,10 @@ def _decode(
         if module.endswith("attn.attn"):
             why = "q, k and v are ordered by groups of heads, as in litgpt before 0.5"
             raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
-        own = litgpt_table().back(module)
-        if own is None or check_factors(module, slots) != rank:
+        hub_path = litgpt_table().back(module)
+        if hub_path is None or check_factors(module, slots) != rank:
             raise Malformed(f"the module is unknown, or its rank is not {rank}", where=module, cure=DAMAGED)
-        yield Target(own), LoRA(**slots, scaling=alpha / rank)
+        yield Target(hub_path), LoRA(**slots, scaling=alpha / rank)
 
 
 def _split(
@@ -151,14 +153,14 @@ def _split(
         raise ShapeMismatch(why, where=module, cure=f"Does {SETTINGS} belong to this checkpoint?")
     start = 0
     for index, name in enumerate(enabled):
-        own = _qkv().back(f"{module}.{name}")
-        assert own is not None
+        hub_path = _qkv().back(f"{module}.{name}")
+        assert hub_path is not None
         one: Slots = {"A": part(A, index * rank, (index + 1) * rank), "B": part(B, start, start + sizes[name])}
         start += sizes[name]
-        yield Target(own), LoRA(**one, scaling=scaling)
+        yield Target(hub_path), LoRA(**one, scaling=scaling)
 
 
-class _Writer:
+class _LitgptWriter:
     """Encodes pairs of one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
 
     def __init__(
@@ -170,32 +172,32 @@ class _Writer:
         heads: Heads | None,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.own: dict[str, Any] = {
+        self.updates: dict[str, Any] = {
             next(filter(_named, without_prefix(target.path))): update for target, update in pairs.items()
         }
         self.flags, self.rank, self.layers, self.heads, self.shapes = flags, rank, layers, heads, shapes
         self.like = as_lazy(next(iter(pairs.values())).A)
 
     def tensors(self) -> dict[str, Lazy]:
-        made: dict[str, Lazy] = {}
+        tensors: dict[str, Lazy] = {}
         for layer in range(self.layers):
             enabled = [name for name in litgpt_parts() if self.flags[f"lora_{name}"]]
             if enabled:
-                made |= _named_pair(f"transformer.h.{layer}.{LITGPT_QKV}", *self.fused(layer, enabled))
+                tensors |= _named_pair(f"transformer.h.{layer}.{LITGPT_QKV}", *self.fused(layer, enabled))
             for end, flag in FLAGS.items():
                 if end != "lm_head" and self.flags[f"lora_{flag}"]:
-                    made |= self.plain(f"transformer.h.{layer}.{end}")
-        return made | (self.plain("lm_head") if self.flags["lora_head"] else {})
+                    tensors |= self.plain(f"transformer.h.{layer}.{end}")
+        return tensors | (self.plain("lm_head") if self.flags["lora_head"] else {})
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
-        found = [self.own.get(litgpt_parts()[name].replace("{n}", str(layer))) for name in enabled]
+        updates_of_parts = [self.updates.get(litgpt_parts()[name].replace("{n}", str(layer))) for name in enabled]
         # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs. At
         # least one layer has an update of q, k or v.
         names = {_below(litgpt_parts()[name]) for name in enabled}
-        width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
+        width = next(update.A.shape[1] for path, update in self.updates.items() if _below(path) in names)
         sizes = dict(zip(litgpt_parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
-        for name, update in zip(enabled, found, strict=True):
+        for name, update in zip(enabled, updates_of_parts, strict=True):
             if update is None and not sizes:
                 why = f"layer {layer} has no {name}; the number of zero rows in its place depends on the base's heads"
                 raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
@@ -203,11 +205,11 @@ class _Writer:
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
     def plain(self, foreign: str) -> dict[str, Lazy]:
-        own = str(litgpt_table().back(foreign))
-        if own in self.own:
-            return _named_pair(foreign, as_lazy(self.own[own].A), as_lazy(self.own[own].B))
-        alike = (u for path, u in self.own.items() if _below(path) == _below(own))
-        like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
+        hub_path = str(litgpt_table().back(foreign))
+        if hub_path in self.updates:
+            return _named_pair(foreign, as_lazy(self.updates[hub_path].A), as_lazy(self.updates[hub_path].B))
+        alike = (u for path, u in self.updates.items() if _below(path) == _below(hub_path))
+        like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(hub_path))
         if like is None:
             why = "litgpt adapts a module in all layers; only the base shows the width of this module"
             raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
@@ -217,16 +219,16 @@ class _Writer:
         return zeros((self.rank, in_), self.like.dtype), zeros((out, self.rank), self.like.dtype)
 
 
-def _below(own: str) -> str:
+def _below(hub_path: str) -> str:
     """Return a module's name without the path of its layer."""
-    return own.partition("layers.")[2].partition(".")[2] or own
+    return hub_path.partition("layers.")[2].partition(".")[2] or hub_path
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the base's matrices by module name, without the prefix of a language model."""
     tensors = {} if base is None else base.tensors
-    own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
-    return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
+    shapes = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
+    return {bare: shape for name, shape in shapes.items() for bare in without_prefix(name)}
 
 
 def _named_pair(module: str, A: Lazy, B: Lazy) -> dict[str, Lazy]:
@@ -268,11 +270,11 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
     """Return the number of layers in the config; if it is too small, the number of the last adapted layer plus 1."""
-    told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
+    stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
     seen = [int(word) for target in pairs for word in target.path.split(".") if word.isdigit()]
-    return max(told if type(told) is int else 0, max(seen, default=-1) + 1)
+    return max(stated if type(stated) is int else 0, max(seen, default=-1) + 1)
 
 
 def _text(path: Path, *, needed: bool) -> str:

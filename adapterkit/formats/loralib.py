@@ -71,8 +71,8 @@ class LoraLib(Format):
 
     def sniff(self, path: Path) -> bool:
         keys = keys_of(path) if path.suffix != ".safetensors" else []
-        own = all(key.endswith(tuple(_SLOTS)) and not any(word in key for word in _OTHERS) for key in keys)
-        return bool(keys) and own and not is_litgpt(keys)
+        is_loralib = all(key.endswith(tuple(_SLOTS)) and not any(word in key for word in _OTHERS) for key in keys)
+        return bool(keys) and is_loralib and not is_litgpt(keys)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         settings = read_settings(path.with_name(SETTINGS), ("alpha", "enable_lora"), _EXAMPLE)
@@ -89,7 +89,9 @@ class LoraLib(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, LoralibHints)
         read = hints.get("settings", {})
-        alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
+        alpha, pairs, lines = of_one_alpha(
+            adapter, _why_not, format_name=FORMAT, on_loss=on_loss, first=read.get("alpha")
+        )
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)
         settings = {"alpha": alpha} | ({} if enabled is None else {"enable_lora": enabled})
         save(path, in_order(tensors, hints))
@@ -190,37 +192,37 @@ def _spelled(
             tensors |= {f"{target.path}.lora_{field}": as_lazy(update.tensors[field]) for field in "AB"}
         else:
             slices.setdefault(target.path, []).append((target.rows, update))
-    for path, found in slices.items():
-        found.sort(key=lambda item: item[0])
-        enabled = _enabled(path, found, enabled, base)
-        rank = {rank_of(update) for _, update in found}
+    for path, group in slices.items():
+        group.sort(key=lambda item: item[0])
+        enabled = _enabled(path, group, enabled, base)
+        rank = {rank_of(update) for _, update in group}
         if len(rank) > 1:
             raise Unrepresentable(
                 "a MergedLinear has the same rank in all blocks", items=[path], cure="Write another format"
             )
-        tensors |= {f"{path}.lora_{field}": joined([as_lazy(u.tensors[field]) for _, u in found]) for field in "AB"}
+        tensors |= {f"{path}.lora_{field}": joined([as_lazy(u.tensors[field]) for _, u in group]) for field in "AB"}
     return tensors, enabled
 
 
 def _enabled(
-    path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
+    path: str, group: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
     """Return for each equal block of a weight's outputs whether a pair adapts it.
 
     All weights must have the same blocks.
     """
-    size = found[0][0][1] - found[0][0][0]
+    size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if enabled is None and weight is not None:
-        width = found[0][1].A.shape[1]
+        width = group[0][1].A.shape[1]
         out = weight.shape[1] if weight.shape[0] == width else weight.shape[0]
         starts = range(0, out, size) if out % size == 0 else ()
-        enabled = [any(rows[0] == start for rows, _ in found) for start in starts]
+        enabled = [any(rows[0] == start for rows, _ in group) for start in starts]
     if enabled is None:
         why = "only the base shows how many blocks of outputs this MergedLinear has"
         raise UsageError(why, where=path, cure="Give the base with --base (base=)")
-    if [rows for rows, _ in found] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
-        items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in found)}"]
+    if [rows for rows, _ in group] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
+        items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in group)}"]
         raise Unrepresentable(
             "loralib adapts equal blocks, the same ones in all weights", items=items, cure="Write another format"
         )

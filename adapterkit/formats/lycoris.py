@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core.adapter import Target
 from ._format import FORMULA, Departure
-from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ALPHAS, PADDING, ImageFormat
 from ._image.underscores import resolve, stem_of
 from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
@@ -56,8 +56,8 @@ class Lycoris(ImageFormat):
         return any(key.startswith("lycoris_") or key.partition(".")[2].startswith(LYCORIS) for key in keys)
 
     def parse(self, key: str) -> ImageKey | None:
-        found = _KEY.fullmatch(key)
-        return ImageKey(key, found[1], _WORDS[found[2]]) if found and found[2] in _WORDS else None
+        match = _KEY.fullmatch(key)
+        return ImageKey(key, match[1], _WORDS[match[2]]) if match and match[2] in _WORDS else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS[slot]}"

@@ -16,7 +16,7 @@ from ..io.arrange import equal
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, by_group, undone
-from ..naming.tool_names import LAYER, OWN, QKV, bridge, modules_of
+from ..naming.tool_names import LAYER, LAYER_PATH, QKV, bridge, modules_of
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
 from ._kit import (
@@ -64,18 +64,18 @@ def decode(
         Malformed: a key belongs to none of these modules.
         ShapeMismatch: the shapes do not fit the base's numbers of heads.
     """
-    own = _OwnNames(base)
+    names_of_base = _BaseNames(base)
     updates: dict[Target, tuple[Pair, ...]] = {}
     prefix, fused = "", False
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
-        found = LAYER.fullmatch(name)
-        if found is None or found["module"] not in modules:
+        match = LAYER.fullmatch(name)
+        if match is None or match["module"] not in modules:
             raise Malformed("adapterkit cannot convert this Megatron module", where=name, cure=DAMAGED)
-        prefix, weights = found["prefix"], modules[found["module"]]
+        prefix, weights = match["prefix"], modules[match["module"]]
         fused = fused or len(weights) > 1
         update = LoRA(**slots, scaling=alpha / check_factors(name, slots))
         for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
-            target = Target(own.named(f"model.layers.{found['n']}.{weight}"))
+            target = Target(names_of_base.named(f"model.layers.{match['n']}.{weight}"))
             if target in updates:
                 raise Malformed("the weight has a second pair", where=name, cure=DAMAGED)
             updates[target] = (part,)
@@ -105,8 +105,8 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
-        found = OWN.fullmatch(target.path)
-        if found is None or found["module"] not in known:
+        match = LAYER_PATH.fullmatch(target.path)
+        if match is None or match["module"] not in known:
             return "its module is not in a Megatron layer"
         return unfit(target, update)
 
@@ -125,16 +125,16 @@ def encode(
         raise Malformed(why, cure="Remove the data: adapter.replace(foreign=None)")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
-    possible = all(_fits(found, weights) for found in layers.values() for weights in groups)
+    possible = all(_fits(slots, weights) for slots in layers.values() for weights in groups)
     fuse = possible if fused is None else possible and fused
     tensors: dict[str, Lazy] = {}
-    for layer, found in layers.items():
+    for layer, slots in layers.items():
         for module, weights in modules.items():
             single = len(weights) == 1
             in_group = single and any(weights[0] in group for group in groups)
-            if not all(weight in found for weight in weights) or (in_group if fuse else not single):
+            if not all(weight in slots for weight in weights) or (in_group if fuse else not single):
                 continue
-            update = found[weights[0]] if single else _joined([found[weight] for weight in weights], weights, heads)
+            update = slots[weights[0]] if single else _joined([slots[weight] for weight in weights], weights, heads)
             for end, field in SLOTS.items():
                 tensors[f"{prefix}{layer}.{module}{end}"] = as_lazy(update.tensors[field])
     return tensors, fuse
@@ -153,24 +153,24 @@ def _joined(updates: list[Pair], weights: tuple[str, ...], heads: Callable[[], H
 def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
     layers: dict[int, dict[str, Pair]] = {}
     for target, update in pairs.items():
-        found = OWN.fullmatch(target.path)
-        assert found is not None
-        layers.setdefault(int(found["n"]), {})[found["module"]] = update
+        match = LAYER_PATH.fullmatch(target.path)
+        assert match is not None
+        layers.setdefault(int(match["n"]), {})[match["module"]] = update
     return layers
 
 
-def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
+def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
     """Whether the pairs of a fused weight's parts can be fused into one pair; true if no part has a pair."""
-    own = [found[weight] for weight in weights if weight in found]
-    if not own:
+    updates = [slots[weight] for weight in weights if weight in slots]
+    if not updates:
         return True
-    first = own[0]
-    return len(own) == len(weights) and all(
-        u.scaling == first.scaling and equal(as_lazy(u.A), as_lazy(first.A)) for u in own[1:]
+    first = updates[0]
+    return len(updates) == len(weights) and all(
+        u.scaling == first.scaling and equal(as_lazy(u.A), as_lazy(first.A)) for u in updates[1:]
     )
 
 
-class _OwnNames:
+class _BaseNames:
     """Translates module names to the base's names, which may have a prefix; without a base, the names stay the same."""
 
     def __init__(self, base: Checkpoint | None) -> None:
@@ -178,18 +178,18 @@ class _OwnNames:
         if base is not None:
             self.modules = {}
             for name in dict.fromkeys(modules_of(base.tensors)):
-                found = OWN.fullmatch(name)
-                if found is not None:
-                    self.modules.setdefault(f"model.layers.{found['n']}.{found['module']}", []).append(name)
+                match = LAYER_PATH.fullmatch(name)
+                if match is not None:
+                    self.modules.setdefault(f"model.layers.{match['n']}.{match['module']}", []).append(name)
 
     def named(self, name: str) -> str:
         if self.modules is None:
             return name
-        found = self.modules.get(name, [])
-        if len(found) != 1:
-            why = f"exactly one module must have this name, but the base has {len(found)}"
+        names_here = self.modules.get(name, [])
+        if len(names_here) != 1:
+            why = f"exactly one module must have this name, but the base has {len(names_here)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
-        return found[0]
+        return names_here[0]
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
@@ -245,8 +245,8 @@ class Megatron(Format):
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if data["fused"] and base is not None and base.config is not None:
-            found = heads()
-            data["heads"] = [found.query, found.kv, found.dim]
+            sizes = heads()
+            data["heads"] = [sizes.query, sizes.kv, sizes.dim]
         data["alpha"] = alpha
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
@@ -255,7 +255,7 @@ class Megatron(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, MegatronHints)
         alpha, pairs, lines = of_one_alpha(
-            adapter, why_not(bridge()), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
+            adapter, why_not(bridge()), format_name="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
         heads = heads_again(hints.get("heads"), base, "linear_qkv")
         tensors, _ = encode(pairs, bridge(), hints.get("prefix", PREFIX), heads, hints.get("fused"))

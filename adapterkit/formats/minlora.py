@@ -64,7 +64,7 @@ class MinLora(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, MinLoraHints)
         first = hints.get("settings", {}).get("alpha")
-        alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect="minLoRA", on_loss=on_loss, first=first)
+        alpha, pairs, lines = of_one_alpha(adapter, _why_not, format_name="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
             A, B = as_lazy(update.A), as_lazy(update.B)
@@ -81,8 +81,8 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
         if _is_embedding(path) and all(len(leaf.shape) == 2 for leaf in slots.values()):
             slots = {field: turned(leaf) for field, leaf in slots.items()}
         rank = check_factors(path, slots)
-        own = _with_kernel(path, slots, base)
-        update = LoRA(**own, scaling=alpha / rank)
+        factors = _with_kernel(path, slots, base)
+        update = LoRA(**factors, scaling=alpha / rank)
         yield Target(path, stored_layout(path, update, base)), update
 
 

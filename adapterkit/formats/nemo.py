@@ -92,8 +92,8 @@ class Nemo(Format):
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if data["fused"]:
-            found = heads()
-            data["heads"] = [found.query, found.kv, found.dim]
+            sizes = heads()
+            data["heads"] = [sizes.query, sizes.kv, sizes.dim]
         data |= {"alpha": alpha, "config": config, "text": text.decode()}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
@@ -102,7 +102,7 @@ class Nemo(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, NemoHints)
         alpha, pairs, lines = of_one_alpha(
-            adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
+            adapter, why_not(NEMO), format_name="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
         heads = heads_again(hints.get("heads"), base, "lora_kqv_adapter")
         tensors, fused = encode(pairs, NEMO, hints.get("prefix", PREFIX), heads, hints.get("fused"))
@@ -119,7 +119,7 @@ def _name(member: tarfile.TarInfo) -> str:
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     """Load the config and the tensors. The tensors are held in memory, because the extracted file is deleted."""
     config: bytes | None = None
-    held: dict[str, Lazy] | None = None
+    tensors: dict[str, Lazy] | None = None
     try:
         with _archive(path) as (archive, plain), tempfile.TemporaryDirectory() as folder:
             for count, member in enumerate(archive):
@@ -136,7 +136,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                     file = Path(folder, TENSORS)
                     with open(file, "wb") as copy:
                         _copy(archive, member, plain, copy)
-                    held = {key: _held(tensor) for key, tensor in read_torch_file(file).items()}
+                    tensors = {key: _detached(tensor) for key, tensor in read_torch_file(file).items()}
                 elif "rank_" in name:
                     why = "the tensors are split over ranks"
                     raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
@@ -146,9 +146,9 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
         ) from None
     except OSError as error:
         raise storage_error(error, path) from error
-    if config is None or held is None:
+    if config is None or tensors is None:
         raise Malformed(f"the archive lacks {CONFIG} or {TENSORS}", path=path, cure=DAMAGED)
-    return config, held
+    return config, tensors
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -227,7 +227,7 @@ def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | N
         done += len(block)
 
 
-def _held(tensor: Lazy) -> Lazy:
+def _detached(tensor: Lazy) -> Lazy:
     data = bytes(tensor.fetch())
     return Lazy(tensor.shape, DTYPES[tensor.dtype.name], lambda: data)
 
@@ -249,11 +249,11 @@ def _check(config: Mapping[str, object]) -> float:
 
 def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
     def heads() -> Heads:
-        own = {
+        head_fields = {
             "num_attention_heads": config.get("num_attention_heads"), "hidden_size": config.get("hidden_size"),
             "num_key_value_heads": config.get("num_query_groups"), "head_dim": config.get("kv_channels"),
         }  # fmt: skip
-        return heads_of(own, CONFIG)
+        return heads_of(head_fields, CONFIG)
 
     return heads
 

@@ -86,10 +86,10 @@ class Nola(Format):
             updates = {_target(where, slots): (_update(slots, settings),) for where, slots in _groups(tensors).items()}
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        said = msgspec.to_builtins(settings)
+        stated = msgspec.to_builtins(settings)
         seeds = {key: tensor for key, tensor in tensors.items() if key.endswith(".seed")}
-        foreign = Foreign(FORMAT, {"order": list(tensors), **said}, seeds)
-        return Adapter(updates, recipe=(Step("read", {"format": FORMAT, **said}),), foreign=foreign)
+        foreign = Foreign(FORMAT, {"order": list(tensors), **stated}, seeds)
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT, **stated}),), foreign=foreign)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
@@ -125,8 +125,8 @@ def _place(target: Target) -> tuple[str, int | None]:
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
     """Map (module, index of a third of its output rows, or None) to the prefix of the keys of its A and B."""
-    found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
-    parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
+    matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
+    parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in matches.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
 
 
@@ -141,8 +141,8 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
             return "the file needs the seeds of torch's generator, which the adapter does not have"
         if as_lazy(mix).dtype.name != "F32":
             return "its coefficients are not F32"
-        held = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
-        if not _drawn(held, factor, device, as_lazy(bases)):
+        tensors = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
+        if not _drawn(tensors, factor, device, as_lazy(bases)):
             return "its random matrices differ from those that the source file's seed yields"
     return ""
 
@@ -192,10 +192,10 @@ def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy
     """
     groups: dict[tuple[str, str], dict[str, Lazy]] = {}
     for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
+        match = _KEY.fullmatch(key)
+        if match is None:
             raise Malformed("this is not a tensor of NOLA", where=key, cure="Save only lora_state_dict(model)")
-        groups.setdefault((found["path"], found["part"]), {})[found["factor"] + found["slot"]] = tensor
+        groups.setdefault((match["path"], match["part"]), {})[match["factor"] + match["slot"]] = tensor
     for (path, part), slots in groups.items():
         missing = next(iter(sorted(_SLOTS - slots.keys())), None)
         if missing is not None:

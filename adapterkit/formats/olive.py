@@ -74,9 +74,9 @@ class Olive(Format):
                 raise Unsupported(why, where=quantized, cure="Convert the adapter again, in floating point")
             updates: dict[Target, tuple[LoRA, ...]] = {}
             for name, slots in grouped(tensors, _SLOTS, "Olive").items():
-                own: Slots = {f: turned(leaf) if len(leaf.shape) == 2 else leaf for f, leaf in slots.items()}
-                check_factors(name, own)
-                update = LoRA(**own)
+                factors: Slots = {f: turned(leaf) if len(leaf.shape) == 2 else leaf for f, leaf in slots.items()}
+                check_factors(name, factors)
+                update = LoRA(**factors)
                 updates[Target(name, stored_layout(name, update, base))] = (update,)
         except AdapterkitError as error:
             raise error.at(path=path) from None
@@ -88,7 +88,7 @@ class Olive(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, OliveHints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
-        pairs, folded = of_no_number(pairs, dialect="Olive", on_loss=on_loss)
+        pairs, folded = of_no_number(pairs, format_name="Olive", on_loss=on_loss)
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
             tensors |= {target.path + end: turned(as_lazy(update.tensors[field])) for end, field in _SLOTS.items()}

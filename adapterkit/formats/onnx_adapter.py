@@ -76,16 +76,16 @@ class OnnxAdapter(Format):
         data = {
             "adapter_version": file.adapter_version, "model_version": file.model_version, "order": list(file.tensors),
         }  # fmt: skip
-        own = adapter.foreign is None or adapter.foreign.format == FORMAT
-        return adapter.replace(foreign=Foreign(FORMAT, data)) if own else adapter
+        is_ours = adapter.foreign is None or adapter.foreign.format == FORMAT
+        return adapter.replace(foreign=Foreign(FORMAT, data)) if is_ours else adapter
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, OnnxAdapterHints)
-        told = adapter.replace(foreign=None) if hints else adapter
+        without_hints = adapter.replace(foreign=None) if hints else adapter
         tensors: dict[str, Leaf] = {}
-        record = encode_record(told, tensors)
+        record = encode_record(without_hints, tensors)
         values = in_order({name: as_lazy(leaf) for name, leaf in tensors.items()}, hints)
         versions = (int(hints.get("adapter_version", 1)), int(hints.get("model_version", 1)))
         write_ort_adapter(path, OrtAdapter(values, *versions))
@@ -107,8 +107,8 @@ def write_slots_record(
     record = encode_record(adapter.replace(foreign=None), {})
     updates = [msgspec.structs.replace(u, tensors=dict(n)) for u, n in zip(record.updates, names, strict=True)]
     foreign = ForeignRecord(FORMAT, {}, {name: name for name in others})
-    told = msgspec.structs.replace(record, updates=updates, foreign=foreign)
-    write_bytes(sidecar(path), canonical(msgspec.to_builtins(told)).encode())
+    completed = msgspec.structs.replace(record, updates=updates, foreign=foreign)
+    write_bytes(sidecar(path), canonical(msgspec.to_builtins(completed)).encode())
     return sidecar(path)
 
 

@@ -132,13 +132,13 @@ def _decode(
     stacks = {name: slots for name, slots in modules.items() if any(len(leaf.shape) == 3 for leaf in slots.values())}
     partners: dict[str, dict[int, str]] = {}
     for name in modules:
-        found = EXPERT.fullmatch(name)
-        if found and (stack := f"{found['stem']}.{found['leaf']}") in stacks:
-            partners.setdefault(stack, {})[int(found["e"])] = name
+        match = EXPERT.fullmatch(name)
+        if match and (stack := f"{match['stem']}.{match['leaf']}") in stacks:
+            partners.setdefault(stack, {})[int(match["e"])] = name
     for name, slots in stacks.items():
         numbered = {e: modules[partner] for e, partner in partners.get(name, {}).items()}
         yield from _experts(name, slots, numbered, rank, alpha, base)
-    alone = set(modules) - set(stacks) - {name for found in partners.values() for name in found.values()}
+    alone = set(modules) - set(stacks) - {name for members in partners.values() for name in members.values()}
     for name in (name for name in modules if name in alone):
         slots = modules[name]
         if set(slots) != {"A", "B"}:
@@ -155,8 +155,8 @@ def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     """Yield the updates of one stack of experts; inner factors may also have separate keys for single experts."""
-    found = STACK.fullmatch(name)
-    if found is None:
+    match = STACK.fullmatch(name)
+    if match is None:
         raise Malformed(
             "this factor has three axes, but its module is not a stack of experts", where=name, cure=DAMAGED
         )
@@ -175,7 +175,7 @@ def _experts(
             raise UsageError(why, where=name, cure="Give the base with --base (base=)")
     # All experts get the same tensor object, so that a writer also stores the factor only once.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
-    stacked = found["leaf"] == "gate_up_proj"
+    stacked = match["leaf"] == "gate_up_proj"
     factors = []
     for e in range(count):
         one: Slots = {f: only[f] if f in only else arrange.item(leaf, e) for f, leaf in slots.items()}
@@ -190,15 +190,15 @@ def _experts(
         yield Target(name, "e out *in"), (LoRA(**whole, scaling=alpha / rank),)
         return
     for e, one in enumerate(factors):
-        yield Target(f"{found['stem']}.{e}.{found['leaf']}"), (LoRA(**one, scaling=alpha / rank),)
+        yield Target(f"{match['stem']}.{e}.{match['leaf']}"), (LoRA(**one, scaling=alpha / rank),)
 
 
 def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
     """Rename targets to the base's names; targets that the base already has stay unchanged."""
-    own = set(modules_of(base.tensors))
-    lost = {target: found for target, found in updates.items() if target.path not in own}
+    modules_here = set(modules_of(base.tensors))
+    lost = {target: group for target, group in updates.items() if target.path not in modules_here}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}
-    return {target: found for target, found in updates.items() if target not in lost} | dict(placed)
+    return {target: group for target, group in updates.items() if target not in lost} | dict(placed)
 
 
 # Encode an `Adapter` as a folder with shared outer factors.
@@ -220,7 +220,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
     hints = leftovers(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
     alpha, pairs, lines = of_one_alpha(
-        _apart(adapter, base), lambda target, update: unfit(target, update), dialect="SGLang", on_loss=on_loss,
+        _apart(adapter, base), lambda target, update: unfit(target, update), format_name="SGLang", on_loss=on_loss,
         first=before.get("lora_alpha"), one_rank=True,
     )  # fmt: skip
     config_of_base = None if base is None else base.config
@@ -243,7 +243,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     Raises:
         UsageError: experts are in a stack, and there is no base to show the family of models.
     """
-    stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
+    stacks = {target: group for target, group in adapter.updates.items() if target.stacked}
     if not stacks:
         return adapter
     family = architecture_of(None if base is None else base.config)
@@ -252,8 +252,8 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         raise UsageError(why, where=str(next(iter(stacks))), cure="Give the base, with its config.json: --base (base=)")
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
-    for target, found in adapter.updates.items():
-        updates |= {target: found} if target not in stacks else {}
+    for target, group in adapter.updates.items():
+        updates |= {target: group} if target not in stacks else {}
     return adapter.replace(updates=updates | apart)
 
 
@@ -262,15 +262,15 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
     plain: Pairs = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
-        found = EXPERT.fullmatch(target.path)
-        if found:
-            stacks.setdefault(f"{found['stem']}.{found['leaf']}", {})[int(found["e"])] = update
+        match = EXPERT.fullmatch(target.path)
+        if match:
+            stacks.setdefault(f"{match['stem']}.{match['leaf']}", {})[int(match["e"])] = update
         else:
             plain[target] = update
     rank = rank_of(next(iter(pairs.values())))
-    counts = {name: max(experts, max(held) + 1) for name, held in stacks.items()}
+    counts = {name: max(experts, max(experts_here) + 1) for name, experts_here in stacks.items()}
     _check_all(stacks, counts, experts)
-    apart = [name for name, held in stacks.items() if _shared(name, held) is None]
+    apart = [name for name, experts_here in stacks.items() if _shared(name, experts_here) is None]
     if apart and not promote:
         items = [f"{name}: each of its experts has a separate {'B' if _writes(name) else 'A'}" for name in apart]
         cure = (
@@ -280,9 +280,9 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
         raise Unrepresentable("this layout has one outer factor for all experts", items=items, cure=cure)
     wide = rank * max([counts[name] for name in apart], default=1)
     tensors: dict[str, Lazy] = {}
-    for name, held in stacks.items():
-        only = _shared(name, held)
-        tensors |= _stack(name, held, counts[name], only, rank, wide)
+    for name, experts_here in stacks.items():
+        only = _shared(name, experts_here)
+        tensors |= _stack(name, experts_here, counts[name], only, rank, wide)
     for target, update in plain.items():
         A, B = arrange.padded(as_lazy(update.A), wide, 0), arrange.padded(as_lazy(update.B), wide, 1)
         tensors |= {f"{PREFIX}{target.path}{end}": leaf for end, leaf in zip(SLOTS, (A, B), strict=True)}
@@ -291,7 +291,9 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
 
 def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, int], experts: int) -> None:
     gaps = [
-        f"{name}: the adapter has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]
+        f"{name}: the adapter has experts {sorted(experts_here)}"
+        for name, experts_here in stacks.items()
+        if len(experts_here) < counts[name]
     ]
     if gaps and not experts:
         why = "all experts of a module are in one stack, and their number is unknown"
@@ -303,24 +305,26 @@ def _writes(name: str) -> bool:
     return name.rpartition(".")[2] in OUTER
 
 
-def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
+def _shared(name: str, experts_here: Mapping[int, Pair]) -> Lazy | None:
     """Return the outer factor if it is the same for all experts; otherwise None."""
-    leaves = [as_lazy(each.B if _writes(name) else each.A) for each in held.values()]
+    leaves = [as_lazy(each.B if _writes(name) else each.A) for each in experts_here.values()]
     alike = all(leaf.shape == leaves[0].shape and arrange.equal(leaf, leaves[0]) for leaf in leaves[1:])
     return leaves[0] if alike else None
 
 
-def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
+def _stack(
+    name: str, experts_here: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int
+) -> dict[str, Lazy]:
     """Return the tensors A and B of a stack, by key.
 
     If the experts have different outer factors, these factors are concatenated into one. Then the inner
     factor of each expert is zero, except at the rank indices of this expert.
     """
-    writes, first = _writes(name), next(iter(held.values()))
+    writes, first = _writes(name), next(iter(experts_here.values()))
     axis = 1 if writes else 0  # The axis of the rank in the outer factor; in the inner factor, it is 1 - axis.
     outers, inners = [], []
     for e in range(count):
-        given = held.get(e)
+        given = experts_here.get(e)
         like_outer, like_inner = (first.B, first.A) if writes else (first.A, first.B)
         outer = as_lazy(like_outer) if given is None else as_lazy(given.B if writes else given.A)
         zero = arrange.zeros(tuple(like_inner.shape), as_lazy(like_inner).dtype)

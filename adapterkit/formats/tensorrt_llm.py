@@ -29,7 +29,7 @@ from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.numpy_files import read_npy, write_npy
 from ..methods.lora import LoRA
 from ..naming.architectures import namings_of
-from ..naming.tool_names import OWN, modules_of
+from ..naming.tool_names import LAYER_PATH, modules_of
 from ._containers import folder_of, make_folder
 from ._format import Format
 from ._kit import DAMAGED, Leftovers, Pairs, expressible, leftovers, of_no_number, rank_of, unfit
@@ -85,7 +85,7 @@ class TensorRtLlm(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, TensorRTHints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
-        pairs, folded = of_no_number(pairs, dialect="TensorRT-LLM", on_loss=on_loss)
+        pairs, folded = of_no_number(pairs, format_name="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}
         pairs = dict(sorted(pairs.items(), key=lambda item: order.get(item[0].path, len(order))))
         _save(path, *_encode(pairs, hints))
@@ -141,19 +141,19 @@ def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
     """Map (module's name inside its layer, layer) to the paths of such modules in the base."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
-        found = OWN.fullmatch(name)
-        if found is not None:
-            places.setdefault((found["module"], int(found["n"])), []).append(name)
+        match = LAYER_PATH.fullmatch(name)
+        if match is not None:
+            places.setdefault((match["module"], int(match["n"])), []).append(name)
     return places
 
 
 def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int, where: str) -> tuple[str, bool]:
     names = [modules()[module], *([FUSED] if modules()[module] == "mlp.gate_proj" else [])]
-    found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
-    if len(found) != 1:
-        why = f"exactly one module must have this name, but the base has {len(found)}"
+    candidates = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
+    if len(candidates) != 1:
+        why = f"exactly one module must have this name, but the base has {len(candidates)}"
         raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
-    return found[0]
+    return candidates[0]
 
 
 def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy:
@@ -189,16 +189,16 @@ def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
 
 
 def _number(target: Target) -> tuple[int, int]:
-    found = OWN.fullmatch(target.path)
-    assert found is not None
-    return numbers()["mlp.gate_proj" if found["module"] == FUSED else found["module"]], int(found["n"])
+    match = LAYER_PATH.fullmatch(target.path)
+    assert match is not None
+    return numbers()["mlp.gate_proj" if match["module"] == FUSED else match["module"]], int(match["n"])
 
 
 def _why_not(target: Target, update: Pair) -> str:
-    found = OWN.fullmatch(target.path)
+    match = LAYER_PATH.fullmatch(target.path)
     if target.stacked or ".experts." in target.path:
         return "these arrays cannot store experts; TensorRT-LLM reads experts from PEFT's folders: " + _EXPERTS
-    if found is None or found["module"] not in (*numbers(), FUSED):
+    if match is None or match["module"] not in (*numbers(), FUSED):
         return "TensorRT-LLM does not adapt its module"
     return unfit(target, update)
 
@@ -231,7 +231,7 @@ def numbers() -> dict[str, int]:
     """Map our names of modules inside a layer to TensorRT-LLM's numbers, including the module of fused q, k and v."""
     places = namings_of("tensorrt_llm")[0].places()
     names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
-    return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
+    return {hub_path: NUMBERS[name] for hub_path, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
 
 
 @cache

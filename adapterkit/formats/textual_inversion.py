@@ -21,8 +21,8 @@ from ..methods.textual_inversion import TextualInversion
 from ..naming.image import rooted
 from ._format import CHANGED, Format
 from ._image.bundles import EMBEDDING
-from ._image.dialect import folder_file
 from ._image.file import TORCH_SUFFIXES, Metadata, load_tensors, save_tensors
+from ._image.image_format import folder_file
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ class TextualInversionFiles(Format):
             if any((file.parent / name).exists() for name in _BESIDE):
                 return False
             tensors, _, _ = _load(file)
-            return _dialect(tensors) != ""
+            return _form(tensors) != ""
         except AdapterkitError:
             return False
 
@@ -69,18 +69,18 @@ class TextualInversionFiles(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        found, lines = _expressible(adapter, on_loss)
+        inversions, lines = _expressible(adapter, on_loss)
         data = adapter.foreign.data if adapter.foreign and adapter.foreign.format == FORMAT else {}
         file = path / FILES[0] if path.is_dir() or not path.suffix else path
         file.parent.mkdir(parents=True, exist_ok=True)
         wrapper = data.get("wrapper") if file.suffix in TORCH_SUFFIXES else None
-        tensors = _keys(found, data, wrapped=wrapper is not None)
+        tensors = _keys(inversions, data, wrapped=wrapper is not None)
         if wrapper is not None:
-            _save_wrapped(file, tensors, {**wrapper, "name": _token_of(found)})
+            _save_wrapped(file, tensors, {**wrapper, "name": _token_of(inversions)})
             return lines
         metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
         save_tensors(file, tensors, metadata)
-        return lines + _renamed(found, tensors, file)
+        return lines + _renamed(inversions, tensors, file)
 
 
 FORMAT = "textual_inversion"
@@ -118,7 +118,7 @@ def _plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _dialect(tensors: Mapping[str, Lazy]) -> str:
+def _form(tensors: Mapping[str, Lazy]) -> str:
     """Return the name of the form that these tensors have; empty if the form is unknown."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
@@ -137,12 +137,12 @@ def _decode(
         raise Unsupported(
             "the file has an embedding for a T5", where="t5xxl", cure="Remove it: only CLIP's embeddings are supported"
         )
-    dialect = _dialect(tensors)
-    if not dialect:
+    format_name = _form(tensors)
+    if not format_name:
         others = [name for name in tensors if name not in ENCODERS]
         odd = next((name for name in others if "." in name), next(iter(others or tensors), None))
         raise Malformed("this is not the embedding of a token", where=odd, cure=_AGAIN)
-    token = _token(tensors, wrapper, dialect, path)
+    token = _token(tensors, wrapper, format_name, path)
     updates = {}
     for name, leaf in tensors.items():
         if 0 in leaf.shape:
@@ -160,49 +160,49 @@ def _decode(
     return Adapter(updates, None, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
 
 
-def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, dialect: str, path: Path) -> str:
+def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, format_name: str, path: Path) -> str:
     """Return the token as the tools do: from the key, from the name inside the file, or from the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
-    return next(iter(tensors)) if dialect == "diffusers" else path.stem
+    return next(iter(tensors)) if format_name == "diffusers" else path.stem
 
 
 def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
     """Return the embeddings by component, and a line for each omitted update."""
-    found: dict[str, TextualInversion] = {}
+    inversions: dict[str, TextualInversion] = {}
     items = []
     for target, update in adapter:
         root, rest = rooted(target.path)
         part = root[:-1] or "text_encoder"
-        fits = rest == EMBEDDING and part in ENCODERS.values() and part not in found
+        fits = rest == EMBEDDING and part in ENCODERS.values() and part not in inversions
         if isinstance(update, TextualInversion) and fits:
-            found[part] = update
+            inversions[part] = update
         else:
             items.append(f"{target}: the file cannot store {update.method} for this target")
-    tokens = {update.token for update in found.values()}
+    tokens = {update.token for update in inversions.values()}
     if len(tokens) > 1:
         items.append("the adapter has several tokens, but a file has one")
-    if (items and on_loss != "drop") or not found or len(tokens) > 1:
+    if (items and on_loss != "drop") or not inversions or len(tokens) > 1:
         cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
         raise Unrepresentable("a file can store only the CLIP embeddings of one token", items=items, cure=cure)
-    return found, [f"left out {item}" for item in items]
+    return inversions, [f"left out {item}" for item in items]
 
 
-def _token_of(found: Mapping[str, TextualInversion]) -> str:
-    return next(iter(found.values())).token
+def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
+    return next(iter(inversions.values())).token
 
 
-def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
+def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
     """Return the tensors with the keys and shapes of the source file, if the source file has the same form."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
-    several = len(found) > 1 or set(found) != {"text_encoder"}
+    several = len(inversions) > 1 or set(inversions) != {"text_encoder"}
     tensors = {}
-    for part, update in found.items():
-        own = old.get(part, words[part] if several else TOKEN if wrapped else update.token or TOKEN)
+    for part, update in inversions.items():
+        key = old.get(part, words[part] if several else TOKEN if wrapped else update.token or TOKEN)
         leaf = as_lazy(update.P)
-        tensors[own] = leaf.reshape(leaf.shape[1]) if own in flat and leaf.shape[0] == 1 else leaf
+        tensors[key] = leaf.reshape(leaf.shape[1]) if key in flat and leaf.shape[0] == 1 else leaf
     return tensors
 
 
@@ -214,11 +214,11 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
     write_bytes(path, buffer.getvalue())
 
 
-def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
+def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
     """Return a line for each component whose token changes, because only diffusers' files store the token."""
-    token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
-    why = f"becomes {token!r}, the name of the file; it was {_token_of(found)!r}"
-    changed = [part for part, update in found.items() if update.token != token]
+    token = next(iter(tensors)) if _form(tensors) == "diffusers" else file.stem
+    why = f"becomes {token!r}, the name of the file; it was {_token_of(inversions)!r}"
+    changed = [part for part, update in inversions.items() if update.token != token]
     return [f"{CHANGED}{part}.{EMBEDDING}:textual_inversion.token {why}" for part in changed]
 
 

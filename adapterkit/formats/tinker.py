@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # Map names of single experts to the name of a stack, and back: some formats stack experts that the base has separately.
 
 
-class Experts:
+class ExpertNames:
     """Maps our name of an expert's module to the stack's name and the expert's number, and back.
 
     Args:
@@ -52,21 +52,21 @@ class Experts:
     """
 
     def __init__(self, pairs: Mapping[str, str]) -> None:
-        self._own = {_regex(own): stack for own, stack in pairs.items()}
-        self._stacks = {_regex(stack): own for own, stack in pairs.items()}
+        self._patterns_of_experts = {_regex(expert_name): stack for expert_name, stack in pairs.items()}
+        self._stacks = {_regex(stack): expert_name for expert_name, stack in pairs.items()}
 
-    def there(self, own: str) -> tuple[str, int] | None:
-        """Return the stack's name and the expert's number; None if `own` is not the name of an expert's module."""
-        for pattern, stack in self._own.items():
-            if found := pattern.fullmatch(own):
-                return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
+    def there(self, name: str) -> tuple[str, int] | None:
+        """Return the stack's name and the expert's number; None if `name` is not the name of an expert's module."""
+        for pattern, stack in self._patterns_of_experts.items():
+            if match := pattern.fullmatch(name):
+                return match["prefix"] + stack.replace("{n}", match["n"]), int(match["e"])
         return None
 
     def back(self, stack: str, count: int) -> list[str] | None:
         """Return our names for the experts of a stack, by number; None if `stack` is not the name of a stack."""
-        for pattern, own in self._stacks.items():
-            if found := pattern.fullmatch(stack):
-                name = found["prefix"] + own.replace("{n}", found["n"])
+        for pattern, template in self._stacks.items():
+            if match := pattern.fullmatch(stack):
+                name = match["prefix"] + template.replace("{n}", match["n"])
                 return [name.replace("{e}", str(index)) for index in range(count)]
         return None
 
@@ -80,7 +80,7 @@ def _regex(template: str) -> re.Pattern[str]:
 FORMAT = "tinker"
 PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-_STACKS = Experts(EXPERTS)
+_STACKS = ExpertNames(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 """Fields of PEFT's config that would change the meaning of the tensors; the reader refuses them if they are set."""
 
@@ -128,7 +128,7 @@ class Tinker(Format):
         before = hints.get("config", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
-            adapter, _unfit, dialect="Tinker", on_loss=on_loss, first=first, one_rank=True
+            adapter, _unfit, format_name="Tinker", on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
         base_id = adapter.base.id if adapter.base else None
@@ -155,23 +155,23 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
 def _decode(
     tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    own = _OwnNames(base)
+    names_of_base = _TinkerNames(base)
     for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
         if not key.startswith(PREFIX):
             raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=DAMAGED)
         name = key.removeprefix(PREFIX)
         if any(len(leaf.shape) == 3 for leaf in slots.values()):
-            yield from _experts(name, slots, rank, alpha, own)
+            yield from _experts(name, slots, rank, alpha, names_of_base)
             continue
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
-        yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
+        yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
 
 def _experts(
-    name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames
+    name: str, slots: Slots, rank: int, alpha: float, names_of_base: _TinkerNames
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     A, B = slots["A"], slots["B"]
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
@@ -187,15 +187,15 @@ def _experts(
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
-        yield Target(own.named(path)), (LoRA(**one, scaling=alpha / rank),)
+        yield Target(names_of_base.named(path)), (LoRA(**one, scaling=alpha / rank),)
 
 
-class _OwnNames:
+class _TinkerNames:
     """Translates Tinker's names to the base's names, which may have a prefix if the base is a multimodal model."""
 
     def __init__(self, base: Checkpoint | None) -> None:
-        own = None if base is None else dict.fromkeys(modules_of(base.tensors))
-        self.names = None if own is None else TableNames(_Same(), own)
+        modules = None if base is None else dict.fromkeys(modules_of(base.tensors))
+        self.names = None if modules is None else TableNames(_Same(), modules)
 
     def named(self, path: str) -> str:
         return path if self.names is None else self.names.back(path)
@@ -207,8 +207,8 @@ class _Same(NameTable):
     def __init__(self) -> None:
         super().__init__({})
 
-    def there(self, own: str) -> str | None:
-        return own if own.startswith("model.layers.") or own in ("lm_head", "model.embed_tokens") else None
+    def there(self, name: str) -> str | None:
+        return name if name.startswith("model.layers.") or name in ("lm_head", "model.embed_tokens") else None
 
 
 def _unfit(target: Target, update: Pair) -> str:
@@ -228,15 +228,15 @@ def _spelled(pairs: Pairs) -> dict[str, Lazy]:
         else:
             name = PREFIX + HEAD.get(path, path)
             tensors |= {name + end: as_lazy(update.tensors[field]) for end, field in _SLOTS.items()}
-    for name, found in stacks.items():
-        if sorted(found) != list(range(len(found))):
-            items = [f"{name}: the adapter has experts {sorted(found)}"]
+    for name, experts_here in stacks.items():
+        if sorted(experts_here) != list(range(len(experts_here))):
+            items = [f"{name}: the adapter has experts {sorted(experts_here)}"]
             raise Unrepresentable(
                 "Tinker stores all experts of a module in one stack", items=items, cure="Write another format"
             )
         for end, field in _SLOTS.items():
             key = f"{PREFIX}{name}{end}"
-            leaves = [as_lazy(found[index].tensors[field]) for index in range(len(found))]
-            alike = len({id(found[index].tensors[field]) for index in range(len(found))}) == 1
+            leaves = [as_lazy(experts_here[index].tensors[field]) for index in range(len(experts_here))]
+            alike = len({id(experts_here[index].tensors[field]) for index in range(len(experts_here))}) == 1
             tensors[key] = stacked(leaves[:1] if alike else leaves)
     return tensors

@@ -77,8 +77,8 @@ class Torchtune(Format):
             for foreign, slots in grouped(tensors, _SLOTS, FORMAT).items():
                 update = pair(slots, alpha / check_factors(foreign, slots))
                 rows = order.of(foreign, update.B.shape[0])
-                own = Target(names.back(foreign), "in out *k" if foreign == "tok_embeddings" else "out *in")
-                updates[own] = (update if rows is None else in_row_order(update, _undone(rows)),)
+                target = Target(names.back(foreign), "in out *k" if foreign == "tok_embeddings" else "out *in")
+                updates[target] = (update if rows is None else in_row_order(update, _undone(rows)),)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"order": list(tensors), "alpha": alpha, "heads": order.known}
@@ -94,14 +94,14 @@ class Torchtune(Format):
             return unfit(target, update) if names.there(target.path) else "its module has no name in torchtune"
 
         pairs, lines = expressible(adapter, FORMAT, on_loss, why, (LoRA, DoRA))
-        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=hints.get("alpha"))
+        alpha, pairs, folded = one_alpha(pairs, format_name=FORMAT, on_loss=on_loss, first=hints.get("alpha"))
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
             foreign = str(names.there(target.path))
             rows = order.of(foreign, update.B.shape[0])
-            held = update if rows is None else in_row_order(update, _as_is(rows))
+            ordered = update if rows is None else in_row_order(update, _as_is(rows))
             ends = {field: end for end, field in _SLOTS.items()}
-            tensors |= {foreign + ends[field]: as_lazy(leaf) for field, leaf in held.tensors.items()}
+            tensors |= {foreign + ends[field]: as_lazy(leaf) for field, leaf in ordered.tensors.items()}
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})
         return lines + folded

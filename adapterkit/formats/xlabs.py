@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Target
 from ..errors import ShapeMismatch
 from ..naming.image import rooted
-from ._image.dialect import ImageFormat
 from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
+from ._image.image_format import ImageFormat
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -49,9 +49,9 @@ class Xlabs(ImageFormat):
         return any(map(self.parse, tensor_names(path)))
 
     def parse(self, key: str) -> ImageKey | None:
-        found = _KEY.fullmatch(key)
-        fits = found is not None and (found[2] == "double") == bool(found[3])
-        return ImageKey(key, found[1], found[4]) if found is not None and fits else None
+        match = _KEY.fullmatch(key)
+        fits = match is not None and (match[2] == "double") == bool(match[3])
+        return ImageKey(key, match[1], match[4]) if match is not None and fits else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{slot}.weight"
@@ -62,11 +62,11 @@ class Xlabs(ImageFormat):
         return {stem: _target(module) for stem, module in modules.items()}
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        found = _PATH.fullmatch(rooted(target.path)[1])
-        word = _STEMS.get(found[2]) if found else None
+        match = _PATH.fullmatch(rooted(target.path)[1])
+        word = _STEMS.get(match[2]) if match else None
         width = update.tensors["A"].shape[1] if "A" in update.tensors else 0
         rows = (0, 3 * width) if word == "qkv_lora" else None
-        return f"{found[1]}.processor.{word}" if found and word and target.rows == rows else None
+        return f"{match[1]}.processor.{word}" if match and word and target.rows == rows else None
 
     def metadata(
         self, updates: Mapping[Target, tuple[Update, ...]], hints: ImageHints, stems: Mapping[str, str]

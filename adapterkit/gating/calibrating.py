@@ -120,11 +120,11 @@ def calibrate(
             )
             raise Unsupported("a GGUF model cannot run, because it has no config.json", path=checkpoint.root, cure=cure)
         check_transformers(checkpoint.folder, "running models")
-        held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
+        loaded = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         if allow_partial:
-            held = [_present(each, checkpoint, rename) for each in held]
+            loaded = [_present(each, checkpoint, rename) for each in loaded]
     made_from: dict[str, object] = {
-        "base": fingerprint(checkpoint), "adapters": [each.digest() for each in held], "weights": list(factors),
+        "base": fingerprint(checkpoint), "adapters": [each.digest() for each in loaded], "weights": list(factors),
         "texts": _digest(lines), "count": texts, "length": length, "seed": seed,
     }  # fmt: skip
     if exists(located(target)):
@@ -146,7 +146,7 @@ def calibrate(
         raise Unsupported(
             "the model does not read text", path=checkpoint.root, cure="Omit --calibration (calibration=)"
         )
-    adapted = Adapted(model, held, factors, tied=tied, rename=rename)
+    adapted = Adapted(model, loaded, factors, tied=tied, rename=rename)
     stage("reading activations")
 
     def run() -> None:

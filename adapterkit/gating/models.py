@@ -50,7 +50,7 @@ SHORTEST = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class ModelInputs:
     """The inputs on which all models run.
 
     Attributes:
@@ -108,7 +108,7 @@ _JSONL = 'Write {"text": "..."} on each line, or name the file .txt for plain li
 def inputs_for(
     model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int,
     option: str = "--data (data=)",
-) -> Inputs:  # fmt: skip
+) -> ModelInputs:  # fmt: skip
     """Return inputs for a model.
 
     Args:
@@ -150,7 +150,7 @@ def inputs_for(
         if getattr(model.config, "is_encoder_decoder", False):
             feed["decoder_input_ids"] = ids[:, : max(SHORTEST, ids.shape[1] // 2)]
         feeds.append(feed)
-    return Inputs(tuple(feeds), source, sum(map(len, rows)), texts is None and not _has_tokenizer(folder))
+    return ModelInputs(tuple(feeds), source, sum(map(len, rows)), texts is None and not _has_tokenizer(folder))
 
 
 def _is_contrastive(model: Any) -> bool:
@@ -168,13 +168,13 @@ def _tokens(
             raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
         rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
         return rows, f"{count} rows of random token ids, because the base has no tokenizer"
-    held, source = list(texts or _builtin()), "given texts" if texts is not None else "built-in texts"
-    if len(held) > count:
-        held = [held[at] for at in sorted(chosen.sample(range(len(held)), count))]
+    chosen_texts, source = list(texts or _builtin()), "given texts" if texts is not None else "built-in texts"
+    if len(chosen_texts) > count:
+        chosen_texts = [chosen_texts[at] for at in sorted(chosen.sample(range(len(chosen_texts)), count))]
     try:
         AutoTokenizer = import_module("transformers").AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        rows = [list(tokenizer(text)["input_ids"])[:length] for text in held]
+        rows = [list(tokenizer(text)["input_ids"])[:length] for text in chosen_texts]
     except Exception as error:  # transformers raises many types of errors for damaged or unknown tokenizers.
         why = f"transformers cannot load the tokenizer ({first_line(error)})"
         raise Malformed(why, path=folder, cure="Download the folder again") from None
@@ -194,7 +194,7 @@ def _builtin() -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def _pixels(model: Any, count: int, seed: int) -> Inputs:
+def _pixels(model: Any, count: int, seed: int) -> ModelInputs:
     torch = import_module("torch")
     config = getattr(model.config, "vision_config", None) or model.config
     size = getattr(config, "image_size", None) or 224
@@ -202,7 +202,7 @@ def _pixels(model: Any, count: int, seed: int) -> Inputs:
     shape = (1, getattr(config, "num_channels", None) or 3, height, width)
     random_state = torch.Generator().manual_seed(seed)
     feeds = tuple({"pixel_values": torch.randn(shape, generator=random_state)} for _ in range(count))
-    return Inputs(feeds, f"{count} random images", 0)
+    return ModelInputs(feeds, f"{count} random images", 0)
 
 
 # Measure outputs.
@@ -247,18 +247,20 @@ def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> Mod
     open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
     options = {name: value for name, value in options.items() if name in names or open_ended}
     with torch.no_grad():
-        told = model(**{name: value.to(device) for name, value in feeds.items()}, **options)
-    states = [told.get(name) or () for name in ("encoder_hidden_states", "hidden_states", "decoder_hidden_states")]
-    return output_of(told, tuple(state for each in states for state in each))
+        outputs = model(**{name: value.to(device) for name, value in feeds.items()}, **options)
+    states = [outputs.get(name) or () for name in ("encoder_hidden_states", "hidden_states", "decoder_hidden_states")]
+    return output_of(outputs, tuple(state for each in states for state in each))
 
 
-def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
+def output_of(outputs: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
     """Return the logits or hidden states among the outputs of a model, by the names of transformers."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
-        held = told.get(name)
-        if held is not None:
-            return ModelOutput(_double(held), name != "last_hidden_state" and held.shape[-1] > 1, tuple(states))
-    first = next(value for value in told.values() if hasattr(value, "shape") and value.dtype.is_floating_point)
+        output_value = outputs.get(name)
+        if output_value is not None:
+            return ModelOutput(
+                _double(output_value), name != "last_hidden_state" and output_value.shape[-1] > 1, tuple(states)
+            )
+    first = next(value for value in outputs.values() if hasattr(value, "shape") and value.dtype.is_floating_point)
     return ModelOutput(_double(first), False, tuple(states))
 
 
@@ -332,9 +334,9 @@ def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, i
     """Return the sum of -log p(next token) over the text, and the number of predicted tokens."""
     ids = feeds["input_ids"]
     known = output.main.shape[-1]
-    told = output.main[0, :-1].log_softmax(-1)
+    log_probs = output.main[0, :-1].log_softmax(-1)
     wanted = ids[0, 1:].clamp(max=known - 1)
-    return -float(told.gather(1, wanted[:, None]).sum()), len(wanted)
+    return -float(log_probs.gather(1, wanted[:, None]).sum()), len(wanted)
 
 
 def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
@@ -553,5 +555,5 @@ class Graph:
         if not names:
             cure = "Name the outputs logits or last_hidden_state, as adapterkit export does"
             raise Unsupported("the graph outputs neither logits nor hidden states", path=self.path, cure=cure)
-        told = self.session.run(given, self.chosen, names[:1])
-        return output_of({name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in told.items()})
+        outputs = self.session.run(given, self.chosen, names[:1])
+        return output_of({name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in outputs.items()})

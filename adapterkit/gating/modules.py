@@ -111,10 +111,12 @@ class Watched:
     def __init__(self, model: nn.Module, other: nn.Module, handles: Sequence[Handle]) -> None:
         self.other, self.handles, self.on = dict(other.named_modules()), handles, False
         self.names = [
-            name for name, module in model.named_modules() if any(True for _ in _own(module)) and name in self.other
+            name
+            for name, module in model.named_modules()
+            if any(True for _ in _tensors_of(module)) and name in self.other
         ]
-        held = [name for name, module in model.named_modules() if any(True for _ in _own(module))]
-        self.missing = tuple(name for name in held if name not in self.other)
+        with_parameters = [name for name, module in model.named_modules() if any(True for _ in _tensors_of(module))]
+        self.missing = tuple(name for name in with_parameters if name not in self.other)
         self.sums: dict[str, ModuleSums] = {}
         self.hooks = [
             model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True) for name in self.names
@@ -166,7 +168,7 @@ class Watched:
             sums.add(*three)
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Yield the parameters and floating-point buffers of a module, but not those of its children."""
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None and b.is_floating_point())
@@ -222,18 +224,18 @@ def judged(
     stacks = [name for name in parts if name not in suspects and _is_stack(model.get_submodule(name))]
     weights = SuspectWeights(model, other, [*suspects, *stacks, *comparison.idle], dtype)
     weights.fold(handles)
-    found: dict[str, ModulePart] = {}
+    parts_by_name: dict[str, ModulePart] = {}
     for name in [*parts, *comparison.idle]:
         part = parts.get(name) or ModulePart(name, False, None, 0.0, True)
-        found[name] = part
+        parts_by_name[name] = part
         if name in weights.names:
-            found[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
+            parts_by_name[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
         plain = _plain_fault(comparison.sums[name]) if name in parts else ""
         # Keep the fault of a broken weight, which explains more than a wrong output.
-        if plain and not found[name].fault.startswith(BROKEN):
-            found[name] = replace(part, fault=plain)
+        if plain and not parts_by_name[name].fault.startswith(BROKEN):
+            parts_by_name[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
-    return (*found.values(), *lost)
+    return (*parts_by_name.values(), *lost)
 
 
 def _plain_fault(sums: ModuleSums) -> str:
@@ -271,7 +273,7 @@ def named_scale(scale: float, residue: float) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
+class _WeightCopy:
     """A copy of a parameter from before the adapters are merged."""
 
     module: str
@@ -284,17 +286,19 @@ class SuspectWeights:
 
     def __init__(self, model: nn.Module, other: nn.Module, names: Sequence[str], dtype: str) -> None:
         self.model, self.other, self.names, self.dtype = model, dict(other.named_parameters()), {*names}, dtype
-        self.held: list[_Held] = []
+        self.copies: list[_WeightCopy] = []
         self.why = ""
         for name in dict.fromkeys(names):
             for leaf, parameter in model.get_submodule(name)._parameters.items():
                 if parameter is not None:
-                    self.held.append(_Held(name, f"{name}.{leaf}" if name else leaf, parameter.detach().clone()))
+                    self.copies.append(
+                        _WeightCopy(name, f"{name}.{leaf}" if name else leaf, parameter.detach().clone())
+                    )
         self.changes: dict[str, Tensor] = {}
 
     def fold(self, handles: Sequence[Handle]) -> None:
         """Merge the adapters into the base. If they cannot be merged, only outputs are compared."""
-        if not self.held:
+        if not self.copies:
             return
         try:
             for handle in handles:
@@ -303,20 +307,20 @@ class SuspectWeights:
             self.why = error.why
             return
         after = dict(self.model.named_parameters())
-        self.changes = {each.name: after[each.name].detach() - each.before for each in self.held}
+        self.changes = {each.name: after[each.name].detach() - each.before for each in self.copies}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
         """Compare the weights of a module; return it with a fault, unless rounding explains the difference."""
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
-        for each in (held for held in self.held if held.module == part.module and not self.why):
-            found = self._weight(each, max_scale_error, max_part_error)
-            same = same and found.same
-            touched = touched or found.scale is not None
-            if found.fault:
-                worst = worst or found.fault
-                if found.scale is not None:
-                    along.append((found.scale, found.error))
+        for each in (weight for weight in self.copies if weight.module == part.module and not self.why):
+            result = self._weight(each, max_scale_error, max_part_error)
+            same = same and result.same
+            touched = touched or result.scale is not None
+            if result.fault:
+                worst = worst or result.fault
+                if result.scale is not None:
+                    along.append((result.scale, result.error))
         if worst:
             scale, error = max(along, key=lambda pair: pair[1], default=(part.scale, part.error))
             return replace(part, touched=touched, fault=worst, scale=scale, error=error)
@@ -330,21 +334,21 @@ class SuspectWeights:
             return replace(part, fault="gives another output with the same weights: the configs differ")
         return replace(part, rounded=True)
 
-    def _weight(self, held: _Held, max_scale_error: float, max_part_error: float) -> _WeightFound:
-        there, delta = self.other.get(held.name), self.changes[held.name].double()
+    def _weight(self, weight: _WeightCopy, max_scale_error: float, max_part_error: float) -> _WeightFound:
+        there, delta = self.other.get(weight.name), self.changes[weight.name].double()
         if there is None:
-            return _WeightFound(f"has no {held.name.rpartition('.')[2]}", None, 1.0, False)
-        if there.shape != held.before.shape:
+            return _WeightFound(f"has no {weight.name.rpartition('.')[2]}", None, 1.0, False)
+        if there.shape != weight.before.shape:
             return _WeightFound(
-                f"has a {held.name.rpartition('.')[2]} of the shape {list(there.shape)} instead of "
-                f"{list(held.before.shape)}", None, 1.0, False,
+                f"has a {weight.name.rpartition('.')[2]} of the shape {list(there.shape)} instead of "
+                f"{list(weight.before.shape)}", None, 1.0, False,
             )  # fmt: skip
-        before = held.before.double()
+        before = weight.before.double()
         wanted, got = before + delta, there.detach().double()
         if not bool(got.isfinite().all()):
             return _WeightFound("contains values that are not finite", None, math.inf, False)
         if self.dtype == QUANTIZED:
-            return self._packed(held, before, delta, got, max_scale_error)
+            return self._packed(weight, before, delta, got, max_scale_error)
         rounded = wanted.to(_kind(self.dtype)).double()
         size, apart = float(delta.norm()), float((got - wanted).norm())
         grain = float((rounded - wanted).norm())
@@ -366,10 +370,10 @@ class SuspectWeights:
         # other tools round twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
-        return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
+        return _WeightFound(self._named(weight, got - before, scale, residue), scale, apart / size, False)
 
     def _packed(
-        self, held: _Held, before: Tensor, delta: Tensor, got: Tensor, max_scale_error: float
+        self, weight: _WeightCopy, before: Tensor, delta: Tensor, got: Tensor, max_scale_error: float
     ) -> _WeightFound:  # fmt: skip
         """Compare a quantized weight, whose rounding errors may be larger than the change.
 
@@ -392,17 +396,17 @@ class SuspectWeights:
         if scale < -CERTAIN * noise - UNCHANGED:
             fault = f"contains the change with the opposite sign (scale {scale:.2g})"
         elif abs(scale) < UNCHANGED + CERTAIN * noise:
-            fault = self._elsewhere(held, there) or "contains nothing of the change"
+            fault = self._elsewhere(weight, there) or "contains nothing of the change"
         return _WeightFound(fault, scale, apart / size, False)
 
-    def _elsewhere(self, held: _Held, there: Tensor) -> str:
+    def _elsewhere(self, weight: _WeightCopy, there: Tensor) -> str:
         """Return a fault if a quantized weight contains a known wrong change: transposed, or of another weight."""
-        delta = self.changes[held.name].double()
+        delta = self.changes[weight.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
             return "contains the change transposed"
-        for each in self.held[:MOST_COMPARED]:
+        for each in self.copies[:MOST_COMPARED]:
             other = self.changes[each.name].double()
-            same = each.name != held.name and other.shape == there.shape and bool(other.any())
+            same = each.name != weight.name and other.shape == there.shape and bool(other.any())
             if same and abs(_along(there, other) - 1) < OTHER:
                 return f"contains the change of {each.module}"
         return ""
@@ -413,19 +417,19 @@ class SuspectWeights:
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())
 
-    def _named(self, held: _Held, there: Tensor, scale: float, residue: float) -> str:
+    def _named(self, weight: _WeightCopy, there: Tensor, scale: float, residue: float) -> str:
         """Return a fault that names the wrong change which a weight contains."""
         plain = named_scale(scale, residue)
         if plain != "contains another change":
             return plain
-        delta = self.changes[held.name].double()
+        delta = self.changes[weight.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and _cosine(there, delta.T) > ALIKE:
             return "contains the change transposed"
         if there.ndim == 3 and _scrambled_rows(there, delta):
             return "contains the changes of the experts in another order"
-        for each in self.held[:MOST_COMPARED]:
+        for each in self.copies[:MOST_COMPARED]:
             other = self.changes[each.name].double()
-            if each.name != held.name and other.shape == there.shape and _cosine(there, other) > ALIKE:
+            if each.name != weight.name and other.shape == there.shape and _cosine(there, other) > ALIKE:
                 return f"contains the change of {each.module}"
         if float(there.norm()) > 10 * float(delta.norm()):
             return "has other weights than the base with the change"

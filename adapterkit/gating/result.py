@@ -231,8 +231,8 @@ class Gate:
 
     def __repr__(self) -> str:
         failed = [f"{check.model} {check.name}" for check in self.checks if check.ok is False]
-        told = f": {', '.join(failed)}" if failed else ""
-        return f"Gate({self.outcome}{told}; {len(self.checks)} checks)"
+        failures = f": {', '.join(failed)}" if failed else ""
+        return f"Gate({self.outcome}{failures}; {len(self.checks)} checks)"
 
     def _repr_html_(self) -> str:
         words = {True: "passed", False: "failed", None: "undecided"}
@@ -274,10 +274,10 @@ NAMES = {"merged": "the merged model", "onnx": "the graph"}
 
 def checks_of(effect: AdapterEffect, kept: Sequence[KeptEffect], limits: Thresholds) -> list[GateCheck]:
     """Return the checks of the adapters and of each model."""
-    found = [*_of_adapter(effect, limits)]
+    checks = [*_of_adapter(effect, limits)]
     for each in kept:
-        found += _of_model(each, effect, limits)
-    return found
+        checks += _of_model(each, effect, limits)
+    return checks
 
 
 def _of_adapter(effect: AdapterEffect, limits: Thresholds) -> Iterator[GateCheck]:
@@ -456,11 +456,11 @@ def _plural(fault: str) -> str:
 
 def shortened(module: str) -> str:
     """Return a short name of a module: `layer 3 down_proj` for `model.layers.3.mlp.down_proj`."""
-    found = re.search(r"(?:^|\.)(?:layers?|h|blocks?|encoder\.layer)\.(\d+)\.(?:.*\.)?([^.]+)$", module)
-    if found is None:
+    match = re.search(r"(?:^|\.)(?:layers?|h|blocks?|encoder\.layer)\.(\d+)\.(?:.*\.)?([^.]+)$", module)
+    if match is None:
         return module or "the model"
-    last = found[2] if found[2] not in ("dense", "LayerNorm") else ".".join(module.split(".")[-2:])
-    return f"layer {found[1]} {last}"
+    last = match[2] if match[2] not in ("dense", "LayerNorm") else ".".join(module.split(".")[-2:])
+    return f"layer {match[1]} {last}"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from ..naming.binding.fitting import check_base
 from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 from ..quant import dequantized, is_quantized
-from .models import Inputs, inputs_for, texts_of
+from .models import ModelInputs, inputs_for, texts_of
 from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart, Thresholds, checks_of, verdicts_of
 
 if TYPE_CHECKING:
@@ -69,14 +69,14 @@ def null_adapter(
     """
     import numpy as np
 
-    _, found = places(adapters, base=base, disjoint=True, rename=rename)
+    _, aligned = places(adapters, base=base, disjoint=True, rename=rename)
     rng = np.random.default_rng(seed)
     updates: dict[Target, Any] = {}
-    for place in found:
+    for place in aligned:
         changes = lowered(place).changes(weights)
-        made = [*_weights(changes, place.target.stacked, rng), *_biases(changes, place.target.stacked, rng)]
-        if made:
-            updates[place.target] = tuple(made)
+        updates_here = [*_weights(changes, place.target.stacked, rng), *_biases(changes, place.target.stacked, rng)]
+        if updates_here:
+            updates[place.target] = tuple(updates_here)
     return Adapter(updates)
 
 
@@ -248,26 +248,26 @@ def gate(
         if is_gguf_model(checkpoint):
             load(checkpoint, dtype, "cpu")  # Raise the error for a missing graph or folder.
         check_transformers(checkpoint.folder, "running models")
-        held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
+        loaded = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
         graph = None if onnx is None else located(onnx)
     if graph is not None and not exists(graph):
         raise UsageError("the graph does not exist", path=graph, cure="Correct the path at --onnx (onnx=)")
     names = [public("an adapter in memory" if isinstance(each, Adapter) else path_text(each)) for each in given]
-    warnings = check_base([*zip(names, held, strict=True)], checkpoint, strict=strict_base)
+    warnings = check_base([*zip(names, loaded, strict=True)], checkpoint, strict=strict_base)
     place = device_of(device)
     model = load(checkpoint, dtype, place)
     if parse_vocab(vocab) is not None:
-        _grow(model, plan(checkpoint, held, weights=factors, tied=tied, rename=rename, vocab=vocab))
+        _grow(model, plan(checkpoint, loaded, weights=factors, tied=tied, rename=rename, vocab=vocab))
     inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
-    adapted = Adapted(model, held, factors, tied=tied, rename=rename)
-    why_no_null = _add_null(adapted, held, checkpoint, factors, seed, rename) if null else "it was switched off"
+    adapted = Adapted(model, loaded, factors, tied=tied, rename=rename)
+    why_no_null = _add_null(adapted, loaded, checkpoint, factors, seed, rename) if null else "it was switched off"
     run = _Run(adapted, inputs, limits, STEP[dtype], new_tokens)
     effect = run.effect(why_no_null)
     adapted.drop_null()
     kept = []
     if graph is not None:
-        kept.append(run.graph(graph, held, factors))
+        kept.append(run.graph(graph, loaded, factors))
     if after is not None:  # Measure the merged model last, because this merges the adapters into the base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
@@ -334,7 +334,7 @@ def _add_null(
 class _Run:
     """The outputs of the base with adapters, with which the other models are compared."""
 
-    def __init__(self, adapted: Adapted, inputs: Inputs, limits: Thresholds, coarse: float, new: int) -> None:
+    def __init__(self, adapted: Adapted, inputs: ModelInputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .models import is_causal
 
         self.adapted, self.inputs, self.limits, self.coarse = adapted, inputs, limits, coarse
@@ -384,17 +384,17 @@ class _Run:
         from .models import Graph
 
         stage(f"running {path}")
-        told = KeptEffect("onnx", public(str(path)))
+        effect = KeptEffect("onnx", public(str(path)))
         try:
             graph: Graph = Graph(path, adapters, weights)
-            told = self._kept(told, graph.run, self._adapted)
-            if told.kept is not None and told.kept < self.limits.min_kept:
-                told = replace(told, scale=self._scale(graph.run))
+            effect = self._kept(effect, graph.run, self._adapted)
+            if effect.kept is not None and effect.kept < self.limits.min_kept:
+                effect = replace(effect, scale=self._scale(graph.run))
         except Unsupported:
             raise
         except AdapterkitError as error:
-            return replace(told, why=error.why)
-        return told
+            return replace(effect, why=error.why)
+        return effect
 
     def _scale(self, run: Run) -> float | None:
         """Return the factor of the change in a graph; None if the graph does not match any of the tried factors.
@@ -427,15 +427,15 @@ class _Run:
         if not is_gguf_model(checkpoint):
             check_transformers(checkpoint.folder, "running models")
         lacking: list[str] = []
-        told = KeptEffect("merged", public(str(checkpoint.root)), dtype=stored_dtype(checkpoint))
+        effect = KeptEffect("merged", public(str(checkpoint.root)), dtype=stored_dtype(checkpoint))
         try:
             other = load(checkpoint, dtype, device, lacking, base)
         except Malformed as error:
-            return replace(told, why=error.why)
+            return replace(effect, why=error.why)
         model = self.adapted.model
         if type(other) is not type(model):
-            return replace(told, why=f"it is a {type(other).__name__}, but the base is a {type(model).__name__}")
-        told = replace(told, lacking=tuple(lacking))
+            return replace(effect, why=f"it is a {type(other).__name__}, but the base is a {type(model).__name__}")
+        effect = replace(effect, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
         def looked_at(feeds: Mapping[str, Tensor]) -> ModelOutput:
@@ -444,21 +444,21 @@ class _Run:
 
         stage("comparing it module by module")
         try:
-            told = self._kept(told, lambda feeds: run_torch(other, feeds, device), looked_at, states)
+            effect = self._kept(effect, lambda feeds: run_torch(other, feeds, device), looked_at, states)
         except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit the inputs.
-            told = replace(told, why=first_line(error))
+            effect = replace(effect, why=first_line(error))
         finally:
             comparison = watched.close()
         parts: tuple[ModulePart, ...] = judged(
-            comparison, model, other, self.adapted.handles, dtype=told.dtype or "", coarse=self.coarse,
+            comparison, model, other, self.adapted.handles, dtype=effect.dtype or "", coarse=self.coarse,
             max_scale_error=self.limits.max_scale_error, max_part_error=self.limits.max_part_error,
         )  # fmt: skip
         scale = scale_of(comparison)
-        return replace(told, parts=parts, scale=scale if told.why is None and scale is not None else told.scale,
+        return replace(effect, parts=parts, scale=scale if effect.why is None and scale is not None else effect.scale,
                        blocks=_blocks(states))  # fmt: skip
 
     def _kept(
-        self, told: KeptEffect, run: Run, with_adapters: Run, states: StateSums | None = None,
+        self, effect: KeptEffect, run: Run, with_adapters: Run, states: StateSums | None = None,
     ) -> KeptEffect:  # fmt: skip
         from .models import agreement, along, divergence, positions
 
@@ -479,7 +479,7 @@ class _Run:
         common = agreement(self.words, self._greedy(run)) if self.words else None
         back = self.back
         return replace(
-            told, divergence=apart.value, kept=1 - apart.value / back if back else None,
+            effect, divergence=apart.value, kept=1 - apart.value / back if back else None,
             scale=product / asked if asked else None, agreement=common, perplexity=perplexity.value, finite=finite,
             why=why,
         )  # fmt: skip

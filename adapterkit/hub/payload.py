@@ -105,15 +105,15 @@ def base_id(adapter: Adapter) -> str | None:
 def _page(data: Mapping[str, JsonValue], *parts: str) -> str:
     import yaml
 
-    told = {key: value for key, value in data.items() if value}
-    front = f"---\n{yaml.safe_dump(told, sort_keys=True, allow_unicode=True)}---"
+    fields = {key: value for key, value in data.items() if value}
+    front = f"---\n{yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)}---"
     text = "\n\n".join([front, *(part for part in parts if part)]) + "\n\n"
     return text + _MARK.format(sha256(text.encode()).hexdigest())
 
 
 def _methods(adapters: Iterable[Mapping[str, object]]) -> list[str]:
-    listed = (found for adapter in adapters if isinstance(found := adapter.get("methods"), list))
-    return sorted({_text(method) for found in listed for method in found})
+    listed = (methods for adapter in adapters if isinstance(methods := adapter.get("methods"), list))
+    return sorted({_text(method) for methods in listed for method in methods})
 
 
 def _adapter_facts(adapter: Adapter, source_format: str) -> list[tuple[str, str]]:
@@ -135,8 +135,8 @@ def _merged(adapter: Mapping[str, Any]) -> list[str]:
     """Return an adapter's row with the columns `ADAPTER_COLUMNS`; a value that the report lacks is an empty cell."""
     lists = {key: _listed(adapter.get(key) or ()) for key in ("methods", "ranks", "lineage")}
     plain = {key: _text(adapter.get(key, "")) for key in ("name", "weight", "targets")}
-    told = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
-    return [told[key] for key in ADAPTER_COLUMNS]
+    cells = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
+    return [cells[key] for key in ADAPTER_COLUMNS]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -191,8 +191,8 @@ def _class_of(config: Mapping[str, JsonValue]) -> str | None:
 
 def _loaded(place: Uri) -> str:
     """Return a Hugging Face uri as the arguments of `from_pretrained`."""
-    told = [("revision", place.revision), ("subfolder", place.path)]
-    more = [f"{key}={json.dumps(value)}" for key, value in told if value]
+    fields = [("revision", place.revision), ("subfolder", place.path)]
+    more = [f"{key}={json.dumps(value)}" for key, value in fields if value]
     return ", ".join([json.dumps(place.repo), *more])
 
 
@@ -223,8 +223,8 @@ def is_of_the_base(folder: Path) -> bool:
     card = folder / CARD
     if not card.is_file():
         return False
-    told = record_at(folder).get("base_card")
-    return told is not None and told == digests(card)[1]
+    record = record_at(folder).get("base_card")
+    return record is not None and record == digests(card)[1]
 
 
 def model_at(path: Path) -> CardModel:
@@ -236,14 +236,14 @@ def model_at(path: Path) -> CardModel:
     from ..io.checkpoint import open_checkpoint
 
     try:
-        found = open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except UsageError as error:
         cure = "Pass an adapter, or a folder of weights"
         raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
-    record = record_at(found.folder)
+    record = record_at(checkpoint.folder)
     adapters = _adapters(record)
-    base, revision = _base_of(record, found.folder, adapters)
-    return CardModel(base, revision, adapters, found.config or {})
+    base, revision = _base_of(record, checkpoint.folder, adapters)
+    return CardModel(base, revision, adapters, checkpoint.config or {})
 
 
 def record_at(folder: Path) -> Mapping[str, object]:
@@ -254,17 +254,17 @@ def record_at(folder: Path) -> Mapping[str, object]:
 
 
 def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
-    told = record.get("adapters")
-    return tuple(a for a in told if isinstance(a, dict)) if isinstance(told, list) else ()
+    listed = record.get("adapters")
+    return tuple(a for a in listed if isinstance(a, dict)) if isinstance(listed, list) else ()
 
 
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
     """Return the base's name and commit: from its download record, or from the adapters if all name the same base."""
-    told = record.get("base_uri")
-    if isinstance(told, str):
-        uri = parse(told)
+    base_uri = record.get("base_uri")
+    if isinstance(base_uri, str):
+        uri = parse(base_uri)
         return uri.name, uri.revision
     if not adapters:
         origin = source_of(folder)
@@ -283,13 +283,13 @@ class Payload:
     files: dict[str, Content]
     card_name: str
     card: str | None = None
-    found: dict[str, Digests] = field(default_factory=dict)
+    known_digests: dict[str, Digests] = field(default_factory=dict)
 
     def digests(self) -> dict[str, Digests]:
         for name, content in self.files.items():
-            if name not in self.found:
-                self.found[name] = digests_of(content)
-        return {name: self.found[name] for name in self.files}
+            if name not in self.known_digests:
+                self.known_digests[name] = digests_of(content)
+        return {name: self.known_digests[name] for name in self.files}
 
     def leave_card_out(self) -> None:
         """Remove the generated card from the push."""
@@ -332,12 +332,12 @@ def prepared(
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
     """Return the files. If they have no card, and the hub shows a card at this path, add a generated card."""
     # Replace the base's card, which a merge copied, by a generated card.
-    own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
-    check_names(own)
+    chosen = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
+    check_names(chosen)
     text, target = _card(source, remote.uri, licence), remote.uri
     prefix = f"{target.path}/" if target.path else ""
-    payload = Payload({f"{prefix}{name}": path for name, path in own.items()}, _card_name(remote))
-    if CARD not in own and (not prefix or remote.cards_below):
+    payload = Payload({f"{prefix}{name}": path for name, path in chosen.items()}, _card_name(remote))
+    if CARD not in chosen and (not prefix or remote.cards_below):
         payload.card, payload.files[payload.card_name] = text, text.encode()
     return payload
 
@@ -365,14 +365,14 @@ def files_of(source: Path) -> dict[str, Path]:
     check_exists(source)
     if source.is_file():
         return {source.name: source}
-    found = {}
+    by_name = {}
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(folder) / name
             if not name.startswith(".") and file.is_file():
-                found[file.relative_to(source).as_posix()] = file
-    return found
+                by_name[file.relative_to(source).as_posix()] = file
+    return by_name
 
 
 def _converted(
@@ -403,22 +403,22 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
         return files
     out = folder / "model"
     run_plan(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
-    made, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
+    shards, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
     if index is not None:
-        made[INDEX] = out / INDEX
+        shards[INDEX] = out / INDEX
         write_bytes(out / INDEX, index)
     old = {INDEX, TORCH_INDEX, *(file.name for file in base.files)}
-    return {name: path for name, path in files.items() if name not in old} | made | _without_sums(source, folder)
+    return {name: path for name, path in files.items() if name not in old} | shards | _without_sums(source, folder)
 
 
 def _check_model(source: Path) -> None:
     from ..formats import detect
 
     try:
-        found = detect(source)
+        format_name = detect(source)
     except UnknownFormat:
         return
-    raise UsageError(f"the adapter ({found}) cannot be split into shards", path=source, cure=_WHOLE)
+    raise UsageError(f"the adapter ({format_name}) cannot be split into shards", path=source, cure=_WHOLE)
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
@@ -428,8 +428,8 @@ def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
     record = record_at(source)
     if KEY not in record:
         return {}
-    told = {key: value for key, value in record.items() if key != KEY}
-    write_bytes(folder / REPORT, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+    kept = {key: value for key, value in record.items() if key != KEY}
+    write_bytes(folder / REPORT, (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode())
     return {REPORT: folder / REPORT}
 
 

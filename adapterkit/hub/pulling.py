@@ -107,15 +107,15 @@ def pull(
     target = Path(path_text(dest))
     source = source_at(remote)
     wanted = choose(remote, include)
-    told = {name: (file.size, file.digest) for name, file in wanted.items()}
+    listing = {name: (file.size, file.digest) for name, file in wanted.items()}
     if dry_run:
-        return Pulled(source.uri, target, told, sum(size for size, _ in told.values()), dry=True)
-    if not overwrite and _is_there(target, source, told):
+        return Pulled(source.uri, target, listing, sum(size for size, _ in listing.values()), dry=True)
+    if not overwrite and _is_there(target, source, listing):
         take_over(target, SUFFIX)
-        return Pulled(source.uri, target, told, 0, already=True)
+        return Pulled(source.uri, target, listing, 0, already=True)
     check_free(target, overwrite or Staging(target, SUFFIX).folder.is_dir())
     fetched = bring(remote, source, wanted, target, progress, overwrite=overwrite)
-    return Pulled(source.uri, target, told, fetched)
+    return Pulled(source.uri, target, listing, fetched)
 
 
 def source_at(remote: Remote) -> Source:
@@ -133,13 +133,13 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
     files = remote.below(path)
     single = len(files) == 1 and files[0].path == path
     start = (path.rfind("/") + 1) if single else len(path) + 1 if path else 0
-    found = {file.path[start:]: file for file in files if file.path[start:] != NOTE}
+    chosen = {file.path[start:]: file for file in files if file.path[start:] != NOTE}
     if include:
-        found = {n: file for n, file in found.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
-    if not found:
+        chosen = {n: file for n, file in chosen.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
+    if not chosen:
         cure = f"Its files are: {', '.join(file.path for file in files[:5])}"
         raise RemoteNotFound("the repository has no matching file to fetch", path=str(remote.uri), cure=cure)
-    return found
+    return chosen
 
 
 def bring(
@@ -177,7 +177,7 @@ class _Transfer:
         for name, file in wanted.items():
             self.names.setdefault(file.digest, []).append(name)
         self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
-        self.total, self.done, self.found, self.asked = sum(file.size for file in self.files), 0, 0, ASKED
+        self.total, self.done, self.present_bytes, self.asked = sum(file.size for file in self.files), 0, 0, ASKED
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self) -> int:
@@ -191,7 +191,7 @@ class _Transfer:
                 # Set `stop`, which workers check at each chunk; otherwise leaving the pool would wait for whole files.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
-        return self.done - self.found
+        return self.done - self.present_bytes
 
     def _watch(self, running: set[Future[None]]) -> None:
         while running:
@@ -206,7 +206,7 @@ class _Transfer:
         if not all((self.stage / "out" / name).exists() for name in names):
             return False
         self.done += file.size
-        self.found += file.size
+        self.present_bytes += file.size
         return True
 
     def _one(self, file: RemoteFile) -> None:
@@ -214,7 +214,7 @@ class _Transfer:
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
             # Do not count a partial file that is longer than the file: it is wrong, and will be downloaded again.
-            self.found += left if left <= file.size else 0
+            self.present_bytes += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
         for copy in others:
@@ -235,8 +235,8 @@ class _Transfer:
 def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     """Prepare the staging folder; remove files of an earlier run that this pull does not need."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
-    plan, told = stage / "plan", "\n".join(sorted(names))
-    same = plan.exists() and plan.read_text("utf-8") == told
+    plan, names_text = stage / "plan", "\n".join(sorted(names))
+    same = plan.exists() and plan.read_text("utf-8") == names_text
     if not same:
         shutil.rmtree(stage / "out", ignore_errors=True)
     for folder in ("out", "parts"):
@@ -246,26 +246,26 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
             part.unlink()
     if not same:
         # Write the plan atomically: the next run would refuse half a plan, and would delete all downloaded files.
-        write_bytes(plan, told.encode())
+        write_bytes(plan, names_text.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     # Subtract the bytes from an interrupted run, which are already on the disk.
-    held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
-    needed = sum(file.size for file in wanted.values()) - held + HEADROOM
+    present = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
+    needed = sum(file.size for file in wanted.values()) - present + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
         cure = "Free some space, write elsewhere, or fetch less with --include"
         raise StorageError(f"the pull needs {needed:,} bytes more, but {free:,} are free", path=stage.parent, cure=cure)
 
 
-def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
+def _is_there(target: Path, source: Source, listing: Mapping[str, tuple[int, str]]) -> bool:
     """Whether the target contains an earlier pull of the same commit, with every file unchanged."""
     from .transfer import same
 
     if not target.is_dir() or source_of(target) != source:
         return False
     try:
-        return all(same(target / name, size, digest) for name, (size, digest) in told.items())
+        return all(same(target / name, size, digest) for name, (size, digest) in listing.items())
     except AdapterkitError:
         return False

@@ -139,10 +139,10 @@ def push(
         passed_on = licence_called(licence) or licence_at(located(path)) or licence_of(card)
         payload = payload_of(source, files, remote, passed_on)
         pushed = _compared(payload, there, remote, is_generated(card))
-        parts, shown, told = _licences(source, licence_called(licence), card, base)
+        parts, shown, concerns = _licences(source, licence_called(licence), card, base)
         if strict_licence:
-            check_licences([(OUTPUT, shown), *parts], told, located(path))
-        pushed = replace(pushed, warnings=tuple(f"licences: {each}" for each in told))
+            check_licences([(OUTPUT, shown), *parts], concerns, located(path))
+        pushed = replace(pushed, warnings=tuple(f"licences: {each}" for each in concerns))
         _refuse(pushed, overwrite)
         return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
 
@@ -302,8 +302,8 @@ def outgoing(
 
 def _licence(sources: Sequence[Path]) -> Licence:
     """Return the licence that all sources share; empty if the licences differ, or if a source has no licence."""
-    found = [licence_at(source) for source in sources]
-    return found[0] if found and all(licence == found[0] for licence in found) else {}
+    licences = [licence_at(source) for source in sources]
+    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
 
 
 # Write to a hub from many machines: each machine uploads whole weight files, and one process makes them visible.
@@ -317,7 +317,7 @@ def _licence(sources: Sequence[Path]) -> Licence:
 SKETCHED = (".safetensors", ".gguf")
 
 
-class Placing:
+class IncrementalPush:
     """An output whose weight files are uploaded to a hub one by one, before the output becomes visible.
 
     Attributes:
@@ -375,9 +375,9 @@ class Placing:
             Corrupt: the hub no longer has an uploaded file.
             AdapterkitError: as for `push`.
         """
-        found = {name: self._placed(name) for name in self._sketches()}
-        placed = {name: each for name, each in found.items() if each is not None}
-        if missing := sorted(found.keys() - placed.keys()):
+        placed_or_none = {name: self._placed(name) for name in self._sketches()}
+        placed = {name: each for name, each in placed_or_none.items() if each is not None}
+        if missing := sorted(placed_or_none.keys() - placed.keys()):
             raise lost(self.uri, missing[0])
         pushed = push_placed(self.path, placed, self.remote, self.overwrite)
         return bool(pushed.added or pushed.replaced or pushed.removed)
@@ -395,15 +395,17 @@ class Placing:
 
     def _placed(self, name: str) -> Placed | None:
         try:
-            told = load_json(self._note(name).read_text("utf-8"))
-            size, sha256, git = told["digests"]
-            return Placed(str(told["path"]), (int(size), str(sha256), str(git)), str(told["mark"]))
+            note = load_json(self._note(name).read_text("utf-8"))
+            size, sha256, git = note["digests"]
+            return Placed(str(note["path"]), (int(size), str(sha256), str(git)), str(note["mark"]))
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
 
 @contextmanager
-def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None) -> Iterator[Placing]:
+def placing(
+    name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
+) -> Iterator[IncrementalPush]:
     """Yield an output whose weight files are uploaded one by one; make the output visible when the block ends.
 
     The local folder with the sketches is kept, so that the same command recognises the finished output.
@@ -417,7 +419,7 @@ def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] 
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
     """
     remote, folder = begun(name, "placing")
-    place = Placing(remote, folder, overwrite)
+    place = IncrementalPush(remote, folder, overwrite)
     try:
         place.check()
     except OSError as error:

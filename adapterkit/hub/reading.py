@@ -83,18 +83,18 @@ def _turn(folder: Path) -> Iterator[None]:
 
 def needed(remote: Remote) -> dict[str, RemoteFile]:
     """Return the files that are needed to read the adapter or model at a uri."""
-    found = choose(remote)
+    chosen = choose(remote)
     path = remote.uri.path
-    if len(found) == 1 and path and next(iter(found.values())).path == path:
+    if len(chosen) == 1 and path and next(iter(chosen.values())).path == path:
         beside = {str(PurePosixPath(path).with_name(name)): name for name in COMPANIONS}
         companions = {beside[file.path]: file for file in remote.files if file.path in beside}
-        return found | companions | _data_of(remote, PurePosixPath(path))
-    suffixes = {name: PurePosixPath(name).suffix for name in found}
+        return chosen | companions | _data_of(remote, PurePosixPath(path))
+    suffixes = {name: PurePosixPath(name).suffix for name in chosen}
     if ".safetensors" in suffixes.values():
-        found = {name: file for name, file in found.items() if suffixes[name] not in OTHER_FORMS}
-    if any("/" not in name and suffixes[name] in WEIGHTS for name in found):
-        found = {name: file for name, file in found.items() if "/" not in name or suffixes[name] not in WEIGHTS}
-    return found
+        chosen = {name: file for name, file in chosen.items() if suffixes[name] not in OTHER_FORMS}
+    if any("/" not in name and suffixes[name] in WEIGHTS for name in chosen):
+        chosen = {name: file for name, file in chosen.items() if "/" not in name or suffixes[name] not in WEIGHTS}
+    return chosen
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
@@ -214,9 +214,9 @@ def _cache(uri: Uri) -> Path:
 
     For schemes other than `hf`, a digest is added: replacing `:` and `/` can make different names equal.
     """
-    told = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    folder_name = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
     apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
-    return cache_folder() / "hub" / (told + apart)
+    return cache_folder() / "hub" / (folder_name + apart)
 
 
 # Stream a base from a hub: fetch the headers first; download and verify each weight file when it is needed.
@@ -386,15 +386,15 @@ class RangedFile:
     def __init__(self, remote: Remote, file: RemoteFile, path: Path, start: bytes) -> None:
         self.remote, self.file, self.path = remote, file, path
         self.header = start[: 8 + int.from_bytes(start[:8], "little")]
-        self.held: list[Run] = [(0, len(self.header))]
+        self.present: list[Run] = [(0, len(self.header))]
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
         """Return the bytes of a range; if bytes are missing, download them, and some bytes after the range."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
-            if missing := gaps(self.held, [(begin, end)]):
-                self._download(gaps(self.held, [(missing[0][0], min(self.file.size, max(end, begin + AHEAD)))]))
+            if missing := gaps(self.present, [(begin, end)]):
+                self._download(gaps(self.present, [(missing[0][0], min(self.file.size, max(end, begin + AHEAD)))]))
         data = bytearray(span.nbytes)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(begin)
@@ -406,7 +406,7 @@ class RangedFile:
     def bring(self, wanted: list[Run]) -> None:
         """Download ranges, or the whole file if the ranges cover almost all of it."""
         with self.lock:
-            missing = gaps(self.held, wanted)
+            missing = gaps(self.present, wanted)
             if sum(end - begin for begin, end in missing) >= WHOLE * (self.file.size - len(self.header)):
                 self._download_whole()
             else:
@@ -418,7 +418,7 @@ class RangedFile:
             os.truncate(self.path, len(self.header))
             os.truncate(self.path, self.file.size)
             self._keep_time()
-            self.held = [(0, len(self.header))]
+            self.present = [(0, len(self.header))]
 
     def _download(self, missing: list[Run]) -> None:
         pieces = [(at, min(at + AHEAD, end)) for begin, end in missing for at in range(begin, end, AHEAD)]
@@ -434,7 +434,7 @@ class RangedFile:
             # Read all results, which raises the first exception of a worker.
             for _ in pool.map(one, pieces):
                 pass
-        self.held = joined([*self.held, *missing])
+        self.present = joined([*self.present, *missing])
         self._keep_time()
 
     def _download_whole(self) -> None:
@@ -447,7 +447,7 @@ class RangedFile:
             why = "the header was damaged in the first transfer, so the plan made from it is wrong"
             raise Corrupt(why, path=str(self.remote.uri), where=self.file.path, cure="Run the same command again")
         os.replace(part, self.path)
-        self.held = [(0, self.file.size)]
+        self.present = [(0, self.file.size)]
         self._keep_time()
 
     def _keep_time(self) -> None:
@@ -467,11 +467,11 @@ def joined(runs: Iterable[Run]) -> list[Run]:
     return result
 
 
-def gaps(held: list[Run], wanted: Iterable[Run]) -> list[Run]:
+def gaps(present: list[Run], wanted: Iterable[Run]) -> list[Run]:
     """Return the parts of the wanted ranges that have not been downloaded yet."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
-        for first, last in held:
+        for first, last in present:
             if first >= end or last <= begin:
                 continue
             if first > begin:
@@ -504,9 +504,9 @@ class Ranged:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             starts = pool.map(lambda name: outline(remote, weights[name], folder / name), weights)
             for (name, file), start in zip(weights.items(), starts, strict=True):
-                held = RangedFile(remote, file, folder / name, start)
-                self.files[str(folder / name)] = held
-                ELSEWHERE[str(folder / name)] = held.read
+                ranged_file = RangedFile(remote, file, folder / name, start)
+                self.files[str(folder / name)] = ranged_file
+                ELSEWHERE[str(folder / name)] = ranged_file.read
         source_at(remote).save(folder)
         inside = PurePosixPath(remote.uri.path).name
         if inside and (folder / inside).is_file():

@@ -248,18 +248,18 @@ class Remote(ABC):
             Malformed: a name would lead outside the folder, or a name is both a file and a folder.
             NetworkError: as for `commit`.
         """
-        found: list[RemoteFile] = []
+        collected: list[RemoteFile] = []
         for file in self.listed():
-            found.append(file)
-            if len(found) > MAX_FILES:
+            collected.append(file)
+            if len(collected) > MAX_FILES:
                 raise Malformed(
                     f"the repository has more than {MAX_FILES:,} files", path=str(self.uri), cure="Add a folder's path"
                 )
         try:
-            check_names(file.path for file in found)
+            check_names(file.path for file in collected)
         except AdapterkitError as error:
             raise error.at(path=str(self.uri)) from None
-        return tuple(found)
+        return tuple(collected)
 
     def below(self, path: str) -> tuple[RemoteFile, ...]:
         """Return the files of a folder of the repository, or a single file.
@@ -267,11 +267,11 @@ class Remote(ABC):
         Raises:
             RemoteNotFound: the path does not exist.
         """
-        found = tuple(f for f in self.files if not path or f.path == path or f.path.startswith(f"{path}/"))
-        if not found:
+        below = tuple(f for f in self.files if not path or f.path == path or f.path.startswith(f"{path}/"))
+        if not below:
             cure = nearest(path, (file.path for file in self.files)) or "See the files with 'adapterkit pull --dry-run'"
             raise RemoteNotFound("the repository has no such file or folder", path=str(self.uri), cure=cure)
-        return found
+        return below
 
     def call(self, act: Callable[[], T]) -> T:
         """Run a request, with retries for temporary failures.
@@ -313,7 +313,7 @@ class Remote(ABC):
             raise Unsupported(why, path=str(self.uri), cure="Push to hf://, oci:// or s3://")
 
     def send(
-        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
         """Upload files so that no reader sees half of them.
@@ -321,7 +321,7 @@ class Remote(ABC):
         Args:
             files: all files of the push, keyed by path.
             changed: the files that the hub lacks or has with other content.
-            found: the digests of all files.
+            digests: the digests of all files.
             message: the commit message.
             private: create a missing repository as private.
 
@@ -343,13 +343,13 @@ class Remote(ABC):
             why = f"files cannot be uploaded to {self.uri.scheme}:// one at a time"
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
-    def place(self, path: str, file: Path, found: Digests) -> Placed:
+    def place(self, path: str, file: Path, digests: Digests) -> Placed:
         """Upload one file. A later `send` with the returned `Placed`, from any process, makes the file visible.
 
         Args:
             path: the path inside the repository.
             file: the local file.
-            found: the digests of the local file.
+            digests: the digests of the local file.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.

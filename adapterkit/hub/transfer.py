@@ -39,7 +39,7 @@ def locked(stage: Path) -> Iterator[None]:
     """
     stage.mkdir(exist_ok=True)
     with open(stage / "lock", "wb") as lock:
-        if not _held(lock):
+        if not _lock(lock):
             raise StorageError("another process is writing here", path=stage, cure="Wait for it")
         yield
 
@@ -52,7 +52,7 @@ def turn(folder: Path) -> Iterator[None]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
-        _held(lock, wait=True)
+        _lock(lock, wait=True)
         yield
 
 
@@ -72,10 +72,10 @@ def scratch() -> Iterator[Path]:
             # Hold the lock of the parent folder until the new lock file is locked. Otherwise another process could
             # remove the new file first, because no process holds its lock yet.
             with open(root / "lock", "wb") as gate:
-                _held(gate, wait=True)
+                _lock(gate, wait=True)
                 _sweep(root)
                 lock = stack.enter_context(open(root / f"{name}.lock", "wb"))
-                _held(lock)
+                _lock(lock)
             (root / name).mkdir()
         except OSError as error:
             raise storage_error(error, error.filename or root) from error
@@ -89,7 +89,7 @@ def _sweep(root: Path) -> None:
         return
     for file in root.glob("*.lock"):
         with open(file, "r+b") as lock:
-            if _held(lock):
+            if _lock(lock):
                 _forget(file)
 
 
@@ -102,7 +102,7 @@ def _has_locks() -> bool:
     return os.name == "posix"
 
 
-def _held(file: BinaryIO, *, wait: bool = False) -> bool:
+def _lock(file: BinaryIO, *, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     if not _has_locks():
         # Return True on Windows, which has no flock. There, renaming a folder with open files fails, which protects the
@@ -161,23 +161,23 @@ def hasher(digest: str, size: int) -> hashlib._Hash | None:
 
 def same(file: Path, size: int, digest: str) -> bool:
     """Whether a local file matches the size and digest that a hub lists; False if the hub lists no digest."""
-    made = hasher(digest, size)
-    if made is None or not file.is_file() or file.stat().st_size != size:
+    hash_ = hasher(digest, size)
+    if hash_ is None or not file.is_file() or file.stat().st_size != size:
         return False
     with open(file, "rb") as handle:
         while chunk := handle.read(HASHED_AT_ONCE):
-            made.update(chunk)
-    return made.hexdigest() == digest.partition(":")[2]
+            hash_.update(chunk)
+    return hash_.hexdigest() == digest.partition(":")[2]
 
 
-def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
+def check_listed(there: Remote, digests: Mapping[str, Digests]) -> None:
     """Check that the hub lists every pushed file with the digest of the local file.
 
     Raises:
         Corrupt: a file is missing or has another digest.
     """
     listed = {file.path: file for file in there.files}
-    for name, (size, *names) in found.items():
+    for name, (size, *names) in digests.items():
         file = listed.get(name)
         if file is None or file.size != size or file.digest not in names:
             cure = "A file changed here during the push, or the hub damaged it: push again with --overwrite (in Python "
@@ -274,7 +274,7 @@ class _Fetching:
             target.truncate(0)
         target.seek(0)
         while chunk := target.read(CHUNK):
-            self._held(chunk)
+            self._lock(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
         """Download the remaining bytes. Each megabyte resets the count of failed attempts, for bad connections."""
@@ -293,7 +293,7 @@ class _Fetching:
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
                 _written(target, chunk)
-                self._held(chunk)
+                self._lock(chunk)
         except AdapterkitError:
             raise
         except Exception as error:
@@ -306,7 +306,7 @@ class _Fetching:
             target.flush()
         return Passing("the connection ended early")
 
-    def _held(self, chunk: bytes) -> None:
+    def _lock(self, chunk: bytes) -> None:
         if self.digest is not None:
             self.digest.update(chunk)
         self.done += len(chunk)

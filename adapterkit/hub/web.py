@@ -53,12 +53,12 @@ class Passing(Exception):
         self.wait = wait
 
 
-def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) -> T:
+def retrying(act: Callable[[], T], passing_of: Callable[[Exception], Passing | None]) -> T:
     """Run `act` until it returns, at most `ATTEMPTS` times.
 
     Args:
         act: the request; running it twice must be harmless.
-        told: a function that classifies an exception; it returns None if a retry is useless.
+        passing_of: a function that classifies an exception; it returns None if a retry is useless.
 
     Raises:
         Exception: the error of the last attempt.
@@ -67,7 +67,7 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
         try:
             return act()
         except Exception as error:
-            passing = told(error)
+            passing = passing_of(error)
             if passing is None or attempt + 1 == ATTEMPTS or not pause(attempt, passing.wait):
                 raise
     raise AssertionError("the last attempt must return or raise")
@@ -105,7 +105,7 @@ READ_TIMEOUT = 30.0
 """A connection counts as lost after this many seconds without data."""
 
 MAX_HOPS = 5
-MAX_SAID = 64 << 10
+MAX_ERROR_BODY = 64 << 10
 """The maximum number of bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
@@ -119,9 +119,9 @@ have a similar size.
 class Refused(Exception):
     """An HTTP refusal: its status, and the hub's error code and message if it sends them."""
 
-    def __init__(self, status: int, code: str = "", said: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(f"{status} {code}".rstrip())
-        self.status, self.code, self.said = status, code, said
+        self.status, self.code, self.message = status, code, message
 
 
 @contextmanager
@@ -186,14 +186,14 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
     return bytes(body)
 
 
-def said_in(response: httpx2.Response) -> bytes:
-    """Read the beginning of an error's body, at most `MAX_SAID` bytes."""
+def error_body_of(response: httpx2.Response) -> bytes:
+    """Read the beginning of an error's body, at most `MAX_ERROR_BODY` bytes."""
     body = bytearray()
-    for chunk in response.iter_raw(MAX_SAID):
+    for chunk in response.iter_raw(MAX_ERROR_BODY):
         body += chunk
-        if len(body) >= MAX_SAID:
+        if len(body) >= MAX_ERROR_BODY:
             break
-    return bytes(body[:MAX_SAID])
+    return bytes(body[:MAX_ERROR_BODY])
 
 
 @contextmanager
@@ -364,22 +364,22 @@ class Admission:
     def ask(self, challenge: str) -> bool:
         """Answer a `WWW-Authenticate` challenge. Return True if the headers changed and the request can be retried."""
         kind, _, rest = challenge.partition(" ")
-        told = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         before = dict(self.headers)
-        if kind.lower() == "bearer" and "realm" in told and not self._credentials.startswith("Bearer"):
-            self.headers = {"Authorization": f"Bearer {self._token(told)}"}
+        if kind.lower() == "bearer" and "realm" in parameters and not self._credentials.startswith("Bearer"):
+            self.headers = {"Authorization": f"Bearer {self._token(parameters)}"}
         elif self._credentials:
             self.headers = {"Authorization": self._credentials}
         return self.headers != before
 
-    def _token(self, told: Mapping[str, str]) -> str:
-        realm = urlsplit(told["realm"])
+    def _token(self, challenge: Mapping[str, str]) -> str:
+        realm = urlsplit(challenge["realm"])
         # The realm is a url that receives the password. Only a local registry may use a local realm with plain HTTP.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
             why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")
-        asked = urlencode({key: told[key] for key in ("service", "scope") if key in told})
-        url = told["realm"] + ("&" if realm.query else "?") + asked
+        asked = urlencode({key: challenge[key] for key in ("service", "scope") if key in challenge})
+        url = challenge["realm"] + ("&" if realm.query else "?") + asked
         secret = {"Authorization": self._credentials} if self._credentials else {}
         with answered("GET", url, {}, secret, self.place) as response:
             if response.status_code >= 400:
@@ -389,8 +389,8 @@ class Admission:
 
 def _token_in(body: bytes, place: str) -> str:
     try:
-        told = load_json(body.decode())
-        token = told.get("token") or told["access_token"]
+        answer = load_json(body.decode())
+        token = answer.get("token") or answer["access_token"]
         if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
             return token
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -422,10 +422,10 @@ def _files() -> Iterator[Path]:
 
 def _read(file: Path) -> dict[str, JsonValue]:
     try:
-        told = load_json(file.read_text("utf-8"))
+        saved = load_json(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def _basic(pair: str) -> str:

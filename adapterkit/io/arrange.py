@@ -87,12 +87,12 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
     # A run of a transposed matrix needs only a few rows. Make only these rows contiguous.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
-    found = []
+    rows = []
     for first, count in places:
         start, stop = first // width, -(-(first + count) // width)
         block = swapped[start:stop].reshape(-1)
-        found.append(bytes(bytes_of(block[first - start * width :][:count])))
-    return found
+        rows.append(bytes(bytes_of(block[first - start * width :][:count])))
+    return rows
 
 
 def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
@@ -238,9 +238,9 @@ def times(tensor: Leaf, factor: float) -> Lazy:
 
         with np.errstate(over="ignore", under="ignore"):
             exact = as_array(leaf).astype("f8") * factor
-            made = exact.astype(leaf.dtype.array)
+            rounded = exact.astype(leaf.dtype.array)
         # Accept a NaN or infinity that is already in the source: this multiplication did not cause it.
-        place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
+        place = first_in(rounded.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
             why = f"a scaling of {factor:g} moves the number at {list(place)} out of the range of {leaf.dtype}"
             raise Malformed(why, cure=cure)
@@ -249,7 +249,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
         if 0 < largest < float(limits(leaf.dtype.array).smallest_normal):
             why = f"a scaling of {factor:g} makes all numbers too small for {leaf.dtype} to keep all digits"
             raise Malformed(why, cure=cure)
-        return bytes_of(made)
+        return bytes_of(rounded)
 
     return Lazy(leaf.shape, leaf.dtype, fetch)
 

@@ -174,25 +174,25 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
             return _indexed_files(index)
         if whole.is_file():
             return (whole,), None
-    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
-    if not found:
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if not files:
         cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
         raise UsageError("this folder holds no weights", path=folder, cure=cure)
-    if len(found) > 1:
+    if len(files) > 1:
         raise UsageError(
-            f"the folder holds {len(found)} safetensors files and no {INDEX}",
+            f"the folder holds {len(files)} safetensors files and no {INDEX}",
             path=folder,
             cure="Pass one of the files, or restore the index",
         )
-    return (found[0],), None
+    return (files[0],), None
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
     """Return all files of a GGUF model, given one of them; most models are a single file."""
-    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
-    if found is None:
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if match is None:
         return (file,)
-    files = tuple(file.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1))
+    files = tuple(file.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1))
     lost = next((other for other in files if not other.is_file()), None)
     if lost is not None:
         raise StorageError(f"{lost.name} of the same model is missing", path=file, cure="Fetch all files of the model")

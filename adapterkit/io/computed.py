@@ -45,7 +45,7 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
     return Lazy(tuple(shape), dtype, fetch)
 
 
-def held(values: Array, dtype: DType) -> Lazy:
+def rounded_lazy(values: Array, dtype: DType) -> Lazy:
     """Return a lazy tensor with the given numbers, rounded once to `dtype`."""
     kept = rounded(values, dtype)
     return Lazy(tuple(kept.shape), dtype, kept.tobytes)
@@ -129,11 +129,11 @@ def _concatenated(
     import numpy as np
 
     # Allocate the result once: np.concatenate would need a second copy of all parts.
-    made, end = np.empty(shape, dtype), 0
+    joined, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]
-        made[(slice(None),) * axis + (slice(start, end),)] = read(part)
-    return made
+        joined[(slice(None),) * axis + (slice(start, end),)] = read(part)
+    return joined
 
 
 def _bytes_of(array: Array) -> memoryview:
@@ -171,7 +171,7 @@ class Spool:
         self._lock = Lock()
         self._file: BinaryIO | None = None
 
-    def held(self, values: Array, dtype: DType) -> Lazy:
+    def rounded_lazy(self, values: Array, dtype: DType) -> Lazy:
         """Return a lazy tensor with the given numbers, rounded once to `dtype`.
 
         Raises:
@@ -182,7 +182,7 @@ class Spool:
         with self._lock:
             if self._used + kept.nbytes <= self.memory:
                 self._used += kept.nbytes
-                return held(kept, dtype)
+                return rounded_lazy(kept, dtype)
             try:
                 start = self._append(kept)
             except OSError as error:
@@ -207,7 +207,7 @@ class Spool:
         assert self._file is not None
         with self._lock:
             self._file.seek(start)
-            found = self._file.read(count)
-        if len(found) != count:
+            data = self._file.read(count)
+        if len(data) != count:
             raise storage_error(OSError(errno.EIO, os.strerror(errno.EIO)), Path(tempfile.gettempdir()))
-        return found
+        return data

@@ -134,7 +134,7 @@ PIECE = 4 << 20
 DEPTH = 2
 """The number of pieces that may wait for the disk while the next piece is filled."""
 
-HELD = (DEPTH + 1) * PIECE
+BUFFERED = (DEPTH + 1) * PIECE
 """The memory that a writer uses, in bytes; it does not depend on the size of the output."""
 
 BUFFER = 512 << 10

@@ -32,9 +32,9 @@ def decoded(kind: str, data: Buffer | Array) -> Array:
     number, count, size = BLOCKS[kind]
     blocks = np.frombuffer(data, np.uint8).reshape(-1, size)
     if (loaded := loops()) is not None:
-        made = np.empty(len(blocks) * count, np.float32)
-        if not loaded.adapterkit_ggml_decode(number, blocks.ctypes.data, len(blocks), made.ctypes.data, size):
-            return made
+        decoded_values = np.empty(len(blocks) * count, np.float32)
+        if not loaded.adapterkit_ggml_decode(number, blocks.ctypes.data, len(blocks), decoded_values.ctypes.data, size):
+            return decoded_values
     with np.errstate(all="ignore"):
         values = _K[kind](blocks) if kind.endswith("K") else _plain(kind, blocks)
     return np.ascontiguousarray(values, "<f4").reshape(-1)
@@ -47,9 +47,9 @@ def encoded(kind: str, values: Array) -> bytes:
     number, count, size = BLOCKS[kind]
     blocks = np.ascontiguousarray(values, "<f4").reshape(-1, count)
     if (loaded := loops()) is not None:
-        made = np.empty((len(blocks), size), np.uint8)
-        if not loaded.adapterkit_ggml_encode(number, blocks.ctypes.data, len(blocks), made.ctypes.data, size):
-            return bytes(made.data)
+        blocks_out = np.empty((len(blocks), size), np.uint8)
+        if not loaded.adapterkit_ggml_encode(number, blocks.ctypes.data, len(blocks), blocks_out.ctypes.data, size):
+            return bytes(blocks_out.data)
     return encoded_by_numpy(kind, blocks)
 
 

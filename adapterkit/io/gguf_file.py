@@ -208,11 +208,11 @@ def read_entries(
         of the type field in the header; the offset at which the data begins; the alignment.
     """
     alignment = alignment_of(values)
-    found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     places: dict[str, int] = {}
     for _ in range(count):
         name = reader.string("a name", MAX_NAME)
-        if name in found:
+        if name in entries:
             raise reader.damaged(f"the tensor {name!r} occurs twice")
         axes = reader.number("<I", "a count of axes")
         if axes > 8:
@@ -220,9 +220,9 @@ def read_entries(
         sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
         places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
-        found[name] = (sizes[::-1], number, offset)
+        entries[name] = (sizes[::-1], number, offset)
         # GGUF lists the fastest axis first, numpy lists it last.
-    return found, places, up(reader.at, alignment), alignment
+    return entries, places, up(reader.at, alignment), alignment
 
 
 def check_place(
@@ -241,14 +241,14 @@ def check_place(
         raise reader.damaged(f"{name!r} ({size} bytes at {offset}) is not aligned, or extends beyond the end")
 
 
-def check_apart(reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
+def check_apart(reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
     """Check that tensors do not overlap.
 
     Raises:
         Malformed: two tensors overlap.
     """
     end = 0
-    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+    for name, (shape, number, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
         if offset < end:
             raise reader.damaged(f"{name!r} overlaps another tensor")
         end = offset + size_of(shape, number)
@@ -305,10 +305,10 @@ def _read(reader: Reader, tensors: bool) -> Gguf:
 
 
 def _with_tensors(reader: Reader, values: dict[str, GgufValue], count: int, version: int) -> Gguf:
-    found, _, start, alignment = read_entries(reader, values, count)
-    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
-    check_apart(reader, found)
-    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
+    entries, _, start, alignment = read_entries(reader, values, count)
+    tensors = {name: _tensor(reader, name, start, alignment, *entries[name]) for name in entries}
+    check_apart(reader, entries)
+    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in entries.items()}
     return Gguf(values, tensors, types, version)
 
 
@@ -375,9 +375,9 @@ class GgufFields:
             kind = kinds.get(name, self.types[name])
             struct.pack_into("<IQ", head, self.entries[name], TYPES[kind], offset)
             offset += up(raw_size(kind, self.shapes[name]), self.alignment)
-        said = FILE_TYPES.get(self._most({name: kinds.get(name, kind) for name, kind in self.types.items()}))
-        if said is not None and FILE_TYPE in self.values and self.values[FILE_TYPE].type == "u32":
-            struct.pack_into("<I", head, self.places[FILE_TYPE], said)
+        file_type = FILE_TYPES.get(self._most({name: kinds.get(name, kind) for name, kind in self.types.items()}))
+        if file_type is not None and FILE_TYPE in self.values and self.values[FILE_TYPE].type == "u32":
+            struct.pack_into("<I", head, self.places[FILE_TYPE], file_type)
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
@@ -401,25 +401,25 @@ def read_model(path: str | os.PathLike[str]) -> GgufFields:
         with open_input(path) as file:
             reader = Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size)
             values, count, _, places = read_keys(reader)
-            found, entries, start, alignment = read_entries(reader, values, count)
-            check_apart(reader, found)
+            infos, entries, start, alignment = read_entries(reader, values, count)
+            check_apart(reader, infos)
             file.seek(0)
             raw = file.read(start)
     except OSError as error:
         raise storage_error(error, path) from error
     except AdapterkitError as error:
         raise error.at(path=path) from None
-    types = {name: _type_name(reader, name, number) for name, (_, number, _) in found.items()}
-    spans = _spans(reader, found, start, alignment)
-    shapes = {name: shape for name, (shape, _, _) in found.items()}
+    types = {name: _type_name(reader, name, number) for name, (_, number, _) in infos.items()}
+    spans = _spans(reader, infos, start, alignment)
+    shapes = {name: shape for name, (shape, _, _) in infos.items()}
     return GgufFields(values, types, shapes, spans, alignment, raw, entries, places)
 
 
 def _spans(
-    reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int
+    reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int
 ) -> dict[str, Span]:
     spans, end = {}, start
-    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+    for name, (shape, number, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
         check_place(reader, name, start, alignment, shape, number, offset)
         if start + offset != end:
             raise reader.damaged(f"{name!r} does not begin at the end of the previous tensor")

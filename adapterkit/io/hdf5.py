@@ -121,8 +121,8 @@ def _text(root: Any, name: str) -> str:
     """Return a text attribute of the root; empty if it is absent, or not a short text of fixed length."""
     if not name or name not in root.attrs:
         return ""
-    held = root.attrs.get_id(name)
-    if held.dtype.kind != "S" or held.shape != () or held.dtype.itemsize > LONGEST_TEXT:
+    attribute = root.attrs.get_id(name)
+    if attribute.dtype.kind != "S" or attribute.shape != () or attribute.dtype.itemsize > LONGEST_TEXT:
         raise Malformed("the attribute is not a short text", where=name, cure=_AGAIN)
     return bytes(root.attrs[name]).decode("ascii", "replace")
 

@@ -385,9 +385,9 @@ def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
     """Wrap an array of numpy or ml_dtypes in a `Lazy`. `dtype` names the type of the bits, such as `BF16` in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
     # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
-    own = kind.numpy[1] == "u" and array.dtype.name == kind.torch
-    held = array.view(kind.numpy) if own else array
-    return Lazy(array.shape, kind, lambda: held.astype(kind.numpy, copy=False).tobytes())
+    is_native = kind.numpy[1] == "u" and array.dtype.name == kind.torch
+    numbers = array.view(kind.numpy) if is_native else array
+    return Lazy(array.shape, kind, lambda: numbers.astype(kind.numpy, copy=False).tobytes())
 
 
 @cache
@@ -435,12 +435,12 @@ def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Return the tensors. Tensors with a single element are read immediately, and adjacent ones in one read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
-    held = {span: data for run in _runs(spans) for span, data in _read(run)}
-    return {name: _holding(leaf, held) for name, leaf in tensors.items()}
+    by_span = {span: data for run in _runs(spans) for span, data in _read(run)}
+    return {name: _holding(leaf, by_span) for name, leaf in tensors.items()}
 
 
-def _holding(leaf: Lazy, held: Mapping[Span, bytes]) -> Lazy:
-    data = held.get(leaf.span) if leaf.span and leaf.nbytes == leaf.dtype.itemsize else None
+def _holding(leaf: Lazy, by_span: Mapping[Span, bytes]) -> Lazy:
+    data = by_span.get(leaf.span) if leaf.span and leaf.nbytes == leaf.dtype.itemsize else None
     return leaf if data is None else Lazy(leaf.shape, leaf.dtype, lambda: data, leaf.span)
 
 

@@ -54,11 +54,11 @@ def source_of(path: Path) -> Source | None:
     """Return the origin that is stored in a folder, or next to a file; None if no valid origin is stored."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
-        told = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
+        fields = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
     except (AdapterkitError, ValueError, RecursionError):
         return None
-    fits = isinstance(told, dict) and set(told) == {"uri", "repo", "commit"}
-    return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None
+    fits = isinstance(fields, dict) and set(fields) == {"uri", "repo", "commit"}
+    return Source(**fields) if fits and all(isinstance(value, str) for value in fields.values()) else None
 
 
 def exists(path: Path) -> bool:
@@ -129,11 +129,11 @@ def path_text(name: str | os.PathLike[str]) -> str:
         return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     if not text.startswith("~") or os.path.exists(text):
         return text
-    found = os.path.expanduser(text)
-    if found.startswith("~"):
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
         user = text[1:].partition(os.sep)[0]
         raise UsageError(f"no user {user!r} on this machine", path=text, cure=f"Write ./{text} for a name with a tilde")
-    return found
+    return path
 
 
 def is_repo(name: str | None) -> bool:

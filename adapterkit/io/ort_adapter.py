@@ -112,7 +112,7 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class _FlatTable:
     """A flatbuffer table: its offset in the file, and the offset of each field from the table; 0 for absent fields."""
 
     at: int
@@ -160,10 +160,10 @@ class _Buffer:
         # Use int.from_bytes, not struct: it takes half the time, and a file of 500 tensors has 17,000 numbers.
         size = _SIZES[code]
         page, start = divmod(at, PAGE)
-        held = self.pages.get(page, b"")
-        if start + size > len(held):
-            held, start = self.bytes(at, size), 0
-        return int.from_bytes(held[start : start + size], "little", signed=code == "<i")
+        page_data = self.pages.get(page, b"")
+        if start + size > len(page_data):
+            page_data, start = self.bytes(at, size), 0
+        return int.from_bytes(page_data[start : start + size], "little", signed=code == "<i")
 
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)
@@ -171,11 +171,11 @@ class _Buffer:
             raise self.damaged(f"the offset {offset} leads outside the file of {self.size}", at)
         return at + offset
 
-    def table(self, at: int) -> _Table:
+    def table(self, at: int) -> _FlatTable:
         where = at - self.number("<i", at)
         # Tables usually share one list of field offsets (vtable), so check each list only once.
         if where in self.fields:
-            return _Table(at, self.fields[where])
+            return _FlatTable(at, self.fields[where])
         size = self.number("<H", where)
         if size < 4 or size % 2 or size > 64:
             raise self.damaged(f"a table claims {size} bytes of fields", where)
@@ -184,17 +184,17 @@ class _Buffer:
         if any(field and field + 4 > inside for field in fields):
             raise self.damaged("a field lies outside its table", where)
         self.fields[where] = fields
-        return _Table(at, fields)
+        return _FlatTable(at, fields)
 
-    def field(self, table: _Table, index: int) -> int | None:
+    def field(self, table: _FlatTable, index: int) -> int | None:
         offset = table.fields[index] if index < len(table.fields) else 0
         return table.at + offset if offset else None
 
-    def integer(self, table: _Table, index: int) -> int:
+    def integer(self, table: _FlatTable, index: int) -> int:
         at = self.field(table, index)
         return 0 if at is None else self.number("<i", at)
 
-    def vector(self, table: _Table, index: int, itemsize: int, limit: int) -> tuple[int, int]:
+    def vector(self, table: _FlatTable, index: int, itemsize: int, limit: int) -> tuple[int, int]:
         """Return the offset of the first item of a vector, and the number of items."""
         field = self.field(table, index)
         if field is None:
@@ -205,20 +205,20 @@ class _Buffer:
             raise self.damaged(f"a vector of {count} extends beyond the file of {self.size}, or is too long", at)
         return at + 4, count
 
-    def text(self, table: _Table, index: int) -> str:
+    def text(self, table: _FlatTable, index: int) -> str:
         at, count = self.vector(table, index, 1, 1 << 16)
         try:
             return self.bytes(at, count).decode("utf-8")
         except UnicodeDecodeError:
             raise self.damaged("a name is not UTF-8", at) from None
 
-    def tables(self, table: _Table, index: int) -> Iterator[_Table]:
+    def tables(self, table: _FlatTable, index: int) -> Iterator[_FlatTable]:
         at, count = self.vector(table, index, 4, MAX_PARAMETERS)
         for item in range(count):
             yield self.table(self.forward(at + 4 * item))
 
 
-def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
+def _tensor(buffer: _Buffer, table: _FlatTable, name: str) -> Lazy:
     at, axes = buffer.vector(table, 1, 8, MAX_AXES)
     shape = struct.unpack(f"<{axes}q", buffer.bytes(at, 8 * axes)) if axes else ()
     number = buffer.integer(table, 2)

@@ -89,7 +89,7 @@ def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Ite
 def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
     """Yield spans of source files and buffers of computed bytes, in file order; adjacent spans are merged."""
     span: Span | None = None
-    held = bytearray()
+    buffer = bytearray()
     for tensor in tensors:
         here = tensor.span
         if span is not None and here is not None and here == Span(span.path, span.offset + span.nbytes, here.nbytes):
@@ -98,17 +98,17 @@ def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator
         if span is not None:
             yield span
         span = here
-        if held and (here is not None or len(held) >= SMALL):
-            yield held
-            held = bytearray()
+        if buffer and (here is not None or len(buffer) >= SMALL):
+            yield buffer
+            buffer = bytearray()
         if here is None:
             data = _exact(tensor, path)
             if len(data) < SMALL:
-                held += data
+                buffer += data
                 continue
-            yield from (held, data) if held else (data,)
-            held = bytearray()
-    yield from (piece for piece in (span, held) if piece)
+            yield from (buffer, data) if buffer else (data,)
+            buffer = bytearray()
+    yield from (piece for piece in (span, buffer) if piece)
 
 
 def _copy(sources: OpenFiles, span: Span, writer: Writer) -> None:
@@ -203,15 +203,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 
 def handles(header: Header) -> dict[str, Lazy]:
     """Return a lazy tensor for each entry of a header, in file order; `read_span` reads the bytes."""
-    path, found = header.path, {}
+    path, leaves = header.path, {}
     sources = sources_of(path)
     for name, entry in header.entries.items():
         source = sources.get(name) if sources else None
         if source is not None and (source.dtype, source.nbytes) == (entry.dtype, entry.nbytes):
-            found[name] = Lazy(entry.shape, entry.dtype, source.source, source.span, source.part)
+            leaves[name] = Lazy(entry.shape, entry.dtype, source.source, source.span, source.part)
         else:
-            found[name] = Lazy(entry.shape, entry.dtype, None, Span(path, entry.offset, entry.nbytes))
-    return found
+            leaves[name] = Lazy(entry.shape, entry.dtype, None, Span(path, entry.offset, entry.nbytes))
+    return leaves
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:

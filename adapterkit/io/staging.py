@@ -71,8 +71,8 @@ def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
         made_from: the digest of everything that determined the output.
         files: the written files, by their name relative to the output's folder.
     """
-    told = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
-    return zlib.compress(json.dumps(told, sort_keys=True).encode())
+    journal = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
+    return zlib.compress(json.dumps(journal, sort_keys=True).encode())
 
 
 def attach(record: bytes, output: Path, beside: Path) -> None:
@@ -106,9 +106,9 @@ def is_finished(target: Path, beside: Path, made_from: str) -> bool:
     try:
         # Limit the decompressed size, because a damaged record could inflate to any size.
         record = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
-        files = {target.parent / name: told for name, told in record["files"].items()}
+        files = {target.parent / name: stamp for name, stamp in record["files"].items()}
         same = bool(files) and record["made_from"] == made_from
-        return same and all(fingerprint(file) == told for file, told in files.items())
+        return same and all(fingerprint(file) == stamp for file, stamp in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return False
 
@@ -181,20 +181,20 @@ class Staging:
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
         """
-        made = [folder for folder in self.folder.parents if not folder.exists()]
+        created = [folder for folder in self.folder.parents if not folder.exists()]
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
             if self.folder.is_symlink():  # Refuse the link: clearing its target could delete files of a user.
                 raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
-            with self._open_lock() as held:
-                self._hold(held.fileno())
+            with self._open_lock() as lock:
+                self._hold(lock.fileno())
                 self.recover()
                 yield
         except OSError as error:
             raise storage_error(error, error.filename or self.target) from error
         finally:
-            remove_empty(self.folder, *made)
+            remove_empty(self.folder, *created)
 
     def has_record(self) -> bool:
         """Whether the target has a record."""
@@ -315,18 +315,18 @@ class Staging:
         return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
 
     def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
-        told = {
+        journal = {
             key: [[os.path.relpath(inside, self.folder), os.path.relpath(end, self.place)] for inside, end in pairs]
             for key, pairs in (("moves", moves), ("old", old))
         }
-        write_bytes(self._journal, json.dumps(told).encode())
+        write_bytes(self._journal, json.dumps(journal).encode())
 
     def _journaled(self, key: str = "moves") -> list[Move]:
         try:
-            found = json.loads(self._journal.read_bytes())[key]
+            moves = json.loads(self._journal.read_bytes())[key]
         except (OSError, ValueError, TypeError, KeyError):  # Without a journal, no rename had started.
             return []
-        return [(self.folder / inside, self.place / end) for inside, end in found]
+        return [(self.folder / inside, self.place / end) for inside, end in moves]
 
     def _open_lock(self) -> BinaryIO:
         try:
@@ -534,10 +534,10 @@ def is_within(inner: Path, outer: Path) -> bool:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _planned(

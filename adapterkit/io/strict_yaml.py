@@ -48,15 +48,17 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
         return yaml.load(data.decode("utf-8"), _loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise fault(f"the document is not plain YAML: {said}{f' in line {place.line + 1}' if place else ''}") from None
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise fault(
+            f"the document is not plain YAML: {problem}{f' in line {place.line + 1}' if place else ''}"
+        ) from None
 
 
 @cache
 def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class StrictLoader(yaml.SafeLoader):
         nodes = depth = 0
         yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it so
             first: [entry for entry in entries if not entry[0].endswith(":timestamp")]
@@ -79,15 +81,15 @@ def _loader() -> type[yaml.SafeLoader]:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            made: dict[str, Any] = {}
+            mapping: dict[str, Any] = {}
             for key_node, value_node in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
                     raise _fault(f"the key {str(key)[:80]!r} is not a string", key_node)
-                if key in made:
+                if key in mapping:
                     raise _fault(f"the key {key[:80]!r} occurs twice", key_node)
-                made[key] = self.construct_object(value_node, deep=deep)
-            return made
+                mapping[key] = self.construct_object(value_node, deep=deep)
+            return mapping
 
         def construct_yaml_map(self, node: Any) -> Any:
             yield self.construct_mapping(node, deep=True)
@@ -117,5 +119,5 @@ def _loader() -> type[yaml.SafeLoader]:
         return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
     for kind in ("map", "int", "float"):
-        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(Loader, f"construct_yaml_{kind}"))
-    return Loader
+        StrictLoader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(StrictLoader, f"construct_yaml_{kind}"))
+    return StrictLoader

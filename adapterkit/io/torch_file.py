@@ -242,21 +242,21 @@ def nested(path: str, value: object, places: Places) -> object:
     """
     left = [_VALUES]
 
-    def made(value: object, depth: int) -> object:
+    def plain(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
             raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
         if type(value) is View:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:
-            return {name: made(inner, depth + 1) for name, inner in value.items()}
+            return {name: plain(inner, depth + 1) for name, inner in value.items()}
         if type(value) is list:
-            return [made(inner, depth + 1) for inner in value]
+            return [plain(inner, depth + 1) for inner in value]
         if type(value) is tuple:
-            return tuple(made(inner, depth + 1) for inner in value)
+            return tuple(plain(inner, depth + 1) for inner in value)
         return value
 
-    return made(value, 0)
+    return plain(value, 0)
 
 
 def _checked(value: object) -> dict[str, View]:
@@ -381,7 +381,7 @@ def read_torch_value(path: Path) -> object:
     return _opened(path, lambda value, places: nested(os.fspath(path), value, places))
 
 
-def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
+def _opened(path: Path, convert: Callable[[object, dict[str, int]], T]) -> T:
     from .torch_pickle import damaged
 
     try:
@@ -391,7 +391,7 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None
             if container is None:
                 raise damaged("torch.save did not write this file", "first bytes")
-            return made(*container(file, os.fstat(file.fileno()).st_size))
+            return convert(*container(file, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise storage_error(error, path) from error
     except AdapterkitError as error:

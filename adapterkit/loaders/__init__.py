@@ -19,8 +19,8 @@ from ..errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image.deciding import FAMILY, candidates, denoiser_targets, origin_of
-from ..formats._image.dialect import ImageFormat
 from ..formats._image.file import TORCH_SUFFIXES, tensor_names
+from ..formats._image.image_format import ImageFormat
 from ..methods.lora import LoRA
 from ..naming import architectures
 from ..naming.image import alike, component_of, encoders, families, rooted
@@ -119,20 +119,20 @@ def loaders() -> Mapping[str, Loader]:
 def load(path: Path) -> Loader:
     """Read the data file of a tool, and check it."""
     try:
-        found = msgspec.toml.decode(path.read_bytes(), type=Loader)
+        loader = msgspec.toml.decode(path.read_bytes(), type=Loader)
     except (ValueError, msgspec.MsgspecError) as error:
         raise Malformed(f"this is not a valid loader file ({error})", path=path, cure="Correct the file") from error
     known = {family.name for family in families()}
-    named = {name for keys in found.keys for name in (*keys.families, *keys.without, *keys.only)}
-    named |= {name for files in found.files for name in files.families}
-    formats = {*found.convert, *(files.format for files in found.files)}
+    named = {name for keys in loader.keys for name in (*keys.families, *keys.without, *keys.only)}
+    named |= {name for files in loader.files for name in files.families}
+    formats = {*loader.convert, *(files.format for files in loader.files)}
     for names, there, word in ((named, known, "family"), (formats, FORMATS, "format")):
         if unknown := sorted(name for name in names if name not in there):
             raise Malformed(f"unknown {word}: {unknown[0]}", path=path, cure="Correct the file")
-    if found.format != FORMAT:
-        why = f"the file has format {found.format}; this version reads format {FORMAT}"
+    if loader.format != FORMAT:
+        why = f"the file has format {loader.format}; this version reads format {FORMAT}"
         raise Malformed(why, path=path, cure="Correct the file")
-    return found
+    return loader
 
 
 @cache
@@ -185,8 +185,8 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
     # Record the families that fit, because the keys, which show the families, are dropped here.
-    told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
-    return read_with(adapter.replace(foreign=None), told | metadata)
+    family_metadata = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
+    return read_with(adapter.replace(foreign=None), family_metadata | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
@@ -224,14 +224,14 @@ class _File:
         file = path
         if path.is_dir():
             inside_folder = [each for each in sorted(path.iterdir()) if each.suffix.lower() in TENSORS]
-            own = [each for each in inside_folder if each.name in writer.owns]
-            file = next(iter(own or inside_folder), path)
+            owned = [each for each in inside_folder if each.name in writer.owns]
+            file = next(iter(owned or inside_folder), path)
         keys = tuple(tensor_names(file)) if isinstance(writer, ImageFormat) else ()
         kind = "torch" if file.suffix in TORCH_SUFFIXES else "safetensors"
         inside = any(component_of(target.path) for target in adapter.updates) or isinstance(writer, ImageFormat)
         targets = denoiser_targets(adapter.updates, ()) if inside else []
-        found = candidates(adapter.updates, targets, origin_of(adapter, None)) if targets else []
-        return cls(adapter, format, keys, kind, tuple(found), inside or format == "textual_inversion")
+        candidates_here = candidates(adapter.updates, targets, origin_of(adapter, None)) if targets else []
+        return cls(adapter, format, keys, kind, tuple(candidates_here), inside or format == "textual_inversion")
 
 
 def _is_for(tool: Loader, seen: _File) -> bool:
@@ -314,15 +314,15 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
     # Do not treat these numbers as block numbers, because a component's name may end with a number: `transformer_2`.
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
-    held: dict[str, bool] = {}
-    found = []
+    supported: dict[str, bool] = {}
+    lost = []
     for key, kind in kinds.items():
         kind = key if key.startswith(others) else kind
-        if kind not in held:
-            held[kind] = _holds(tool, family, key)
-        if not held[kind]:
-            found.append(key)
-    return found
+        if kind not in supported:
+            supported[kind] = _holds(tool, family, key)
+        if not supported[kind]:
+            lost.append(key)
+    return lost
 
 
 @lru_cache(maxsize=16)
@@ -338,7 +338,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
     for keys in tool.keys:
         if family is None or family.name not in keys.families or not key.startswith(keys.prefix):
             continue
-        if any(_held(keys, family, name) for name in _modules(key[len(keys.prefix) :], keys.slots or tool.slots)):
+        if any(_has_key(keys, family, name) for name in _modules(key[len(keys.prefix) :], keys.slots or tool.slots)):
             return True
     for each in tool.encoders:
         if key.startswith(each.prefix):
@@ -379,7 +379,7 @@ def _ends(slots: tuple[str, ...]) -> _Ends:
     return _Ends(dotted, words, tuple(slot for slot in slots if slot.startswith("_")))
 
 
-def _held(keys: Keys, family: ImageFamily, name: str) -> bool:
+def _has_key(keys: Keys, family: ImageFamily, name: str) -> bool:
     names = family.names(keys.naming)
     if keys.processors:
         if ".processor." not in name:

@@ -327,12 +327,14 @@ def verify(
     from .quantized import as_read
     from .verification import compare, compare_bases
 
-    found, given = opened(merged), opened(base)
-    checkpoint = as_read(given, found, calibration)
+    merged_model, given = opened(merged), opened(base)
+    checkpoint = as_read(given, merged_model, calibration)
     named = _named(adapters, weights, checkpoint)
     warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
-    differing = compare_bases(found, given, named)
-    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing, rule_texts(rename))
+    differing = compare_bases(merged_model, given, named)
+    compared = compare(
+        merged_model, checkpoint, named, allow_partial, progress, seed, sample, differing, rule_texts(rename)
+    )
     return replace(compared, warnings=warnings)
 
 
@@ -384,15 +386,15 @@ def remainder(
     from ..quant import dequantized, is_quantized
     from .rounding_loss import remainder_of
 
-    found, given = opened(merged), opened(base)
-    for each in (found, given):
+    merged_model, given = opened(merged), opened(base)
+    for each in (merged_model, given):
         if not is_quantized(each):
             cure = "Pass the output of a merge with --quantized requantize (quantized='requantize'), and its base"
             raise UsageError("the weights are not quantized, so nothing was rounded", path=each.root, cure=cure)
     read = dequantized(given)
     return remainder_of(
-        found, read, _named(adapters, weights, read), rank, allow_partial=allow_partial, rename=rule_texts(rename),
-        dtype=dtype, report=report, progress=progress,
+        merged_model, read, _named(adapters, weights, read), rank, allow_partial=allow_partial,
+        rename=rule_texts(rename), dtype=dtype, report=report, progress=progress,
     )  # fmt: skip
 
 
@@ -414,8 +416,8 @@ def _opened_base(
 ) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
     """Yield (open base, downloader of its files or None, uri for the tasks of a cluster or None)."""
     if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
-        with ranged(base, whole=True) as found:
-            yield opened(found.path), None, found.uri
+        with ranged(base, whole=True) as local_base:
+            yield opened(local_base.path), None, local_base.uri
         return
     if not stream:
         yield opened(base), None, None
@@ -456,17 +458,17 @@ def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
 
-    found = []
+    folders = []
     for each in _several(adapters):
         if not isinstance(each, Adapter):
             path = located(each)
-            found.append(path if path.is_dir() else None)
+            folders.append(path if path.is_dir() else None)
             continue
         leaves = (leaf for _, update in each for leaf in update.tensors.values())
         spans = (leaf.span for leaf in leaves if isinstance(leaf, Lazy))
         folder = next((Path(span.path).parent for span in spans if span is not None), None)
-        found.append(folder if folder is not None and (folder / "adapter_config.json").is_file() else None)
-    return found
+        folders.append(folder if folder is not None and (folder / "adapter_config.json").is_file() else None)
+    return folders
 
 
 def _accompanied(
@@ -484,14 +486,14 @@ def _accompanied(
     if planned.vocabulary is not None and planned.vocabulary.get("rows"):
         beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
     licences = _licences(planned, named, folders)
-    told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
+    adapter_warnings = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
     bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
     against = conflicts([*licences.items()])
     if strict_licence:
         parts = [(name, licences.get(name, {})) for name in (BASE, *(name for name, _, _ in named))]
         check_licences(parts, against, planned.base.root)
     told_of = (f"licences: {each}" for each in against)
-    warnings = (*told, *bases, *_coarse(planned), *planned.warnings, *beside.warnings, *told_of)
+    warnings = (*adapter_warnings, *bases, *_coarse(planned), *planned.warnings, *beside.warnings, *told_of)
     return replace(planned, companions=beside, fingerprint=fingerprint, licences=licences, warnings=warnings)
 
 
@@ -521,11 +523,11 @@ def _licences(
 
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
-    found = {name: licence_at(place) for name, place in places.items()}
+    licences = {name: licence_at(place) for name, place in places.items()}
     # Also read the metadata of files, in which image models state their licence.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
-    found |= {name: licence_called(text) for name, text in stated.items() if text and not found.get(name)}
-    return {name: licence for name, licence in found.items() if licence}
+    licences |= {name: licence_called(text) for name, text in stated.items() if text and not licences.get(name)}
+    return {name: licence for name, licence in licences.items() if licence}
 
 
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:

@@ -70,7 +70,7 @@ class Workspace:
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._held: dict[str, Numbers] = {}
+        self._buffers: dict[str, Numbers] = {}
         self._kept: Array | None = None
 
     def take(self, count: int, use: str = "block") -> Numbers:
@@ -78,10 +78,10 @@ class Workspace:
 
         Different values of `use` get separate memory.
         """
-        held = self._held.get(use)
-        if held is None or len(held) < count:
-            held = self._held[use] = self.arrays.empty(count)
-        return held[:count]
+        buffer = self._buffers.get(use)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[use] = self.arrays.empty(count)
+        return buffer[:count]
 
     def keep(self, count: int, dtype: DType) -> Array:
         """Return host memory for `count` numbers as a numpy array, which is not reused for blocks."""

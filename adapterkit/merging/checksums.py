@@ -84,17 +84,17 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
     path = folder / REPORT
     cure = "Give --base BASE (base=), and --adapter A (adapters=) for each adapter, to compute everything again"
     try:
-        said = json.loads(path.read_text()).get(KEY)
+        sums = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError("the output has no record of checksums", path=path, cure=cure) from None
     except OSError as error:
         raise storage_error(error, path) from error
     except (ValueError, AttributeError) as error:
         raise Malformed(f"the file is not a record of a merge ({error})", path=path, cure=cure) from None
-    if said is None:
+    if sums is None:
         raise UsageError("the record has no checksums", path=path, cure=cure)
     try:
-        return {_plain(name): _runs(file) for name, file in said.items()}
+        return {_plain(name): _runs(file) for name, file in sums.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Malformed(f"the checksums are damaged ({error})", path=path, where=KEY, cure=cure) from None
 

@@ -82,7 +82,7 @@ class ClusterRecipe:
 
 
 @dataclass(slots=True)
-class Inputs:
+class TaskInputs:
     """The plan of a task, and the bases from which the task downloads bytes."""
 
     plan: Plan
@@ -166,13 +166,13 @@ def on_ray(
         raise Unsupported("Ray is not installed", cure="pip install 'adapterkit[ray]'") from None
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
-        told = replace(
+        options_here = replace(
             recipe, adapters=_on_disk(recipe, named, stage), names=tuple((name, weight) for name, _, weight in named)
         )
         if place is not None:
             _prepare(plan, stage, place)
         with _connected(address):
-            _run(plan, stage, told, place, progress)
+            _run(plan, stage, options_here, place, progress)
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
@@ -224,14 +224,14 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
                 return Shard(name, stage.norms_of(name), tuple(stage.runs_of(name)), placed)
 
 
-_last: dict[str, Inputs] = {}
+_last: dict[str, TaskInputs] = {}
 """A map from the digest of a plan to its inputs.
 
 A worker runs many tasks of a merge, but plans only once if no input can change.
 """
 
 
-def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
+def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
     """Make the plan of a recipe from headers.
 
     Raises:
@@ -255,7 +255,7 @@ def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
     return inputs
 
 
-def _planned(recipe: ClusterRecipe, stack: contextlib.ExitStack) -> Inputs:
+def _planned(recipe: ClusterRecipe, stack: contextlib.ExitStack) -> TaskInputs:
     from ..formats import read
     from .quantized import as_merged
 
@@ -275,7 +275,7 @@ def _planned(recipe: ClusterRecipe, stack: contextlib.ExitStack) -> Inputs:
         (name, read(path if is_remote(path) else _seen(path), base=base), weight)
         for path, (name, weight) in zip(paths, recipe.names, strict=True)
     ]  # fmt: skip
-    return Inputs(make_plan(base, named, chosen), bases)
+    return TaskInputs(make_plan(base, named, chosen), bases)
 
 
 def _seen(path: str) -> str:
@@ -285,7 +285,7 @@ def _seen(path: str) -> str:
     return path
 
 
-def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
+def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> None:
     """Write one file of the plan into a stage, then delete the downloaded bytes of the bases."""
     from .arrays import arrays_for
     from .execute import execute

@@ -118,15 +118,17 @@ def _tokenizer(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
 ) -> tuple[list[tuple[Path, str]], dict[str, JsonValue] | None, list[str]]:
     """Return (tokenizer files to copy from an adapter, plain data about the choice, warnings)."""
-    own = _contents(base.root)
-    found = [(name, folder, _contents(folder)) for name, folder in adapters]
-    whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
-    differing = [each for each in whole if each[2] != own]
+    base_contents = _contents(base.root)
+    contents = [(name, folder, _contents(folder)) for name, folder in adapters]
+    whole = [(name, folder, files) for name, folder, files in contents if files.keys() & VOCABULARIES]
+    differing = [each for each in whole if each[2] != base_contents]
     warnings = [
         f"{name} has {', '.join(sorted(files))} but no vocabulary; these files are not used, "
         "because a mix of two tokenizers could be wrong"
-        for name, _, files in found
-        if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
+        for name, _, files in contents
+        if files
+        and not files.keys() & VOCABULARIES
+        and any(base_contents.get(key) != value for key, value in files.items())
     ]
     if chosen == "adapter" and not whole:
         raise UsageError(
@@ -137,7 +139,7 @@ def _tokenizer(
     if len(differing) < len(whole) or any(files != differing[0][2] for _, _, files in differing):
         return [], {"from": "base", "differs": True}, [*warnings, _several(whole, chosen)]
     name, folder, files = differing[0]
-    changed = ", ".join(sorted(file for file in {*files, *own} if files.get(file) != own.get(file)))
+    changed = ", ".join(sorted(file for file in {*files, *base_contents} if files.get(file) != base_contents.get(file)))
     differs = f"the tokenizer of {name} differs from the base's ({changed})"
     beyond = _beyond(folder, base)
     why = f"it has the token {beyond}, for which the base has no embedding"
@@ -174,16 +176,16 @@ def _contents(folder: Path) -> dict[str, bytes]:
     """Return a map from a folder's tokenizer files to their sha256."""
     import hashlib
 
-    found = {}
+    digests = {}
     templates = folder / TEMPLATES
     for file in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
         name = file.relative_to(folder).as_posix()
         if _is_token_file(name) and file.is_file():
             try:
-                found[name] = hashlib.sha256(file.read_bytes()).digest()
+                digests[name] = hashlib.sha256(file.read_bytes()).digest()
             except OSError as error:
                 raise storage_error(error, file) from error
-    return found
+    return digests
 
 
 def _is_token_file(name: str) -> bool:
@@ -206,21 +208,21 @@ def _tokens(file: Path) -> list[int]:
     The list has no token id if the file is not in transformers' format.
     """
     try:
-        said = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return []
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         return []
     if file.name == "added_tokens.json":
-        return [value for value in said.values() if type(value) is int]
+        return [value for value in content.values() if type(value) is int]
     if file.name == "tokenizer_config.json":
-        decoder = said.get("added_tokens_decoder")
+        decoder = content.get("added_tokens_decoder")
         return [int(key) for key in decoder if key.isdecimal() and len(key) < 10] if isinstance(decoder, dict) else []
-    added, model = said.get("added_tokens"), said.get("model")
-    found = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    added, model = content.get("added_tokens"), content.get("model")
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    found.append(len(vocabulary) - 1 if isinstance(vocabulary, dict | list) else -1)
-    return [token for token in found if type(token) is int]
+    ids.append(len(vocabulary) - 1 if isinstance(vocabulary, dict | list) else -1)
+    return [token for token in ids if type(token) is int]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -78,8 +78,8 @@ def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -
     """Whether an update with weight 1 scales the rows of the stored tensor to a magnitude, as DoRA does."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
-    own = updates[0]
-    return isinstance(own, WeightUpdate) and type(own).normalized is not WeightUpdate.normalized
+    first = updates[0]
+    return isinstance(first, WeightUpdate) and type(first).normalized is not WeightUpdate.normalized
 
 
 def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
@@ -126,19 +126,19 @@ class LowRankBlocks:
         norms: dict[int, float] = {}
         if block.expert != self._expert:
             self._expert, self._sums = block.expert, {}
-        given, made = cast("tuple[Array, Array]", (raw, out))
+        given, outputs = cast("tuple[Array, Array]", (raw, out))
         for segment in self.segments:
             start, stop = max(segment.start, block.start), min(segment.stop, block.stop)
             if start >= stop:
                 continue
             here = slice((start - block.start) * self.width, (stop - block.start) * self.width)
             if not segment.changes:
-                _cast(given[here], made[here])
+                _cast(given[here], outputs[here])
                 continue
             change = self._sum(segment)
             kinds = self.output.source.dtype, self.output.dtype
             rows = start - segment.start, stop - segment.start
-            norm = None if change is None else change.write(given[here], made[here], kinds, *rows)
+            norm = None if change is None else change.write(given[here], outputs[here], kinds, *rows)
             if norm is None:
                 return None
             if isinstance(change, NormalizedSum):
@@ -154,8 +154,8 @@ class LowRankBlocks:
     def _normalized(self, segment: Segment) -> NormalizedSum | None:
         """Return the prepared DoRA of a segment; None if the segment has no DoRA."""
         fold, (update, *_) = self.folds[segment.changes[0]]
-        own = update if self._expert is None else update.expert(self._expert)
-        parts = own.normalized() if isinstance(own, WeightUpdate) else None
+        update_here = update if self._expert is None else update.expert(self._expert)
+        parts = update_here.normalized() if isinstance(update_here, WeightUpdate) else None
         if parts is None:
             return None
         magnitude, B, A = cast("tuple[Array, Array, Array]", parts)
@@ -173,8 +173,8 @@ class LowRankBlocks:
         lefts, rights = [], []
         for fold, updates in (self.folds[position] for position in segment.changes):
             for update in updates:
-                own = update if self._expert is None else update.expert(self._expert)
-                pair = own.pair(fold.logical) if isinstance(own, Additive) else None
+                update_here = update if self._expert is None else update.expert(self._expert)
+                pair = update_here.pair(fold.logical) if isinstance(update_here, Additive) else None
                 if pair is None:
                     return None
                 B, A = cast("tuple[Array, Array]", pair)

@@ -277,10 +277,10 @@ def _loaded(output: Output, arrays: Arrays) -> _Loaded:
     """Return the entry of an output tensor on a device."""
     device = str(getattr(arrays, "device", "cpu"))
     with _LOCK:
-        found = _LOADED.get((id(output), device))
-        if found is None:
-            found = _LOADED[id(output), device] = _Loaded(output)
-        return found
+        loaded = _LOADED.get((id(output), device))
+        if loaded is None:
+            loaded = _LOADED[id(output), device] = _Loaded(output)
+        return loaded
 
 
 LARGE = 1e30
@@ -482,7 +482,7 @@ class BlockMerger:
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
-        return [own for own in sources.values() if order_counts([self._place(position) for position in own])]
+        return [source for source in sources.values() if order_counts([self._place(position) for position in source])]
 
     def _place(self, position: int) -> tuple[Target, tuple[Update, ...]]:
         fold = self.folds[position][0]

@@ -23,7 +23,7 @@ from ..io.lazy import files_kept_open
 from .arrays import Arrays, devices_for
 from .planned import OutputFile, Plan
 from .staging_dir import Norms, StagingDir
-from .workers import Job, Made, OpenFile, Worker, create, jobs_of, norms_of
+from .workers import Job, JobResult, OpenFile, Worker, create, jobs_of, norms_of
 
 if TYPE_CHECKING:
     from ..io.resolving import StreamedBase
@@ -178,12 +178,12 @@ class _Scheduler:
                 continue
             if job is None:
                 return
-            made = hands.do(job)
+            result = hands.do(job)
             # The callback runs when the bytes are in the file, mostly on the writer's thread. Meanwhile, this worker
             # takes its next job.
-            made.written.add_done_callback(partial(self._done, job, made))
+            result.written.add_done_callback(partial(self._done, job, result))
 
-    def _done(self, job: Job, made: Made, written: Future[None]) -> None:
+    def _done(self, job: Job, result: JobResult, written: Future[None]) -> None:
         error = written.exception()
         if error is not None:
             self.failure = self.failure or (
@@ -191,9 +191,9 @@ class _Scheduler:
             )
             return
         with self.lock:
-            job.file.runs += made.runs
-            if job.output is not None and made.norms:
-                job.file.norms[job.output.name].append((job.order, made.norms))
+            job.file.runs += result.runs
+            if job.output is not None and result.norms:
+                job.file.norms[job.output.name].append((job.order, result.norms))
             job.file.left -= 1
             last = job.file.left == 0
         if last:
@@ -258,7 +258,7 @@ def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
 
 def _sources(file: OutputFile) -> set[str]:
     """Return the paths of the base's files that an output file needs."""
-    found = set()
+    recorded = set()
     for output in file.outputs:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
@@ -267,8 +267,8 @@ def _sources(file: OutputFile) -> set[str]:
                 raise Unsupported(
                     "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
                 )
-            found.add(tensor.span.path)
-    return found
+            recorded.add(tensor.span.path)
+    return recorded
 
 
 def _from(done: int, total: int, progress: Progress | None) -> Progress | None:

@@ -114,8 +114,8 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
-        found = _weighed(error, now)
-        best, least = np.where(found < least, C, best), np.minimum(found, least)
+        weighted = _weighed(error, now)
+        best, least = np.where(weighted < least, C, best), np.minimum(weighted, least)
         smallest = np.minimum(smallest, np.linalg.norm(now, axis=2, keepdims=True))
         lost = now
     shifted = _shifted(M, best, Vh)
@@ -170,8 +170,8 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
     H = inputs.T @ inputs / len(inputs)
     mean = float(np.trace(H)) / len(H) or 1.0
-    found: Array = H + mean * (ADAPTER * directions.T @ directions + DAMPING * np.eye(len(H)))
-    return found
+    weights: Array = H + mean * (ADAPTER * directions.T @ directions + DAMPING * np.eye(len(H)))
+    return weights
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
@@ -189,9 +189,9 @@ def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
 
     width = merged.shape[1]
     step = max(COLUMNS, -(-width // (BLOCKS * COLUMNS)) * COLUMNS)
-    found = _refined(trip, merged, H, _once(trip, merged, H, step), step)
+    refined = _refined(trip, merged, H, _once(trip, merged, H, step), step)
     nearest = _lost(trip(merged) - merged, H).sum()
-    return found if np.sum(_lost(trip(found) - merged, H)) < nearest else merged
+    return refined if np.sum(_lost(trip(refined) - merged, H)) < nearest else merged
 
 
 def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) -> Array:

@@ -69,8 +69,8 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
         why = f"{twice[0]} is given twice, by name and in options"
         cure = f"Give it only in options=MergeOptions({twice[0]}=...), or omit options="
         raise UsageError(why, where=twice[0], cure=cure)
-    found = MergeOptions(**named) if given is None else given
-    return replace(found, tied=parse_tied(found.tied), rename=rule_texts(found.rename))
+    options = MergeOptions(**named) if given is None else given
+    return replace(options, tied=parse_tied(options.tied), rename=rule_texts(options.rename))
 
 
 # Compute the memory that a merge may use, and the number of workers for which it suffices.

@@ -14,7 +14,7 @@ from .. import __version__
 from ..core.metadata import SHAPES
 from ..core.tables import html_table
 from ..io.checkpoint import Checkpoint
-from ..io.direct import HELD
+from ..io.direct import BUFFERED
 from ..io.lazy import DType, Lazy, Shape
 from .companions import Companions
 from .options import workers_within
@@ -67,7 +67,7 @@ class PackedPart(Protocol):
         ...
 
     @property
-    def held(self) -> int:
+    def memory(self) -> int:
         """The memory in bytes that the computation needs."""
         ...
 
@@ -176,7 +176,7 @@ class Plan:
     shapes: str | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] | None = None
-    _held: tuple[int, str] | None = field(default=None, init=False)
+    _memory_of: tuple[int, str] | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         names = ", ".join(source.name for source in self.sources)
@@ -235,12 +235,14 @@ class Plan:
 
     @property
     def _largest(self) -> tuple[int, str]:
-        if self._held is None:
+        if self._memory_of is None:
             known: dict[Hashable, int] = {}
-            computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
+            computed = [
+                (BUFFERED + _memory_of(output, known), output.name) for output in self.outputs() if not output.copied
+            ]
             # Cache the value in `__dict__`, because the dataclass is frozen; a mixture of experts has 45,000 outputs.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
-        return cast("tuple[int, str]", self._held)
+        return cast("tuple[int, str]", self._memory_of)
 
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the record that is stored in the output.
@@ -276,10 +278,10 @@ class Plan:
         }  # fmt: skip
 
 
-def _held(output: Output, known: dict[Hashable, int]) -> int:
+def _memory_of(output: Output, known: dict[Hashable, int]) -> int:
     """Return `_block_bytes` of an output, from the cache `known` if another output has the same shape and updates."""
     if output.part is not None:
-        return output.part.held
+        return output.part.memory
     folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]
     form = output.shape, output.dtype.name, output.source.dtype.name, tuple(folds)
     if form not in known:

@@ -11,7 +11,7 @@ from ..errors import NotMergeable
 from ..formats._trained import sites_as_trained
 from ..io.locations import is_repo
 from ..naming.binding import Site, bind
-from ..naming.moves import Rule
+from ..naming.moves import MoveRule
 from ..naming.renames import parse_renames
 from ..naming.ties import find_tie, is_head
 from ..quant import Dequantized
@@ -46,7 +46,7 @@ class AdapterSource:
     weight: float
     missing: tuple[Target, ...]
     renamed: tuple[str, str] | None
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[MoveRule, ...] = ()
     _digest: str | None = field(default=None, init=False)
 
     @property
@@ -162,7 +162,7 @@ def folds_by_tensor(
         refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
     # Look up weights again, because a weight has more rows than before if the vocabulary grows.
-    sorted_ = {name: tuple([_seen_in(base, fold) for fold in found]) for name, found in folds.items()}
+    sorted_ = {name: tuple([_seen_in(base, fold) for fold in group]) for name, group in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
 
@@ -188,18 +188,18 @@ def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
     """Return (stored tensor, planned update) pairs for a target; `before` are earlier targets with the same weight."""
-    found = []
+    folds = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:
             continue
         updates = tuple([u for u in site.updates if (u.changes_bias if bias else u.changes_weight)])
         if updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
-            made = PlannedUpdate(site.target, updates, weight, position, bias, shape)
+            fold = PlannedUpdate(site.target, updates, weight, position, bias, shape)
             if bias and site.weight is not None and any(update.bias_sees_weight for update in updates):
-                made = replace(made, seen=_seen(site, before, weight, position, base, aliases))
-            found.append((stored, made))
-    return found
+                fold = replace(fold, seen=_seen(site, before, weight, position, base, aliases))
+            folds.append((stored, fold))
+    return folds
 
 
 def _seen(

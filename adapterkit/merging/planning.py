@@ -30,7 +30,7 @@ from .quantized import config_changes
 from .ties import parse_tied
 
 if TYPE_CHECKING:
-    from .requantize import Repacked, Stack
+    from .requantize import Repacked, RepackedStack
 
 
 def make_plan(
@@ -62,7 +62,7 @@ def make_plan(
         # Use the key in the config, because transformers renamed `torch_dtype` to `dtype`.
         key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
-    parts: dict[str, Repacked | Stack] = {}
+    parts: dict[str, Repacked | RepackedStack] = {}
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
     if isinstance(base, Dequantized) and base.packs:
         from .requantize import repacked
@@ -100,15 +100,15 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[PlannedUpdate, ...]],
-    kinds: Mapping[str, DType], shard_size: int | None, parts: Mapping[str, Repacked | Stack], seed: int | None,
+    kinds: Mapping[str, DType], shard_size: int | None, parts: Mapping[str, Repacked | RepackedStack], seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
-            made = folds.get(member, ()), parts.get(member), seed
-            outputs.append(Output(member, kinds[member], source.shape, offset, source, *made))
+            details = folds.get(member, ()), parts.get(member), seed
+            outputs.append(Output(member, kinds[member], source.shape, offset, source, *details))
             offset += outputs[-1].nbytes
         yield _untouched(name, outputs) or OutputFile(name, header, tuple(outputs))
 
@@ -212,11 +212,11 @@ def _safetensors_name(file: Path) -> str:
 def _dtype(name: str | None) -> DType | None:
     if name is None:
         return None
-    found = dtype_named(name)
-    if found is None or not found.floating or found.torch.startswith(("complex", "float8_e8")):
+    dtype = dtype_named(name)
+    if dtype is None or not dtype.floating or dtype.torch.startswith(("complex", "float8_e8")):
         known = ", ".join(d.name for d in DTYPES.values() if d.floating)
         raise UsageError(f"weights cannot be cast to {name!r}", cure=f"Known: {known}")
-    return found
+    return dtype
 
 
 def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
 from ..naming.binding.fitting import merge_record
-from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
+from ..quant import Dequantized, dequantized, detect, is_quantized, stated_method
 from ..quant._calibration import Calibration, read_calibration
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def as_merged(
             raise UsageError(f"the base is not quantized, so {quantized} does not apply", path=base.root, cure=cure)
         return base
     # Quantize GGUF bases again by default, because llama.cpp loads only GGUF files.
-    if quantized is None and said_method(base) is None and detect(base) == "gguf":
+    if quantized is None and stated_method(base) is None and detect(base) == "gguf":
         quantized = "requantize"
     if quantized is None:
         raise Unsupported(f"the base is quantized ({_kind(base)})", path=base.root, cure=EXPLAINED)
@@ -142,12 +142,12 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
     Raises:
         UsageError: the merge was rounded with a calibration file, but no file or a different file is given.
     """
-    told = merge_record(merged).get("quantized")
-    used = _calibration_of(told, calibration, merged)
+    recorded = merge_record(merged).get("quantized")
+    used = _calibration_of(recorded, calibration, merged)
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
-    keep = told.get("keep") if isinstance(told, dict) else None
+    keep = recorded.get("keep") if isinstance(recorded, dict) else None
     keep = keep if keep in KEPT else None
     if seen.scheme == "gguf" and is_quantized(merged):
         from ..quant.gguf import like
@@ -158,12 +158,12 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
     return replace(dequantized(base, packs=True), keep=keep, calibration=used) if again else seen
 
 
-def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
+def _calibration_of(recorded: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
     """Return the calibration if it is the one in the merge's record; return None if the record has none."""
-    said = told.get("calibration") if isinstance(told, dict) else None
-    if said is None and given is None:
+    recorded_digest = recorded.get("calibration") if isinstance(recorded, dict) else None
+    if recorded_digest is None and given is None:
         return None
-    if said is None:
+    if recorded_digest is None:
         cure = "Omit --calibration (calibration=)"
         raise UsageError("the merge was not rounded with a calibration file", path=merged.root, cure=cure)
     if given is None:
@@ -171,11 +171,11 @@ def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: 
         raise UsageError(
             "the merge was rounded with a calibration file, but none is given", path=merged.root, cure=cure
         )
-    found = read_calibration(given)
-    if found.digest != said:
-        cure = f"Pass the file with the sha256 {said}: --calibration FILE.safetensors (calibration=)"
-        raise UsageError("the merge was rounded with another calibration file", path=found.path, cure=cure)
-    return found
+    given_calibration = read_calibration(given)
+    if given_calibration.digest != recorded_digest:
+        cure = f"Pass the file with the sha256 {recorded_digest}: --calibration FILE.safetensors (calibration=)"
+        raise UsageError("the merge was rounded with another calibration file", path=given_calibration.path, cure=cure)
+    return given_calibration
 
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
@@ -184,8 +184,8 @@ def _original(base: Dequantized, onto: Checkpoint) -> Original:
             f"the weights are themselves quantized ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights"
         )
     _check_same(base.tensors, onto)
-    held = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
-    return Original(**held, scheme=base.scheme, weights=len(base.packed))
+    values = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
+    return Original(**values, scheme=base.scheme, weights=len(base.packed))
 
 
 def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
@@ -230,4 +230,4 @@ def _kind(base: Checkpoint) -> str:
     try:
         return detect(base)
     except Unsupported:
-        return said_method(base) or "of some kind"
+        return stated_method(base) or "of some kind"

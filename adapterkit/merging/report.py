@@ -152,13 +152,13 @@ def _decided(plan: Plan) -> str:
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
     """Return the report of an earlier run if its output is complete and unchanged; otherwise None."""
     record = stage.target / REPORT
-    said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
+    previous = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
     return Report(
         stage.target,
         plan,
-        said["norms"],
-        said.get("damage", {}),
+        previous["norms"],
+        previous.get("damage", {}),
         tuple(stage.files),
         (),
         (),
@@ -171,8 +171,10 @@ def _write(
     plan: Plan, stage: StagingDir, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
     decided: str,
 ) -> Report:  # fmt: skip
-    found = engine(plan, stage, progress)
-    norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
+    norms_by_file = engine(plan, stage, progress)
+    norms, damage = _apart(
+        plan, {name: values for file in plan.files for name, values in norms_by_file[file.name].items()}
+    )
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if plan.base.root.is_dir():
@@ -183,13 +185,13 @@ def _write(
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
 
-def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
+def _apart(plan: Plan, norms_found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
     """Split the engine's norms into the norms of the changes, and the damage from quantizing weights again."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
-        if output.name in found:
-            values, count = found[output.name], len(output.folds)
+        if output.name in norms_found:
+            values, count = norms_found[output.name], len(output.folds)
             name = output.name if output.part is None else output.part.packed.name
             norms[name] = values[:count]
             if output.part is not None:
@@ -226,12 +228,12 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
         config = {key: value for key, value in changed.items() if value is not None or key not in plan.config_changes}
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     runs = {file.name: stage.runs_of(file.name) for file in plan.files if file.whole is None}
-    written = {name: record_of(found) for name, found in runs.items() if found}
-    said = {
+    written = {name: record_of(spans) for name, spans in runs.items() if spans}
+    report = {
         **plan.lineage(), "base_card": _digest_of(out / CARD), "norms": norms, **_damaged(damage),
         **({KEY: written} if plan.checksums else {}),
     }  # fmt: skip
-    write_bytes(out / REPORT, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(out / REPORT, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
     index = index_of(plan)
     if index is not None:
         write_bytes(out / INDEX, index)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .arrays import Workspace
     from .planned_update import PlannedUpdate
 
-HELD = 1 << 24
+MAX_WHOLE = 1 << 24
 """The largest number of elements of a merged weight that is kept in memory.
 
 A larger weight is merged anew when rows are requested.
@@ -184,12 +184,12 @@ class Repacked:
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
     @property
-    def held(self) -> int:
+    def memory(self) -> int:
         """The memory that the computation takes, in bytes."""
-        return self._held_by_rows if self.apart else self._held_whole
+        return self._memory_by_rows if self.apart else self._memory_whole
 
     @property
-    def _held_by_rows(self) -> int:
+    def _memory_by_rows(self) -> int:
         """The memory for the rows of a run before, during and after the merge, and for float64 copies of a block."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
@@ -246,14 +246,14 @@ class Repacked:
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
-    def _held_whole(self) -> int:
+    def _memory_whole(self) -> int:
         """The memory for the stored tensors, the new tensors (twice that), the merged weight, and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
             square = 0 if self.base.calibration is None else SQUARE_BYTES * self.packed.shape[-1] ** 2
             return 3 * stored + KEPT_BYTES * count + square + factor_bytes(self.folds)
-        return 3 * stored + 4 * min(count, HELD) + 32 * STEP
+        return 3 * stored + 4 * min(count, MAX_WHOLE) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Return the bytes of every stored tensor, and squared norms: one per planned update, then `NORMS` of damage.
@@ -272,8 +272,8 @@ class Repacked:
 
     def _packed(self, rows: Callable[[int, int], Array]) -> tuple[dict[str, bytes], Packed]:
         """Return the bytes of the stored tensors that change, and the dequantized result."""
-        made = self.packed.pack(rows)
-        parts = {name: self._bytes(name, array) for name, array in made.items()}
+        packed_rows = self.packed.pack(rows)
+        parts = {name: self._bytes(name, array) for name, array in packed_rows.items()}
         return parts, self.base.unpacked_again(
             self.packed, {name: self._lazy(name, data) for name, data in parts.items()}
         )
@@ -290,18 +290,18 @@ class Repacked:
         count = math.prod(self.packed.shape[:-1])
         target = self.folds[0].target
         M, W = (self._matrices(rows, target) for rows in (merged.rows(0, count), self.packed.rows(0, count)))
-        found = [
+        directions_found = [
             directions(m.astype(np.float64) - w, seed_of(f"{target}:{e}"))
             for e, (m, w) in enumerate(zip(M, W, strict=True))
         ]
         inputs = self.inputs
         if inputs is not None and len(M) == 1 and inputs.shape[1] == M.shape[2]:
-            flat = self._rows(self._swept(M[0], inputs, found[0])[None], target)
+            flat = self._rows(self._swept(M[0], inputs, directions_found[0])[None], target)
             return lambda start, stop: flat[start:stop]
-        most = max(len(each) for each in found)
+        most = max(len(each) for each in directions_found)
         if not most:
             return merged.rows
-        Vh = np.stack([np.pad(each, ((0, most - len(each)), (0, 0))) for each in found])
+        Vh = np.stack([np.pad(each, ((0, most - len(each)), (0, 0))) for each in directions_found])
 
         def trip(matrices: Array) -> Array:
             flat = self._rows(matrices, target)
@@ -310,7 +310,7 @@ class Repacked:
         flat = self._rows(kept(trip, M, Vh), target)
         return lambda start, stop: flat[start:stop]
 
-    def _swept(self, M: Array, inputs: Array, found: Array) -> Array:
+    def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
         """Return a matrix to pack instead of M, so that outputs for the calibration's activations change little.
 
         See `sweeping`.
@@ -323,15 +323,15 @@ class Repacked:
             whole: Array = self._matrices(again, target)[0]
             return whole
 
-        return swept(trip, M, weighting(inputs, found))
+        return swept(trip, M, weighting(inputs, directions))
 
     @property
     def inputs(self) -> Array | None:
         """The calibration's activations for this weight, `[tokens, inputs]`; None if the calibration has none."""
         if self.base.calibration is None:
             return None
-        found = (self.base.calibration.inputs(fold.target.path) for fold in self.folds)
-        return next((each for each in found if each is not None), None)
+        inputs = (self.base.calibration.inputs(fold.target.path) for fold in self.folds)
+        return next((each for each in inputs if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
         """Return rows of the weight as `[experts, outputs, inputs]` in float32; a weight without experts has one."""
@@ -388,7 +388,7 @@ def _wide(rows: Array) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class RepackedStack:
     """Consecutive packed weights in one stored tensor, such as the experts of a layer; some may be unchanged."""
 
     weights: tuple[Repacked, ...]
@@ -404,9 +404,9 @@ class Stack:
         return tuple(fold for weight in self.weights for fold in weight.folds)
 
     @property
-    def held(self) -> int:
+    def memory(self) -> int:
         changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
-        largest = max((weight.held for weight in changed), default=0)
+        largest = max((weight.memory for weight in changed), default=0)
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
@@ -438,11 +438,11 @@ class Stack:
             if not weight.folds and not weight.packed.changes:
                 data += weight.packed.share.fetch()  # type: ignore[union-attr]
                 continue
-            parts, found = weight.compute(workspace)
+            parts, squares_found = weight.compute(workspace)
             data += parts[member]
             count = len(weight.folds)
-            norms |= {at + fold: square for fold, square in found.items() if fold < count}
-            squares = [square + found[count + number] for number, square in enumerate(squares)]
+            norms |= {at + fold: square for fold, square in squares_found.items() if fold < count}
+            squares = [square + squares_found[count + number] for number, square in enumerate(squares)]
             at += count
         # Add padding, which the stored tensor may have after its last weight.
         data += bytes(self.packed.written.nbytes - len(data))
@@ -468,12 +468,12 @@ class _Merged:
         if self._whole is not None:
             return self._whole[start * self._width : stop * self._width].reshape(-1, self._width)
         first, end = start * self._width, stop * self._width
-        found = np.empty(end - first, self.output.dtype.array)
+        block_rows = np.empty(end - first, self.output.dtype.array)
         for block in self._blocks:
             low, high = max(first, block.first), min(end, block.first + block.elements)
             if low < high:
-                found[low - first : high - first] = self._block(block)[low - block.first : high - block.first]
-        return found.reshape(-1, self._width)
+                block_rows[low - first : high - first] = self._block(block)[low - block.first : high - block.first]
+        return block_rows.reshape(-1, self._width)
 
     @cached_property
     def _blocks(self) -> list[Block]:
@@ -484,7 +484,7 @@ class _Merged:
         # Keep the merged weight if it is small enough, because rows are requested at least twice: to pack and to
         # measure them.
         count = math.prod(self.output.shape)
-        if count > HELD:
+        if count > MAX_WHOLE:
             return None
         whole = self.workspace.keep(count, self.output.dtype)
         for block in self._blocks:
@@ -515,7 +515,7 @@ class _Merged:
 
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
-) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | Stack], frozenset[str]]:
+) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | RepackedStack], frozenset[str]]:
     """Replace each packed weight by its stored tensors in the tables of a plan.
 
     Returns:
@@ -535,24 +535,24 @@ def repacked(
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
     moved: dict[str, tuple[PlannedUpdate, ...]] = {}
-    parts: dict[str, Repacked | Stack] = {}
+    parts: dict[str, Repacked | RepackedStack] = {}
     stacks: dict[str, list[Repacked]] = {}
     for shared in (weight for weight in base.packed.values() if weight.share is not None):
         stacks.setdefault(shared.members[0], []).append(Repacked(base, shared, folds.get(shared.name, ())))
-    for name, found in folds.items():
+    for name, group in folds.items():
         weight = base.packed.get(name)
         if weight is not None and type(weight).pack is Packed.pack:
             raise Unsupported(f"adapterkit cannot quantize to {base.scheme}", where=name, cure=NO_PACKING)
         if weight is not None and weight.share is not None:
             continue
-        moved[name if weight is None else weight.members[0]] = found
+        moved[name if weight is None else weight.members[0]] = group
         if weight is not None:
-            parts |= dict.fromkeys(weight.members, Repacked(base, weight, found))
+            parts |= dict.fromkeys(weight.members, Repacked(base, weight, group))
     for weight in base.packed.values():
         if weight.changes and weight.share is None and weight.members[0] not in parts:
             parts |= dict.fromkeys(weight.members, Repacked(base, weight, ()))
     for member, weights in stacks.items():
-        stack = Stack(tuple(weights))
+        stack = RepackedStack(tuple(weights))
         if stack.folds:
             moved[member] = stack.folds
         if stack.folds or stack.packed.changes:

@@ -116,8 +116,8 @@ def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType
     weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
     decomposed = [dominant(one, criterion, seed_of(f"{target}:{e}")) for e, one in enumerate(weights)]
     lora = low_rank(target, shape, [balanced(*each) for each in decomposed], None, kind)
-    made = Change(target, shape, (lora,)).deltas()
-    error = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
+    deltas = Change(target, shape, (lora,)).deltas()
+    error = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, deltas, strict=True)))
     norm = math.hypot(*(frobenius(one) for one in weights))
     return target, lora, Cut(str(target), "lora", min(weights[0].shape), lora.A.shape[-len(shape)], norm, error)
 

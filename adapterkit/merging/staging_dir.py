@@ -74,15 +74,15 @@ class StagingDir(Staging):
 
     def norms_of(self, name: str) -> Norms:
         """Return the norms that were recorded when a file was finished."""
-        return self._found(name)["norms"]
+        return self._read_finished(name)["norms"]
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
         """Return the checksums of a finished file: (offset, number of bytes, sha256) of each run."""
-        return [(start, nbytes, digest) for start, nbytes, digest in self._found(name)["runs"]]
+        return [(start, nbytes, digest) for start, nbytes, digest in self._read_finished(name)["runs"]]
 
-    def _found(self, name: str) -> _Finished:
-        found: _Finished = json.loads((self._norms / f"{name}.json").read_text())
-        return found
+    def _read_finished(self, name: str) -> _Finished:
+        finished: _Finished = json.loads((self._norms / f"{name}.json").read_text())
+        return finished
 
     def apart(self) -> StagingDir:
         """Return the same stage with a separate folder for unfinished files, for use by one of several processes."""

@@ -78,15 +78,15 @@ def settle_tie(
     Raises:
         UsageError: it is unknown which layers training changed; or two different changes would apply to one tensor.
     """
-    own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
-    if not own:
+    adapter_folds = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
+    if not adapter_folds:
         return {}
     changed: Folds = {layer: [] for layer in tie.layers}
     for position, adapter in enumerate(adapters):
-        part = {name: [fold for fold in found if fold.source == position] for name, found in own.items()}
-        part = {name: found for name, found in part.items() if found}
-        for layer, found in acting(tie, part, adapter, tied, warnings).items():
-            changed[layer] += found
+        part = {name: [fold for fold in group if fold.source == position] for name, group in adapter_folds.items()}
+        part = {name: group for name, group in part.items() if group}
+        for layer, group in acting(tie, part, adapter, tied, warnings).items():
+            changed[layer] += group
     inputs, head = changed[tie.inputs[0]], changed[tie.head]
     bias = f"{tie.head.removesuffix('.weight')}.bias"
     if loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
@@ -102,7 +102,7 @@ def settle_tie(
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
-    written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
+    written = {tie.stored: inputs, tie.head: _unscaled(head, adapter_folds, tie, untied_scale(config), rows)}
     # Write a separate table for encoder and decoder, because BART's classes without the tie do not load `shared`.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
@@ -112,7 +112,7 @@ def settle_tie(
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
-    folds |= {name: found for name, found in written.items() if found}
+    folds |= {name: group for name, group in written.items() if group}
     return untied(config)
 
 
@@ -152,12 +152,12 @@ def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bo
     )
 
 
-def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
+def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
     """Decide, for merges and injections, which updates of an adapter change each layer that shares a tied tensor.
 
     Args:
         tie: the base's tie.
-        own: a map from layer names in the adapter to its planned updates.
+        adapter_folds: a map from layer names in the adapter to its planned updates.
         adapter: the adapter; its lineage records which tool trained it.
         tied: the result of `parse_tied`.
         warnings: a list of sentences; the function adds one for each omitted update.
@@ -169,16 +169,20 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
     Raises:
         UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
     """
-    if not own:
+    if not adapter_folds:
         return {}
-    first = next(iter(own.values()))
+    first = next(iter(adapter_folds.values()))
     # If the adapter changes all layers in the same way, the training tool does not matter.
-    if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
-        return {layer: own[layer] for layer in tie.layers}
-    choice = _Choice(tie, own, adapter, tied)
-    found: Folds = {layer: [] for layer in tie.layers}
-    for name, folds in own.items():
-        if name not in tie.layers and all(_equal(own.get(layer, []), folds) for layer in tie.inputs):
+    if (
+        tied is None
+        and adapter_folds.keys() >= set(tie.layers)
+        and all(_equal(group, first) for group in adapter_folds.values())
+    ):
+        return {layer: adapter_folds[layer] for layer in tie.layers}
+    choice = _Choice(tie, adapter_folds, adapter, tied)
+    by_layer: Folds = {layer: [] for layer in tie.layers}
+    for name, folds in adapter_folds.items():
+        if name not in tie.layers and all(_equal(adapter_folds.get(layer, []), folds) for layer in tie.inputs):
             continue
         if name not in tie.layers and choice.is_idle(folds):
             readers = " and ".join(layer.removesuffix(".weight") for layer in tie.inputs)
@@ -197,8 +201,8 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
                 if updates:
-                    found[layer].append(replace(fold, updates=updates))
-    return {layer: _together(folds, tie) for layer, folds in found.items()}
+                    by_layer[layer].append(replace(fold, updates=updates))
+    return {layer: _together(folds, tie) for layer, folds in by_layer.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,7 @@ class _Choice:
     """Chooses which layers an update changes: all that share the tied tensor (`merge`), or the named one (`untie`)."""
 
     tie: Tie
-    own: Folds
+    folds: Folds
     adapter: Adapter
     tied: str | None
 
@@ -256,7 +260,7 @@ class _Choice:
         foreign = self.adapter.foreign.data if self.adapter.foreign else {}
         config = foreign.get("config")
         config = config if isinstance(config, dict) else {}
-        alone = not any(layer in self.own for layer in self.tie.layers if layer != name)
+        alone = not any(layer in self.folds for layer in self.tie.layers if layer != name)
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:
                 raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is missing")
@@ -265,32 +269,32 @@ class _Choice:
         return UNTIE
 
     def _has_rows(self, name: str) -> bool:
-        return any(update.shared_as == "rows" for fold in self.own.get(name, ()) for update in fold.updates)
+        return any(update.shared_as == "rows" for fold in self.folds.get(name, ()) for update in fold.updates)
 
     def _unknown(self, name: str, why: str) -> UsageError:
-        touched = " and ".join(self.own)
+        touched = " and ".join(self.folds)
         one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
 
 
 def _extracted(adapter: Adapter) -> str | None:
     """Return the choice that `extract` recorded, or None; it depends on whether the tuned model had a separate head."""
-    said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
-    return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
+    settings = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
+    return str(settings[0]) if settings and settings[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
     """Return the tools that made an adapter, from its lineage: names of formats, or `create` and `extract`."""
-    found: set[str] = set()
+    formats: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
         if op == "read":
-            found.add(str(args.get("format")))
+            formats.add(str(args.get("format")))
         elif op in ("create", "extract"):
-            found.add(op)
+            formats.add(op)
         for one in args.get("of") or ():
-            found |= _tools(one.get("recipe", ()) if isinstance(one, Mapping) else ())
-    return found
+            formats |= _tools(one.get("recipe", ()) if isinstance(one, Mapping) else ())
+    return formats
 
 
 def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
@@ -316,7 +320,9 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
     return kept
 
 
-def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, rows: int) -> list[PlannedUpdate]:
+def _unscaled(
+    head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
+) -> list[PlannedUpdate]:
     """Return the planned updates of an untied head, including the scale that the model applies only to a tied head."""
     if scale == 1:
         return head
@@ -325,7 +331,7 @@ def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, row
     from ..io.lazy import from_numpy
     from ..methods.ia3 import IA3
 
-    shape = (rows, *next(fold.shape for folds in own.values() for fold in folds)[1:])
+    shape = (rows, *next(fold.shape for folds in adapter_folds.values() for fold in folds)[1:])
     factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]
     scaled = PlannedUpdate(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
     return [*(replace(fold, weight=fold.weight * scale) for fold in head), scaled]

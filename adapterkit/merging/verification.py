@@ -104,24 +104,24 @@ class Verification:
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        found = f"{len(self.differences) + len(self.base):,} differences"
-        return f"Verification({'ok' if self.ok else found}: {self.tensors:,} tensors, {self.targets:,} targets)"
+        outcome = f"{len(self.differences) + len(self.base):,} differences"
+        return f"Verification({'ok' if self.ok else outcome}: {self.tensors:,} tensors, {self.targets:,} targets)"
 
     def _repr_html_(self) -> str:
-        found = [one.record() for one in self.differences] + [one.record() for one in self.base]
-        keys = list(dict.fromkeys(key for record in found for key in record))
-        return html_table(repr(self), keys, [[record.get(key) for key in keys] for record in found])
+        records = [one.record() for one in self.differences] + [one.record() for one in self.base]
+        keys = list(dict.fromkeys(key for record in records for key in record))
+        return html_table(repr(self), keys, [[record.get(key) for key in keys] for record in records])
 
     @property
     def ok(self) -> bool:
         return not self.differences and not self.base
 
     def record(self) -> dict[str, JsonValue]:
-        found = [difference.record() for difference in self.differences]
+        records = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
         base = {"base": [difference.record() for difference in self.base]} if self.base else {}
         warnings = {"warnings": list(self.warnings)} if self.warnings else {}
-        return {"ok": self.ok, **counts, "differences": found, **base, **warnings}
+        return {"ok": self.ok, **counts, "differences": records, **base, **warnings}
 
 
 def compare(
@@ -148,9 +148,9 @@ def compare(
     total = sum(output.nbytes for output in outputs)
 
     def check(output: Output) -> TensorDifference | None:
-        found = merged.tensors.get(output.name)
+        tensor = merged.tensors.get(output.name)
         with arrays.quiet():
-            return TensorDifference(output.name, "missing") if found is None else _compare(output, found, arrays)
+            return TensorDifference(output.name, "missing") if tensor is None else _compare(output, tensor, arrays)
 
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(plan.workers) as pool:
         for output, difference in zip(outputs, pool.map(check, outputs), strict=True):
@@ -170,10 +170,10 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
     total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
     done, differences = 0, list[TensorDifference]()
     with ThreadPoolExecutor(most_workers()) as pool:
-        for (name, runs), found in zip(
+        for (name, runs), reasons in zip(
             written.items(), pool.map(lambda item: wrong_runs(folder / item[0], item[1]), written.items()), strict=True
         ):
-            differences += [TensorDifference(name, why) for why in found]
+            differences += [TensorDifference(name, why) for why in reasons]
             done += sum(nbytes for _, nbytes, _ in runs)
             if progress is not None:
                 progress(done, total)
@@ -184,16 +184,16 @@ def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
     """Return a difference for each record (of the merge or of an adapter) whose base has another fingerprint."""
-    found, given = [], fingerprint(base)
+    differences, given = [], fingerprint(base)
     record = merge_record(merged)
     recorded = record.get("base_fingerprint")
     if isinstance(recorded, str) and recorded.startswith(PREFIX) and recorded != given:
-        found.append(BaseDifference(REPORT, recorded, given, relation(base, [str(record.get(SHAPES))])))
+        differences.append(BaseDifference(REPORT, recorded, given, relation(base, [str(record.get(SHAPES))])))
     for name, adapter, _ in adapters:
         known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
         if known and given not in known:
-            found.append(BaseDifference(name, ", ".join(known), given, relation(base, shapes_of(adapter))))
-    return found
+            differences.append(BaseDifference(name, ", ".join(known), given, relation(base, shapes_of(adapter))))
+    return differences
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
@@ -237,43 +237,43 @@ def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
     return "grow" if grew else "keep" if tables else None
 
 
-def _compare(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
+def _compare(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDifference | None:
     if output.part is not None:
-        return _compare_packed(output, found, arrays)
-    if found.shape != output.shape:
-        return TensorDifference(output.name, f"the shape is {list(found.shape)}, not {list(output.shape)}")
-    if found.dtype.floating != output.dtype.floating:
-        return TensorDifference(output.name, f"the dtype is {found.dtype}, not {output.dtype}")
-    expected = replace(output, dtype=found.dtype)
-    return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found, arrays)
+        return _compare_packed(output, tensor, arrays)
+    if tensor.shape != output.shape:
+        return TensorDifference(output.name, f"the shape is {list(tensor.shape)}, not {list(output.shape)}")
+    if tensor.dtype.floating != output.dtype.floating:
+        return TensorDifference(output.name, f"the dtype is {tensor.dtype}, not {output.dtype}")
+    expected = replace(output, dtype=tensor.dtype)
+    return _compare_bytes(expected, tensor) if expected.copied else _compare_blocks(expected, tensor, arrays)
 
 
-def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
+def _compare_packed(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDifference | None:
     """Compare one stored tensor of a packed weight bit by bit."""
     assert output.part is not None
-    if (found.shape, found.dtype) != (output.shape, output.dtype):
+    if (tensor.shape, tensor.dtype) != (output.shape, output.dtype):
         return TensorDifference(
-            output.name, f"it is {found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}"
+            output.name, f"it is {tensor.dtype} {list(tensor.shape)}, not {output.dtype} {list(output.shape)}"
         )
     import numpy as np
 
-    made, _ = output.part.compute(Workspace(arrays))
-    wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (made[output.name], found.fetch()))
+    computed, _ = output.part.compute(Workspace(arrays))
+    wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (computed[output.name], tensor.fetch()))
     bits = f"<u{output.dtype.itemsize}"
     elements = int((wanted.view(bits) != there.view(bits)).sum())
     return TensorDifference(output.name, "it differs from quantizing the merge again", elements) if elements else None
 
 
-def _compare_bytes(output: Output, found: Lazy) -> TensorDifference | None:
-    count = math.prod(found.shape)
+def _compare_bytes(output: Output, tensor: Lazy) -> TensorDifference | None:
+    count = math.prod(tensor.shape)
     for at in range(0, count, PIECE):
         size = min(PIECE, count - at)
-        if memoryview(output.source.read(at, size)) != memoryview(found.read(at, size)):
+        if memoryview(output.source.read(at, size)) != memoryview(tensor.read(at, size)):
             return TensorDifference(output.name, "its bytes differ from the base's, but no adapter changes it")
     return None
 
 
-def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
+def _compare_blocks(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDifference | None:
     from .blocks import blocks
     from .compute import BlockMerger
 
@@ -283,7 +283,7 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
         expected = bytearray(block.elements * output.dtype.itemsize)
         raw = arrays.over(memoryview(output.source.read(block.first, block.elements)), output.source.dtype)
         folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
-        there = memoryview(found.read(block.first, block.elements))
+        there = memoryview(tensor.read(block.first, block.elements))
         if bytes(there) != expected:
             exact = folder.exact(raw, block)
             errors = _errors(

@@ -81,8 +81,8 @@ class _Use:
     def given(self, start: int, stop: int) -> set[int]:
         """Return the row numbers from `start` to `stop` whose values the adapter's file contains."""
         whole = any(isinstance(update, Replacement) and update.changes_weight for update in self.updates)
-        held = set(range(start, min(stop, self.rows or 0))) if whole else set()
-        return held | {token for token in self.tokens if start <= token < stop}
+        given_tokens = set(range(start, min(stop, self.rows or 0))) if whole else set()
+        return given_tokens | {token for token in self.tokens if start <= token < stop}
 
     def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """Yield (row number, values) for each row in `given`; the values are those at the start of training."""
@@ -216,11 +216,11 @@ class Vocabulary:
             config: the config of the base.
             changes: the other changes of the config.
         """
-        found: dict[str, Any] = {}
+        config_changes: dict[str, Any] = {}
         if config is None:
-            return found
+            return config_changes
         for rows, needed in self.sizes.items():
-            now = {**config, **changes, **found}
+            now = {**config, **changes, **config_changes}
             keys = [key for key in _SIZES if now.get(key) == rows]
             nested = [
                 key for key, value in now.items()
@@ -230,11 +230,11 @@ class Vocabulary:
                 keys, nested = (
                     ([], ["text_config"]) if isinstance(now.get("text_config"), Mapping) else (["vocab_size"], [])
                 )
-            found |= dict.fromkeys(keys, needed)
+            config_changes |= dict.fromkeys(keys, needed)
             for key in nested:
                 sizes = [size for size in _SIZES if now[key].get(size) == rows] or ["vocab_size"]
-                found[key] = {**now[key], **dict.fromkeys(sizes, needed)}
-        return found
+                config_changes[key] = {**now[key], **dict.fromkeys(sizes, needed)}
+        return config_changes
 
     def record(self) -> dict[str, JsonValue] | None:
         """Return plain data about the changed vocabulary; None if it is the base's vocabulary."""
@@ -250,9 +250,9 @@ class Vocabulary:
             return None
         declared = "in" if target.layout.startswith("in") else "out"
         for axis in dict.fromkeys((declared, "out", "in")):
-            found = _rows_along(axis, site.updates, self.tables[stored][1])
-            if found is not None:
-                return _Use(position, adapter, site.weight, stored, axis, site.updates, *found)
+            rows_here = _rows_along(axis, site.updates, self.tables[stored][1])
+            if rows_here is not None:
+                return _Use(position, adapter, site.weight, stored, axis, site.updates, *rows_here)
         return None
 
     def _check_padded(self, adapter: str, layer: str, rows: int, made_for: int) -> None:
@@ -366,10 +366,10 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
     Raises:
         NotMergeable: a method's formula needs all rows of the weight together.
     """
-    found: list[Update] = []
+    kept_updates: list[Update] = []
     for update in use.updates:
         if isinstance(update, Rows):
-            found.append(_without_tokens(update, use.tokens, rows))
+            kept_updates.append(_without_tokens(update, use.tokens, rows))
             continue
         if not update.cuts(use.axis) and not isinstance(update, Replacement):
             why = f"{update.method} needs all rows of the vocabulary that it was trained on"
@@ -383,8 +383,8 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
                 at = update.tensor_fields()[name].metadata["axes"].index(use.axis)
             if at is not None:
                 changes[name] = _first(tensor, at % len(tensor.shape), rows)
-        found.append(update.replace(**changes))
-    return tuple(found)
+        kept_updates.append(update.replace(**changes))
+    return tuple(kept_updates)
 
 
 def _without_tokens(update: Rows, tokens: Sequence[int], rows: int) -> Rows:
@@ -409,15 +409,15 @@ def _first(tensor: Lazy, axis: int, count: int) -> Lazy:
 def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> Lazy:
     """Return a tensor with the bytes of `more()` appended; `more` is called once, when the tensor is read."""
     size = tensor.dtype.itemsize
-    own = tensor.nbytes // size
+    stored_rows = tensor.nbytes // size
     more = cache(more)
 
     def part(first: int, count: int) -> Buffer:
-        before = min(max(own - first, 0), count)
+        before = min(max(stored_rows - first, 0), count)
         data = bytes(tensor.read(first, before)) if before else b""
         if before == count:
             return data
-        start = max(first - own, 0)
+        start = max(first - stored_rows, 0)
         return data + bytes(memoryview(more())[start * size : (start + count - before) * size])
 
     return Lazy(shape, tensor.dtype, lambda: bytes(tensor.fetch()) + bytes(more()), None, part)

@@ -150,7 +150,7 @@ def _pieces(job: Job) -> list[Job]:
 
 def norms_of(file: OpenFile) -> Norms:
     """Return a map from each output tensor to one norm per planned update, summed over the jobs in a fixed order."""
-    found: Norms = {}
+    norms_by_output: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
         # Sort by job, because a sum of floats depends on the order, and the records of equal merges must have equal
@@ -159,8 +159,8 @@ def norms_of(file: OpenFile) -> Norms:
             for fold, square in norms.items():
                 squares[fold] += square
         if output.folds:
-            found[output.name] = [square**0.5 for square in squares]
-    return found
+            norms_by_output[output.name] = [square**0.5 for square in squares]
+    return norms_by_output
 
 
 # Pipelines move blocks from the disk to the computing device and back.
@@ -238,8 +238,8 @@ class HostPipeline:
             written.filled(len(out))
 
 
-def _grown(held: bytearray, nbytes: int) -> bytearray:
-    return held if len(held) >= nbytes else bytearray(nbytes)
+def _grown(buffer: bytearray, nbytes: int) -> bytearray:
+    return buffer if len(buffer) >= nbytes else bytearray(nbytes)
 
 
 class DevicePipeline:
@@ -342,7 +342,7 @@ def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class JobResult:
     """The result of a job.
 
     Attributes:
@@ -364,7 +364,7 @@ class Worker:
         self.open, self.writer = OpenFiles(), Writer()
         self._pipeline: Pipeline | None = None
 
-    def do(self, job: Job) -> Made:
+    def do(self, job: Job) -> JobResult:
         """Do one job. When the method returns, the job's bytes may not have reached the disk yet.
 
         Raises:
@@ -375,8 +375,8 @@ class Worker:
         """
         self.writer.begin(str(job.file.path), job.offset)
         try:
-            norms, runs = self._made(job)
-            return Made(norms, runs, self.writer.finish())
+            norms, runs = self._compute_job(job)
+            return JobResult(norms, runs, self.writer.finish())
         except EOFError:
             raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
         except OSError as error:
@@ -399,7 +399,7 @@ class Worker:
         self.writer.close()
         self.open.close()
 
-    def _made(self, job: Job) -> tuple[dict[int, float], list[Run]]:
+    def _compute_job(self, job: Job) -> tuple[dict[int, float], list[Run]]:
         if job.output is None:
             return {}, self._copy(job)
         if job.run is not None:
@@ -431,8 +431,8 @@ class Worker:
 
     def _pack(self, output: Output, job: Job) -> tuple[dict[int, float], list[Run]]:
         assert output.part is not None
-        made, norms = output.part.compute(self.workspace)
-        runs = [run for part in job.parts for run in self._put(job, part.offset, made[part.name])]
+        data, norms = output.part.compute(self.workspace)
+        runs = [run for part in job.parts for run in self._put(job, part.offset, data[part.name])]
         return norms if output.folds else {}, runs
 
     def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:

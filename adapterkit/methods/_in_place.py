@@ -67,10 +67,10 @@ def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
     weight = cast("torch.Tensor", W)
     decomposed = cast("Decompose[torch.Tensor]", decompose)
     state = weight._version, weight.data_ptr(), weight.dtype, weight.device
-    held = _memory().setdefault(weight, {})
-    if name not in held or held[name][0] != state:
-        held[name] = state, _parts(weight.detach(), decomposed)
-    return cast("tuple[N, ...]", held[name][1])
+    entries = _memory().setdefault(weight, {})
+    if name not in entries or entries[name][0] != state:
+        entries[name] = state, _parts(weight.detach(), decomposed)
+    return cast("tuple[N, ...]", entries[name][1])
 
 
 def _parts(W: N, decompose: Decompose[N]) -> tuple[N, ...]:

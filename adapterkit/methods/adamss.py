@@ -71,9 +71,9 @@ class AdaMSS(LowRank):
     def _placed(self) -> Tensor:
         """Return B as `[out, g * w]`: each row has its elements in the columns of its group."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
-        own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
-        own = own[xp.astype(self.group, xp.int64)]
-        return (own[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
+        onehot = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
+        onehot = onehot[xp.astype(self.group, xp.int64)]
+        return (onehot[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
 
     def _rows(self) -> Tensor:
         """Return the A of all groups as `[g * w, r]`."""

@@ -79,10 +79,10 @@ class ALoRA(Routed):
         active = (so_far > 0) & (so_far == so_far[:, -1:])
         # Compute with arrays of positions instead of lengths, because the length of a sequence is unknown in an
         # exported graph.
-        own = xp.ones_like(x[..., 0])
+        ones = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
-        places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count
-        whole = xp.concat([xp.astype(own * 0, ids.dtype), xp.astype(active, ids.dtype)], axis=-1)
+        places = xp.cumulative_sum(xp.astype(ones, ids.dtype), axis=-1) - 1 + count
+        whole = xp.concat([xp.astype(ones * 0, ids.dtype), xp.astype(active, ids.dtype)], axis=-1)
         return xp.take_along_axis(whole, places, axis=-1) > 0
 
     def _begins(self, ids: Tensor) -> Tensor:

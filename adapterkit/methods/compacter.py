@@ -68,5 +68,5 @@ class Compacter(Narrow):
         return (rule[:, :, None, :, None] * W[:, None, :, None, :]).sum(0).reshape(a, b).mT
 
     def _factor(self, whole: str, halves: str) -> Tensor:
-        held = cast("dict[str, Tensor]", self.tensors)
-        return held[whole] if whole in held else held[f"{halves}_left"] @ held[f"{halves}_right"]
+        tensors = cast("dict[str, Tensor]", self.tensors)
+        return tensors[whole] if whole in tensors else tensors[f"{halves}_left"] @ tensors[f"{halves}_right"]

@@ -36,9 +36,9 @@ class DEFT(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with R equal to the part of W that P removes, so that nothing changes before training."""
-        made = cls.from_fields(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
-        _, right = made._projection()
-        return made.replace(R=right.mT @ W / made.scaling)
+        update = cls.from_fields(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
+        _, right = update._projection()
+        return update.replace(R=right.mT @ W / update.scaling)
 
     def new_weight(self, W: Tensor) -> Tensor:
         Q, right = self._projection()

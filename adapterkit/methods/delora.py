@@ -36,11 +36,11 @@ class DeLoRA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        made = {
+        tensors = {
             "A": random((rank, W.shape[1])) / W.shape[1] ** 0.5, "B": W.new_zeros(len(W), rank),
             "strength": W.new_tensor([15.0]), "w_norm": (W * W).sum(0) ** 0.5,
         }  # fmt: skip
-        return cls.from_fields(**{**made, **attributes})
+        return cls.from_fields(**{**tensors, **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(strength=times(self.strength, weight))

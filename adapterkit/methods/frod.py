@@ -57,9 +57,9 @@ def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
     square = (G * G).sum(0)
-    held = square > 1e-24
-    length = xp.where(held, square, square * 0 + 1) ** 0.5
-    kept = xp.astype(held, G.dtype)
+    nonzero = square > 1e-24
+    length = xp.where(nonzero, square, square * 0 + 1) ** 0.5
+    kept = xp.astype(nonzero, G.dtype)
     return xp.astype(G / length * kept, W.dtype), xp.astype(length * kept, W.dtype)
 
 

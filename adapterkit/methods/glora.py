@@ -85,6 +85,6 @@ class GLoRA(WeightUpdate):
 
     def _support(self, name: str) -> Tensor:
         """Return one of the five supports; A, B and C are returned as a matrix or a column."""
-        held = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
-        vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
-        return held[0] @ held[1] if len(held) == 2 else cast("Tensor", sum(vectors))
+        leaves = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
+        vectors = leaves if name in "DE" else [leaf[..., None] for leaf in leaves]
+        return leaves[0] @ leaves[1] if len(leaves) == 2 else cast("Tensor", sum(vectors))

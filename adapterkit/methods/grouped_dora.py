@@ -55,7 +55,7 @@ class GroupedDoRA(AcrossGroups):
         if self.regrouped:
             V = W + self.scaling * (self.B.reshape(-1, r) @ A).reshape(out, -1)
         else:
-            own = namespace(W).eye(groups, dtype=W.dtype, device=getattr(W, "device", None))
+            diagonal = namespace(W).eye(groups, dtype=W.dtype, device=getattr(W, "device", None))
             D = (self.scaling * self.across() @ A).reshape(groups, out // groups, groups, -1)
-            V = (D + own[:, None, :, None] * W.reshape(groups, out // groups, 1, -1)).reshape(out, -1)
+            V = (D + diagonal[:, None, :, None] * W.reshape(groups, out // groups, 1, -1)).reshape(out, -1)
         return constant(lengths((V * V).sum(1)))

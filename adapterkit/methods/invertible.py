@@ -85,6 +85,6 @@ class Invertible(OutputUpdate):
         return y[..., : len(self.F_up_bias)], y[..., len(self.F_up_bias) :]
 
     def _net(self, half: str, h: Tensor) -> Tensor:
-        own = cast("dict[str, Tensor]", self.tensors)
-        inner = ACTIVATIONS[self.non_linearity](h @ own[f"{half}_down"].mT + own[f"{half}_down_bias"])
-        return inner @ own[f"{half}_up"].mT + own[f"{half}_up_bias"]
+        tensors = cast("dict[str, Tensor]", self.tensors)
+        inner = ACTIVATIONS[self.non_linearity](h @ tensors[f"{half}_down"].mT + tensors[f"{half}_down_bias"])
+        return inner @ tensors[f"{half}_up"].mT + tensors[f"{half}_up_bias"]

@@ -53,8 +53,8 @@ class MiSS(Additive):
     def block(self, axis: str, start: int, stop: int) -> Self:
         some = self._any
         if axis == "in":
-            r, held = len(some), cast(dict[str, Any], self.tensors)
-            return self.replace(**{name: leaf[[(start + i) % r for i in range(r)]] for name, leaf in held.items()})
+            r, tensors = len(some), cast(dict[str, Any], self.tensors)
+            return self.replace(**{name: leaf[[(start + i) % r for i in range(r)]] for name, leaf in tensors.items()})
         return self.replace(D=_repeated(some, 0, len(some), start, stop), mini=None)
 
     @property

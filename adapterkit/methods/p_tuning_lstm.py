@@ -105,10 +105,10 @@ def _one_way(x: Tensor, order: Iterable[int], weights: Tensor, hidden: Tensor, b
     xp, size = namespace(x), hidden.shape[-1]
     read = x @ weights.mT + bias
     h = c = 0 * bias[:size]
-    found = {}
+    states = {}
     for token in order:
         gates = read[token] + hidden @ h
         i, f, g, o = (gates[start : start + size] for start in range(0, 4 * size, size))
         c = sigmoid(f) * c + sigmoid(i) * xp.tanh(g)
-        h = found[token] = sigmoid(o) * xp.tanh(c)
-    return xp.stack([found[token] for token in range(len(x))])
+        h = states[token] = sigmoid(o) * xp.tanh(c)
+    return xp.stack([states[token] for token in range(len(x))])

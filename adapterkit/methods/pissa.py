@@ -28,10 +28,10 @@ class PiSSA(InPlace):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with the removed components as B and A, so that nothing changes before training."""
-        made = cls.from_fields(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
+        update = cls.from_fields(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
         U, S, V = svd(W)
-        root = (S[:rank] / made.scaling) ** 0.5
-        return made.replace(A=root[:, None] * V[:rank], B=U[:, :rank] * root)
+        root = (S[:rank] / update.scaling) ** 0.5
+        return update.replace(A=root[:, None] * V[:rank], B=U[:, :rank] * root)
 
     def taken(self, W: Tensor) -> Tensor:
         r, (U, S, V) = len(self.A), svd(W)

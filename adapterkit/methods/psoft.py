@@ -66,11 +66,11 @@ class PSOFT(WeightUpdate):
         R: Tensor = self._rotation() if self.R is None else self.R
         turned = R if self.b is None else R * self.b[:, None]
         turned = turned if self.a is None else turned * self.a
-        A, B = self._own(W, len(R)) if self.A is None or self.B is None else (self.A, self.B)
+        A, B = self._factors_of(W, len(R)) if self.A is None or self.B is None else (self.A, self.B)
         changed: Tensor = W + B @ (turned - identity(R)) @ A
         return changed
 
-    def _own(self, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    def _factors_of(self, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """Compute A and B from W. `steps` is 1 plus the number of iterations, or 0 for the exact decomposition."""
         if not self.steps:
             return _principal(W, r, self.symmetric)

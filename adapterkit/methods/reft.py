@@ -74,8 +74,8 @@ class ReFT(OutputUpdate):
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tied = self.source, self.source_bias, self.projection
-        own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
-        last = tied if self.suffix_source is None else own
+        suffix = self.suffix_source, self.suffix_source_bias, self.suffix_projection
+        last = tied if self.suffix_source is None else suffix
         counts = self.prefix_positions, self.suffix_positions
         return changed_at_ends(
             layer(x), layer, counts, lambda h: self._changed(h, *tied), lambda h: self._changed(h, *last)
@@ -85,18 +85,20 @@ class ReFT(OutputUpdate):
         assert source is not None
         assert projection is not None
         R = orthonormal_rows(projection) if self.orthogonality else projection
-        told = h @ source.mT if bias is None else h @ source.mT + bias
-        wanted = ACTIVATIONS[self.non_linearity](told)
+        hidden = h @ source.mT if bias is None else h @ source.mT + bias
+        wanted = ACTIVATIONS[self.non_linearity](hidden)
         return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
 
 
 # Change the first and last positions of sequences, as ReFT counts them.
 
 
-Law = Callable[["Tensor"], "Tensor"]
+TensorFunction = Callable[["Tensor"], "Tensor"]
 
 
-def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
+def changed_at_ends(
+    y: Tensor, layer: Layer, counts: tuple[int, int], first: TensorFunction, last: TensorFunction
+) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
     If the model's call has a mask `[rows, positions]`, masked positions of a row are not counted.
@@ -114,7 +116,7 @@ def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law
     return joined
 
 
-def _masked(y: Tensor, mask: Tensor, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
+def _masked(y: Tensor, mask: Tensor, counts: tuple[int, int], first: TensorFunction, last: TensorFunction) -> Tensor:
     xp, real = namespace(y), (mask != 0) * 1
     place = (real * 0 + 1).cumsum(-1) - 1 - real.argmax(-1)[:, None]
     left = real.sum(-1)[:, None] - place

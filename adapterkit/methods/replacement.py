@@ -33,8 +33,8 @@ class Replacement(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with copies of W and b. `weight=False` or `bias=False` omits one; BitFit trains only biases."""
-        held = {"weight": W, "bias": b}
-        wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
+        values = {"weight": W, "bias": b}
+        wanted = {name: leaf for name, leaf in values.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
             why = "the target has none of the parameters to replace"
             raise UsageError(why, where="bias", cure="Choose targets that have a bias")
@@ -48,11 +48,11 @@ class Replacement(WeightUpdate):
 
         The weights must sum to 1, because otherwise the result would depend on W.
         """
-        held: list[Mapping[str, Any]] = [update.tensors for update in updates]
-        if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
+        tensors_of: list[Mapping[str, Any]] = [update.tensors for update in updates]
+        if not math.isclose(sum(weights), 1) or any(tensors.keys() != tensors_of[0].keys() for tensors in tensors_of):
             return None
-        pairs = list(zip(weights, held, strict=True))
-        return cls(**{name: summed(w * leaves[name] for w, leaves in pairs) for name in held[0]})
+        pairs = list(zip(weights, tensors_of, strict=True))
+        return cls(**{name: summed(w * leaves[name] for w, leaves in pairs) for name in tensors_of[0]})
 
     @property
     def changes_weight(self) -> bool:

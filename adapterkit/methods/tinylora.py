@@ -41,8 +41,8 @@ class TinyLoRA(LowRank):
         root = S[:rank] ** 0.5
         # Uniform numbers from -1 to 1 have the variance 1/3; scale them, because P should have the variance 1 / r.
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
-        made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
-        return cls.from_fields(**{**made, **attributes})
+        tensors = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
+        return cls.from_fields(**{**tensors, **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(v=times(self.v, weight))

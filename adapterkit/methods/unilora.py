@@ -50,11 +50,11 @@ class UniLoRA(LowRank):
         shared = cls.shared([tuple(W.shape)], rank, random)
         scale, (out, in_) = float(shared["uses"] if uses is None else uses) ** -0.5, W.shape
         used = random((rank * (in_ + out),)).argsort() % LENGTH
-        made = {
+        tensors = {
             "indices_A": used[: rank * in_].reshape(rank, in_), "scales_A": W.new_full((rank, in_), scale),
             "indices_B": used[rank * in_ :].reshape(out, rank), "scales_B": W.new_full((out, rank), scale),
         }  # fmt: skip
-        return cls.from_fields(**{"theta": shared["theta"], **made, **attributes})
+        return cls.from_fields(**{"theta": shared["theta"], **tensors, **attributes})
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)

@@ -79,8 +79,8 @@ class XLoRA(Routed):
         if self.inner is not None and self.inner_bias is not None:
             for W, b in zip(self.inner, self.inner_bias, strict=True):
                 h = relu(h @ W.mT + b)
-        own = slice(self.place * experts, (self.place + 1) * experts)
-        logits = h @ self.last[own].mT + self.last_bias[own]
+        rows = slice(self.place * experts, (self.place + 1) * experts)
+        logits = h @ self.last[rows].mT + self.last_bias[rows]
         shares = softmax(logits / self.softmax_temperature) if self.enable_softmax else logits
         shares = shares * best(shares, self.top_k) if self.top_k else shares
         return softmax_among(shares, shares != 0) if self.enable_softmax_topk else shares

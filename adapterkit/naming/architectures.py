@@ -37,7 +37,7 @@ FORMAT = 1
 TURNED = ("rope", "rotary")
 """Orders of rows that depend on rotary embeddings.
 
-A `Place` with such an order also names one kind of heads, see `SHARED`.
+A `WeightPlace` with such an order also names one kind of heads, see `SHARED`.
 """
 
 SHARED = ("query", "kv", "vision")
@@ -53,7 +53,7 @@ QKV = ("query", "key", "value")
 """The weights that a fused projection contains, in the order of their rows."""
 
 
-class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The name and layout of one weight in one naming: which tensor contains the weight, and in which rows.
 
     Attributes:
@@ -147,7 +147,7 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix: str = ""
 
 
-class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Facts about a family that is part of a diffusers pipeline.
 
     The fields list names of the family, and properties by which a file's family is recognised.
@@ -212,7 +212,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     format: int
     family: str
     model_types: list[str]
-    weights: dict[str, dict[str, str | Place]]
+    weights: dict[str, dict[str, str | WeightPlace]]
     sources: list[str] = []
     gguf: list[str] = []
     gguf_when: dict[str, GgufCondition] = {}
@@ -223,7 +223,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
     rare: bool = False
-    pipeline: Pipeline | None = None
+    pipeline: PipelineRecord | None = None
 
 
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -235,12 +235,12 @@ class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     naming: str
     model_types: list[str]
-    weights: dict[str, str | Place]
+    weights: dict[str, str | WeightPlace]
     sources: list[str] = []
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, WeightPlace]:
         """Return a map from each weight's key to the weight's place."""
-        return {key: Place(place) if isinstance(place, str) else place for key, place in self.weights.items()}
+        return {key: WeightPlace(place) if isinstance(place, str) else place for key, place in self.weights.items()}
 
 
 class Architecture:
@@ -260,34 +260,34 @@ class Architecture:
     def namings(self) -> tuple[str, ...]:
         """List the namings in the file, in the order in which they first occur."""
         named = (naming for places in self.record.weights.values() for naming in places)
-        own = [*self.record.keyed, *named, *self.record.extends]
-        return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
+        names = [*self.record.keyed, *named, *self.record.extends]
+        return tuple(dict.fromkeys([*names, *((WEIGHT,) if self.apart else ())]))
 
-    def place(self, weight: str, naming: str) -> Place | None:
+    def place(self, weight: str, naming: str) -> WeightPlace | None:
         """Return the name and layout of a weight in a naming; None if the naming does not have the weight."""
         if naming == WEIGHT:
             hub = self.place(weight, "hub")
-            return hub if hub is not None and hub == Place(hub.name) else Place(weight)
-        found = self.record.weights[weight].get(naming)
-        if found is None and naming in self.record.extends:
+            return hub if hub is not None and hub == WeightPlace(hub.name) else WeightPlace(weight)
+        place = self.record.weights[weight].get(naming)
+        if place is None and naming in self.record.extends:
             return self.place(weight, self.record.extends[naming])
-        if found is None:
-            return Place(weight) if naming in self.record.keyed else None
-        if found == "":
+        if place is None:
+            return WeightPlace(weight) if naming in self.record.keyed else None
+        if place == "":
             return None
-        return Place(found) if isinstance(found, str) else found
+        return WeightPlace(place) if isinstance(place, str) else place
 
-    def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
+    def find(self, name: str, naming: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
         """Return (weight, place, numbers) for each weight that a naming stores under `name`.
 
         `numbers` replaces the placeholders.
         """
-        found = []
+        places = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
             numbers = _numbers(words, name.split("."))
             if numbers is not None:
-                found.append((weight, place, numbers))
-        return found
+                places.append((weight, place, numbers))
+        return places
 
     def namings_with(self, name: str) -> tuple[str, ...]:
         """List the namings in which some name has the same shape as `name` (see `shape_of`); `WEIGHT` comes last."""
@@ -301,9 +301,9 @@ class Architecture:
         """Yield the names in a naming, with `#` for every placeholder."""
         return iter(self._index(naming))
 
-    def _index(self, naming: str) -> Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]:
+    def _index(self, naming: str) -> Mapping[str, list[tuple[str, WeightPlace, tuple[str, ...]]]]:
         if naming not in self._indexes:
-            index: dict[str, list[tuple[str, Place, tuple[str, ...]]]] = {}
+            index: dict[str, list[tuple[str, WeightPlace, tuple[str, ...]]]] = {}
             for weight in self.record.weights:
                 place = self.place(weight, naming)
                 if place is not None:
@@ -313,7 +313,7 @@ class Architecture:
         return self._indexes[naming]
 
     @cached_property
-    def _indexes(self) -> dict[str, Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]]:
+    def _indexes(self) -> dict[str, Mapping[str, list[tuple[str, WeightPlace, tuple[str, ...]]]]]:
         return {}
 
     @cached_property
@@ -328,10 +328,10 @@ def architecture_of(config: Mapping[str, object] | None) -> Architecture | None:
         Malformed: the file is damaged.
     """
     kind = (config or {}).get("model_type")
-    found = _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
-    if found is not None and (config or {}).get(STORED_AS) == "gguf":
-        return Architecture(found.record, apart=True)
-    return found
+    architecture = _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+    if architecture is not None and (config or {}).get(STORED_AS) == "gguf":
+        return Architecture(architecture.record, apart=True)
+    return architecture
 
 
 def is_family(module: str) -> bool:
@@ -347,9 +347,9 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _of_type(model_type: str) -> Architecture | None:
-    own = folder() / f"{model_type}.toml"
-    if own.exists():
-        return load(own)
+    own_file = folder() / f"{model_type}.toml"
+    if own_file.exists():
+        return load(own_file)
     for file in sorted(folder().glob("*.toml")):
         # Most families are named after their first model type. For other types, read only the start of each file, which
         # lists them.
@@ -379,10 +379,10 @@ def of_gguf(name: str) -> list[Architecture]:
 
 def gguf_architectures() -> list[str]:
     """List every `general.architecture` that any family's file mentions, sorted."""
-    found = (
+    names_of_each = (
         re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
     )
-    return sorted({name for names in found for name in names})
+    return sorted({name for names in names_of_each for name in names})
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
@@ -417,15 +417,15 @@ def with_names(names: Iterable[str]) -> Iterator[Architecture]:
 def with_naming(naming: str) -> Iterator[Architecture]:
     """Yield the families whose files contain names in this naming."""
     words = f"{naming} = ".encode()
-    found = (file for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
-    return (each for each in map(_loaded, found) if naming in each.namings)
+    files = (file for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+    return (each for each in map(_loaded, files) if naming in each.namings)
 
 
 class Head(msgspec.Struct, frozen=True):
     """The first tables of a pipeline family's file: everything before the table `[weights]`."""
 
     family: str
-    pipeline: Pipeline
+    pipeline: PipelineRecord
 
 
 def of_pipelines() -> Iterator[tuple[Head, str]]:
@@ -534,13 +534,13 @@ def decoded(path: Path, kind: type[_T]) -> _T:
         Malformed: the file is damaged, or has another version of the format.
     """
     try:
-        found = msgspec.toml.decode(path.read_bytes(), type=kind)
+        record = msgspec.toml.decode(path.read_bytes(), type=kind)
     except (ValueError, msgspec.MsgspecError) as error:
         raise Malformed(f"the architecture file is damaged ({error})", path=path, cure="Correct the file") from error
-    if found.format != FORMAT:
-        why = f"the file has format {found.format}; this version reads format {FORMAT}"
+    if record.format != FORMAT:
+        why = f"the file has format {record.format}; this version reads format {FORMAT}"
         raise Malformed(why, path=path, cure="Correct the file")
-    return found
+    return record
 
 
 def faults(record: ArchitectureRecord) -> Iterator[str]:
@@ -564,8 +564,8 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
                 runs = range(place.part, place.part + place.parts)
             name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs per input"
             name = name if place.half is None else f"{name}, half {place.half} of the experts"
-            held = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
-            others = {taken.setdefault(each, weight) for each in held} - {weight}
+            names = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
+            others = {taken.setdefault(each, weight) for each in names} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
             divisions.setdefault(name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
@@ -580,11 +580,11 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
             yield f"{name} is not one of the weights"
 
 
-def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
-    own, there = set(HOLE.findall(weight)), set(HOLE.findall(place.name))
-    if own - {"{e}"} != there - {"{e}"}:
+def _place_faults(weight: str, naming: str, place: WeightPlace) -> Iterator[str]:
+    holes, there = set(HOLE.findall(weight)), set(HOLE.findall(place.name))
+    if holes - {"{e}"} != there - {"{e}"}:
         yield f"{naming}: {place.name} does not have the placeholders of {weight}"
-    if ("{e}" in own) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
+    if ("{e}" in holes) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
         yield f"{naming}: {place.name} does not state where the experts of {weight} are"
     first, of = place.part, place.of
     if (first is None) != (of is None) or (first is None and place.parts != 1):
@@ -615,7 +615,7 @@ def folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
 
 
-def _shape_of_place(place: Place) -> str:
+def _shape_of_place(place: WeightPlace) -> str:
     return shape_of(HOLE.sub("0", place.name))
 
 

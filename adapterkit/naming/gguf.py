@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, shown
-from .architectures import SPLIT, Architecture, Place, gguf_architectures, of_gguf, shape_of
+from .architectures import SPLIT, Architecture, WeightPlace, gguf_architectures, of_gguf, shape_of
 from .heads import (
     Heads,
     by_group,
@@ -72,13 +72,13 @@ def is_projector(values: Mapping[str, object]) -> bool:
     return kind == "mmproj" or name == "clip"
 
 
-def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
+def place_of(family: Architecture, module: str) -> tuple[str, WeightPlace, dict[str, str]] | None:
     """Return (key, place, numbers) of the weight in a GGUF module.
 
     None if the module has several weights or is unknown.
     """
-    found = family.find(module, NAMING)
-    return found[0] if len(found) == 1 else None
+    places = family.find(module, NAMING)
+    return places[0] if len(places) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
@@ -88,14 +88,14 @@ Inside a part, rows have the same order as in a separate tensor. Gate and up are
 """
 
 
-def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
+def fused_places(family: Architecture, module: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
     """Return the result of `place_of` for each part of a tensor that the converter fused.
 
     Empty for any other tensor.
     """
     stem, _, leaf = module.rpartition(".")
-    found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
-    return [each for each in found if each is not None] if None not in found else []
+    places = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
+    return [each for each in places if each is not None] if None not in places else []
 
 
 def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) -> list[int]:
@@ -114,14 +114,14 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
         return [rows // 2, rows // 2]
     heads = heads_in(values, name, module)
     value = values.get(f"{name}.attention.value_length", heads.dim)
-    found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
-    if sum(found) != rows:
-        why = f"it has {rows} rows; the heads need {found[0]} (queries), {found[1]} (keys) and {found[2]} (values)"
+    sizes = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
+    if sum(sizes) != rows:
+        why = f"it has {rows} rows; the heads need {sizes[0]} (queries), {sizes[1]} (keys) and {sizes[2]} (values)"
         raise Unsupported(why, where=module, cure=_MERGE)
-    return found
+    return sizes
 
 
-def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
+def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows | None:
     """Return `order`: row i of the file is row `order[i]` of the weight. None if both have the same order.
 
     Raises:
@@ -149,7 +149,7 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
     return undone(by_group(sizes))
 
 
-def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows | None:
+def column_order(place: WeightPlace, columns: int, heads: Heads, where: str) -> Rows | None:
     """Return `order`: column i of the file is column `order[i]` of the weight. None if both have the same order.
 
     Raises:
@@ -159,7 +159,7 @@ def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows |
 
 
 def rows_apart(
-    place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
+    place: WeightPlace, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
     """Return which rows of a weight each of two tensors has, if the weight's rows are divided between both tensors.
 
@@ -202,8 +202,8 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     query = _in_attention(values.get(f"{name}.attention.head_count"))
     kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
     if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
-        said = f"attention.head_count is {shown(query)} and head_count_kv is {shown(kv)}"
-        why = f"the order of rows depends on the numbers of heads, but {said}"
+        heads_text = f"attention.head_count is {shown(query)} and head_count_kv is {shown(kv)}"
+        why = f"the order of rows depends on the numbers of heads, but {heads_text}"
         raise Unsupported(why, where=where, cure=_MERGE)
     width = values.get(f"{name}.embedding_length")
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
@@ -240,11 +240,11 @@ def name_for(config: Mapping[str, object] | None) -> tuple[str, Architecture]:
         why = "the names and the order of rows in a GGUF file depend on the base's architecture"
         raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json: --base (base=)")
     for each in (config, config.get("text_config")):
-        found = architecture_of(each) if isinstance(each, dict) else None
-        if found is not None and found.record.gguf:
-            name = _chosen(found, config)
-            other = found.record.gguf_as.get(name)
-            return name, found if other is None else named(other)
+        architecture = architecture_of(each) if isinstance(each, dict) else None
+        if architecture is not None and architecture.record.gguf:
+            name = _chosen(architecture, config)
+            other = architecture.record.gguf_as.get(name)
+            return name, architecture if other is None else named(other)
     known = ", ".join(gguf_architectures())
     why = f"GGUF files of bases with model_type {config.get('model_type')!r} are not supported"
     raise Unsupported(why, where="config.json", cure=f"Known architectures: {known}")

@@ -76,23 +76,23 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     if config is None:
         raise UsageError("the order of its rows depends on the base's number of heads", where=where, cure=_GIVE)
     inner = config.get("text_config")
-    own = inner if isinstance(inner, dict) else config
-    query = _count(own, ("num_attention_heads", "n_head", "n_heads"), where)
+    attention_config = inner if isinstance(inner, dict) else config
+    query = _count(attention_config, ("num_attention_heads", "n_head", "n_heads"), where)
     # Check multi_query first: if it is set, all heads share one key, but Falcon's config still has num_kv_heads =
     # num_attention_heads.
-    one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
+    one = attention_config.get("multi_query") is True and attention_config.get("new_decoder_architecture") is not True
     fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-    kv = 1 if one else _count(own, fields, where, _shared(own, query, where))
-    width = _count(own, ("hidden_size", "n_embd", "d_model"), where, 0)
-    dim = _count(own, ("head_dim",), where, width // query)
+    kv = 1 if one else _count(attention_config, fields, where, _shared(attention_config, query, where))
+    width = _count(attention_config, ("hidden_size", "n_embd", "d_model"), where, 0)
+    dim = _count(attention_config, ("head_dim",), where, width // query)
     if not dim:
         raise UsageError("the base's config does not state the width of its heads", where=where, cure=_GIVE)
-    parameters = own.get("rope_parameters")
-    factor = (parameters if isinstance(parameters, dict) else own).get("partial_rotary_factor")
+    parameters = attention_config.get("rope_parameters")
+    factor = (parameters if isinstance(parameters, dict) else attention_config).get("partial_rotary_factor")
     rotary = int(dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
     vision = config.get("vision_config")
     tower = _count(vision, ("num_attention_heads", "num_heads"), where, 0) if isinstance(vision, dict) else 0
-    return Heads(query, kv, dim, linear_of(own), rotary, tower)
+    return Heads(query, kv, dim, linear_of(attention_config), rotary, tower)
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:

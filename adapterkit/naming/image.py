@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 
 from . import architectures
-from .architectures import Architecture, Head, Place, fill
+from .architectures import Architecture, Head, WeightPlace, fill
 
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
@@ -137,9 +137,9 @@ class ImageFamily:
             if there is None or (there.ratio is not None and ratio is not None and abs(there.ratio - ratio) > 1e-6):
                 return ()
             pieces.append(Piece(fill(there.name, numbers), _run(place), _run(there)))
-        found = merged(pieces)
-        complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
-        return found if complete else ()
+        pieces_here = merged(pieces)
+        complete = bool(pieces_here) and sum(piece.here.parts for piece in pieces_here) == pieces_here[0].here.of
+        return pieces_here if complete else ()
 
     def ratios(self, path: str) -> list[float]:
         """List the possible values of a module's outputs divided by its inputs.
@@ -167,7 +167,7 @@ def _pattern(template: str) -> str:
     return architectures.HOLE.sub("#", template)
 
 
-def _run(place: Place) -> Run:
+def _run(place: WeightPlace) -> Run:
     if place.part is None or place.of is None:
         return Run()
     return Run(place.part, place.part + place.parts, place.of)
@@ -176,8 +176,8 @@ def _run(place: Place) -> Run:
 @cache
 def families() -> tuple[ImageFamily, ...]:
     """List the families with a file; families whose names fit any number of blocks come last."""
-    found = [ImageFamily(head, text) for head, text in architectures.of_pipelines()]
-    return tuple(sorted(found, key=lambda family: family.facts.generic))
+    all_families = [ImageFamily(head, text) for head, text in architectures.of_pipelines()]
+    return tuple(sorted(all_families, key=lambda family: family.facts.generic))
 
 
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
@@ -197,10 +197,14 @@ def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     if whole:
         return whole
     known = {name: [family for family in families() if name in family] for name in modules}
-    counts = {family: sum(family in found for found in known.values()) for family in families()}
+    counts = {family: sum(family in families_here for families_here in known.values()) for family in families()}
     most = max(counts.values(), default=0)
     best = [family for family, count in counts.items() if count == most and 2 * count > len(modules)]
-    return [family for family in best if all(family in found or not found for found in known.values())]
+    return [
+        family
+        for family in best
+        if all(family in families_here or not families_here for families_here in known.values())
+    ]
 
 
 _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
@@ -327,8 +331,8 @@ def in_other_words(path: str, words: Mapping[str, str]) -> str:
 
     Return an empty string if no prefix in the map fits.
     """
-    found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
-    return words[found] + path[len(found) :] if found else ""
+    prefix = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
+    return words[prefix] + path[len(prefix) :] if prefix else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
@@ -372,8 +376,8 @@ def is_not_xl(paths: Collection[str]) -> bool:
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
     """Whether some name belongs only to `family`, and no name belongs only to `other`."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
-    told = {(path in one, path in two) for path in paths}
-    return (True, False) in told and (False, True) not in told
+    membership = {(path in one, path in two) for path in paths}
+    return (True, False) in membership and (False, True) not in membership
 
 
 # Describe module names as dotted patterns with `#` for numbers, and restore the dots of flattened names.
@@ -410,12 +414,12 @@ class PatternNames:
 
     def unflattened(self, flat: str) -> list[str]:
         """List the dotted names that equal `flat` if dots are written as underscores; there may be several."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for pattern in self.by_underscores.get(shape(flat), ()):
             name = fill_numbers(pattern, numbers_in(pattern.replace(".", "_"), flat))
             if flatten(name) == flat:
-                found[name] = None
-        return list(found)
+                names[name] = None
+        return list(names)
 
 
 def names_of(patterns: Iterable[str]) -> PatternNames:
@@ -446,7 +450,7 @@ def alike(name: str, literal: Collection[str]) -> str:
         name: the name, dotted or flattened.
         literal: the literal numbers in the patterns.
     """
-    return _NUMBER.sub(lambda found: found[0] if found[0] in literal else "#", name)
+    return _NUMBER.sub(lambda match: match[0] if match[0] in literal else "#", name)
 
 
 def flatten(name: str) -> str:
@@ -456,8 +460,8 @@ def flatten(name: str) -> str:
 
 def numbers_in(pattern: str, name: str) -> list[str]:
     """Return the numbers in `name` at the positions of `#` in `pattern`. Elsewhere, the two must be equal."""
-    words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
-    return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
+    words, parts = re.split(r"[._]", pattern), re.split(r"[._]", name)
+    return [parts[i] for i, word in enumerate(words) if word == "#" and i < len(parts)]
 
 
 def fill_numbers(pattern: str, given: Iterable[str]) -> str:
@@ -512,16 +516,16 @@ class Piece:
 
 def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     """Sort pieces by their rows, and join pieces that are adjacent in both namings."""
-    found: list[Piece] = []
+    pieces_merged: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.here.start):
-        last = found[-1] if found else None
+        last = pieces_merged[-1] if pieces_merged else None
         if last is not None and _adjacent(last, piece):
             here = replace(last.here, stop=piece.here.stop)
             there = replace(last.there, stop=piece.there.stop)
-            found[-1] = Piece(piece.path, here, there)
+            pieces_merged[-1] = Piece(piece.path, here, there)
         else:
-            found.append(piece)
-    return tuple(replace(each, here=_reduced(each.here), there=_reduced(each.there)) for each in found)
+            pieces_merged.append(piece)
+    return tuple(replace(each, here=_reduced(each.here), there=_reduced(each.there)) for each in pieces_merged)
 
 
 def _adjacent(one: Piece, other: Piece) -> bool:

@@ -10,7 +10,7 @@ from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from ..errors import TargetNotFound
-from .architectures import HOLE, QKV, Architecture, Place, architecture_of, is_family, shape_of
+from .architectures import HOLE, QKV, Architecture, WeightPlace, architecture_of, is_family, shape_of
 
 # Describe the result of mapping names: where each target's parts are in the base, and which rules were used.
 
@@ -45,8 +45,8 @@ class Move:
         expert: if the target is a stack but the base has single experts: the expert's index in the target. Otherwise
             None.
         slot: if the base has a stack but the target is a single expert: the expert's index in the base. Otherwise None.
-        turn: the order of rows in the adapter and the order in the base, as two `Place` objects without names. None if
-            the orders are equal.
+        turn: the order of rows in the adapter and the order in the base, as two `WeightPlace` objects without names.
+            None if the orders are equal.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Move:
     into: PathPart | None = None
     expert: int | None = None
     slot: int | None = None
-    turn: tuple[Place, Place] | None = None
+    turn: tuple[WeightPlace, WeightPlace] | None = None
 
     @property
     def plain(self) -> bool:
@@ -63,7 +63,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class MoveRule:
     """A rule that mapped names, for reports.
 
     Attributes:
@@ -94,12 +94,12 @@ class Resolution:
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    rules: list[Rule] = field(default_factory=list)
+    rules: list[MoveRule] = field(default_factory=list)
     prefixes: list[tuple[str, str]] = field(default_factory=list)
 
 
-def part_of(place: Place) -> PathPart | None:
-    """Return which rows of a tensor belong to the weight with this `Place`; None for all rows."""
+def part_of(place: WeightPlace) -> PathPart | None:
+    """Return which rows of a tensor belong to the weight with this `WeightPlace`; None for all rows."""
     if place.qkv is not None:
         return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:

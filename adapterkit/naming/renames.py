@@ -41,10 +41,10 @@ class Rename:
 
     def apply(self, name: str) -> str | None:
         """Return the new name; None if the rule does not match."""
-        found = self.pattern.fullmatch(name)
-        if found is None:
+        match = self.pattern.fullmatch(name)
+        if match is None:
             return None
-        numbers = found.groupdict()
+        numbers = match.groupdict()
         rest = numbers.pop("rest")
         head = _HOLE.sub(lambda hole: numbers[hole[1]], self.to)
         return f"{head}.{rest}" if head and rest else head or rest
@@ -57,13 +57,13 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
         StorageError: a file cannot be read.
         Malformed: a file is not text, or is too large for a rules file.
     """
-    found: list[str | Rename] = []
+    rules: list[str | Rename] = []
     for rule in [rename] if isinstance(rename, str) else rename:
         if isinstance(rule, str) and rule.startswith("@"):
-            found += _read(Path(rule[1:]))
+            rules += _read(Path(rule[1:]))
         else:
-            found.append(rule)
-    return tuple(found)
+            rules.append(rule)
+    return tuple(rules)
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
@@ -109,9 +109,9 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
     """Apply the first rule that matches a name; return the new name and the rule, or the old name and None."""
     for rule in rules:
-        found = rule.apply(name)
-        if found is not None:
-            return found, rule
+        renamed = rule.apply(name)
+        if renamed is not None:
+            return renamed, rule
     return name, None
 
 

@@ -12,16 +12,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from .architectures import Architecture, Place, fill, is_family, shape_of
+from .architectures import Architecture, WeightPlace, fill, is_family, shape_of
 from .moves import (
     PERHAPS,
     WRAPPERS,
     Left,
     Move,
+    MoveRule,
     Names,
     PathPart,
     Resolution,
-    Rule,
     ambiguous,
     exchangeable,
     keeps_parts,
@@ -66,18 +66,18 @@ def resolve(
         names, real = inside
         bare = {path: name for name, path in real.items()}
         ours = {bare.get(target, target): target for target in targets}
-        found = resolve(
+        resolution_found = resolve(
             list(ours), names, architecture=architecture, renames=renames, partial=partial,
             fits=lambda target, path: fits(ours[target], real.get(path, path)),
         )  # fmt: skip
-        count = sum(any(move.path in real for move in moves) for moves in found.moves.values())
-        found.moves = {
+        count = sum(any(move.path in real for move in moves) for moves in resolution_found.moves.values())
+        resolution_found.moves = {
             ours[target]: tuple(replace(move, path=real.get(move.path, move.path)) for move in moves)
-            for target, moves in found.moves.items()
+            for target, moves in resolution_found.moves.items()
         }
-        found.missing = [ours[target] for target in found.missing]
-        found.rules.append(Rule("wrapper", "in the base", count))
-        return found
+        resolution_found.missing = [ours[target] for target in resolution_found.missing]
+        resolution_found.rules.append(MoveRule("wrapper", "in the base", count))
+        return resolution_found
     resolution = Resolution()
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
@@ -112,7 +112,7 @@ def _by_renames(targets: Sequence[str], base: Names, renames: Sequence[Rename], 
             resolution.moves[target] = (Move(name),)
         else:
             left.append((target, name))
-    resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
+    resolution.rules += [MoveRule("user", text, count) for text, count in counts.items()]
     return left
 
 
@@ -124,7 +124,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
         else:
             rest.append((target, name))
     if len(rest) < len(left):
-        resolution.rules.append(Rule("exact", "", len(left) - len(rest)))
+        resolution.rules.append(MoveRule("exact", "", len(left) - len(rest)))
     return rest
 
 
@@ -147,7 +147,7 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
                 continue
         rest.append((target, name))
     if seen:
-        resolution.rules.append(Rule("wrapper", " ".join(f"{word}." for word in sorted(seen)), placed))
+        resolution.rules.append(MoveRule("wrapper", " ".join(f"{word}." for word in sorted(seen)), placed))
     return rest
 
 
@@ -192,7 +192,7 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
         counts[used] = counts.get(used, 0) + 1
     for (ours, theirs), count in counts.items():
         text = f"{architecture.family}: {ours} -> {theirs}"
-        resolution.rules.append(Rule("architecture", text, count))
+        resolution.rules.append(MoveRule("architecture", text, count))
     return rest
 
 
@@ -229,23 +229,23 @@ class FamilyNames:
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Return every distinct way to map a name to the base, with two namings: the name's and the base's."""
-        found: dict[tuple[Move, ...], tuple[str, str]] = {}
+        readings: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
         # Also try the name with prefixes that the base lacks. If the base is one part of a model, its names lack the
         # part's prefix, but the adapter's names may have the prefix.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
-        for own in (*variants(name), *rooted):
-            if self.loses_a_part(name, own):
+        for variant in (*variants(name), *rooted):
+            if self.loses_a_part(name, variant):
                 continue
-            for ours in self.architecture.namings_with(own):
-                weights = self.architecture.find(own, ours)
+            for ours in self.architecture.namings_with(variant):
+                weights = self.architecture.find(variant, ours)
                 for theirs in self.architecture.namings if weights else ():
                     moves = self._moves(weights, theirs)
                     if moves is not None:
-                        found.setdefault(moves, (ours, theirs))
-            if found:
+                        readings.setdefault(moves, (ours, theirs))
+            if readings:
                 break
-        return found
+        return readings
 
     @cached_property
     def root(self) -> str:
@@ -260,19 +260,19 @@ class FamilyNames:
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
         return word if 2 * count > firsts.total() and is_family(word) else ""
 
-    def loses_a_part(self, name: str, own: str) -> bool:
-        """Whether `own`, which is `name` without a prefix, lacks the only word that names a part of the model.
+    def loses_a_part(self, name: str, suffix: str) -> bool:
+        """Whether `suffix`, which is `name` without a prefix, lacks the only word that names a part of the model.
 
         For example, ERNIE's `model.vision_tower.blocks.0` is not Cosmos's `blocks.0`: Cosmos calls its vision part
         `visual`.
         """
-        if not name.endswith(own):
+        if not name.endswith(suffix):
             return False
-        off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
+        off = [word for word in name[: -len(suffix)].split(".") if word and word not in self.words]
         roles, ours = parts_of("role", ".".join(off)), parts_of("role", self.architecture.family)
         if roles and ours and roles.isdisjoint(ours):
             return True
-        lost = set[str]().union(*(modalities_of(word) for word in off)) - {"text"} - modalities_of(own)
+        lost = set[str]().union(*(modalities_of(word) for word in off)) - {"text"} - modalities_of(suffix)
         return bool(lost and (lost & self.modalities or self.text_alone))
 
     @cached_property
@@ -323,7 +323,7 @@ class FamilyNames:
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
         )
 
-    def _moves(self, weights: Sequence[Found], naming: str) -> tuple[Move, ...] | None:
+    def _moves(self, weights: Sequence[WeightMatch], naming: str) -> tuple[Move, ...] | None:
         moves = moves_to(
             self.architecture, weights, naming, lambda place, numbers: self._path(place, numbers, naming),
             lambda place, numbers: self._experts(place, numbers, naming),
@@ -332,10 +332,10 @@ class FamilyNames:
             return None
         return None if len(moves) == 1 and self.base.lacks_weight(moves[0].path) else moves
 
-    def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
+    def _path(self, place: WeightPlace, numbers: Mapping[str, str], naming: str) -> str:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
-    def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
+    def _experts(self, place: WeightPlace, numbers: Mapping[str, str], naming: str) -> int:
         """Return the number of experts: for a stack from the base's config, otherwise by counting names in the base."""
         if place.stacked:
             return self.base.experts
@@ -348,8 +348,8 @@ class FamilyNames:
         return self.counts[each] // (1 if place.half is None else 2)
 
 
-Found = tuple[str, Place, dict[str, str]]
-"""(key of a weight, its `Place` in the naming of the searched name, numbers for the placeholders).
+WeightMatch = tuple[str, WeightPlace, dict[str, str]]
+"""(key of a weight, its `WeightPlace` in the naming of the searched name, numbers for the placeholders).
 
 See `Architecture.find`.
 """
@@ -357,10 +357,10 @@ See `Architecture.find`.
 
 def moves_to(
     architecture: Architecture,
-    weights: Sequence[Found],
+    weights: Sequence[WeightMatch],
     naming: str,
-    path: Callable[[Place, Mapping[str, str]], str],
-    experts: Callable[[Place, Mapping[str, str]], int],
+    path: Callable[[WeightPlace, Mapping[str, str]], str],
+    experts: Callable[[WeightPlace, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
     """Return where the weights of a name are in another naming; None if that naming lacks one of the weights.
@@ -380,15 +380,15 @@ def moves_to(
         if theirs is None or (orders and (ours.beside or theirs.beside)):
             return None  # A weight whose rows are in two tensors cannot be mapped to one tensor.
         take, into = part_of(ours), part_of(theirs)
-        before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
+        before, after = (WeightPlace("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
             # The experts of two weights are numbered together. Compute the expert's number within its own weight.
             count = experts(theirs, numbers)
-            own = int(numbers["{e}"]) - ours.half * count
-            if not 0 <= own < count:
+            expert_in_half = int(numbers["{e}"]) - ours.half * count
+            if not 0 <= expert_in_half < count:
                 continue
-            numbers = {**numbers, "{e}": str(own)}
+            numbers = {**numbers, "{e}": str(expert_in_half)}
         if ours.stacked and not theirs.stacked:
             count = experts(theirs, numbers)
             first = count * (theirs.half or 0)
@@ -420,20 +420,20 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
     Raises:
         TargetNotFound: the name can mean two different weights.
     """
-    found: dict[tuple[Move, ...], None] = {}
-    for own in variants(name):
-        for ours in architecture.namings_with(own):
+    translations: dict[tuple[Move, ...], None] = {}
+    for variant in variants(name):
+        for ours in architecture.namings_with(variant):
             moves = moves_to(
-                architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
-                lambda *_: experts, orders=False,
+                architecture, architecture.find(variant, ours), naming,
+                lambda place, numbers: fill(place.name, numbers), lambda *_: experts, orders=False,
             )  # fmt: skip
             if moves:
-                found[moves] = None
-        if found:
+                translations[moves] = None
+        if translations:
             break
-    if len(found) > 1:
-        raise ambiguous(name, [moves[0].path for moves in found])
-    return next(iter(found), None)
+    if len(translations) > 1:
+        raise ambiguous(name, [moves[0].path for moves in translations])
+    return next(iter(translations), None)
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
@@ -515,18 +515,18 @@ def by_prefixes(
     # Exclude names of the base to which another target is already mapped. Otherwise a decoder's layers could be mapped
     # to the encoder.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
-    rest, found = left, True
-    while rest and found:
+    rest, changed = left, True
+    while rest and changed:
         # Start over after each exchange of a prefix, because the targets that remain may then fit an exchange that
         # failed before. For example, once the targets of `model.text.` are mapped, one exchange may fit all remaining
         # targets of `model.`.
-        found = False
+        changed = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]
             on = _exchanged(group, off, templates, base, taken, fits) if group else None
             if on is not None:
                 rest = _placed(group, rest, off, on, base, taken, resolution)
-                found = True
+                changed = True
                 break
     if rest and partial:
         tried = _tried(rest, "", templates, base, taken)
@@ -616,7 +616,7 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
             placed += 1
     taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
     resolution.prefixes.append((off, on))
-    resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+    resolution.rules.append(MoveRule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
     return [(target, name) for target, name in rest if target not in resolution.moves]
 
 
@@ -628,15 +628,15 @@ def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
     names: dict[str, list[str]] = {}
     for _, name in left:
         names.setdefault(template_of(name), []).append(name)
-    found: dict[str, set[tuple[str, str]]] = {}
+    fronts_by_template: dict[str, set[tuple[str, str]]] = {}
     for template, several in names.items():
-        found[template] = set()
+        fronts_by_template[template] = set()
         for off, on in ends(template, base):
             words = off.count(".")
             fronts = {".".join(name.split(".", words)[:words]) + "." for name in several} if "#" in off else {off}
             if len(fronts) == 1:
-                found[template].add((fronts.pop(), on))
-    return found
+                fronts_by_template[template].add((fronts.pop(), on))
+    return fronts_by_template
 
 
 def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
@@ -652,7 +652,7 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
-    found = set()
+    pairs = set()
     for cut in range(len(words)):
         end = shape_of(".".join(words[cut:]))
         for shape in base.endings.get(end, ()):
@@ -661,5 +661,5 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
             # Allow a change without an added prefix: the base may be a part of a model, such as a single layer.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
-                found.add((off, on))
-    return found
+                pairs.add((off, on))
+    return pairs

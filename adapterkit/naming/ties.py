@@ -263,11 +263,11 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
     None if there is no single pair.
     """
-    found = []
+    head_pairs = []
     for one, other in pairs.items():
         if one.endswith(".weight") and (_is(other, HEADS) or _is(one, HEADS) or "embed" not in one):
-            found.append((other, one) if _is(other, HEADS) else (one, other))
-    return found[0] if len(found) == 1 else None
+            head_pairs.append((other, one) if _is(other, HEADS) else (one, other))
+    return head_pairs[0] if len(head_pairs) == 1 else None
 
 
 def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:

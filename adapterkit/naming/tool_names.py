@@ -35,9 +35,9 @@ class NameTable:
         self.pairs = dict(pairs)
         assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
 
-    def there(self, own: str) -> str | None:
+    def there(self, name: str) -> str | None:
         """Return the tool's name for our name; None if the table does not have our name."""
-        return _translate(own, self._there)
+        return _translate(name, self._there)
 
     def back(self, foreign: str) -> str | None:
         """Return our name for a tool's name; None if the table does not have the tool's name."""
@@ -45,11 +45,11 @@ class NameTable:
 
     @cached_property
     def _there(self) -> dict[str, str]:
-        return {_shape(own): foreign for own, foreign in self.pairs.items()}
+        return {_shape(name): foreign for name, foreign in self.pairs.items()}
 
     @cached_property
     def _back(self) -> dict[str, str]:
-        return {_shape(foreign): own for own, foreign in self.pairs.items()}
+        return {_shape(foreign): name for name, foreign in self.pairs.items()}
 
 
 class TableNames:
@@ -66,14 +66,14 @@ class TableNames:
         self.walked: dict[str, list[str]] | None = None
         if modules is not None:
             self.walked = {}
-            for own in dict.fromkeys(modules):
-                foreign = self.there(own)
+            for name in dict.fromkeys(modules):
+                foreign = self.there(name)
                 if foreign is not None:
-                    self.walked.setdefault(foreign, []).append(own)
+                    self.walked.setdefault(foreign, []).append(name)
 
-    def there(self, own: str) -> str | None:
+    def there(self, hub_path: str) -> str | None:
         """Return the tool's name for our name, which may have a prefix; None if the table does not have the name."""
-        return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
+        return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
     def back(self, foreign: str) -> str:
         """Return our name for a tool's name.
@@ -82,17 +82,17 @@ class TableNames:
             TargetNotFound: the table does not have the name, or not exactly one module of the base has it.
         """
         if self.walked is None:
-            own = self.table.back(foreign)
-            if own is None:
+            name = self.table.back(foreign)
+            if name is None:
                 cure = nearest(foreign, self.table.pairs.values()) or "Give the base with --base (base=)"
                 raise TargetNotFound("the family's table does not have this name", where=foreign, cure=cure)
-            return own
-        found = self.walked.get(foreign, [])
-        if len(found) != 1:
-            why = f"exactly one module must have this name, but the base has {', '.join(found) or 'none'}"
+            return name
+        names = self.walked.get(foreign, [])
+        if len(names) != 1:
+            why = f"exactly one module must have this name, but the base has {', '.join(names) or 'none'}"
             cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
             raise TargetNotFound(why, where=foreign, cure=cure)
-        return found[0]
+        return names[0]
 
 
 def without_prefix(name: str) -> Iterable[str]:
@@ -124,11 +124,11 @@ def _shape(template: str) -> str:
 
 
 def _translate(name: str, table: Mapping[str, str]) -> str | None:
-    found = table.get(_NUMBER.sub("#", name))
-    if found is None:
+    template = table.get(_NUMBER.sub("#", name))
+    if template is None:
         return None
     numbers = iter(_NUMBER.findall(name))
-    return _HOLE.sub(lambda _: next(numbers), found)
+    return _HOLE.sub(lambda _: next(numbers), template)
 
 
 # Provide litgpt's module names (from spec/architectures/namings) and the settings that enable LoRA for each module.
@@ -147,8 +147,8 @@ def litgpt_parts() -> dict[str, str]:
 def litgpt_table() -> NameTable:
     """Return the table of names for litgpt's modules that may have LoRA, without fused projections."""
     places = namings_of("litgpt")[0].places()
-    found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
-    return NameTable(found | {"lm_head": "lm_head"})
+    names = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
+    return NameTable(names | {"lm_head": "lm_head"})
 
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
@@ -191,12 +191,12 @@ def bridge() -> dict[str, tuple[str, ...]]:
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
         fused.setdefault(place.name.rpartition("{n}.")[2], []).append(key.rpartition("{n}.")[2])
-    found: dict[str, tuple[str, ...]] = {}
-    for module, own in fused.items():
-        found[f"{module}.adapter"] = tuple(own)
-        for each in own if len(own) > 1 else ():
-            found[f"{module}.adapter.adapter_{each.rpartition('.')[2].partition('_')[0]}"] = (each,)
-    return found
+    by_module: dict[str, tuple[str, ...]] = {}
+    for module, names in fused.items():
+        by_module[f"{module}.adapter"] = tuple(names)
+        for each in names if len(names) > 1 else ():
+            by_module[f"{module}.adapter.adapter_{each.rpartition('.')[2].partition('_')[0]}"] = (each,)
+    return by_module
 
 
 _ATTENTION, _MLP = "self_attention.adapter_layer.", "mlp.adapter_layer."
@@ -216,7 +216,7 @@ NEMO = {
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
 """Matches a module's name with any prefix, because each wrapper around a model adds a prefix."""
 
-OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")
+LAYER_PATH = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")
 
 # Translate names in Tinker's adapters that differ from PEFT's names.
 #

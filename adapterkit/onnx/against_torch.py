@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CheckFailed
 from .building import Array
-from .checking import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles, told_by_reference
+from .checking import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles, reference_outputs
 from .tracing import quiet
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compared(
             session.load(name, file)
         with attached():
             wanted = [outputs_of(model, args, kwargs) for args, kwargs in examples]
-            got = [told_by(session, example, name if file is not None else None) for example in examples]
+            got = [session_outputs(session, example, name if file is not None else None) for example in examples]
             differences = [difference_of(one, other) for one, other in zip(got, wanted, strict=True)]
             most = [_most(model, example, one) for example, one in zip(examples, wanted, strict=True)]
         worst = max(worst, *differences)
@@ -77,7 +77,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
     one, other, worst = Session(packed), Session(plain), 0.0
     for example in examples:
-        got, wanted = told_by(one, example), told_by(other, example)
+        got, wanted = session_outputs(one, example), session_outputs(other, example)
         worst = max(worst, difference_of(got, wanted))
         _judge(worst, most_of_oracles(got), packed, None)
     return worst
@@ -85,11 +85,11 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
     """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
-    told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
-    return None if told is None else difference_of(told, told_by(session, example))
+    expected = reference_outputs(out, dict(zip(session.inputs, _numbers(example), strict=True)))
+    return None if expected is None else difference_of(expected, session_outputs(session, example))
 
 
-def told_by(session: Session, example: Example, adapter: str | None = None) -> list[Array]:
+def session_outputs(session: Session, example: Example, adapter: str | None = None) -> list[Array]:
     """Run the session on a torch model's arguments, and return the outputs."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 
@@ -114,15 +114,15 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     import torch
 
     narrow = (torch.float16, torch.bfloat16)
-    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in narrow]
-    before = [tensor.data for tensor in held]
+    narrow_tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in narrow]
+    before = [tensor.data for tensor in narrow_tensors]
     try:
-        for tensor in held:
+        for tensor in narrow_tensors:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, own in zip(held, before, strict=True):
-            tensor.data = own
+        for tensor, data in zip(narrow_tensors, before, strict=True):
+            tensor.data = data
 
 
 def _widened(tree: Tree) -> Tree:

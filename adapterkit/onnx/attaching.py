@@ -18,12 +18,12 @@ from .biases import settle_biases
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
 from .experts import Experts, PackedExperts
-from .found import FoldedNorm, Found, Spot
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
-from .layers import Attention, Layer, MatMul, refuse_fused_bias, taken_apart
+from .layers import Attention, GraphLayer, MatMul, refuse_fused_bias, taken_apart
 from .norms import computes_apart
 from .outlets import Ended
+from .resolved import FoldedNorm, ResolvedTarget, Spot
 from .rowwise import RowSlots
 from .values import Unsayable, Value, computed_over
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Slice:
     """A view of some output channels of a layer, for an update of the corresponding rows of a fused weight."""
 
-    def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
+    def __init__(self, layer: GraphLayer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
         self.x, self.branch = layer.x, layer.branch
         self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
@@ -81,7 +81,7 @@ class Slice:
 class Normed:
     """A layer into which a batch normalisation is folded; formulas see the layer without the normalisation."""
 
-    def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
+    def __init__(self, layer: GraphLayer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
         self.x, self.branch, self.node, self.dtype, self.shape = (
             layer.x,
@@ -128,7 +128,7 @@ class Normed:
 class Turned:
     """A layer with the first two axes of its weight swapped, as in embeddings."""
 
-    def __init__(self, layer: Layer | Normed | Ended) -> None:
+    def __init__(self, layer: GraphLayer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
         self.channel, self.direct, self.per_channel, self.bias = layer.channel, False, layer.per_channel, layer.bias
 
@@ -150,7 +150,7 @@ class Turned:
         raise Unsayable("the update mixes channels, but the layer's weight is transposed")
 
 
-TargetView = Layer | Ended | Normed | Slice | Turned
+TargetView = GraphLayer | Ended | Normed | Slice | Turned
 """A target as formulas see it."""
 
 
@@ -167,14 +167,17 @@ def known_weight(layer: TargetView) -> Value:
 
 
 def attach(
-    found: Sequence[Found], building: Building, slots: Slots | RowSlots | None = None, words: CallWords | None = None
+    places_found: Sequence[ResolvedTarget],
+    building: Building,
+    slots: Slots | RowSlots | None = None,
+    words: CallWords | None = None,
 ) -> None:
     """Insert the nodes of every target.
 
     If one node has several targets, each target is a range of rows of the node's weight.
 
     Args:
-        found: the targets.
+        places_found: the targets.
         building: collects the changes to the model.
         slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store the tensors as
             constants.
@@ -183,12 +186,12 @@ def attach(
     Raises:
         Unsupported: a layer cannot have an update of this method.
     """
-    words = words or CallWords(building, [update for place in found for update in place.updates])
+    words = words or CallWords(building, [update for place in places_found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
-    found = opened_up(found, building)
-    settle_biases(found, building)
-    stacks: dict[tuple[ir.Node, type[Experts]], list[Found]] = {}
-    for place in in_order(found, building.model.graph):
+    places_found = opened_up(places_found, building)
+    settle_biases(places_found, building)
+    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
+    for place in in_order(places_found, building.model.graph):
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
             _check_experts(place, kind, isinstance(slots, RowSlots))
             stacks.setdefault((place.spots[0].node, kind), []).append(place)
@@ -203,13 +206,13 @@ def attach(
     words.shadows.close()
 
 
-def unchangeable(found: Sequence[Found], by_rows: bool) -> list[Target]:
+def unchangeable(places: Sequence[ResolvedTarget], by_rows: bool) -> list[Target]:
     """Return the adapter's targets that are experts which nodes before their node cannot change."""
     kind = Experts if by_rows else PackedExperts
-    return [*dict.fromkeys(at.asked for at in found if at.spots and issubclass(at.spots[0].kind, kind))]
+    return [*dict.fromkeys(at.asked for at in places if at.spots and issubclass(at.spots[0].kind, kind))]
 
 
-def _check_experts(place: Found, kind: type[Experts], by_rows: bool) -> None:
+def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) -> None:
     """Refuse experts that nodes before their node cannot change.
 
     Raises:
@@ -230,16 +233,16 @@ def _check_experts(place: Found, kind: type[Experts], by_rows: bool) -> None:
 
 
 def _attach_experts(
-    node: ir.Node, kind: type[Experts], places: Sequence[Found], building: Building, slots: Slots | None
+    node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
 ) -> None:
     """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
     # Targets with the same rows, such as targets of two adapters, are next to each other.
-    rounds: list[list[Found]] = []
+    rounds: list[list[ResolvedTarget]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
-        if (own := next(free, None)) is None:
-            rounds.append(own := [])
-        own.append(place)
+        if (current := next(free, None)) is None:
+            rounds.append(current := [])
+        current.append(place)
     for number, together in enumerate(rounds):
         branch = Branch(building, f"adapterkit/{kind.operand_of(node).name}{f'_{number}' if number else ''}")
         layer, parts = kind(node, branch), []
@@ -259,7 +262,7 @@ def _attach_experts(
         experts_changed(layer, parts)
 
 
-def _overlap(one: Found, other: Found) -> bool:
+def _overlap(one: ResolvedTarget, other: ResolvedTarget) -> bool:
     (a, b), (c, d) = (place.target.rows or (0, 0) for place in (one, other))
     return a < d and c < b
 
@@ -270,19 +273,19 @@ def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spo
         return spot
     if spot.node not in apart:
         apart[spot.node] = taken_apart(spot.node, building)
-    kind: type[Layer] = MatMulIntegerToFloat if issubclass(spot.kind, QAttention) else MatMul
+    kind: type[GraphLayer] = MatMulIntegerToFloat if issubclass(spot.kind, QAttention) else MatMul
     return replace(spot, node=apart[spot.node], kind=kind)
 
 
 def _attach(
-    place: Found, spot: Spot | None, building: Building, slots: Slots | RowSlots | None, words: CallWords
+    place: ResolvedTarget, spot: Spot | None, building: Building, slots: Slots | RowSlots | None, words: CallWords
 ) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
     layer = _layer(place, spot, branch)
     layer.call = words.at(layer)
-    core: Layer | Ended | Normed = layer
+    core: GraphLayer | Ended | Normed = layer
     if place.norm is not None:
-        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises if a norm is folded.
+        assert isinstance(layer, GraphLayer)  # `_layer` returns a `GraphLayer` or raises if a norm is folded.
         core = Normed(layer, place.norm)
     seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
@@ -294,15 +297,15 @@ def _attach(
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     more = computes_apart(layer, place)
     if spot is not None and spot.kind.inside:
-        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises for such nodes.
+        assert isinstance(layer, GraphLayer)  # `_layer` returns a `GraphLayer` or raises for such nodes.
         _change_inside(given, seen, layer, place, slots, spot)
         return
     try:
         if slots is None:
-            said = [_sayable(update, seen, branch, True) for update in given]
+            written = [_sayable(update, seen, branch, True) for update in given]
         else:
-            said = [_slotted(one, position, seen, layer, place, slots) for position, one in enumerate(given)]
-        y = _output(seen, said, added=slots is not None, more=more)
+            written = [_slotted(one, position, seen, layer, place, slots) for position, one in enumerate(given)]
+        y = _output(seen, written, added=slots is not None, more=more)
         y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
@@ -317,7 +320,7 @@ def _attach(
 
 
 def _new_weights(
-    given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None
+    given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None
 ) -> list[Update]:
     """Return updates from which nodes can compute the layer's new weight and bias.
 
@@ -337,7 +340,7 @@ def _new_weights(
 
 
 def _change_inside(
-    given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None, spot: Spot
+    given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None, spot: Spot
 ) -> None:
     """Change the weight and bias that a node reads: nodes before this node compute both from the updates."""
     try:
@@ -365,7 +368,7 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
     return update
 
 
-def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
+def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[ResolvedTarget]:
     """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
 
     Attach these blocks first, because nodes that are added for layers inside a block read the block's state.
@@ -373,20 +376,20 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     Raises:
         Unsupported: such a target is inside a subgraph.
     """
-    moving = [place for place in found if any(getattr(update, "moves_input", False) for update in place.updates)]
+    moving = [place for place in places_found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
-        return list(found)
+        return list(places_found)
     at = {node: position for position, node in enumerate(graph)}
-    places: dict[Found, int] = {}
+    places: dict[ResolvedTarget, int] = {}
     for place in moving:
         if place.last is None or place.last not in at:
             why = "the block passes a state to the next block, and the block is in a subgraph"
             raise Unsupported(why, where=str(place.asked), cure=_KEEP)
         places[place] = at[place.last]
-    return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
+    return [*sorted(moving, key=lambda place: places[place]), *(place for place in places_found if place not in places)]
 
 
-def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
+def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLayer | Ended:
     """Return the object through which formulas use a target."""
     if spot is None:
         assert place.outlet is not None
@@ -400,7 +403,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
+def _check(place: ResolvedTarget, layer: GraphLayer | Ended, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update reads the layer's result, so a weight update cannot come after an output update.
     if outer != sorted(outer):
@@ -413,11 +416,13 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
             raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
-        if (update.changes_bias or update.kind == "output") and isinstance(layer, Layer):
+        if (update.changes_bias or update.kind == "output") and isinstance(layer, GraphLayer):
             refuse_fused_bias(layer, str(place.asked))
 
 
-def _valued(update: Update, layer: Layer | Ended, place: Found, position: int, slots: Slots | None) -> Update:
+def _valued(
+    update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int, slots: Slots | None
+) -> Update:
     """Return the update with graph values in place of its tensors, in the dtype that the layer computes in."""
     if slots is not None:
         return slots.opened(update, layer, place, position)
@@ -432,10 +437,10 @@ def _valued(update: Update, layer: Layer | Ended, place: Found, position: int, s
             return array.astype("i8" if array.dtype.kind in "iu" else dtype)
 
         key = building.keep(leaf), dtype.str
-        held = building.tensor(key, f"{name}.{field}", make)
-        assert held.const_value is not None
-        kind = held.const_value.dtype.numpy()
-        return Value(layer.branch, tuple(leaf.shape), kind, held, lambda: _wide(leaf))
+        constant = building.tensor(key, f"{name}.{field}", make)
+        assert constant.const_value is not None
+        kind = constant.const_value.dtype.numpy()
+        return Value(layer.branch, tuple(leaf.shape), kind, constant, lambda: _wide(leaf))
 
     return update.replace(**{field: value(field, leaf) for field, leaf in update.tensors.items()})
 
@@ -463,7 +468,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 
 
 def _slotted(
-    update: Update, position: int, seen: TargetView, layer: Layer | Ended, place: Found, slots: Slots
+    update: Update, position: int, seen: TargetView, layer: GraphLayer | Ended, place: ResolvedTarget, slots: Slots
 ) -> Update:
     """Return the update with slots for its tensors, or for factors computed from its tensors and the base's weight."""
     try:
@@ -477,16 +482,16 @@ def _slotted(
 
 def _worked_out(update: Update, layer: TargetView) -> Update:
     """Compute an update of a known weight in float64; return the change or the new weight, rounded once."""
-    held = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
-    if isinstance(held, Additive):
-        D: Any = held.delta(layer.shape) if held.changes_weight else None
-        return Dense(D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
+    computed = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
+    if isinstance(computed, Additive):
+        D: Any = computed.delta(layer.shape) if computed.changes_weight else None
+        return Dense(D=_constant(layer, D), d=_constant(layer, computed.bias_delta()))
     W: Any = known_weight(layer).numbers().astype(np.float64)
-    held = held.settled(W) if held.bias_sees_weight else held
-    weight: Any = held.new_weight(W) if held.changes_weight else None
-    b = layer.bias if held.changes_bias else None
+    computed = computed.settled(W) if computed.bias_sees_weight else computed
+    weight: Any = computed.new_weight(W) if computed.changes_weight else None
+    b = layer.bias if computed.changes_bias else None
     known: Any = None if b is None else b.numbers().astype(np.float64)
-    bias = None if b is None else held.new_bias(known)
+    bias = None if b is None else computed.new_bias(known)
     return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 
@@ -533,7 +538,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     return y if layer.bias is None else y + layer.per_channel(cast(Value, chain.bias) - layer.bias)
 
 
-def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
+def _insert(layer: GraphLayer | Ended, new: ir.Value, branch: Branch) -> None:
     """Replace a layer's output, and its input if the update changes the input; remove nodes that become unused."""
     last = layer.end.producer()
     if isinstance(layer, Ended) and layer.moved is not None:

@@ -93,12 +93,12 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     """
     where = str(target)
     module = module_at(model, target.path, where)
-    found = [node for node in module.nodes if node.op_type == "Softmax" and node.domain in ("", "ai.onnx")]
-    way = _way_back(found[0].inputs[0]) if len(found) == 1 else None
-    mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
+    softmaxes = [node for node in module.nodes if node.op_type == "Softmax" and node.domain in ("", "ai.onnx")]
+    way = _way_back(softmaxes[0].inputs[0]) if len(softmaxes) == 1 else None
+    mixed = _product_of(softmaxes[0].outputs[0]) if len(softmaxes) == 1 else None
     if way is None or mixed is None:
         raise Unsupported("the module does not have exactly one softmax of scores", where=where, cure=_EXPORT)
-    return AttentionNodes(module, found[0], way[0], mixed, way[1])
+    return AttentionNodes(module, softmaxes[0], way[0], mixed, way[1])
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
@@ -138,14 +138,14 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
         return Value(branch, array.shape, kind, None, lambda: array)
 
     gate_input: Any = _reads(update, at, branch, target)
-    found: Any = computed_over(update, value).prefix(gate_input)
-    heads = found.shape[2]
+    pasts: Any = computed_over(update, value).prefix(gate_input)
+    heads = pasts.shape[2]
     if at.heads % heads:
         why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
-    out: Value = found if heads == at.heads else found[:, :, shared]
+    out: Value = pasts if heads == at.heads else pasts[:, :, shared]
     return out
 
 
@@ -155,11 +155,11 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
     if gate is None:
         return None
     width = gate.shape[-1]
-    found = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
-    if len(found) != 1:
-        why = f"{len(found)} values of {width} channels enter the attention, but the prefix's gate reads exactly one"
+    entering = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
+    if len(entering) != 1:
+        why = f"{len(entering)} values of {width} channels enter the attention, but the prefix's gate reads exactly one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
-    return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
+    return Value(branch, (None, None, width), element_type(entering[0]), branch.building.now(entering[0]))
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
@@ -200,10 +200,10 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
     # T5 adds a learned table of relative positions to its scores here.
     if node.op_type == "Add" and any(_looks_up_positions(one) for one in node.inputs):
         raise Unsupported("the attention adds position biases", where=node.name, cure="Keep it in the torch model")
-    for own, factor in _operands(node):
-        found = _way_back(own)
-        if found is not None:
-            return found[0], (*found[1], *factor)
+    for operand, factor in _operands(node):
+        behind = _way_back(operand)
+        if behind is not None:
+            return behind[0], (*behind[1], *factor)
     return None
 
 
@@ -225,8 +225,8 @@ def _factors_of(value: ir.Value | None) -> Factors:
         return ()
     if node.op_type in _TURNS:
         return _factors_of(node.inputs[0])
-    own, factor = next(_operands(node), (None, ()))
-    return (*_factors_of(own), *factor)
+    operand, factor = next(_operands(node), (None, ()))
+    return (*_factors_of(operand), *factor)
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
@@ -235,8 +235,8 @@ def without_factors(value: ir.Value | None) -> ir.Value:
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
         return value
-    own, _ = next(_operands(node), (None, ()))
-    return value if own is None else without_factors(own)
+    operand, _ = next(_operands(node), (None, ()))
+    return value if operand is None else without_factors(operand)
 
 
 def _is_number(value: ir.Value | None) -> bool:

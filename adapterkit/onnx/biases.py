@@ -20,11 +20,11 @@ from ..errors import Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
-from .found import NEAR, BaseBias, Found, Spot
-from .layers import Attention, Gather, Layer, by_channel, only_reader, refuse_fused_bias
+from .layers import Attention, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
 from .modules import SCOPES, listed, same_end
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent
+from .resolved import NEAR, BaseBias, ResolvedTarget, Spot
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -44,18 +44,22 @@ WIDE = 64
 _BASE = "Pass the base's weights, which show whether it is the bias: --base-weights DIR (base_weights=)"
 
 
-def changes_bias(place: Found) -> bool:
+def changes_bias(place: ResolvedTarget) -> bool:
     """Whether an update of a target changes the layer's bias."""
     return any(update.kind in ("additive", "weight") and update.changes_bias for update in place.updates)
 
 
-def with_base_bias(place: Found, base: Checkpoint) -> Found:
+def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
     """Return a target with the bias that its layer has in the base, if the base contains the layer's name."""
     if not changes_bias(place) or not place.spots:
         return place
     for path in dict.fromkeys((place.target.path, place.asked.path)):
-        for own in (f"{path}.weight", path):
-            alike = [own] if own in base.tensors else [name for name in base.tensors if same_end(name, own)]
+        for full_name in (f"{path}.weight", path):
+            alike = (
+                [full_name]
+                if full_name in base.tensors
+                else [name for name in base.tensors if same_end(name, full_name)]
+            )
             if len(alike) == 1 and alike[0].endswith("weight"):
                 return replace(place, bias=_base_bias(base, f"{alike[0].removesuffix('weight')}bias"))
     return place
@@ -70,7 +74,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
     return BaseBias(None if leaf is None else as_array(leaf).astype(np.float32).reshape(-1), others)
 
 
-def settle_biases(found: Sequence[Found], building: Building) -> None:
+def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
     Vectors that are not the bias of their layer are noted in `building.apart`.
@@ -79,7 +83,7 @@ def settle_biases(found: Sequence[Found], building: Building) -> None:
         Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
             where no update can change it; or one node computes several layers with different biases.
     """
-    for place in found:
+    for place in places:
         for spot in dict.fromkeys(place.spots):
             _refuse_shared(spot, place)
             exempt = issubclass(spot.kind, Attention | Experts | Gather | Recurrent) or place.norm is not None
@@ -87,7 +91,7 @@ def settle_biases(found: Sequence[Found], building: Building) -> None:
                 _settle(spot, place, building)
 
 
-def _refuse_shared(spot: Spot, place: Found) -> None:
+def _refuse_shared(spot: Spot, place: ResolvedTarget) -> None:
     """Refuse a node into which an optimizer merged several layers with equal weights and inputs."""
     uses = list(spot.node.outputs[0].uses())
     if len(uses) < 2:
@@ -123,7 +127,7 @@ class _Added:
     first: bool
 
 
-def _settle(spot: Spot, place: Found, building: Building) -> None:
+def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
     layer = spot.kind(spot.node, Branch(building, f"adapterkit/{place.target}"))
     where = str(place.asked)
     if _in_float_sums(layer):
@@ -136,9 +140,9 @@ def _settle(spot: Spot, place: Found, building: Building) -> None:
             raise Unsupported(why, where=where, cure="Export the model with the bias as a stored tensor")
         building.apart.add(layer.node)
     elif layer.after is not None:
-        add, held = layer.after
-        plain = len(shape_of(held)) == 1 and layer.node.op_type != "Gemm"
-        if _is_bias(layer, add, numbers(held).reshape(-1), place, plain, held):
+        add, bias = layer.after
+        plain = len(shape_of(bias)) == 1 and layer.node.op_type != "Gemm"
+        if _is_bias(layer, add, numbers(bias).reshape(-1), place, plain, bias):
             return
         building.apart.add(layer.node)
     if layer.inside:
@@ -166,7 +170,7 @@ def _settle(spot: Spot, place: Found, building: Building) -> None:
     _refuse_lost(place, where)
 
 
-def _in_float_sums(layer: Layer) -> bool:
+def _in_float_sums(layer: GraphLayer) -> bool:
     """Replace a QLinearAdd of a constant after a layer by an Add between a DequantizeLinear and a QuantizeLinear.
 
     Returns:
@@ -180,7 +184,7 @@ def _in_float_sums(layer: Layer) -> bool:
     if node is None or (node.op_type, node.domain) != ("QLinearAdd", "com.microsoft") or len(node.inputs) < 7:
         return False
     first, second = node.inputs[:3], node.inputs[3:6]
-    own, other = (first, second) if uses[0].idx == 0 else (second, first)
+    source, other = (first, second) if uses[0].idx == 0 else (second, first)
     if node.graph is not layer.node.graph or uses[0].idx not in (0, 3) or not all(map(is_constant, other[:2])):
         return False
     q, scale, zero = (None if one is None else numbers(one).astype(np.float32) for one in other)
@@ -190,11 +194,11 @@ def _in_float_sums(layer: Layer) -> bool:
     branch, building, graph = layer.branch, layer.branch.building, node.graph
     assert graph is not None
     name = f"{(other[0].name or 'bias').removesuffix('_quantized')}"  # type: ignore[union-attr]
-    held = building.tensor(("sum", name, b.tobytes()), name, lambda: b)
-    if not held.is_initializer():
-        building.model.graph.register_initializer(held)
-    y = branch.node("DequantizeLinear", own, None, np.float32, None)
-    total = branch.node("Add", [y, held], None, np.float32, None)
+    summand = building.tensor(("sum", name, b.tobytes()), name, lambda: b)
+    if not summand.is_initializer():
+        building.model.graph.register_initializer(summand)
+    y = branch.node("DequantizeLinear", source, None, np.float32, None)
+    total = branch.node("Add", [y, summand], None, np.float32, None)
     branch.nodes[-1].name = building.name(node.name or "Add")
     branch.nodes[-1].metadata_props.update(node.metadata_props)
     limits = [*node.inputs[6:8], None][:2]
@@ -208,11 +212,11 @@ def _in_float_sums(layer: Layer) -> bool:
     return True
 
 
-def _zero(place: Found) -> bool:
+def _zero(place: ResolvedTarget) -> bool:
     return place.bias is not None and (place.bias.numbers is None or not place.bias.numbers.any())
 
 
-def _refuse_lost(place: Found, where: str) -> None:
+def _refuse_lost(place: ResolvedTarget, where: str) -> None:
     """Refuse a layer that has a bias in the base, if no bias was found in the graph."""
     if place.bias is None or _zero(place):
         return
@@ -220,13 +224,18 @@ def _refuse_lost(place: Found, where: str) -> None:
     raise Unsupported(why, where=where, cure="Export the graph again without optimizations")
 
 
-def _numbers_of(layer: Layer) -> Array:
+def _numbers_of(layer: GraphLayer) -> Array:
     assert layer.bias is not None
     return layer.bias.numbers().reshape(-1)
 
 
 def _is_bias(
-    layer: Layer, adds: ir.Node, vector: Array | None, place: Found, plain: bool, held: ir.Value | None = None
+    layer: GraphLayer,
+    adds: ir.Node,
+    vector: Array | None,
+    place: ResolvedTarget,
+    plain: bool,
+    bias: ir.Value | None = None,
 ) -> bool:
     """Whether a vector is the bias of a layer.
 
@@ -237,16 +246,16 @@ def _is_bias(
         place: the layer's target.
         plain: True if exporters write a bias in this way. Then the vector is the bias unless something shows that it is
             not.
-        held: the value that holds the vector; None if the layer's own node reads it.
+        bias: the value that holds the vector; None if the layer's own node reads it.
 
     Raises:
         Unsupported: nothing shows whether the vector is the bias; or its numbers differ from the base's bias.
     """
     where = str(place.asked)
-    named = held is not None and _is_named(held, place)
-    if place.bias is not None and vector is not None and (told := _in_base(vector, place)) is not None:
-        return told
-    if held is None or named:
+    named = bias is not None and _is_named(bias, place)
+    if place.bias is not None and vector is not None and (is_same := _in_base(vector, place)) is not None:
+        return is_same
+    if bias is None or named:
         return True
     modules = _modules(layer.node, adds)
     if modules is not None:
@@ -254,13 +263,13 @@ def _is_bias(
     if plain:
         return True
     why = (
-        f"a vector is added to its output ({_names(held)[0]}), which is (1) its bias, which the update changes, or (2) "
+        f"a vector is added to its output ({_names(bias)[0]}), which is (1) its bias, which the update changes, or (2) "
         "a parameter of the module around it, which stays as it is"
     )
     raise Unsupported(why, where=where, cure=_BASE)
 
 
-def _in_base(vector: Array, place: Found) -> bool | None:
+def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
     """Whether a vector is the bias that a layer has in the base; None if the base does not show it.
 
     Raises:
@@ -297,7 +306,7 @@ def _near(one: Array, other: Array) -> bool:
     return far <= NEAR * float(np.linalg.norm(other.astype(np.float64)))
 
 
-def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
+def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -> bool:
     """Whether a node adds something that cannot be the bias of a layer: a matrix, a scalar, or a residual."""
     if place.bias is not None and place.bias.numbers is None:
         return True
@@ -309,7 +318,7 @@ def _may_be_foreign(value: ir.Value, place: Found, layer: Layer) -> bool:
     return _depends(value)
 
 
-def _added(layer: Layer) -> Iterator[_Added]:
+def _added(layer: GraphLayer) -> Iterator[_Added]:
     """Yield the values that nodes add to a layer's output, including Adds after nodes that keep or move its numbers."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
@@ -332,9 +341,9 @@ def _added(layer: Layer) -> Iterator[_Added]:
                 waiting += [(out, (*passed, node), first) for out in node.outputs]
 
 
-def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
+def _may_be_bias(added: _Added, layer: GraphLayer, place: ResolvedTarget) -> bool:
     """Whether a value that a node adds may be the bias of a layer, judging by the value's name or size."""
-    if added.value is layer.held_bias or added.node is (None if layer.after is None else layer.after[0]):
+    if added.value is layer.stored_bias or added.node is (None if layer.after is None else layer.after[0]):
         return False
     if _is_named(added.value, place):
         return True
@@ -353,26 +362,26 @@ def _may_be_bias(added: _Added, layer: Layer, place: Found) -> bool:
     return size == layer.outputs > 1
 
 
-def _vector(added: _Added, layer: Layer) -> Array | None:
+def _vector(added: _Added, layer: GraphLayer) -> Array | None:
     """Return the number to add to each channel of a layer's own output; None if nodes in between move the numbers."""
-    held = numbers(added.value)
-    held = -held if added.negative else held
-    if held.size != layer.outputs:
+    vector = numbers(added.value)
+    vector = -vector if added.negative else vector
+    if vector.size != layer.outputs:
         return None
     # If the vector has more axes than the value that it is added to, the sum has these additional axes.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
     most = max(2 if not added.passed else 0, -layer.channel, 0 if last.shape is None else len(last.shape))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
     if not shapes:
-        fits = by_channel(held.shape, layer.outputs, layer.channel) and held.ndim <= most
-        return held.reshape(-1) if fits else None
+        fits = by_channel(vector.shape, layer.outputs, layer.channel) and vector.ndim <= most
+        return vector.reshape(-1) if fits else None
     if layer.channel != -1 or not {node.op_type for node in shapes} <= KEEPS_ORDER:
         return None
-    ends = list(held.shape)
+    ends = list(vector.shape)
     while ends and ends[0] == 1:
         ends.pop(0)
-    fits = held.ndim <= max(len(ends), most)
-    return held.reshape(-1) if ends and fits and _last_sizes(shapes[-1], len(ends)) == ends else None
+    fits = vector.ndim <= max(len(ends), most)
+    return vector.reshape(-1) if ends and fits and _last_sizes(shapes[-1], len(ends)) == ends else None
 
 
 def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
@@ -393,11 +402,11 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
             return None
         parts = [int(size) for size in numbers(tail).reshape(-1)] + parts
         given = None
-    found = parts[-count:]
-    return found if len(found) == count and min(found) > 0 else None
+    last_sizes = parts[-count:]
+    return last_sizes if len(last_sizes) == count and min(last_sizes) > 0 else None
 
 
-def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
+def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
     """Replace an Add or a Sub of a vector by an Add right after the layer that computes the same numbers.
 
     Returns:
@@ -414,11 +423,11 @@ def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
         return False
     spread = vector.reshape(-1, *[1] * (-layer.channel - 1))
     name = f"{added.value.name}.bias"
-    held = building.tensor(("bias", name, vector.tobytes()), name, lambda: np.ascontiguousarray(spread))
-    if not held.is_initializer():
-        building.model.graph.register_initializer(held)
+    summand = building.tensor(("bias", name, vector.tobytes()), name, lambda: np.ascontiguousarray(spread))
+    if not summand.is_initializer():
+        building.model.graph.register_initializer(summand)
     out, end = ir.Value(name=building.name(f"{name}/output"), type=layer.result.type), added.node.outputs[0]
-    add = ir.node("Add", [layer.result, held], outputs=[out], name=building.name(added.node.name or f"{name}/Add"))
+    add = ir.node("Add", [layer.result, summand], outputs=[out], name=building.name(added.node.name or f"{name}/Add"))
     add.metadata_props.update(added.node.metadata_props)
     out.shape = layer.result.shape
     after = added.passed[0] if added.passed else added.node
@@ -430,7 +439,7 @@ def _brought(added: _Added, vector: Array, layer: Layer) -> bool:
     return True
 
 
-def _is_named(value: ir.Value, place: Found) -> bool:
+def _is_named(value: ir.Value, place: ResolvedTarget) -> bool:
     """Whether a value is, or is computed from, a tensor with the name of a target's bias."""
     paths = dict.fromkeys((place.target.path, place.asked.path))
     names = [name.removesuffix("_quantized") for name in _names(value)]

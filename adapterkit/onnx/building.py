@@ -116,8 +116,8 @@ class Building:
         the old tensors.
         """
         for name, value in list(self.model.graph.initializers.items()):
-            held = value.const_value
-            small = held is not None and held.dtype == ir.DataType.INT64 and held.size <= 16
+            constant = value.const_value
+            small = constant is not None and constant.dtype == ir.DataType.INT64 and constant.size <= 16
             if small and GENERATED.search(name) and not value.is_graph_input() and not value.is_graph_output():
                 value.name = self.name(f"{name}.stored")
 
@@ -184,9 +184,9 @@ KEEPS_TYPE = frozenset({
 def element_type(value: ir.Value | None) -> Dtype:
     """Return a value's numpy dtype: from the graph, or else from the nodes that produce the value, or else float32."""
     while value is not None:
-        held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
-        if held is not None and held not in _UNKNOWN:
-            return held.numpy()
+        dtype = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
+        if dtype is not None and dtype not in _UNKNOWN:
+            return dtype.numpy()
         node = value.producer()
         if node is not None and node.op_type == "Cast":
             return _cast_to(node)
@@ -265,9 +265,9 @@ def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Bra
 
 def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
     """Replace all uses of `old` with `new`, except inside the branch; a graph output keeps its name."""
-    own = set(branch.nodes)
+    branch_nodes = set(branch.nodes)
     for use in old.uses():
-        if use.node not in own:
+        if use.node not in branch_nodes:
             use.node.replace_input_with(use.idx, new)
     # Give the new value the name of the old one, because callers select a graph's outputs by name.
     if old.is_graph_output():
@@ -279,8 +279,8 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
     """Return the nodes that read a value, except the nodes of the branch."""
-    own = set(branch.nodes)
-    return [use.node for use in value.uses() if use.node not in own]
+    branch_nodes = set(branch.nodes)
+    return [use.node for use in value.uses() if use.node not in branch_nodes]
 
 
 def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value, branch: Branch) -> None:
@@ -320,7 +320,9 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
     # Refuse a subgraph: it may read outer values, which would also have to be replaced inside the subgraph.
-    if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
         cure = "Attach the adapter to the torch model, and export that model"
         raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)
     copy = ir.Node(
@@ -328,13 +330,13 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
         list(node.attributes.values()), num_outputs=len(node.outputs), overload=node.overload,
         name=name(node.name or node.op_type),
     )  # fmt: skip
-    for own, other in zip(node.outputs, copy.outputs, strict=True):
-        other.name = name(own.name or "output")
+    for output, other in zip(node.outputs, copy.outputs, strict=True):
+        other.name = name(output.name or "output")
         # Drop the names of dynamic sizes: runtimes share memory between values whose sizes have equal names, and the
         # copy's sizes may differ.
-        fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
-        other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type
-        copies[own] = other
+        fixed = None if output.shape is None else [size if isinstance(size, int) else None for size in output.shape]
+        other.shape, other.type = None if fixed is None else ir.Shape(fixed), output.type
+        copies[output] = other
     return copy
 
 

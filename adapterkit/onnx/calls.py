@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported, UsageError
 from .building import Branch, Building, Copies, between, copied, element_type
-from .layers import Layer, MatMul
+from .layers import GraphLayer, MatMul
 from .resolving import spots_of
 from .shadows import SHADOW, Shadows, State
 from .tokens import (
@@ -50,22 +50,22 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of graph outputs that hold the last layer's output."""
 
 
-def first_pass(words: CallWords, told: str | None) -> ir.Value:
+def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
     """Copy the nodes that compute the last layer's output; return the copy's output for the tokens of the call.
 
     Args:
         words: the inputs of the call, in a graph that is not changed yet.
-        told: the name of the last layer's output. By default, it is the output with a name in `KNOWN`, or the input of
-            the head that computes `logits`.
+        output_name: the name of the last layer's output. By default, it is the output with a name in `KNOWN`, or the
+            input of the head that computes `logits`.
 
     Raises:
-        UsageError: the graph has no value named `told`; or `told` is None, and the graph does not show which value is
-            the last layer's output.
+        UsageError: the graph has no value named `output_name`; or `output_name` is None, and the graph does not show
+            which value is the last layer's output.
         Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
             the past.
     """
     building, graph = words.building, words.building.model.graph
-    value, branch = _last(building.model, told), Branch(building, _NAME)
+    value, branch = _last(building.model, output_name), Branch(building, _NAME)
     copies = _without_past(words, branch) if past_inputs(graph) else {}
     branch.nodes += copied(between(None, value, list(graph)), copies, lambda name: building.name(f"{_NAME}/{name}"))
     end, ids = copies.get(value, value), words.input(TOKENS)
@@ -88,8 +88,8 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
             raise Unsupported(why, cure="Export the model without past keys and values")
     copies[ids] = _like(tokens, ids, branch)
     if positions is not None:
-        own = plain(ids, branch).cast(np.int64)
-        copies[positions] = _like(every_position(words, branch, positions, own), positions, branch)
+        ids_here = plain(ids, branch).cast(np.int64)
+        copies[positions] = _like(every_position(words, branch, positions, ids_here), positions, branch)
     return copies
 
 
@@ -106,12 +106,14 @@ def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(element_type(other)).value
 
 
-def _last(model: ir.Model, told: str | None) -> ir.Value:
+def _last(model: ir.Model, output_name: str | None) -> ir.Value:
     values = {out.name: out for node in model.graph for out in node.outputs}
-    if told is not None:
-        if told not in values:
-            raise UsageError(f"the graph has no value {told}", where=f"call: {WORD}", cure="Name an output of a node")
-        return values[told]
+    if output_name is not None:
+        if output_name not in values:
+            raise UsageError(
+                f"the graph has no value {output_name}", where=f"call: {WORD}", cure="Name an output of a node"
+            )
+        return values[output_name]
     for out in model.graph.outputs:
         if out.name in KNOWN:
             return out
@@ -160,15 +162,15 @@ class CallWords:
     """
 
     def __init__(
-        self, building: Building, updates: Iterable[object], told: Mapping[str, JsonValue] | None = None,
+        self, building: Building, updates: Iterable[object], given: Mapping[str, JsonValue] | None = None,
         config: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:  # fmt: skip
-        self.building, self.told = building, dict(told or {})
+        self.building, self.stated = building, dict(given or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
         # Ask for all inputs of the call if an update needs a side network or a first pass, because these read all
         # inputs.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
-        for word, value in self.told.items():
+        for word, value in self.stated.items():
             if word not in asked:
                 raise UsageError(
                     f"no update reads {word}",
@@ -178,39 +180,39 @@ class CallWords:
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
                 cure = "Give the name of a value of the graph; for task_ids, the number of one task is also possible"
                 raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
-        self.made: dict[str, ir.Value] = {}
-        last = self.told.get(LAST)
+        self.new_inputs: dict[str, ir.Value] = {}
+        last = self.stated.get(LAST)
         self.hidden = first_pass(self, last if isinstance(last, str) else None) if LAST in asked else None
         self.shadows = Shadows(self, config)
 
     @property
     def note(self) -> str:
         """A sentence that names the inputs added to the graph, which every run must pass."""
-        said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
-        return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
+        meanings = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
+        return "; ".join(f"the input {value.name} takes {meanings[word]}" for word, value in self.new_inputs.items())
 
-    def at(self, layer: Layer | Ended) -> Heard:
+    def at(self, layer: GraphLayer | Ended) -> Heard:
         """Return the inputs as a layer's formula sees them."""
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
         """Return the graph input for an input of the call, or None; `told` may give another name for the input."""
-        name = self.told.get(word, word)
+        name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None
-        found = next((value for value in self.building.model.graph.inputs if value.name == name), None)
-        if found is None and word in self.told:
+        existing = next((value for value in self.building.model.graph.inputs if value.name == name), None)
+        if existing is None and word in self.stated:
             raise UsageError(f"the graph has no input {name}", where=f"call: {word}", cure="Name one of its inputs")
-        return found
+        return existing
 
     def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
         """Add an integer input to the graph, once per name."""
-        if word not in self.made:
+        if word not in self.new_inputs:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=self.building.name(word), shape=ir.Shape(axes), type=kind)
             self.building.inputs.append(value)
-            self.made[word] = value
-        return self.made[word]
+            self.new_inputs[word] = value
+        return self.new_inputs[word]
 
 
 class Heard:
@@ -221,7 +223,7 @@ class Heard:
         layer: the layer whose formula reads them.
     """
 
-    def __init__(self, words: CallWords, layer: Layer | Ended) -> None:
+    def __init__(self, words: CallWords, layer: GraphLayer | Ended) -> None:
         self.words, self.layer = words, layer
         self.shadow = State(words.shadows, self)
 
@@ -251,20 +253,24 @@ class Heard:
         return rows
 
     def _tasks(self) -> Value:
-        told = self.words.told.get(TASKS)
-        if isinstance(told, int):
-            return self._for_all_rows(told)
-        found = self.words.input(TASKS)
+        given_tasks = self.words.stated.get(TASKS)
+        if isinstance(given_tasks, int):
+            return self._for_all_rows(given_tasks)
+        existing = self.words.input(TASKS)
         given = self.words.building.model.graph.inputs[0]
-        value = self.words.new(TASKS, [first_axis(given)]) if found is None else whole_numbers(found, self.layer.branch)
+        value = (
+            self.words.new(TASKS, [first_axis(given)])
+            if existing is None
+            else whole_numbers(existing, self.layer.branch)
+        )
         return Value(self.layer.branch, (self._rows,), np.int64, value)
 
     def _for_all_rows(self, number: int) -> Value:
         node, literal = self.layer.branch.node, self.layer.branch.building.literal
         sizes = node("Shape", [self.layer.x.value], None, np.int64, None)
-        first, second, held = (literal(np.array([each], dtype=np.int64)) for each in (0, 1, number))
+        first, second, task = (literal(np.array([each], dtype=np.int64)) for each in (0, 1, number))
         rows = node("Slice", [sizes, first, second], None, np.int64, (1,))
-        value = node("Expand", [held, rows], None, np.int64, None)
+        value = node("Expand", [task, rows], None, np.int64, None)
         return Value(self.layer.branch, (self._rows,), np.int64, value)
 
     def _last(self) -> Value:
@@ -277,16 +283,16 @@ class Heard:
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
-        own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
+        ones = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
         # Cut the mask to the layer's number of columns, because both branches of `Where` need one shape.
-        cut = last_columns(plain(value, self.layer.branch).cast(np.int64), own)
-        chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
-        return Value(self.layer.branch, own.sizes, np.int64, chosen)
+        cut = last_columns(plain(value, self.layer.branch).cast(np.int64), ones)
+        chosen = self.layer.branch.node("Where", [self._alike(value, ones), cut, ones.value], None, np.int64, None)
+        return Value(self.layer.branch, ones.sizes, np.int64, chosen)
 
-    def _alike(self, value: ir.Value, own: Value) -> ir.Value:
+    def _alike(self, value: ir.Value, ones: Value) -> ir.Value:
         """Return a boolean scalar of the graph: True if two matrices have the same sizes at run time."""
         node = self.layer.branch.node
-        sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
+        sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, ones.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))
         every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
         return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())

@@ -39,8 +39,8 @@ class Stored:
 
 def stored_behind(operand: ir.Value) -> Stored:
     """Return the stored tensor behind an operand, looking through transpositions."""
-    found = unturned(operand)
-    return found if found.value.const_value is not None else Stored(operand, False, ())
+    source = unturned(operand)
+    return source if source.value.const_value is not None else Stored(operand, False, ())
 
 
 def unturned(operand: ir.Value) -> Stored:
@@ -113,8 +113,8 @@ def lazy_of(value: ir.Value) -> Lazy:
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
     """Return a lazy tensor that can be read in blocks; the first read computes the whole tensor."""
-    held = _Once(make)
-    return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
+    once = _Once(make)
+    return Lazy(shape, _dtype(kind.numpy()), once.whole, part=once.part)
 
 
 def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
@@ -122,8 +122,8 @@ def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, kind, shape)
-    held = _Once(lambda: _flat_bytes(tensor))
-    return Lazy(shape, kind, held.whole, part=held.part)
+    once = _Once(lambda: _flat_bytes(tensor))
+    return Lazy(shape, kind, once.whole, part=once.part)
 
 
 def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
@@ -144,7 +144,7 @@ class _Once:
 
     def __init__(self, make: Callable[[], Array]) -> None:
         self.make, self.lock, self.given = make, Lock(), 0
-        self.held: Array | None = None
+        self.stored_array: Array | None = None
 
     def whole(self) -> bytes:
         return np.ascontiguousarray(self.make()).tobytes()
@@ -153,13 +153,13 @@ class _Once:
         with self.lock:
             # Count the elements that were read: the workers together read each element once, so the count shows when
             # all are done.
-            if self.held is None:
-                self.held, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
-            held = self.held
+            if self.stored_array is None:
+                self.stored_array, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
+            data = self.stored_array
             self.given += count
-            if self.given >= held.size:
-                self.held = None
-        return held[first : first + count].view(np.uint8).data
+            if self.given >= data.size:
+                self.stored_array = None
+        return data[first : first + count].view(np.uint8).data
 
 
 def _dtype(kind: Dtype) -> DType:
@@ -211,8 +211,8 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
         out.shape = link.outputs[0].shape
         # Copy the chain, because other nodes may read the originals.
         copy = ir.node(
-            link.op_type, [value], {name: held.value for name, held in link.attributes.items()}, outputs=[out],
-            name=building.name(f"{new.name}/{link.op_type}"),
+            link.op_type, [value], {name: attribute.value for name, attribute in link.attributes.items()},
+            outputs=[out], name=building.name(f"{new.name}/{link.op_type}"),
         )  # fmt: skip
         copy.metadata_props.update(link.metadata_props)
         assert node.graph is not None

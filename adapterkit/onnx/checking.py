@@ -28,7 +28,7 @@ from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import neutral_of, slots_of
-from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
+from .trial_inputs import SIZES, Feeds, Sizes, numbers_in, sizes_beside, trial_inputs_for
 from .unrounded import ROUGH, rounds, unround
 from .widening import as_fed, started, widened, widened_note
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import onnx
 
     from ..io.checkpoint import Checkpoint
-    from .found import Found
     from .providers import OrtSession
     from .reading import Base, Model
+    from .resolved import ResolvedTarget
     from .tying import Tying
 
 SMALL = 1 << 25
@@ -58,7 +58,7 @@ STEP = 1e-2
 steps."""
 
 
-def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
+def reference_outputs(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
     """Return the outputs of ONNX's reference implementation; None if it cannot run the model or would take too long."""
     from onnx.reference import ReferenceEvaluator
 
@@ -75,10 +75,10 @@ def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
         taken = {value.name for value in proto.graph.input}
         given = {name: array for name, array in feeds.items() if name in taken | defaults}
         with np.errstate(all="ignore"):
-            told: Any = ReferenceEvaluator(proto).run(None, given)
+            outputs: Any = ReferenceEvaluator(proto).run(None, given)
     except Exception:  # The operators of the reference implementation raise any type of error.
         return None
-    return [np.asarray(array) for array in told]
+    return [np.asarray(array) for array in outputs]
 
 
 def _proto(model: Path | bytes) -> onnx.ModelProto | None:
@@ -205,13 +205,13 @@ def checked_injection(
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
         rough = _rounds(source.model)
-        found = resolve(source.model, adapter, base, tying)
+        places = resolve(source.model, adapter, base, tying)
         smooth = rough and _smooth(plain)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
             # Dequantize only if the graph can run without rounding its activations: a dequantized layer would not round
             # them.
             packed = None if rough and not smooth else "dequantize"
-            fold([(place, 1.0) for place in found], building, packed)
+            fold([(place, 1.0) for place in places], building, packed)
             other = inline(source.model)
         bare = bare or smooth
     bare = bare and other is not None
@@ -236,7 +236,7 @@ def _compared_by_rows(
     for sizes in (*(sizes for sizes in SIZES if sizes[0] == 2), (2, 1, 4, 4)):
         try:
             session = _session(plain, bare)
-            feeds = made_up(session, sizes, known)
+            feeds = trial_inputs_for(session, sizes, known)
             base, merged = session.run(None, feeds), _session(wanted, bare).run(None, feeds)
             got = _session(str(out), bare).run(None, {**feeds, **stack, INDEX: np.array([0, 1])})
         except Exception as error:  # onnxruntime's errors have no common base class.
@@ -274,7 +274,7 @@ def _empty(out: Path) -> Feeds:
 def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
-    beside: Sequence[Found] = (),
+    beside: Sequence[ResolvedTarget] = (),
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with an injection of the adapter into the original graph.
 
@@ -297,15 +297,15 @@ def checked_merge(
         return CheckOutcome(None, why)
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
-    found = resolve(source.model, adapters[0], weights, tying)
+    places = resolve(source.model, adapters[0], weights, tying)
     smooth = _rounds(source.model) and _smooth(plain)
     # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole rounding
     # step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # No nodes can change packed experts, so compare with an injection into their dequantized weights.
     try:
-        found = (unpacked if quantized == "dequantize" else experts_as_floats)(found, building)
-        attach(found, building)
+        places = (unpacked if quantized == "dequantize" else experts_as_floats)(places, building)
+        attach(places, building)
     except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
@@ -374,12 +374,12 @@ def _unrounded(model: bytes | str) -> bytes:
     import onnx
 
     proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model)
-    held = ir.from_proto(proto)
-    if not unround(held):
-        held = ir.from_proto(proto)
-        for node in held.graph.all_nodes():
+    model_ir = ir.from_proto(proto)
+    if not unround(model_ir):
+        model_ir = ir.from_proto(proto)
+        for node in model_ir.graph.all_nodes():
             node.attributes.pop("accuracy_level", None)
-    data: bytes = ir.to_proto(held).SerializeToString()
+    data: bytes = ir.to_proto(model_ir).SerializeToString()
     return data
 
 
@@ -454,7 +454,7 @@ def _run_both(
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
             session = _session(first, bare)
-            feeds = made_up(session, sizes, known) if given is None else _of_its_inputs(given, session)
+            feeds = trial_inputs_for(session, sizes, known) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
         except Exception as error:  # onnxruntime's errors have no common base class.
             why = first_line(error)
@@ -581,13 +581,13 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     The reference implementation also has bugs. Its result only counts if it agrees with onnxruntime on the original
     graph.
     """
-    told = told_by_reference(widened(str(out)) or out, feeds)
-    if told is None:
+    expected = reference_outputs(widened(str(out)) or out, feeds)
+    if expected is None:
         return None
-    difference = difference_of(told, got)
+    difference = difference_of(expected, got)
     if difference <= most_of_oracles(got):
         return difference
-    before = None if first is None else told_by_reference(widened(first) or first, plain_feeds)
+    before = None if first is None else reference_outputs(widened(first) or first, plain_feeds)
     if first is None or before is None:
         return None
     results = started(first).run(None, plain_feeds)
@@ -607,7 +607,9 @@ def _of_new_inputs(
 ) -> Feeds:
     """Return `given` values, or zeros, for inputs that only the written graph has, such as the task of each row."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
-    zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
+    zeros = {
+        name: np.zeros_like(array) for name, array in trial_inputs_for(session, sizes, known).items() if name in new
+    }
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
@@ -634,11 +636,11 @@ def _computes_narrow(model: bytes) -> bool:
     """
     import onnx
 
-    held = ir.from_proto(onnx.ModelProto.FromString(model))
-    if _rounds(held):
+    model_ir = ir.from_proto(onnx.ModelProto.FromString(model))
+    if _rounds(model_ir):
         return True
     narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    for node in held.graph.all_nodes():
+    for node in model_ir.graph.all_nodes():
         if node.op_type == "Cast" and attribute(node, "to", 0) in narrow:
             return True
         read = [one.dtype or (one.const_value and one.const_value.dtype) for one in node.inputs if one is not None]

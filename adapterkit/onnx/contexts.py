@@ -15,10 +15,10 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .attentions import AttentionNodes, attention_at, with_prefixes, without_factors
 from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
-from .found import Spot
-from .layers import Gather, Layer
+from .layers import Gather, GraphLayer
 from .modules import Module, module_at, modules_of, same_end
 from .operands import input_behind
+from .resolved import Spot
 from .resolving import spots_of
 from .tokens import past_inputs
 from .values import SYMBOLS, Value, computed_over, plain
@@ -47,7 +47,7 @@ class NewTokens:
     new: ir.Value
     known: ir.Value
     vectors: ir.Value
-    said: str
+    ids_note: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
         """Return the embedded tokens, with the vectors of new tokens in their positions."""
@@ -69,8 +69,8 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
         )
     layer = Gather(spot.node, branch)
     ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
-    made = ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
-    table = building.tensor(*made)
+    key_and_name = ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
+    table = building.tensor(*key_and_name)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
     # Replace token ids outside of a table by 0, because a Gather reads each table for every token.
@@ -83,8 +83,8 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
 
 def read_by(node: ir.Node) -> str | None:
     """Return the name of the graph input that an embedding looks up, or None."""
-    found = input_behind(node.inputs[1])
-    return None if found is None else found.name
+    source = input_behind(node.inputs[1])
+    return None if source is None else source.name
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
@@ -120,7 +120,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
         _uncounted(node, new, end, module, branch)
     behind(end, new.instead_of(end, branch), branch)
     branch.close()
-    return f"{new.said}; the positions of other tokens do not count the new tokens"
+    return f"{new.ids_note}; the positions of other tokens do not count the new tokens"
 
 
 def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, branch: Branch) -> None:
@@ -172,21 +172,23 @@ def _sum(value: ir.Value, added: Value, branch: Branch) -> ir.Value:
     return branch.node("Add", [value, added.value], None, added.dtype, None)
 
 
-def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, Layer]:
-    own = set(at.module.nodes)
-    found: dict[str, Layer] = {}
-    for spot in (spot for spot in spots_of(model) if spot.node in own):
-        names = {name.split(".")[-2] for said in spot.names.values() for name in said if name.count(".") > 0}
+def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, GraphLayer]:
+    module_nodes = set(at.module.nodes)
+    layers_by_name: dict[str, GraphLayer] = {}
+    for spot in (spot for spot in spots_of(model) if spot.node in module_nodes):
+        names = {
+            name.split(".")[-2] for names_here in spot.names.values() for name in names_here if name.count(".") > 0
+        }
         for name in names & {*SEPARATE, *FUSED}:
-            found[name] = spot.kind(spot.node, branch)
-    if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
+            layers_by_name[name] = spot.kind(spot.node, branch)
+    if not ({*SEPARATE} <= {*layers_by_name} or {*FUSED} <= {*layers_by_name}):
         why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
         raise Unsupported(why, where=str(target), cure="Target attentions of a model like Llama or GPT-2")
-    return found
+    return layers_by_name
 
 
 def _added(
-    update: ContextUpdate, at: AttentionNodes, layers: Mapping[str, Layer], branch: Branch, target: Target
+    update: ContextUpdate, at: AttentionNodes, layers: Mapping[str, GraphLayer], branch: Branch, target: Target
 ) -> Value:
     """Return the values to add to the heads' outputs, `[rows, positions, heads * d]`."""
     queries = without_factors(at.scores.inputs[0])
@@ -197,20 +199,20 @@ def _added(
 
     P = as_array(update.tensors["P"]).astype(np.float64)
     k, v = (value(_of_heads(array, at.heads, d)) for array in _keys_values(P, layers, target))
-    held: Any = computed_over(update, lambda leaf: value(as_array(leaf).astype(np.float64)))
-    heads = held.attention(Value(branch, (None, at.heads, None, d), kind, queries), k, v).swapaxes(1, 2)
+    context: Any = computed_over(update, lambda leaf: value(as_array(leaf).astype(np.float64)))
+    heads = context.attention(Value(branch, (None, at.heads, None, d), kind, queries), k, v).swapaxes(1, 2)
     out: Value = heads.reshape(*heads.shape[:2], at.heads * d)
     return out
 
 
-def _keys_values(P: Array, layers: Mapping[str, Layer], target: Target) -> tuple[Array, Array]:
+def _keys_values(P: Array, layers: Mapping[str, GraphLayer], target: Target) -> tuple[Array, Array]:
     if "c_attn" in layers:
         _, k, v = np.split(_projected(P, layers["c_attn"], target), 3, -1)
         return k, v
     return _projected(P, layers["k_proj"], target), _projected(P, layers["v_proj"], target)
 
 
-def _projected(P: Array, layer: Layer, target: Target) -> Array:
+def _projected(P: Array, layer: GraphLayer, target: Target) -> Array:
     W = layer.weight.numbers().astype(np.float64)
     if P.shape[1] != W.shape[1]:
         why = f"the prompt was made for {P.shape[1]} channels, but the attention reads {W.shape[1]}"
@@ -285,21 +287,21 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
         if of_attention(target, update):
             beside.setdefault(target, []).append(update)
             continue
-        held = computed_over(update, _wide)
+        in_float64 = computed_over(update, _wide)
         if update.place == "past":
-            pasts.append((target, _numbers(held.past())))
+            pasts.append((target, _numbers(in_float64.past())))
         else:
-            found = held.embeddings() if update.place == "embeddings" else held.vocabulary()
-            rows.append((target, _numbers(found)))
+            tokens = in_float64.embeddings() if update.place == "embeddings" else in_float64.vocabulary()
+            rows.append((target, _numbers(tokens)))
     if len(pasts) > 1:
         raise Unsupported("a graph can have one prefix, not two", where=str(pasts[1][0]), cure="Inject one of them")
-    said = [_with_tokens(target, more, building) for target, more in rows[:1]] if len(rows) == 1 else []
+    notes = [_with_tokens(target, more, building) for target, more in rows[:1]] if len(rows) == 1 else []
     if len(rows) > 1:
-        said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
-    said += [_with_past(target, past, building) for target, past in pasts]
+        notes.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
+    notes += [_with_past(target, past, building) for target, past in pasts]
     for target, updates in beside.items():
         _at_attention(target, updates, building)
-    return "; ".join(said)
+    return "; ".join(notes)
 
 
 def _wide(leaf: Leaf) -> Array:
@@ -307,8 +309,8 @@ def _wide(leaf: Leaf) -> Array:
     return array if array.dtype.kind in "iu" else array.astype(np.float64)
 
 
-def _numbers(found: object) -> Array:
-    array: Array = np.asarray(found)
+def _numbers(tokens: object) -> Array:
+    array: Array = np.asarray(tokens)
     return array
 
 
@@ -321,12 +323,18 @@ def _with_tokens(target: Target, more: Array, building: Building) -> str:
     before([spot.node], new.ids, new.known, branch)
     behind(spot.node.outputs[0], new.instead_of(spot.node.outputs[0], branch), branch)
     branch.close()
-    return new.said
+    return new.ids_note
 
 
 def _is_module(target: Target, model: ir.Model) -> bool:
     """Whether a target is a module that contains embeddings, not an embedding itself."""
-    names = (name for spot in spots_of(model) if spot.kind is Gather for said in spot.names.values() for name in said)
+    names = (
+        name
+        for spot in spots_of(model)
+        if spot.kind is Gather
+        for names_here in spot.names.values()
+        for name in names_here
+    )
     inside = any(target.path in modules_of(node) for node in model.graph)
     return bool(target.path) and inside and not any(same_end(n.removesuffix(".weight"), target.path) for n in names)
 
@@ -335,7 +343,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
     """Return the embedding of the graph's input tokens."""
     spots = [spot for spot in spots_of(model) if spot.kind is Gather and read_by(spot.node) is not None]
     if target.path:
-        names = [(spot, name) for spot in spots for said in spot.names.values() for name in said]
+        names = [(spot, name) for spot in spots for names_here in spot.names.values() for name in names_here]
         spots = list(dict.fromkeys(s for s, name in names if same_end(name.removesuffix(".weight"), target.path)))
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]

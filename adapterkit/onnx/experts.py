@@ -23,15 +23,15 @@ import onnx_ir as ir
 from ..errors import Unsupported
 from .building import Array, Branch, Building, Dtype, element_type
 from .changes import Fresh, Stored, lazily
-from .layers import Layer, weight_at
+from .layers import GraphLayer, weight_at
 from .modules import dotted
-from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .packed import PackedNumbers, Packing, joined_bits, numbers_in, replaced, split, unpacked
 from .values import Value
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
-    from .found import Found, Spot
+    from .resolved import ResolvedTarget, Spot
 
 OPERATORS = ("MoE", "QMoE")
 
@@ -93,8 +93,8 @@ def _unknown_packing(node: ir.Node) -> str | None:
 
 def _width(node: ir.Node, bias: int) -> int | None:
     """Return the number of input channels, from the second bias or the input's shape; None if neither shows it."""
-    held, x = _at(node, bias), node.inputs[0]
-    shapes = [one.shape for one in (held, x) if one is not None and one.shape is not None]
+    stack, x = _at(node, bias), node.inputs[0]
+    shapes = [one.shape for one in (stack, x) if one is not None and one.shape is not None]
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
 
 
@@ -107,12 +107,12 @@ def _at(node: ir.Node, position: int | None) -> ir.Value | None:
 
 
 def _weight(node: ir.Node, position: int) -> ir.Value:
-    found = weight_at(node, position)
-    assert found is not None
-    return found
+    weight = weight_at(node, position)
+    assert weight is not None
+    return weight
 
 
-class Experts(Layer):
+class Experts(GraphLayer):
     """The first weights of all experts, `[experts * out, in]`: each expert's gate and up, or a single weight.
 
     Class attributes:
@@ -140,7 +140,7 @@ class Experts(Layer):
         return experts, out, in_
 
     @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+    def stored_shape(cls, node: ir.Node) -> tuple[int, ...]:
         experts, out, in_ = cls.sizes(node)
         return experts * out, in_
 
@@ -162,12 +162,12 @@ class Experts(Layer):
         return stack if parts == 1 else several.swapaxes(1, 2).reshape(stack.shape)
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
+    def stored_array(cls, node: ir.Node) -> Array:
         return cls.detached(node)()
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        copy, shape = held_apart(cls.operand_of(node)), cls.held_shape(node)
+        copy, shape = detached_copy(cls.operand_of(node)), cls.stored_shape(node)
         return lambda: cls.by_matrix(numbers(copy), node).reshape(shape)
 
     @classmethod
@@ -178,7 +178,7 @@ class Experts(Layer):
             node: the node.
             f: changes the rows of one expert, `[out, in]` in float64; its second argument is the first row's number.
         """
-        copy, out = held_apart(cls.operand_of(node)), cls.sizes(node)[1]
+        copy, out = detached_copy(cls.operand_of(node)), cls.sizes(node)[1]
 
         def make() -> Array:
             stack: Array = numbers(copy).copy()
@@ -211,9 +211,9 @@ class Experts(Layer):
         return stack.reshape(*((experts * out, *rest) if flat else (experts, out, *rest)))
 
     @property
-    def own_bias(self) -> ir.Value | None:
-        held = self.stated_bias
-        return held if is_constant(held) else None
+    def constant_bias(self) -> ir.Value | None:
+        bias = self.stated_bias
+        return bias if is_constant(bias) else None
 
     @property
     def has_bias(self) -> bool:
@@ -221,11 +221,11 @@ class Experts(Layer):
 
     @property
     def bias(self) -> Value | None:
-        held, read = self.own_bias, _at(self.node, self.vector)
-        if held is None or read is None:
+        bias, read = self.constant_bias, _at(self.node, self.vector)
+        if bias is None or read is None:
             return None
-        stack = Value(self.branch, shape_of(held), element_type(held), read)
-        copy, node = held_apart(held), self.node
+        stack = Value(self.branch, shape_of(bias), element_type(bias), read)
+        copy, node = detached_copy(bias), self.node
         known = self._ordered(stack, True)
         return Value(
             self.branch, known.shape, stack.dtype, known.value, lambda: self.by_matrix(numbers(copy), node).reshape(-1)
@@ -236,9 +236,9 @@ class Experts(Layer):
         return self._ordered(b.reshape(experts, out), False, flat=False)
 
     @classmethod
-    def changed_bias(cls, node: ir.Node, held: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
+    def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Return a function that computes the stacked biases, changed by `f` in torch's order, `[experts * out]`."""
-        copy = held_apart(held)
+        copy = detached_copy(bias)
 
         def make() -> Array:
             stack = numbers(copy).astype(np.float64)
@@ -277,10 +277,10 @@ class PackedExperts(Experts):
     @classmethod
     def zeros(cls, node: ir.Node) -> Callable[[], Array | int]:
         """Return a function that gives the zero points `[experts * out, blocks]`, or one number for all rows."""
-        held, bits, (experts, out, in_) = _at(node, cls.middle), _bits(node), cls.sizes(node)
-        if held is None:
+        stored, bits, (experts, out, in_) = _at(node, cls.middle), _bits(node), cls.sizes(node)
+        if stored is None:
             return lambda: 1 << (bits - 1)
-        copy, size = held_apart(held), attribute(node, "block_size", 0)
+        copy, size = detached_copy(stored), attribute(node, "block_size", 0)
 
         def make() -> Array:
             # With blocks, each row's zero points fill whole bytes. Without blocks, those of an expert's rows do.
@@ -293,7 +293,8 @@ class PackedExperts(Experts):
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         (experts, out, in_), bits = cls.sizes(node), _bits(node)
-        packed, scales, zeros = held_apart(cls.operand_of(node)), held_apart(cls.scales(node)), cls.zeros(node)
+        packed, scales = detached_copy(cls.operand_of(node)), detached_copy(cls.scales(node))
+        zeros = cls.zeros(node)
         size = attribute(node, "block_size", 0) or in_
 
         def make() -> Array:
@@ -328,18 +329,18 @@ EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, Sec
 
 def layer_of(name: str) -> str | None:
     """Return the number of the layer in a name; None if the name has none."""
-    found = LAYER.match(dotted(name) if name.startswith("/") else name)
-    return None if found is None else found.group(1)
+    match = LAYER.match(dotted(name) if name.startswith("/") else name)
+    return None if match is None else match.group(1)
 
 
 def stem_of(node: ir.Node) -> str | None:
     """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
     weights = (weight_at(node, at) for at in range(2, len(node.inputs)))
-    held = [value.name or "" for value in weights if value is not None]
-    for name in (*held, dotted(node.name or "")):
-        found = LAYER.match(name)
-        if found is not None:
-            return found.group(0)
+    names = [value.name or "" for value in weights if value is not None]
+    for name in (*names, dotted(node.name or "")):
+        match = LAYER.match(name)
+        if match is not None:
+            return match.group(0)
     return None
 
 
@@ -370,7 +371,7 @@ def _parts(kind: type[Experts], node: ir.Node, out: int) -> list[tuple[str, int,
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stack:
+class ExpertStack:
     """A layer of experts in a graph.
 
     Attributes:
@@ -384,29 +385,29 @@ class Stack:
     experts: int
 
 
-def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, Stack]:
+def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
     """Return a map from the number of a layer to its experts, for nodes whose layout is known."""
-    found: dict[str, Stack] = {}
+    stacks: dict[str, ExpertStack] = {}
     for node in nodes:
         stem = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
         number = None if stem is None else layer_of(stem)
         if stem is not None and number is not None:
-            found[number] = Stack(node, stem, shape_of(_weight(node, 2))[0])
-    return found
+            stacks[number] = ExpertStack(node, stem, shape_of(_weight(node, 2))[0])
+    return stacks
 
 
-def as_floats(found: Sequence[Found], building: Building) -> list[Found]:
+def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
     """Replace each `QMoE` among the targets' nodes by a `MoE` with dequantized weights; return the new targets."""
     new: dict[ir.Node, ir.Node] = {}
     spots: dict[Spot, Spot] = {}
-    for spot in (spot for place in found for spot in place.spots):
+    for spot in (spot for place in places for spot in place.spots):
         if not issubclass(spot.kind, PackedExperts) or spot in spots:
             continue
         if spot.node not in new:
             new[spot.node] = _as_float(spot.node, building)
         kind = Experts if spot.kind.first else SecondExperts
         spots[spot] = replace(spot, node=new[spot.node], kind=kind, sources=(kind.operand_of(new[spot.node]),))
-    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in found]
+    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in places]
 
 
 def _as_float(node: ir.Node, building: Building) -> ir.Node:
@@ -431,7 +432,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         inputs += [value, _at(node, kind.vector)]
     kept = {"k", "activation_type", "activation_alpha", "activation_beta", "normalize_routing_weights",
             "swiglu_fusion", "swiglu_limit", "use_sparse_mixer"}  # fmt: skip
-    words = {name: held.value for name, held in node.attributes.items() if name in kept}
+    words = {name: attribute.value for name, attribute in node.attributes.items() if name in kept}
     out = ir.Value(name=building.name(f"{node.outputs[0].name}.floats"), type=node.outputs[0].type)
     out.shape = node.outputs[0].shape
     plain = ir.node("MoE", inputs, words, outputs=[out], domain="com.microsoft", name=node.name)
@@ -455,19 +456,19 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)
-    held, scales, zeros = kind.operand_of(node), kind.scales(node), _at(node, kind.middle)
+    stored, scales, zeros = kind.operand_of(node), kind.scales(node), _at(node, kind.middle)
     block = attribute(node, "block_size", 0)
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()
-    packed, factors = numbers(held), numbers(scales)
+    packed, factors = numbers(stored), numbers(scales)
     # Pad the last block with zeros, which do not change its scale. onnxruntime has no padded blocks with zero points.
     wide = ((0, 0), (0, blocks * size - in_))
     q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
-    found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)
+    numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)
 
     def put(new: PackedNumbers) -> None:
         arrays = joined_bits(new.q[:, :in_], bits).reshape(packed.shape), new.scale.reshape(factors.shape)
-        for at, old, array in zip((kind.position, kind.position + 1), (held, scales), arrays, strict=True):
+        for at, old, array in zip((kind.position, kind.position + 1), (stored, scales), arrays, strict=True):
             node.replace_input_with(at, replaced(building, fresh, old, array))
         if zeros is not None and not isinstance(new.zero, int):
             middle = joined_bits(new.zero if block else new.zero.reshape(experts, out), bits)
@@ -477,4 +478,4 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     def rows(W: Array) -> Array:
         return np.pad(kind.together(W.reshape(experts, out, in_), node).reshape(experts * out, in_), wide)
 
-    return ExpertPacking(Stored(held, False, ()), (experts * out, in_), found, rows, put)
+    return ExpertPacking(Stored(stored, False, ()), (experts * out, in_), numbers_found, rows, put)

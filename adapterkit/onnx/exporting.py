@@ -28,13 +28,13 @@ from .against_torch import Run, by_reference, compared, compared_packed, outputs
 from .attaching import attach
 from .building import Building
 from .checking import CheckOutcome
-from .found import Found
 from .model_file import INLINE, STAYS, placing, save_fresh
 from .modules import same_end
 from .pretrained_parts import FILES
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded
 from .report import GraphReport
+from .resolved import ResolvedTarget
 from .resolving import resolve, taken
 from .slots import Slots, write_adapter
 from .tracing import traced
@@ -92,9 +92,9 @@ def check_folder(target: Path, overwrite: bool) -> None:
     if not any((target / name).is_file() for name in GRAPHS):
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
     # Refuse a folder with other weights: it is another model, which an export must not replace.
-    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name not in GRAPHS)
-    if held:
-        raise StorageError(f"the folder holds {held[0]}, which no export wrote", path=target, cure=cure)
+    other_files = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name not in GRAPHS)
+    if other_files:
+        raise StorageError(f"the folder holds {other_files[0]}, which no export wrote", path=target, cure=cure)
 
 
 @contextmanager
@@ -153,8 +153,8 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
             parameter.data = value.to(parameter.dtype)
         yield
     finally:
-        for (parameter, _), own in zip(changed, before, strict=True):
-            parameter.data = own
+        for (parameter, _), data in zip(changed, before, strict=True):
+            parameter.data = data
 
 
 # Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
@@ -176,13 +176,13 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
     Raises:
         UsageError: no tensor of the graph equals a tensor of these files.
     """
-    held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
+    by_name = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
     building, shared = Building(graph), list[str]()
     for name, value in list(graph.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= INLINE:
             continue
-        alike = _alike(name, tuple(tensor.shape.numpy()), held)
+        alike = _alike(name, tuple(tensor.shape.numpy()), by_name)
         leaf = next((leaf for leaf in alike if _same(tensor, leaf)), None)
         if leaf is not None:
             _placed(value, leaf, out, building)
@@ -193,10 +193,10 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
     return shared
 
 
-def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
+def _check_place(by_name: Mapping[str, Lazy], out: Path) -> None:
     """Refuse weights that are not in safetensors files, or not in the graph's folder."""
     home = out.parent.resolve()
-    for leaf in held.values():
+    for leaf in by_name.values():
         if leaf.span is None:
             continue
         file = Path(leaf.span.path)
@@ -210,9 +210,9 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
             )
 
 
-def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
+def _alike(name: str, shape: tuple[int, ...], by_name: Mapping[str, Lazy]) -> list[Lazy]:
     """Return stored tensors that may equal a graph's tensor: the name matches or, for tied weights, the shape."""
-    sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
+    sized = {other: leaf for other, leaf in by_name.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
 
@@ -230,20 +230,20 @@ def _same(tensor: ir.TensorProtocol, leaf: Lazy) -> bool:
 def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
     assert leaf.span is not None
     assert value.const_value is not None
-    file, own = Path(leaf.span.path).resolve(), value.const_value
+    file, tensor = Path(leaf.span.path).resolve(), value.const_value
     kind = ir.DataType.from_numpy(leaf.dtype.array)
     place = ir.ExternalTensor(
         file.relative_to(out.parent.resolve()).as_posix(), leaf.span.offset, leaf.span.nbytes, kind,
         shape=ir.Shape(leaf.shape), name=value.name or "", base_dir=out.parent.resolve(),
     )  # fmt: skip
     place.meta[STAYS] = True
-    if kind == own.dtype:
+    if kind == tensor.dtype:
         value.const_value = place
         return
     uses = list(value.uses())
-    cast = ir.node("Cast", [value], {"to": own.dtype}, name=building.name(f"{value.name}/Cast"))
+    cast = ir.node("Cast", [value], {"to": tensor.dtype}, name=building.name(f"{value.name}/Cast"))
     cast.outputs[0].name = building.name(f"{value.name}/Cast_output")
-    cast.outputs[0].shape, cast.outputs[0].type = ir.Shape(leaf.shape), ir.TensorType(own.dtype)
+    cast.outputs[0].shape, cast.outputs[0].type = ir.Shape(leaf.shape), ir.TensorType(tensor.dtype)
     for use in uses:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph = value.graph
@@ -342,10 +342,10 @@ def export(
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
         "opset_version": opset, "inside": inside,
     }  # fmt: skip
-    held = getattr(torch_model, inside) if inside else torch_model
-    config = config_of_model(held)
+    model = getattr(torch_model, inside) if inside else torch_model
+    config = config_of_model(model)
     examples: list[Example] = [(tuple(args), dict(kwargs or {})), *((tuple(one), {}) for one in also)]
-    told = CheckOutcome(None)
+    outcome = CheckOutcome(None)
     left: dict[str, tuple[Target, ...]] = {}
     stays: tuple[Path, ...] = ()
     if share is not None:
@@ -358,37 +358,37 @@ def export(
         path = place.path
         # The quantizer reads a float graph, which the check also covers.
         plain = path if quantize is None else place.scratch / "float.onnx"
-        with attached(held, adapters, mode):
+        with attached(model, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
                 _first_call(torch_model, *examples[0])
             graph = traced(torch_model, args, kwargs, **options)
             if mode == "slots" and allow_partial:
-                adapters, left = _own_parts(graph, adapters, config)
-            found = _opened(graph, adapters, config) if mode == "slots" else []
+                adapters, left = _split_by_target(graph, adapters, config)
+            places = _opened(graph, adapters, config) if mode == "slots" else []
             if share is not None:
                 share_weights(graph, share, target)
-            _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else held)
+            _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else model)
         damage: dict[str, dict[str, float]] = {}
         if quantize is not None:
             damage = packed(plain, quantize, path)
         if mode == "slots":
             for name, each in adapters.items():
                 write_adapter(path, each, _file(path, name, allow_partial))
-        runs = _runs(held, path, adapters, mode, allow_partial)
+        runs = _runs(model, path, adapters, mode, allow_partial)
         if check:
-            told = _checked(torch_model, examples, plain, path, runs, quantize)
+            outcome = _checked(torch_model, examples, plain, path, runs, quantize)
     return GraphReport(
-        target, place.files, tuple(found), told.difference, told.note, damage, told.reference, left=left
+        target, place.files, tuple(places), outcome.difference, outcome.note, damage, outcome.reference, left=left
     )  # fmt: skip
 
 
-def _own_parts(
+def _split_by_target(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
     """Return, for each adapter's name, the updates whose targets the graph has, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
-    own = {name: kept for name, (kept, _) in split.items() if kept.updates}
-    return own, {name: lost for name, (_, lost) in split.items()}
+    kept_parts = {name: kept for name, (kept, _) in split.items() if kept.updates}
+    return kept_parts, {name: lost for name, (_, lost) in split.items()}
 
 
 def steps_of(mode: str, quantize: str | None, check: bool) -> int:
@@ -445,13 +445,13 @@ def _checked(
     return CheckOutcome(difference, None, by_reference(out, session, examples[0]))
 
 
-def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
+def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
     """Return the adapters of each run of the check: one run per adapter with slots, otherwise one run with all."""
     if mode != "slots":
-        return {None: (lambda: injected(held, adapters), None)}
-    runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
+        return {None: (lambda: injected(model, adapters), None)}
+    runs: dict[str | None, Run] = {None: (lambda: injected(model, {}), None)}
     for name, adapter in adapters.items():
-        runs[name] = (partial(injected, held, {name: adapter}), _file(out, name, part))
+        runs[name] = (partial(injected, model, {name: adapter}), _file(out, name, part))
     return runs
 
 
@@ -520,9 +520,11 @@ def _file(out: Path, name: str, part: bool) -> Path:
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 
-def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
+def _opened(
+    graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
+) -> list[ResolvedTarget]:
     """Give the graph one set of slots for each target that any adapter has."""
-    places: dict[tuple[str, str], Found] = {}
+    places: dict[tuple[str, str], ResolvedTarget] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
@@ -537,7 +539,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
     return list(places.values())
 
 
-def _form(place: Found) -> list[object]:
+def _form(place: ResolvedTarget) -> list[object]:
     """Return the properties that two adapters must share at a target to use the same slots."""
     return [
         # Omit `scaling`: it has a separate slot, so adapters may have different scalings.

@@ -88,15 +88,15 @@ class FolderSession:
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
         """
-        held: Mapping[str, Source] = (
+        by_part: Mapping[str, Source] = (
             self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
         )
         for key in self._adapters.get(name, ()):
             self.parts[key].unload(name)
         self._adapters.pop(name, None)
-        for key, own in held.items():
-            self.parts[key].load(name, own, base_weights=base_weights)
-        self._adapters[name] = set(held)
+        for key, source in by_part.items():
+            self.parts[key].load(name, source, base_weights=base_weights)
+        self._adapters[name] = set(by_part)
 
     def _files(self, name: str) -> dict[str, Path]:
         """Return, for each graph, the adapter file that an export wrote."""
@@ -111,22 +111,22 @@ class FolderSession:
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """Return, for each graph, the part of an adapter whose targets have slots in that graph."""
-        held: dict[str, Adapter] = {}
+        by_part: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:
             key = part.name.as_posix()
-            may = adapter.replace(updates={t: own for t, own in adapter.updates.items() if part.may_hold(t)})
+            may = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if part.may_hold(t)})
             if not self.parts[key].slots or not may.updates:
                 continue
-            own, _ = slotted(part.path, may)
-            if own.updates:
-                held[key] = own
-                seen |= set(own.updates)
+            slotted_part, _ = slotted(part.path, may)
+            if slotted_part.updates:
+                by_part[key] = slotted_part
+                seen |= set(slotted_part.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
             cure = "Give the graphs slots for this target: inject an adapter with it, with --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
-        return held
+        return by_part
 
     def unload(self, name: str) -> None:
         """Remove an adapter.
@@ -155,8 +155,8 @@ class FolderSession:
             raise UsageError(f"no graph {part!r}", path=self._path, cure=cure)
         if adapter is not None:
             self._check_loaded(adapter)
-        own = adapter if adapter is not None and part in self._adapters[adapter] else None
-        return self.parts[part].run(inputs, own)
+        name_here = adapter if adapter is not None and part in self._adapters[adapter] else None
+        return self.parts[part].run(inputs, name_here)
 
     def generate(
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
@@ -200,9 +200,9 @@ class FolderSession:
             feeds = {"input_ids": tokens[:, -1:], **more, **past}
             wanted = self.parts[part].inputs
             inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
-            told = self.run(part, inputs_now, adapter)
-            past |= {name.replace("present.", PAST, 1): array for name, array in told.items() if name != "logits"}
-            new = np.where(done, ends[0] if ends else 0, told["logits"][:, -1].argmax(-1)).astype(np.int64)
+            outputs = self.run(part, inputs_now, adapter)
+            past |= {name.replace("present.", PAST, 1): array for name, array in outputs.items() if name != "logits"}
+            new = np.where(done, ends[0] if ends else 0, outputs["logits"][:, -1].argmax(-1)).astype(np.int64)
             tokens = np.concatenate([tokens, new[:, None]], 1)
             done |= np.isin(new, ends)
             if done.all():
@@ -225,10 +225,10 @@ class FolderSession:
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
 
     def _named_token(self, word: str, argument: str) -> int:
-        found = self._token(word)
-        if not isinstance(found, int):
+        token = self._token(word)
+        if not isinstance(token, int):
             raise UsageError(f"no config names {word}", path=self._path, cure=f"Pass {argument}=")
-        return found
+        return token
 
     def _token(self, word: str) -> int | list[int] | None:
         for name in ENDS:
@@ -236,9 +236,9 @@ class FolderSession:
             if not file.is_file():
                 continue
             try:
-                found = json.loads(read_input(file).decode("utf-8")).get(word)
+                value = json.loads(read_input(file).decode("utf-8")).get(word)
             except (ValueError, AttributeError) as error:
                 raise Malformed(f"not a config ({error})", path=file, cure="Copy it again") from None
-            if isinstance(found, int) or (isinstance(found, list) and all(isinstance(one, int) for one in found)):
-                return found
+            if isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value)):
+                return value
         return None

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from .found import Found
     from .reading import Base, Model, Source
+    from .resolved import ResolvedTarget
     from .tying import Tying
 
 DEEP = 2
@@ -91,8 +91,8 @@ class GraphPart:
         folder = self.name.parts[0]
         if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
             return True
-        said = next((PATH_WORDS[word] for word in words if word in PATH_WORDS), None)
-        return said is None or self.role is None or said in TAKES.get(self.role, {self.role})
+        role = next((PATH_WORDS[word] for word in words if word in PATH_WORDS), None)
+        return role is None or self.role is None or role in TAKES.get(self.role, {self.role})
 
 
 def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
@@ -113,14 +113,14 @@ def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
 
 def only_graph(model: Model) -> Model:
     """Return the graph of a folder with one graph; return anything else unchanged, for `opened` to check."""
-    found = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
-    return found[0] if len(found) == 1 else model
+    graphs = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
+    return graphs[0] if len(graphs) == 1 else model
 
 
 def graphs_in(folder: Path) -> list[Path]:
     """Return the graphs in a folder and in its subfolders."""
-    found = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]
-    return sorted(file for file in found if len(file.relative_to(folder).parts) <= DEEP)
+    files = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]
+    return sorted(file for file in files if len(file.relative_to(folder).parts) <= DEEP)
 
 
 def parts_of(folder: Path) -> list[GraphPart]:
@@ -137,11 +137,11 @@ def parts_of(folder: Path) -> list[GraphPart]:
             path=folder,
             cure="Pass a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
         )
-    said = _roles_of_genai(folder)
+    roles = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
     return [
-        GraphPart(graph, name, None if alone else said.get(name.as_posix(), role_of(name)), opened(graph).data)
+        GraphPart(graph, name, None if alone else roles.get(name.as_posix(), role_of(name)), opened(graph).data)
         for graph, name in zip(graphs, names, strict=True)
     ]
 
@@ -157,7 +157,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
         raise Malformed(
             f"not a config of onnxruntime-genai ({error})", path=file, cure="Build the model again"
         ) from None
-    return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
+    return {str(section["filename"]): GENAI[key] for key, section in sections.items() if "filename" in section}
 
 
 # Give each graph the part of an adapter whose targets it contains.
@@ -222,24 +222,26 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
         cure = "Inject it into one graph (pass the .onnx file), or export the torch model with the adapter attached"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
-    own: dict[Path, Adapter | None] = {}
+    by_part: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()
     for part in parts:
         may = rest.replace(updates={t: updates for t, updates in rest.updates.items() if part.may_hold(t)})
         if not may.updates:
-            own[part.name] = adapter if context else None
+            by_part[part.name] = adapter if context else None
             continue
         model = opened(part.path).model
         kept, _ = taken(model, may, base, known_config(base, part.path), part.role)
         seen |= set(kept.updates)
-        own[part.name] = adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
+        by_part[part.name] = (
+            adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
+        )
     lost = tuple(target for target in rest.updates if target not in seen)
     if lost and (not allow_partial or not seen):
         for part in parts:
             inside = rest.replace(updates={t: rest.updates[t] for t in lost})
             by_expert(inside, opened(part.path).model, known_config(base, part.path))  # Raises for experts in one node.
         raise _nowhere(lost, parts, bool(seen))
-    lacking = {part.name: missing for part in parts if (missing := _lacking(part, parts, own))}
+    lacking = {part.name: missing for part in parts if (missing := _lacking(part, parts, by_part))}
     if lacking and not allow_partial:
         name, missing = next(iter(lacking.items()))
         more = f" ({len(missing)} targets)" if len(missing) > 1 else ""
@@ -249,23 +251,23 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
             "--allow-partial (allow_partial=True)"
         )
         raise TargetNotFound(why, where=str(next(iter(missing))), cure=cure)
-    return Division(adapter, own, lost, lacking)
+    return Division(adapter, by_part, lost, lacking)
 
 
-def _lacking(part: GraphPart, parts: Sequence[GraphPart], own: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
+def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
     """Return the targets that a graph lacks although a graph with the same layers, judging by its name, has them."""
-    held = own[part.name]
-    there = {} if held is None else held.updates
-    others = [own[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]
+    adapter = by_part[part.name]
+    there = {} if adapter is None else adapter.updates
+    others = [by_part[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]
     wanted = [target for other in others if other is not None for target in other.updates]
     return tuple(dict.fromkeys(target for target in wanted if target not in there))
 
 
 def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, ...]]:
-    found: dict[Target, tuple[Update, ...]] = {}
+    by_target: dict[Target, tuple[Update, ...]] = {}
     for target, update in context:
-        found[target] = (*found.get(target, ()), update)
-    return found
+        by_target[target] = (*by_target.get(target, ()), update)
+    return by_target
 
 
 def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> TargetNotFound:
@@ -273,7 +275,9 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> 
     for part in parts:
         for spot in spots_of(opened(part.path).model):
             names = spot.names.values() if is_named(spot) else ()
-            known.update({name.removesuffix(".weight"): part.name.as_posix() for said in names for name in said})
+            known.update(
+                {name.removesuffix(".weight"): part.name.as_posix() for names_here in names for name in names_here}
+            )
     more = f" ({len(lost)} targets)" if len(lost) > 1 else ""
     graphs = ", ".join(part.name.as_posix() for part in parts)
     near = nearest(lost[0].path, known)
@@ -294,13 +298,13 @@ def files_of_folder(folder: Path, parts: Sequence[GraphPart] | None = None) -> l
 
 def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
     """Yield the files beside the graphs, such as configs and tokenizers."""
-    held = {file.resolve() for part in parts for file in part.files}
+    graph_files = {file.resolve() for part in parts for file in part.files}
     home = folder.resolve()
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
     root = home.parent.parent if home.parent.name == "snapshots" else home
     for file in files_below(folder):
         hidden = any(word.startswith(".") for word in file.relative_to(folder).parts)
-        if hidden or file.suffix.lower() in WEIGHTS or file.resolve() in held or not file.is_file():
+        if hidden or file.suffix.lower() in WEIGHTS or file.resolve() in graph_files or not file.is_file():
             continue
         if not file.resolve().is_relative_to(root):
             raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
@@ -323,9 +327,9 @@ def inject_folder(
     inputs = [*inputs_of(adapter, base_weights), *files_of_folder(folder, parts)]
 
     def change(part: GraphPart, there: Path) -> GraphReport | None:
-        own = division.of[part.name]
+        adapter = division.of[part.name]
         more = {"base_weights": base_weights, "allow_partial": allow_partial, **options}
-        return None if own is None else inject(part.path, own, there, **more)
+        return None if adapter is None else inject(part.path, adapter, there, **more)
 
     return _written(folder, parts, Path(out), change, inputs, overwrite, made_from, division.warnings)
 
@@ -348,11 +352,11 @@ def merge_folder(
     inputs = [*(file for one in adapters for file in inputs_of(one, base_weights)), *files_of_folder(folder, parts)]
 
     def change(part: GraphPart, there: Path) -> GraphReport | None:
-        own = [(one.of[part.name], f) for one, f in zip(divisions, factors, strict=True) if one.of[part.name]]
-        if not own:
+        pairs = [(one.of[part.name], f) for one, f in zip(divisions, factors, strict=True) if one.of[part.name]]
+        if not pairs:
             return None
         return merge(
-            part.path, [one for one, _ in own if one is not None], there, weights=[factor for _, factor in own],
+            part.path, [one for one, _ in pairs if one is not None], there, weights=[factor for _, factor in pairs],
             base_weights=base_weights, **options,
         )  # fmt: skip
 
@@ -361,20 +365,20 @@ def merge_folder(
 
 
 def plan_folder(
-    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Source | Sequence[Source], *,
+    plan: Callable[..., tuple[ResolvedTarget, ...]], folder: Path, adapters: Source | Sequence[Source], *,
     weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
     base_weights: Base | None, **options: object,
-) -> tuple[Found, ...]:  # fmt: skip
+) -> tuple[ResolvedTarget, ...]:  # fmt: skip
     """Return where `merge_folder` would fold adapters, without writing anything."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     parts, read, base = _read(folder, several, base_weights, rename)
     _factors(weights, len(read))
     divisions = [divided(parts, one, base, allow_partial) for one in read]
-    found: list[Found] = []
+    places: list[ResolvedTarget] = []
     for part in parts:
-        own = [held for one in divisions if (held := one.of[part.name]) is not None]
-        found += plan(part.path, own, base_weights=base_weights, **options) if own else ()
-    return tuple(found)
+        part_adapters = [part_adapter for one in divisions if (part_adapter := one.of[part.name]) is not None]
+        places += plan(part.path, part_adapters, base_weights=base_weights, **options) if part_adapters else ()
+    return tuple(places)
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -465,9 +469,9 @@ def joined(
     references = [each.reference for each in moved.values() if each.reference is not None]
     saturations = [each.saturation for each in moved.values() if each.saturation is not None]
     return GraphReport(
-        out, tuple(files), tuple(found for each in moved.values() for found in each.found),
+        out, tuple(files), tuple(place for each in moved.values() for place in each.found),
         max(differences, default=None), "; ".join(unchecked) or None,
-        {target: told for each in moved.values() for target, told in each.damage.items()},
+        {target: damage for each in moved.values() for target, damage in each.damage.items()},
         max(references, default=None), saturation=saturations[0] if saturations else None,
         warnings=(*warnings, *dict.fromkeys(line for each in moved.values() for line in each.warnings)), parts=moved,
         beside=tuple(at for each in moved.values() for at in each.beside),

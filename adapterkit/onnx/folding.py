@@ -25,26 +25,26 @@ from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_ar
 from .experts import Experts, PackedExperts
 from .experts import as_floats as experts_as_floats
 from .experts import packing_of as packing_of_experts
-from .found import Found, Spot
 from .integer_layers import opened_up
-from .layers import BEFORE, Layer, refuse_fused_bias
+from .layers import BEFORE, GraphLayer, refuse_fused_bias
 from .norms import groups_of
-from .operands import held_apart, numbers, shape_of
+from .operands import detached_copy, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
 from .recurrent import Recurrent
+from .resolved import ResolvedTarget, Spot
 from .values import computed_over
 
 if TYPE_CHECKING:
     from ..io.lazy import Leaf
 
-PlannedUpdate = tuple[Found, float]
+PlannedUpdate = tuple[ResolvedTarget, float]
 """A target of one adapter, and that adapter's weight in the merge."""
 
 
 def fold(
     folds: Sequence[PlannedUpdate], building: Building, quantized: str | None = None,
     damage: dict[str, Mapping[str, float]] | None = None, keep_change: str | None = None,
-    beside: list[Found] | None = None,
+    beside: list[ResolvedTarget] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
     """Give every named layer a changed weight and bias; return the new values, which are computed lazily.
 
@@ -83,21 +83,21 @@ def fold(
     return list(fresh.values())
 
 
-def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
+def unpacked(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
     """Return the same targets with their packed layers converted to floating point."""
-    found = experts_as_floats(opened_up(found, building), building)
-    made: Fresh = {}
+    places = experts_as_floats(opened_up(places, building), building)
+    fresh: Fresh = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
-    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+    for spot in dict.fromkeys(spot for place in places for spot in place.spots):
         if not is_packed(spot):
             spots[spot] = spot
             continue
         key = spot.node, spot.kind
         if key not in nodes:
-            nodes[key] = as_float(spot, building, made)
+            nodes[key] = as_float(spot, building, fresh)
         spots[spot] = replace(nodes[key], names=spot.names, rows=spot.rows, shape=spot.shape)
-    return [replace(place, spots=tuple(spots[spot] for spot in place.spots)) for place in found]
+    return [replace(place, spots=tuple(spots[spot] for spot in place.spots)) for place in places]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +131,7 @@ class Folding:
 
     def done(
         self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None, keep: str | None
-    ) -> list[Found]:  # fmt: skip
+    ) -> list[ResolvedTarget]:  # fmt: skip
         """Change the layer's bias and weight; return the targets whose changes must be attached instead.
 
         Args:
@@ -156,13 +156,13 @@ class Folding:
             find = packing_of_experts if issubclass(self.spot.kind, PackedExperts) else packing_of
             packing = find(self.spot, self.building, self.fresh)
             change = StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
-            found, told = packing.tried(change)
+            packed_numbers, loss = packing.tried(change)
             if damage is not None:
-                damage[self.name] = told
-            if keep == "" and told["kept"] < 1 - MOST_LOST and (apart := self._apart(False)):
+                damage[self.name] = loss
+            if keep == "" and loss["kept"] < 1 - MOST_LOST and (apart := self._apart(False)):
                 return apart
             self._bias(layer)
-            packing.put(found)
+            packing.put(packed_numbers)
             return []
         self._bias(layer)
         if issubclass(self.spot.kind, Recurrent):
@@ -171,19 +171,19 @@ class Folding:
             self._experts(layer.operand, self.spot.kind)
         elif normed is not None and any(update.changes_weight for update in self.updates):
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
-            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            new = self._replacement(layer.operand, make, "weight", id(layer.operand))
             self.spot.node.replace_input_with(self.spot.kind.position, new)
         elif self.spot.kind.whole and any(update.changes_weight for update in self.updates):
             make = partial(
                 _matrix, self.spot, self.at, self.spot.kind.detached(self.spot.node), shape_of(layer.operand)
             )
-            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            new = self._replacement(layer.operand, make, "weight", id(layer.operand))
             self.spot.node.replace_input_with(self.spot.kind.position, new)
         elif any(update.changes_weight for update in self.updates):
             self._weight(layer.operand)
         return []
 
-    def _apart(self, must: bool) -> list[Found]:
+    def _apart(self, must: bool) -> list[ResolvedTarget]:
         """Return the targets to attach beside the layer, with their updates scaled by the adapters' weights.
 
         Raises:
@@ -216,19 +216,19 @@ class Folding:
             raise Unsupported(why, where=self.name, cure=cure)
         return []
 
-    def _bias(self, layer: Layer) -> None:
+    def _bias(self, layer: GraphLayer) -> None:
         changing = self.updates
         if not any(update.changes_bias for update in changing):
             return
-        bias = layer.held_bias
-        own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
+        bias = layer.stored_bias
+        constant_bias = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
         if bias is None and layer.bias is not None:
             why = f"the update changes the bias of a node that computes with integers ({self.spot.node.op_type})"
             cure = "Merge with --quantized dequantize (quantized='dequantize')"
             raise Unsupported(why, where=self.name, cure=cure)
         if bias is None:
             refuse_fused_bias(layer, self.name)
-        if (bias is None or own) and any(update.needs_bias for update in changing if update.changes_bias):
+        if (bias is None or constant_bias) and any(update.needs_bias for update in changing if update.changes_bias):
             why = "the update changes a bias that the layer does not have"
             raise NotMergeable(why, where=self.name, cure="Inject it instead of merging")
         if bias is None:
@@ -236,30 +236,34 @@ class Folding:
         kind, node = self.spot.kind, self.spot.node
         change = partial(_bias, self.spot, self.at, kind.detached(node))
         if issubclass(kind, Recurrent | Experts):
-            new = self._made(bias, kind.changed_bias(node, bias, change), "bias", id(bias), kind.__name__)
+            new = self._replacement(bias, kind.changed_bias(node, bias, change), "bias", id(bias), kind.__name__)
         else:
-            copy = held_apart(bias)
-            new = self._made(bias, lambda: change(numbers(copy)), "bias", id(bias), id(layer.operand))
+            copy = detached_copy(bias)
+            new = self._replacement(bias, lambda: change(numbers(copy)), "bias", id(bias), id(layer.operand))
         holder = self.spot.node if layer.after is None else layer.after[0]
         holder.replace_input_with(list(holder.inputs).index(bias), new)
 
-    def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
+    def _recurrent(self, value: ir.Value, kind: type[Recurrent]) -> None:
         make = kind.changed(self.spot.node, partial(_added, self.at))
-        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
+        self.spot.node.replace_input_with(
+            kind.position, self._replacement(value, make, "weight", id(value), kind.__name__)
+        )
 
-    def _experts(self, held: ir.Value, kind: type[Experts]) -> None:
-        number, name = kind_of(held), self.name
+    def _experts(self, value: ir.Value, kind: type[Experts]) -> None:
+        number, name = kind_of(value), self.name
         make = kind.changed(self.spot.node, lambda W, start: _rounded(_added(self.at, W, start), number, name))
-        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
+        self.spot.node.replace_input_with(
+            kind.position, self._replacement(value, make, "weight", id(value), kind.__name__)
+        )
 
-    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
+    def _replacement(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
         """Return a tensor that replaces an old one, in the same dtype; the new tensor is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
 
-    def _weight(self, held: ir.Value) -> None:
-        stored = stored_behind(held)
+    def _weight(self, value: ir.Value) -> None:
+        stored = stored_behind(value)
         change = StoredChange(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
         # Nodes with the same tensor and the same changes share the result.
         key = ("weight", id(stored.value), *self.key)
@@ -270,7 +274,7 @@ class Folding:
         return tuple(_stored(place, factor, self.spot, stored, shape) for place, factor in self.at)
 
 
-def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
+def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
     """Return a target's weight updates, for the axis order of the stored tensor."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
@@ -278,33 +282,33 @@ def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tupl
     return Folded(target, updates, factor, 0, False, shape)
 
 
-def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: Array) -> Array:
+def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], bias: Array) -> Array:
     """Return the changed bias in the shape of the given bias, in float64."""
     before = bias.astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
-    W = seen_by(held().astype(np.float64), spot) if needs else None
+    W = seen_by(weight_of().astype(np.float64), spot) if needs else None
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         norm = place.norm
         if norm is None:
-            own, scale = flat, np.ones(1)
+            bias_flat, scale = flat, np.ones(1)
         else:
-            own = np.zeros_like(flat) if norm.bias is None else norm.bias
+            bias_flat = np.zeros_like(flat) if norm.bias is None else norm.bias
             scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
         # With a folded norm, the graph holds scale * b + shift, so multiply the change of b by the scale.
-        after[rows] += factor * scale * (through(place, seen, own[rows])[1] - own[rows])
+        after[rows] += factor * scale * (through(place, seen, bias_flat[rows])[1] - bias_flat[rows])
     return after.reshape(before.shape)
 
 
-def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array]) -> Array:
+def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array]) -> Array:
     """Return the changed weight of a layer with a folded norm, in the node's axis order, in float64.
 
     The updates apply to the base's weight. Their change is then multiplied by the norm's scale, like the graph's
     weight.
     """
-    V = seen_by(held().astype(np.float64), spot).copy()
+    V = seen_by(weight_of().astype(np.float64), spot).copy()
     for place, factor in at:
         assert place.norm is not None
         D = np.zeros_like(V)
@@ -314,9 +318,9 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array])
     return seen_by(V, spot)
 
 
-def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shape: tuple[int, ...]) -> Array:
+def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], shape: tuple[int, ...]) -> Array:
     """Return the changed matrix in its stored shape, in float64."""
-    before = seen_by(held().astype(np.float64), spot)
+    before = seen_by(weight_of().astype(np.float64), spot)
     after = before.copy()
     for place, factor in at:
         W = part_of(before, place)
@@ -337,7 +341,7 @@ def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
     return after
 
 
-def through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
+def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
     """Apply a target's updates in order to a weight and a bias; return both."""
     for update in place.updates:
         loaded = wide(update)
@@ -362,7 +366,7 @@ def seen_by(W: Array, spot: Spot) -> Array:
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 
-def part_of(W: Array, place: Found) -> Array:
+def part_of(W: Array, place: ResolvedTarget) -> Array:
     """Return the rows of a weight that a target names, in the axis order that its updates use."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W

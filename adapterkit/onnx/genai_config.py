@@ -62,16 +62,16 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     heads, width = sizes.pop() if len(sizes) == 1 else (None, None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    told = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     ids = _token_ids(model)
     if "eos_token_id" not in ids:
         return None
-    longest = _whole(getattr(told, "max_position_embeddings", None), LONGEST)
+    longest = _whole(getattr(text_config, "max_position_embeddings", None), LONGEST)
     decoder: dict[str, JsonValue] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": name,
         "head_size": width,
-        "hidden_size": _whole(getattr(told, "hidden_size", None), width * heads),
+        "hidden_size": _whole(getattr(text_config, "hidden_size", None), width * heads),
         "inputs": {
             **{word: word for word in INPUTS if word in shapes},
             "past_key_names": f"{PAST}key", "past_value_names": f"{PAST}value",
@@ -79,7 +79,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
         "outputs": {
             "logits": "logits", "present_key_names": f"{PRESENT}key", "present_value_names": f"{PRESENT}value",
         },
-        "num_attention_heads": _whole(getattr(told, "num_attention_heads", None), heads),
+        "num_attention_heads": _whole(getattr(text_config, "num_attention_heads", None), heads),
         "num_hidden_layers": layers,
         "num_key_value_heads": heads,
     }  # fmt: skip
@@ -87,22 +87,22 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     search: dict[str, JsonValue] = {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}
     whole: dict[str, JsonValue] = {
         **ids, "context_length": longest, "decoder": decoder, "type": KIND,
-        "vocab_size": _whole(getattr(told, "vocab_size", None), 0),
+        "vocab_size": _whole(getattr(text_config, "vocab_size", None), 0),
     }  # fmt: skip
     return {"model": whole, "search": search}
 
 
 def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
     """Return the ids of special tokens, first from the generation config; padding defaults to the end of the text."""
-    held = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
-    found: dict[str, JsonValue] = {}
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
+    ids: dict[str, JsonValue] = {}
     for name in TOKENS:
-        given = next((value for one in held if (value := getattr(one, name, None)) is not None), None)
+        given = next((value for one in configs if (value := getattr(one, name, None)) is not None), None)
         if given is not None:
-            found[name] = given
-    end = found.get("eos_token_id")
-    found.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else end)
-    return found
+            ids[name] = given
+    end = ids.get("eos_token_id")
+    ids.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else end)
+    return ids
 
 
 def _whole(value: object, otherwise: int) -> int:

@@ -18,7 +18,7 @@ from .operands import attribute, is_constant, numbers
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .found import Spot
+    from .resolved import Spot
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 
@@ -41,20 +41,20 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
     """
     whole: dict[Target, Target] = {}
     updates: dict[Target, tuple[Update, ...]] = {}
-    for target, held in adapter.updates.items():
+    for target, group in adapter.updates.items():
         stem, _, word = target.path.rpartition(".")
         sizes = [rows_of(f"{stem}.{part}") for part in FUSED.get(word, ())]
         plain = target.rows is None and not target.stacked
-        plain = plain and all(update.kind != "output" and update.cuts("out") for update in held)
+        plain = plain and all(update.kind != "output" and update.cuts("out") for update in group)
         if not sizes or None in sizes or not plain or rows_of(target.path) is not None:
-            updates[target] = held
+            updates[target] = group
             continue
         start = 0
         for part, size in zip(FUSED[word], sizes, strict=True):
             assert size is not None
-            own = replace(target, path=f"{stem}.{part}")
-            whole[own] = target
-            updates[own] = tuple(cut_rows(update, start, start + size, 1, False) for update in held)
+            part_target = replace(target, path=f"{stem}.{part}")
+            whole[part_target] = target
+            updates[part_target] = tuple(cut_rows(update, start, start + size, 1, False) for update in group)
             start += size
     return (adapter.replace(updates=updates) if whole else adapter), whole
 
@@ -89,15 +89,15 @@ def in_heads(spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _parts(spot: Spot) -> Iterator[Spot]:
-    names = [name for said in spot.names.values() for name in said if f".{PACKED}." in f".{name}"]
+    names = [name for part_names in spot.names.values() for name in part_names if f".{PACKED}." in f".{name}"]
     sizes = _sizes(spot.node.outputs[0], spot.shape[0]) if names and len(spot.shape) == 2 else None
     if sizes is None:
         return
     start = 0
     for word, size in zip(PARTS, sizes, strict=True):
-        said = tuple(dict.fromkeys(name.replace(PACKED, word) for name in names))
+        part_names = tuple(dict.fromkeys(name.replace(PACKED, word) for name in names))
         yield replace(
-            spot, names={"heads": said}, rows=(start, start + size), shape=(size, spot.shape[1])
+            spot, names={"heads": part_names}, rows=(start, start + size), shape=(size, spot.shape[1])
         )  # fmt: skip
         start += size
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     import onnx
 
     from ..io.strict_json import JsonValue
-    from .found import Found
     from .reading import Base, Model, Source
+    from .resolved import ResolvedTarget
     from .rowwise import RowSlots
     from .slots import Slots
     from .trial_inputs import Feeds
@@ -157,22 +157,22 @@ def inject(
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
-    found = resolve(source.model, rest, base, tying)
-    if allow_partial and (inside := unchangeable(found, mode == "rows")) and len(inside) < len(rest.updates):
-        rest = rest.replace(updates={target: own for target, own in rest.updates.items() if target not in inside})
-        found = [at for at in found if at.asked not in inside]
+    places = resolve(source.model, rest, base, tying)
+    if allow_partial and (inside := unchangeable(places, mode == "rows")) and len(inside) < len(rest.updates):
+        rest = rest.replace(updates={target: group for target, group in rest.updates.items() if target not in inside})
+        places = [at for at in places if at.asked not in inside]
         wrong = (*wrong, *left_line(inside, "added nodes cannot change experts there"))
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     try:
-        attach(found, building, slots, words)
+        attach(places, building, slots, words)
     except Unsupported:
         if check is not False:  # If the graph mixes types inside a layer, that is the reason to report.
             refuse_invalid(opened(model))
         raise
     building.settle()
     keep_original(source)
-    target, told = Path(path_text(out)), CheckOutcome(None)
+    target, outcome = Path(path_text(out)), CheckOutcome(None)
     if slots is not None:
         _beside(target, adapter)
     inputs = [*inputs_of(adapter, base_weights), *(file for one in experts for file in inputs_of(one, None))]
@@ -190,21 +190,21 @@ def inject(
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
             options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
-            told = checked_injection(model, rest, base, path, beside, given, **options)
-            if told.difference is None:
+            outcome = checked_injection(model, rest, base, path, beside, given, **options)
+            if outcome.difference is None:
                 refuse_invalid(opened(model))
-        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
-    slow = None if slots is None else _recomputed(found)
-    note = "; ".join(filter(None, [used, words.note, slow, told.note])) or None
+        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
+    slow = None if slots is None else _recomputed(places)
+    note = "; ".join(filter(None, [used, words.note, slow, outcome.note])) or None
     return GraphReport(
-        target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
-        warnings=warnings,
+        target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
+        saturation=outcome.saturation, warnings=warnings,
     )  # fmt: skip
 
 
-def _recomputed(found: Sequence[Found]) -> str | None:
+def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
     """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
-    nodes = {spot.node for place in found for spot in place.spots if issubclass(spot.kind, Experts)}
+    nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
     if not nodes:
         return None
     return (
@@ -276,10 +276,10 @@ def keep_original(source: GraphSource) -> None:
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     """Return the names and bytes of large tensors stored in the main graph, in the order of the file."""
-    held = ((name, value.const_value) for name, value in model.graph.initializers.items())
+    constants = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
-        for name, tensor in held
+        for name, tensor in constants
         if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= 256
     ]
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..core.updates.update import Layer as FormulaLayer
-    from .found import Found, Spot
-    from .layers import Layer
+    from .layers import GraphLayer
+    from .resolved import ResolvedTarget, Spot
 
 
-def refuse_outputs(place: Found, op_type: str) -> None:
+def refuse_outputs(place: ResolvedTarget, op_type: str) -> None:
     """Refuse updates that change more than a weight and a bias.
 
     Raises:
@@ -37,7 +37,9 @@ def refuse_outputs(place: Found, op_type: str) -> None:
             raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
 
 
-def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequence[Update], spot: Spot) -> None:
+def changed_inside(
+    layer: GraphLayer, seen: FormulaLayer, place: ResolvedTarget, updates: Sequence[Update], spot: Spot
+) -> None:
     """Insert nodes that compute the changed weight and bias, and make the layer's node read the results.
 
     Args:
@@ -60,8 +62,8 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
         if place.norm is not None:
             # The graph stores the base's weight times the norm's scale, so also multiply the change by the scale.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
-            own = W[rows] if place.target.rows else W
-            part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
+            current = W[rows] if place.target.rows else W
+            part = current + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
         new = _whole(W, part, place)
     bias = None
     changing = [update for update in updates if update.changes_bias]
@@ -75,12 +77,12 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     graph = layer.node.graph
     assert graph is not None
     bias = None if bias is None else layer.back_bias(bias)
-    made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
-    graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
+    changed = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
+    graph.insert_before(layer.node, branch.waiting([value.value for value in changed]))
     if new is not None:
-        _reads(layer.node, layer.position, layer.operand, made[0])
+        _reads(layer.node, layer.position, layer.operand, changed[0])
     if bias is not None:
-        node, read = (layer.node, layer.own_bias) if layer.after is None else layer.after
+        node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
         # A weight and a bias with equal numbers may be one tensor, so search for the bias after the weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
@@ -88,7 +90,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     branch.close()
 
 
-def experts_changed(layer: Layer, parts: Sequence[tuple[Found, FormulaLayer, Sequence[Update]]]) -> None:
+def experts_changed(layer: GraphLayer, parts: Sequence[tuple[ResolvedTarget, FormulaLayer, Sequence[Update]]]) -> None:
     """Insert nodes that compute the changed stack of all experts and their biases, and make the node read the results.
 
     All parts of a stack are joined at once: joining them one after the other would copy the stack for each part.
@@ -113,13 +115,13 @@ def experts_changed(layer: Layer, parts: Sequence[tuple[Found, FormulaLayer, Seq
             biases.append((place.target.rows, cast(Value, chain.bias)))
     new = layer.back(_joined(W, weights)) if weights else None
     bias = layer.back_bias(_joined(b, biases)) if b is not None and biases else None
-    graph, made = layer.node.graph, [value for value in (new, bias) if value is not None]
+    graph, changed = layer.node.graph, [value for value in (new, bias) if value is not None]
     assert graph is not None
-    graph.insert_before(layer.node, layer.branch.waiting([value.value for value in made]))
+    graph.insert_before(layer.node, layer.branch.waiting([value.value for value in changed]))
     if new is not None:
         _reads(layer.node, layer.position, layer.operand, new)
     if bias is not None:
-        read = layer.own_bias
+        read = layer.constant_bias
         at = next(
             at for at in range(len(layer.node.inputs)) if at > layer.position and weight_at(layer.node, at) is read
         )
@@ -143,7 +145,7 @@ def _reads(node: ir.Node, position: int, base: ir.Value | None, new: Value) -> N
     node.replace_input_with(position, new.value)
 
 
-def _whole(W: Value, part: Value, place: Found) -> Value:
+def _whole(W: Value, part: Value, place: ResolvedTarget) -> Value:
     """Return the layer's whole weight with the target's part replaced."""
     if place.turned:
         part = part.swapaxes(0, 1)

@@ -16,15 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from .building import Array, Branch, Building, Dtype, takes_over
-from .found import Found, Spot
-from .layers import Attention, Conv, Layer, MatMul, only_reader, rectifies
-from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .layers import Attention, Conv, GraphLayer, MatMul, only_reader, rectifies
+from .operands import attribute, detached_copy, is_constant, numbers, shape_of
+from .resolved import ResolvedTarget, Spot
 from .values import Value
 
-OWN = "com.microsoft"
+MICROSOFT = "com.microsoft"
 
 
-class IntegerLayer(Layer):
+class IntegerLayer(GraphLayer):
     """A node that reads an integer weight, the weight's scale and its zero point.
 
     Class attributes:
@@ -40,7 +40,7 @@ class IntegerLayer(Layer):
     parts: ClassVar[tuple[int, int, int]]
     origin: ClassVar[tuple[int, ...]] = (0, 1, 2)
     out: ClassVar[tuple[int, int] | None] = None
-    floating: ClassVar[type[Layer]] = MatMul
+    floating: ClassVar[type[GraphLayer]] = MatMul
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -49,26 +49,26 @@ class IntegerLayer(Layer):
         if (node.op_type, domain) != (cls.op_type, cls.domain) or len(node.inputs) <= last:
             return False
         weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
-        held = [weight, scale, _at(node, cls.parts[2])]
+        operands = [weight, scale, _at(node, cls.parts[2])]
         if cls.out is not None:  # Static quantization stores all scales.
-            held += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
-        if weight is None or scale is None or not all(one is None or is_constant(one) for one in held):
+            operands += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
+        if weight is None or scale is None or not all(one is None or is_constant(one) for one in operands):
             return False
         return len(shape_of(weight)) in cls.axes
 
     @classmethod
     def axis(cls, node: ir.Node) -> int:
         """Return the axis of the weight's output channels, which may have different scales."""
-        return len(cls.held_shape(node)) - 1 if cls.turns(node) else 0
+        return len(cls.stored_shape(node)) - 1 if cls.turns(node) else 0
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
+    def stored_array(cls, node: ir.Node) -> Array:
         return cls.detached(node)()
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        copies = [None if one is None else held_apart(one) for one in cls.stored(node)]
-        axis, axes = cls.axis(node), len(cls.held_shape(node))
+        copies = [None if one is None else detached_copy(one) for one in cls.stored(node)]
+        axis, axes = cls.axis(node), len(cls.stored_shape(node))
 
         def make() -> Array:
             q, scale, zero = (None if one is None else numbers(one).astype(np.float32) for one in copies)
@@ -87,14 +87,14 @@ class IntegerLayer(Layer):
     @classmethod
     def float_bias(cls, node: ir.Node) -> ir.Value | None:
         """Return the bias that the node adds, as floats; None if it has no constant bias."""
-        held = None if cls.vector is None else _at(node, cls.vector)
-        if held is None or not is_constant(held):
+        bias = None if cls.vector is None else _at(node, cls.vector)
+        if bias is None or not is_constant(bias):
             return None
-        b = numbers(held)
+        b = numbers(bias)
         if b.dtype.kind in "iu":
             b = b * (_scale(node, cls.origin[1]) * _scale(node, cls.parts[1])).reshape(-1)
-        tensor = ir.Tensor(np.ascontiguousarray(b.reshape(-1).astype(np.float32)), name=held.name)
-        return ir.Value(name=held.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        tensor = ir.Tensor(np.ascontiguousarray(b.reshape(-1).astype(np.float32)), name=bias.name)
+        return ir.Value(name=bias.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
         """Replace the node's integers, scales and zero points; keep the float value of an integer bias."""
@@ -117,36 +117,36 @@ class IntegerLayer(Layer):
             W: the weight, in the axis order of `floating`.
             x: the input; by default, the node's input before it is rounded.
         """
-        held, node = self.float_bias(self.node), self.node
+        bias, node = self.float_bias(self.node), self.node
         x = x or self.read
-        b = None if held is None else initializer(self.branch.building, f"{held.name}.float", numbers(held))
+        b = None if bias is None else initializer(self.branch.building, f"{bias.name}.float", numbers(bias))
         if issubclass(self.floating, Conv):
             words = {name: one.value for name, one in node.attributes.items()}
             return self.branch.node("Conv", [x, W, b], words, self.dtype, None)
         if issubclass(self.floating, Attention):
             words = {name: one.value for name, one in node.attributes.items()}
             inputs = [x, W, b, _at(node, 5), _at(node, 8)]
-            return self.branch.node("Attention", inputs, words, self.dtype, None, domain=OWN)
+            return self.branch.node("Attention", inputs, words, self.dtype, None, domain=MICROSOFT)
         y = self.branch.node("MatMul", [x, W], None, self.dtype, None)
         return y if b is None else self.branch.node("Add", [y, b], None, self.dtype, None)
 
     @property
-    def own_bias(self) -> ir.Value | None:
+    def constant_bias(self) -> ir.Value | None:
         # Formulas need a float bias; see `bias`.
         return None
 
     @property
     def bias(self) -> Value | None:
-        held = None if self.apart else self.float_bias(self.node)
-        if held is None:
+        bias = None if self.apart else self.float_bias(self.node)
+        if bias is None:
             return super().bias
-        return Value(self.branch, shape_of(held), self.dtype, None, lambda: numbers(held))
+        return Value(self.branch, shape_of(bias), self.dtype, None, lambda: numbers(bias))
 
     @property
     def read(self) -> ir.Value:
-        found = float_input(self.node, self.origin)
-        assert found is not None  # `opened_up` creates it.
-        return found
+        float_value = float_input(self.node, self.origin)
+        assert float_value is not None  # `opened_up` creates it.
+        return float_value
 
     @property
     def result(self) -> ir.Value:
@@ -172,7 +172,7 @@ class QLinearMatMul(IntegerLayer):
 class QGemm(IntegerLayer):
     """A `QLinearMatMul` for inputs of two axes, with an integer bias."""
 
-    op_type, domain = "QGemm", OWN
+    op_type, domain = "QGemm", MICROSOFT
     position, parts, out, vector = 3, (3, 4, 5), (7, 8), 6
 
     @classmethod
@@ -200,21 +200,21 @@ class QLinearConv(IntegerLayer, Conv):
 class DynamicQuantizeMatMul(IntegerLayer):
     """`x @ W`, where the node quantizes x; onnxruntime's optimizer writes this operator for dynamic quantization."""
 
-    op_type, domain = "DynamicQuantizeMatMul", OWN
+    op_type, domain = "DynamicQuantizeMatMul", MICROSOFT
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
 
 
 class MatMulIntegerToFloat(IntegerLayer):
     """A `DynamicQuantizeMatMul` for a quantized input that several layers share."""
 
-    op_type, domain = "MatMulIntegerToFloat", OWN
+    op_type, domain = "MatMulIntegerToFloat", MICROSOFT
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
 
 
 class QAttention(IntegerLayer, Attention):
     """An `Attention` with an integer weight."""
 
-    op_type, domain = "QAttention", OWN
+    op_type, domain = "QAttention", MICROSOFT
     axes = (2,)
     position, parts, origin, vector, floating = 1, (1, 4, 7), (0, 3, 6), 2, Attention
 
@@ -238,9 +238,9 @@ def _at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _scale(node: ir.Node, position: int) -> Array:
-    held = _at(node, position)
-    assert held is not None
-    return numbers(held).astype(np.float64)
+    scale = _at(node, position)
+    assert scale is not None
+    return numbers(scale).astype(np.float64)
 
 
 def _along(small: Array, axis: int, axes: int) -> Array:
@@ -274,16 +274,16 @@ def initializer(building: Building, name: str, array: Array) -> ir.Value:
     return value
 
 
-def opened_up(found: Sequence[Found], building: Building) -> list[Found]:
+def opened_up(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
     """Add the dequantized inputs and outputs that adapters of integer operators need; return the targets.
 
     If the range of an operator's output ends at the zero point, the operator may include a Relu. A change must be added
     before the Relu, so such an operator is replaced by a float operator between a DequantizeLinear and a
     QuantizeLinear.
     """
-    done: dict[tuple[ir.Node, type[Layer]], tuple[ir.Node, type[Layer]]] = {}
+    done: dict[tuple[ir.Node, type[GraphLayer]], tuple[ir.Node, type[GraphLayer]]] = {}
     spots: dict[Spot, Spot] = {}
-    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+    for spot in dict.fromkeys(spot for place in places for spot in place.spots):
         key = spot.node, spot.kind
         if not issubclass(spot.kind, IntegerLayer):
             continue
@@ -292,11 +292,11 @@ def opened_up(found: Sequence[Found], building: Building) -> list[Found]:
         node, kind = done[key]
         spots[spot] = spot if node is spot.node else replace(spot, node=node, kind=kind)
     if not spots:
-        return list(found)
-    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in found]
+        return list(places)
+    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in places]
 
 
-def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tuple[ir.Node, type[Layer]]:
+def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tuple[ir.Node, type[GraphLayer]]:
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     if float_input(node, kind.origin) is None:
@@ -317,9 +317,9 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     y.shape = again.shape = out.shape
     graph.insert_after(node, branch.nodes)
     takes_over(out, again, branch)
-    made = branch.nodes[-1]
+    last = branch.nodes[-1]
     branch.nodes.clear()
-    return (node, kind) if not rectifies(made) else _in_floats(node, kind, made, building)
+    return (node, kind) if not rectifies(last) else _in_floats(node, kind, last, building)
 
 
 def _kind(zero: ir.Value | None) -> Dtype:
@@ -333,30 +333,30 @@ def _rectified(back: ir.Node) -> bool:
 
 def _in_floats(
     node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
-) -> tuple[ir.Node, type[Layer]]:
+) -> tuple[ir.Node, type[GraphLayer]]:
     """Replace an operator by a float operator, whose output `quantizer` quantizes again."""
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     layer = kind(node, branch)
     axis = {"axis": kind.axis(node)}
-    W = branch.node("DequantizeLinear", kind.stored(node), axis, np.float32, kind.held_shape(node))
+    W = branch.node("DequantizeLinear", kind.stored(node), axis, np.float32, kind.stored_shape(node))
     if kind.turns(node) != kind.floating.turns(node):
         W = branch.node("Transpose", [W], {"perm": [1, 0]}, np.float32, None)
     given = [_at(node, position) for position in kind.origin]
     y = layer.in_floats(W, branch.node("DequantizeLinear", given, None, np.float32, None))
-    made = next(one for one in branch.nodes if one.op_type == kind.floating.op_type)
+    floating = next(one for one in branch.nodes if one.op_type == kind.floating.op_type)
     in_module_of(node, branch)
     graph.insert_after(node, branch.nodes)
     back = quantizer.inputs[0]
     assert back is not None
     quantizer.replace_input_with(0, y)
     y.shape = back.shape
-    made.name = node.name
+    floating.name = node.name
     for old in (back.producer(), node):
         if old is not None and not any(out.uses() or out.is_graph_output() for out in old.outputs):
             graph.remove(old, safe=True)
     branch.nodes.clear()
-    return made, kind.floating
+    return floating, kind.floating
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:

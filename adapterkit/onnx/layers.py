@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..errors import Malformed, Unsupported
 from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
-from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Unsayable, Value
 
 BEFORE = "adapterkit.weight"
@@ -30,9 +30,9 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
     name, graph, read = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph, node.inputs[position]
     if name is None:
         return read
-    held = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
+    value = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
     # Some exporters share a tensor by an Identity, so the base's tensor may be the output of a node.
-    return held or _behind(read, name) or read
+    return value or _behind(read, name) or read
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
@@ -50,7 +50,7 @@ def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
     return None
 
 
-class Layer:
+class GraphLayer:
     """A node with a weight that formulas can replace; each subclass supports one operator.
 
     Class attributes:
@@ -125,26 +125,26 @@ class Layer:
         Raises:
             Malformed: the node has no weight, although its operator requires one.
         """
-        found = weight_at(node, cls.position)
-        if found is None:
+        weight = weight_at(node, cls.position)
+        if weight is None:
             why = f"a {node.op_type} lacks its input {cls.position}, the weight"
             raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
-        return found
+        return weight
 
     @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+    def stored_shape(cls, node: ir.Node) -> tuple[int, ...]:
         """Return the shape of the weight, in the node's axis order."""
         return shape_of(cls.operand_of(node))
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
+    def stored_array(cls, node: ir.Node) -> Array:
         """Return the weight as an array, in the node's axis order."""
         return numbers(cls.operand_of(node))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function that returns the present result of `held`, even after the node was changed."""
-        copy = held_apart(cls.operand_of(node))
+        """Return a function that returns the present result of `stored_array`, even after the node was changed."""
+        copy = detached_copy(cls.operand_of(node))
         return lambda: numbers(copy)
 
     @property
@@ -165,19 +165,19 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape, `[out, in, *k]`."""
-        first, second, *rest = self.held_shape(self.node)
+        first, second, *rest = self.stored_shape(self.node)
         return (second, first, *rest) if self.turns(self.node) else (first, second, *rest)
 
     @property
     def weight(self) -> Value:
-        shape, read = self.held_shape(self.node), self.node.inputs[self.position]
+        shape, read = self.stored_shape(self.node), self.node.inputs[self.position]
         if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
             # If nodes of another target already change the weight (e.g. other rows of it), continue from their result.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.
         value = self.operand if element_type(self.operand) == self.dtype else None
-        return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
+        return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.stored_array(self.node)))
 
     @property
     def stated_bias(self) -> ir.Value | None:
@@ -186,17 +186,17 @@ class Layer:
         return weight_at(self.node, self.vector) if self.vector is not None and stated else None
 
     @property
-    def own_bias(self) -> ir.Value | None:
+    def constant_bias(self) -> ir.Value | None:
         """The bias that the node itself adds; None if it adds none, or if the graph computes it."""
-        held = self.stated_bias
-        return held if is_constant(held) else None
+        bias = self.stated_bias
+        return bias if is_constant(bias) else None
 
     @property
-    def held_bias(self) -> ir.Value | None:
+    def stored_bias(self) -> ir.Value | None:
         """The layer's bias, which the node or an Add after the node adds; None if the layer has none."""
         if self.apart:
             return None
-        return self.own_bias if self.after is None else self.after[1]
+        return self.constant_bias if self.after is None else self.after[1]
 
     @property
     def adds_more(self) -> bool:
@@ -213,10 +213,10 @@ class Layer:
 
     @property
     def bias(self) -> Value | None:
-        held = self.held_bias
-        if held is None:
+        bias_value = self.stored_bias
+        if bias_value is None:
             return None
-        b = Value(self.branch, shape_of(held), self.dtype, held, lambda: numbers(held))
+        b = Value(self.branch, shape_of(bias_value), self.dtype, bias_value, lambda: numbers(bias_value))
         return b if b.ndim == 1 else b.reshape(math.prod(b.shape))
 
     @property
@@ -279,7 +279,7 @@ class Layer:
         return Value(self.branch, sizes, dtype, value)
 
 
-class MatMul(Layer):
+class MatMul(GraphLayer):
     """`x @ W`: a linear layer; exporters write it for inputs with more than two axes."""
 
     op_type = "MatMul"
@@ -289,7 +289,7 @@ class MatMul(Layer):
         return super().takes(node) and not is_constant(node.inputs[0])
 
 
-class LeftMatMul(Layer):
+class LeftMatMul(GraphLayer):
     """`W @ x`: a linear layer along the second to last axis."""
 
     op_type = "MatMul"
@@ -330,26 +330,28 @@ class _Single:
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        found: Any = super()
-        return bool(found.takes(node)) and {*shape_of(node.inputs[cls.position])[:-2]} == {1}  # type: ignore[arg-type]
+        parent: Any = super()
+        return bool(parent.takes(node)) and {*shape_of(node.inputs[cls.position])[:-2]} == {1}  # type: ignore[arg-type]
 
     @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+    def stored_shape(cls, node: ir.Node) -> tuple[int, ...]:
         return shape_of(node.inputs[cls.position])[-2:]  # type: ignore[arg-type]
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
-        return numbers(node.inputs[cls.position]).reshape(cls.held_shape(node))  # type: ignore[arg-type]
+    def stored_array(cls, node: ir.Node) -> Array:
+        return numbers(node.inputs[cls.position]).reshape(cls.stored_shape(node))  # type: ignore[arg-type]
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        copy, shape = held_apart(node.inputs[cls.position]), cls.held_shape(node)  # type: ignore[arg-type]
+        copy, shape = detached_copy(node.inputs[cls.position]), cls.stored_shape(node)  # type: ignore[arg-type]
         return lambda: numbers(copy).reshape(shape)
 
     @property
     def weight(self) -> Value:
         layer: Any = self
-        plain = Value(layer.branch, self.held_shape(layer.node), layer.dtype, None, lambda: self.held(layer.node))
+        plain = Value(
+            layer.branch, self.stored_shape(layer.node), layer.dtype, None, lambda: self.stored_array(layer.node)
+        )
         seen: Value = layer.seen(plain)
         return seen
 
@@ -362,7 +364,7 @@ class SingleLeftMatMul(_Single, LeftMatMul):
     """`W @ x` with `W` stored as `[1, out, in]`."""
 
 
-class Einsum(Layer):
+class Einsum(GraphLayer):
     """`...i,io->...o` or `...i,oi->...o`: a linear layer along the last axis."""
 
     op_type = "Einsum"
@@ -405,16 +407,16 @@ class LeftEinsum(Einsum):
 
 def _labels_in(equation: str) -> tuple[str] | None:
     """Return the axis order of an Einsum's weight, `io` or `oi`; None if the equation is not a linear layer."""
-    found = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
-    if found is None:
+    match = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
+    if match is None:
         return None
-    lead, into, first, second, left, out = found.groups()
+    lead, into, first, second, left, out = match.groups()
     if lead != left or into == out or {into, out} & set(lead) or len(set(lead) - {"."}) + lead.count(".") != len(lead):
         return None
     return {(into, out): ("io",), (out, into): ("oi",)}.get((first, second))
 
 
-class Gemm(Layer):
+class Gemm(GraphLayer):
     """`alpha * x @ W + beta * C`: a linear layer for inputs of two axes; x and W may be transposed."""
 
     op_type = "Gemm"
@@ -428,10 +430,10 @@ class Gemm(Layer):
                 raise Unsupported(why, where=node.name, cure="Fold the factor into the weight first")
 
     @property
-    def own_bias(self) -> ir.Value | None:
-        held = super().own_bias
+    def constant_bias(self) -> ir.Value | None:
+        bias = super().constant_bias
         # A Gemm may also add a matrix or a scalar, e.g. a residual that onnxruntime's optimizer fused.
-        return None if held is None or not by_channel(shape_of(held), self.outputs, -1) else held
+        return None if bias is None or not by_channel(shape_of(bias), self.outputs, -1) else bias
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
         folded, back = given.producer(), only_reader(end, "Reshape")
@@ -460,13 +462,13 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return uses[0].node if _is(uses[0].node, op_type) else None
 
 
-def before_rounding(found: ir.Value | None) -> ir.Value:
+def before_rounding(output: ir.Value | None) -> ir.Value:
     """Return the value that a node reads, before any QuantizeLinear and DequantizeLinear."""
-    assert found is not None
-    back = found.producer()
+    assert output is not None
+    back = output.producer()
     there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
     rounded = _is(there, "QuantizeLinear") and not rectifies(there)  # type: ignore[arg-type]
-    return there.inputs[0] if rounded else found  # type: ignore[union-attr, return-value]
+    return there.inputs[0] if rounded else output  # type: ignore[union-attr, return-value]
 
 
 def dequantized(value: ir.Value) -> ir.Value:
@@ -482,14 +484,14 @@ def rectifies(node: ir.Node) -> bool:
 
     onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
     """
-    held = node.inputs[2] if len(node.inputs) > 2 else None
-    if held is not None and not is_constant(held):
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is not None and not is_constant(zero):
         return True
-    kind = ir.DataType(attribute(node, "output_dtype", 0) or ir.DataType.UINT8) if held is None else kind_of(held)
+    kind = ir.DataType(attribute(node, "output_dtype", 0) or ir.DataType.UINT8) if zero is None else kind_of(zero)
     if kind.is_floating_point():
         return False
     limits: Any = import_module("ml_dtypes").iinfo(kind.numpy())
-    zeros = np.zeros(1) if held is None else numbers(held).astype(np.int64)
+    zeros = np.zeros(1) if zero is None else numbers(zero).astype(np.int64)
     return bool(np.isin(zeros, (int(limits.min), int(limits.max))).any())
 
 
@@ -543,7 +545,7 @@ PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "Decode
 """A map from each attention of onnxruntime to the position of the packed biases of queries, keys and values."""
 
 
-def refuse_fused_bias(layer: Layer, where: str) -> None:
+def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
     """Refuse to change a bias that a fused node adds to the layer's output.
 
     Raises:
@@ -566,12 +568,12 @@ def refuse_fused_bias(layer: Layer, where: str) -> None:
 def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
     """Whether an attention adds a bias to its queries (0), keys (1) or values (2)."""
     position = PACKED_BIASES[node.op_type]
-    held = node.inputs[position] if len(node.inputs) > position else None
-    if held is None or at > 2:
+    bias = node.inputs[position] if len(node.inputs) > position else None
+    if bias is None or at > 2:
         return False
-    if not is_constant(held):
+    if not is_constant(bias):
         return True
-    b = numbers(held).reshape(-1)
+    b = numbers(bias).reshape(-1)
     # The vector packs the biases of queries, keys and values; the biases of values may have another size.
     return bool((b[at * outputs : (at + 1) * outputs] if at < 2 else b[-outputs:]).any())
 
@@ -579,7 +581,7 @@ def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
 # Layers other than matrix products: convolutions along any number of axes, and embeddings.
 
 
-class Conv(Layer):
+class Conv(GraphLayer):
     """A convolution along any number of axes, grouped or not."""
 
     op_type = "Conv"
@@ -602,7 +604,7 @@ class Conv(Layer):
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
         # Drop `kernel_shape`: the new kernel may have another shape, and ONNX infers the shape without the attribute.
-        kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
+        kept = {name: attribute.value for name, attribute in self.node.attributes.items() if name != "kernel_shape"}
         # If the weight spans the channels of all groups, convolve without groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
             return self._convolved(x, w, w.shape[0], kept | {"group": 1})
@@ -641,7 +643,7 @@ class ConvTranspose(Conv):
         return True
 
 
-class Gather(Layer):
+class Gather(GraphLayer):
     """An embedding: looks up rows of a table `[in, out]`; a token is an index along `in`."""
 
     op_type = "Gather"
@@ -658,9 +660,9 @@ class Gather(Layer):
 
     @property
     def read(self) -> ir.Value:
-        found = self.node.inputs[1]
-        assert found is not None
-        return found
+        indices = self.node.inputs[1]
+        assert indices is not None
+        return indices
 
     def op(self, x: Value, w: Value) -> Value:
         table = self._of(self.y, w).swapaxes(0, 1)
@@ -679,7 +681,7 @@ KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 """Attributes that Attention and MultiHeadAttention share."""
 
 
-class Attention(Layer):
+class Attention(GraphLayer):
     """The projections to queries, keys and values, which are rows of one weight."""
 
     op_type = "Attention"
@@ -716,7 +718,7 @@ class FusedConv(Conv):
         return _is_fused(node, cls)
 
 
-def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
+def _is_fused(node: ir.Node, kind: type[GraphLayer]) -> bool:
     known = node.op_type == kind.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
     weight = weight_at(node, 1) if known else None
     return weight is not None and is_constant(weight) and len(shape_of(weight)) in kind.axes

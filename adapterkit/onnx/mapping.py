@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetNotFound, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
-from .found import METHODS, NEAR, Known, Spot, distance
 from .matching import nearest
 from .model_file import opened
 from .modules import same_end
+from .resolved import METHODS, NEAR, Known, Spot, distance
 from .resolving import NUMBERED, by_name, spots_of
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     spots = spots_of(opened(model).model)
     if base_weights is None:
         return _named(spots)
-    known, found = by_name(spots), []
+    known, places = by_name(spots), []
     base = opened_base(base_weights)
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
-            found.append(_looked_for(name, base, known, spots))
-    seen = {id(spot.node) for place in found for spot in place.spots}
-    return [*found, *_named([spot for spot in spots if id(spot.node) not in seen])]
+            places.append(_looked_for(name, base, known, spots))
+    seen = {id(spot.node) for place in places for spot in place.spots}
+    return [*places, *_named([spot for spot in spots if id(spot.node) not in seen])]
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
@@ -93,19 +93,19 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
     """Return a layer's name and the method that found it; prefer the name of a module's weight to a tensor's name."""
-    said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
-    weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
-    own = [(method, name) for method, name in said if not NUMBERED.match(name)]
-    return next(iter([*weights, *own]), (None, None))
+    names_by_method = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
+    weights = [(method, name.removesuffix(".weight")) for method, name in names_by_method if name.endswith(".weight")]
+    scoped = [(method, name) for method, name in names_by_method if not NUMBERED.match(name)]
+    return next(iter([*weights, *scoped]), (None, None))
 
 
 def _looked_for(name: str, base: Checkpoint, known: Known, spots: Sequence[Spot]) -> Place:
     target, W = name.removesuffix(".weight"), as_array(base.tensors[name]).astype("f4")
-    said = next((at for other, at in known.items() if same_end(other, name)), None)
-    if said is not None:
-        far = distance(W, said[1][0])
+    exact = next((at for other, at in known.items() if same_end(other, name)), None)
+    if exact is not None:
+        far = distance(W, exact[1][0])
         if far is not None and far <= NEAR:
-            return Place(target, tuple(said[1]), said[0], 1 - far)
+            return Place(target, tuple(exact[1]), exact[0], 1 - far)
     try:
         method, same = nearest(W, spots, target)
     except TargetNotFound as error:

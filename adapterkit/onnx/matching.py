@@ -17,9 +17,9 @@ from ..core.adapter import Adapter
 from ..errors import TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
-from .found import APART, NEAR, Found, Known, Spot, distance
 from .modules import same_end
 from .norms import refuse_folded, with_norms
+from .resolved import APART, NEAR, Known, ResolvedTarget, Spot, distance
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -55,16 +55,16 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         # If the base stores a target in parts, use the names of the parts.
         path = asked.path if bound.origins.count(asked) == 1 else site.target.path
         name = f"{path}.weight" if site.weight.endswith(".weight") else path
-        method, found = nearest(W, spots, str(asked))
-        twin = _twin(base, site.weight, W) if len(found) > 1 else None
+        method, matching = nearest(W, spots, str(asked))
+        twin = _twin(base, site.weight, W) if len(matching) > 1 else None
         if twin is not None:
-            why = f"{len(found)} nodes have this weight, and {twin} of the base has the same values"
+            why = f"{len(matching)} nodes have this weight, and {twin} of the base has the same values"
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
-        known[name] = (method, found)
+        known[name] = (method, matching)
     return known
 
 
-def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
+def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[ResolvedTarget]:
     """Compare layers that were found by name with the base's weights; return the layers, with any folded norms.
 
     Raises:
@@ -72,9 +72,11 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
         Unsupported: a norm may be folded into a layer whose weight the base lacks.
     """
     compared = []
-    for place in found:
-        own = f"{place.asked.path}.weight"
-        alike = [own] if own in base.tensors else [name for name in base.tensors if same_end(name, own)]
+    for place in places:
+        full_name = f"{place.asked.path}.weight"
+        alike = (
+            [full_name] if full_name in base.tensors else [name for name in base.tensors if same_end(name, full_name)]
+        )
         W = base.tensors[alike[0]] if len(alike) == 1 else None
         if place.method in ("values", "packed"):
             compared.append(place)
@@ -89,16 +91,16 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
     return compared
 
 
-def _compare_rows(place: Found, W: Array) -> None:
+def _compare_rows(place: ResolvedTarget, W: Array) -> None:
     """Compare the base's weight with a target's rows of a packed layer. The head counts decide which rows these are.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
     """
     for spot in place.spots:
-        held = spot.kind.held(spot.node).astype(np.float32)
-        held = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
-        part = held[slice(*spot.rows)] if spot.rows else held
+        stored = spot.kind.stored_array(spot.node).astype(np.float32)
+        stored = stored.swapaxes(0, 1) if spot.kind.turns(spot.node) else stored
+        part = stored[slice(*spot.rows)] if spot.rows else stored
         far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
         if far > NEAR:
             why = f"its rows of the packed layer differ from the base's weight (a relative distance of {far:.2f})"
@@ -144,25 +146,25 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
 
 def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
     """Return layers whose weights contain this weight as rows, as packed queries, keys and values do."""
-    found = []
+    spots_found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:
             continue
-        held = spot.kind.held(spot.node)
-        held = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
-        for start in np.flatnonzero(_same(held, W[0]).all(1)):
-            part = held[start : start + len(W)]
+        stored = spot.kind.stored_array(spot.node)
+        stored = stored.swapaxes(0, 1) if spot.kind.turns(spot.node) else stored
+        for start in np.flatnonzero(_same(stored, W[0]).all(1)):
+            part = stored[start : start + len(W)]
             if part.shape == W.shape and _same(part, W).all():
                 rows = (int(start), int(start) + len(W))
-                found.append(replace(spot, rows=rows, shape=W.shape))
-    return found
+                spots_found.append(replace(spot, rows=rows, shape=W.shape))
+    return spots_found
 
 
-def _same(held: Array, W: Array) -> Array:
+def _same(stored: Array, W: Array) -> Array:
     """Compare each number; 16-bit numbers may be rounded, and tiny numbers replaced, as converters to float16 do."""
-    if held.dtype.itemsize > 2:
-        return np.asarray(held == W)
-    return np.asarray(abs(held.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)
+    if stored.dtype.itemsize > 2:
+        return np.asarray(stored == W)
+    return np.asarray(abs(stored.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)
 
 
 def _array(base: Checkpoint, name: str) -> Array:

@@ -20,12 +20,12 @@ from .building import Building
 from .checking import CheckOutcome, checked_merge, refuse_invalid
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
-from .found import Found
 from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
 from .packed import CHOICES, KEEPING
 from .reading import base_warnings, inputs_of, loaded, name_of
 from .report import GraphReport
+from .resolved import ResolvedTarget
 from .resolving import resolve
 from .saturation import clipping
 from .tying import Tying
@@ -118,25 +118,25 @@ def merge(
         source.model, several, weights, base_weights, tying, strict_base, rename, allow_partial
     )
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
-    beside: list[Found] = []
+    beside: list[ResolvedTarget] = []
     changed = fold(folds, building, quantized, damage, keep_change, beside)
     attach(beside, building)
     building.settle()
-    target, told = Path(path_text(out)), CheckOutcome(None)
+    target, outcome = Path(path_text(out)), CheckOutcome(None)
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
         save_merged(source.model, source, place.path, changed)
         if check is not False:
             given = None if isinstance(check, bool) else check
             options: dict[str, Any] = {"given": given, "tying": tying, "beside": beside}
-            told = checked_merge(model, read, factors, base_weights, place.path, quantized, **options)
-            if told.difference is None:
+            outcome = checked_merge(model, read, factors, base_weights, place.path, quantized, **options)
+            if outcome.difference is None:
                 refuse_invalid(opened(model))
-        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
-    found = tuple(found for found, _ in folds)
+        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
+    places = tuple(place for place, _ in folds)
     return GraphReport(
-        target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
-        warnings=warnings, beside=tuple(dict.fromkeys(str(at.asked) for at in beside)),
+        target, place.files, places, outcome.difference, outcome.note, damage, outcome.reference,
+        saturation=outcome.saturation, warnings=warnings, beside=tuple(dict.fromkeys(str(at.asked) for at in beside)),
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def plan(
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
-) -> tuple[Found, ...]:
+) -> tuple[ResolvedTarget, ...]:
     """Return where `merge` would fold adapters into a graph or a folder of graphs, without writing anything.
 
     Raises:

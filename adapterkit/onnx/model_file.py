@@ -85,8 +85,8 @@ def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
             if isinstance(value.const_value, ir.ExternalTensor):
                 yield value.const_value
         for node in graph:
-            for held in node.attributes.values():
-                several = held.value if held.type == ir.AttributeType.TENSORS else [held.value]
+            for attribute in node.attributes.values():
+                several = attribute.value if attribute.type == ir.AttributeType.TENSORS else [attribute.value]
                 yield from (one for one in several if isinstance(one, ir.ExternalTensor))
 
 
@@ -391,13 +391,13 @@ def save_merged(
 
 def save_fresh(graph: ir.Model, out: Path) -> None:
     """Write a newly created model; if it is large, write its tensors to a data file beside it."""
-    held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
-    apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
+    tensors = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
+    apart = sum(tensor.nbytes for tensor in tensors if STAYS not in tensor.meta) > APART
     save_merged(graph, GraphSource(graph, None, (), b""), out, (), apart)
 
 
 @dataclass(slots=True)
-class Placing:
+class WrittenModel:
     """A model that is being written.
 
     Attributes:
@@ -415,7 +415,7 @@ class Placing:
 def placing(
     out: Path, source: GraphSource | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
-) -> Iterator[Placing]:  # fmt: skip
+) -> Iterator[WrittenModel]:  # fmt: skip
     """Yield a path to write a model to; when the block ends, the model and the files beside it move into place.
 
     Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
@@ -447,7 +447,7 @@ def placing(
             yield place
         return
     with staged(out, overwrite=overwrite, inputs=read, made_from=made_from) as path:
-        place = Placing(path, path.parent.parent / "scratch")
+        place = WrittenModel(path, path.parent.parent / "scratch")
         place.scratch.mkdir()
         for name, file in named.items():
             (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
@@ -461,14 +461,14 @@ def placing(
 @contextlib.contextmanager
 def _in_place(
     out: Path, named: Mapping[Path, Path], read: Sequence[Path], overwrite: bool, made_from: str | None
-) -> Iterator[Placing]:
+) -> Iterator[WrittenModel]:
     """Write a model beside existing data files; after an error, restore the old files."""
     check_free(out, overwrite)
     check_inputs([out], read)
     stage = Staging(out)
     with stage.locked():
         clear(stage.folder, keep={"lock"})
-        place = Placing(out, stage.folder / "scratch")
+        place = WrittenModel(out, stage.folder / "scratch")
         place.scratch.mkdir()
         before = set(files_below(out.parent))
         try:
@@ -500,8 +500,8 @@ def _copied(file: Path, there: Path) -> None:
             return
         raise StorageError("the file exists, with other contents", path=there, cure="Write to another folder")
     there.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(there) as target, open(file, "rb") as held:
-        shutil.copyfileobj(held, target, 1 << 22)
+    with replacing(there) as target, open(file, "rb") as source_file:
+        shutil.copyfileobj(source_file, target, 1 << 22)
 
 
 def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
@@ -521,8 +521,8 @@ def _take_in(values: Iterable[ir.Value], out: Path) -> None:
     """Load external tensors into the model's file, except those in its new data file and those marked to stay."""
     for value in values:
         tensor = value.const_value
-        own = out.with_name(f"{out.name}.data")
-        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != own:
+        data_file = out.with_name(f"{out.name}.data")
+        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != data_file:
             value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
 
 
@@ -546,22 +546,22 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _large(model: ir.Model) -> bool:
-    held = (v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None)
-    return sum(tensor.nbytes for tensor in held if not isinstance(tensor, ir.ExternalTensor)) > LIMIT
+    tensors = (v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None)
+    return sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor)) > LIMIT
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
     """Write new tensors to a data file; its name contains their hash, so that the file never replaces another one."""
-    held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
-    if not wanted or not held:
+    large = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
+    if not wanted or not large:
         return
     digest = hashlib.sha256()
-    for value, tensor in held:
+    for value, tensor in large:
         digest.update(f"{value.name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.tobytes())
     file = out.with_name(f"{out.name}.{digest.hexdigest()[:12]}.data")
     with replacing(file) as target:
-        for value, tensor in held:
+        for value, tensor in large:
             value.const_value = _placed(target, tensor, file)
 
 

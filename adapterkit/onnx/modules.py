@@ -82,16 +82,16 @@ class Module:
         Raises:
             TargetNotFound: the module has no such value, or more than one.
         """
-        found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
-        if len(found) > 1:
+        candidates = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
+        if len(candidates) > 1:
             # Select by the module's own Add: this Add is the residual connection, and one of its operands is the
             # module's input.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
-            found = [value for value in found if any(value in node.inputs for node in adds)]
-        if len(found) != 1:
-            why = f"{len(found)} values of {channels} channels enter the module {self.path}, but it must read one"
+            candidates = [value for value in candidates if any(value in node.inputs for node in adds)]
+        if len(candidates) != 1:
+            why = f"{len(candidates)} values of {channels} channels enter the module {self.path}, but it must read one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
-        return found[0]
+        return candidates[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
         """Return the output with this number of channels.
@@ -99,9 +99,9 @@ class Module:
         Raises:
             TargetNotFound: the module has no such value, or more than one.
         """
-        found = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
+        candidates = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
         # Skip the keys and values of a cache, which have an extra axis for the heads.
-        rows = [value for value in found if len(_sizes(value)) == 3] or found
+        rows = [value for value in candidates if len(_sizes(value)) == 3] or candidates
         if len(rows) != 1:
             why = f"{len(rows)} values of {channels} channels leave the module {self.path}, but it must return one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
@@ -127,11 +127,11 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
     """Return the names of the modules around a node, outermost first."""
-    return _told(node.metadata_props.get(SCOPES), node.name or "")
+    return _scope_modules(node.metadata_props.get(SCOPES), node.name or "")
 
 
 @lru_cache(maxsize=1 << 16)
-def _told(scopes: str | None, name: str) -> tuple[str, ...]:
+def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
     """Parse the modules from a node's metadata or name; cached, because every node is parsed for every target."""
     listed_names = listed(scopes)
     if listed_names:
@@ -144,15 +144,15 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
 
 
 def _entering(nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    own = set(nodes)
+    inside = set(nodes)
     read = dict.fromkeys(one for node in nodes for one in node.inputs if one is not None)
-    return [one for one in read if one.producer() not in own and _is_activation(one)]
+    return [one for one in read if one.producer() not in inside and _is_activation(one)]
 
 
 def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    own = set(nodes)
+    inside = set(nodes)
     given = [out for node in nodes for out in node.outputs if _is_activation(out)]
-    return [out for out in given if out.is_graph_output() or any(use.node not in own for use in out.uses())]
+    return [out for out in given if out.is_graph_output() or any(use.node not in inside for use in out.uses())]
 
 
 def _is_activation(value: ir.Value) -> bool:

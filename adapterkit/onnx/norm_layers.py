@@ -19,10 +19,10 @@ from ..core.adapter import Adapter, Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Branch
-from .found import Found, Spot
-from .layers import Layer, only_reader, weight_at
+from .layers import GraphLayer, only_reader, weight_at
 from .modules import SCOPES, dotted, listed, same_end
 from .operands import is_constant, nodes_of, numbers, shape_of, sources
+from .resolved import ResolvedTarget, Spot
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
 """If a module contains one of these operators, its product with a vector belongs to a norm."""
 
 
-class NormLayer(Layer):
+class NormLayer(GraphLayer):
     """A node that normalizes, scales and shifts."""
 
     inside = True
@@ -59,7 +59,7 @@ class NormLayer(Layer):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.held_shape(self.node)
+        return self.stored_shape(self.node)
 
 
 class RMSNorm(NormLayer):
@@ -99,9 +99,9 @@ class ScaledNorm(NormLayer):
 
     @property
     def read(self) -> ir.Value:
-        found = self.node.inputs[1 - self.position]
-        assert found is not None
-        return found
+        data_input = self.node.inputs[1 - self.position]
+        assert data_input is not None
+        return data_input
 
     def _added(self) -> tuple[ir.Node, ir.Value] | None:
         y = self.node.outputs[0]
@@ -137,7 +137,7 @@ def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
     """Return the norms of a graph, by the name of their module."""
     nodes = list(nodes_of(model))
     computing = {_inside(node) for node in nodes if node.op_type in STATISTICS}
-    found: dict[str, list[Spot]] = {}
+    spots_by_module: dict[str, list[Spot]] = {}
     for node in nodes:
         kind = next((kind for kind in NORMS if kind.takes(node)), None)
         if kind is None:
@@ -148,9 +148,9 @@ def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
         if not module:
             module = _named(stored)
         if module:
-            spot = Spot(node, kind, {"path": (f"{module}.weight",)}, kind.held_shape(node), stored)
-            found.setdefault(module, []).append(spot)
-    return found
+            spot = Spot(node, kind, {"path": (f"{module}.weight",)}, kind.stored_shape(node), stored)
+            spots_by_module.setdefault(module, []).append(spot)
+    return spots_by_module
 
 
 def _inside(node: ir.Node) -> str:
@@ -168,7 +168,7 @@ def _named(stored: Sequence[ir.Value]) -> str:
 
 def norms_at(
     model: ir.Model, adapter: Adapter, others: Mapping[str, Any], base: Checkpoint | None, role: str | None = None
-) -> dict[Target, Found]:
+) -> dict[Target, ResolvedTarget]:
     """Return the targets that are norms.
 
     Args:
@@ -189,12 +189,12 @@ def norms_at(
         and not any(same_end(name, f"{target.path}.weight") for name in others)
     ]  # fmt: skip
     norms = norms_of(model) if wanted else {}
-    found: dict[Target, Found] = {}
+    places: dict[Target, ResolvedTarget] = {}
     for target in wanted:
         names = [target.path] if target.path in norms else [name for name in norms if _is_same(name, target.path, role)]
         if len(names) == 1:
-            found[target] = _found(target, names[0], norms[names[0]], adapter.updates[target], base)
-    return found
+            places[target] = _resolved(target, names[0], norms[names[0]], adapter.updates[target], base)
+    return places
 
 
 def _is_same(name: str, path: str, role: str | None) -> bool:
@@ -209,16 +209,16 @@ def _is_same(name: str, path: str, role: str | None) -> bool:
     return not ({"encoder", "decoder"} - {role}) & {*prefix.split(".")}
 
 
-def _found(
+def _resolved(
     target: Target, name: str, spots: Sequence[Spot], updates: tuple[Any, ...], base: Checkpoint | None
-) -> Found:
+) -> ResolvedTarget:
     sizes = {int(leaf.shape[0]) for update in updates for leaf in update.tensors.values() if len(leaf.shape) == 1}
     if any(spot.shape != spots[0].shape for spot in spots) or sizes - {spots[0].shape[0]}:
         why = f"{sorted(sizes)} channels for a norm of {spots[0].shape[0]}"
         raise ShapeMismatch(why, where=str(target), cure="Is this adapter made for this base?")
     _check_numbers(target, spots, base)
     path = replace(target, path=name, layout="out *in")
-    return Found(path, target, updates, tuple(spots), "path", 1.0)
+    return ResolvedTarget(path, target, updates, tuple(spots), "path", 1.0)
 
 
 def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | None) -> None:
@@ -232,10 +232,10 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
         return
     stored = as_array(base.tensors[name]).astype(np.float64)
     for spot in spots:
-        held = numbers(spot.kind.operand_of(spot.node)).astype(np.float64)
-        if np.allclose(held, stored, rtol=1e-2, atol=1e-3):
+        stored_now = numbers(spot.kind.operand_of(spot.node)).astype(np.float64)
+        if np.allclose(stored_now, stored, rtol=1e-2, atol=1e-3):
             continue
-        if np.allclose(held, 1 + stored, rtol=1e-2, atol=1e-3):
+        if np.allclose(stored_now, 1 + stored, rtol=1e-2, atol=1e-3):
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported("the graph stores this norm as 1 + weight", where=str(target), cure=cure)
         why = "the values of the norm with this name differ from the base's"

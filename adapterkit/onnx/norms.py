@@ -19,18 +19,18 @@ import onnx_ir as ir
 from ..errors import TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Array, element_type
-from .found import APART, NEAR, FoldedNorm, distance
 from .integer_layers import IntegerLayer
 from .layers import Conv, ConvTranspose, Gemm, LeftMatMul, MatMul, bias_after, dequantized, only_reader, weight_at
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
 from .packed import ConvInteger, is_packed
+from .resolved import APART, NEAR, FoldedNorm, distance
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from .found import Found, Spot
-    from .layers import Layer
+    from .layers import GraphLayer
     from .outlets import Ended
+    from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
@@ -47,7 +47,7 @@ def groups_of(spot: Spot) -> int:
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
-def computes_apart(layer: Layer | Ended, place: Found) -> bool:
+def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
     """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
 
     The node may also add a fused residual. If a batch norm is folded into a packed weight, formulas see the base's
@@ -56,13 +56,13 @@ def computes_apart(layer: Layer | Ended, place: Found) -> bool:
     return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
 
-def refuse_folded(found: Sequence[Found]) -> None:
+def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
     """Refuse layers that may have a folded norm, if there are no base weights to verify the norm.
 
     Raises:
         Unsupported: the graph has signs of a folded norm.
     """
-    for place in found:
+    for place in places:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = f"a batch normalisation may be folded into this layer ({trace}), and would also scale the change"
@@ -114,8 +114,8 @@ def _bias_of(spot: Spot) -> ir.Value | None:
         channel = -2 if issubclass(spot.kind, LeftMatMul) else -1
         after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0], channel)
         return None if after is None else after[1]
-    held = weight_at(spot.node, 2) if len(spot.node.inputs) > 2 else None
-    return held if is_constant(held) else None
+    bias = weight_at(spot.node, 2) if len(spot.node.inputs) > 2 else None
+    return bias if is_constant(bias) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ class _Guess:
     distance: float
 
 
-def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
+def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTarget:
     """Compare a layer that was found by name with the base's weight, and find a norm that is folded into the layer.
 
     Args:
@@ -147,7 +147,7 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
     W = stored.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else stored
     if W.shape != spot.shape:
         return _plain(place, far)
-    b = _own_bias(base, name)
+    b = _bias_in_base(base, name)
     guesses = sorted(_guesses(base, spot, W, b, numbers(bias).reshape(-1)), key=lambda guess: guess.distance)
     best = guesses[0] if guesses else None
     if best is None or best.distance > NEAR or (far is not None and far <= best.distance):
@@ -163,7 +163,7 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
     return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b))
 
 
-def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
+def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> ResolvedTarget:
     if far is not None and far <= NEAR:
         return place
     how = "another shape" if far is None else f"a distance of {far:.2f}"
@@ -174,9 +174,9 @@ def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
     raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
 
 
-def _own_bias(base: Checkpoint, weight: str) -> Array | None:
-    found = base.tensors.get(f"{weight.removesuffix('weight')}bias") if weight.endswith("weight") else None
-    return None if found is None else as_array(found).astype(np.float64)
+def _bias_in_base(base: Checkpoint, weight: str) -> Array | None:
+    bias = base.tensors.get(f"{weight.removesuffix('weight')}bias") if weight.endswith("weight") else None
+    return None if bias is None else as_array(bias).astype(np.float64)
 
 
 def _by_channel(spot: Spot, W: Array) -> Array:
@@ -188,29 +188,29 @@ def _by_channel(spot: Spot, W: Array) -> Array:
     return parts.swapaxes(0, 1).reshape(groups * len(W), -1)
 
 
-def _held(spot: Spot) -> Array:
-    held = spot.kind.held(spot.node).astype(np.float64)
-    return _by_channel(spot, held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held)
+def _weight_of(spot: Spot) -> Array:
+    weight = spot.kind.stored_array(spot.node).astype(np.float64)
+    return _by_channel(spot, weight.swapaxes(0, 1) if spot.kind.turns(spot.node) else weight)
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
     """Whether a layer's weight equals the base's weight if each channel is multiplied by some factor."""
-    V, rows = _held(spot), _by_channel(spot, W)
+    V, rows = _weight_of(spot), _by_channel(spot, W)
     # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
 
 
-def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Array) -> Iterator[_Guess]:
-    V, rows = _held(spot), _by_channel(spot, W)
-    size, most = max(float(np.linalg.norm(V)), 1e-300), max(float(abs(held).max()), 1e-300)
+def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, weight: Array) -> Iterator[_Guess]:
+    V, rows = _weight_of(spot), _by_channel(spot, W)
+    size, most = max(float(np.linalg.norm(V)), 1e-300), max(float(abs(weight).max()), 1e-300)
     for name, gamma, beta, mean, var in _norms(base, len(V)):
         for eps in EPSILONS:
             scale = gamma / np.sqrt(np.maximum(var, 0) + eps)
             shift = beta - scale * mean
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
-            by_bias = float(abs(held - wanted).max()) / most
+            by_bias = float(abs(weight - wanted).max()) / most
             # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
             # have similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))

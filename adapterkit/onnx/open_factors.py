@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Adapter, Target
     from ..core.updates.update import Layer as FormulaLayer
-    from .found import Found
     from .reading import Base
+    from .resolved import ResolvedTarget
 
 FACTORS = ("A", "B", "s")
 """Fields of the slots; a further field `d` is the change of a bias."""
@@ -70,7 +70,7 @@ class OpenFactors(Additive):
         return self.d
 
 
-def template(update: Update, place: Found) -> OpenFactors | None:
+def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
     """Return factors in the shapes of an update's slots; None if the update changes more than weight and bias."""
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
@@ -79,16 +79,16 @@ def template(update: Update, place: Found) -> OpenFactors | None:
     A, into = update.tensors.get("A"), place.shape[1:] or (1,)  # The weight of a norm is a vector.
     rank = min(out, math.prod(into)) if A is None or _factors_of(update) is None else A.shape[0]
     # Broadcast a single zero, because only the shapes of these arrays are read.
-    held: dict[str, Array] = {
+    arrays_by_name: dict[str, Array] = {
         "A": np.broadcast_to(0.0, (rank, *into)), "B": np.broadcast_to(0.0, (out, rank)), "s": np.ones(out),
     }  # fmt: skip
     if update.changes_bias:
-        held["d"] = np.zeros(out)
-    return _made(held)
+        arrays_by_name["d"] = np.zeros(out)
+    return _open_factors(arrays_by_name)
 
 
-def _made(held: Mapping[str, Array]) -> OpenFactors:
-    leaves: dict[str, Any] = {name: from_numpy(array) for name, array in held.items()}
+def _open_factors(arrays_by_name: Mapping[str, Array]) -> OpenFactors:
+    leaves: dict[str, Any] = {name: from_numpy(array) for name, array in arrays_by_name.items()}
     return OpenFactors(**leaves)
 
 
@@ -142,27 +142,27 @@ def worked_out(
         )
     spot = place.spots[0]
     norm = place.norm
-    held = seen_by(spot.kind.held(spot.node).astype(np.float64), spot) if norm is None else norm.weight
-    W = part_of(held, place)
+    weight = seen_by(spot.kind.stored_array(spot.node).astype(np.float64), spot) if norm is None else norm.weight
+    W = part_of(weight, place)
     bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias and norm is None else None
     b = (None if norm is None else norm.bias) if bias is None else bias.numbers().astype(np.float64)
     rows = place.target.rows
     return [_factors(place, W, b if b is None or rows is None else b[slice(*rows)])]
 
 
-def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
+def _factors(place: ResolvedTarget, W: Array, b: Array | None) -> OpenFactors:
     (update,) = place.updates
-    held: dict[str, Array] = {}
+    factors: dict[str, Array] = {}
     f: Any = _factors_of(wide(update))
     scaled = None if f is None else f(W)
     after, new_b = through(place, W, b)
     if scaled is not None:
         s, B, A = (np.asarray(one, np.float64) for one in scaled)
-        held = {"A": A.reshape(len(A), *W.shape[1:]), "B": B, "s": s}
+        factors = {"A": A.reshape(len(A), *W.shape[1:]), "B": B, "s": s}
     else:
         D, out, into = after - W, W.shape[0], math.prod(W.shape[1:])
         short = out <= into
-        held = {
+        factors = {
             "A": D if short else np.eye(into).reshape(into, *(W.shape[1:] or (1,))),
             "B": np.eye(out) if short else D.reshape(out, -1), "s": np.ones(out),
         }  # fmt: skip
@@ -170,5 +170,5 @@ def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
         if b is None and not isinstance(update, Additive):
             raise Unsayable("the update changes a bias that the layer does not have")
         added = update.bias_delta() if isinstance(update, Additive) else None
-        held["d"] = new_b - b if b is not None else np.asarray(added, np.float64)
-    return _made(held)
+        factors["d"] = new_b - b if b is not None else np.asarray(added, np.float64)
+    return _open_factors(factors)

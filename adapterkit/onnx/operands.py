@@ -70,13 +70,13 @@ def numbers(value: ir.Value) -> Array:
         raise Malformed(why, where=node.name, cure="Export the model again") from None
 
 
-def held_apart(value: ir.Value) -> ir.Value:
+def detached_copy(value: ir.Value) -> ir.Value:
     """Copy a constant value and the nodes that compute it, so that later changes of the graph do not affect it."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
-    given = [None if one is None else held_apart(one) for one in node.inputs]
-    words = {name: held.value for name, held in node.attributes.items()}
+    given = [None if one is None else detached_copy(one) for one in node.inputs]
+    words = {name: attribute_.value for name, attribute_ in node.attributes.items()}
     out = ir.Value(name=value.name, shape=value.shape, type=value.type)
     ir.node(node.op_type, given, words, outputs=[out], domain=node.domain)
     return out
@@ -127,14 +127,14 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
     Raises:
         Malformed: the attribute has another type than the default.
     """
-    found = node.attributes.get(name)
-    if found is None:
+    entry = node.attributes.get(name)
+    if entry is None:
         return default
     kind = Sequence if isinstance(default, Sequence) else type(default)
-    if default is not None and not isinstance(found.value, kind):
+    if default is not None and not isinstance(entry.value, kind):
         why = f"the attribute {name} of a {node.op_type} has the wrong type"
         raise Malformed(why, where=node.name, cure="Export the model again")
-    return found.value
+    return entry.value
 
 
 def _some(array: Array | None) -> Array:
@@ -160,7 +160,7 @@ def _run(node: ir.Node, given: list[Array | None]) -> Array:
     # Use opset 21, because the reference implementation has no DequantizeLinear before opset 19. The operators in
     # `THROUGH` mean the same in opsets 13 to 21.
     opset = max(node.graph.opset_imports.get("", 21), 21) if isinstance(node.graph, ir.Graph) else 21
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    results: Any = ReferenceEvaluator(made).run(None, feeds)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    results: Any = ReferenceEvaluator(model).run(None, feeds)
     result: Array = np.asarray(results[0])
     return result

@@ -24,7 +24,7 @@ from .values import Unsayable, Value, plain
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .layers import Layer
+    from .layers import GraphLayer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +82,11 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     module = module_at(model, target.path, where)
     channels = next((update.channels for update in outer if update.channels is not None), None)
     end = module.given(channels, where)
-    own = _own(module, end) if named == {("", "")} else None
-    found = own or Outlet(end, module.read, reads, through)
+    own_outlet = _residual_outlet(module, end) if named == {("", "")} else None
+    result = own_outlet or Outlet(end, module.read, reads, through)
     if not any(update.moves_input for update in outer):
-        return found
-    return replace(found, read=module.fed(channels, where), nodes=module.nodes)
+        return result
+    return replace(result, read=module.fed(channels, where), nodes=module.nodes)
 
 
 def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
@@ -110,12 +110,12 @@ def _beside(target: Target, path: str) -> str:
     return f"{parent}.{path}" if parent else path
 
 
-def _own(module: Module, end: ir.Value) -> Outlet | None:
+def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
     """Return the output site of a module that adds a residual at its end, and may normalise the sum; else None."""
-    found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
-    if len(found) != 1:
+    sums = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
+    if len(sums) != 1:
         return None
-    (node, at) = found[0]
+    (node, at) = sums[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
     # Refuse a constant matrix after the sum: it belongs to another layer, not to a normalisation.
@@ -146,7 +146,7 @@ class Ended:
 
     direct = True
 
-    def __init__(self, outlet: Outlet, branch: Branch, layer: Layer | None = None) -> None:
+    def __init__(self, outlet: Outlet, branch: Branch, layer: GraphLayer | None = None) -> None:
         self.outlet, self.branch, self.layer = outlet, branch, layer
         if layer is None:
             assert outlet.end is not None
@@ -198,12 +198,12 @@ class Ended:
         return self.y
 
     def hidden(self, x: Value) -> Value:
-        y, own = self(x), self.outlet.hidden
-        return y if own is None else plain(self.branch.building.now(own), self.branch)
+        y, hidden = self(x), self.outlet.hidden
+        return y if hidden is None else plain(self.branch.building.now(hidden), self.branch)
 
     def residual(self, x: Value) -> Value | None:
-        found = self.outlet.residual
-        return None if found is None else plain(self.branch.building.now(found), self.branch)
+        residual = self.outlet.residual
+        return None if residual is None else plain(self.branch.building.now(residual), self.branch)
 
     def norm(self, h: Value) -> Value:
         norm = self.outlet.norm
@@ -229,9 +229,9 @@ class Ended:
 
     def zero_padded(self, x: Value, w: Value) -> Value:
         node = None if self.layer is None else self.layer.node
-        own = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
+        dilations = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
         before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
-        if any(size != 1 for size in own or ()) or (before is not None and before.op_type == "Pad"):
+        if any(size != 1 for size in dilations or ()) or (before is not None and before.op_type == "Pad"):
             raise Unsayable("the graph pads the input itself, or the kernel is dilated")
         return self.op(x, w)
 
@@ -245,10 +245,10 @@ class Ended:
         return v if self.layer is None else self.layer.per_channel(v)
 
     def _read(self) -> Value:
-        found = self.outlet.read
-        if found is None:
+        read = self.outlet.read
+        if read is None:
             return _Unread(self.branch, None, self.y.dtype)
-        return plain(self.branch.building.now(found), self.branch)
+        return plain(self.branch.building.now(read), self.branch)
 
 
 class _Unread(Value):

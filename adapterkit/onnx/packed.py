@@ -21,13 +21,13 @@ from ..quant._grouped import Grouped
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
 from .integer_layers import IntegerLayer, in_module_of, initializer
-from .layers import Attention, Conv, Layer, MatMul, dequantized, only_reader
-from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .layers import Attention, Conv, GraphLayer, MatMul, dequantized, only_reader
+from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Value
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
-    from .found import Spot
+    from .resolved import Spot
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +66,9 @@ class PackedNumbers(Grouped):
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
         return dict(zip(("q", "zero", "scale"), joined(pieces, (0, 0, 0)), strict=True))
 
-    def with_numbers(self, found: Mapping[str, Array]) -> PackedNumbers:
-        zero = self.zero if isinstance(self.zero, int) else found["zero"]
-        return replace(self, q=found["q"], zero=zero, scale=found["scale"].astype(self.scale.dtype))
+    def with_numbers(self, fields: Mapping[str, Array]) -> PackedNumbers:
+        zero = self.zero if isinstance(self.zero, int) else fields["zero"]
+        return replace(self, q=fields["q"], zero=zero, scale=fields["scale"].astype(self.scale.dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +174,7 @@ class FusedMatMul(MatMul):
     def takes(cls, node: ir.Node) -> bool:
         plain = node.op_type == cls.op_type and node.domain == "com.microsoft" and is_constant(node.inputs[1])
         batched = any(attribute(node, name, 0) for name in ("transBatchA", "transBatchB"))
-        return plain and not batched and attribute(node, "alpha", 1.0) == 1.0 and len(cls.held_shape(node)) == 2
+        return plain and not batched and attribute(node, "alpha", 1.0) == 1.0 and len(cls.stored_shape(node)) == 2
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
@@ -190,7 +190,7 @@ class FusedMatMul(MatMul):
         return Value(self.branch, None, x.dtype, out)
 
 
-class MatMulNBits(Layer):
+class MatMulNBits(GraphLayer):
     """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K; each block has a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
@@ -209,19 +209,19 @@ class MatMulNBits(Layer):
         return False
 
     @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+    def stored_shape(cls, node: ir.Node) -> tuple[int, ...]:
         return int(attribute(node, "N", 0)), int(attribute(node, "K", 0))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        given = [None if one is None else held_apart(one) for one in node.inputs[1:4]]
-        words = {name: held.value for name, held in node.attributes.items()}
+        given = [None if one is None else detached_copy(one) for one in node.inputs[1:4]]
+        words = {name: attribute_.value for name, attribute_ in node.attributes.items()}
         copy = ir.node(cls.op_type, [None, *given], words, domain=node.domain)
-        return lambda: cls.held(copy)
+        return lambda: cls.stored_array(copy)
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
-        (N, K), bits, size = cls.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
+    def stored_array(cls, node: ir.Node) -> Array:
+        (N, K), bits, size = cls.stored_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
         given = [None if one is None else numbers(one) for one in node.inputs[1:4]]
         packed, scales, zeros = (*given, None)[:3]
         assert packed is not None
@@ -245,7 +245,7 @@ class MatMulNBits(Layer):
         return element_type(scales)
 
 
-class MatMulInteger(Layer):
+class MatMulInteger(GraphLayer):
     """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, the result of dynamic quantization."""
 
     op_type = "MatMulInteger"
@@ -255,15 +255,15 @@ class MatMulInteger(Layer):
         return super().takes(node) and _quantizer(node) is not None and _scaled(node) is not None
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
+    def stored_array(cls, node: ir.Node) -> Array:
         return cls.detached(node)()
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         given, zero = node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
         assert given is not None
-        packed, scale = held_apart(given), held_apart(product_behind(node)[0])
-        zeros = None if zero is None else held_apart(zero)
+        packed, scale = detached_copy(given), detached_copy(product_behind(node)[0])
+        zeros = None if zero is None else detached_copy(zero)
 
         def make() -> Array:
             q = numbers(packed).astype(np.float32)
@@ -281,15 +281,15 @@ class MatMulInteger(Layer):
 
     @property
     def result(self) -> ir.Value:
-        found = _scaled(self.node)
-        assert found is not None
-        return found[0]
+        scaled = _scaled(self.node)
+        assert scaled is not None
+        return scaled[0]
 
     @property
     def dtype(self) -> Dtype:
-        found = _scaled(self.node)
-        assert found is not None
-        kind: Dtype = numbers(found[1]).dtype
+        scaled = _scaled(self.node)
+        assert scaled is not None
+        kind: Dtype = numbers(scaled[1]).dtype
         return kind
 
 
@@ -314,7 +314,7 @@ class ConvInteger(MatMulInteger, Conv):
         """Return the Add of a constant to each channel, and the constant; None if there is no such node."""
         scaled = _scaled(node)
         assert scaled is not None
-        y, shape = scaled[0], cls.held_shape(node)
+        y, shape = scaled[0], cls.stored_shape(node)
         add = only_reader(y, "Add")
         b = None if add is None else add.inputs[1 - list(add.inputs).index(y)]
         if add is None or b is None or not is_constant(b):
@@ -333,11 +333,11 @@ def unpacked(rows: Array, bits: int) -> Array:
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
     """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by these scales."""
-    found = _scaled(node)
-    assert found is not None
-    mul = found[0].producer()
+    scaled = _scaled(node)
+    assert scaled is not None
+    mul = scaled[0].producer()
     assert mul is not None
-    return found[1], mul
+    return scaled[1], mul
 
 
 def _quantizer(node: ir.Node) -> ir.Node | None:
@@ -393,15 +393,16 @@ def is_packed(spot: Spot) -> bool:
     """Whether a layer's weight is stored as integers."""
     kinds = [(one.const_value or one, one) for one in spot.sources]
     return any(
-        held.dtype is not None and not held.dtype.is_floating_point() and len(shape_of(one)) > 1 for held, one in kinds
+        value.dtype is not None and not value.dtype.is_floating_point() and len(shape_of(one)) > 1
+        for value, one in kinds
     )
 
 
-def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
+def as_float(spot: Spot, building: Building, fresh: Fresh) -> Spot:
     """Convert a packed layer, its input and its output to floating point; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
     kind = _floating(spot.kind)
-    value = _unpacked(spot, layer, kind, building, made)
+    value = _unpacked(spot, layer, kind, building, fresh)
     node = _plain_operands(spot, layer, value) if kind is None else _plain_node(layer, value)
     kind = kind or spot.kind
     first, second, *rest = shape_of(value)
@@ -409,7 +410,7 @@ def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
     return replace(spot, node=node, kind=kind, sources=(value,), shape=shape)
 
 
-def _floating(kind: type[Layer]) -> type[Layer] | None:
+def _floating(kind: type[GraphLayer]) -> type[GraphLayer] | None:
     """Return the kind of float layer that replaces a packed layer; None if the node itself computes in floats."""
     if issubclass(kind, IntegerLayer):
         return kind.floating
@@ -418,7 +419,7 @@ def _floating(kind: type[Layer]) -> type[Layer] | None:
     return MatMul if issubclass(kind, MatMulNBits | MatMulInteger) else None
 
 
-def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
+def _plain_operands(spot: Spot, layer: GraphLayer, value: ir.Value) -> ir.Node:
     """Remove the QuantizeLinear and DequantizeLinear of a node's weight, input and output; return the node."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
@@ -432,15 +433,17 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
     return node
 
 
-def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
+def _unpacked(
+    spot: Spot, layer: GraphLayer, plain: type[GraphLayer] | None, building: Building, fresh: Fresh
+) -> ir.Value:
     """Return the dequantized weight, computed when it is written; layers with the same packed weight share it."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
-    if key not in made:
+    if key not in fresh:
         make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
         # `plain` may store a weight in another axis order than the packed layer.
-        shape = spot.kind.held_shape(spot.node)
+        shape = spot.kind.stored_shape(spot.node)
         turn = plain is not None and spot.kind.turns(spot.node) != issubclass(plain, MatMul | Attention)
         name = building.name(PACKED.sub("", spot.sources[0].name or "weight"))
         sizes = ir.Shape(shape[::-1] if turn else shape)
@@ -450,14 +453,14 @@ def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Bui
             return ir.Tensor(np.ascontiguousarray(W.T if turn else W), dtype=kind, name=name)
 
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
-        made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
-        building.model.graph.register_initializer(made[key])
+        fresh[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
+        building.model.graph.register_initializer(fresh[key])
         # Keep the operand alive, so that its id is not reused.
         building.keep(operand)
-    return made[key]
+    return fresh[key]
 
 
-def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
+def _plain_node(layer: GraphLayer, value: ir.Value) -> ir.Node:
     """Replace a node that computes with packed weights by a MatMul, and by an Add if the node has a bias."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
@@ -465,9 +468,9 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
     if isinstance(layer, IntegerLayer):
         y = layer.in_floats(value)
     else:
-        b, inputs, words = layer.own_bias, [layer.read, value], None
+        b, inputs, words = layer.constant_bias, [layer.read, value], None
         if isinstance(layer, Conv):
-            words = {name: held.value for name, held in layer.node.attributes.items()}
+            words = {name: attribute_.value for name, attribute_ in layer.node.attributes.items()}
             if b is not None:
                 inputs.append(initializer(branch.building, f"{layer.node.name}.bias", numbers(b).reshape(-1)))
         y = branch.node("Conv" if isinstance(layer, Conv) else "MatMul", inputs, words, layer.dtype, None)
@@ -525,17 +528,17 @@ class Packing:
     def tried(self, change: StoredChange) -> tuple[PackedNumbers, dict[str, float]]:
         """Pack a changed weight; return the packed numbers and their error (see `damage_of`)."""
         merged = self.rows(change.array()).astype(np.float32)
-        found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
+        packed = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
         count = len(merged)
-        M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), found.rows(0, count)))
-        return found, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
+        M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), packed.rows(0, count)))
+        return packed, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized weight in its stored axis order, float32."""
         make = None if _floating(spot.kind) is None else spot.kind.detached(spot.node)
         value = self.stored.value
-        made = make or (lambda: numbers(value))
-        return lazily(lambda: np.asarray(made()).astype(np.float32), self.shape, ir.DataType.FLOAT)
+        read = make or (lambda: numbers(value))
+        return lazily(lambda: np.asarray(read()).astype(np.float32), self.shape, ir.DataType.FLOAT)
 
 
 def packing_of(spot: Spot, building: Building, fresh: Fresh) -> Packing:
@@ -560,7 +563,7 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> Packing:
 
 
 def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
-    (N, K), bits, size = MatMulNBits.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
+    (N, K), bits, size = MatMulNBits.stored_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
     blocks, given = -(-K // size), [*node.inputs[1:4], None][:3]
     packed, scale = numbers(given[0]), numbers(given[1])  # type: ignore[arg-type]
     zero: Any = 1 << (bits - 1)
@@ -572,7 +575,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
             raise unknown(node)
         zero = split(stored.reshape(N, -1), bits)[:, :blocks]
     q = split(packed.reshape(N, -1), bits)
-    found = numbers_in(node, q, zero, scale.reshape(N, blocks), (0, (1 << bits) - 1), bits)
+    packed_numbers = numbers_in(node, q, zero, scale.reshape(N, blocks), (0, (1 << bits) - 1), bits)
 
     def put(new: PackedNumbers) -> None:
         arrays = [joined_bits(new.q, bits).reshape(packed.shape), new.scale.reshape(scale.shape)]
@@ -584,17 +587,17 @@ def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     def rows(W: Array) -> Array:
         return np.pad(W, ((0, 0), (0, blocks * size - K)))
 
-    return Packing(Stored(given[0], False, ()), (N, K), found, rows, put)  # type: ignore[arg-type]
+    return Packing(Stored(given[0], False, ()), (N, K), packed_numbers, rows, put)  # type: ignore[arg-type]
 
 
 def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
-    held, scale, mul = node.inputs[1], *product_behind(node)
+    stored, scale, mul = node.inputs[1], *product_behind(node)
     zero = node.inputs[3] if len(node.inputs) > 3 else None
-    assert held is not None
-    seen = Seen(shape_of(held), numbers(scale), len(shape_of(held)) - 1, 0)
+    assert stored is not None
+    seen = Seen(shape_of(stored), numbers(scale), len(shape_of(stored)) - 1, 0)
 
     def put(new: PackedNumbers) -> None:
-        node.replace_input_with(1, replaced(building, fresh, held, seen.back(new.q)))
+        node.replace_input_with(1, replaced(building, fresh, stored, seen.back(new.q)))
         if zero is not None:
             node.replace_input_with(3, replaced(building, fresh, zero, seen.small(new.zero, numbers(zero))))
         fresh_scale = replaced(building, fresh, scale, seen.small(new.scale, numbers(scale)))
@@ -607,35 +610,35 @@ def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
         copy.outputs[0].name = building.name(f"{copy.name}_output")
         drop(product)
 
-    found = seen.numbers_of(node, numbers(held), None if zero is None else numbers(zero))
-    return Packing(Stored(held, False, ()), shape_of(held), found, seen.rows, put)
+    packed = seen.numbers_of(node, numbers(stored), None if zero is None else numbers(zero))
+    return Packing(Stored(stored, False, ()), shape_of(stored), packed, seen.rows, put)
 
 
 def _in_operator(layer: IntegerLayer, building: Building, fresh: Fresh) -> Packing:
-    held, scale, zero = layer.stored(layer.node)
-    assert held is not None
+    stored, scale, zero = layer.stored(layer.node)
+    assert stored is not None
     assert scale is not None
-    seen = Seen(shape_of(held), numbers(scale), layer.axis(layer.node), 0)
+    seen = Seen(shape_of(stored), numbers(scale), layer.axis(layer.node), 0)
 
     def put(new: PackedNumbers) -> None:
-        values = [replaced(building, fresh, held, seen.back(new.q))]
+        values = [replaced(building, fresh, stored, seen.back(new.q))]
         values.append(replaced(building, fresh, scale, seen.small(new.scale, numbers(scale))))
         if zero is not None:
             values.append(replaced(building, fresh, zero, seen.small(new.zero, numbers(zero))))
         layer.put(values)
 
-    found = seen.numbers_of(layer.node, numbers(held), None if zero is None else numbers(zero))
-    return Packing(Stored(held, False, ()), shape_of(held), found, seen.rows, put)
+    packed = seen.numbers_of(layer.node, numbers(stored), None if zero is None else numbers(zero))
+    return Packing(Stored(stored, False, ()), shape_of(stored), packed, seen.rows, put)
 
 
 def _in_linear(
     spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
     given = [*node.inputs, None][:3]
-    held, scale, zero = (None if one is None else numbers(one) for one in given)
-    assert held is not None
+    codes, scale, zero = (None if one is None else numbers(one) for one in given)
+    assert codes is not None
     assert scale is not None
-    seen = Seen(held.shape, scale, attribute(node, "axis", 1) % held.ndim, attribute(node, "block_size", 0))
+    seen = Seen(codes.shape, scale, attribute(node, "axis", 1) % codes.ndim, attribute(node, "block_size", 0))
 
     def put(new: PackedNumbers) -> None:
         arrays = [seen.back(new.q), seen.small(new.scale, scale)]
@@ -643,7 +646,7 @@ def _in_linear(
         values = [replaced(building, fresh, one, array) for one, array in zip(given, arrays, strict=False)]
         _copied(spot, node, stored, values, building)
 
-    return Packing(stored, held.shape, seen.numbers_of(spot.node, held, zero), seen.rows, put)
+    return Packing(stored, codes.shape, seen.numbers_of(spot.node, codes, zero), seen.rows, put)
 
 
 def _in_product(
@@ -653,10 +656,10 @@ def _in_product(
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
-    held = made_by.inputs[0] if made_by is not None and made_by.op_type == "Cast" else None
-    if made_by is None or scale is None or held is None or held.const_value is None:
+    codes = made_by.inputs[0] if made_by is not None and made_by.op_type == "Cast" else None
+    if made_by is None or scale is None or codes is None or codes.const_value is None:
         raise unknown(spot.node)
-    q, factors = numbers(held), numbers(scale)
+    q, factors = numbers(codes), numbers(scale)
     sizes = (1,) * (q.ndim - factors.ndim) + factors.shape
     axes = [axis for axis, size in enumerate(sizes) if size != 1]
     if len(axes) > 1 or q.dtype.kind not in "iu":
@@ -664,9 +667,9 @@ def _in_product(
     seen = Seen(q.shape, factors, axes[0] if axes else 0, 0)
 
     def put(new: PackedNumbers) -> None:
-        out = ir.Value(name=building.name(f"{held.name}.merged/Cast_output"), type=cast.type)  # type: ignore[union-attr]
+        out = ir.Value(name=building.name(f"{codes.name}.merged/Cast_output"), type=cast.type)  # type: ignore[union-attr]
         words = {name: one.value for name, one in made_by.attributes.items()}
-        again = ir.node("Cast", [replaced(building, fresh, held, seen.back(new.q))], words, outputs=[out])
+        again = ir.node("Cast", [replaced(building, fresh, codes, seen.back(new.q))], words, outputs=[out])
         again.name = building.name(f"{made_by.name}.merged")
         node.graph.insert_before(node, again)  # type: ignore[union-attr]
         factor = replaced(building, fresh, scale, seen.small(new.scale, factors))
@@ -693,12 +696,12 @@ def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Arra
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
-    held = np.ascontiguousarray(array.astype(kind.numpy()))
+    data = np.ascontiguousarray(array.astype(kind.numpy()))
     # Use the content as the key: layers that shared the old tensor then share the new tensor if their values are equal.
-    key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
+    key = ("packed", building.keep(old), hashlib.sha256(data.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")
-        tensor = ir.Tensor(held, dtype=kind, name=name)
+        tensor = ir.Tensor(data, dtype=kind, name=name)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=tensor)
         settled_from(building, fresh, value, old, key)
     return fresh[key]

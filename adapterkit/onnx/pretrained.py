@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # Export a torch module that a user's function returns together with example inputs.
 
 
-OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
+EXPORT_OPTIONS = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
 """Arguments of `export` that the user's function may return; the caller's `opset` takes precedence."""
 
 
@@ -69,7 +69,7 @@ def export_factory(
     Args:
         factory: `module:function`, imported with the working folder first on Python's path. The function takes no
             arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
-            of `export` (those in `OWN`, which describe the module's call).
+            of `export` (those in `EXPORT_OPTIONS`, which describe the module's call).
         out: the folder to write; it appears when it is complete, by a rename.
         weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
             buffers.
@@ -83,16 +83,16 @@ def export_factory(
     """
     target = Path(path_text(out))
     check_folder(target, overwrite)
-    module, args, more = _made(factory)
+    module, args, more = _call_factory(factory)
     if weights is not None:
         _load(module, weights)
-    told = {name: value for name, value in options.items() if value is not None}
+    words = {name: value for name, value in options.items() if value is not None}
     with published(target, files_of_adapters(cast("Any", options.get("adapter")))) as scratch:
-        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **told})
+        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **words})
     return moved(report, target)
 
 
-def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
+def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
     from torch import nn
 
     module, colon, name = factory.partition(":")
@@ -102,29 +102,29 @@ def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(import_module(module), name)()
+        result = getattr(import_module(module), name)()
     except AdapterkitError:
         raise
     except Exception as error:  # The user's code may raise anything.
         why = f"{factory} cannot be called ({type(error).__name__}: {error})"
         raise UsageError(why, where="model", cure="Pass a function that takes no arguments") from error
-    found: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
-    if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
+    parts: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
+    if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], tuple | list):
         cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
         raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
-    more = dict(found[2]) if len(found) == 3 else {}
-    if foreign := sorted(more.keys() - OWN, key=str):
-        cure = f"Omit it; a function may return: {', '.join(sorted(OWN))}"
+    more = dict(parts[2]) if len(parts) == 3 else {}
+    if foreign := sorted(more.keys() - EXPORT_OPTIONS, key=str):
+        cure = f"Omit it; a function may return: {', '.join(sorted(EXPORT_OPTIONS))}"
         raise UsageError(
             f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
         )
-    return found[0], tuple(found[1]), more
+    return parts[0], tuple(parts[1]), more
 
 
 def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
-    held = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
+    state = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
     try:
-        module.load_state_dict(held, strict=True)
+        module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())
         raise ShapeMismatch(first[:300], path=weights, cure="Pass the weight file of this module") from None
@@ -265,11 +265,11 @@ def _whole(
 
 
 def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
-    own = target.is_dir() and source.samefile(target)
-    if own and not share_weights:
+    same_folder = target.is_dir() and source.samefile(target)
+    if same_folder and not share_weights:
         cure = "Write to another folder, or share the weights: --share-weights (share_weights=True)"
         raise UsageError("the output is the model's own folder", path=target, cure=cure)
-    if share_weights and not own:
+    if share_weights and not same_folder:
         why = (
             "a graph that shares the model's weights must be in the model's folder: runtimes do not read files outside"
         )
@@ -296,8 +296,8 @@ def _to_carry(source: Path) -> list[Path]:
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
-    found = [source / name for name in CARRIED if (source / name).is_file()]
-    for file in found:
+    files = [source / name for name in CARRIED if (source / name).is_file()]
+    for file in files:
         if not file.resolve().is_relative_to(root):
             raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
-    return found
+    return files

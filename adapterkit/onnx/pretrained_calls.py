@@ -126,14 +126,14 @@ def _encoder(model: PretrainedModel) -> ExportWords:
     kinds = getattr(model.config, "type_vocab_size", None) or 0
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in asked and kinds > 1 else [])]
 
-    class Encoder(nn.Module):
+    class EncoderCall(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, *given: Tensor) -> list[Tensor]:
-            told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
-            return [told[name] for name in outputs]
+            outputs_now = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
+            return [outputs_now[name] for name in outputs]
 
     def example(batch: int, length: int) -> tuple[Tensor, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
@@ -144,12 +144,12 @@ def _encoder(model: PretrainedModel) -> ExportWords:
         return (tokens(model, batch, length), mask, kind)[: len(inputs)]
 
     with torch.no_grad(), quiet():
-        told = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
+        outputs_now = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
     outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
-               if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
+               if isinstance(outputs_now.get(name), torch.Tensor)]  # fmt: skip
     shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
     examples = (example(2, 5), example(1, 3))
-    return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
+    return ExportWords(EncoderCall().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
 
 def _causal(model: PretrainedModel, source: Path) -> ExportWords:
@@ -159,16 +159,16 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
     transformers = import_module("transformers")
     asked = inspect.signature(model.forward).parameters
     word = "past_key_values" if "cache" not in asked else "cache"
-    told = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+    input_names = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
 
-    class Decoder(nn.Module):
+    class DecoderCall(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, ids: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             cache: Cache = transformers.DynamicCache(rest[-1])
-            given = dict(zip(told, (ids, mask, *rest[:-1]), strict=True))
+            given = dict(zip(input_names, (ids, mask, *rest[:-1]), strict=True))
             logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
             return logits, pairs(cache)
 
@@ -182,20 +182,20 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         # Use a random past instead of zeros, so that the outputs depend on it.
-        held = [
+        cache = [
             tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
             for pair in sizes
         ]
-        return (tokens(model, batch, length), mask, *([positions] if "position_ids" in told else []), held)
+        return (tokens(model, batch, length), mask, *([positions] if "position_ids" in input_names else []), cache)
 
     axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
     return ExportWords(
-        Decoder().eval(),
+        DecoderCall().eval(),
         (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
-        (*told, *past_names("past_key_values", len(sizes))),
+        (*input_names, *past_names("past_key_values", len(sizes))),
         ("logits", *past_names("present", len(sizes))),
-        (*({0: "batch", 1: axes[name]} for name in told[:2]),
-         (*({0: "batch", 1: axes[name]} for name in told[2:]), past_axes(len(sizes)))),
+        (*({0: "batch", 1: axes[name]} for name in input_names[:2]),
+         (*({0: "batch", 1: axes[name]} for name in input_names[2:]), past_axes(len(sizes)))),
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def _encode(model: PretrainedModel, given: Tensor, mask: Tensor | None = None) -
 def _encoder_module(model: PretrainedModel) -> nn.Module:
     from torch import nn
 
-    class Encoder(nn.Module):
+    class EncoderPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -138,7 +138,7 @@ def _encoder_module(model: PretrainedModel) -> nn.Module:
         def forward(self, given: Tensor, *mask: Tensor) -> Tensor:
             return _encode(self.model, given, *mask)
 
-    return Encoder().eval()
+    return EncoderPart().eval()
 
 
 def _cache_word(model: PretrainedModel) -> str:
@@ -172,7 +172,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
         with torch.no_grad(), quiet():
             _decode(model, tokens(model, 1, 2), torch.zeros(1, *hidden, dtype=kind), None, cache)
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
-        sizes = [tuple((one.shape[1], one.shape[3]) for one in (*own, *cross)) for own, cross in both]
+        sizes = [tuple((one.shape[1], one.shape[3]) for one in (*self_pairs, *cross)) for self_pairs, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         why = f"the past of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
@@ -196,24 +196,24 @@ def _decoder(
     import torch
     from torch import nn
 
-    class Decoder(nn.Module):
+    class DecoderPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(
-            self, ids: Tensor, mask: Tensor | None, states: Tensor | None, held: Sequence[Sequence[Tensor]] | None
+            self, ids: Tensor, mask: Tensor | None, states: Tensor | None, pasts: Sequence[Sequence[Tensor]] | None
         ) -> tuple[Tensor, list[list[Tensor]]]:
-            if held:
-                first = held[0][2]
+            if pasts:
+                first = pasts[0][2]
                 # Pass zeros in place of the encoder's output, because attentions read the encoder's keys and values
                 # from the past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
-            cache = _empty_cache(held or ())
+            cache = _empty_cache(pasts or ())
             logits = _decode(self.model, ids, states, mask, cache)
-            own, cross = (pairs(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
-            return logits, [[*one] if past else [*one, *other] for one, other in zip(own, cross, strict=True)]
+            self_pairs, cross = (pairs(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+            return logits, [[*one] if past else [*one, *other] for one, other in zip(self_pairs, cross, strict=True)]
 
     kind, rng = next(model.parameters()).dtype, torch.Generator().manual_seed(0)
     width = hidden[2][1]
@@ -227,15 +227,15 @@ def _decoder(
         mask[0, size - 1 :] = 0 if batch > 1 else 1
         counts = (before, before, size, size)
         # Use a random past instead of zeros, so that the outputs depend on it.
-        held = [tuple(drawn(batch, n, c, w) for (n, w), c in zip(layer, counts, strict=True)) for layer in heads]
+        cache = [tuple(drawn(batch, n, c, w) for (n, w), c in zip(layer, counts, strict=True)) for layer in heads]
         return (
             tokens(model, batch, length), mask if masked else None, None if past else drawn(batch, size, width),
-            held if past else None,
+            cache if past else None,
         )  # fmt: skip
 
     across = {1: "encoder_sequence"} if masked else {}
     sequence = {0: "batch", **across}
-    own, cross = {0: "batch", 2: "past"}, {0: "batch", **({2: "encoder_sequence"} if masked else {})}
+    self_axes, cross = {0: "batch", 2: "past"}, {0: "batch", **({2: "encoder_sequence"} if masked else {})}
     layers = range(len(heads))
     inputs = (
         "input_ids", *(["encoder_attention_mask"] if masked else []), *([] if past else ["encoder_hidden_states"]),
@@ -244,10 +244,10 @@ def _decoder(
     outputs = ("logits", *(f"present.{at}.{each}" for at in layers for each in (KEPT[:2] if past else KEPT)))
     shapes = (
         {0: "batch", 1: "sequence"}, sequence if masked else None, None if past else sequence,
-        [(own, own, cross, cross) for _ in layers] if past else None,
+        [(self_axes, self_axes, cross, cross) for _ in layers] if past else None,
     )  # fmt: skip
     examples = (example(2, 3, 4), example(1, 1, 2)) if past else (example(2, 3, 0), example(1, 1, 0))
-    return ExportWords(Decoder().eval(), examples, inputs, outputs, shapes)
+    return ExportWords(DecoderPart().eval(), examples, inputs, outputs, shapes)
 
 
 # Language models that read images: image features replace the embeddings of image tokens.
@@ -261,20 +261,20 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         model.set_attn_implementation("eager")
     transformers = import_module("transformers")
     word, asked = _cache_word(model), inspect.signature(model.forward).parameters
-    told = ["attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+    words = ["attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
     kind = next(model.parameters()).dtype
 
-    class Vision(nn.Module):
+    class VisionPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, pixels: Tensor) -> Tensor:
             output = self.model.get_image_features(pixel_values=pixels)
-            found: Any = getattr(output, "pooler_output", output)
-            return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
+            features: Any = getattr(output, "pooler_output", output)
+            return features if isinstance(features, torch.Tensor) else torch.stack(list(features))
 
-    class Embedding(nn.Module):
+    class EmbeddingPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -283,25 +283,25 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
             embedded: Tensor = self.model.get_input_embeddings()(ids)
             return embedded
 
-    class Decoder(nn.Module):
+    class TextDecoderPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, embedded: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             cache: Cache = transformers.DynamicCache(rest[-1])
-            given = dict(zip(told, (mask, *rest[:-1]), strict=True))
+            given = dict(zip(words, (mask, *rest[:-1]), strict=True))
             logits = self.model(
                 inputs_embeds=embedded, **given, **{word: cache}, use_cache=True, return_dict=True
             ).logits
             return logits, pairs(cache)
 
     rng = torch.Generator().manual_seed(0)
-    vision, embedding, decoder = Vision().eval(), Embedding().eval(), Decoder().eval()
+    vision, embedding, decoder = VisionPart().eval(), EmbeddingPart().eval(), TextDecoderPart().eval()
     try:
         pixels = torch.randn(1, *_image_shape(model.config.vision_config), generator=rng).to(kind)
         other = torch.randn(pixels.shape, generator=rng).to(kind)
-        _check_parts(model, vision, embedding, decoder, pixels, told)
+        _check_parts(model, vision, embedding, decoder, pixels, words)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         why = f"a {type(model).__name__} cannot be called part by part like LLaVA ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
@@ -313,14 +313,14 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         mask[0, : int(batch > 1 and past > 0)] = 0  # Mask out one position, so that the check covers padding.
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         embedded = torch.randn(batch, length, width, generator=rng).to(kind)
-        held = [
+        cache = [
             tuple(torch.randn(batch, heads, past, size, generator=rng).to(kind) for heads, size in pair)
             for pair in sizes
         ]
-        return (embedded, mask, *([positions] if "position_ids" in told else []), held)
+        return (embedded, mask, *([positions] if "position_ids" in words else []), cache)
 
     axes = {"inputs_embeds": "sequence", "attention_mask": "total", "position_ids": "sequence"}
-    names = ("inputs_embeds", *told)
+    names = ("inputs_embeds", *words)
     shapes = [{0: "batch", 1: axes[name]} for name in names]
     return {
         VISION: ExportWords(vision, ((pixels,), (other,)), ("pixel_values",), ("image_features",), ({},)),
@@ -338,7 +338,7 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
 def _check_parts(
     model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
-    told: Sequence[str],
+    words: Sequence[str],
 ) -> None:  # fmt: skip
     """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
@@ -368,7 +368,7 @@ def _check_parts(
         embedded = embedding(ids.masked_fill(ids == mark, int(around[0, 0]))).clone()
         embedded[ids == mark] = features.reshape(count, -1).to(embedded.dtype)
         given = {"attention_mask": mask, "position_ids": torch.arange(ids.shape[1])[None]}
-        logits, _ = decoder(embedded, *(given[name] for name in told), None)
+        logits, _ = decoder(embedded, *(given[name] for name in words), None)
     apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
     if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
         raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")

@@ -46,27 +46,27 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
         graph: a traced export, in which each weight has its own Transpose.
         names: the names of the weights to quantize, without the tensors of adapters.
     """
-    building, made = Building(graph), Fresh()
+    building, fresh = Building(graph), Fresh()
     for node in list(nodes_of(graph)):
         if node.op_type == "Gemm" and node.domain == "":
-            _prepare_gemm(node, names, building, made)
+            _prepare_gemm(node, names, building, fresh)
         elif node.op_type == "MatMul" and is_constant(node.inputs[1]):
             assert node.inputs[1] is not None
             stored, before = unturned(node.inputs[1]), node.inputs[1].producer()
             if stored.turned and stored.value.name in names and stored.value.const_value is not None:
-                node.replace_input_with(1, _turned(node, stored.value, building, made))
+                node.replace_input_with(1, _turned(node, stored.value, building, fresh))
                 drop(before)
-    settle(made.values())
+    settle(fresh.values())
     graph.metadata_props.update(_PREPARED)
 
 
-def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: Fresh) -> None:
+def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, fresh: Fresh) -> None:
     x, W, *rest = node.inputs
     plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attribute(node, "transA", 0)
     if W is None or W.name not in names or W.const_value is None or not plain or node.graph is None:
         return
-    held = _turned(node, W, building, made) if attribute(node, "transB", 0) else W
-    product = ir.node("MatMul", [x, held], name=building.name(f"{node.name}/MatMul"))
+    weight = _turned(node, W, building, fresh) if attribute(node, "transB", 0) else W
+    product = ir.node("MatMul", [x, weight], name=building.name(f"{node.name}/MatMul"))
     product.metadata_props.update(node.metadata_props)
     new = [product]
     if rest and rest[0] is not None:
@@ -75,11 +75,11 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, mad
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [node.outputs[0]], [out])
 
 
-def _turned(node: ir.Node, W: ir.Value, building: Building, made: Fresh) -> ir.Value:
+def _turned(node: ir.Node, W: ir.Value, building: Building, fresh: Fresh) -> ir.Value:
     """Return the weight as `[in, out]`, with a new name if other nodes, e.g. embeddings, read the original tensor."""
     tensor = W.const_value
     assert tensor is not None
-    if W not in made:
+    if W not in fresh:
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1]
         module = modules[0] if modules and modules[0] else (W.name or "").removesuffix(".weight")
         name = building.name(f"{module}.MatMul.weight")
@@ -90,8 +90,8 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, made: Fresh) -> ir.V
 
         lazy = ir.LazyTensor(turned, kind, shape, cache=False, name=name)
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=lazy)
-        settled_from(building, made, value, W, W)
-    return made[W]
+        settled_from(building, fresh, value, W, W)
+    return fresh[W]
 
 
 def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
@@ -157,14 +157,14 @@ def _unheard() -> Iterator[None]:
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
     """Return the relative error of each weight in the Frobenius norm, by the name of its module."""
-    held = opened(model).model.graph.initializers
+    initializers = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):
         for source in spot.sources if is_packed(spot) else ():
             name = PACKED.sub("", source.name or "")
-            if name in held and held[name].const_value is not None:
-                W = held[name].const_value.numpy().astype(np.float32)  # type: ignore[union-attr]
-                R = spot.kind.held(spot.node).astype(np.float32)
+            if name in initializers and initializers[name].const_value is not None:
+                W = initializers[name].const_value.numpy().astype(np.float32)  # type: ignore[union-attr]
+                R = spot.kind.stored_array(spot.node).astype(np.float32)
                 R = R if spot.kind.turns(spot.node) else R.T
                 size = max(float(np.linalg.norm(W)), 1e-30)
                 module = name.removesuffix(".weight").removesuffix(".MatMul")
@@ -184,9 +184,9 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 def as_floats(packed: Path, out: Path) -> None:
     """Write a graph with dequantized weights, to compare this graph with the packed graph."""
     model = opened(packed).model
-    building, made = Building(model), Fresh()
+    building, fresh = Building(model), Fresh()
     for spot in spots_of(model):
         if is_packed(spot):
-            as_float(spot, building, made)
+            as_float(spot, building, fresh)
     building.settle()
     save_fresh(model, out)

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Array, element_type
-from .layers import Layer, weight_at
-from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .layers import GraphLayer, weight_at
+from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
 BIASES = 3
@@ -33,7 +33,7 @@ GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GA
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
 
-class Recurrent(Layer):
+class Recurrent(GraphLayer):
     """One direction's weight `[gates * hidden, in]` and bias `[gates * hidden]`, for the inputs or the hidden state.
 
     Class attributes:
@@ -57,16 +57,16 @@ class Recurrent(Layer):
         return False
 
     @classmethod
-    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
-        return super().held_shape(node)[1:]
+    def stored_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        return super().stored_shape(node)[1:]
 
     @classmethod
-    def held(cls, node: ir.Node) -> Array:
+    def stored_array(cls, node: ir.Node) -> Array:
         return cls.detached(node)()
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        copy, order = held_apart(cls.operand_of(node)), GATES_BACK[node.op_type]
+        copy, order = detached_copy(cls.operand_of(node)), GATES_BACK[node.op_type]
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
     @property
@@ -79,17 +79,17 @@ class Recurrent(Layer):
         return self._placed(self._ordered(W, GATES), stacked)
 
     @property
-    def own_bias(self) -> ir.Value | None:
+    def constant_bias(self) -> ir.Value | None:
         """The biases `[directions, 2 * gates * hidden]`: for each direction, first the inputs, then the hidden state.
 
         Raises:
             Unsupported: the biases depend on the graph's inputs.
         """
-        held = weight_at(self.node, BIASES) if self.has_bias else None
-        if held is not None and not is_constant(held):
+        bias = weight_at(self.node, BIASES) if self.has_bias else None
+        if bias is not None and not is_constant(bias):
             why = f"the bias of the {self.node.op_type} depends on the graph's inputs"
             raise Unsupported(why, where=self.node.name, cure="Export the model again")
-        return held
+        return bias
 
     @property
     def has_bias(self) -> bool:
@@ -97,10 +97,10 @@ class Recurrent(Layer):
 
     @property
     def bias(self) -> Value | None:
-        held = self.own_bias
-        if held is None:
+        bias = self.constant_bias
+        if bias is None:
             return None
-        make, rows = self.detached_bias(self.node, held), self._halves()[self.own_half()]
+        make, rows = self.detached_bias(self.node, bias), self._halves()[self.bias_half()]
         return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
 
     def back_bias(self, b: Value) -> Value:
@@ -109,25 +109,25 @@ class Recurrent(Layer):
         return self._placed(pair, self._biases())
 
     @classmethod
-    def own_half(cls) -> int:
+    def bias_half(cls) -> int:
         """Return 0 if the bias belongs to the inputs, 1 if it belongs to the hidden state."""
         return ("ih", "hh").index(cls.part)
 
     @classmethod
-    def detached_bias(cls, node: ir.Node, held: ir.Value) -> Callable[[], Array]:
+    def detached_bias(cls, node: ir.Node, bias: ir.Value) -> Callable[[], Array]:
         """Return a function that returns the present bias, even after the node was changed."""
-        copy, order = held_apart(held), GATES_BACK[node.op_type]
-        return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.own_half()], order)
+        copy, order = detached_copy(bias), GATES_BACK[node.op_type]
+        return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.bias_half()], order)
 
     @classmethod
-    def changed_bias(cls, node: ir.Node, held: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
+    def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Return a function that computes the stacked biases, with this weight's bias changed by `f`."""
-        copy, order, back = held_apart(held), GATES[node.op_type], GATES_BACK[node.op_type]
+        copy, order, back = detached_copy(bias), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)
-            own = np.split(stacked[cls.direction], 2)[cls.own_half()]  # A view, so writing to it changes `stacked`.
-            own[:] = _reordered(f(_reordered(own, back)), order)
+            half = np.split(stacked[cls.direction], 2)[cls.bias_half()]  # A view, so writing to it changes `stacked`.
+            half[:] = _reordered(f(_reordered(half, back)), order)
             return stacked
 
         return make
@@ -138,8 +138,8 @@ class Recurrent(Layer):
 
     def _biases(self) -> Value:
         """Return the biases that the node reads now, which may already include another target's change."""
-        held = self.node.inputs[BIASES]
-        return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(held), held)
+        biases = self.node.inputs[BIASES]
+        return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(biases), biases)
 
     def _placed(self, new: Value, stacked: Value) -> Value:
         """Return a stacked tensor with this direction's part replaced."""
@@ -151,8 +151,8 @@ class Recurrent(Layer):
 
     def _stacked(self) -> Value:
         """Return the tensor that the node reads now, which may already include the change of another direction."""
-        held = self.node.inputs[self.position]
-        return Value(self.branch, (self._directions(), *self.shape), element_type(held), held)
+        weights = self.node.inputs[self.position]
+        return Value(self.branch, (self._directions(), *self.shape), element_type(weights), weights)
 
     def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:
         order = orders[self.node.op_type]
@@ -162,7 +162,7 @@ class Recurrent(Layer):
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
-        copy, order, back = held_apart(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
+        copy, order, back = detached_copy(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)
@@ -175,12 +175,12 @@ class Recurrent(Layer):
     @classmethod
     def name(cls, node: ir.Node) -> str | None:
         """Return the weight's name in torch, from the node's path."""
-        found = _CALL.search(node.name or "")
-        if found is None or not (node.name or "").startswith("/"):
+        match = _CALL.search(node.name or "")
+        if match is None or not (node.name or "").startswith("/"):
             return None
         module = _CALL.sub("", node.name or "").strip("/").replace("/", ".")
         back = "_reverse" if cls.direction else ""
-        return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
+        return f"{module}.weight_{cls.part}_l{match.group(1) or 0}{back}".lstrip(".")
 
 
 def _reordered(W: Array, order: Sequence[int]) -> Array:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..io.strict_json import JsonValue
-    from .found import Found
+    from .resolved import ResolvedTarget
     from .saturation import Saturation
 
 
@@ -39,7 +39,7 @@ class GraphReport:
 
     out: Path
     files: tuple[Path, ...]
-    found: tuple[Found, ...]
+    found: tuple[ResolvedTarget, ...]
     difference: float | None = None
     note: str | None = None
     damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -18,7 +18,6 @@ from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
 from .building import element_type
 from .experts import EXPERTS, Experts, in_experts
-from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
@@ -30,7 +29,7 @@ from .layers import (
     FusedGemm,
     Gather,
     Gemm,
-    Layer,
+    GraphLayer,
     LeftEinsum,
     LeftMatMul,
     MatMul,
@@ -44,6 +43,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
+from .resolved import METHODS, Known, ResolvedTarget, Spot
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
 
@@ -52,17 +52,17 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 
-KINDS: tuple[type[Layer], ...] = (
+KINDS: tuple[type[GraphLayer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
     FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
 
-SEVERAL: tuple[type[Layer], ...] = (*RECURRENT, *EXPERTS)
+SEVERAL: tuple[type[GraphLayer], ...] = (*RECURRENT, *EXPERTS)
 """The kinds of nodes with several weights: a recurrent layer, or the experts of a layer."""
 
 
-def kinds_of(node: ir.Node) -> list[type[Layer]]:
+def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
     """Return the kinds of layers at a node: at most one kind, or one per weight for a node with several weights."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
@@ -80,7 +80,7 @@ _CALL = re.compile(r"_\d+(?=\.weight$)")
 
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
-) -> list[Found]:
+) -> list[ResolvedTarget]:
     """Find an adapter's targets in a graph, and tied layers that its updates also change.
 
     Args:
@@ -116,7 +116,7 @@ def resolve(
     norms = norms_at(model, adapter, known, base, tying.role)
     apart = {*modules, *norms}
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
-    own = _own_names(layered, known)
+    renamed = _renamed_parts(layered, known)
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
@@ -140,15 +140,15 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    found = [_found(site, asked, known, own) for site, asked in sites]
+    places = [_resolved(site, asked, known, renamed) for site, asked in sites]
     if base is None:
-        refuse_folded(found)
+        refuse_folded(places)
     else:
         from .matching import compare
 
-        found = compare(found, base)
-        compare_experts(found, whole, base)
-    ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
+        places = compare(places, base)
+        compare_experts(places, whole, base)
+    ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in places]
     # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
@@ -162,8 +162,12 @@ def resolve(
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
     """If a target is a convolution of the base, return a convolution in onnxruntime's blocked channel layout."""
-    own = f"{where}.weight"
-    shapes = [] if base is None else [t.shape for name, t in base.tensors.items() if name == own or same_end(name, own)]
+    weight_name = f"{where}.weight"
+    shapes = (
+        []
+        if base is None
+        else [t.shape for name, t in base.tensors.items() if name == weight_name or same_end(name, weight_name)]
+    )
     if not any(len(shape) > 2 for shape in shapes):
         return None
     blocked = (node for node in model.graph.all_nodes() if node.domain == "com.microsoft.nchwc")
@@ -286,8 +290,8 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
             continue
-        held = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
-        stored = [source for one in held for source in sources(one)]
+        constants = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
+        stored = [source for one in constants for source in sources(one)]
         wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in wide]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
@@ -306,17 +310,17 @@ def _is_packed(value: ir.Value | None) -> bool:
     return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))
 
 
-def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:
+def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, ResolvedTarget]:
     """Return the targets that are modules, not layers with a weight."""
-    found: dict[Target, Found] = {}
+    places: dict[Target, ResolvedTarget] = {}
     for target, updates in adapter.updates.items():
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
         with contextlib.suppress(TargetNotFound):  # The target may be a layer without a name; `_sites` reports it.
             ends = outlet(model, target, updates, is_layer=False)
-            found[target] = Found(target, target, updates, (), "scopes", 1.0, outlet=ends)
-    return found
+            places[target] = ResolvedTarget(target, target, updates, (), "scopes", 1.0, outlet=ends)
+    return places
 
 
 def spots_of(model: ir.Model) -> list[Spot]:
@@ -339,7 +343,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
     `layers.0.self_attn.q_proj.bias`, show the full path. A module path with two different prefixes is omitted, because
     it is ambiguous.
     """
-    found: dict[str, set[str]] = {}
+    prefixes_by_path: dict[str, set[str]] = {}
     for node in nodes:
         path = dotted((node.name or "").rpartition("/")[0])
         for value in node.inputs if path else ():
@@ -349,14 +353,14 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
             if module == path or module.endswith(f".{path}"):
                 words = path.split(".")
                 for stop in range(1, len(words) + 1):
-                    found.setdefault(".".join(words[:stop]), set()).add(module.removesuffix(path))
-    return {path: next(iter(prefixes)) for path, prefixes in found.items() if len(prefixes) == 1}
+                    prefixes_by_path.setdefault(".".join(words[:stop]), set()).add(module.removesuffix(path))
+    return {path: next(iter(prefixes)) for path, prefixes in prefixes_by_path.items() if len(prefixes) == 1}
 
 
-def _refuse_orders(found: Sequence[Found]) -> None:
+def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
     """Refuse targets at one node if their order matters, because a graph adds the changes of all targets."""
-    by_spot: dict[Spot, list[Found]] = {}
-    for at in found:
+    by_spot: dict[Spot, list[ResolvedTarget]] = {}
+    for at in places:
         if all(update.kind in ("additive", "weight") for update in at.updates):
             for spot in dict.fromkeys(at.spots):
                 by_spot.setdefault(spot, []).append(at)
@@ -374,27 +378,27 @@ def _refuse(adapter: Adapter) -> None:
             raise Unsupported(why, where=str(target), cure="Attach it to the torch model, and export that model")
 
 
-def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
+def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
     """Return the shape of a layer's weight, `[out, in, *k]`."""
-    first, second, *rest = kind.held_shape(node)
+    first, second, *rest = kind.stored_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
 
 def _names(
-    node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value], containers: Mapping[str, str]
+    node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     if issubclass(kind, Experts):
         return {}  # Each part of an expert has a name; see `in_experts`.
     if issubclass(kind, Recurrent):
-        said = kind.name(node)
-        return {} if said is None else {"path": (said,)}
+        name_here = kind.name(node)
+        return {} if name_here is None else {"path": (name_here,)}
     names = {
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
         "path": _path_names(node.name or "", containers),
     }
-    return {method: said for method, said in names.items() if said}
+    return {method: texts for method, texts in names.items() if texts}
 
 
 def _scope_names(node: ir.Node) -> tuple[str, ...]:
@@ -424,7 +428,9 @@ def by_name(spots: Sequence[Spot]) -> Known:
             some |= _calls(some)
         for name, at in some.items():
             # Keep the first method for a name: `METHODS` is in the order of reliability.
-            known.setdefault(name, (method, _told_apart(name, at) if method in ("folded_from", "initializer") else at))
+            known.setdefault(
+                name, (method, _by_node_name(name, at) if method in ("folded_from", "initializer") else at)
+            )
     return known
 
 
@@ -438,11 +444,15 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
     return calls
 
 
-def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
+def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
     """Select a module's nodes by node name, because modules with equal weights may share one stored weight."""
-    said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
-    own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
-    return own or spots
+    names_of_spots = [
+        {*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots
+    ]
+    named_so = [
+        spot for spot, names in zip(spots, names_of_spots, strict=True) if any(same_end(name, other) for other in names)
+    ]
+    return named_so or spots
 
 
 Placed = list[tuple[Site, Target]]
@@ -479,18 +489,18 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
     This must run before family names are translated, because one family also names a layer `attn.q_proj`, with rows in
     another order.
     """
-    return {alias: known[name] for alias, name in _own_names(adapter, known).items()} | known
+    return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
 
-def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
+def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
     """Map the adapter's weight names in attentions and routers to the graph's names, where one part differs."""
-    found: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
         there = any(f".{other}." in f".{name}" for name in known)
         if asked and not there:
-            found |= {name.replace(f".{one}.", f".{other}."): name for name in known if f".{one}." in f".{name}"}
-    return found
+            renamed |= {name.replace(f".{one}.", f".{other}."): name for name in known if f".{one}." in f".{name}"}
+    return renamed
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
@@ -501,8 +511,8 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _found(site: Site, asked: Target, known: Known, own: Mapping[str, str]) -> Found:
-    """Return the target at a site; `own` maps the adapter's name of a weight to the graph's name where they differ."""
+def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
+    """Return the target at a site; `renamed` maps an adapter's name of a weight to the graph's name if they differ."""
     name = site.weight
     if site.target.stacked:
         raise Unsupported(
@@ -516,13 +526,13 @@ def _found(site: Site, asked: Target, known: Known, own: Mapping[str, str]) -> F
     shape = spots[0].shape
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
-    path = site.target.path if name not in own else own[name].removesuffix(".weight")
+    path = site.target.path if name not in renamed else renamed[name].removesuffix(".weight")
     plain = replace(site, target=replace(site.target, path=path, layout="out *in"), bias=None)
     try:
         check_site(plain, {name: seen}, biasless=True)
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
-    return Found(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
+    return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
 
 
 def _in_rows(target: Target, spot: Spot) -> Target:
@@ -532,7 +542,7 @@ def _in_rows(target: Target, spot: Spot) -> Target:
     return replace(target, rows=(spot.rows[0] + first, spot.rows[0] + last))
 
 
-def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
+def _turned(site: Site, shape: tuple[int, ...], kind: type[GraphLayer]) -> bool:
     """Whether the updates see the weight with its first two axes swapped.
 
     Token rows index tokens, which are the inputs of an embedding and the outputs of a head. Updates that store whole

@@ -53,10 +53,10 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
         names: the names of the graph's layers. If one of these names contains the target's part, it proves more than
             the file's name.
     """
-    said = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
-    if {said, role} != {"encoder", "decoder"}:
+    role_here = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
+    if {role_here, role} != {"encoder", "decoder"}:
         return False
-    return not any(said in name.split(".") for name in names)
+    return not any(role_here in name.split(".") for name in names)
 
 
 def same_layers(one: Path, other: Path) -> bool:

@@ -17,14 +17,14 @@ from ..core.metadata import model_types_of
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.arrange import item
 from ..io.lazy import as_array
-from ..naming.architectures import Architecture, Place, architecture_of
+from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
 from ..naming.moves import Move, PathPart
-from .experts import LAYER, Stack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
-from .found import NEAR
+from .experts import LAYER, ExpertStack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
 from .modules import same_end
 from .operands import nodes_of
 from .reading import GENAI_TYPE
+from .resolved import NEAR
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from .building import Array
-    from .found import Found
+    from .resolved import ResolvedTarget
 
 TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
 """A map from onnxruntime-genai's model types to transformers', where the two differ."""
@@ -90,9 +90,9 @@ def by_expert(
     whole: dict[Target, Target] = {}
     for target, given in adapter.updates.items():
         number = layer_of(target.path)
-        found = () if number is None else _readings(target.path, family)
+        readings = () if number is None else _readings(target.path, family)
         named = "experts" in target.path.split(".")
-        if number is None or not (found or named) or not _in_layer(nodes, number):
+        if number is None or not (readings or named) or not _in_layer(nodes, number):
             updates[target] = given
             continue
         try:
@@ -100,24 +100,24 @@ def by_expert(
             if stack is None:
                 node = next(node for node in nodes if (stem := stem_of(node)) and layer_of(stem) == number)
                 raise _refused(target, node, unknown_layout(node) or "no name shows its layer")
-            _check(target, given, stack, found, model)
+            _check(target, given, stack, readings, model)
         except Unsupported:
             if refused is None:
                 raise
             refused.append(target)
             continue
-        moves = [move for reading in found for move in _moves(reading, stack)]
+        moves = [move for reading in readings for move in _moves(reading, stack)]
         for _, there, part in moved({target: given}, {target.path: tuple(moves)}, {}):
             updates[there] = (*updates.get(there, ()), *part)
             whole[there] = target
     return adapter.replace(updates=updates), whole
 
 
-def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base: Checkpoint) -> None:
+def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Target], base: Checkpoint) -> None:
     """Compare experts in a graph with the base's weights that have the adapter's names.
 
     Args:
-        found: the targets of an adapter.
+        places: the targets of an adapter.
         whole: the second result of `by_expert`.
         base: the weights that the graph was exported from.
 
@@ -125,8 +125,8 @@ def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base
         TargetNotFound: an expert differs from the base by more than quantization explains.
     """
     read: dict[tuple[str, int], Array] = {}
-    held: dict[tuple[ir.Node, object], Array] = {}
-    for place in found:
+    weights: dict[tuple[ir.Node, object], Array] = {}
+    for place in places:
         asked = whole.get(place.asked)
         if asked is None or place.target.rows is None:
             continue
@@ -136,12 +136,12 @@ def compare_experts(found: Sequence[Found], whole: Mapping[Target, Target], base
         number, spot = int(place.target.path.split(".")[-2]), place.spots[0]
         if (names[0], number) not in read:
             tensor = base.tensors[names[0]]
-            own = item(tensor, number) if len(tensor.shape) == 3 else tensor
-            read[names[0], number] = as_array(own).astype(np.float32)
-        if (spot.node, spot.kind) not in held:
-            held[spot.node, spot.kind] = spot.kind.held(spot.node).astype(np.float32)
+            stored = item(tensor, number) if len(tensor.shape) == 3 else tensor
+            read[names[0], number] = as_array(stored).astype(np.float32)
+        if (spot.node, spot.kind) not in weights:
+            weights[spot.node, spot.kind] = spot.kind.stored_array(spot.node).astype(np.float32)
         first, stop = spot.rows or place.target.rows
-        V, W = held[spot.node, spot.kind][first:stop], read[names[0], number]
+        V, W = weights[spot.node, spot.kind][first:stop], read[names[0], number]
         half = [way for U in (W, W.T) for way in (U, U[: len(U) // 2], U[len(U) // 2 :], U[::2], U[1::2])]
         far = min((float(np.linalg.norm(V - U)) for U in half if U.shape == V.shape), default=float("inf"))
         if far > NEAR * max(float(np.linalg.norm(V)), 1e-30):
@@ -153,8 +153,10 @@ def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:
     return any((stem := stem_of(node)) is not None and layer_of(stem) == number for node in nodes)
 
 
-def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Sequence[_Reading], model: ir.Model) -> None:
-    if not found:
+def _check(
+    target: Target, updates: Sequence[Update], stack: ExpertStack, readings: Sequence[_Reading], model: ir.Model
+) -> None:
+    if not readings:
         why = "the order of rows in this stack of experts depends on the model's family, which is unknown"
         cure = "Pass the model's folder: its config.json names the family: --base-weights DIR (base_weights=DIR)"
         raise Unsupported(why, where=str(target), cure=cure)
@@ -165,9 +167,9 @@ def _check(target: Target, updates: Sequence[Update], stack: Stack, found: Seque
     # The builder multiplies Gemma 4's second weights by one scale per expert, by which a change would also be
     # multiplied.
     scale = f"{stack.stem}.moe.router.scale"
-    if any(reading.part == "down_proj" for reading in found) and scale in model.graph.initializers:
+    if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
         raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
-    if fused(stack.node) == 1 and any(reading.part == "gate_proj" for reading in found):
+    if fused(stack.node) == 1 and any(reading.part == "gate_proj" for reading in readings):
         raise _refused(target, stack.node, "its experts have no gate")
     loose = [update.method for update in updates if update.changes_bias and target.stacked]
     if loose:
@@ -222,7 +224,7 @@ def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
     words = inner.split(".")
     if len(words) > 2 and words[-3] == "experts" and words[-2].isdigit() and words[-1] in PARTS:
         return (_Reading(PARTS[words[-1]], int(words[-2]), None),)
-    found: dict[str, _Reading] = {}
+    readings: dict[str, _Reading] = {}
     for weight in family.record.weights if family is not None else ():
         part = PARTS.get(weight.rpartition(".")[2])
         if family is None or part is None or "{e}" not in weight:
@@ -230,19 +232,19 @@ def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
         for naming in family.namings:
             place = family.place(weight, naming)
             if place is not None and place.stacked and place.name.partition("{n}.")[2] == inner:
-                found.setdefault(part, _Reading(part, None, _rows(place)))
-    if {reading.rows for reading in found.values()} == {PathPart(0, 2), PathPart(1, 2)}:
+                readings.setdefault(part, _Reading(part, None, _rows(place)))
+    if {reading.rows for reading in readings.values()} == {PathPart(0, 2), PathPart(1, 2)}:
         return (_Reading("gate_up_proj", None, None),)
-    return tuple(found.values())
+    return tuple(readings.values())
 
 
-def _rows(place: Place) -> PathPart | None:
+def _rows(place: WeightPlace) -> PathPart | None:
     if place.part is None or place.of is None:
         return None
     return PathPart(place.part, place.of, place.interleaved)
 
 
-def _moves(reading: _Reading, stack: Stack) -> list[Move]:
+def _moves(reading: _Reading, stack: ExpertStack) -> list[Move]:
     if reading.expert is not None:
         return [Move(path_of(stack.stem, reading.expert, reading.part))]
     return [

@@ -26,10 +26,10 @@ from .values import Value
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .found import Found
-    from .layers import Layer
+    from .layers import GraphLayer
     from .outlets import Ended
     from .providers import OrtInput
+    from .resolved import ResolvedTarget
 
 INDEX = "adapter_index"
 """Name of the input with the number of an adapter for each row."""
@@ -64,12 +64,12 @@ class RowSlots:
 
     def __init__(self, building: Building) -> None:
         self.building = building
-        self.made: dict[int, tuple[Found, dict[str, ir.Value]]] = {}
+        self.slots_by_target: dict[int, tuple[ResolvedTarget, dict[str, ir.Value]]] = {}
         default = np.zeros(1, np.int64)
         self.index = building.slot(("rows", INDEX), INDEX, default, ["batch_of_adapters"])
         self.shapes = _shapes(building.model)
 
-    def output(self, seen: TargetRows, layer: Layer | Ended, place: Found) -> Value:
+    def output(self, seen: TargetRows, layer: GraphLayer | Ended, place: ResolvedTarget) -> Value:
         """Return a layer's output, with the change of each row's adapter.
 
         Args:
@@ -82,9 +82,9 @@ class RowSlots:
         """
         _check(place)
         key = self.building.keep(place)
-        if key not in self.made:
-            self.made[key] = place, self._slots(place.updates[0], layer, place)
-        slots, x, branch = self.made[key][1], layer.x, layer.branch
+        if key not in self.slots_by_target:
+            self.slots_by_target[key] = place, self._slots(place.updates[0], layer, place)
+        slots, x, branch = self.slots_by_target[key][1], layer.x, layer.branch
         shape = x.value.shape if x.value.shape is not None else self.shapes.get(x.value.name or "")
         sizes = None if shape is None else len(shape)
         flat = sizes == 2
@@ -101,23 +101,25 @@ class RowSlots:
         total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
         return Value(branch, before.sizes, np.dtype(layer.dtype), total)
 
-    def _slots(self, update: Update, layer: Layer | Ended, place: Found) -> dict[str, ir.Value]:
+    def _slots(self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget) -> dict[str, ir.Value]:
         stem, (out, into) = (
             f"{place.target}.{update.method}",
             (update.tensors["B"].shape[0], update.tensors["A"].shape[1]),
         )
         sizes = {"A": (into, 0), "B": (0, out)}
-        made = {}
+        slots_made = {}
         for name, (first, second) in sizes.items():
             default = np.zeros((1, first, second), layer.dtype)
             words = [f"{stem}.{name}.adapters", first or f"{stem}.{name}.r", second or f"{stem}.{name}.r"]
-            made[name] = self.building.slot(("rows", self.building.keep(place), name), f"{stem}.{name}", default, words)
-        return made
+            slots_made[name] = self.building.slot(
+                ("rows", self.building.keep(place), name), f"{stem}.{name}", default, words
+            )
+        return slots_made
 
     def record(self) -> None:
         """List each target's slots in the model's metadata, which `fit` reads."""
         listed = []
-        for place, slots in self.made.values():
+        for place, slots in self.slots_by_target.values():
             record, update = SlotRecord.of(place), place.updates[0]
             # List the slot of B also as the slot of the scaling, because B includes the scaling.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
@@ -127,7 +129,7 @@ class RowSlots:
         self.building.model.metadata_props[ROWS] = INDEX
 
 
-def _check(place: Found) -> None:
+def _check(place: ResolvedTarget) -> None:
     cure = "Inject it with --mode slots (mode='slots'), and run the rows of each adapter together"
     if len(place.updates) != 1 or place.updates[0].method != "lora" or place.updates[0].changes_bias:
         methods = ", ".join(update.method for update in place.updates)
@@ -144,8 +146,8 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     """
     import onnx
 
-    held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    if sum(tensor.nbytes for tensor in held if not isinstance(tensor, ir.ExternalTensor)) > LARGE:
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    if sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor)) > LARGE:
         return {}
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
@@ -181,9 +183,9 @@ def stacked(
     """
     order = list(dict.fromkeys(names))
     feeds: dict[str, Array] = {INDEX: np.array([order.index(name) for name in names], np.int64)}
-    held = [loaded[name] if name is not None else {} for name in order]
-    for slot in dict.fromkeys(slot for one in held for slot in one):
-        parts = [one.get(slot) for one in held]
+    loaded_in_order = [loaded[name] if name is not None else {} for name in order]
+    for slot in dict.fromkeys(slot for one in loaded_in_order for slot in one):
+        parts = [one.get(slot) for one in loaded_in_order]
         sample = next(part for part in parts if part is not None)
         open_axis = next(axis for axis in (1, 2) if not isinstance(slots[slot].shape[axis], int))
         most = max(part.shape[open_axis] for part in parts if part is not None)

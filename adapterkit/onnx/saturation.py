@@ -111,10 +111,10 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
     return Saturation({name: each for name, each in both.items() if any(each)}, values)
 
 
-def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
+def clipping(saturation: Saturation | None, model: ir.Model) -> tuple[str, ...]:
     """Return a warning if static quantization clips more values with the adapter than before."""
-    if found is not None:
-        return () if found.warning is None else (found.warning,)
+    if saturation is not None:
+        return () if saturation.warning is None else (saturation.warning,)
     if not quantizers(model):
         return ()
     how = "The check, which counts clipped values, did not run: omit --no-check (check=False), or pass check={...}"
@@ -128,14 +128,14 @@ def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int
     # Declare the quantizers' inputs as outputs, so that a run returns them.
     model.graph.outputs.extend(value for value in seen if value is not None and value not in outputs)
     try:
-        told = _run(model, [value.name or "" for value in seen if value is not None], feeds)
+        values_seen = _run(model, [value.name or "" for value in seen if value is not None], feeds)
     finally:
         del model.graph.outputs[len(outputs) :]
     counts: dict[str, int] = {}
     for node in nodes:
-        x = told[node.inputs[0].name or ""]  # type: ignore[union-attr]
+        x = values_seen[node.inputs[0].name or ""]  # type: ignore[union-attr]
         counts[node.name or node.outputs[0].name or ""] = _beyond(node, x)
-    sizes: int = sum(told[node.inputs[0].name or ""].size for node in nodes if node.inputs[0] is not None)
+    sizes: int = sum(values_seen[node.inputs[0].name or ""].size for node in nodes if node.inputs[0] is not None)
     return counts, sizes
 
 
@@ -158,8 +158,8 @@ def _beyond(node: ir.Node, x: Array) -> int:
     """Return how many values of x a node clips."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
-    if zero is None and (told := attribute(node, "output_dtype", 0)):
-        kind = ir.DataType(told).numpy()
+    if zero is None and (output_dtype := attribute(node, "output_dtype", 0)):
+        kind = ir.DataType(output_dtype).numpy()
     if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
         return 0  # Floating-point types follow other rules of saturation.
     limits: Any = import_module("ml_dtypes").iinfo(kind)

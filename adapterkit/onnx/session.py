@@ -53,12 +53,15 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
         raise ShapeMismatch(
-            f"the tensor has dtype {array.dtype}, and its slot {kind}", path=path, where=name, cure=_MADE
+            f"the tensor has dtype {array.dtype}, and its slot {kind}", path=path, where=name, cure=_WRITE_ADAPTER
         )
     sizes = zip(declared, array.shape, strict=False)
-    if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
+    if len(declared) != array.ndim or any(isinstance(size, int) and size != wanted for size, wanted in sizes):
         raise ShapeMismatch(
-            f"the tensor has shape {list(array.shape)}, and its slot {declared}", path=path, where=name, cure=_MADE
+            f"the tensor has shape {list(array.shape)}, and its slot {declared}",
+            path=path,
+            where=name,
+            cure=_WRITE_ADAPTER,
         )
 
 
@@ -75,11 +78,11 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], pa
         for axis, size in enumerate(entry.shape):
             if stem not in stems or not isinstance(size, str) or not size.startswith(f"{name}."):
                 continue
-            own = feeds[name].shape[axis] if name in feeds else 0
+            row_count = feeds[name].shape[axis] if name in feeds else 0
             word = size.removeprefix(f"{name}.")
-            if open_sizes.setdefault((stem, word), own) != own:
-                why = f"{word} is {own} here and {open_sizes[stem, word]} in another tensor of the same update"
-                raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
+            if open_sizes.setdefault((stem, word), row_count) != row_count:
+                why = f"{word} is {row_count} here and {open_sizes[stem, word]} in another tensor of the same update"
+                raise ShapeMismatch(why, path=path, where=name, cure=_WRITE_ADAPTER)
 
 
 def kind_of(entry: OrtInput) -> Dtype:
@@ -110,7 +113,7 @@ STATE = "past."
 MOST_NAMED = 4
 """Largest number of inputs that an error lists."""
 
-_MADE = "Write the adapter for this model with adapterkit.onnx.write_adapter"
+_WRITE_ADAPTER = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
 # Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
@@ -267,9 +270,11 @@ class Session:
         if missing := [name for name in self.inputs if name not in feeds]:
             feeds |= {name: _value(array) for name, array in self._usual(inputs, missing).items()}
         if missing := [name for name in self.inputs if name not in feeds]:
-            told = ", ".join(f"{name} {self._shape(name)}" for name in missing[:MOST_NAMED])
+            names_text = ", ".join(f"{name} {self._shape(name)}" for name in missing[:MOST_NAMED])
             more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-            raise UsageError(f"no input {told}{more} was given", path=self._path, cure="Pass an array for each input")
+            raise UsageError(
+                f"no input {names_text}{more} was given", path=self._path, cure="Pass an array for each input"
+            )
         names = list(self.outputs if outputs is None else outputs)
         for name in names:
             if name not in self.outputs:
@@ -326,21 +331,25 @@ class Session:
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
-            told = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
-            new = told["logits"][:, -1].argmax(-1).astype(np.int64)
+            outputs = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
+            new = outputs["logits"][:, -1].argmax(-1).astype(np.int64)
             new = np.where(done, ends[0] if ends else 0, new)
             tokens = np.concatenate([tokens, new[:, None]], 1)
             mask = np.concatenate([mask, np.ones_like(new[:, None])], 1)
             done |= np.isin(new, ends)
             if done.all():
                 break
-            feeds = {"input_ids": new[:, None]} | {name: told[_new_name(name)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: outputs[_new_name(name)] for name in past}
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
         """Return the mask of all tokens and the positions of the last `length` tokens, if these are inputs."""
-        made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
-        return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
+        arrays_by_name = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
+        return {
+            name: array.astype(kind_of(self._entries[name]))
+            for name, array in arrays_by_name.items()
+            if name in self.inputs
+        }
 
     async def run_async(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
@@ -370,23 +379,24 @@ class Session:
         if len(lengths) != 1 and given:  # A cache of a window does not show how many tokens came before.
             return {}
         past = lengths.pop() if given else 0
-        made: dict[str, Array] = {}
+        defaults: dict[str, Array] = {}
         for name in missing:
             entry = self._entries[name]
             if name.startswith(PAST):
                 sizes = self._cache_sizes(entry)
                 if not given and sizes is not None:
-                    made[name] = np.zeros((batch, sizes[0], self._windows.get(name, 0), sizes[1]), kind_of(entry))
+                    window = self._windows.get(name, 0)
+                    defaults[name] = np.zeros((batch, sizes[0], window, sizes[1]), kind_of(entry))
             elif name.startswith(STATE):
-                own = entry.shape[1:]
-                if not given and all(isinstance(size, int) for size in own):
-                    made[name] = np.zeros((batch, *own), kind_of(entry))
+                state = entry.shape[1:]
+                if not given and all(isinstance(size, int) for size in state):
+                    defaults[name] = np.zeros((batch, *state), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
-                made[name] = np.ones((batch, past + length), kind_of(entry))
+                defaults[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
                 # If the mask has padding, the caller must pass the positions, because they may begin at any number.
-                made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
-        return made
+                defaults[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
+        return defaults
 
     def _cache_sizes(self, entry: OrtInput) -> tuple[int, int] | None:
         """Return the number and the size of the heads of cached keys or values; None if they are unknown."""
@@ -468,13 +478,13 @@ class Session:
         weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
         feeds: dict[str, OrtValue] = {}
         for name, weight in weights.items():
-            held = self._named(name)
-            if both := sorted(feeds.keys() & held.keys()):
+            loaded = self._named(name)
+            if both := sorted(feeds.keys() & loaded.keys()):
                 cure = "Combine them with adapterkit.ops.add, and load the result"
                 raise Unsupported(f"{name!r} and another adapter use the same slot", where=both[0], cure=cure)
-            feeds |= {key: value for key, (_, value) in held.items()}
+            feeds |= {key: value for key, (_, value) in loaded.items()}
             if weight != 1:
-                feeds |= self._weighed(name, held, weight)
+                feeds |= self._weighed(name, loaded, weight)
         return feeds
 
     def _of_rows(self, names: list[str | None], inputs: Mapping[str, npt.ArrayLike]) -> dict[str, OrtValue]:
@@ -495,20 +505,20 @@ class Session:
                 self._named(name)
         order = tuple(dict.fromkeys(names))
         if order not in self._stacks:
-            held = {name: {key: array for key, (array, _) in self._loaded[name].items()} for name in order if name}
-            made = stacked(order, held, self._slots)
-            self._stacks[order] = {key: self._placed(array) for key, array in made.items() if key != INDEX}
+            loaded = {name: {key: array for key, (array, _) in self._loaded[name].items()} for name in order if name}
+            arrays_by_slot = stacked(order, loaded, self._slots)
+            self._stacks[order] = {key: self._placed(array) for key, array in arrays_by_slot.items() if key != INDEX}
         index = np.array([order.index(name) for name in names], np.int64)
         return self._stacks[order] | {INDEX: self._placed(index)}
 
-    def _weighed(self, name: str, held: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
+    def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Return the scaling slots of an adapter, multiplied by a weight."""
-        stems = {key.rpartition(".")[0] for key in held}
-        if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
+        stems = {key.rpartition(".")[0] for key in loaded}
+        if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
             cure = "Run it with weight 1, or scale it with adapterkit.ops.scale and load the result"
             raise Unsupported(f"{name!r} has no scaling that a weight could multiply", where=bare[0], cure=cure)
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
-        return {key: self._placed((held[key][0] * weight).astype(held[key][0].dtype)) for key in keys}
+        return {key: self._placed((loaded[key][0] * weight).astype(loaded[key][0].dtype)) for key in keys}
 
     def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
@@ -527,12 +537,12 @@ def _only_graph(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = graphs_in(path)
-    if len(found) > 1:
-        names = ", ".join(file.relative_to(path).as_posix() for file in found[:MOST_NAMED])
+    files = graphs_in(path)
+    if len(files) > 1:
+        names = ", ".join(file.relative_to(path).as_posix() for file in files[:MOST_NAMED])
         cure = "Open the folder with adapterkit.onnx.FolderSession, or pass one of the graphs"
         raise UsageError(f"the model is a folder of several graphs: {names}", path=path, cure=cure)
-    return found[0] if found else path
+    return files[0] if files else path
 
 
 def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
@@ -597,7 +607,7 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because no slot is constant.
     given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
     asked = [(named(name), options_) for name, options_ in given]
-    wanted: list[Any] = [(name, own) if own else name for name, own in asked]
+    wanted: list[Any] = [(name, options_here) if options_here else name for name, options_here in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
     # Check the providers first: if one is missing, some versions of onnxruntime fail, others warn or silently use
     # another.

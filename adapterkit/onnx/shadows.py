@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..io.lazy import Leaf
     from ..methods.shadow import Shadow
     from .calls import CallWords, Heard
-    from .layers import Layer
+    from .layers import GraphLayer
     from .outlets import Ended
     from .pretrained_calls import PretrainedModel
 
@@ -135,16 +135,16 @@ class State:
 def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
     """Append the network's nodes to the block's branch; return the network's output."""
     given, branch = _given(update, heard), heard.layer.branch
-    own = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
-    _check_operators(own, branch)
-    copies: Copies = dict(zip(own.graph.inputs, given.values(), strict=True))
-    for path, value in own.graph.initializers.items():
+    traced = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
+    _check_operators(traced, branch)
+    copies: Copies = dict(zip(traced.graph.inputs, given.values(), strict=True))
+    for path, value in traced.graph.initializers.items():
         assert value.const_value is not None
         key = SHADOW, branch.building.keep(update.network), path
         copies[value] = branch.building.tensor(key, f"shadow.{path}", value.const_value.numpy)
     name = branch.building.name
-    branch.nodes += copied(list(own.graph), copies, lambda wanted: name(f"{branch.name}/network/{wanted}"))
-    return of_call(copies[own.graph.outputs[0]], heard.words, branch, _rows_of(heard))
+    branch.nodes += copied(list(traced.graph), copies, lambda wanted: name(f"{branch.name}/network/{wanted}"))
+    return of_call(copies[traced.graph.outputs[0]], heard.words, branch, _rows_of(heard))
 
 
 def _check_operators(network: ir.Model, branch: Branch) -> None:
@@ -157,7 +157,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
 
 
 def _traced(
-    model: PretrainedModel, update: Shadow, layer: Layer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
+    model: PretrainedModel, update: Shadow, layer: GraphLayer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
 ) -> ir.Model:
     """Return the network as a separate graph, with the main graph's fixed sizes or with dynamic sizes."""
     import torch
@@ -172,8 +172,8 @@ def _traced(
         assert numbers is not None
         return torch.tensor(numbers()).to(kind)
 
-    held = update.map(known)
-    network = Standing(cast("nn.Module", model), held, list(given)).eval()
+    embedded = update.map(known)
+    network = Standing(cast("nn.Module", model), embedded, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
     # Use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor per input, because
     # a tensor that is passed twice would become one input.
@@ -194,47 +194,47 @@ def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None
-    found = {tuple(size if isinstance(size, int) else None for size in (value.shape or ()))[:2]
+    shapes = {tuple(size if isinstance(size, int) else None for size in (value.shape or ()))[:2]
              for value in given.values()}  # fmt: skip
-    if len(found) != 1:
+    if len(shapes) != 1:
         return None
-    sizes = found.pop()
+    sizes = shapes.pop()
     return None if len(sizes) < 2 or sizes[0] is None or sizes[1] is None else (sizes[0], sizes[1])
 
 
 def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     """Return the network's inputs: the graph's inputs, extended to cover the past."""
     words, graph = heard.words, heard.words.building.model.graph
-    found = {name: value for name in CALL if (value := words.input(name)) is not None}
+    given = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
-    known = {*found.values(), *past.values(), *words.made.values()}
+    known = {*given.values(), *past.values(), *words.new_inputs.values()}
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
             why = f"the graph's input {value.name} is not an input of the side network"
             cure = f"Map it to an input, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
             raise Unsupported(why, cure=cure)
-    return _tokens(update, heard, found, bool(past)) | _beside(heard, found)
+    return _tokens(update, heard, given, bool(past)) | _beside(heard, given)
 
 
-def _tokens(update: Shadow, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
-    if EMBEDS in found:
+def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
+    if EMBEDS in given_inputs:
         if past:
             raise Unsupported(
                 "the graph has embeddings as inputs, and a past", cure="Export the model without past keys and values"
             )
-        return {EMBEDS: found[EMBEDS]}
+        return {EMBEDS: given_inputs[EMBEDS]}
     ids = every_token(heard.words, heard.layer.branch)
-    return {EMBEDS: _embedded(ids, found[TOKENS], heard)} if update.shared_embeddings else {TOKENS: ids}
+    return {EMBEDS: _embedded(ids, given_inputs[TOKENS], heard)} if update.shared_embeddings else {TOKENS: ids}
 
 
-def _embedded(ids: ir.Value, own: ir.Value, heard: Heard) -> ir.Value:
+def _embedded(ids: ir.Value, own_ids: ir.Value, heard: Heard) -> ir.Value:
     """Embed tokens with a copy of the base's embedding."""
     building, branch = heard.words.building, heard.layer.branch
-    end = _embedding(own, heard)
-    if ids is own:
+    end = _embedding(own_ids, heard)
+    if ids is own_ids:
         return building.now(end)
-    nodes = between(own, end, list(building.model.graph))
-    copies: Copies = {own: ids}
+    nodes = between(own_ids, end, list(building.model.graph))
+    copies: Copies = {own_ids: ids}
     branch.nodes += copied(nodes, copies, lambda name: building.name(f"{branch.name}/{name}"))
     return copies[end]
 
@@ -243,22 +243,22 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
     """Return the output of the module that embeds the graph's tokens."""
     model, width = heard.words.building.model, heard.layer.x.shape[-1]
     spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
-    found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
-    if len(found) != 1:
-        why = f"the graph has {len(found)} embeddings of its tokens, but must have exactly one"
+    nodes_found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
+    if len(nodes_found) != 1:
+        why = f"the graph has {len(nodes_found)} embeddings of its tokens, but must have exactly one"
         raise TargetNotFound(why, cure=_EXPORT)
-    inside = modules_of(found[0])
-    return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else found[0].outputs[0]
+    inside = modules_of(nodes_found[0])
+    return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else nodes_found[0].outputs[0]
 
 
-def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+def _beside(heard: Heard, given_inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
     """Return the mask and the positions, if the graph has them."""
     given = {}
     for name in (MASK, POSITIONS):
-        if name in found and (found[name].shape is None or len(found[name].shape or ()) != 2):
-            raise Unsupported(f"{name} is not a matrix", where=found[name].name, cure=_EXPORT)
-        if name in found:
-            given[name] = whole_numbers(found[name], heard.layer.branch)
+        if name in given_inputs and (given_inputs[name].shape is None or len(given_inputs[name].shape or ()) != 2):
+            raise Unsupported(f"{name} is not a matrix", where=given_inputs[name].name, cure=_EXPORT)
+        if name in given_inputs:
+            given[name] = whole_numbers(given_inputs[name], heard.layer.branch)
     if POSITIONS in given:
         given[POSITIONS] = every_position(heard.words, heard.layer.branch, given[POSITIONS], _rows_of(heard))
     return given

@@ -29,13 +29,13 @@ from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Building, Dtype, element_type
 from .experts import Experts
-from .found import Found
 from .heads import in_parts
-from .layers import Conv, Layer, LeftMatMul
+from .layers import Conv, GraphLayer, LeftMatMul
 from .model_file import GraphSource, opened
 from .norms import computes_apart
 from .open_factors import is_worked_out, template, worked_out
 from .reading import known_config, loaded
+from .resolved import ResolvedTarget
 from .routed import by_expert
 from .values import OpenSize, Value
 
@@ -105,7 +105,7 @@ class SlotRecord:
     updates: list[SlotUpdate]
 
     @classmethod
-    def of(cls, place: Found) -> SlotRecord:
+    def of(cls, place: ResolvedTarget) -> SlotRecord:
         """Return the record of a target, without any slots yet."""
         return cls(Target(place.asked.path, rows=place.asked.rows), _target_of(place), [])
 
@@ -169,8 +169,8 @@ def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
     """Return the graph inputs that adapters fill, by name: optional inputs, or required inputs (mode `inputs`)."""
-    held = {*model.graph.initializers, *fills_of(model.metadata_props)}
-    return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
+    defaults = {*model.graph.initializers, *fills_of(model.metadata_props)}
+    return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in defaults}
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
@@ -234,10 +234,10 @@ class Slots:
         self.building, self.required = building, required
         self.fills: dict[str, float] = {}
         self.free: dict[str, int] = {}
-        self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
+        self.slots_by_target: dict[tuple[int, int], tuple[ResolvedTarget, dict[str, Slot]]] = {}
         self.scalings: dict[int, Leaf] = {}
 
-    def opened(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update:
+    def opened(self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int) -> Update:
         """Return the update with slots in place of its tensors and its scaling.
 
         Args:
@@ -254,26 +254,28 @@ class Slots:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
             raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
         key = self.building.keep(place), position
-        if key not in self.made:
+        if key not in self.slots_by_target:
             try:
-                self.made[key] = place, self._slots(update, layer, place, position)
+                self.slots_by_target[key] = place, self._slots(update, layer, place, position)
             except Unsupported:
                 if (factors := template(update, place)) is None:
                     raise
-                self.made[key] = place, self._slots(factors, layer, place, position)
+                self.slots_by_target[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
+    def factored(
+        self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int
+    ) -> Update | None:
         """Return slots for factors computed from an update and the base's weight; None if there are no such factors."""
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
-        self.made[key] = place, self._slots(factors, layer, place, position)
+        self.slots_by_target[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def _values(self, update: Update, layer: Layer | Ended, key: tuple[int, int]) -> Update:
+    def _values(self, update: Update, layer: GraphLayer | Ended, key: tuple[int, int]) -> Update:
         """Return the update with its slots in place of its tensors."""
-        place, slots = self.made[key]
+        place, slots = self.slots_by_target[key]
         if is_worked_out(update, dict.fromkeys(slots, "")):
             factors = template(update, place)
             assert factors is not None
@@ -285,12 +287,12 @@ class Slots:
     def record(self) -> None:
         """List each target's slots in the model's metadata, which `fit` reads."""
         targets: dict[int, SlotRecord] = {}
-        for (key, position), (place, slots) in self.made.items():
+        for (key, position), (place, slots) in self.slots_by_target.items():
             first = SlotRecord.of(place)
             fields = {field: slot.value.name or "" for field, slot in slots.items()}
             update = place.updates[position]
-            held = SlotUpdate(update.method, _baked(update, fields), fields)
-            targets.setdefault(key, first).updates.append(held)
+            slot_update = SlotUpdate(update.method, _baked(update, fields), fields)
+            targets.setdefault(key, first).updates.append(slot_update)
         listed = [record.plain() for record in targets.values()]
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         if not self.required:
@@ -306,7 +308,9 @@ class Slots:
         fills = {name: fill for name, fill in self.fills.items() if name in used}
         self.building.model.metadata_props[REQUIRED] = json.dumps(fills, separators=(",", ":"))
 
-    def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
+    def _slots(
+        self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int
+    ) -> dict[str, Slot]:
         """Return a map from each field of the update to its slot."""
         # Fix the shapes for a Conv, because OpenVINO does not run a Conv with a dynamic number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
@@ -318,7 +322,7 @@ class Slots:
         inner = int(self.required or fixed_rank)
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
         stem = _stem(place, position)
-        made = {
+        slots_made = {
             name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, dtype)
             for name, default in defaults.items()
         }
@@ -326,8 +330,8 @@ class Slots:
             # An update that changes two tied layers has one slot for its scaling, as for each of its tensors.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             shared = self.scalings.setdefault(self.building.keep(update), number)
-            made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
-        return made
+            slots_made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
+        return slots_made
 
     def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
         """Return a tensor's shape, with numbers from FREE on for dynamic sizes; if `fixed`, no size is dynamic."""
@@ -361,20 +365,20 @@ class Slots:
         return Slot(value, shape, kind)
 
 
-def _stem(place: Found, position: int) -> str:
+def _stem(place: ResolvedTarget, position: int) -> str:
     """Return the prefix of the names of an update's slots, before a dot and the field's name."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{_target_of(place)}{one}.{place.updates[position].method}"
 
 
-def _target_of(place: Found) -> Target:
+def _target_of(place: ResolvedTarget) -> Target:
     """Return a target under the graph's name; an expert's name already shows which rows of the stack it has."""
     within = any(issubclass(spot.kind, Experts) for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
 
 def _neutral(
-    update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int, tried: Sequence[int]
+    update: Update, shapes: dict[str, tuple[int, ...]], place: ResolvedTarget, inner: int, tried: Sequence[int]
 ) -> dict[str, Array]:  # fmt: skip
     """Return tensors with which an update changes nothing, bit for bit.
 
@@ -398,15 +402,15 @@ def _neutral(
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
     """Return tensors that are filled with one number; dynamic axes have size `inner`."""
-    made = {}
+    arrays_by_name = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
         number = getattr(update, "neutral", {}).get(name, fill)
-        made[name] = np.full([inner if size >= FREE else size for size in shapes[name]], number, dtype=kind)
-    return made
+        arrays_by_name[name] = np.full([inner if size >= FREE else size for size in shapes[name]], number, dtype=kind)
+    return arrays_by_name
 
 
-def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) -> bool:
+def _changes_nothing(update: Update, tensors: dict[str, Array], place: ResolvedTarget) -> bool:
     shape = place.shape
     seen = (shape[1], shape[0], *shape[2:]) if place.turned else shape
     rows = place.target.rows
@@ -514,8 +518,8 @@ def write_adapter(
     write_slot_values(feeds, out)
     if str(out).lower().endswith(SAFETENSORS) or not all(names):
         return Path(out)  # Stacks and computed factors are for this graph only, and cannot be read back.
-    told = {name for fields in names for name in fields.values()}
-    write_slots_record(read, names, [name for name in feeds if name not in told], Path(out))
+    named = {name for fields in names for name in fields.values()}
+    write_slots_record(read, names, [name for name in feeds if name not in named], Path(out))
     return Path(out)
 
 
@@ -536,7 +540,7 @@ def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]
         missing = parts.updates
     lost = tuple(dict.fromkeys(whole.get(target, target) for target in missing))
     gone = set(lost)
-    return adapter.replace(updates={t: own for t, own in adapter.updates.items() if t not in gone}), lost
+    return adapter.replace(updates={t: group for t, group in adapter.updates.items() if t not in gone}), lost
 
 
 SAFETENSORS = ".safetensors"
@@ -632,7 +636,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
             return record
     rows = ", ".join(str(name) for name, _ in records)
     raise TargetNotFound(
-        f"the model has no slots for these rows; it has slots for {rows}", where=str(asked), cure=_MADE
+        f"the model has no slots for these rows; it has slots for {rows}", where=str(asked), cure=_INJECT_SLOTS
     )
 
 
@@ -646,19 +650,21 @@ def _paired(
             left.pop(0)
         if not left:
             methods = ", ".join(each.method for each in record.updates)
-            cure = nearest(f"{record.target}.{update.method}", slots) or _MADE
+            cure = nearest(f"{record.target}.{update.method}", slots) or _INJECT_SLOTS
             raise TargetNotFound(
                 f"the model has no slots for {update.method} there; it has slots for {methods}",
                 where=str(target),
                 cure=cure,
             )
-        own = left.pop(0)
+        slot_update = left.pop(0)
         # Compare the attributes without a slot, because they are constants in the graph's nodes.
-        if (fixed := _baked(update, own.fields)) != own.attributes:
-            name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
-            why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
-            raise Unsupported(why, where=f"{target}: {update.method}", cure=_MADE)
-        pairs.append((update, own.fields))
+        if (fixed := _baked(update, slot_update.fields)) != slot_update.attributes:
+            name = next(
+                name for name in (fixed | slot_update.attributes) if fixed.get(name) != slot_update.attributes.get(name)
+            )
+            why = f"{name} is {fixed.get(name)!r}, and {slot_update.attributes.get(name)!r} in the model's nodes"
+            raise Unsupported(why, where=f"{target}: {update.method}", cure=_INJECT_SLOTS)
+        pairs.append((update, slot_update.fields))
     return pairs
 
 
@@ -672,14 +678,14 @@ def _fill(
         leaves["scaling"] = from_numpy(np.array([1.0 if scaling is None else scaling]))
     for field, leaf in leaves.items():
         if field not in fields:
-            raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_MADE)
+            raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_INJECT_SLOTS)
         name = fields[field]
         array = _padded(update, field, as_array(leaf), slots[name])
         _check(name, array, slots[name], target)
         kind = slots[name].dtype
         cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
         if name in feeds and not np.array_equal(feeds[name], cast):
-            raise Unsupported("two tensors have the same slot", where=name, cure=_MADE)
+            raise Unsupported("two tensors have the same slot", where=name, cure=_INJECT_SLOTS)
         feeds[name] = cast
     return {field: fields[field] for field in update.tensors}
 
@@ -725,7 +731,7 @@ def _fill_rows(
 def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     declared = list(slot.shape or ())
     fits = len(declared) == array.ndim and all(
-        not isinstance(size, int) or size == own for size, own in zip(declared, array.shape, strict=True)
+        not isinstance(size, int) or size == wanted for size, wanted in zip(declared, array.shape, strict=True)
     )
     if not fits:
         why = (
@@ -736,4 +742,4 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
 
 
-_MADE = "Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
+_INJECT_SLOTS = "Give the model slots for this adapter: inject it with --mode slots (mode='slots')"

@@ -34,7 +34,7 @@ class Call(Protocol):
     """
 
     building: Building
-    made: dict[str, ir.Value]
+    new_inputs: dict[str, ir.Value]
 
     def input(self, word: str) -> ir.Value | None:
         """Return the graph input for an input of the call; None if the graph has no such input."""
@@ -49,12 +49,12 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
     """Return the graph's inputs for the past, by the layer's number and `key` or `value`."""
-    found: dict[tuple[int, str], ir.Value] = {}
+    inputs_by_layer: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
-        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
-        if told is not None:
-            found[int(told[1]), told[2]] = value
-    return found
+        match = _PAST.search(value.name or "") if "past" in (value.name or "") else None
+        if match is not None:
+            inputs_by_layer[int(match[1]), match[2]] = value
+    return inputs_by_layer
 
 
 EARLIER = "past_input_ids"
@@ -72,21 +72,21 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
     Raises:
         Unsupported: the graph has no input of tokens.
     """
-    found = words.input(TOKENS)
-    if found is None:
+    ids_input = words.input(TOKENS)
+    if ids_input is None:
         cure = f"Pass its name: --call {TOKENS}=NAME (call={{{TOKENS!r}: NAME}})"
         raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
-    ids = whole_numbers(found, branch)
+    ids = whole_numbers(ids_input, branch)
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
     # Use the name of the past's dynamic size, so that both inputs must have the same length.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
-    earlier = words.new(EARLIER, [first_axis(found), length])
+    earlier = words.new(EARLIER, [first_axis(ids_input), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
 
 
-def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
+def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) -> ir.Value:
     """Return the positions of all tokens, `[rows, positions]`.
 
     The past's positions count up to the call's first position.
@@ -95,10 +95,10 @@ def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> 
         words: the inputs of the call, after `every_token` was called.
         branch: collects the added nodes.
         value: positions of the call's tokens, in one row for each text or in one row for all texts.
-        own: an integer matrix with one entry for each token of the call.
+        like: an integer matrix with one entry for each token of the call.
     """
-    given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(own)
-    earlier = words.made.get(EARLIER)
+    given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(like)
+    earlier = words.new_inputs.get(EARLIER)
     if earlier is None:
         return given.value
     ones = SYMBOLS.ones_like(plain(earlier, branch))
@@ -106,20 +106,20 @@ def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> 
     return concatenated([before, given], 1).value
 
 
-def of_call(value: ir.Value, words: Call, branch: Branch, own: Value) -> ir.Value:
+def of_call(value: ir.Value, words: Call, branch: Branch, like: Value) -> ir.Value:
     """Cut a value for all tokens, `[rows, positions, ...]`, to the tokens of the call."""
-    if EARLIER not in words.made:
+    if EARLIER not in words.new_inputs:
         return value
-    cut = last_columns(plain(value, branch), own)
+    cut = last_columns(plain(value, branch), like)
     cut.shape = None if value.shape is None else ir.Shape([None, None, *list(value.shape)[2:]])
     return cut
 
 
-def last_columns(value: Value, own: Value) -> ir.Value:
-    """Return the last columns of a value, along its second axis: as many as the matrix `own` has."""
+def last_columns(value: Value, like: Value) -> ir.Value:
+    """Return the last columns of a value, along its second axis: as many as the matrix `like` has."""
     node, literal = value.branch.node, value.branch.building.literal
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
-    sizes = node("Shape", [own.value], None, np.int64, (2,))
+    sizes = node("Shape", [like.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
     # Use a negative start, which counts from the end, because the length is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))

@@ -54,11 +54,11 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     image = config.get("image_size", config.get("sample_size"))
     height, width = image[:2] if isinstance(image, list) and len(image) > 1 else (image, image)
     channels = config.get("num_channels", config.get("in_channels"))
-    found = {
+    sizes = {
         "head_size": decoder.get("head_size"), "heads": decoder.get("num_key_value_heads"), "channels": channels,
         "height": height, "width": width, "window": window.get("window_size") if isinstance(window, dict) else None,
     }  # fmt: skip
-    return {word: size for word, size in found.items() if isinstance(size, int) and 0 < size < 1 << 16}
+    return {word: size for word, size in sizes.items() if isinstance(size, int) and 0 < size < 1 << 16}
 
 
 def windows_beside(graph: Path) -> dict[str, int]:
@@ -80,13 +80,13 @@ def windows_beside(graph: Path) -> dict[str, int]:
 def _config(file: Path) -> dict[str, JsonValue]:
     """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
     try:
-        told = json.loads(read_input(file).decode("utf-8"))
+        config = json.loads(read_input(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError, AdapterkitError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
-def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
+def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
     """Return inputs for a graph; dynamic axes of the same name have the same size, and the first axis is the batch.
 
     Args:

@@ -19,9 +19,9 @@ from ..merging.planned_update import PlannedUpdate
 from ..merging.ties import acting, parse_tied
 from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
-from .found import METHODS, NEAR, Found, Spot
 from .packed import is_packed
 from .reading import known_config
+from .resolved import METHODS, NEAR, ResolvedTarget, Spot
 from .roles import role_of
 
 if TYPE_CHECKING:
@@ -54,11 +54,13 @@ class Tying:
         return cls(parse_tied(tied), known_config(base, path), None if path is None else role_of(Path(path.name)))
 
 
-def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
+def with_tied(
+    places: Sequence[ResolvedTarget], adapter: Adapter, spots: Sequence[Spot], tying: Tying
+) -> list[ResolvedTarget]:
     """Return an adapter's targets in a graph, and also the tied layers that its updates change.
 
     Args:
-        found: the targets that the adapter names.
+        places: the targets that the adapter names.
         adapter: the adapter, whose recipe shows which tool trained it.
         spots: all layers of the graph.
         tying: the caller's choice, and the base's config.
@@ -68,14 +70,14 @@ def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], t
     """
     # Trust the config, because equal values alone do not prove a tie.
     if says_untied(tying.config):
-        return list(found)
-    for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):
-        found = _with_group(found, adapter, group, tying)
-    return list(found)
+        return list(places)
+    for group in _groups(spots, [spot for place in places if _may_be_tied(place) for spot in place.spots]):
+        places = _with_group(places, adapter, group, tying)
+    return list(places)
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _TiedLayers:
     """Layers with equal values.
 
     Attributes:
@@ -89,12 +91,12 @@ class _Group:
     proven: bool
 
 
-def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
+def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]:
     """Return the groups of tied layers that include a changed layer."""
     flat = [spot for spot in spots if len(spot.shape) == 2 and spot.rows is None]
     lookups = [spot for spot in flat if _is_lookup(spot)]
     heads = [spot for spot in flat if not _is_lookup(spot)]
-    nodes, groups = {spot.node for spot in changed}, list[_Group]()
+    nodes, groups = {spot.node for spot in changed}, list[_TiedLayers]()
     for lookup in lookups:
         if any(lookup in group.lookups for group in groups):
             continue
@@ -104,33 +106,35 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
             continue
         near = {head: distance for head in sized if (distance := _distance(head, lookup)) is not None}
         if near and nodes & {spot.node for spot in (*known, *near)}:
-            groups.append(_Group(tuple(known), tuple(near), not any(near.values())))
+            groups.append(_TiedLayers(tuple(known), tuple(near), not any(near.values())))
     return groups
 
 
-def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
+def _with_group(
+    places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
+) -> list[ResolvedTarget]:
     """Return an adapter's targets, and also the other layers of a group that its updates change."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
-    named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
+    named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
     (head, heads), *others = _by_layer(group.heads, named).items()
     layers = {**inputs, head: [*heads, *(spot for _, more in others for spot in more)]}
     stored = next((_name(place) for place in named if _is_lookup(place.spots[0])), next(iter(inputs)))
     tie = tie_of(stored, tuple(inputs), head)
-    own: dict[str, list[PlannedUpdate]] = {}
+    folds_by_layer: dict[str, list[PlannedUpdate]] = {}
     for place in named:
-        own.setdefault(_name(place), []).append(_fold(place))
-    changed = acting(tie, own, adapter, tying.tied, tying.warnings)
+        folds_by_layer.setdefault(_name(place), []).append(_fold(place))
+    changed = acting(tie, folds_by_layer, adapter, tying.tied, tying.warnings)
     added = [each for layer, folds in changed.items() for each in _added(layer, layers[layer], folds, named)]
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
     # Drop targets that `acting` dropped, such as T5's `shared`: no layer calls this module, so PEFT trains an update
     # there without any effect.
-    return [*(place for place in found if place not in named or _fold(place).target in kept), *added]
+    return [*(place for place in places if place not in named or _fold(place).target in kept), *added]
 
 
-def _may_be_tied(place: Found) -> bool:
+def _may_be_tied(place: ResolvedTarget) -> bool:
     weights = [update for update in place.updates if update.kind != "output" and update.changes_weight]
     return bool(weights and place.spots) and len(place.shape) == 2 and place.target.rows is None
 
@@ -157,29 +161,29 @@ def _size(spot: Spot) -> tuple[int, ...]:
 
 
 def _table(spot: Spot) -> Array:
-    held = spot.kind.held(spot.node).astype(np.float32)
-    seen = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
+    stored = spot.kind.stored_array(spot.node).astype(np.float32)
+    seen = stored.swapaxes(0, 1) if spot.kind.turns(spot.node) else stored
     return seen.T if _is_lookup(spot) else seen
 
 
-def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
+def _by_layer(spots: Sequence[Spot], named: Sequence[ResolvedTarget]) -> dict[str, list[Spot]]:
     """Return the nodes of each layer, under the adapter's name for the layer's weight, or else the graph's name."""
     nodes = {spot.node for spot in spots}
-    found: dict[str, list[Spot]] = {
+    spots_by_name: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
     }
     for spot in spots:
-        own = (_name(place) for place in named if len(place.spots) == 1 and spot.node is place.spots[0].node)
-        told = (name for method in METHODS for name in spot.names.get(method, ()))
-        found.setdefault(next(own, None) or next(told, spot.node.name or ""), []).append(spot)
-    return found
+        names_placed = (_name(place) for place in named if len(place.spots) == 1 and spot.node is place.spots[0].node)
+        names_stated = (name for method in METHODS for name in spot.names.get(method, ()))
+        spots_by_name.setdefault(next(names_placed, None) or next(names_stated, spot.node.name or ""), []).append(spot)
+    return spots_by_name
 
 
-def _name(place: Found) -> str:
+def _name(place: ResolvedTarget) -> str:
     return f"{place.target.path}.weight"
 
 
-def _fold(place: Found) -> PlannedUpdate:
+def _fold(place: ResolvedTarget) -> PlannedUpdate:
     """Return a target's updates as a planned update of the table, whose rows are tokens."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
@@ -187,7 +191,9 @@ def _fold(place: Found) -> PlannedUpdate:
     return PlannedUpdate(target, updates, 1.0, 0, False, _size(place.spots[0]))
 
 
-def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[Found]) -> list[Found]:
+def _added(
+    layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[ResolvedTarget]
+) -> list[ResolvedTarget]:
     """Return targets at a tied layer for updates that the adapter has at the other layer."""
     added = []
     for fold in folds:
@@ -204,7 +210,7 @@ def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named:
     return added
 
 
-def _unproven(place: Found, tie: Tie) -> UsageError:
+def _unproven(place: ResolvedTarget, tie: Tie) -> UsageError:
     why = (
         f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
         f"if they are tied, the update at {place.asked} changes both, otherwise only one of them"

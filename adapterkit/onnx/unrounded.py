@@ -18,7 +18,7 @@ from .building import Array, Attribute, Branch, Building
 from .layers import rectifies
 from .operands import attribute, is_constant, numbers, shape_of
 
-OWN = "com.microsoft"
+MICROSOFT = "com.microsoft"
 
 MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat",
@@ -82,7 +82,7 @@ class _Unrounding:
     def _changed(self, node: ir.Node) -> None:
         """Convert a node to floats if it rounds, or reads what was rounded."""
         make = FORMS.get(node.op_type)
-        known = node.domain in ("", "ai.onnx", OWN)
+        known = node.domain in ("", "ai.onnx", MICROSOFT)
         if node.op_type == "QuantizeLinear" and known:
             if not is_constant(node.inputs[0]):
                 self._becomes(node, self._clipped(_given(node, 0), node))
@@ -236,14 +236,14 @@ def _gemm(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 def _vector(of: _Unrounding, node: ir.Node, at: int) -> ir.Value | None:
     """Return the float value of an integer bias, whose step is the product of the input's and the weight's scales."""
-    held = _at(node, at)
-    if held is None:
+    value = _at(node, at)
+    if value is None:
         return None
     steps = [_given(node, 1), _given(node, 4)]
-    if not all(is_constant(one) for one in (held, *steps)):
+    if not all(is_constant(one) for one in (value, *steps)):
         raise Unknown
     first, second = (numbers(one).astype(np.float64).reshape(-1) for one in steps)
-    return of.stored(numbers(held).astype(np.float64).reshape(-1) * first * second)
+    return of.stored(numbers(value).astype(np.float64).reshape(-1) * first * second)
 
 
 def _pair(op: str) -> Form:
@@ -304,7 +304,7 @@ def _attention(of: _Unrounding, node: ir.Node) -> ir.Value:
     if any(out.uses() for out in node.outputs[1:]) or len(shape_of(_given(node, 1))) != 2:
         raise Unknown
     words = {name: one.value for name, one in node.attributes.items()}
-    return of.node("Attention", [x, W, _at(node, 2), _at(node, 5), _at(node, 8)], words, OWN)
+    return of.node("Attention", [x, W, _at(node, 2), _at(node, 5), _at(node, 8)], words, MICROSOFT)
 
 
 Form = Callable[[_Unrounding, ir.Node], ir.Value]

@@ -57,9 +57,9 @@ def check_model(proto: ModelProto, path: Path | None) -> None:
     opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
     _check_graph(proto.graph, opsets, frozenset(), path, 0)
     for function in proto.functions:
-        own = opsets | {entry.domain: entry.version for entry in function.opset_import}
+        versions = opsets | {entry.domain: entry.version for entry in function.opset_import}
         for node in function.node:
-            _check_node(node, own, path)
+            _check_node(node, versions, path)
 
 
 def _check_graph(
@@ -92,28 +92,28 @@ def _check_graph(
 
 def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path: Path | None) -> None:
     """Check that every name is defined once and that there are no cycles; accept nodes in any order."""
-    made: dict[str, int] = {}
+    makers: dict[str, int] = {}
     for at, node in enumerate(graph.node):
         for name in node.output:
             _check_text(name, "an output", path)
-            if name and (name in made or name in given):
+            if name and (name in makers or name in given):
                 raise Malformed(f"the value {name!r} is defined twice", path=path, where=_name(node), cure=_AGAIN)
-            made[name] = at
-    made.pop("", None)
+            makers[name] = at
+    makers.pop("", None)
     waits: list[set[int]] = []
     readers: dict[int, list[int]] = {}
     for at, node in enumerate(graph.node):
-        own = set()
+        before = set()
         for name in _read(node):
-            if name in made:
-                own.add(made[name])
+            if name in makers:
+                before.add(makers[name])
             elif name not in given and name not in outer:
                 raise Malformed(f"nothing computes its input {name!r}", path=path, where=_name(node), cure=_AGAIN)
-        for one in own:
+        for one in before:
             readers.setdefault(one, []).append(at)
-        waits.append(own)
+        waits.append(before)
     # Kahn's algorithm: nodes that never become ready are on a cycle.
-    ready = [at for at, own in enumerate(waits) if not own]
+    ready = [at for at, before in enumerate(waits) if not before]
     done = 0
     while ready:
         at, done = ready.pop(), done + 1
@@ -122,10 +122,12 @@ def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path
             if not waits[reader]:
                 ready.append(reader)
     if done < len(waits):
-        _refuse_cycle(graph, made, waits, path)
+        _refuse_cycle(graph, makers, waits, path)
 
 
-def _refuse_cycle(graph: GraphProto, made: Mapping[str, int], waits: Sequence[set[int]], path: Path | None) -> NoReturn:
+def _refuse_cycle(
+    graph: GraphProto, makers: Mapping[str, int], waits: Sequence[set[int]], path: Path | None
+) -> NoReturn:
     """Raise the error for a cycle.
 
     For each node that is on the cycle or depends on it, `waits` contains the nodes that this node waits for.
@@ -135,22 +137,22 @@ def _refuse_cycle(graph: GraphProto, made: Mapping[str, int], waits: Sequence[se
     """
     for at, node in enumerate(graph.node):
         for name in _returned(node) if waits[at] else ():
-            if name in made and _waits_for(waits, made[name], at):
+            if name in makers and _waits_for(waits, makers[name], at):
                 why = (
                     f"a graph inside this {node.op_type} does not compute its output {name!r}, and the value of this "
                     f"name outside is computed from the {node.op_type}. onnxruntime does not load such a file, either"
                 )
                 cure = "Convert the model again with a tool that supports graphs inside nodes, or convert its parts"
                 raise Malformed(why, path=path, where=_name(node), cure=cure)
-    node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
+    node = next(node for node, before in zip(graph.node, waits, strict=True) if before)
     raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
 
 
 def _returned(node: NodeProto) -> Iterator[str]:
     """Yield the outer values that the graphs inside a node return."""
     for graph in _graphs(node):
-        own = _defined(graph)
-        yield from (value.name for value in graph.output if value.name not in own)
+        defined = _defined(graph)
+        yield from (value.name for value in graph.output if value.name not in defined)
 
 
 def _waits_for(waits: Sequence[set[int]], at: int, goal: int) -> bool:
@@ -168,9 +170,9 @@ def _graphs(node: NodeProto) -> list[GraphProto]:
 
 def _defined(graph: GraphProto) -> set[str]:
     """Return the names that a graph inside a node defines."""
-    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    own |= {one.values.name for one in graph.sparse_initializer}
-    return own | {name for each in graph.node for name in each.output}
+    defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    defined |= {one.values.name for one in graph.sparse_initializer}
+    return defined | {name for each in graph.node for name in each.output}
 
 
 def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
@@ -179,9 +181,9 @@ def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
     if depth > MAX_NESTING:
         return
     for graph in _graphs(node):
-        own = _defined(graph)
-        yield from (name for each in graph.node for name in _read(each, depth + 1) if name not in own)
-        yield from (value.name for value in graph.output if value.name not in own)
+        defined = _defined(graph)
+        yield from (name for each in graph.node for name in _read(each, depth + 1) if name not in defined)
+        yield from (value.name for value in graph.output if value.name not in defined)
 
 
 def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:
@@ -214,10 +216,10 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
     if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
         why = f"a {node.op_type} has {sum(bool(name) for name in node.input)} inputs, but the operator requires others"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
-    held = {attribute.name: attribute.type for attribute in node.attribute}
+    types = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
-        if (needed and name not in held) or (name in held and held[name] != kind):
-            fault = "has the wrong type" if name in held else "is missing"
+        if (needed and name not in types) or (name in types and types[name] != kind):
+            fault = "has the wrong type" if name in types else "is missing"
             why = f"the attribute {name} of a {node.op_type} {fault}"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
@@ -258,16 +260,16 @@ def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
         return  # model_file.py checks external data.
     count = math.prod(dims)
     if tensor.HasField("raw_data"):
-        held, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
+        count_stored, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
         if kind == ir.DataType.STRING:
             raise Malformed("a tensor of strings has raw bytes", path=path, where=where, cure=_AGAIN)
     else:
         field = next((field for field, kinds in _FIELDS.items() if kind.name in kinds), "int32_data")
         per = 2 if kind.name.startswith("COMPLEX") else 1
-        held, unit = len(getattr(tensor, field)), "numbers"
+        count_stored, unit = len(getattr(tensor, field)), "numbers"
         needed = count * per if kind == ir.DataType.STRING or kind.bitwidth >= 8 else -(-count * kind.bitwidth // 8)
-    if held != needed:
-        why = f"a tensor has {held} {unit}, and its shape {list(dims)} of {kind.name} needs {needed}"
+    if count_stored != needed:
+        why = f"a tensor has {count_stored} {unit}, and its shape {list(dims)} of {kind.name} needs {needed}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 

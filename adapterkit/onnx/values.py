@@ -334,20 +334,20 @@ class Symbols:
     linalg = _Linalg()
 
     def arange(self, *limits: int, **kind: object) -> Array:
-        made: Array = arrays.arange(*_closed(limits), **kind)
-        return made
+        array: Array = arrays.arange(*_closed(limits), **kind)
+        return array
 
     def eye(self, *sizes: int, **kind: object) -> Array:
-        made: Array = arrays.eye(*_closed(sizes), **kind)
-        return made
+        array: Array = arrays.eye(*_closed(sizes), **kind)
+        return array
 
     def zeros(self, shape: Sequence[int], **kind: object) -> Array:
-        made: Array = arrays.zeros(_closed(shape), **kind)
-        return made
+        array: Array = arrays.zeros(_closed(shape), **kind)
+        return array
 
     def ones(self, shape: Sequence[int], **kind: object) -> Array:
-        made: Array = arrays.ones(_closed(shape), **kind)
-        return made
+        array: Array = arrays.ones(_closed(shape), **kind)
+        return array
 
     def finfo(self, dtype: Kind) -> Any:
         return import_module("ml_dtypes").finfo(dtype)
@@ -403,18 +403,18 @@ class Symbols:
 
     def sum(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
         reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
-        made: Operand = reducible.sum(axis=axis, keepdims=keepdims)
-        return made
+        total: Operand = reducible.sum(axis=axis, keepdims=keepdims)
+        return total
 
     def mean(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
         reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
-        made: Operand = reducible.mean(axis=axis, keepdims=keepdims)
-        return made
+        average: Operand = reducible.mean(axis=axis, keepdims=keepdims)
+        return average
 
     def max(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
         reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
-        made: Operand = reducible.max(axis=axis, keepdims=keepdims)
-        return made
+        largest: Operand = reducible.max(axis=axis, keepdims=keepdims)
+        return largest
 
     def cumulative_sum(self, x: Operand, axis: int) -> Operand:
         return x.cumsum(axis)

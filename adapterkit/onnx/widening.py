@@ -80,8 +80,8 @@ def as_fed(feeds: Feeds) -> dict[str, Array]:
 
 def widened_note(model: ir.Model, path: Path) -> str | None:
     """Return a note that the check of a bfloat16 graph ran in float32; None if onnxruntime ran the graph unchanged."""
-    held = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
-    if not any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in held):
+    values_used = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
+    if not any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in values_used):
         return None
     why = "its inputs or outputs are bfloat16"
     try:
@@ -138,13 +138,13 @@ def _widen_nodes(nodes: Iterable[NodeProto]) -> None:
                 _widen_tensor(tensor)
 
 
-def _widen_type(held: TypeProto) -> None:
-    if held.HasField("sequence_type"):
-        _widen_type(held.sequence_type.elem_type)
-    elif held.HasField("optional_type"):
-        _widen_type(held.optional_type.elem_type)
-    elif held.HasField("tensor_type") and held.tensor_type.elem_type == BFLOAT16:
-        held.tensor_type.elem_type = FLOAT
+def _widen_type(type_proto: TypeProto) -> None:
+    if type_proto.HasField("sequence_type"):
+        _widen_type(type_proto.sequence_type.elem_type)
+    elif type_proto.HasField("optional_type"):
+        _widen_type(type_proto.optional_type.elem_type)
+    elif type_proto.HasField("tensor_type") and type_proto.tensor_type.elem_type == BFLOAT16:
+        type_proto.tensor_type.elem_type = FLOAT
 
 
 def _widen_tensor(tensor: TensorProto) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter
 from ..core.updates import Additive, Update
 from ..errors import ONE_WEIGHT_EACH, AdapterkitError, UsageError
-from ..io.computed import computed, held, joined, total, wide
+from ..io.computed import computed, joined, rounded_lazy, total, wide
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
@@ -37,16 +37,16 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         lora = update if isinstance(update, LoRA) else _lora(place, update)
         thin += [] if lora is None else [(lora, weight)]
         rest += [(update, weight)] if lora is None else []
-    made: list[Update] = []
+    updates_made: list[Update] = []
     if thin:
         # If the ranks add up to more than the weight's smaller side, cut the sum to that rank; the cut loses nothing.
         # Stacking joins the factors without a cut, because stacking must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
-        made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
+        updates_made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
     if stacking:
-        return made + [update.scaled(weight) or _dense(place, [(update, weight)]) for update, weight in rest]
-    return made + ([_dense(place, rest)] if rest else [])
+        return updates_made + [update.scaled(weight) or _dense(place, [(update, weight)]) for update, weight in rest]
+    return updates_made + ([_dense(place, rest)] if rest else [])
 
 
 def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
@@ -141,8 +141,8 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
         UsageError: a method needs the base's weights, but no base was given; or the factor is not finite.
     """
     _check_weights([factor], 1)
-    (read,), found = places([adapter], base=base)
-    updates = {place.target: summed_at(place, [factor], stacking=False) for place in found}
+    (read,), aligned = places([adapter], base=base)
+    updates = {place.target: summed_at(place, [factor], stacking=False) for place in aligned}
     return read.replace(updates=updates).step("scale", factor=float(factor))
 
 
@@ -223,8 +223,8 @@ def stack(
 def _combined(
     op: str, adapters: Sequence[Source], weights: list[float], base: Base | None, disjoint: bool, *, stacking: bool
 ) -> Adapter:
-    read, found = places(adapters, base=base, disjoint=disjoint)
-    updates = {place.target: summed_at(place, weights, stacking) for place in found}
+    read, aligned = places(adapters, base=base, disjoint=disjoint)
+    updates = {place.target: summed_at(place, weights, stacking) for place in aligned}
     return of_several(read, updates, op, weights=weights)
 
 
@@ -240,10 +240,10 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
         raise error.at(where=str(place.target)) from None
 
 
-def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
+def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
     """Return (updates up to and including the last non-additive one, the additive updates after it, weight)."""
-    last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
-    return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
+    last = max((i + 1 for i, update in enumerate(group) if not isinstance(update, Additive)), default=0)
+    return tuple(group[:last]), tuple(u for u in group[last:] if isinstance(u, Additive)), weight
 
 
 def _mixed(
@@ -281,24 +281,24 @@ def _mixture(place: AlignedPlace, updates: Sequence[tuple[Update, ...]], weights
     if len(methods) > 1 or any(len(head) > 1 for head in updates):
         return None
     ready = [loaded(head[0], place.target) for head in updates]
-    made: Any = methods.pop().mixed(ready, list(weights))  # type: ignore[attr-defined]
+    mixed: Any = methods.pop().mixed(ready, list(weights))  # type: ignore[attr-defined]
     kind = wide([leaf for head in updates for leaf in head[0].tensors.values()])
-    return None if made is None else made.map(lambda values: _stored(values, kind))
+    return None if mixed is None else mixed.map(lambda values: _stored(values, kind))
 
 
 def _stored(values: Array, kind: DType) -> Lazy:
     from ..io.lazy import from_numpy
 
-    return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)
+    return rounded_lazy(values, kind) if values.dtype.kind == "f" else from_numpy(values)
 
 
 def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
     """Scale one adapter's additive updates; keep their methods if the methods have a scaling."""
-    made: list[Update] = []
+    updates_made: list[Update] = []
     for update, weight in terms:
         scaled = update if weight == 1 else update.scaled(weight)
-        made += added(place, [(update, weight)], stacking=True) if scaled is None else [scaled]
-    return made
+        updates_made += added(place, [(update, weight)], stacking=True) if scaled is None else [scaled]
+    return updates_made
 
 
 def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:

@@ -45,7 +45,7 @@ class AlignedPlace:
 
     @property
     def all_updates(self) -> list[Update]:
-        return [update for found in self.updates for update in found]
+        return [update for group in self.updates for update in group]
 
     @cached_property
     def shape(self) -> Shape:
@@ -55,11 +55,11 @@ class AlignedPlace:
             ShapeMismatch: the adapters were made for different weights.
             UsageError: neither the base nor the updates show the shape.
         """
-        known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
+        known = [weight_shape(self.target, group, self.base) if group else None for group in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
             raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
-        changing = [any(update.changes_weight for update in found) for found in self.updates]
+        changing = [any(update.changes_weight for update in group) for group in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
             # Compare the numbers of elements, because some methods store only the product of a convolution's input and
             # kernel sizes.
@@ -75,12 +75,12 @@ class AlignedPlace:
             AdapterkitError: an update is not additive; see `lowering.additive`.
         """
         shape, factors = self.shape, weights or [1.0] * len(self.updates)
-        made: list[Change | None] = []
-        for found, weight in zip(self.updates, factors, strict=True):
-            terms = tuple(update for update in found if isinstance(update, Additive))
-            assert len(terms) == len(found)
-            made.append(Change(self.target, shape, terms, weight) if terms else None)
-        return tuple(made)
+        changes: list[Change | None] = []
+        for group, weight in zip(self.updates, factors, strict=True):
+            terms = tuple(update for update in group if isinstance(update, Additive))
+            assert len(terms) == len(group)
+            changes.append(Change(self.target, shape, terms, weight) if terms else None)
+        return tuple(changes)
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
@@ -181,10 +181,10 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_layouts(adapters: Sequence[Adapter]) -> None:
-    said: dict[tuple[str, tuple[int, int] | None], Target] = {}
+    seen: dict[tuple[str, tuple[int, int] | None], Target] = {}
     for adapter in adapters:
         for target in adapter.updates:
-            other = said.setdefault((target.path, target.rows), target)
+            other = seen.setdefault((target.path, target.rows), target)
             if other.layout != target.layout:
                 why = f"one adapter assumes that the base stores [{other.layout}], another assumes [{target.layout}]"
                 raise ShapeMismatch(why, where=str(target), cure=_BASE)

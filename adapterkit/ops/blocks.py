@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 # interval, the adjacent range is searched next.
 
 
-HELD = 1 << 19
+MAX_NUMBERS = 1 << 19
 """The largest number of values of a series that are kept in memory."""
 
 BINS = 1 << 16
-"""The number of bins for an interval with more than `HELD` values."""
+"""The number of bins for an interval with more than `MAX_NUMBERS` values."""
 
 SHARE = 256
 """In tensors with more than `WHOLE` entries, one of this many entries is sampled."""
@@ -75,7 +75,7 @@ class Selection:
     """The search for the k-th largest value of a series.
 
     The caller passes all values of the series to `feed`, piece by piece, between `begin` and `end`, and repeats this
-    until `found` is set.
+    until `selected` is set.
 
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
@@ -85,7 +85,7 @@ class Selection:
 
     wanted: Callable[[int, int], int]
     partial: bool = False
-    found: Selected | None = None
+    selected: Selected | None = None
     _lo: int = 0
     _hi: int = LARGEST
     _samples: list[tuple[Array, float]] = field(default_factory=list)
@@ -113,7 +113,7 @@ class Selection:
         # If the interval is a single number, such as the zero of a sparse change, count the values without keeping
         # them.
         several = self._lo < self._hi
-        self._values = [] if several and self._expected <= HELD else None
+        self._values = [] if several and self._expected <= MAX_NUMBERS else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
@@ -145,24 +145,24 @@ class Selection:
                 self._values.append(inside)
 
     def end(self) -> None:
-        """Finish reading the series: set `found`, or choose the next interval."""
+        """Finish reading the series: set `selected`, or choose the next interval."""
         import numpy as np
 
         k = min(self.wanted(self._total, self._nonzero), self._total)
         if k <= 0:
-            self.found = Selected(math.inf, 0, 0, self._total)
+            self.selected = Selected(math.inf, 0, 0, self._total)
         elif k <= self._above:
             self._interval(self._hi + 1, LARGEST, math.inf)
         elif k > self._above + self._inside:
             self._interval(0, self._lo - 1, math.inf)
         elif self._lo == self._hi:
-            self.found = Selected(_double(self._lo), self._above, self._inside, self._total)
+            self.selected = Selected(_double(self._lo), self._above, self._inside, self._total)
         elif self._values is not None:
             inside = np.concatenate(self._values)
             place = inside.size - (k - self._above)
             value = float(np.partition(inside, place)[place])
             above = self._above + int(np.count_nonzero(inside > value))
-            self.found = Selected(value, above, int(np.count_nonzero(inside == value)), self._total)
+            self.selected = Selected(value, above, int(np.count_nonzero(inside == value)), self._total)
         else:
             self._narrow(k)
         self._values, self._bins = None, None
@@ -221,7 +221,7 @@ def _double(bits: int) -> float:
 
 def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
     """Call `once`, which passes all values to the selections, again and again until all selections have results."""
-    while open_ := [each for each in selections if each.found is None]:
+    while open_ := [each for each in selections if each.selected is None]:
         for each in open_:
             each.begin()
         once()
@@ -263,10 +263,10 @@ class Blocks:
         import numpy as np
 
         out, columns = self.shape
-        held = np.empty((self.count, min(self.step, out), columns))
+        buffer = np.empty((self.count, min(self.step, out), columns))
         for start in range(0, out, self.step):
             rows = slice(start, min(start + self.step, out))
-            block = held[:, : rows.stop - start]
+            block = buffer[:, : rows.stop - start]
             for D, delta in zip(block, self.deltas, strict=True):
                 _form(delta, rows, D)
             yield rows, block
@@ -286,12 +286,12 @@ class Blocks:
         # which takes n operations per rank.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
-        found = np.empty((self.count, count))
-        for values, delta in zip(found, self.deltas, strict=True):
+        values_at = np.empty((self.count, count))
+        for values, delta in zip(values_at, self.deltas, strict=True):
             values[:] = 0.0 if delta.rest is None else delta.rest[i, j]
             for b, a in zip(delta.B.T, delta.A, strict=True):
                 values += b[i] * a[j]
-        return found
+        return values_at
 
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
@@ -309,8 +309,8 @@ class Blocks:
         selections = [Selection(k) for k in wanted]
 
         def series(values: Array, number: int) -> Array:
-            found: Array = values[number // each].reshape(-1)
-            return found
+            chosen: Array = values[number // each].reshape(-1)
+            return chosen
 
         drawn = key(self.sample())
         for number, selection in enumerate(selections):
@@ -320,11 +320,11 @@ class Blocks:
             for _, changes in self:
                 values = key(changes)
                 for number, selection in enumerate(selections):
-                    if selection.found is None:
+                    if selection.selected is None:
                         selection.feed(np.ascontiguousarray(series(values, number)))
 
         settle(selections, once)
-        return [selection.found for selection in selections if selection.found is not None]
+        return [selection.selected for selection in selections if selection.selected is not None]
 
 
 def _form(delta: Delta, rows: slice, D: Array) -> None:

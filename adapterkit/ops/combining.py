@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..core.adapter import Adapter
 from ..errors import UsageError
 from ..io.checkpoint import opened
-from ..io.computed import Spool, held
+from ..io.computed import Spool, rounded_lazy
 from ..io.stages import stage
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
@@ -24,13 +24,13 @@ from .algebra import summed_at
 from .alignment import places, side_by_side, source_adapter
 from .blocks import Blocks
 from .combiners import COMBINERS
-from .combiners._combiner import made
+from .combiners._combiner import combiner_of
 from .combiners._entrywise import Entrywise
 from .combiners._learned import Learned, WeightTrial
 from .context import Census, FormulaContext
 from .differences import errors_at
 from .lowering import Delta, Weights, balanced, blank, dense, low_rank, of_several, result_type, unknown
-from .parameters import Asked, one_of, peft_result, resolved
+from .parameters import CombineParameters, one_of, peft_result, resolved
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
 from .resizing import Cut
 from .sketching import SMALL, approximated, streamed
@@ -65,11 +65,11 @@ class Evaluation:
     """
 
     def __init__(
-        self, asked: Asked, found: Sequence[AlignedPlace], dtype: DType, rank: int | str | None, seed: int,
-        data: Callable[..., object] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
-        progress: Callable[[int, int], object] | None = None, workers: int | None = None,
+        self, asked: CombineParameters, aligned: Sequence[AlignedPlace], dtype: DType, rank: int | str | None,
+        seed: int, data: Callable[..., object] | None, base: Weights | None, factor: float = 1.0,
+        fallback: int | None = None, progress: Callable[[int, int], object] | None = None, workers: int | None = None,
     ) -> None:  # fmt: skip
-        self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
+        self.asked, self.aligned, self.dtype, self.rank, self.seed, self.data = asked, aligned, dtype, rank, seed, data
         self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
         # The caller's `data` function may not be thread-safe.
         self.workers = 1 if data is not None else workers or most_workers()
@@ -79,21 +79,21 @@ class Evaluation:
         self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., object] | None = None
-        self.hold: Hold = held
+        self.hold: Hold = rounded_lazy
 
     def updates(self, read: Sequence[Adapter]) -> dict[Target, tuple[Update, ...]]:
         """Return the combined updates of every target."""
-        method = self.asked.method(self.found[0].target)
+        method = self.asked.method(self.aligned[0].target)
         if isinstance(method, Learned):
             self.learned = method.learn(self._trial(read, method))
-        made: dict[Target, tuple[Update, ...]] = {}
+        updates: dict[Target, tuple[Update, ...]] = {}
         if not isinstance(method, Learned):
-            self.asks = self._asking(method, read, made)
+            self.asks = self._statistics(method, read, updates)
         with one_blas_thread():
             if self.asked.counts:
                 self._count()
-            self._fill(made)
-        return made
+            self._fill(updates)
+        return updates
 
     def outline(self) -> dict[Target, tuple[Update, ...]]:
         """Return updates with the methods, shapes and dtypes of the result, without computing it.
@@ -102,7 +102,7 @@ class Evaluation:
 
         Ranks are upper bounds.
         """
-        return blank({place.target: self._outline_at(place) for place in self.found})
+        return blank({place.target: self._outline_at(place) for place in self.aligned})
 
     def _outline_at(self, place: AlignedPlace) -> tuple[Update, ...]:
         method = self.asked.method(place.target)
@@ -130,25 +130,25 @@ class Evaluation:
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
-    def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
-        total = sum(map(_bytes, self.found))
+    def _fill(self, updates: dict[Target, tuple[Update, ...]]) -> None:
+        total = sum(map(_bytes, self.aligned))
         # Write only the final result to a temporary file: a method that learns weights computes and frees hundreds of
         # trial results.
-        self.hold = Spool().held
+        self.hold = Spool().rounded_lazy
         if self.workers == 1:
-            results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
-            self._take(results, made, total)
+            results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.aligned)
+            self._take(results, updates, total)
             return
-        with ahead(self._placed, self.found, self.workers, self._cost) as several:
-            self._take(several, made, total)
+        with ahead(self._placed, self.aligned, self.workers, self._cost) as several:
+            self._take(several, updates, total)
 
     def _take(
-        self, results: Iterator[tuple[tuple[Update, ...], Cut | None]], made: dict[Target, tuple[Update, ...]],
+        self, results: Iterator[tuple[tuple[Update, ...], Cut | None]], updates_made: dict[Target, tuple[Update, ...]],
         total: int,
     ) -> None:  # fmt: skip
         done = 0
-        for place, (updates, cut) in zip(self.found, results, strict=True):
-            made[place.target] = updates
+        for place, (updates, cut) in zip(self.aligned, results, strict=True):
+            updates_made[place.target] = updates
             self.cuts += [] if cut is None else [cut]
             done += _bytes(place)
             if self.progress is not None:
@@ -163,8 +163,8 @@ class Evaluation:
 
     def _ranks(self, place: AlignedPlace) -> list[int]:
         """Return, for each adapter, the sum of the ranks of its LoRA updates at a target."""
-        found = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
-        return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
+        factors = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
+        return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in factors]
 
     def _placed(self, place: AlignedPlace) -> tuple[tuple[Update, ...], Cut | None]:
         with errors_at(place.target):
@@ -174,15 +174,15 @@ class Evaluation:
         if self.asked.varies:
             why = "a setting that applies to the whole adapter cannot differ between targets"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
-        stages = self.asked.method(self.found[0].target).stages
+        stages = self.asked.method(self.aligned[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
-        self.census.partial = len(self.found) >= 2 * SAMPLED
+        self.census.partial = len(self.aligned) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
     def _pass(self, census: Census, few: bool = False) -> None:
         """Run the formula at all targets, or at a few targets, to collect statistics."""
         # Choose every n-th target, because magnitudes change with the depth in a model.
-        chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
+        chosen = self.aligned[:: max(len(self.aligned) // SAMPLED, 1)] if few else self.aligned
 
         def once(place: AlignedPlace) -> None:
             with errors_at(place.target):
@@ -207,39 +207,39 @@ class Evaluation:
         bias = self._bias(place, changes)
         if not has_weight:
             return (dense(place.target, place.shape, None, bias, self.dtype, self.hold),), None
-        made = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
-        update = self._stored(place, [delta for delta, _, _ in made], bias)
-        self._look(place, changes, [delta for delta, _, _ in made])
-        if not any(lost for _, _, lost in made):
+        cuts = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
+        update = self._stored(place, [delta for delta, _, _ in cuts], bias)
+        self._look(place, changes, [delta for delta, _, _ in cuts])
+        if not any(lost for _, _, lost in cuts):
             return (update,), None
-        norm, error = math.hypot(*(size for _, size, _ in made)), math.hypot(*(lost for _, _, lost in made))
-        rank = max(delta.rank for delta, _, _ in made)
-        cut = Cut(str(place.target), update.method, min(made[0][0].shape), rank, norm, error)
+        norm, error = math.hypot(*(size for _, size, _ in cuts)), math.hypot(*(lost for _, _, lost in cuts))
+        rank = max(delta.rank for delta, _, _ in cuts)
+        cut = Cut(str(place.target), update.method, min(cuts[0][0].shape), rank, norm, error)
         return (update,), cut
 
-    def _look(self, place: AlignedPlace, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
+    def _look(self, place: AlignedPlace, changes: Sequence[Change | None], deltas: Sequence[Delta] | None) -> None:
         """Add a note if a result is zero, or becomes zero in its dtype, although the changes are not."""
         import numpy as np
 
         kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
-        found = 0.0 if made is None else max(map(_bound, made))
-        sizes = [_size(X) for d in made or () for X in (d.B, d.A, d.rest) if X is not None]
+        bound = 0.0 if deltas is None else max(map(_bound, deltas))
+        sizes = [_size(X) for d in deltas or () for X in (d.B, d.A, d.rest) if X is not None]
         small = max(sizes, default=0.0) < kind.smallest_subnormal
-        if found and not small:
+        if bound and not small:
             return  # Most results return here, without loading the changes again.
         # Use an upper bound of the entries, which needs no product of factors, to prove that all entries are too small.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
-        if made is None:
-            found = given * max(map(abs, self._weights(place.target)), default=0.0) * len(changes)
-            if 0 < found < kind.smallest_subnormal:
-                self.notes.append(_small(place, found, self.dtype.name))
+        if deltas is None:
+            bound = given * max(map(abs, self._weights(place.target)), default=0.0) * len(changes)
+            if 0 < bound < kind.smallest_subnormal:
+                self.notes.append(_small(place, bound, self.dtype.name))
             return
-        if not found:
+        if not bound:
             self.notes.append(f"{place.target}: the result is zero; the largest change there is at most {given:.2g}")
         else:
-            self.notes.append(_small(place, found, self.dtype.name))
+            self.notes.append(_small(place, bound, self.dtype.name))
 
     def _thin(self, place: AlignedPlace) -> bool:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
@@ -268,7 +268,7 @@ class Evaluation:
                 # Round inside `errors_at`, so that the error message names the target.
                 return rounded(D.reshape(shape), self.dtype)
 
-        d = None if bias is None else held(bias, self.dtype)
+        d = None if bias is None else rounded_lazy(bias, self.dtype)
         return Dense(D=computed(shape, self.dtype, make), d=d)  # type: ignore[arg-type]
 
     def _standings(
@@ -317,24 +317,26 @@ class Evaluation:
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
         if uncut or not isinstance(method, Entrywise):
-            made = self._matrix(method, place, at, deltas)
-            if uncut or (self.rank == FIT and made.rest is None):
-                return made, 0.0, 0.0
-            if made.rest is None:
-                U, S, Vh = svd(made)
+            delta = self._matrix(method, place, at, deltas)
+            if uncut or (self.rank == FIT and delta.rest is None):
+                return delta, 0.0, 0.0
+            if delta.rest is None:
+                U, S, Vh = svd(delta)
                 rank = self._rank_of(deltas)
                 lost = math.sqrt(float((S[rank:] ** 2).sum()))
                 return Delta(*balanced(U[:, :rank], S[:rank], Vh[:rank])), math.hypot(*S), lost
-            D = made.dense()
+            D = delta.dense()
         else:
-            held = self._held(method, place, at, deltas)
-            if held is None:
+            pair = self._dense_result(method, place, at, deltas)
+            if pair is None:
                 rows = lambda: method.rows(Blocks(deltas), self._present(place, at), at)  # noqa: E731
                 return _approximation(*streamed(rows, deltas[0].shape, self._rank_of(deltas), self.seed))
-            D = held
+            D = pair
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
-    def _held(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Array | None:
+    def _dense_result(
+        self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
+    ) -> Array | None:
         """Return the combined change of one weight as an array; None if the array would exceed `MEMORY`."""
         import numpy as np
 
@@ -361,29 +363,29 @@ class Evaluation:
         import numpy as np
 
         method = self.asked.method(place.target)
-        found = [None if change is None or not change.changes_bias else change.bias() for change in changes]
-        present = tuple(t for t, bias in enumerate(found) if bias is not None)
+        biases = [None if change is None or not change.changes_bias else change.bias() for change in changes]
+        present = tuple(t for t, bias in enumerate(biases) if bias is not None)
         if not present:
             return None
         weights = np.array([self._weights(place.target)[t] for t in present])
-        stacked = np.stack([np.atleast_2d(bias) for bias in found if bias is not None], 1)
-        made = [
+        stacked = np.stack([np.atleast_2d(bias) for bias in biases if bias is not None], 1)
+        rows_of_bias = [
             method.vector(
                 each, weights, self._standing(place, present, e if place.target.stacked else None, census, bias=True)
             )
             for e, each in enumerate(stacked)
         ]
-        return np.stack(made) if place.target.stacked else made[0]
+        return np.stack(rows_of_bias) if place.target.stacked else rows_of_bias[0]
 
-    def _stored(self, place: AlignedPlace, found: Sequence[Delta] | None, bias: Array | None) -> Update:
+    def _stored(self, place: AlignedPlace, deltas: Sequence[Delta] | None, bias: Array | None) -> Update:
         """Return the combined change as an update: a LoRA if that takes less space, else a dense difference."""
         hold = self.hold
-        if found is None:
+        if deltas is None:
             return dense(place.target, place.shape, None, bias, self.dtype, hold)
-        wide = _wide(max(delta.rank for delta in found), found[0].shape) and self.rank != FIT
-        if any(delta.rest is not None for delta in found) or wide:
-            return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype, hold)
-        return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype, hold)
+        wide = _wide(max(delta.rank for delta in deltas), deltas[0].shape) and self.rank != FIT
+        if any(delta.rest is not None for delta in deltas) or wide:
+            return dense(place.target, place.shape, [delta.dense() for delta in deltas], bias, self.dtype, hold)
+        return low_rank(place.target, place.shape, [_reduced(delta) for delta in deltas], bias, self.dtype, hold)
 
     def _standing(
         self, place: AlignedPlace, present: tuple[int, ...], expert: int | None, census: Census | None = None,
@@ -421,12 +423,12 @@ class Evaluation:
         """Return the functions with which a learning combiner evaluates coefficients."""
         import numpy as np
 
-        by_target = {place.target: place for place in self.found}
+        by_target = {place.target: place for place in self.aligned}
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
             # Set `self.learned`, so that a trial runs the same code as the final result.
             self.learned = coefficients
-            return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
+            return Adapter({place.target: self._at(place)[0] for place in self.aligned}, read[0].base)
 
         def products(target: Target, gradient: object) -> Array:
             given: Any = gradient
@@ -436,11 +438,11 @@ class Evaluation:
         assert self.data is not None
         wanted = f"{method.data}{'; or per=task' if 'per' in method.parameters() else ''}"
         return WeightTrial(
-            [place.target for place in self.found], len(read), self.seed, combined, self.data, products,
+            [place.target for place in self.aligned], len(read), self.seed, combined, self.data, products,
             lambda target: by_target[target].changes(), self.asked.depths.known, self.asked.each, wanted,
         )  # fmt: skip
 
-    def _asking(
+    def _statistics(
         self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]
     ) -> Callable[..., object] | None:
         data = self.data
@@ -481,8 +483,8 @@ def _bytes(place: AlignedPlace) -> int:
     return 4 * math.prod(place.shape)
 
 
-def _approximation(found: Decomposition, norm: float, lost: float) -> tuple[Delta, float, float]:
-    return Delta(*balanced(*found)), norm, lost
+def _approximation(parts: Decomposition, norm: float, lost: float) -> tuple[Delta, float, float]:
+    return Delta(*balanced(*parts)), norm, lost
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
@@ -581,39 +583,39 @@ def combine(
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
     # Check one value of each setting, to find invalid parameters before any adapter is read.
-    first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
+    first = combiner_of(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
     # Without a cut, a plain sum joins the updates without computing products. With a cut, the sum is computed like any
     # other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
-    read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
-    check_rank(rank, found)
+    read, aligned = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
+    check_rank(rank, aligned)
     fallback = max((number for adapter in given for number in adapter.ranks), default=None)
     stage(f"combining {len(read)} adapters by {name}")
-    asked = Asked(name, values, weights, each, found, len(read))
-    own = {place.target: place.updates[0] for place in found}
-    seen = None if base is None or not first.based else Weights(own, base)
+    asked = CombineParameters(name, values, weights, each, aligned, len(read))
+    updates_here = {place.target: place.updates[0] for place in aligned}
+    seen = None if base is None or not first.based else Weights(updates_here, base)
     factor = 1.0
     if compat == "peft":
         exact, factor = peft_result(method, read, rank if isinstance(rank, int) else None)
         cut = cut if exact is None and rank == FIT else exact
     kind = result_type(read, dtype)
-    work = Evaluation(asked, found, kind, cut, seed, data, seen, factor, fallback, progress, workers)
-    said = {
+    work = Evaluation(asked, aligned, kind, cut, seed, data, seen, factor, fallback, progress, workers)
+    record = {
         "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
-        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat,
+        "each": [dict(values_of_one) for values_of_one in asked.each], "rank": cut, "compat": compat,
     }  # fmt: skip
-    said = {key: value for key, value in said.items() if value not in (None, [])}
+    record = {key: value for key, value in record.items() if value not in (None, [])}
     if before is not None:
         # Give the outline the lineage of the result, because formats read the family of the model from the lineage.
-        before(of_several(read, work.outline(), "combine", **said))
+        before(of_several(read, work.outline(), "combine", **record))
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
         report(lost)  # type: ignore[misc]
-    said |= {"warnings": sorted(work.notes)} if work.notes else {}
-    return of_several(read, updates, "combine", **said)
+    record |= {"warnings": sorted(work.notes)} if work.notes else {}
+    return of_several(read, updates, "combine", **record)
 
 
 def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:
@@ -638,7 +640,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         raise UsageError(f"seed {seed!r} is not a whole number of at least 0", where="seed", cure="Pass 0 or more")
 
 
-def check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
+def check_rank(rank: object, aligned: Sequence[AlignedPlace]) -> None:
     """Check that at least one weight is large enough for the rank.
 
     Raises:
@@ -646,7 +648,7 @@ def check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
     """
     if rank is None or rank == FIT:
         return
-    most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)
+    most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in aligned)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         why = f"the rank is {rank!r}, but the weights have at most rank {most}"
         raise UsageError(why, where="rank", cure=f"Choose a rank from 1 to {most}")

@@ -104,8 +104,8 @@ class Comparison:
     @property
     def equal(self) -> bool | None:
         """Whether both adapters make the same change at every target; None if only a base could show that."""
-        said = [each.equal for each in self.targets]
-        return False if False in said else None if None in said else True
+        verdicts = [each.equal for each in self.targets]
+        return False if False in verdicts else None if None in verdicts else True
 
     def record(self) -> dict[str, JsonValue]:
         return {
@@ -139,10 +139,10 @@ def compare(
     stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"tolerance {tolerance} is out of range", cure="Choose a finite number of at least 0")
-    _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)
+    _, aligned = places([one, other], base=base, rename=rename, strict_base=strict_base)
     sums = [0.0] * 4
     with files_kept_open(), one_blas_thread():
-        likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in found)
+        likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in aligned)
     known = all(each.relative_error is not None for each in likenesses)
     a, b, product, difference = sums
     larger = math.sqrt(max(a, b))
@@ -199,9 +199,9 @@ def lowered(place: AlignedPlace) -> AlignedPlace:
         return place
     from ..core.adapter import Adapter
 
-    both = [Adapter({place.target: found}) if found else None for found in place.updates]
-    made = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]
-    return AlignedPlace(place.target, tuple(() if a is None else _only(a) for a in made), place.base)
+    both = [Adapter({place.target: group}) if group else None for group in place.updates]
+    additives = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]
+    return AlignedPlace(place.target, tuple(() if a is None else _only(a) for a in additives), place.base)
 
 
 def _only(adapter: Adapter) -> tuple[Update, ...]:
@@ -214,7 +214,7 @@ def _same_numbers(place: AlignedPlace) -> bool:
     one, other = place.updates
     if _outline(one) != _outline(other):
         return False
-    ready = [[loaded(update, place.target).tensors for update in found] for found in (one, other)]
+    ready = [[loaded(update, place.target).tensors for update in group] for group in (one, other)]
     pairs = [(u[name], v[name]) for u, v in zip(*ready, strict=True) for name in u]
     return all(left.shape == right.shape and bool((left == right).all()) for left, right in pairs)
 
@@ -260,10 +260,10 @@ def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any
             rank if first else None, None if first else rank, None, None, 0, 0, 0.0, 0.0,
         ]  # fmt: skip
     M, N = cores([one, other])
-    found = [_directions(M), _directions(N)]
+    parts = [_directions(M), _directions(N)]
     products = [float((M * M).sum()), float((N * N).sum()), float((M * N).sum()), float(((M - N) ** 2).sum())]
-    ranks = [effective_rank(S) for _, S, _ in found]
-    overlaps = [_overlap(found[0][side], found[1][side]) for side in (0, 2)]
+    ranks = [effective_rank(S) for _, S, _ in parts]
+    overlaps = [_overlap(parts[0][side], parts[1][side]) for side in (0, 2)]
     return [*products, *ranks, *overlaps, *(_elements(one, other, narrow) if signs else (0, 0, 0.0, 0.0))]
 
 
@@ -308,13 +308,13 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     if not 0 < min(sizes) <= max(sizes) < math.inf or min(sizes) < 1e-12 * max(sizes):
         return None
     shift = -math.frexp(max(sizes))[1]
-    made = []
+    deltas = []
     for delta in (one, other):
         # Scale A to about 1 and B by the inverse, so that neither factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
-        made.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))
-    return made[0], made[1]
+        deltas.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))
+    return deltas[0], deltas[1]
 
 
 def _largest(delta: Delta) -> float:

@@ -86,7 +86,7 @@ class Census:
             for name, kept in zip(series, wanted, strict=True):
                 self._selections.setdefault(name, Selection(kept, partial=self.partial))
         searched = [(i, self._selections[name]) for i, name in enumerate(series)]
-        searched = [(i, selection) for i, selection in searched if selection.found is None]
+        searched = [(i, selection) for i, selection in searched if selection.selected is None]
         if self._sampling:
             drawn = key(blocks.sample()) if searched else None
             for i, selection in searched:
@@ -99,13 +99,13 @@ class Census:
 
     def threshold(self, series: Hashable) -> float:
         """Return the smallest value of a series that is kept; infinity if no value is kept."""
-        found = self._selections[series].found
-        assert found is not None
-        return found.value
+        value = self._selections[series].selected
+        assert value is not None
+        return value.value
 
     def knows(self, series: Hashable) -> bool:
         """Whether the threshold of a series is known from an earlier stage."""
-        return series in self._selections and self._selections[series].found is not None
+        return series in self._selections and self._selections[series].selected is not None
 
     def add(self, name: Hashable, value: float) -> None:
         """Add a value to the sum `name` over all targets."""
@@ -188,8 +188,8 @@ class FormulaContext:
 
     def each(self, method: object, name: str) -> list[Any]:
         """Return the value of a parameter for each present adapter."""
-        own = [self.overrides[t] if self.overrides else {} for t in self.present]
-        return [values.get(name, getattr(method, name)) for values in own]
+        overrides = [self.overrides[t] if self.overrides else {} for t in self.present]
+        return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
         """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and index.

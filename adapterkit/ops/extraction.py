@@ -18,7 +18,7 @@ from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..core.metadata import METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
-from ..io.computed import held, load
+from ..io.computed import load, rounded_lazy
 from ..io.lazy import DTYPES, Lazy, from_numpy
 from ..io.stages import stage
 from ..linalg.products import even_split
@@ -91,7 +91,7 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
         a = _least_squares(D, c @ d, b)
         b = _least_squares(D.T, (c @ d).T, a.T).T
     factors = {"w1_a": a, "w1_b": b, "w2_a": c, "w2_b": d}
-    fields: dict[str, Any] = {name: held(values, dtype) for name, values in factors.items()}
+    fields: dict[str, Any] = {name: rounded_lazy(values, dtype) for name, values in factors.items()}
     return LoHa(**fields)
 
 
@@ -103,8 +103,8 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
     squares = ((H * H) @ (R[:, None] * R).reshape(r * r, -1).T).reshape(-1, r, r)
     sizes = np.trace(squares, axis1=1, axis2=2)
     squares[:, range(r), range(r)] += (RIDGE * sizes + (sizes == 0))[:, None]
-    found: Array = np.linalg.solve(squares, ((D * H) @ R.T)[..., None])[..., 0]
-    return found
+    solution: Array = np.linalg.solve(squares, ((D * H) @ R.T)[..., None])[..., 0]
+    return solution
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
@@ -126,7 +126,7 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     if rank < min(m, n):
         factors["w2_a"], factors["w2_b"] = balanced(*dominant(w2, Criterion(rank=rank), seed))
         del factors["w2"]
-    fields: dict[str, Any] = {name: held(values, dtype) for name, values in factors.items()}
+    fields: dict[str, Any] = {name: rounded_lazy(values, dtype) for name, values in factors.items()}
     return LoKr(**fields)
 
 
@@ -147,7 +147,7 @@ def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
         count = criterion.rank * sum(D.shape)
     kept = np.sort(order[:count])
     index: Any = from_numpy(np.stack(np.divmod(kept, D.shape[1])))
-    values: Any = held(flat[kept], DTYPES["F64"] if D.dtype == "float64" else dtype)
+    values: Any = rounded_lazy(flat[kept], DTYPES["F64"] if D.dtype == "float64" else dtype)
     return SHiRA(index=index, values=values)
 
 
@@ -237,10 +237,10 @@ def extract(
         raise Unsupported(
             f"cannot extract {method!r}", where="method", cure=f"Choose among lora, dora, {', '.join(FORMS)}"
         )
-    weights, made = opened(base), opened(tuned)
+    weights, tuned_model = opened(base), opened(tuned)
     if strict_base:
-        check_tuned(made, weights, strict=True)
-    job = _Extraction(_renamed(made, weights, rename), weights, criterion, embeddings, method, dtype)
+        check_tuned(tuned_model, weights, strict=True)
+    job = _Extraction(_renamed(tuned_model, weights, rename), weights, criterion, embeddings, method, dtype)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     count = workers or most_workers()
@@ -249,8 +249,8 @@ def extract(
         if scope == "all" and energy != 1 and error != 0:
             job = replace(job, shared=job.share(names, count))
     with one_blas_thread(), ahead(lambda name: [*job.changes(name)], names, count) as results:
-        for name, found in zip(names, results, strict=True):
-            for target, update, cut in found:
+        for name, result in zip(names, results, strict=True):
+            for target, update, cut in result:
                 if update is None:
                     if report is not None:
                         report(cut)
@@ -331,7 +331,7 @@ class _Extraction:
         Keep as many of the largest singular values as the criterion requires, counted over all matrices together.
         """
         every = [name for name in names if self._is_matrix(name)]
-        found: dict[str, Decomposition] = {}
+        decomposed: dict[str, Decomposition] = {}
         norms: dict[str, float] = {}
         kept: dict[str, Array] = {}
         begun = {name: replace(self.criterion, scope="target") for name in every}
@@ -340,33 +340,33 @@ class _Extraction:
             with ahead(lambda item: self._decomposed(*item), list(asked.items()), workers) as results:
                 for each in results:
                     for key, norm, parts in each:
-                        found[key], norms[key] = parts, norm
-            keys = list(found)
-            counts = self.criterion.counts([found[key][1] for key in keys], [norms[key] for key in keys])
-            kept = {key: found[key][1][:count] for key, count in zip(keys, counts, strict=True)}
+                        decomposed[key], norms[key] = parts, norm
+            keys = list(decomposed)
+            counts = self.criterion.counts([decomposed[key][1] for key in keys], [norms[key] for key in keys])
+            kept = {key: decomposed[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
             # If all computed singular values of a weight are kept, further values may exceed the smallest kept value:
             # compute more.
             begun = {}
             for key in keys:
-                U, S, Vh = found[key]
+                U, S, Vh = decomposed[key]
                 unseen = math.sqrt(max(norms[key] ** 2 - float((S * S).sum()), 0.0))
                 noise = 1e-6 * norms[key]
                 if len(kept[key]) == len(S) < min(len(U), Vh.shape[1]) and unseen > max(least, noise):
                     name = key.partition("\n")[0]
                     before = begun[name].rank or 0 if name in begun else 0
                     begun[name] = Criterion(rank=max(2 * len(S), before))
-        return {key: first(found[key], len(S)) for key, S in kept.items()}
+        return {key: first(decomposed[key], len(S)) for key, S in kept.items()}
 
     def _decomposed(self, name: str, criterion: Criterion) -> list[tuple[str, float, Decomposition]]:
         """Return (key, norm, decomposition) of each weight of a tensor."""
         changed = self._difference(name, exact=False)
-        found = []
+        decomposed = []
         for e, D in enumerate([] if changed is None else _weights(*changed)):
             possible = criterion if criterion.rank is None else replace(criterion, rank=min(criterion.rank, *D.shape))
             key, D = _key(name, e), D.astype("f4", copy=False)
-            found.append((key, frobenius(D), dominant(D, possible, seed_of(key))))
-        return found
+            decomposed.append((key, frobenius(D), dominant(D, possible, seed_of(key))))
+        return decomposed
 
     def _is_matrix(self, name: str) -> bool:
         """Whether a tensor's difference is stored as low-rank factors."""
@@ -439,8 +439,8 @@ class _Extraction:
             return
         kind = result_type([], self.dtype) if self.dtype else _exact_type(pairs)
         lora = low_rank(target, shape, pairs, None, kind)
-        made = Change(target, shape, (lora,)).deltas()
-        lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
+        deltas = Change(target, shape, (lora,)).deltas()
+        lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, deltas, strict=True)))
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
@@ -458,14 +458,18 @@ class _Extraction:
         towards = tuned * np.where(after > 0, before / np.where(after > 0, after, 1.0), 1.0)[:, None] - W
         U, S, Vh = dominant(towards.astype(np.float32), self.criterion, seed_of(str(target)))
         kind = result_type([], self.dtype)
-        B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
-        update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
+        B, A = (rounded_lazy(factor, kind) for factor in balanced(U, S, Vh))
+        update = DoRA(A=A, B=B, magnitude=rounded_lazy(after, kind))  # type: ignore[arg-type]
         # Compute the error with DoRA's formula and the stored values, because DoRA divides by the norms of rows, which
         # the cut and the rounding change.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
-        made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
-        return target, update, Cut(str(target), "dora", min(D.shape), len(S), frobenius(D), frobenius(tuned - made))
+        rows_directed = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
+        return (
+            target,
+            update,
+            Cut(str(target), "dora", min(D.shape), len(S), frobenius(D), frobenius(tuned - rows_directed)),
+        )
 
     def _formed(self, target: Target, D: Array) -> tuple[Target, Update, Cut]:
         """Return the difference `[out, in]` as an update of a method in `FORMS`."""
@@ -476,8 +480,8 @@ class _Extraction:
             )
         kind = result_type([], self.dtype)
         update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
-        (made,) = Change(target, D.shape, (update,)).deltas()
-        cut = Cut(str(target), self.method, min(D.shape), None, frobenius(D), frobenius(D - made.dense()))
+        (delta,) = Change(target, D.shape, (update,)).deltas()
+        cut = Cut(str(target), self.method, min(D.shape), None, frobenius(D), frobenius(D - delta.dense()))
         return target, update, cut
 
     def _pair(self, D: Array, name: str, key: str) -> tuple[Array, Array]:
@@ -546,11 +550,11 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
     names = Names(paths_of(known))
     architecture = architecture_of(base.config) or architecture_of(tuned.config)
-    found = resolve(paths, names, architecture=architecture, renames=rules, partial=True, fits=fits)
+    resolution = resolve(paths, names, architecture=architecture, renames=rules, partial=True, fits=fits)
     tensors: dict[str, Lazy] = {}
     home: dict[str, Path] = {}
     for name, tensor in tuned.tensors.items():
-        moves = found.moves.get(_path(name), ())
+        moves = resolution.moves.get(_path(name), ())
         new = f"{moves[0].path}{name[len(_path(name)) :]}" if len(moves) == 1 and moves[0].plain else name
         if new in tensors:
             cure = "Correct --rename (rename=) so that every weight gets a different name"
@@ -576,8 +580,8 @@ def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
     Empty if there is none.
     """
     pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
-    found = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
-    return {METADATA: found} if found else {}
+    metadata = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
+    return {METADATA: metadata} if metadata else {}
 
 
 def _reference(base: Checkpoint) -> BaseRef:

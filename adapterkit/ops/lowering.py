@@ -17,7 +17,7 @@ from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from ..formats._trained import sites_as_trained
 from ..io.checkpoint import opened
-from ..io.computed import computed, held, load
+from ..io.computed import computed, load, rounded_lazy
 from ..io.lazy import DTYPES, Lazy, NotComputed, as_lazy, dtype_named
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
@@ -208,9 +208,9 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
     """
-    found = bind(adapter, base, aliases=aliases(base))
+    bound_ = bind(adapter, base, aliases=aliases(base))
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    return found.adapter, tuple(sites_as_trained(found.sites, adapter.recipe, shapes))
+    return bound_.adapter, tuple(sites_as_trained(bound_.sites, adapter.recipe, shapes))
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
@@ -309,8 +309,8 @@ def _difference(
             ready = _settled(ready, site, base)
         ready = [update for update in ready if (update.changes_bias if bias else update.changes_weight)]
         weights = [(W, None)] if not site.target.stacked else [(one, e) for e, one in enumerate(W)]
-        made = [_through(ready, one, e, bias) - one for one, e in weights]
-        return np.stack(made) if site.target.stacked else made[0]
+        differences = [_through(ready, one, e, bias) - one for one, e in weights]
+        return np.stack(differences) if site.target.stacked else differences[0]
 
     return make
 
@@ -353,7 +353,7 @@ def _tensor(base: Checkpoint, name: str) -> Lazy:
 
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType,
-    hold: Hold = held,
+    hold: Hold = rounded_lazy,
 ) -> LoRA:  # fmt: skip
     """Build a LoRA from B `[out, r]` and A `[r, in * k]`.
 
@@ -379,7 +379,12 @@ def low_rank(
 
 
 def dense(
-    target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
+    target: Target,
+    shape: Shape,
+    changes: Sequence[Array] | None,
+    bias: Array | None,
+    dtype: DType,
+    hold: Hold = rounded_lazy,
 ) -> Dense:
     """Build a dense update from the differences of the weights, `[out, in * k]` each, and the difference of the bias.
 
@@ -467,7 +472,7 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
 
 def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
     """Replace all tensors of the updates by placeholders that cannot be read."""
-    return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
+    return {target: tuple(update.map(unread) for update in group) for target, group in updates.items()}
 
 
 def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:

@@ -63,8 +63,8 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found = tuple(R_B[:, span] @ R_A[:, span].T for span in spans(deltas))
-    return _finite(found)
+        cores = tuple(R_B[:, span] @ R_A[:, span].T for span in spans(deltas))
+    return _finite(cores)
 
 
 def spans(deltas: Sequence[Delta]) -> list[slice]:
@@ -84,10 +84,10 @@ def images(deltas: Sequence[Delta], R: Array) -> Array:
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found = np.hstack(
+        stack = np.hstack(
             [R[:, span] @ triangle(delta.A.T).T for span, delta in zip(spans(deltas), deltas, strict=True)]
         )
-    return _finite((found,))[0]
+    return _finite((stack,))[0]
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
@@ -109,10 +109,10 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     """
     import numpy as np
 
-    n, found = X.shape[1], _cholesky(X)
-    if found is None:
+    n, decomposition = X.shape[1], _cholesky(X)
+    if decomposition is None:
         return _plain_qr(X)
-    L, sizes = found
+    L, sizes = decomposition
     Q = X @ (np.linalg.inv(L).T / sizes[:, None])
     G = Q.T @ Q
     # G differs from the identity by the rounding error times the squared condition number. So a large difference means
@@ -127,12 +127,12 @@ def triangle(X: Array) -> Array:
     """Return R of the QR decomposition without computing Q."""
     import numpy as np
 
-    found = _cholesky(X)
-    if found is not None:
-        L, sizes = found
+    decomposition = _cholesky(X)
+    if decomposition is not None:
+        L, sizes = decomposition
         if np.linalg.norm(L) * np.linalg.norm(np.linalg.inv(L)) < CONDITION:
-            made: Array = L.T * sizes
-            return made
+            upper: Array = L.T * sizes
+            return upper
     return _plain_qr(X)[1]
 
 
@@ -176,7 +176,7 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
     return Core(np.eye(out), _finite(tuple(delta.dense() for delta in deltas)), np.eye(columns))
 
 
-def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
+def _finite(arrays_given: tuple[Array, ...]) -> tuple[Array, ...]:
     """Check that cores are finite, because decompositions do not converge otherwise; return the cores.
 
     Raises:
@@ -186,8 +186,8 @@ def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
 
     # Check the squares, because callers compute squared norms.
     with np.errstate(over="ignore", invalid="ignore"):
-        if all(math.isfinite((one * one).sum()) for one in found):
-            return found
+        if all(math.isfinite((one * one).sum()) for one in arrays_given):
+            return arrays_given
     raise too_large()
 
 
@@ -198,9 +198,9 @@ def svd(delta: Delta) -> tuple[Array, Array, Array]:
     if delta.rest is not None:
         U, S, Vh = np.linalg.svd(delta.dense(), full_matrices=False)
         return U, S, Vh
-    own = core([delta])
-    U, S, Vh = np.linalg.svd(own.cores[0], full_matrices=False)
-    return own.left @ U, S, Vh @ own.right
+    reduced = core([delta])
+    U, S, Vh = np.linalg.svd(reduced.cores[0], full_matrices=False)
+    return reduced.left @ U, S, Vh @ reduced.right
 
 
 def norm(delta: Delta) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, nearest
 from .combiners import COMBINERS
-from .combiners._combiner import Combiner, made
+from .combiners._combiner import Combiner, combiner_of
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
@@ -110,8 +110,8 @@ def _between(values: Sequence[float], depth: float) -> float:
 
 
 def _layer(target: Target) -> int | None:
-    found = _LAYER.search(target.path)
-    return None if found is None else int(found.group(1))
+    match = _LAYER.search(target.path)
+    return None if match is None else int(match.group(1))
 
 
 # Names of methods in other tools, each with the combiner and the parameters that reproduce it.
@@ -232,14 +232,14 @@ def _rank(adapter: Adapter) -> int:
     """Return the largest rank in an adapter's PEFT config, which is the rank that PEFT allocates."""
     config = _config(adapter)
     pattern = config.get("rank_pattern")
-    told = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
-    return max([rank for rank in told if isinstance(rank, int)], default=max(adapter.ranks, default=1))
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    return max([rank for rank in ranks if isinstance(rank, int)], default=max(adapter.ranks, default=1))
 
 
 # Check the arguments of a combination, and look up their values at each target.
 
 
-class Asked:
+class CombineParameters:
     """The checked weights and parameters of one combination.
 
     Attributes:
@@ -251,23 +251,23 @@ class Asked:
 
     def __init__(
         self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
-        each: Sequence[Mapping[str, Value]] | None, found: Sequence[AlignedPlace], count: int,
+        each: Sequence[Mapping[str, Value]] | None, aligned: Sequence[AlignedPlace], count: int,
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
         self.weights = [plain(w, "weights") for w in ([1.0] * count if weights is None else weights)]
-        self.each = self._own(each or [], count)
+        self.each = self._check_each(each or [], count)
         if len(self.weights) != count:
             raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
-        self.targets = [place.target for place in found]
+        self.targets = [place.target for place in aligned]
         self.depths = Depths(self.targets)
-        apart = [item for own in self.each for item in own.items()]
+        apart = [item for given in self.each for item in given.items()]
         for key, value in [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]:
             check_globs(value, self.targets, key)
         settings = [*self.values.values(), *(value for _, value in apart)]
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 
-    def _own(self, each: Sequence[Mapping[str, Setting]], count: int) -> list[dict[str, Setting]]:
+    def _check_each(self, each: Sequence[Mapping[str, Setting]], count: int) -> list[dict[str, Setting]]:
         """Check the parameters that apply to one adapter only."""
         if each and len(each) != count:
             raise UsageError(
@@ -275,50 +275,50 @@ class Asked:
                 where="each",
                 cure="Give one mapping for each adapter",
             )
-        if not all(isinstance(own, Mapping) for own in each):
+        if not all(isinstance(given, Mapping) for given in each):
             raise UsageError(
                 "the parameters of an adapter must be a mapping", where="each", cure='Such as {"density": 0.5}'
             )
         cls = COMBINERS[self.name]
         if cls.plug is not None:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
-        for key in {key for own in each for key in own} - cls.single:
+        for key in {key for given in each for key in given} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
             raise UsageError(
                 f"{key!r} cannot differ between adapters", where="each", cure=f"Parameters that can: {known}"
             )
-        return [{key: _each_checked(cls, key, plain(value, key)) for key, value in own.items()} for own in each]
+        return [{key: _each_checked(cls, key, plain(value, key)) for key, value in given.items()} for given in each]
 
     def method(self, target: Target) -> Combiner:
-        return made(COMBINERS[self.name], self._at(target))
+        return combiner_of(COMBINERS[self.name], self._at(target))
 
     def _at(self, target: Target) -> dict[str, Value]:
         """Return the parameters that the caller set, with their values at a target."""
-        own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
-        return {key: value for key, value in own.items() if value is not None}
+        values_here = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
+        return {key: value for key, value in values_here.items() if value is not None}
 
     @property
     def counts(self) -> bool:
         """Whether the formula needs statistics of whole adapters (a `Census`) at some target."""
         targets = self.targets if self.varies else self.targets[:1]
-        values = [(self._at(target), own) for target in targets for own in self.each_at(target) or [{}]]
-        return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
+        values = [(self._at(target), given) for target in targets for given in self.each_at(target) or [{}]]
+        return any(combiner_of(COMBINERS[self.name], {**at, **given}).counts for at, given in values)
 
     def each_at(self, target: Target) -> list[dict[str, JsonValue]]:
         """Return the values of `each` at a target."""
         return [
             {
-                key: found
-                for key, value in own.items()
-                if (found := at_target(value, target, self.depths, None)) is not None or value is None
+                key: value_here
+                for key, value in given.items()
+                if (value_here := at_target(value, target, self.depths, None)) is not None or value is None
             }
-            for own in self.each
+            for given in self.each
         ]
 
     def weights_at(self, target: Target) -> list[float]:
-        found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
+        weights_here = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
         numbers: list[float] = []
-        for weight in found:
+        for weight in weights_here:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise UsageError(f"weight {weight!r} is not a finite number", where=str(target), cure="Give a number")
             numbers.append(float(weight))

@@ -142,13 +142,13 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     return recipe(load_yaml(data, path=path), Path(path))
 
 
-def recipe(found: object, path: Path | None = None) -> Recipe:
+def recipe(content: object, path: Path | None = None) -> Recipe:
     """Return a recipe from plain data; see `read_recipe`."""
-    if isinstance(found, Mapping):
+    if isinstance(content, Mapping):
         for key, (what, cure) in REFUSED.items():
-            if key in found:
+            if key in content:
                 raise UsageError(f"{key} is for {what}", where=key, path=path, cure=cure)
-    top = _mapping(found, "recipe", TOP, path)
+    top = _mapping(content, "recipe", TOP, path)
     for name in WORDS:
         if not isinstance(top.get(name), str | None):
             why = f"{name} is {shown(top[name])}, not text"
@@ -161,12 +161,12 @@ def recipe(found: object, path: Path | None = None) -> Recipe:
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
-    own = _own(kept, switches, ranges, path)
+    each_model = _parameters_by_model(kept, switches, ranges, path)
     shared = _translated(top.get("parameters"), "parameters", switches, path)
     everywhere = shared.pop("weight", 1.0)
     options: dict[str, Any] = {"method": top["merge_method"], **shared}
-    options["weights"] = [each.pop("weight", everywhere) for each in own]
-    options |= {"each": own} if any(own) else {}
+    options["weights"] = [each.pop("weight", everywhere) for each in each_model]
+    options |= {"each": each_model} if any(each_model) else {}
     options |= {"base": base} if base is not None else {}
     dtype = top.get("out_dtype", top.get("dtype"))
     options |= {"dtype": dtype} if dtype is not None else {}
@@ -206,18 +206,18 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
     ], []
 
 
-def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
     """Return the models and layer ranges of slices. Each slice must have all models; ranges must be in sequence.
 
     Raises:
         UsageError: a slice moves layers, so the result would not fit an adapter's base.
     """
-    if not isinstance(found, list) or not found:
+    if not isinstance(content, list) or not content:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
     ranges: list[tuple[int, int]] = []
     names: list[str] = []
     parameters: list[list[tuple[str, Any]]] = []
-    for i, entry in enumerate(found):
+    for i, entry in enumerate(content):
         where = f"slices[{i}]"
         one = _mapping(entry, where, SLICE, path)
         sources = one.get("sources")
@@ -247,11 +247,11 @@ def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[
 
 
 def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[int, int]:
-    found = source.get("layer_range")
-    whole = isinstance(found, list) and len(found) == 2 and all(type(each) is int for each in found)
-    if not whole or not 0 <= found[0] < found[1]:  # type: ignore[index]
+    span = source.get("layer_range")
+    whole = isinstance(span, list) and len(span) == 2 and all(type(each) is int for each in span)
+    if not whole or not 0 <= span[0] < span[1]:  # type: ignore[index]
         raise Malformed("two numbers were expected", where=where, path=path, cure="Write them as in [0, 32]")
-    return found[0], found[1]  # type: ignore[index]
+    return span[0], span[1]  # type: ignore[index]
 
 
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
@@ -271,7 +271,7 @@ def _named_base(
     An entry `base+lora` names both the base and an adapter. Some recipes of mergekit list the base as a model, although
     it changes nothing.
     """
-    said, notes = top.get("base_model"), list[str]()
+    base_name, notes = top.get("base_model"), list[str]()
     names: list[str | None] = []
     bases: dict[str, str] = {}
     for model in models:
@@ -281,24 +281,27 @@ def _named_base(
             names.append(adapter)
         else:
             names.append(model.name)
-    if said is not None and "+" in said and not Path(said).exists():
-        front, _, adapter = said.partition("+")
+    if base_name is not None and "+" in base_name and not Path(base_name).exists():
+        front, _, adapter = base_name.partition("+")
         names = [None if name == adapter and adapter else name for name in names]
-        why = f"base_model combines a base and an adapter ({said})"
+        why = f"base_model combines a base and an adapter ({base_name})"
         cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, and name BASE"
         raise UsageError(why, where="base_model", path=path, cure=cure)
-    others = [front for front in bases if front not in (said, next(iter(bases)))]
-    if others or (said is not None and bases and said not in bases):
+    others = [front for front in bases if front not in (base_name, next(iter(bases)))]
+    if others or (base_name is not None and bases and base_name not in bases):
         differing = others[0] if others else next(iter(bases))
         where, cure = (
             bases[differing],
             "Name the same base in every model and in base_model",
         )
         raise UsageError(
-            f"the base {differing} differs from the base {said or next(iter(bases))}", where=where, path=path, cure=cure
+            f"the base {differing} differs from the base {base_name or next(iter(bases))}",
+            where=where,
+            path=path,
+            cure=cure,
         )
     method, needed = top["merge_method"], _is_based(top)
-    if said is not None and said in names and len(names) > 1:
+    if base_name is not None and base_name in names and len(names) > 1:
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
@@ -306,8 +309,8 @@ def _named_base(
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
         # Drop the base from the models: these methods combine differences from the base, and the base's own difference
         # is zero.
-        names = [None if name == said else name for name in names]
-    base = said if said is not None else next(iter(bases), None)
+        names = [None if name == base_name else name for name in names]
+    base = base_name if base_name is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
         notes.append(f"base_model {base} is not read, because {method} needs no base; to use a base, add --base BASE")
         base = None
@@ -323,18 +326,18 @@ def _is_based(top: Mapping[str, Any]) -> bool:
     return bool(COMBINERS[name].based)
 
 
-def _own(
+def _parameters_by_model(
     models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
 ) -> list[dict[str, JsonValue]]:
     """Return each model's parameters.
 
     A parameter that differs between slices becomes a mapping from globs of layers.
     """
-    made = []
+    parameters_of = []
     for model in models:
-        parts = [_translated(found, where, switches, path) for where, found in model.parameters]
+        parts = [_translated(content, where, switches, path) for where, content in model.parameters]
         if len(parts) == 1:
-            made.append(parts[0])
+            parameters_of.append(parts[0])
             continue
         keys = dict.fromkeys(key for part in parts for key in part)
         mine: dict[str, Any] = {}
@@ -348,8 +351,8 @@ def _own(
                 f"*.{layer}.*": value
                 for (first, last), value in zip(ranges, values, strict=True) for layer in range(first, last)
             }  # fmt: skip
-        made.append(mine)
-    return made
+        parameters_of.append(mine)
+    return parameters_of
 
 
 def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
@@ -359,7 +362,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         raise UsageError(
             "tokenizer and tokenizer_source contradict each other", where="tokenizer_source", path=path, cure=cure
         )
-    found = top.get("tokenizer_source")
+    source = top.get("tokenizer_source")
     where = "tokenizer_source"
     if isinstance(top.get("tokenizer"), Mapping):
         given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
@@ -367,12 +370,12 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
             if given.get(key) is not None:
                 cure = "Omit it; to add tokens, train them in an adapter, and merge with --vocab grow"
                 raise UsageError(f"{key} would add rows of embeddings", where=f"tokenizer.{key}", path=path, cure=cure)
-        found, where = given.get("source"), "tokenizer.source"
-    if found is None:
+        source, where = given.get("source"), "tokenizer.source"
+    if source is None:
         return None
-    if not isinstance(found, str):
-        raise Malformed(f"{where} is {shown(found)}, not text", where=where, path=path, cure="Write base, or a folder")
-    if found == "union":
+    if not isinstance(source, str):
+        raise Malformed(f"{where} is {shown(source)}, not text", where=where, path=path, cure="Write base, or a folder")
+    if source == "union":
         cure = (
             "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
         )
@@ -382,34 +385,34 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
             path=path,
             cure=cure,
         )
-    return found
+    return source
 
 
-def _mapping(found: object, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
-    if not isinstance(found, Mapping):
+def _mapping(content: object, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
         raise Malformed("a mapping was expected", where=where, path=path, cure="See adapterkit combine --help")
-    for key in found:
+    for key in content:
         if key not in known:
             cure = nearest(str(key), known) or f"Choose among {', '.join(known)}"
             raise UsageError(f"unknown key {key!r}", where=where, path=path, cure=cure)
-    return found
+    return content
 
 
 def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
-    said = [model[key] for key in ("model", "adapter") if key in model]
-    if len(said) != 1 or not isinstance(said[0], str):
+    names = [model[key] for key in ("model", "adapter") if key in model]
+    if len(names) != 1 or not isinstance(names[0], str):
         raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Give its path")
-    return said[0]
+    return names[0]
 
 
-def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
+def _translated(content: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
     """Translate names of parameters to adapterkit's names."""
-    if found is None:
+    if content is None:
         return {}
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise Malformed("a mapping was expected", where=where, path=path, cure="Such as {density: 0.5}")
-    made: dict[str, Any] = {}
-    for key, value in found.items():
+    parameters_made: dict[str, Any] = {}
+    for key, value in content.items():
         if key in HARMLESS:
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
@@ -419,9 +422,9 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
             continue
         if key in ARGUMENTS:
             raise UsageError(f"{key} is not a parameter of a method", where=where, path=path, cure=f"Remove {key}")
-        name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
-        made[name] = said
-    return made
+        name, filtered = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
+        parameters_made[name] = filtered
+    return parameters_made
 
 
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
@@ -456,14 +459,14 @@ def _filtered(value: object, where: str, path: Path | None) -> Any:
     """
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
-    made: dict[str, Any] = {}
+    by_pattern: dict[str, Any] = {}
     for part in value:
         one = _mapping(part, where, ("filter", "value"), path) if isinstance(part, Mapping) else {"value": part}
         if "value" not in one:
             raise Malformed("a filter has no value", where=where, path=path, cure="Give filter and value")
         name = one.get("filter")
-        made["*" if name in (None, "*") else f"*{_literal(str(name))}*"] = one["value"]
-    return made
+        by_pattern["*" if name in (None, "*") else f"*{_literal(str(name))}*"] = one["value"]
+    return by_pattern
 
 
 def _literal(text: str) -> str:

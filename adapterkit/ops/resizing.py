@@ -162,39 +162,39 @@ def promote(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class _ResizedPart:
     """The work on one target: the updates to keep unchanged, and the decomposed change that becomes a LoRA."""
 
     place: AlignedPlace
     kept: tuple[Update, ...]
     change: Change
-    weights: tuple[_Weight, ...]
+    weights: tuple[_DecomposedWeight, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Weight:
+class _DecomposedWeight:
     """One weight's change, the kept part of its decomposition, the norm of the change, the norm of the dropped part.
 
     `cut`, the norm of the dropped part, is None if only the kept part was computed.
     """
 
     delta: Delta
-    found: Decomposition
+    decomposition: Decomposition
     norm: float
     cut: float | None = None
 
-    def first(self, count: int) -> _Weight:
+    def first(self, count: int) -> _DecomposedWeight:
         """Keep the first `count` singular values, and drop the rest."""
-        return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
+        return replace(self, decomposition=first(self.decomposition, count), cut=_size(self.decomposition[1][count:]))
 
-    def lost(self, made: Delta) -> float:
+    def lost(self, delta: Delta) -> float:
         """Return the distance between the change and the stored factors.
 
         The dropped and the kept part are orthogonal, so their squared errors add up.
         """
         if self.cut is None:
-            return distance(self.delta, made)
-        return math.hypot(self.cut, distance(Delta(*balanced(*self.found)), made))
+            return distance(self.delta, delta)
+        return math.hypot(self.cut, distance(Delta(*balanced(*self.decomposition)), delta))
 
 
 def _resized(
@@ -202,18 +202,20 @@ def _resized(
     rename: str | Sequence[str], strict_base: bool, *, every: bool,
 ) -> Adapter:  # fmt: skip
     lower = "promoted" if every and base is not None else None
-    (adapter,), found = places([source], base=base, lower=lower, rename=rename, strict_base=strict_base)
+    (adapter,), aligned = places([source], base=base, lower=lower, rename=rename, strict_base=strict_base)
     kind = result_type([adapter], dtype)
-    _check_rank(criterion, found, every)
+    _check_rank(criterion, aligned, every)
     cuts: list[Cut] = []
     updates: dict[Target, tuple[Update, ...]] = {}
-    thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
+    thin = all(
+        type(update).pair is not Additive.pair for place in aligned for update in _trailing_additives(place, every)
+    )
     # Use one BLAS thread for factors: more threads are not faster, and they spin while another program uses their core.
     # With that contention, a FLUX LoRA took 30 s of processor time. Decompose whole matrices with all threads.
     with one_blas_thread() if thin else nullcontext():
-        for place, made in _made(found, criterion, kind, every, cuts):
-            if made:
-                updates[place.target] = made
+        for place, resized in _resized_places(aligned, criterion, kind, every, cuts):
+            if resized:
+                updates[place.target] = resized
     if not cuts and not every:
         raise UsageError("no change in this adapter has low-rank factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
@@ -222,58 +224,60 @@ def _resized(
     return adapter.replace(updates=updates).step(op, **args)
 
 
-def _made(
-    found: Sequence[AlignedPlace], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
+def _resized_places(
+    aligned: Sequence[AlignedPlace], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
 ) -> Iterator[tuple[AlignedPlace, tuple[Update, ...]]]:
     """Yield (place, new updates) for each target.
 
     In scope `all`, keep all factors in memory until the ranks are known.
     """
-    parts: Iterator[_Part | None] = (_part(place, criterion, every) for place in found)
+    parts: Iterator[_ResizedPart | None] = (_part(place, criterion, every) for place in aligned)
     if criterion.scope == "all":
         parts = iter(_rationed(list(parts), criterion))
-    for place, part in zip(found, parts, strict=True):
+    for place, part in zip(aligned, parts, strict=True):
         if part is None:
             yield place, place.updates[0]
         else:
             yield place, _finished(part, kind, cuts)
 
 
-def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | None:
+def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _ResizedPart | None:
     """Decompose the change of one target, and in scope `target` also cut it.
 
     Return None if the updates stay unchanged.
     """
     updates = place.updates[0]
-    own = _own(place, every)
+    additives = _trailing_additives(place, every)
     # Without a criterion, a single LoRA stays unchanged.
-    if not own or (not criterion.record() and len(own) == 1 and isinstance(own[0], LoRA)):
+    if not additives or (not criterion.record() and len(additives) == 1 and isinstance(additives[0], LoRA)):
         return None
-    change = Change(place.target, place.shape, tuple(own))
-    kept = tuple(update for update in updates if not any(update is each for each in own))
+    change = Change(place.target, place.shape, tuple(additives))
+    kept = tuple(update for update in updates if not any(update is each for each in additives))
     with errors_at(place.target):
-        return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
+        return _ResizedPart(
+            place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas())
+        )
 
 
-def _own(place: AlignedPlace, every: bool) -> list[Additive]:
+def _trailing_additives(place: AlignedPlace, every: bool) -> list[Additive]:
     """Return the additive updates of a matrix that follow its last non-additive update.
 
     Earlier updates stay unchanged, because the non-additive update may depend on them.
     """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
-    own = [update for update in updates[last:] if isinstance(update, Additive) and update.changes_weight]
-    own = [update for update in own if every or type(update).pair is not Additive.pair]
-    return own if own and len(place.shape) > 1 else []
+    additives = [update for update in updates[last:] if isinstance(update, Additive) and update.changes_weight]
+    additives = [update for update in additives if every or type(update).pair is not Additive.pair]
+    return additives if additives and len(place.shape) > 1 else []
 
 
-def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Weight:
+def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _DecomposedWeight:
     if delta.rest is not None and criterion.record() and criterion.scope == "target":
         D = delta.dense()
-        return _Weight(delta, dominant(D, criterion, seed_of(str(place.target))), _size(D))
-    found = svd(delta)
-    S = found[1]
-    whole = _Weight(delta, found, _size(S), 0.0)
+        return _DecomposedWeight(delta, dominant(D, criterion, seed_of(str(place.target))), _size(D))
+    decomposition = svd(delta)
+    S = decomposition[1]
+    whole = _DecomposedWeight(delta, decomposition, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
     # Drop singular values that are rounding noise, because the rank of a dense change is often smaller than its sides.
@@ -281,35 +285,35 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Wei
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 
 
-def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | None]:
+def _rationed(parts: list[_ResizedPart | None], criterion: Criterion) -> list[_ResizedPart | None]:
     """Keep the largest singular values among all targets."""
     every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts
-    counts = iter(criterion.counts([weight.found[1] for weight in every], [weight.norm for weight in every]))
+    counts = iter(criterion.counts([weight.decomposition[1] for weight in every], [weight.norm for weight in every]))
     return [part and replace(part, weights=tuple(each.first(next(counts)) for each in part.weights)) for part in parts]
 
 
-def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
+def _finished(part: _ResizedPart, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
     """Return the unchanged updates and the new LoRA; omit the LoRA if its rank is 0 and it changes no bias."""
     place, bias = part.place, part.change.bias()
-    rank = max(len(weight.found[1]) for weight in part.weights)
+    rank = max(len(weight.decomposition[1]) for weight in part.weights)
     before = max(w.delta.rank if w.delta.rest is None else min(w.delta.shape) for w in part.weights)
     sizes = math.hypot(*(weight.norm for weight in part.weights))
     if rank == 0 and bias is None:
         cuts.append(Cut(str(place.target), "", before, 0, sizes, sizes))
         return part.kept
-    lora = low_rank(place.target, place.shape, [balanced(*weight.found) for weight in part.weights], bias, kind)
-    made = Change(place.target, place.shape, (lora,)).deltas()
-    lost = math.hypot(*(weight.lost(delta) for weight, delta in zip(part.weights, made, strict=True)))
+    lora = low_rank(place.target, place.shape, [balanced(*weight.decomposition) for weight in part.weights], bias, kind)
+    deltas = Change(place.target, place.shape, (lora,)).deltas()
+    lost = math.hypot(*(weight.lost(delta) for weight, delta in zip(part.weights, deltas, strict=True)))
     cuts.append(Cut(str(place.target), lora.method, before, rank, sizes, lost))
     return (*part.kept, lora)
 
 
-def _check_rank(criterion: Criterion, found: Sequence[AlignedPlace], every: bool) -> None:
+def _check_rank(criterion: Criterion, aligned: Sequence[AlignedPlace], every: bool) -> None:
     if criterion.rank is None:
         return
-    sides = [min(place.shape[0], math.prod(place.shape[1:])) for place in found if _own(place, every)]
+    sides = [min(place.shape[0], math.prod(place.shape[1:])) for place in aligned if _trailing_additives(place, every)]
     criterion.check_possible(max(sides, default=criterion.rank))
 
 

@@ -78,16 +78,16 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
     # an energy or an error, double the rank and try again, as long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
-            Q, rows, found = _sketch(D, min(width, small), rounds, random)
-            kept = found[1][:rank]
+            Q, rows, decomposition = _sketch(D, min(width, small), rounds, random)
+            kept = decomposition[1][:rank]
             if not criterion.reached(kept, norm):
                 break
             count = criterion.counts([kept], [norm])[0]
-            if _good(D, Q, rows, found, count, norm, random):
-                return first(found, count)
+            if _good(D, Q, rows, decomposition, count, norm, random):
+                return first(decomposition, count)
         rank = small if criterion.rank is not None else 2 * rank
-    found = exact(D)
-    return first(found, criterion.counts([found[1]], [norm])[0])
+    decomposition = exact(D)
+    return first(decomposition, criterion.counts([decomposition[1]], [norm])[0])
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
@@ -110,12 +110,12 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
     if not math.isfinite(norm):
         raise too_large()
     if small <= SMALL or 3 * rank > small or norm == 0:
-        found = first(exact(D), rank)
+        decomposition = first(exact(D), rank)
     else:
         random = np.random.default_rng(seed)
-        found = first(_sketch(D, min(2 * rank + 16, small), 2, random)[2], rank)
-    U, S, Vh = found
-    return found, norm, _lost(norm, S, lambda: left(D, U * S, Vh))
+        decomposition = first(_sketch(D, min(2 * rank + 16, small), 2, random)[2], rank)
+    U, S, Vh = decomposition
+    return decomposition, norm, _lost(norm, S, lambda: left(D, U * S, Vh))
 
 
 def streamed(
@@ -214,10 +214,10 @@ def _basis(block: Array) -> Array:
 
 
 def _good(
-    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
+    D: Array, Q: Array, rows: Array, decomposition: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether the error of the first `count` vectors of `found` is provably close to the smallest possible error."""
-    U, S, Vh = first(found, count)
+    """Whether the first `count` vectors of `decomposition` have provably almost the smallest possible error."""
+    U, S, Vh = first(decomposition, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
         square = frobenius(D - (U * S).astype(D.dtype) @ Vh.astype(D.dtype)) ** 2
@@ -260,9 +260,9 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)
 
 
-def first(found: Decomposition, count: int) -> Decomposition:
+def first(decomposition: Decomposition, count: int) -> Decomposition:
     """Return the first `count` singular values and vectors."""
-    U, S, Vh = found
+    U, S, Vh = decomposition
     return U[:, :count], S[:count], Vh[:count]
 
 
@@ -312,8 +312,8 @@ class Criterion:
         given = self.record()
         chosen = [name for name in given if name != "rank" or not self._by_values]
         if len(chosen) > 1 or (needed and not given):
-            said = " and ".join(chosen) or "none"
-            raise UsageError(f"one of {NAMES} is needed, not {said}", cure=_ONE)
+            given_text = " and ".join(chosen) or "none"
+            raise UsageError(f"one of {NAMES} is needed, not {given_text}", cure=_ONE)
         if self._by_values and self.scope != "target":
             raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:

@@ -117,9 +117,9 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
     root = located(path_text(path))
     files = files_of(root, root if leave_out is None else leave_out) if root.is_dir() else files_of(root, root)
     stage("reading the lineage")
-    told = statement_of(root)
+    statement = statement_of(root)
     stage("hashing files")
-    main, ancestors = _main(root, told, files), list(_ancestors(told, root))
+    main, ancestors = _main(root, statement, files), list(_ancestors(statement, root))
     if ancestors:
         main["pedigree"] = {"ancestors": [{k: v for k, v in each.items() if k != "bom-ref"} for each in ancestors]}
     refs = [each["bom-ref"] for each in ancestors]
@@ -144,10 +144,12 @@ def _time() -> dict[str, str]:
         raise UsageError(why, cure=f"Correct it, or unset {EPOCH}") from None
 
 
-def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
-    parts = _parts(told, root)
-    facts = {f"adapterkit:{key}": told.get(key) for key in ("kind", "format", "digest", "unread", "original_sha256")}
-    facts["adapterkit:methods"] = ", ".join(told.get("methods") or ())
+def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
+    parts = _parts(statement, root)
+    facts = {
+        f"adapterkit:{key}": statement.get(key) for key in ("kind", "format", "digest", "unread", "original_sha256")
+    }
+    facts["adapterkit:methods"] = ", ".join(statement.get("methods") or ())
     facts |= {f"adapterkit:licence:{n}:{name}": terms for n, (name, terms) in enumerate(_asks(parts), 1)}
     facts |= {f"adapterkit:licence-conflict:{n}": each for n, each in enumerate(conflicts(parts), 1)}
     card = _card(root)
@@ -166,16 +168,20 @@ def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, o
     return _filled(component)
 
 
-def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
+def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
     """Return the parts whose licences apply: base and adapters of a merge, or the adapter or model at the path."""
-    parts = parts_of(told.get("made_from") or {})
-    if told.get("kind") == "merged" and parts:
+    parts = parts_of(statement.get("made_from") or {})
+    if statement.get("kind") == "merged" and parts:
         # A merge copies the base's model card. A card with a licence that differs from the base's was written for the
         # merged model.
-        own = licence_at(root)
-        return parts if not own or own in [licence for _, licence in parts] else [("the model", own), *parts]
-    own = licence_at(root)
-    return [("the model", own)] if own else []
+        licence_here = licence_at(root)
+        return (
+            parts
+            if not licence_here or licence_here in [licence for _, licence in parts]
+            else [("the model", licence_here), *parts]
+        )
+    licence_here = licence_at(root)
+    return [("the model", licence_here)] if licence_here else []
 
 
 def _asks(parts: list[Part]) -> Iterator[tuple[str, str]]:
@@ -186,19 +192,21 @@ def _asks(parts: list[Part]) -> Iterator[tuple[str, str]]:
                 yield name, f"{licence} {terms.asks}"
 
 
-def _ancestors(told: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
-    record = told.get("made_from") or {}
+def _ancestors(statement: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
+    record = statement.get("made_from") or {}
     licences = dict(parts_of(record))
-    if told.get("kind") == "merged":
+    if statement.get("kind") == "merged":
         facts = {"adapterkit:fingerprint": record.get("base_fingerprint")}
         yield _model("base", record.get("base_uri") or _base_name(root), None, facts, licences.get(BASE))
-    base = told.get("base") or {}
+    base = statement.get("base") or {}
     if base.get("id") or base.get("fingerprints"):
         facts = {"adapterkit:config-sha256": base.get("config_hash")}
         facts |= {f"adapterkit:fingerprint:{n}": each for n, each in enumerate(base.get("fingerprints") or (), 1)}
         yield _model("base", base.get("id"), base.get("revision"), facts, None)
-    if told.get("original_sha256"):
-        yield _model("base", "the graph before adapters", None, {"adapterkit:sha256": told["original_sha256"]}, None)
+    if statement.get("original_sha256"):
+        yield _model(
+            "base", "the graph before adapters", None, {"adapterkit:sha256": statement["original_sha256"]}, None
+        )
     adapters = [each for each in record.get("adapters") or () if isinstance(each, Mapping)]
     for number, each in enumerate(adapters, 1):
         name = str(each.get("name"))
@@ -236,7 +244,7 @@ def _model(
 
 
 def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     if len(licences) == 1 and is_expression(licences[0]) and (expression := spdx_expression_of(licences[0])):
         return [{"expression": expression}]
     for licence in licences:
@@ -245,9 +253,9 @@ def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
         link = licence.get("license_link", "")
         if link.startswith("https://"):
             entry["url"] = link
-        if {"license": entry} not in found and (identifier or called(licence)):
-            found.append({"license": entry})
-    return found
+        if {"license": entry} not in entries and (identifier or called(licence)):
+            entries.append({"license": entry})
+    return entries
 
 
 def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:

@@ -74,14 +74,14 @@ class SignatureBundle:
 
     @property
     def predicate(self) -> Mapping[str, object]:
-        found = self.payload.get("predicate")
-        return found if isinstance(found, Mapping) else {}
+        predicate = self.payload.get("predicate")
+        return predicate if isinstance(predicate, Mapping) else {}
 
     @property
     def statement(self) -> Mapping[str, object] | None:
         """The statement that adapterkit added when it signed; None in signatures by other tools."""
-        found = self.predicate.get(PREDICATE)
-        return found if isinstance(found, Mapping) else None
+        statement = self.predicate.get(PREDICATE)
+        return statement if isinstance(statement, Mapping) else None
 
 
 def read_bundle(path: Path) -> SignatureBundle:
@@ -99,21 +99,21 @@ def read_bundle(path: Path) -> SignatureBundle:
     if len(data) > LARGEST:
         raise _corrupt(path, f"it is larger than {LARGEST >> 20} MiB")
     try:
-        told = load_json(data.decode("utf-8"))
+        content = load_json(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"it is not JSON ({error})") from None
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise _corrupt(path, "it is not a JSON object")
-    if told.get("mediaType") != MEDIA_TYPE:
+    if content.get("mediaType") != MEDIA_TYPE:
         raise _corrupt(path, f"mediaType is not {MEDIA_TYPE}")
-    kind, material = _kind(path, told)
+    kind, material = _kind(path, content)
     # Check only the envelope of sigstore bundles: their log entries have more keys, which sigstore's library checks.
-    _check(path, told if kind != "sigstore" else {"dsseEnvelope": told.get("dsseEnvelope")})
-    return SignatureBundle(path, kind, material, _payload(path, told))
+    _check(path, content if kind != "sigstore" else {"dsseEnvelope": content.get("dsseEnvelope")})
+    return SignatureBundle(path, kind, material, _payload(path, content))
 
 
-def _kind(path: Path, told: Mapping[str, object]) -> tuple[str, str | None]:
-    material = told.get("verificationMaterial")
+def _kind(path: Path, content: Mapping[str, object]) -> tuple[str, str | None]:
+    material = content.get("verificationMaterial")
     if not isinstance(material, dict):
         raise _corrupt(path, "it has no verificationMaterial")
     if isinstance(material.get("publicKey"), dict):
@@ -159,8 +159,8 @@ def _decoded(path: Path, place: str, text: object) -> bytes:
     return data
 
 
-def _payload(path: Path, told: Mapping[str, object]) -> Mapping[str, object]:
-    envelope = told.get("dsseEnvelope")
+def _payload(path: Path, content: Mapping[str, object]) -> Mapping[str, object]:
+    envelope = content.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
         raise _corrupt(path, "it is not an envelope with one signature")
     try:
@@ -273,9 +273,9 @@ def other_base(
     Raises:
         UsageError: the statement has no fingerprint to compare with.
     """
-    told: Mapping[str, Any] = statement or {}
-    kept = told.get("made_from") or {}
-    recorded = [*((told.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
+    fields: Mapping[str, Any] = statement or {}
+    kept = fields.get("made_from") or {}
+    recorded = [*((fields.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
         cure = "Omit --base (base=), or also name the adapters with --adapter, to compute the merge again"
@@ -284,7 +284,7 @@ def other_base(
     given = fingerprint(checkpoint)
     if given in known:
         return None
-    how = relation(checkpoint, [*map(str, (told.get("base") or {}).get("shapes") or ()), str(kept.get(SHAPES))])
+    how = relation(checkpoint, [*map(str, (fields.get("base") or {}).get("shapes") or ()), str(kept.get(SHAPES))])
     return {"named_by": "the signed statement", "expected": known[0], "given": given, "how": how}
 
 
@@ -313,8 +313,8 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     It is safe to use the settings in the signature file: they are signed, model-signing checks the signature first, and
     other settings would give other digests.
     """
-    told = bundle.predicate.get("serialization")
-    args: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
+    serialization = bundle.predicate.get("serialization")
+    args: Mapping[str, Any] = serialization if isinstance(serialization, Mapping) else {}
     hashing = model_signing("hashing").Config()
     # Convert the name of the digest, which model-signing writes, to the name of the algorithm, which it expects.
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
@@ -340,21 +340,21 @@ _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
 
 def _why(error: Exception) -> str:
     """Return the reason in one line, without the digests, which model-signing prints as unreadable Python bytes."""
-    told = first_line(error)
-    if told == "InvalidSignature":  # The `cryptography` package raises this error without a message.
+    reason = first_line(error)
+    if reason == "InvalidSignature":  # The `cryptography` package raises this error without a message.
         return "it was made with another key, or was changed"
-    told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
+    reason = _DIGESTS.sub("", reason).removeprefix("Signature mismatch: ")
     try:
-        listed = ast.literal_eval(told) if told.startswith("[") else [told]
+        listed = ast.literal_eval(reason) if reason.startswith("[") else [reason]
     except (ValueError, SyntaxError):
-        return told
-    return "; ".join(map(str, listed)) if isinstance(listed, list) else told
+        return reason
+    return "; ".join(map(str, listed)) if isinstance(listed, list) else reason
 
 
 def _left_out(root: Path, bundle: SignatureBundle) -> tuple[str, ...]:
     serialization = bundle.predicate.get("serialization")
-    told = serialization.get("ignore_paths") if isinstance(serialization, Mapping) else None
-    names = [name for name in told or () if isinstance(name, str) and name]
+    ignored = serialization.get("ignore_paths") if isinstance(serialization, Mapping) else None
+    names = [name for name in ignored or () if isinstance(name, str) and name]
     itself = bundle.path.resolve()
     return tuple(sorted(n for n in names if root.is_dir() and (root / n).exists() and (root / n).resolve() != itself))
 

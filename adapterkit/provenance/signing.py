@@ -128,7 +128,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
         cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
         raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
     try:
-        found: Any = load_pem_private_key(data, password)
+        key: Any = load_pem_private_key(data, password)
     except TypeError:
         cure = f"Unset {PASSWORD}, and omit --password-file (password=)"
         raise UsageError(f"a password was given, but the key {path} is not encrypted", cure=cure) from None
@@ -137,7 +137,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
             cure = f"Correct {PASSWORD}, or the file at --password-file (password=)"
             raise Malformed("the password does not decrypt this key", path=path, cure=cure) from None
         raise Malformed("the file is not a private key in PEM form", path=path, cure=_NEW_KEY) from None
-    _check_curve(path, found)
+    _check_curve(path, key)
 
 
 def _check_public(path: Path) -> None:
@@ -145,11 +145,11 @@ def _check_public(path: Path) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        found: Any = load_pem_public_key(_read(path))
+        key: Any = load_pem_public_key(_read(path))
     except (ValueError, UnsupportedAlgorithm):
         cure = "Export the public key: openssl pkey -in KEY.pem -pubout -out PUB.pem"
         raise Malformed("the file is not a public key in PEM form", path=path, cure=cure) from None
-    _check_curve(path, found)
+    _check_curve(path, key)
 
 
 def _check_curve(path: Path, key: object) -> None:
@@ -201,8 +201,13 @@ def statement_of(path: Path) -> dict[str, JsonValue]:
     """
     from .. import __version__
 
-    told = {"version": VERSION, "adapterkit": __version__, "licence": licence_at(path).get("license"), **_kind(path)}
-    plain: dict[str, Any] = _plain(told)
+    statement = {
+        "version": VERSION,
+        "adapterkit": __version__,
+        "licence": licence_at(path).get("license"),
+        **_kind(path),
+    }
+    plain: dict[str, Any] = _plain(statement)
     return plain
 
 
@@ -372,14 +377,14 @@ def sign(
     check_inputs([place], files)
     config = _sigstore(identity_token) if key is None else signer(key, password, certificate, chain)
     stage("reading the lineage")
-    told = statement_of(root)
+    statement = statement_of(root)
     stage("hashing files")
-    payload = _payload(root, place, allow_symlinks, told)
+    payload = _payload(root, place, allow_symlinks, statement)
     stage("signing")
     data = _signed(config, payload, sigstore)
     with staged(place, overwrite=overwrite, made_from=made_from) as file:
         file.write_text(data, "utf-8")
-    return Signed(public(str(path)), str(place), len(files), told, not_covered(root))
+    return Signed(public(str(path)), str(place), len(files), statement, not_covered(root))
 
 
 def signature_file(path: Path) -> Path:
@@ -401,9 +406,9 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     check_exists(root)
     if root.is_file():
         return [root]
-    found = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
+    files = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
     left_out = [PurePosixPath(name) for name in (*GIT, *NOTES)]
-    return sorted(each for each in found if not _below(each.relative_to(root), left_out))
+    return sorted(each for each in files if not _below(each.relative_to(root), left_out))
 
 
 def _check_names(root: Path, files: Sequence[Path]) -> None:
@@ -427,7 +432,7 @@ def not_covered(root: Path) -> tuple[str, ...]:
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
-def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, JsonValue]) -> Any:
+def _payload(root: Path, signature: Path, allow_symlinks: bool, statement: Mapping[str, JsonValue]) -> Any:
     """Return model-signing's payload with the digests of all files, and with the statement added to the predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
@@ -443,7 +448,7 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[st
     except ValueError as error:
         raise _not_hashed(root, error) from None
     payload = model_signing("_signing.signing").Payload(manifest)
-    payload.statement.pb.predicate.update({PREDICATE: dict(told)})
+    payload.statement.pb.predicate.update({PREDICATE: dict(statement)})
     return payload
 
 

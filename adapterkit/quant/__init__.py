@@ -195,19 +195,19 @@ class Scheme:
 
 def settings(base: Checkpoint) -> dict[str, Any]:
     """Return the `quantization_config` of the base's config; empty if there is none."""
-    found = said_quantization(base.config)
-    return found if isinstance(found, dict) else {}
+    quantization = stated_quantization(base.config)
+    return quantization if isinstance(quantization, dict) else {}
 
 
-def said_quantization(config: Mapping[str, JsonValue] | None) -> Any:
+def stated_quantization(config: Mapping[str, JsonValue] | None) -> Any:
     """Return a config's entry about quantization, or None.
 
     A model with several parts may have the entry in the config of its language model, as in Kimi K2.5.
     """
     config = config or {}
     text = config.get("text_config")
-    own = config.get(QUANTIZATION)
-    return text.get(QUANTIZATION) if own is None and isinstance(text, dict) else own
+    quantization = config.get(QUANTIZATION)
+    return text.get(QUANTIZATION) if quantization is None and isinstance(text, dict) else quantization
 
 
 QUANTIZATION = "quantization_config"
@@ -218,8 +218,8 @@ def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}
-    said = BY_TORCH.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."))
-    return said if said is not None and said.name == "F16" else DTYPES["BF16"]
+    dtype = BY_TORCH.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."))
+    return dtype if dtype is not None and dtype.name == "F16" else DTYPES["BF16"]
 
 
 def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -> Lazy:
@@ -229,13 +229,13 @@ def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -
         Malformed: the tensor is missing.
         ShapeMismatch: the tensor has another dtype.
     """
-    found = base.tensors.get(name)
-    if found is None:
+    tensor = base.tensors.get(name)
+    if tensor is None:
         raise Malformed(f"the weight is quantized, but {name} is missing", path=base.root, where=weight, cure=DAMAGED)
-    if found.dtype.name not in dtypes:
-        why = f"the dtype is {found.dtype}, not {' or '.join(dtypes)}"
+    if tensor.dtype.name not in dtypes:
+        why = f"the dtype is {tensor.dtype}, not {' or '.join(dtypes)}"
         raise ShapeMismatch(why, path=base.root, where=name, cure=DAMAGED)
-    return found
+    return tensor
 
 
 def expect(shape: Shape, wanted: Shape, name: str) -> None:
@@ -256,7 +256,7 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
     return np.frombuffer(tensor.read(first, size), dtype=tensor.dtype.array)
 
 
-def held(data: bytes, dtype: DType, *rows: int) -> Lazy:
+def from_bytes(data: bytes, dtype: DType, *rows: int) -> Lazy:
     """Return bytes as a tensor; `rows` is the shape without the first axis, whose size follows from the bytes."""
     count = len(data) // dtype.itemsize // math.prod(rows)
     return Lazy((count, *rows), dtype, lambda: data)
@@ -319,9 +319,9 @@ def nearest_e2m1(values: Array) -> Array:
 
     loaded = loops() if values.dtype == np.float32 else None
     if loaded is not None:
-        given, found = np.ascontiguousarray(values), np.empty(values.shape, np.uint8)
-        loaded.adapterkit_e2m1(given.ctypes.data, given.size, found.ctypes.data)
-        return found
+        given, codes = np.ascontiguousarray(values), np.empty(values.shape, np.uint8)
+        loaded.adapterkit_e2m1(given.ctypes.data, given.size, codes.ctypes.data)
+        return codes
     levels = np.array(E2M1[:8], np.float32)
     middles, sizes = (levels[1:] + levels[:-1]) / 2, np.abs(values)
     low, high = (np.searchsorted(middles, sizes, side) for side in ("left", "right"))
@@ -400,12 +400,12 @@ class Dequantized(Checkpoint):
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
         """Return a packed weight that is read from new stored tensors instead of the base's tensors."""
-        own = weight.with_parts(parts)
-        if own is not None:
-            return own
-        held = {name: parts.get(name, self.stored.tensors[name]) for name in weight.members}
-        found = SCHEMES[self.scheme]().find(replace(self.stored, tensors=held))
-        return next(other for other in found if other.name == weight.name)
+        repacked = weight.with_parts(parts)
+        if repacked is not None:
+            return repacked
+        members = {name: parts.get(name, self.stored.tensors[name]) for name in weight.members}
+        weights_found = SCHEMES[self.scheme]().find(replace(self.stored, tensors=members))
+        return next(other for other in weights_found if other.name == weight.name)
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
@@ -413,9 +413,9 @@ def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
-def said_method(base: Checkpoint) -> str | None:
+def stated_method(base: Checkpoint) -> str | None:
     """Return the quantization method in the base's config, or None."""
-    config = said_quantization(base.config)
+    config = stated_quantization(base.config)
     if config is None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else None
@@ -424,7 +424,7 @@ def said_method(base: Checkpoint) -> str | None:
 
 def is_quantized(base: Checkpoint) -> bool:
     """Whether the config names a quantization, or a scheme recognises the names and dtypes of the tensors."""
-    if said_method(base) is not None:
+    if stated_method(base) is not None:
         return True
     plain = all(tensor.dtype.name in PLAIN for tensor in base.tensors.values())
     return not plain and any(SCHEMES[name]().detect(base) for name in SCHEMES)
@@ -436,13 +436,13 @@ def detect(base: Checkpoint) -> str:
     Raises:
         Unsupported: no scheme recognises the base, or several do.
     """
-    found = [name for name in SCHEMES if SCHEMES[name]().detect(base)]
-    if len(found) == 1:
-        return found[0]
-    method = said_method(base)
+    schemes = [name for name in SCHEMES if SCHEMES[name]().detect(base)]
+    if len(schemes) == 1:
+        return schemes[0]
+    method = stated_method(base)
     why = (
-        f"the scheme could be {' or '.join(found)}"
-        if found
+        f"the scheme could be {' or '.join(schemes)}"
+        if schemes
         else f"the base is quantized ({method}) by an unknown scheme"
     )
     raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
@@ -482,7 +482,9 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
         tensors |= seen
         if stored in base.home:
             home |= dict.fromkeys(seen, base.home[stored])
-    metadata = base.metadata if packs else {file: _plain(said) for file, said in base.metadata.items()}
+    metadata = (
+        base.metadata if packs else {file: _plain(text_metadata) for file, text_metadata in base.metadata.items()}
+    )
     config = SCHEMES[name]().config(base)
     config = config if packs or config is None else _without(config)
     return Dequantized(

@@ -55,8 +55,8 @@ class Calibration:
 
     def width(self, path: str) -> int | None:
         """Return the number of inputs of a target; None if the file does not have the target."""
-        found = self.tensors.get(self.shared.get(path, path))
-        return None if found is None else found.shape[1]
+        tensor = self.tensors.get(self.shared.get(path, path))
+        return None if tensor is None else tensor.shape[1]
 
     def inputs(self, path: str) -> Array | None:
         """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have the target.
@@ -66,10 +66,10 @@ class Calibration:
         """
         import numpy as np
 
-        found = self.tensors.get(self.shared.get(path, path))
-        if found is None:
+        tensor = self.tensors.get(self.shared.get(path, path))
+        if tensor is None:
             return None
-        values: Array = np.frombuffer(found.fetch(), found.dtype.array).reshape(found.shape).astype(np.float64)
+        values: Array = np.frombuffer(tensor.fetch(), tensor.dtype.array).reshape(tensor.shape).astype(np.float64)
         if not np.isfinite(values).all():
             raise Malformed("an input is not a finite number", path=self.path, where=path, cure=_WRITE)
         return values
@@ -84,11 +84,11 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
     """
     file = located(path)
     header = read_header(file)
-    said = header.metadata.get(KEY)
-    if said is None:
+    text = header.metadata.get(KEY)
+    if text is None:
         raise Malformed("the file is not a calibration", path=file, cure=_WRITE)
     try:
-        record = json.loads(said)
+        record = json.loads(text)
         version, shared, made_from = record["version"], record["shared"], record["made_from"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Malformed(f"the calibration's record cannot be read ({error})", path=file, cure=_WRITE) from None

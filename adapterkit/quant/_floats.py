@@ -18,8 +18,8 @@ from . import (
     divided,
     expect,
     finite,
+    from_bytes,
     halves,
-    held,
     joined,
     nearest_e2m1,
     nibbles,
@@ -91,8 +91,8 @@ class ScaledFloat8(Rowwise):
         return {name: part.tobytes() for name, part in zip(self.members, parts, strict=False)}
 
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        stored = held(parts[self.members[0]], self.stored.dtype, self.shape[1])
-        scale = held(parts[self.members[1]], self.scale.dtype, self.grid[1])
+        stored = from_bytes(parts[self.members[0]], self.stored.dtype, self.shape[1])
+        scale = from_bytes(parts[self.members[1]], self.scale.dtype, self.grid[1])
         grid = (scale.shape[0], self.grid[1])
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
@@ -210,11 +210,11 @@ def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
     """Return rows of a grid of scales in float32; a scale that is stored as a byte is an exponent of two."""
     import numpy as np
 
-    found = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)
+    scales = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)
     if scale.dtype.name == "U8":
-        exponents = np.where(found == 255, np.nan, found.astype(np.float32) - 127)
-        found = np.exp2(exponents).astype(np.float32)
-    return finite(found, name)
+        exponents = np.where(scales == 255, np.nan, scales.astype(np.float32) - 127)
+        scales = np.exp2(exponents).astype(np.float32)
+    return finite(scales, name)
 
 
 # NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 values and a second scale per tensor.

@@ -89,30 +89,32 @@ class Grouped(Packed):
         pieces = []
         for start, stop in steps(self.shape, self.granule):
             values, zeros, scales = merged(start, stop), self.zeros(start, stop), self.scales(start, stop)
-            own = scales, scales.astype(int) * 0 + zeros
+            rounded_grid = scales, scales.astype(int) * 0 + zeros
             if runs is None:
                 again = self._fresh(*_spans(values, at, self.groups), fixed)
-                pieces.append(self.parts(*_better(self._on(values, *own, at), self._on(values, *again, at), at)))
+                pieces.append(
+                    self.parts(*_better(self._on(values, *rounded_grid, at), self._on(values, *again, at), at))
+                )
                 continue
             ordered = values[:, runs].reshape(len(values), self.groups, -1)
             fresh = self._fresh(np.minimum(ordered.min(2), 0), np.maximum(ordered.max(2), 0), fixed)
-            pieces.append(self.parts(*self._of_runs(ordered, own, fresh, runs)))
+            pieces.append(self.parts(*self._of_runs(ordered, rounded_grid, fresh, runs)))
         return self.named(pieces)
 
     def _of_runs(
-        self, ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
+        self, ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
         """Quantize rows like `_better`, if groups have equal sizes and columns are ordered by group."""
         import numpy as np
 
-        found = _by_library(ordered, own, fresh, self.span)
-        if found is None:
+        chosen = _by_library(ordered, stored_grid, fresh, self.span)
+        if chosen is None:
             at = np.repeat(np.arange(self.groups), ordered.shape[2])
             values = ordered.reshape(len(ordered), -1)
-            found = _better(self._on(values, *own, at), self._on(values, *fresh, at), at)
-        q = np.empty_like(found[0])
-        q[:, runs] = found[0]
-        return q, *found[1:]
+            chosen = _better(self._on(values, *stored_grid, at), self._on(values, *fresh, at), at)
+        q = np.empty_like(chosen[0])
+        q[:, runs] = chosen[0]
+        return q, *chosen[1:]
 
     def _fixed_zero(self) -> int | None:
         """Return the zero point of all groups if it is the same, as in symmetric quantization; else None."""
@@ -198,18 +200,18 @@ def _runs_of(at: Array, groups: int) -> Array | slice | None:
 
 
 def _by_library(
-    ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], span: tuple[int, int]
+    ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], span: tuple[int, int]
 ) -> tuple[Array, Array, Array] | None:
     """Compute q, zero points and scales with the compiled loop; return None if the loop does not support the input."""
     import numpy as np
 
     loaded = loops()
-    kinds = {ordered.dtype, own[0].dtype, fresh[0].dtype}
+    kinds = {ordered.dtype, stored_grid[0].dtype, fresh[0].dtype}
     if loaded is None or kinds != {np.dtype(np.float32)} or not np.isfinite(ordered).all():
         return None
     rows, groups, size = ordered.shape
-    scales = [np.ascontiguousarray(grid[0]) for grid in (own, fresh)]
-    zeros = [np.ascontiguousarray(grid[1], np.int32) for grid in (own, fresh)]
+    scales = [np.ascontiguousarray(grid[0]) for grid in (stored_grid, fresh)]
+    zeros = [np.ascontiguousarray(grid[1], np.int32) for grid in (stored_grid, fresh)]
     given, q = np.ascontiguousarray(ordered), np.empty((rows, groups * size), np.int32)
     second = np.empty((rows, groups), np.uint8)
     pointers = [(c_void_p * 2)(*(array.ctypes.data for array in pair)) for pair in (scales, zeros)]
@@ -217,7 +219,7 @@ def _by_library(
         given.ctypes.data, rows * groups, size, *pointers, *span, q.ctypes.data, second.ctypes.data
     ):
         return None
-    return q, np.where(second, fresh[1], own[1]), np.where(second, fresh[0], own[0])
+    return q, np.where(second, fresh[1], stored_grid[1]), np.where(second, fresh[0], stored_grid[0])
 
 
 def words(q: Array, bits: int) -> Array:

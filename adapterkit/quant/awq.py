@@ -35,9 +35,9 @@ class Awq(Scheme):
         return settings(base).get("quant_method") == "awq" and any(n.endswith(".qweight") for n in base.tensors)
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        said = settings(base)
-        bits = said.get("bits", said.get("w_bit", 4))
-        layout = str(said.get("version", "gemm")).lower()
+        config = settings(base)
+        bits = config.get("bits", config.get("w_bit", 4))
+        layout = str(config.get("version", "gemm")).lower()
         if bits != 4 or layout != "gemm":
             raise Unsupported(
                 f"the base has {bits} bits in layout {layout}", path=base.root, cure="Known: 4 bits in layout gemm"
@@ -76,8 +76,8 @@ class _Words(Grouped):
 def _outputs(stored: Lazy, start: int, stop: int) -> Array:
     """Unpack outputs `start` to `stop` from words; return `[outputs, rows of the stored tensor]`."""
     first = start // 8
-    held = whole(stored)[:, first : -(-stop // 8)].copy()
-    ordered = unpacked(held, 4).reshape(*held.shape, 8)[..., PLACES].reshape(held.shape[0], -1)
+    words = whole(stored)[:, first : -(-stop // 8)].copy()
+    ordered = unpacked(words, 4).reshape(*words.shape, 8)[..., PLACES].reshape(words.shape[0], -1)
     return ordered[:, start - first * 8 : stop - first * 8].swapaxes(0, 1)
 
 

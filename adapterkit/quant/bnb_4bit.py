@@ -169,11 +169,11 @@ class _Levels(Rowwise):
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
         import numpy as np
 
-        held = {name: from_numpy(np.frombuffer(data, np.uint8)) for name, data in parts.items()}
-        stored, width = held[self.members[0]], self.shape[-1]
+        leaves = {name: from_numpy(np.frombuffer(data, np.uint8)) for name, data in parts.items()}
+        stored, width = leaves[self.members[0]], self.shape[-1]
         count = min(2 * stored.nbytes // width, self.shape[0])
         shape = (count, width)
-        return replace(self, shape=shape, stored=stored, absmax=self.absmax.over(held)).rows(0, count)
+        return replace(self, shape=shape, stored=stored, absmax=self.absmax.over(leaves)).rows(0, count)
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         granule = self._granule // math.gcd(self._granule, self.shape[-1])
@@ -191,9 +191,9 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
     """Like `quantized`, but pack two indices into each byte, the first in the high half."""
     import numpy as np
 
-    found = _by_library(values, levels, size)
-    if found is not None:
-        return found
+    codes = _by_library(values, levels, size)
+    if codes is not None:
+        return codes
     q, largest = quantized(values, levels, size)
     return halves(np.append(q, q[:0] if len(q) % 2 == 0 else q[:1] * 0), high_first=True), largest
 
@@ -205,9 +205,11 @@ def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
     """
     import numpy as np
 
-    found = _by_library(values, levels, size)
-    if found is not None:
-        return (nibbles(found[0], high_first=True) if len(levels) == 16 else found[0]), found[1]
+    codes_and_scales = _by_library(values, levels, size)
+    if codes_and_scales is not None:
+        return (
+            nibbles(codes_and_scales[0], high_first=True) if len(levels) == 16 else codes_and_scales[0]
+        ), codes_and_scales[1]
     order, middles = _ascending(levels)
     blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
     largest = np.abs(blocks).max(1)
@@ -240,12 +242,12 @@ def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] 
     blocks = -(-len(values) // size)
     largest = np.empty(blocks, np.float32)
     if len(levels) == 16:
-        found, function, count = np.empty(len(values) // 2, np.uint8), loaded.adapterkit_levels, blocks
+        codes, function, count = np.empty(len(values) // 2, np.uint8), loaded.adapterkit_levels, blocks
     else:
-        found, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
-    arrays = (array.ctypes.data for array in (middles, places, found, largest))
+        codes, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
+    arrays = (array.ctypes.data for array in (middles, places, codes, largest))
     # The loop fails if the reciprocal of a block's largest magnitude overflows float32.
-    return None if function(given.ctypes.data, count, size, *arrays) else (found, largest)
+    return None if function(given.ctypes.data, count, size, *arrays) else (codes, largest)
 
 
 def _weight(base: Checkpoint, name: str, kind: str) -> Packed:

@@ -19,7 +19,7 @@ from . import (
     divided,
     expect,
     finite,
-    held,
+    from_bytes,
     joined,
     numbers,
     part_of,
@@ -55,7 +55,7 @@ class BnbInt8(Scheme):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows(Rowwise):
+class _Int8Rows(Rowwise):
     stored: Lazy
     scale: Lazy
 
@@ -80,8 +80,8 @@ class _Rows(Rowwise):
         return {name: part.tobytes() for name, part in zip(self.members, _quantized(rows), strict=False)}
 
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        stored = held(parts[self.members[0]], self.stored.dtype, self.shape[-1])
-        scale = held(parts[self.members[1]], self.scale.dtype)
+        stored = from_bytes(parts[self.members[0]], self.stored.dtype, self.shape[-1])
+        scale = from_bytes(parts[self.members[1]], self.scale.dtype)
         return replace(self, shape=stored.shape, stored=stored, scale=scale).rows(0, stored.shape[0])
 
     def pack(self, merged: Merged) -> dict[str, Array]:
@@ -105,4 +105,4 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
         raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=DAMAGED)
     members = (name, scb, *((form,) if form in base.tensors else ()))
-    return _Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)
+    return _Int8Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)

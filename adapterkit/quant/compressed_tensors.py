@@ -86,10 +86,10 @@ class _Whole(Grouped):
     def whole(self, start: int, stop: int) -> Array:
         import numpy as np
 
-        found = rows_of(self.stored, start, stop)
+        rows = rows_of(self.stored, start, stop)
         if not self.packed:
-            return found.astype(np.int32)
-        return unpacked(found, self.bits, self.shape[-1]) - (1 << self.bits - 1)
+            return rows.astype(np.int32)
+        return unpacked(rows, self.bits, self.shape[-1]) - (1 << self.bits - 1)
 
     def zeros(self, start: int, stop: int) -> Array | int:
         import numpy as np
@@ -181,15 +181,15 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 def _weights(base: Checkpoint, key: str) -> JsonValue:
     """Return the value of a property of weights that all groups in the config share."""
     groups = settings(base).get("config_groups")
-    found = []
+    values_seen = []
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get(key) not in found:
-            found.append(weights.get(key))
-    if len(found) > 1:
+        if isinstance(weights, dict) and weights.get(key) not in values_seen:
+            values_seen.append(weights.get(key))
+    if len(values_seen) > 1:
         cure = "Merge into the 16-bit weights that it was quantized from"
         raise Unsupported(f"groups of layers differ in {key}", path=base.root, where="config_groups", cure=cure)
-    return found[0] if found else None
+    return values_seen[0] if values_seen else None
 
 
 def _bits(base: Checkpoint) -> int:

@@ -82,24 +82,27 @@ def _check_layouts(base: Checkpoint) -> None:
         if name.rpartition(".")[2] != LAYOUT:
             continue
         try:
-            said = json.loads(bytes(tensor.fetch())) if tensor.nbytes < 1 << 16 else None
+            layout = json.loads(bytes(tensor.fetch())) if tensor.nbytes < 1 << 16 else None
         except ValueError:
-            said = None
-        if not isinstance(said, dict):
+            layout = None
+        if not isinstance(layout, dict):
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
-        if said.get("format") not in FORMATS:
-            why = (
-                f"the module has ComfyUI's format {said.get('format')!r}, whose scales are in the order of its kernels"
-            )
+        if layout.get("format") not in FORMATS:
+            kind = layout.get("format")
+            why = f"the module has ComfyUI's format {kind!r}, whose scales are in the order of its kernels"
             cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 
 
 def _block(base: Checkpoint) -> tuple[int, int] | None:
-    said = settings(base).get("weight_block_size")
-    if said is None:
+    block_size = settings(base).get("weight_block_size")
+    if block_size is None:
         return None
-    if not isinstance(said, list) or len(said) != 2 or not all(type(n) is int and n > 0 for n in said):
-        why = f"weight_block_size {said!r} is not a list of two sizes"
+    if (
+        not isinstance(block_size, list)
+        or len(block_size) != 2
+        or not all(type(n) is int and n > 0 for n in block_size)
+    ):
+        why = f"weight_block_size {block_size!r} is not a list of two sizes"
         raise Malformed(why, path=base.root, where="config.json", cure=DAMAGED)
-    return said[0], said[1]
+    return block_size[0], block_size[1]

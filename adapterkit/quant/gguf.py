@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Buffer
     from ..io.strict_json import JsonValue
-    from ..naming.architectures import Architecture, Place
+    from ..naming.architectures import Architecture, WeightPlace
     from . import Array, Dequantized, Merged
 
 
@@ -78,8 +78,8 @@ class GgufModel(Scheme):
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
-        said = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
-        return {**(base.config or {}), **said}
+        names = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
+        return {**(base.config or {}), **names}
 
 
 def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
@@ -100,26 +100,26 @@ class _Contents:
     family: Architecture | None
 
     def __init__(self, files: Sequence[GgufFields]) -> None:
-        self.said = {key: value.value for key, value in files[0].values.items()}
-        if is_projector(self.said):
+        self.stated = {key: value.value for key, value in files[0].values.items()}
+        if is_projector(self.stated):
             why = "this is an mmproj file: it has the vision or audio part of a model, but not the language model"
             raise Unsupported(
                 why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays unchanged"
             )
-        self.name = str(self.said.get(ARCHITECTURE))
+        self.name = str(self.stated.get(ARCHITECTURE))
         tensors = {name for file in files for name in file.types}
         self.model_type = ""
         if not of_gguf(self.name) and families_of_model(tensors):
             self.family = None
             return
-        self.family = family_of(self.name, {_module(name)[0] for name in tensors}, self.said)
+        self.family = family_of(self.name, {_module(name)[0] for name in tensors}, self.stated)
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
         """Return the weights whose rows are in two tensors, and the names of these tensors."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
-        found: list[GgufSplit] = []
+        splits: list[GgufSplit] = []
         for name, kind in kinds.items() if self.family is not None else ():
             assert self.family is not None
             module, leaf = _module(name)
@@ -132,7 +132,7 @@ class _Contents:
                 continue
             pair = (name, other)
             both = shapes[name], shapes[other]
-            heads = partial(heads_in, self.said, self.name, name)
+            heads = partial(heads_in, self.stated, self.name, name)
             places, turned, width = rows_apart(at[1], both, heads, name)
             pieces = tuple(
                 GgufPiece(
@@ -142,8 +142,8 @@ class _Contents:
                 for number, (each, shape, where) in enumerate(zip(pair, both, places, strict=True))
             )  # fmt: skip
             shape = (sum(map(len, places)), width)
-            found.append(GgufSplit(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
-        return found, {member for weight in found for member in weight.members}
+            splits.append(GgufSplit(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
+        return splits, {member for weight in splits for member in weight.members}
 
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
@@ -156,29 +156,29 @@ class _Contents:
         if self.family is None:
             yield self._as_it_is(name, kind, file, stored)
             return
-        found = place_of(self.family, module) if leaf else None
+        gguf_place = place_of(self.family, module) if leaf else None
         # The other tensor of the pair is missing, so the weight cannot be assembled.
-        if found is None and leaf and (parts := fused_places(self.family, module)):
+        if gguf_place is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
-        if found is None or found[1].beside is not None:
+        if gguf_place is None or gguf_place[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
-        key, place, numbers = found
+        key, place, numbers = gguf_place
         seen = self.family.place(key, WEIGHT)
         assert seen is not None
         if place.stacked:
             size, rows = raw_size(kind, shape[1:]), math.prod(shape[:-1])
             for expert in range(shape[0]):
-                own = f"{fill(seen.name, {**numbers, '{e}': str(expert)})}{leaf}"
+                expert_name = f"{fill(seen.name, {**numbers, '{e}': str(expert)})}{leaf}"
                 part = _slice(stored, expert * size, size)
-                yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, rows)
+                yield _Tensor(expert_name, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, rows)
             return
         order = columns = None
         if place.rows is not None:
-            order = row_order(place, shape[0], heads_in(self.said, self.name, name), name)
+            order = row_order(place, shape[0], heads_in(self.stated, self.name, name), name)
         if place.columns is not None and len(shape) > 1:
-            columns = column_order(place, shape[-1], heads_in(self.said, self.name, name), name)
+            columns = column_order(place, shape[-1], heads_in(self.stated, self.name, name), name)
         own_shape = (1, *shape) if place.flat and leaf == ".weight" else shape
         yield _Tensor(
             f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment,
@@ -188,33 +188,42 @@ class _Contents:
     def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
         """Return a denoiser's tensor with its name, in the shape that it had before the conversion to GGUF."""
         shape, dtype = file.shapes[name], DTYPES["F32"]
-        said = self.said.get(ORIGINAL_SHAPE + name)
-        own = tuple(said) if isinstance(said, list) and all(type(size) is int for size in said) else shape
+        stated_shape = self.stated.get(ORIGINAL_SHAPE + name)
+        original = (
+            tuple(stated_shape)
+            if isinstance(stated_shape, list) and all(type(size) is int for size in stated_shape)
+            else shape
+        )
         tensor = _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
-        if own == shape:
+        if original == shape:
             return tensor
-        if math.prod(own) != math.prod(shape) or any(size < 1 for size in own):
-            why = f"the file gives the shape {list(own)} before conversion, but stores {list(shape)}"
+        if math.prod(original) != math.prod(shape) or any(size < 1 for size in original):
+            why = f"the file gives the shape {list(original)} before conversion, but stores {list(shape)}"
             raise Malformed(why, where=name, cure=DAMAGED)
-        return _Reshaped(name, own, dtype, (name,), tensor)
+        return _Reshaped(name, original, dtype, (name,), tensor)
 
     def _fused(
-        self, name: str, kind: str, file: GgufFields, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
+        self,
+        name: str,
+        kind: str,
+        file: GgufFields,
+        stored: Lazy,
+        parts: Sequence[tuple[str, WeightPlace, dict[str, str]]],
     ) -> Iterator[Packed]:
         """Yield the weights that the converter joined into one tensor, in the order of their rows."""
         shape, (module, leaf) = file.shapes[name], _module(name)
         assert self.family is not None
         stacked = parts[0][1].stacked
-        experts, own = (shape[0], shape[1:]) if stacked else (1, shape)
-        sizes, total, at = fused_rows(module, own[0], self.said, self.name), experts * own[0], 0
+        experts, shape_of_one = (shape[0], shape[1:]) if stacked else (1, shape)
+        sizes, total, at = fused_rows(module, shape_of_one[0], self.stated, self.name), experts * shape_of_one[0], 0
         for expert in range(experts):
             for (key, place, numbered), rows in zip(parts, sizes, strict=True):
-                seen, form = self.family.place(key, WEIGHT), (rows, *own[1:])
+                seen, form = self.family.place(key, WEIGHT), (rows, *shape_of_one[1:])
                 assert seen is not None
                 path = fill(seen.name, {**numbered, "{e}": str(expert)})
                 order = None
                 if place.rows is not None:
-                    order = row_order(place, rows, heads_in(self.said, self.name, name), name)
+                    order = row_order(place, rows, heads_in(self.stated, self.name, name), name)
                 size = raw_size(kind, form)
                 part = _slice(stored, at, size)
                 yield _Tensor(
@@ -328,8 +337,8 @@ class _Tensor(Rowwise):
         return {self.members[0]: row * raw_size(self.new, self.shape[-1:])}
 
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        own = rows if self.order is None else rows[self._within(start, len(rows))]
-        return {self.members[0]: self._encoded(own)}
+        reordered = rows if self.order is None else rows[self._within(start, len(rows))]
+        return {self.members[0]: self._encoded(reordered)}
 
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
         import numpy as np
@@ -339,9 +348,9 @@ class _Tensor(Rowwise):
             rows = rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
         if self.order is None:
             return rows
-        found = np.empty_like(rows)
-        found[self._within(start, len(rows))] = rows
-        return found
+        restored = np.empty_like(rows)
+        restored[self._within(start, len(rows))] = rows
+        return restored
 
     def _within(self, start: int, count: int) -> Array:
         """Return the order of a run of rows, relative to its first row.

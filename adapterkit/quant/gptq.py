@@ -31,8 +31,8 @@ class Gptq(Scheme):
     oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:
-        said = settings(base).get("quant_method")
-        return said in (None, "gptq") and any(name.endswith(".qweight") for name in base.tensors) and _bits(base) > 0
+        method = settings(base).get("quant_method")
+        return method in (None, "gptq") and any(name.endswith(".qweight") for name in base.tensors) and _bits(base) > 0
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         for name in base.tensors:
@@ -42,8 +42,8 @@ class Gptq(Scheme):
 
 def _bits(base: Checkpoint) -> int:
     """Return the bit width from the config, or 0 if the config has none; the tensors do not show the bit width."""
-    said = settings(base).get("bits")
-    return said if type(said) is int else 0
+    bits = settings(base).get("bits")
+    return bits if type(bits) is int else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,9 +77,9 @@ class _Groups(Packed):
 def _weight(base: Checkpoint, module: str) -> Packed:
     name, word = f"{module}.weight", f"{module}{WORD}"
     bits, size, axis = (_number(base, name, f"{module}.{key}") for key in ("nbits", "group_size", "axis"))
-    said = part_of(base, name, f"{module}.shape", ("I64", "I32"))
-    expect(said.shape, (2,), f"{module}.shape")
-    out, columns = shape = tuple(int(n) for n in numbers(said))
+    shape_tensor = part_of(base, name, f"{module}.shape", ("I64", "I32"))
+    expect(shape_tensor.shape, (2,), f"{module}.shape")
+    out, columns = shape = tuple(int(n) for n in numbers(shape_tensor))
     if bits not in PER or axis not in (0, 1) or size <= 0 or out <= 0 or columns <= 0 or out * columns % size:
         why = f"{bits} bits in groups of {size} along axis {axis} do not fit a weight {list(shape)}"
         raise Malformed(why, path=base.root, where=word, cure=DAMAGED)
@@ -108,7 +108,7 @@ def _dtype(base: Checkpoint, name: str, module: str) -> DType:
     key = f"{module}.compute_dtype"
     stored = part_of(base, name, key, ("U8",))
     text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""
-    found = BY_TORCH.get(text.removeprefix("torch."))
-    if found is None or found.name not in ("F16", "BF16", "F32"):
+    dtype = BY_TORCH.get(text.removeprefix("torch."))
+    if dtype is None or dtype.name not in ("F16", "BF16", "F32"):
         raise Malformed(f"{text!r} is not a compute dtype", path=base.root, where=key, cure=DAMAGED)
-    return found
+    return dtype

@@ -21,8 +21,8 @@ from . import (
     Rowwise,
     Scheme,
     expect,
+    from_bytes,
     halves,
-    held,
     joined,
     nearest_e2m1,
     nibbles,
@@ -73,11 +73,13 @@ class _Experts(Rowwise):
         import numpy as np
 
         experts, height, _ = self.shape
-        found = []
+        packed_parts = []
         for first in range(0, experts * height, height):
             pieces = [quantized(merged(first + a, first + b)) for a, b in steps(self.shape[1:], GROUP)]
-            found.append(joined(pieces, (1, 1)))
-        return {name: np.stack(parts) for name, parts in zip(self.members, zip(*found, strict=True), strict=True)}
+            packed_parts.append(joined(pieces, (1, 1)))
+        return {
+            name: np.stack(parts) for name, parts in zip(self.members, zip(*packed_parts, strict=True), strict=True)
+        }
 
     @property
     def apart(self) -> bool:
@@ -97,8 +99,8 @@ class _Experts(Rowwise):
         return {name: part.tobytes() for name, part in experts.pack(lambda a, b: rows[a:b]).items()}
 
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        stored = held(parts[self.members[0]], self.stored.dtype, *self.stored.shape[1:])
-        scale = held(parts[self.members[1]], self.scale.dtype, *self.scale.shape[1:])
+        stored = from_bytes(parts[self.members[0]], self.stored.dtype, *self.stored.shape[1:])
+        scale = from_bytes(parts[self.members[1]], self.scale.dtype, *self.scale.shape[1:])
         experts = stored.shape[0]
         shape = (experts, *self.shape[1:])
         return replace(self, shape=shape, stored=stored, scale=scale).rows(0, experts * self.shape[1])

@@ -35,15 +35,15 @@ class Torchao(Scheme):
     oracle = "torchao"
 
     def detect(self, base: Checkpoint) -> bool:
-        return any(True for _ in _said(base))
+        return any(True for _ in _records(base))
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        for name, said in _said(base):
+        for name, record in _records(base):
             if f"{_prefix(name)}qdata" in base.tensors:
-                yield _weight(base, name, said)
+                yield _weight(base, name, record)
 
 
-def _said(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _records(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield (name, metadata) of every tensor with a torchao class."""
     for path, metadata in base.metadata.items():
         if "tensor_names" not in metadata:
@@ -52,13 +52,13 @@ def _said(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
             if name == "tensor_names" or '"_type"' not in text:
                 continue
             try:
-                said = load_json(text)
+                record = load_json(text)
             except (ValueError, RecursionError) as error:
                 raise Malformed(
                     f"the metadata is not valid JSON ({error})", path=path, where=name, cure=DAMAGED
                 ) from None
-            if isinstance(said, dict) and said.get("_type") != "Tensor":
-                yield name, said
+            if isinstance(record, dict) and record.get("_type") != "Tensor":
+                yield name, record
 
 
 def _prefix(name: str) -> str:
@@ -89,15 +89,15 @@ class _Bytes(Grouped):
         return scales.astype(self.scale.dtype.array).astype("f4")
 
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        made = (q.astype("i1"), scales.astype(self.scale.dtype.array))
-        return made if self.zero is None else (*made, zeros.astype("i1"))
+        packed = (q.astype("i1"), scales.astype(self.scale.dtype.array))
+        return packed if self.zero is None else (*packed, zeros.astype("i1"))
 
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
         return dict(zip(self.members, joined(pieces, (0, 0, 0)[: len(pieces[0])]), strict=False))
 
 
-def _weight(base: Checkpoint, name: str, said: Mapping[str, object]) -> Packed:
-    kind, data = str(said.get("_type")), said.get("_data")
+def _weight(base: Checkpoint, name: str, record: Mapping[str, object]) -> Packed:
+    kind, data = str(record.get("_type")), record.get("_data")
     if kind not in KNOWN or not isinstance(data, dict):
         raise Unsupported(f"the weight has torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
     prefix = _prefix(name)
@@ -139,8 +139,8 @@ def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], 
 
 
 def _dtype(base: Checkpoint, name: str, data: Mapping[str, object]) -> DType:
-    said = data.get("dtype")
-    found = BY_TORCH.get(str(said.get("_data"))) if isinstance(said, dict) else None
-    if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"the dtype is {said!r}", path=base.root, where=name, cure=DAMAGED)
-    return found
+    dtype_text = data.get("dtype")
+    dtype = BY_TORCH.get(str(dtype_text.get("_data"))) if isinstance(dtype_text, dict) else None
+    if dtype is None or dtype.name not in ("F16", "BF16", "F32"):
+        raise Malformed(f"the dtype is {dtype_text!r}", path=base.root, where=name, cure=DAMAGED)
+    return dtype

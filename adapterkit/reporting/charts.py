@@ -178,16 +178,16 @@ def _map(
     reverse: bool = False, root: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Return a chart with layers as rows and modules as columns, where the colour shows a number."""
-    found: dict[tuple[str, str], list[E]] = defaultdict(list)
+    cells_by_column: dict[tuple[str, str], list[E]] = defaultdict(list)
     order: dict[str, Any] = {}
     for each in effects:
         cell = measured.cells[each.target]
         order.setdefault(cell.layer or "-", cell.order)
-        found[cell.layer or "-", cell.module].append(each)
+        cells_by_column[cell.layer or "-", cell.module].append(each)
     rows = sorted(order, key=lambda layer: (layer == "-", order[layer]))
-    columns = sorted({module for _, module in found}, key=reading_order)
+    columns = sorted({module for _, module in cells_by_column}, key=reading_order)
     values = []
-    for (layer, module), here in found.items():
+    for (layer, module), here in cells_by_column.items():
         numbers = [number for each in here if (number := value(each)) is not None]
         if numbers:
             number = together(numbers)
@@ -331,20 +331,22 @@ def _colour(measured: Measurements) -> dict[str, JsonValue]:
 
 
 def _values(measured: Measurements) -> Iterator[Chart]:
-    found: dict[tuple[str, str], list[Sequence[float]]] = defaultdict(list)
+    ranges: dict[tuple[str, str], list[Sequence[float]]] = defaultdict(list)
     for effect in measured.effects:
         if effect.quantiles:
-            found[measured.cells[effect.target].module, measured.names[effect.adapter]].append(effect.quantiles)
-    if not found:
+            ranges[measured.cells[effect.target].module, measured.names[effect.adapter]].append(effect.quantiles)
+    if not ranges:
         return
     values = []
-    for (module, name), here in found.items():
+    for (module, name), here in ranges.items():
         middle = [math.fsum(column) / len(column) for column in zip(*here, strict=True)]
-        told = ", ".join(f"{percent(share)}: {value:.2g}" for share, value in zip(QUANTILES, middle, strict=True))
+        quantiles_text = ", ".join(
+            f"{percent(share)}: {value:.2g}" for share, value in zip(QUANTILES, middle, strict=True)
+        )
         keys = {f"q{at}": value for at, value in enumerate(middle)}
-        values.append({"module": module, "adapter": name, "label": f"{name}: {module}: {told}", **keys})
+        values.append({"module": module, "adapter": name, "label": f"{name}: {module}: {quantiles_text}", **keys})
     several = len(measured.names) > 1
-    columns = sorted({module for module, _ in found}, key=reading_order)
+    columns = sorted({module for module, _ in ranges}, key=reading_order)
     y: dict[str, Any] = {"field": "module", "type": "nominal", "sort": columns, "title": None}
     offset = {"yOffset": {"field": "adapter", "type": "nominal", "sort": list(measured.names)}} if several else {}
     colour: dict[str, Any] = _colour(measured) if several else {"value": PALETTE[0]}
@@ -454,9 +456,9 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         if each.sign_conflict is not None:
             signs[each.target].append(each.sign_conflict)
     if signs:
-        found = [_At(target, max(values)) for target, values in signs.items()]
+        points = [_At(target, max(values)) for target, values in signs.items()]
         spec = _map(
-            measured, found, lambda each: each.value, max, lambda value: f"{percent(value)} of the signs differ",
+            measured, points, lambda each: each.value, max, lambda value: f"{percent(value)} of the signs differ",
             "share", domain=(0.0, 1.0), middle=0.5, scheme="redblue", reverse=True,
         )  # fmt: skip
         caption = (
@@ -465,9 +467,9 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:
-        found = [_At(target, share) for target, share in measured.together.items()]
+        points = [_At(target, share) for target, share in measured.together.items()]
         spec = _map(
-            measured, found, lambda each: each.value, max, lambda value: f"{percent(value)} cancelled in a sum",
+            measured, points, lambda each: each.value, max, lambda value: f"{percent(value)} cancelled in a sum",
             "cancelled", domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
         count = len(measured.names)
@@ -484,11 +486,11 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
 def _merged(measured: Measurements) -> Iterator[Chart]:
     if not measured.merged:
         return
-    found = [_At(each.target, each.kept) for each in measured.merged]
-    low = min(0.9, *(each.value for each in found))
+    points = [_At(each.target, each.kept) for each in measured.merged]
+    low = min(0.9, *(each.value for each in points))
     spec = _map(
-        measured, found, lambda each: each.value, min, lambda value: f"{percent(value)} kept", "kept",
-        domain=(low, max(1.0, *(each.value for each in found))),
+        measured, points, lambda each: each.value, min, lambda value: f"{percent(value)} kept", "kept",
+        domain=(low, max(1.0, *(each.value for each in points))),
     )  # fmt: skip
     caption = (
         "Share of the change that the merged weights contain, measured along the change. 100 % is the whole change."

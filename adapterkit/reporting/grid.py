@@ -136,9 +136,9 @@ def _parent(layer: str) -> str:
 
 def _short(modules: set[str]) -> dict[str, str]:
     """Return a short name for each module: the last part of its name, if no other module ends in this part."""
-    found = {}
+    shortened = {}
     ends = [module.rpartition(".")[2] for module in modules]
     for module in modules:
         end = module.rpartition(".")[2]
-        found[module] = end if ends.count(end) == 1 and not end.isdecimal() else module
-    return found
+        shortened[module] = end if ends.count(end) == 1 and not end.isdecimal() else module
+    return shortened

@@ -113,7 +113,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
 
 def _image_loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str, str], ...]:
     from ..formats import FORMATS
-    from ..formats._image.dialect import ImageFormat
+    from ..formats._image.image_format import ImageFormat
 
     if not isinstance(name, str) or name not in FORMATS or not issubclass(FORMATS[name], ImageFormat):
         return ()
@@ -134,12 +134,12 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]
     order = [*WAYS]
-    found = {}
+    by_format = {}
     for name, entry in FORMATS.items():
         ways = [way(entry, method) for method in methods]
         if ways and all(ways) and entry.models in ("", kind):
-            found[name] = max((each for each in ways if each), key=order.index)
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
+            by_format[name] = max((each for each in ways if each), key=order.index)
+    return dict(sorted(by_format.items(), key=lambda item: (order.index(item[1]), item[0])))
 
 
 def way(entry: type[Format], method: type[Update]) -> str | None:
@@ -174,8 +174,8 @@ class Inspection:
     @property
     def totals(self) -> Mapping[str, JsonValue]:
         """The counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
-        found: Mapping[str, JsonValue] = self.data.get("totals", {})
-        return found
+        totals: Mapping[str, JsonValue] = self.data.get("totals", {})
+        return totals
 
     def __repr__(self) -> str:
         name = public(self.path)
@@ -211,9 +211,9 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
     """Return the layers of an ONNX graph that an adapter can target."""
     from ..onnx import layers
 
-    found = [place.record() for place in layers(src, base_weights=base_weights)]
-    methods = _counts(str(place["method"] or "nothing") for place in found)
-    return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
+    records = [place.record() for place in layers(src, base_weights=base_weights)]
+    methods = _counts(str(place["method"] or "nothing") for place in records)
+    return {"kind": "graph", "path": src, "layers": records, "totals": {"layers": len(records), "methods": methods}}
 
 
 def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, object]:
@@ -221,19 +221,19 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
     from ..onnx import layers
     from ..onnx.folders import parts_of
 
-    parts, found = parts_of(Path(src)), []
+    parts, records = parts_of(Path(src)), []
     for part in parts:
-        held = layers(part.path, base_weights=base_weights)
-        found += [{"graph": part.name.as_posix(), **place.record()} for place in held if place.spots]
+        places_here = layers(part.path, base_weights=base_weights)
+        records += [{"graph": part.name.as_posix(), **place.record()} for place in places_here if place.spots]
     graphs = [
         {"name": part.name.as_posix(), "part": part.role,
-         "layers": sum(each["graph"] == part.name.as_posix() for each in found)}
+         "layers": sum(each["graph"] == part.name.as_posix() for each in records)}
         for part in parts
     ]  # fmt: skip
-    methods = _counts(str(place["method"] or "nothing") for place in found)
+    methods = _counts(str(place["method"] or "nothing") for place in records)
     return {
-        "kind": "graph", "path": src, "graphs": graphs, "layers": found,
-        "totals": {"layers": len(found), "methods": methods},
+        "kind": "graph", "path": src, "graphs": graphs, "layers": records,
+        "totals": {"layers": len(records), "methods": methods},
     }  # fmt: skip
 
 
@@ -312,8 +312,8 @@ def inspected(
             # Describe a file without alpha as far as possible, but raise an error for an option that does not fit.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
-            told = base is not None or layers or reading
-            outlined = None if told else outline_of(path, format, compat, error)
+            needs_base = base is not None or layers or reading
+            outlined = None if needs_base else outline_of(path, format, compat, error)
             if outlined is None:
                 raise
             (name, adapter), values = outlined, error.why
@@ -347,8 +347,8 @@ def outline_of(path: Path, name: str | None, compat: str | None, error: Exceptio
     if not isinstance(error, UsageError) or compat is not None:
         return None
     try:
-        found = name or detect(path)
-        return found, outline(path, found)
+        name_found = name or detect(path)
+        return name_found, outline(path, name_found)
     except AdapterkitError:
         return None
 
@@ -364,11 +364,11 @@ def _licence(path: Path) -> dict[str, JsonValue]:
     """Return the licence in the model card, and its requirements for derived works, except for notices."""
     from ..core.licence_terms import choices, is_expression, licence_at, spdx_expression_of, spdx_of, terms_of
 
-    found = licence_at(path)
-    asked = (terms_of(each) for each in choices(found)[0])
+    licence = licence_at(path)
+    asked = (terms_of(each) for each in choices(licence)[0])
     asks = "; ".join(dict.fromkeys(terms.asks for terms in asked if terms is not None and not terms.plain)) or None
-    identifier = spdx_expression_of(found) if is_expression(found) else spdx_of(found)
-    return {"licence": found.get("license"), "licence_spdx": identifier, "licence_asks": asks}
+    identifier = spdx_expression_of(licence) if is_expression(licence) else spdx_of(licence)
+    return {"licence": licence.get("license"), "licence_spdx": identifier, "licence_asks": asks}
 
 
 def _layers(
@@ -381,12 +381,12 @@ def _layers(
     measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
     if measured.base_why is not None:
         raise UsageError(f"layers: {measured.base_why}", where="layers", cure="Pass the base: --base BASE (base=)")
-    found: dict[str, list[Any]] = {}
+    by_layer: dict[str, list[Any]] = {}
     for effect in sorted(measured.effects, key=lambda each: measured.cells[each.target].order):
-        found.setdefault(measured.cells[effect.target].layer, []).append(effect)
+        by_layer.setdefault(measured.cells[effect.target].layer, []).append(effect)
     total = measured.norm(0) ** 2
     records = []
-    for layer, effects in found.items():
+    for layer, effects in by_layer.items():
         sizes = [effect.norm for effect in effects if effect.norm is not None]
         square = math.fsum(size * size for size in sizes)
         most = max((each for each in effects if each.norm), key=lambda each: each.norm, default=None)
@@ -405,10 +405,10 @@ def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: 
     from ..naming.binding.fitting import name_map
 
     try:
-        found = name_map(base, adapter, rename=rename)
+        mapping = name_map(base, adapter, rename=rename)
     except AdapterkitError as error:
         return {"fits": False, "why": str(error)}
-    return {"fits": True, "family": found["family"], "rules": found["rules"]}
+    return {"fits": True, "family": mapping["family"], "rules": mapping["rules"]}
 
 
 def _is_adapter(path: Path) -> bool:
@@ -519,16 +519,16 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
     except UsageError as error:
         cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
         raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
-    tensors, told = _stored(base)
+    tensors, facts = _stored(base)
     dtypes = sorted({str(tensor["dtype"]) for tensor in tensors})
     other = other_file(base.tensors)
-    said = []
+    warnings = []
     if other is not None:
         kind, key = other
-        said = [f"keys such as {key} belong to {kind.name}, which is not supported: {kind.why}. {kind.cure}"]
+        warnings = [f"keys such as {key} belong to {kind.name}, which is not supported: {kind.why}. {kind.cure}"]
     return {
         "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
-        "files": [file.name for file in base.files], **({"warnings": said} if said else {}), **told,
+        "files": [file.name for file in base.files], **({"warnings": warnings} if warnings else {}), **facts,
         **_quantization(base), "tensors": tensors,
         "totals": {
             **_total(tensors),
@@ -554,12 +554,12 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         )
         size = _sums(_counted([tensor])) | {"parameters": math.prod(shape)}
         records.append({"name": name, "shape": list(shape), "dtype": dtype, **size, "file": base.home[name].name})
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for header in headers.values():
-        said = {key: value.value for key, value in header.values.items()}
-        told |= {word: said[key] for word, key in _GGUF.items() if key in said}
-    found = _families_of_base(base, str(told.get("architecture", "")))
-    return records, {**told, **({"families": found} if found else {})}
+        header_values = {key: value.value for key, value in header.values.items()}
+        facts |= {word: header_values[key] for word, key in _GGUF.items() if key in header_values}
+    families_here = _families_of_base(base, str(facts.get("architecture", "")))
+    return records, {**facts, **({"families": families_here} if families_here else {})}
 
 
 def _quantization(base: Checkpoint) -> dict[str, JsonValue]:

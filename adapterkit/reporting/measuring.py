@@ -189,18 +189,18 @@ class Measurements:
 
     @cached_property
     def _effects(self) -> dict[int, list[Effect]]:
-        found: dict[int, list[Effect]] = defaultdict(list)
+        by_adapter: dict[int, list[Effect]] = defaultdict(list)
         for effect in self.effects:
             if effect.norm is not None:
-                found[effect.adapter].append(effect)
-        return found
+                by_adapter[effect.adapter].append(effect)
+        return by_adapter
 
     @cached_property
     def _pairs(self) -> dict[tuple[int, int], list[Relation]]:
-        found: dict[tuple[int, int], list[Relation]] = defaultdict(list)
+        by_pair: dict[tuple[int, int], list[Relation]] = defaultdict(list)
         for each in self.relations:
-            found[each.first, each.second].append(each)
-        return found
+            by_pair[each.first, each.second].append(each)
+        return by_pair
 
     @cached_property
     def _norms(self) -> list[float]:
@@ -208,12 +208,12 @@ class Measurements:
 
     @cached_property
     def _cosines(self) -> dict[tuple[int, int], float]:
-        found = {}
+        cosines = {}
         for (a, b), relations in self._pairs.items():
             size = self.norm(a) * self.norm(b)
             if size:
-                found[a, b] = max(-1.0, min(1.0, math.fsum(each.product for each in relations) / size))
-        return found
+                cosines[a, b] = max(-1.0, min(1.0, math.fsum(each.product for each in relations) / size))
+        return cosines
 
     def of(self, adapter: int) -> list[Effect]:
         """Return the measured effects of one adapter."""
@@ -229,8 +229,8 @@ class Measurements:
 
     def mean(self, first: int, second: int, name: str) -> float | None:
         """Return the mean of a field of `Relation` over the common targets of two adapters."""
-        found = self._pairs.get((min(first, second), max(first, second)), [])
-        known = [value for each in found if (value := getattr(each, name)) is not None]
+        pairs = self._pairs.get((min(first, second), max(first, second)), [])
+        known = [value for each in pairs if (value := getattr(each, name)) is not None]
         return math.fsum(known) / len(known) if known else None
 
     def gini(self, adapter: int) -> float | None:
@@ -295,55 +295,57 @@ def measure(
     if base is not None:
         bases = check_base([*zip(names, adapters, strict=True)], base, strict=False)
     try:
-        read, found = places(adapters, base=base, disjoint=True, rename=rename)
+        read, aligned = places(adapters, base=base, disjoint=True, rename=rename)
     except AdapterkitError as error:
         if base is None:
             raise
         base_why, base, merged = str(error), None, None
-        read, found = places(adapters, disjoint=True, rename=rename)
+        read, aligned = places(adapters, disjoint=True, rename=rename)
     # Use one BLAS thread: the factors are so small that a second thread gains nothing, and its busy waiting slows other
     # programs.
     with files_kept_open(), one_blas_thread():
-        return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(progress)
+        return _Measuring(names, aligned, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(
+            progress
+        )
 
 
 class _Measuring:
     """Measure all targets, one after the other, and collect the numbers."""
 
     def __init__(
-        self, names: Sequence[str], found: Sequence[AlignedPlace], base: Checkpoint | None, merged: Checkpoint | None,
+        self, names: Sequence[str], aligned: Sequence[AlignedPlace], base: Checkpoint | None, merged: Checkpoint | None,
         weights: Sequence[float], bases: tuple[str, ...], base_why: str | None,
     ) -> None:  # fmt: skip
-        self.names, self.found, self.factors, self.bases, self.base_why = names, found, weights, bases, base_why
-        self.base = None if base is None else _weights(found, base)
-        self.after = None if merged is None or base is None else _weights(found, merged)
+        self.names, self.aligned, self.factors, self.bases, self.base_why = names, aligned, weights, bases, base_why
+        self.base = None if base is None else _weights(aligned, base)
+        self.after = None if merged is None or base is None else _weights(aligned, merged)
         self.effects: list[Effect] = []
         self.relations: list[Relation] = []
         self.together: dict[str, float] = {}
         self.merged: list[MergedShare] = []
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
-        places = len(self.found)
+        places = len(self.aligned)
         # Guess the work of the decompositions for the progress bar, because this work is known only after all changes
         # are measured.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
-        for at, place in enumerate(self.found):
+        for at, place in enumerate(self.aligned):
             self._at(place)
             if progress is not None:
                 progress(at + 1, places + most)
         counts: dict[tuple[int, str], int] = {}
         if self.base is not None:
             stage("comparing singular vectors with the base's")
-            chosen = _to_decompose(self.effects, self.found)
+            chosen = _to_decompose(self.effects, self.aligned)
             total, done = places + sum(cost for _, cost in chosen), places
-            for (effect, cost), count in zip(chosen, _intruders(chosen, self.found, self.base), strict=True):
+            for (effect, cost), count in zip(chosen, _intruders(chosen, self.aligned, self.base), strict=True):
                 counts[effect.adapter, effect.target] = count
                 done += cost
                 if progress is not None:
                     progress(done, total)
         effects = [replace(each, intruders=counts.get((each.adapter, each.target))) for each in self.effects]
-        where = cells(place.target.path for place in self.found)
-        named = {str(place.target): where[place.target.path] for place in self.found}
+        where = cells(place.target.path for place in self.aligned)
+        named = {str(place.target): where[place.target.path] for place in self.aligned}
         return Measurements(
             tuple(self.names), named, tuple(effects), tuple(self.relations), self.together, tuple(self.merged),
             self.bases, self.base_why,
@@ -391,7 +393,7 @@ class _Measuring:
 
     def _weight(self, place: AlignedPlace, expert: int, row: Sequence[Delta | None], into: Any) -> None:
         sums, pairs, whole, after = into
-        parts = {at: _Part.of(delta) for at, delta in enumerate(row) if delta is not None}
+        parts = {at: _MeasuredPart.of(delta) for at, delta in enumerate(row) if delta is not None}
         blocks = {at: part.block() for at, part in parts.items()} if expert < EXPERTS else {}
         W = self._stored(self.base, place, expert)
         for at, part in parts.items():
@@ -399,8 +401,8 @@ class _Measuring:
         for first in parts:
             for second in parts:
                 if first < second and parts[first].shape == parts[second].shape:
-                    found = pairs.setdefault((first, second), _PairSum())
-                    found.add(parts[first], parts[second], blocks.get(first), blocks.get(second))
+                    pair_sum = pairs.setdefault((first, second), _PairSum())
+                    pair_sum.add(parts[first], parts[second], blocks.get(first), blocks.get(second))
         if len(blocks) > 1 and len({block.shape for block in blocks.values()}) == 1:
             whole.add([*blocks.values()])
         W2 = self._stored(self.after, place, expert)
@@ -424,10 +426,10 @@ class _Measuring:
         return weights.at(place.target, expert if place.target.stacked else None, bias=False)
 
 
-def _weights(found: Sequence[AlignedPlace], base: Checkpoint) -> Weights:
+def _weights(aligned: Sequence[AlignedPlace], base: Checkpoint) -> Weights:
     from ..ops.lowering import Weights
 
-    return Weights({place.target: next(filter(None, place.updates)) for place in found if place.target.path}, base)
+    return Weights({place.target: next(filter(None, place.updates)) for place in aligned if place.target.path}, base)
 
 
 def _unmeasured(adapter: int, target: str, updates: Sequence[Update], error: AdapterkitError) -> Effect:
@@ -439,7 +441,7 @@ def _methods(updates: Sequence[Update]) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class _MeasuredPart:
     """An adapter's change of a weight: U `[out, r]`, S `[r]`, V `[in * k, r]` with orthonormal U and V, or dense."""
 
     delta: Delta
@@ -449,14 +451,14 @@ class _Part:
     dense: Array | None
 
     @classmethod
-    def of(cls, delta: Delta) -> _Part:
+    def of(cls, delta: Delta) -> _MeasuredPart:
         import numpy as np
 
         if delta.rest is None:
-            found = core([delta])
-            u, S, vh = np.linalg.svd(found.cores[0], full_matrices=False)
+            cores = core([delta])
+            u, S, vh = np.linalg.svd(cores.cores[0], full_matrices=False)
             count = int((S[:1] * 1e-12 < S).sum())
-            return cls(delta, found.left @ u[:, :count], S[:count], (vh[:count] @ found.right).T, None)
+            return cls(delta, cores.left @ u[:, :count], S[:count], (vh[:count] @ cores.right).T, None)
         dense = delta.dense()
         if min(dense.shape) > LARGEST_EXACT:
             return cls(delta, None, None, None, dense)
@@ -502,7 +504,7 @@ class _Sum:
         self.rank_99: int | None = None
         self.blocks: list[Array] = []
 
-    def add(self, part: _Part, block: Array | None, base: float | None) -> None:
+    def add(self, part: _MeasuredPart, block: Array | None, base: float | None) -> None:
         square = part.square
         self.square += square
         if base is not None:
@@ -538,8 +540,8 @@ def rank_of(S: Array, share: float) -> int:
 
     if not len(S):
         return 0
-    held = np.cumsum(S * S)
-    return int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))) + 1
+    energy = np.cumsum(S * S)
+    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
 
 
 def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
@@ -549,8 +551,8 @@ def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
         return (), None
     values = np.concatenate(blocks)
     size = math.sqrt(float((values * values).mean()))
-    found = tuple(map(float, np.quantile(values, QUANTILES)))
-    return found, float(np.abs(values).max()) / size if size else None
+    quantiles = tuple(map(float, np.quantile(values, QUANTILES)))
+    return quantiles, float(np.abs(values).max()) / size if size else None
 
 
 class _PairSum:
@@ -562,7 +564,7 @@ class _PairSum:
         self.both, self.against = 0, 0
         self.lost = _Lost()
 
-    def add(self, one: _Part, other: _Part, block: Array | None, against: Array | None) -> None:
+    def add(self, one: _MeasuredPart, other: _MeasuredPart, block: Array | None, against: Array | None) -> None:
         import numpy as np
 
         self.first, self.second = self.first + one.square, self.second + other.square
@@ -580,9 +582,9 @@ class _PairSum:
             left, right = None, None
             if one.U is not None and other.U is not None and one.V is not None and other.V is not None:
                 left, right = one.U.T @ other.U, one.V.T @ other.V
-        for found, product in zip(self.overlaps, (left, right), strict=True):
+        for overlaps_of_side, product in zip(self.overlaps, (left, right), strict=True):
             if product is not None and min(product.shape):
-                found.append(float((product * product).sum()) / min(product.shape))
+                overlaps_of_side.append(float((product * product).sum()) / min(product.shape))
         if block is not None and against is not None:
             product = block * against
             self.both += int(np.count_nonzero(product))
@@ -592,14 +594,17 @@ class _PairSum:
     def relation(self, first: int, second: int, target: str) -> Relation:
         size = math.sqrt(self.first * self.second)
         cosine = max(-1.0, min(1.0, self.product / size)) if size else None
-        out, into = (math.fsum(found) / len(found) if found else None for found in self.overlaps)
+        out, into = (
+            math.fsum(overlaps_of_side) / len(overlaps_of_side) if overlaps_of_side else None
+            for overlaps_of_side in self.overlaps
+        )
         return Relation(
             first, second, target, self.product, cosine, out, into, self.against / self.both if self.both else None,
             self.lost.share if self.lost.moved else None,
         )  # fmt: skip
 
 
-def _dense(part: _Part) -> Array:
+def _dense(part: _MeasuredPart) -> Array:
     return part.delta.dense() if part.dense is None else part.dense
 
 
@@ -642,9 +647,9 @@ class _MergedSum:
         return MergedShare(target, kept, math.sqrt(self.error / self.change), rounded, self.dtype)
 
 
-def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
+def _to_decompose(effects: Sequence[Effect], aligned: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
     """Return the targets with the largest changes, up to `INTRUDER_BUDGET`, each with its cost in `INTRUDER_UNIT`."""
-    stacked = {str(place.target) for place in found if place.target.stacked}
+    stacked = {str(place.target) for place in aligned if place.target.stacked}
     chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
     for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
         if not effect.relative or effect.shape is None or effect.target in stacked:
@@ -658,10 +663,10 @@ def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> l
 
 
 def _intruders(
-    chosen: Sequence[tuple[Effect, int]], found: Sequence[AlignedPlace], base: Weights
+    chosen: Sequence[tuple[Effect, int]], aligned: Sequence[AlignedPlace], base: Weights
 ) -> Iterator[int]:  # fmt: skip
     """Yield the number of intruders for each of the chosen targets."""
-    by_name = {str(place.target): place for place in found}
+    by_name = {str(place.target): place for place in aligned}
     directions: dict[str, Array] = {}
     for effect, _ in chosen:
         place = by_name[effect.target]
@@ -680,8 +685,8 @@ def _left(W: Array, count: int) -> Array:
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)
     if D.shape[0] <= D.shape[1]:
-        found: Array = np.linalg.eigh(D @ D.T)[1][:, ::-1][:, :count]
-        return found
+        vectors: Array = np.linalg.eigh(D @ D.T)[1][:, ::-1][:, :count]
+        return vectors
     U = D @ np.linalg.eigh(D.T @ D)[1][:, ::-1][:, :count]
     directions: Array = U / np.maximum(np.sqrt((U * U).sum(0)), np.finfo(float).tiny)
     return directions

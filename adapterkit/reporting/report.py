@@ -75,32 +75,32 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
         UsageError: `source` is something else.
     """
     path = None
-    told: Any = source
+    record: Any = source
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         try:
             data = read_input(path)
             check_size(data)
-            told = load_json(data.decode())
+            record = load_json(data.decode())
         except (ValueError, RecursionError) as error:
             raise Malformed(f"not valid JSON ({error})", path=path, cure=CURE) from None
     elif not isinstance(source, Mapping):
         why = f"{shown(source)} of type {type(source).__name__} is not the result of a gate"
         raise UsageError(why, where="gate", cure=CURE)
-    kind = told.get("kind") if isinstance(told, Mapping) else None
+    kind = record.get("kind") if isinstance(record, Mapping) else None
     if kind != "gate":
         raise Malformed("not the record of a gate", path=path, where="kind", cure=CURE)
     try:
-        return msgspec.convert(dict(told), GateFigures)
+        return msgspec.convert(dict(record), GateFigures)
     except msgspec.ValidationError as error:
         raise Malformed(f"not the record of a gate ({error})", path=path, cure=CURE) from None
 
 
 def gate_section(gate: GateFigures) -> str:
     """Return the content of the section, as HTML."""
-    made = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
+    description = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
     where = ", ".join(each for each in (gate.device, gate.dtype, f"seed {gate.seed}") if each)
-    parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(made)} ({escape(where)}).</p>']
+    parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(description)} ({escape(where)}).</p>']
     if gate.verdicts:
         parts.append(f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in gate.verdicts)}</ul>")
     checks = [(c.model, c.name, RESULTS[c.ok], c.value, c.limit, c.text) for c in gate.checks]
@@ -132,20 +132,20 @@ def _runs(gate: GateFigures) -> list[tuple[Cell, ...]]:
 
 
 def _modules(kept: KeptEffect) -> list[str]:
-    found = [part for part in kept.parts if part.touched or part.fault]
-    if not found:
+    parts_shown = [part for part in kept.parts if part.touched or part.fault]
+    if not parts_shown:
         return []
-    several = sorted(found, key=lambda part: not part.fault)[:MOST_MODULES]
+    several = sorted(parts_shown, key=lambda part: not part.fault)[:MOST_MODULES]
     first = next((part.module for part in kept.parts if part.fault), None)
-    told = f"The first wrong module is {first}." if first is not None else "No module is wrong."
-    left = len(found) - len(several)
+    lead = f"The first wrong module is {first}." if first is not None else "No module is wrong."
+    left = len(parts_shown) - len(several)
     more = f" The gate's record has {left:,} further modules." if left else ""
     rows = [
         (part.module, part.scale, part.error, part.fault or ("rounding alone" if part.rounded else ""))
         for part in several
     ]
     names = ("module", "part of the change", "error relative to it", "fault")
-    return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(told + more)}</p>", _gate_table("Modules", names, rows)]
+    return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(lead + more)}</p>", _gate_table("Modules", names, rows)]
 
 
 def _blocks(kept: KeptEffect) -> list[str]:
@@ -242,15 +242,15 @@ def _heading(report: AdapterReport) -> str:
 def _lead(report: AdapterReport) -> str:
     measured = report.measured
     targets = len({effect.target for effect in measured.effects})
-    told = [f"{len(report.facts)} adapter{'' if len(report.facts) == 1 else 's'} at {targets:,} targets"]
+    sentences = [f"{len(report.facts)} adapter{'' if len(report.facts) == 1 else 's'} at {targets:,} targets"]
     bases = dict.fromkeys(facts.base for facts in report.facts if facts.base)
     if bases:
-        told.append(f"made for {', '.join(map(escape, bases))}")
+        sentences.append(f"made for {', '.join(map(escape, bases))}")
     if report.base:
-        told.append(f"compared with {escape(report.base)}")
+        sentences.append(f"compared with {escape(report.base)}")
     if report.merged:
-        told.append(f"and the merged model {escape(report.merged)}")
-    return ", ".join(told) + "."
+        sentences.append(f"and the merged model {escape(report.merged)}")
+    return ", ".join(sentences) + "."
 
 
 def _parts(report: AdapterReport) -> Iterable[str]:
@@ -276,21 +276,21 @@ def _section(name: str, title: str, inside: str, kind: str = "") -> str:
 
 
 def _verdicts(report: AdapterReport) -> str:
-    found = []
+    sections = []
     for level in LEVELS:
         here = [each for each in report.verdicts if each.level == level]
         if here:
             items = "".join(f"<li>{escape(each.text)}</li>" for each in here)
-            found.append(f'<div class="verdicts {level}"><h3>{HEADINGS[level]}</h3><ul>{items}</ul></div>')
+            sections.append(f'<div class="verdicts {level}"><h3>{HEADINGS[level]}</h3><ul>{items}</ul></div>')
     if all(each.level == "note" for each in report.verdicts):
-        found.insert(0, '<p class="fine">Nothing is out of the ordinary.</p>')
-    return "".join(found)
+        sections.insert(0, '<p class="fine">Nothing is out of the ordinary.</p>')
+    return "".join(sections)
 
 
-def _facts(found: Sequence[Facts]) -> str:
-    several = len(found) > 1
+def _facts(all_facts: Sequence[Facts]) -> str:
+    several = len(all_facts) > 1
     rows = []
-    for at, facts in enumerate(found):
+    for at, facts in enumerate(all_facts):
         mark = f'<i class="dot" style="background:{PALETTE[at % len(PALETTE)]}"></i>' if several else ""
         cells = [
             f'<th scope="row">{mark}{escape(facts.name)}</th>', _cell(facts.base or "unknown"),
@@ -368,7 +368,7 @@ COLUMNS: Mapping[str, Any] = {
 SHARES = ("share", "first direction", "of the weight", "kept")
 
 
-class _Rows:
+class _TableRows:
     """The data of a row, which the functions in `COLUMNS` read."""
 
     def __init__(self, report: AdapterReport) -> None:
@@ -377,30 +377,34 @@ class _Rows:
         self.kept = {each.target: each.kept for each in report.measured.merged}
 
 
-def _share(effect: Effect, rows: _Rows) -> float | None:
+def _share(effect: Effect, rows: _TableRows) -> float | None:
     total = rows.totals[effect.adapter]
     return None if effect.norm is None or not total else (effect.norm / total) ** 2
 
 
 def _table(report: AdapterReport) -> str:
     effects = report.measured.effects
-    rows = _Rows(report)
+    rows = _TableRows(report)
     shown = sorted(effects, key=lambda each: -(each.norm or 0.0))[:MOST_ROWS]
     columns = {
         name: [value(each, rows) for each in shown]
         for name, value in COLUMNS.items() if name != "adapter" or len(report.facts) > 1
     }  # fmt: skip
-    columns = {name: found for name, found in columns.items() if any(value not in (None, "") for value in found)}
+    columns = {
+        name: values_here
+        for name, values_here in columns.items()
+        if any(value not in (None, "") for value in values_here)
+    }
     head = "".join(
         f'<th scope="col" aria-sort="{"descending" if name == "norm" else "none"}">'
         f'<button type="button">{name}</button></th>'
         for name in columns
     )
     body = "".join(
-        "<tr>" + "".join(_value(name, found[at]) for name, found in columns.items()) + "</tr>"
+        "<tr>" + "".join(_value(name, values_here[at]) for name, values_here in columns.items()) + "</tr>"
         for at in range(len(shown))
     )
-    told = (
+    count_text = (
         f"{len(effects):,} rows"
         if len(shown) == len(effects)
         else f"The {len(shown):,} largest of {len(effects):,} rows; all are in the output of --json"
@@ -408,7 +412,7 @@ def _table(report: AdapterReport) -> str:
     return (
         '<p class="search" hidden><label for="q">Search the targets</label>'
         '<input id="q" type="search" placeholder="layers.11 o_proj" autocomplete="off"></p>'
-        f'<p id="count" role="status">{told}, the largest changes first.</p>'
+        f'<p id="count" role="status">{count_text}, the largest changes first.</p>'
         + _scrolled(
             f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table of all targets"
         )
@@ -424,9 +428,9 @@ def _value(name: str, value: float | str | None) -> str:
     return f'<td class="n" data-v="{value:.6g}">{shown}</td>'
 
 
-def _lineage(found: Sequence[Facts]) -> str:
+def _lineage(all_facts: Sequence[Facts]) -> str:
     trees = "".join(
-        f"<li>{_node('adapter', facts.name)}{_steps([*facts.lineage], facts.base)}</li>" for facts in found
+        f"<li>{_node('adapter', facts.name)}{_steps([*facts.lineage], facts.base)}</li>" for facts in all_facts
     )  # fmt: skip
     return f'<ul class="tree">{trees}</ul>'
 
@@ -438,13 +442,15 @@ def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
     *before, last = steps
     args = last.get("args") or {}
     of = args.get("of")
-    told = ", ".join(f"{key} {_brief(value)}" for key, value in args.items() if key not in HIDDEN and value is not None)
+    details = ", ".join(
+        f"{key} {_brief(value)}" for key, value in args.items() if key not in HIDDEN and value is not None
+    )
     inside = _steps(before, base if not before and not isinstance(of, list) else None if isinstance(of, list) else base)
     if isinstance(of, list):
-        made = [each for each in of if isinstance(each, Mapping)]
-        branches = "".join(f"<li>{_branch(each)}</li>" for each in made)
+        branches_of = [each for each in of if isinstance(each, Mapping)]
+        branches = "".join(f"<li>{_branch(each)}</li>" for each in branches_of)
         inside = f"<ul>{branches}</ul>"
-    return f"<ul><li>{_node(str(last.get('op')), told)}{inside}</li></ul>"
+    return f"<ul><li>{_node(str(last.get('op')), details)}{inside}</li></ul>"
 
 
 def _branch(source: Mapping[str, Any]) -> str:
@@ -462,9 +468,9 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _formats(found: Sequence[Facts]) -> str:
+def _formats(all_facts: Sequence[Facts]) -> str:
     parts = []
-    for facts in found:
+    for facts in all_facts:
         rows = "".join(
             f'<tr><th scope="row">{escape(facts.name)}</th><td>{escape(text)}</td><td>{_listed(facts, way)}</td></tr>'
             for way, text in WAYS.items() if way in facts.formats.values()
@@ -475,7 +481,7 @@ def _formats(found: Sequence[Facts]) -> str:
     tools = "".join(
         f'<tr><th scope="row">{escape(facts.name)}</th>'
         f"{''.join(_cell(each[name]) for name in ('title', 'loads', 'why'))}</tr>"
-        for facts in found for each in facts.loaders
+        for facts in all_facts for each in facts.loaders
     )  # fmt: skip
     if tools:
         head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
@@ -592,11 +598,13 @@ class AdapterReport:
     def __repr__(self) -> str:
         names = ", ".join(facts.name for facts in self.facts)
         counts = {level: sum(each.level == level for each in self.verdicts) for level in ("fault", "warning", "note")}
-        told = ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count)
-        return f"<adapterkit report on {names}: {told}>"
+        counts_text = ", ".join(
+            f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count
+        )
+        return f"<adapterkit report on {names}: {counts_text}>"
 
 
-def made(
+def build_page(
     adapters: Sequence[Adapter], names: Sequence[str], *, paths: Sequence[Path | None] = (),
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None, gate: GateFigures | None = None,
@@ -645,8 +653,8 @@ def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
         return None
     from ..naming.binding.fitting import merge_record
 
-    told = merge_record(merged).get("adapters")
-    if not isinstance(told, list) or len(told) != count:
+    recorded = merge_record(merged).get("adapters")
+    if not isinstance(recorded, list) or len(recorded) != count:
         return None
-    found = [each.get("weight") if isinstance(each, dict) else None for each in told]
-    return [float(value) for value in found] if all(isinstance(value, (int, float)) for value in found) else None  # type: ignore[arg-type]
+    weights = [each.get("weight") if isinstance(each, dict) else None for each in recorded]
+    return [float(value) for value in weights] if all(isinstance(value, (int, float)) for value in weights) else None  # type: ignore[arg-type]

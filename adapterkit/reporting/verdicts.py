@@ -23,7 +23,7 @@ LEVELS = ("fault", "warning", "note")
 MOST = 5
 """The most sentences that are shown for a rule."""
 
-HELD = 0.25
+MIN_SHARE = 0.25
 """A sentence names a target, layer or module only if the named thing has at least this share of an adapter's squared
 norm; `TIMES` is a further condition."""
 
@@ -113,7 +113,7 @@ class Findings:
                 yield a, b, f"{names[a]} and {names[b]}"
 
 
-Found = Iterable[tuple[str, int | None, str | None]]
+Details = Iterable[tuple[str, int | None, str | None]]
 """Sentence, adapter, target."""
 
 
@@ -123,7 +123,7 @@ class VerdictRule:
 
     code: str
     level: str
-    find: Callable[[Findings], Found]
+    find: Callable[[Findings], Details]
 
 
 def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
@@ -133,13 +133,15 @@ def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
         measured: the numbers.
         facts: one entry per adapter.
     """
-    findings, found = Findings(measured, facts), list[Verdict]()
+    findings, verdicts_made = Findings(measured, facts), list[Verdict]()
     for rule in RULES:
-        told = [*rule.find(findings)]
-        found += [Verdict(rule.code, rule.level, *each) for each in told[:MOST]]
-        if len(told) > MOST:
-            found.append(Verdict(rule.code, rule.level, f"... and {len(told) - MOST:,} more like the last one."))
-    return sorted(found, key=lambda verdict: LEVELS.index(verdict.level))
+        findings_of_rule = [*rule.find(findings)]
+        verdicts_made += [Verdict(rule.code, rule.level, *each) for each in findings_of_rule[:MOST]]
+        if len(findings_of_rule) > MOST:
+            verdicts_made.append(
+                Verdict(rule.code, rule.level, f"... and {len(findings_of_rule) - MOST:,} more like the last one.")
+            )
+    return sorted(verdicts_made, key=lambda verdict: LEVELS.index(verdict.level))
 
 
 def percent(share: float) -> str:
@@ -152,7 +154,7 @@ def _energy(effects: Iterable[Effect]) -> float:
     return math.fsum((effect.norm or 0.0) ** 2 for effect in effects)
 
 
-def _unread(findings: Findings) -> Found:
+def _unread(findings: Findings) -> Details:
     for effect in findings.measured.effects:
         if effect.why is not None and effect.code not in ("usage", "not-mergeable"):
             yield f"{effect.target} of {findings.facts[effect.adapter].name} is damaged: {effect.why}.", *_at(effect)
@@ -162,8 +164,8 @@ def _at(effect: Effect) -> tuple[int, str]:
     return effect.adapter, effect.target
 
 
-def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Found]:
-    def find(findings: Findings) -> Found:
+def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Details]:
+    def find(findings: Findings) -> Details:
         methods: dict[tuple[int, str], list[str]] = defaultdict(list)
         for effect in findings.measured.effects:
             if effect.code == code:
@@ -175,36 +177,36 @@ def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Found]:
     return find
 
 
-def _misfit(findings: Findings) -> Found:
+def _misfit(findings: Findings) -> Details:
     if findings.measured.base_why is not None:
         yield f"The adapter does not fit the given base: {findings.measured.base_why}", None, None
 
 
-def _other_base(findings: Findings) -> Found:
+def _other_base(findings: Findings) -> Details:
     for why in findings.measured.bases:
         yield f"This is probably the wrong base: {why}.", None, None
 
 
-def _different_bases(findings: Findings) -> Found:
+def _different_bases(findings: Findings) -> Details:
     named = {facts.base.lower(): facts for facts in findings.facts if facts.base}
     if len(named) > 1:
-        told = " and ".join(f"{facts.name} for {facts.base}" for facts in named.values())
-        yield f"The adapters were made for different bases: {told}.", None, None
+        bases_text = " and ".join(f"{facts.name} for {facts.base}" for facts in named.values())
+        yield f"The adapters were made for different bases: {bases_text}.", None, None
 
 
-def _silent(findings: Findings) -> Found:
+def _silent(findings: Findings) -> Details:
     for at, _, effects in findings.each():
         if effects and not any(effect.norm or effect.bias_norm for effect in effects):
             name = findings.facts[at].name
             yield f"{name} changes nothing: every change is zero. It was saved before training.", at, None
 
 
-def _dead_layers(findings: Findings) -> Found:
+def _dead_layers(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         layers = _by_layer(findings, effects)
         if len(layers) < 2:
             continue
-        sizes = {layer: math.sqrt(_energy(found)) for layer, found in layers.items()}
+        sizes = {layer: math.sqrt(_energy(group)) for layer, group in layers.items()}
         middle = statistics.median(sizes.values())
         for layer, size in sizes.items():
             if middle and size <= DEAD * middle and len(layers[layer]) > 1:
@@ -218,36 +220,36 @@ def _layer(layer: str) -> str:
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
     """Return a map from each layer to its effects, in the order of layers."""
     cells = findings.measured.cells
-    found: dict[str, list[Effect]] = defaultdict(list)
+    by_layer: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):
         if cells[effect.target].layer:
-            found[cells[effect.target].layer].append(effect)
-    return dict(found)
+            by_layer[cells[effect.target].layer].append(effect)
+    return dict(by_layer)
 
 
 def _by_module(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    found: dict[str, list[Effect]] = defaultdict(list)
+    by_module: dict[str, list[Effect]] = defaultdict(list)
     for effect in effects:
-        found[findings.measured.cells[effect.target].module].append(effect)
-    return dict(found)
+        by_module[findings.measured.cells[effect.target].module].append(effect)
+    return dict(by_module)
 
 
-def _dead_targets(findings: Findings) -> Found:
+def _dead_targets(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         layers = _by_layer(findings, effects)
         dead_layers = {
-            id(effect) for found in layers.values() if len(found) > 1 and not _energy(found) for effect in found
+            id(effect) for group in layers.values() if len(group) > 1 and not _energy(group) for effect in group
         }
         if not _energy(effects):
             continue
-        for found in _by_module(findings, effects).values():
-            middle = statistics.median(effect.norm or 0.0 for effect in found) or max(e.norm or 0.0 for e in found)
-            for effect in found:
+        for group in _by_module(findings, effects).values():
+            middle = statistics.median(effect.norm or 0.0 for effect in group) or max(e.norm or 0.0 for e in group)
+            for effect in group:
                 if (effect.norm or 0.0) <= DEAD * middle and id(effect) not in dead_layers:
                     yield f"{name}{findings.title(effect.target)} is dead: its change is zero.", at, effect.target
 
 
-def _scaled_layers(findings: Findings) -> Found:
+def _scaled_layers(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         layers = _by_layer(findings, effects)
         ratios = {layer: _ratio(findings, layers, layer) for layer in layers} if len(layers) > 3 else {}
@@ -286,56 +288,56 @@ def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -
     return statistics.median(ratios) if low > SCALED or high < 1 / SCALED else None
 
 
-def _concentrated(findings: Findings) -> Found:
+def _concentrated(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         total = _energy(effects)
         if not total or len(effects) < 2 * TIMES:
             continue
         for effect in sorted(effects, key=lambda each: -(each.norm or 0.0)):
             share = (effect.norm or 0.0) ** 2 / total
-            if share >= max(HELD, TIMES / len(effects)):
+            if share >= max(MIN_SHARE, TIMES / len(effects)):
                 text = f"{name}{findings.title(effect.target)} has {percent(share)} of the change."
                 yield text, at, effect.target
 
 
-def _in_layers(findings: Findings) -> Found:
+def _in_layers(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         total, layers = _energy(effects), _by_layer(findings, effects)
         if not total or len(layers) < 6:
             continue
         third = len(layers) // 3
         groups = [*layers.values()]
-        for word, found in (("first", groups[:third]), ("last", groups[-third:])):
-            share = math.fsum(map(_energy, found)) / total
+        for word, group in (("first", groups[:third]), ("last", groups[-third:])):
+            share = math.fsum(map(_energy, group)) / total
             if share > 0.5:
                 yield f"{name}the {word} third of the layers has {percent(share)} of the change.", at, None
 
 
-def _in_modules(findings: Findings) -> Found:
+def _in_modules(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         total, modules = _energy(effects), _by_module(findings, effects)
         if not total or len(modules) < 3 or len(effects) < 2 * TIMES:
             continue
-        for module, found in modules.items():
-            share, part = _energy(found) / total, len(found) / len(effects)
-            if share > 0.5 and share > 2 * part and len(found) > 1:
+        for module, group in modules.items():
+            share, part = _energy(group) / total, len(group) / len(effects)
+            if share > 0.5 and share > 2 * part and len(group) > 1:
                 yield f"{name}{module} has {percent(share)} of the change, summed over all layers.", at, None
 
 
-def _spikes(findings: Findings) -> Found:
+def _spikes(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
-        found = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
-        if len(found) > 3 and len(found) > len(effects) / 2:
-            yield f"{name}{len(found):,} of {len(effects):,} targets have changes of rank 1, in practice.", at, None
+        spiked = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
+        if len(spiked) > 3 and len(spiked) > len(effects) / 2:
+            yield f"{name}{len(spiked):,} of {len(effects):,} targets have changes of rank 1, in practice.", at, None
             continue
-        for effect in found:
+        for effect in spiked:
             share, rank = percent(effect.spike or 0.0), effect.rank or "full"
             how = f"{share} of its change lies in one direction, but its rank is {rank}"
             yield f"{name}{findings.title(effect.target)} is a rank-1 spike: {how}.", at, effect.target
 
 
-def _unused_rank(findings: Findings) -> Found:
+def _unused_rank(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         ranked = [
             e for e in effects if e.rank and e.rank >= 4 and e.effective_rank is not None and e.rank_99 and e.norm
@@ -351,14 +353,14 @@ def _unused_rank(findings: Findings) -> Found:
             yield text, at, None
 
 
-def _ranks(findings: Findings) -> Found:
+def _ranks(findings: Findings) -> Details:
     for at, facts in enumerate(findings.facts):
         if len(facts.ranks) > 1:
-            told = ", ".join(f"{rank} ({count:,})" for rank, count in facts.ranks.items())
-            yield f"{facts.name} has targets of different ranks: {told}.", at, None
+            ranks_text = ", ".join(f"{rank} ({count:,})" for rank, count in facts.ranks.items())
+            yield f"{facts.name} has targets of different ranks: {ranks_text}.", at, None
 
 
-def _scalings(findings: Findings) -> Found:
+def _scalings(findings: Findings) -> Details:
     low, high = SCALING
     for at, name, effects in findings.each():
         strange = [e for e in effects if e.scaling is not None and e.scaling and not low <= abs(e.scaling) <= high]
@@ -368,11 +370,11 @@ def _scalings(findings: Findings) -> Found:
             yield f"{name}{where} has a scaling of {one.scaling:g}: is alpha right?", at, one.target
         values = {e.scaling for e in effects if e.scaling is not None}
         if len(values) > 1 and not strange:
-            told = ", ".join(f"{value:g}" for value in sorted(values)[:6])
-            yield f"{name}targets have different scalings: {told}.", at, None
+            scalings_text = ", ".join(f"{value:g}" for value in sorted(values)[:6])
+            yield f"{name}targets have different scalings: {scalings_text}.", at, None
 
 
-def _gaps(findings: Findings) -> Found:
+def _gaps(findings: Findings) -> Details:
     """Yield a sentence for layers that lack a target, although nearly all similar layers have this target."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
@@ -381,8 +383,8 @@ def _gaps(findings: Findings) -> Found:
         kinds: dict[str, list[str]] = defaultdict(list)
         for layer in _by_layer(findings, here):
             kinds[re.sub(r"\d+", "#", layer)].append(layer)
-        for module, found in _by_module(findings, here).items():
-            there = {cells[effect.target].layer for effect in found}
+        for module, group in _by_module(findings, here).items():
+            there = {cells[effect.target].layer for effect in group}
             for layers in kinds.values():
                 missing = [layer for layer in layers if layer not in there]
                 if effects and len(layers) >= 6 and missing and len(missing) <= max(1, len(layers) // 8):
@@ -394,7 +396,7 @@ def _gaps(findings: Findings) -> Found:
                     )
 
 
-def _peaks(findings: Findings) -> Found:
+def _peaks(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         for effect in effects:
             if effect.peak is not None and effect.peak > PEAK:
@@ -402,30 +404,30 @@ def _peaks(findings: Findings) -> Found:
                 yield f"{name}{findings.title(effect.target)} has outliers: {how}.", at, effect.target
 
 
-def _too_large(findings: Findings) -> Found:
+def _too_large(findings: Findings) -> Details:
     for at, name, effects in findings.each():
-        found = [effect for effect in effects if (effect.relative or 0.0) > LARGE]
-        if found:
-            most = max(found, key=lambda effect: effect.relative or 0.0)
+        large = [effect for effect in effects if (effect.relative or 0.0) > LARGE]
+        if large:
+            most = max(large, key=lambda effect: effect.relative or 0.0)
             how = f"the change of {findings.title(most.target)} is {percent(most.relative or 0.0)} of its weight"
-            more = f"; {len(found):,} of {len(effects):,} targets are above {percent(LARGE)}" if found[1:] else ""
+            more = f"; {len(large):,} of {len(effects):,} targets are above {percent(LARGE)}" if large[1:] else ""
             yield f"{name}{how}{more}.", at, most.target
 
 
-def _intruders(findings: Findings) -> Found:
+def _intruders(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         looked = [effect for effect in effects if effect.intruders is not None]
-        found = [effect for effect in looked if effect.intruders]
-        if found:
-            most = max(found, key=lambda effect: effect.intruders or 0)
-            total = sum(effect.intruders or 0 for effect in found)
+        with_intruders = [effect for effect in looked if effect.intruders]
+        if with_intruders:
+            most = max(with_intruders, key=lambda effect: effect.intruders or 0)
+            total = sum(effect.intruders or 0 for effect in with_intruders)
             many = "intruder dimension" if total == 1 else "intruder dimensions"
             where = f"most in {findings.title(most.target)}: {most.intruders} of its first 10"
-            told = f"{name}{total:,} {many} in {len(found):,} of {_looked(looked, effects)}"
-            yield f"{told}: singular vectors that the base does not have; {where}.", at, most.target
+            summary = f"{name}{total:,} {many} in {len(with_intruders):,} of {_looked(looked, effects)}"
+            yield f"{summary}: singular vectors that the base does not have; {where}.", at, most.target
 
 
-def _no_intruders(findings: Findings) -> Found:
+def _no_intruders(findings: Findings) -> Details:
     for at, name, effects in findings.each():
         looked = [effect for effect in effects if effect.intruders is not None]
         if looked and not any(effect.intruders for effect in looked):
@@ -438,7 +440,7 @@ def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
     return many if len(looked) == len(effects) else f"the {many} examined, which change most of {len(effects):,}"
 
 
-def _same(findings: Findings) -> Found:
+def _same(findings: Findings) -> Details:
     measured = findings.measured
     for a, b, both in findings.pairs():
         cosine, one, other = measured.cosine(a, b), measured.norm(a), measured.norm(b)
@@ -454,14 +456,14 @@ def _same(findings: Findings) -> Found:
             yield f"{name} is {against} times {ratio:.3g}: only their scale differs.", None, None
 
 
-def _opposed(findings: Findings) -> Found:
+def _opposed(findings: Findings) -> Details:
     for a, b, both in findings.pairs():
         cosine = findings.measured.cosine(a, b)
         if cosine is not None and -SAME < cosine <= OPPOSED:
             yield f"{both} work against one another: their cosine is {cosine:.2f}.", None, None
 
 
-def _conflicts(findings: Findings) -> Found:
+def _conflicts(findings: Findings) -> Details:
     """Yield a sentence for each target where two adapters oppose each other, although their total changes do not."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
@@ -475,7 +477,7 @@ def _conflicts(findings: Findings) -> Found:
             yield text, None, each.target
 
 
-def _interfering(findings: Findings) -> Found:
+def _interfering(findings: Findings) -> Details:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
         # Name only targets with a loss far above 0.29, the loss of two unrelated changes of equal size.
@@ -485,7 +487,7 @@ def _interfering(findings: Findings) -> Found:
             yield text, None, target
 
 
-def _loud(findings: Findings) -> Found:
+def _loud(findings: Findings) -> Details:
     measured = findings.measured
     together = {at for each in measured.relations for at in (each.first, each.second)}
     sizes = [(measured.norm(at), findings.facts[at].name) for at in together if measured.norm(at)]
@@ -495,14 +497,14 @@ def _loud(findings: Findings) -> Found:
         yield f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum: set --weight.", None, None
 
 
-def _alike(findings: Findings) -> Found:
+def _alike(findings: Findings) -> Details:
     for a, b, both in findings.pairs():
         cosine = findings.measured.cosine(a, b)
         if cosine is not None and ALIKE <= cosine < SAME:
             yield f"{both} are very similar: their cosine is {cosine:.2f}.", None, None
 
 
-def _sharing(findings: Findings) -> Found:
+def _sharing(findings: Findings) -> Details:
     """Yield a sentence for each pair of adapters that uses the same subspace for different changes.
 
     Each of these adapters overwrites what the other one learned.
@@ -527,7 +529,7 @@ def _fills(effects: Sequence[Effect]) -> bool:
     return bool(sides) and statistics.median(sides) > 0.2
 
 
-def _apart(findings: Findings) -> Found:
+def _apart(findings: Findings) -> Details:
     measured = findings.measured
     common = {tuple(sorted((each.first, each.second))) for each in measured.relations}
     for a, b, both in findings.pairs():
@@ -535,7 +537,7 @@ def _apart(findings: Findings) -> Found:
             yield f"{both} have no target in common.", None, None
 
 
-def _independent(findings: Findings) -> Found:
+def _independent(findings: Findings) -> Details:
     measured, pairs = findings.measured, [*findings.pairs()]
     cosines = [measured.cosine(a, b) for a, b, _ in pairs]
     if pairs and measured.relations and all(c is not None and abs(c) < 0.05 for c in cosines):
@@ -543,7 +545,7 @@ def _independent(findings: Findings) -> Found:
         yield f"{who} are independent: no cosine is above 0.05, so a plain sum keeps all changes.", None, None
 
 
-def _merged(findings: Findings) -> Found:
+def _merged(findings: Findings) -> Details:
     merged = [each for each in findings.measured.merged if not _is_rounding(each)]
     if not merged:
         return
@@ -568,13 +570,13 @@ def _is_rounding(share: MergedShare) -> bool:
     return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
 
 
-def _merged_narrow(findings: Findings) -> Found:
+def _merged_narrow(findings: Findings) -> Details:
     """Yield a sentence if rounding to the merged model's dtype removes changes that are small next to the weights."""
-    found = [each for each in findings.measured.merged if _is_rounding(each)]
-    if found:
-        least = min(found, key=lambda each: each.kept)
+    rounded = [each for each in findings.measured.merged if _is_rounding(each)]
+    if rounded:
+        least = min(rounded, key=lambda each: each.kept)
         text = (
-            f"Rounding to {least.dtype} loses a part of the change at {len(found):,} of "
+            f"Rounding to {least.dtype} loses a part of the change at {len(rounded):,} of "
             f"{len(findings.measured.merged):,} targets: {percent(least.kept)} of it is left at "
             f"{findings.title(least.target)}. The merge itself is right; merge with --dtype fp32 (dtype='fp32') to "
             "keep all of it, or with fp16, which rounds eight times finer than bf16."
@@ -582,7 +584,7 @@ def _merged_narrow(findings: Findings) -> Found:
         yield text, None, least.target
 
 
-def _merged_noise(findings: Findings) -> Found:
+def _merged_noise(findings: Findings) -> Details:
     """Yield a sentence if the rounding error of the merged weights is as large as the change."""
     noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
     if noisy:
@@ -592,7 +594,7 @@ def _merged_noise(findings: Findings) -> Found:
         yield f"{text}; most in {findings.title(worst.target)}: {worst.error:.2g} times.", None, worst.target
 
 
-def _merged_well(findings: Findings) -> Found:
+def _merged_well(findings: Findings) -> Details:
     merged = findings.measured.merged
     if merged and all(abs(each.kept - 1) <= 1 - KEPT for each in merged):
         worst, error = min(each.kept for each in merged), max(each.error for each in merged)
@@ -602,7 +604,7 @@ def _merged_well(findings: Findings) -> Found:
         yield f"{text}, with an error of {percent(error)} at most.", None, None
 
 
-def _summary(findings: Findings) -> Found:
+def _summary(findings: Findings) -> Details:
     measured = findings.measured
     for at, facts in enumerate(findings.facts):
         effects = measured.of(at)

@@ -73,10 +73,10 @@ def _adapters(root: Path, files: list[Path], unread: list[str]) -> list[Path]:
     if _recognised(root):
         return [root]
     folders = dict.fromkeys(file.parent for file in files if file.name.endswith(WEIGHTS) and file.parent != root)
-    found = [folder for folder in folders if _recognised(folder)]
-    if not found and any(file.name.endswith(WEIGHTS) for file in files):
+    recognised = [folder for folder in folders if _recognised(folder)]
+    if not recognised and any(file.name.endswith(WEIGHTS) for file in files):
         unread.append(f"{root.name}: its targets and values: no adapter is recognised")
-    return found
+    return recognised
 
 
 def _recognised(path: Path) -> bool:
@@ -104,15 +104,15 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
     """Return at most `MOST_FILES` files. Links to folders are not followed, and git's own files are left out."""
     if not root.is_dir():
         return [root]
-    found: list[Path] = []
+    files: list[Path] = []
     for path in sorted(root.rglob("*")):
         if path.relative_to(root).parts[0] == ".git" or (path.is_dir() and not path.is_symlink()):
             continue
-        if len(found) >= MOST_FILES:
+        if len(files) >= MOST_FILES:
             unread.append(f"{root.name}: only its first {MOST_FILES:,} files were scanned")
             break
-        found.append(path)
-    return found
+        files.append(path)
+    return files
 
 
 # Find suspicious targets and values in an adapter.
@@ -213,11 +213,11 @@ def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[
     norms: dict[str, float] = {}
     firsts: dict[str, float] = {}
     try:
-        _, found = places([adapter], lower="scanned")
+        _, aligned = places([adapter], lower="scanned")
     except AdapterkitError as error:
         unread.append(f"{file}: norms and spectra: {error.why}")
         return
-    for place in found:
+    for place in aligned:
         try:
             (change,) = place.changes()
             if change is None or not change.changes_weight:

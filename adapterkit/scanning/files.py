@@ -223,18 +223,18 @@ class _Reader:
 
     def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield the globals of successive pickles."""
-        stream, found, start = io.BytesIO(data), 0, 0
-        while (start := stream.tell()) < len(data) and found < MOST:
+        stream, count, start = io.BytesIO(data), 0, 0
+        while (start := stream.tell()) < len(data) and count < MOST:
             marked = is_pickle(data[start : start + 16])
             try:
                 for asked, position in _globals(stream):
                     # Bytes that are no pickle rarely contain a name.
                     if asked in KNOWN or not (marked or _GLOBAL.fullmatch(asked)):
                         continue
-                    found += 1
+                    count += 1
                     where = f"{place} byte {position}".strip()
                     yield Finding("pickle-call", self.name, where, f"it asks for {shown(asked.replace(' ', '.', 1))}")
-                    if found >= MOST:
+                    if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
                 # In files of torch before 1.6, the bytes after the last pickle are data.
@@ -322,12 +322,12 @@ def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
         return
     twice: list[str] = []
 
-    def pairs(held: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(held)
-        if len(found) < len(held):
-            keys = [key for key, _ in held]
-            twice.extend(key for key in found if keys.count(key) > 1)
-        return found
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        mapping = dict(items)
+        if len(mapping) < len(items):
+            keys = [key for key, _ in items]
+            twice.extend(key for key in mapping if keys.count(key) > 1)
+        return mapping
 
     try:
         document = json.loads(text, object_pairs_hook=pairs)

@@ -75,19 +75,19 @@ def combinations(
     """
     if isinstance(start, (str, PathLike)):
         raise UsageError("start is not a list", where="start", cure="Pass a list with --start (start=[...])")
-    made: list[Combination] = []
+    choices: list[Combination] = []
     for each in start:
         if isinstance(each, (tuple, list)):
-            made.append(_given(each))
+            choices.append(_given(each))
         elif isinstance(each, str) and is_method(each):
-            made.append((each, (1.0,) * len(names), {}))
+            choices.append((each, (1.0,) * len(names), {}))
         elif local(each).is_file():
-            made.append(_of_recipe(local(each), names, seed, rank, base))
+            choices.append(_of_recipe(local(each), names, seed, rank, base))
         else:
             known = nearest(fspath(each), COMBINERS)
             cure = f"{known or 'See adapterkit list combine for the methods'}; or pass a recipe with --start (start=)"
             raise UsageError(f"{fspath(each)!r} is neither a method nor a recipe", where="start", cure=cure)
-    return made
+    return choices
 
 
 def _given(given: Sequence[object]) -> Combination:
@@ -224,8 +224,8 @@ def search(
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
     names = tuple(_called(source, at) for at, source in enumerate(adapters))
-    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
-    first = combinations(start, names, seed=seed, rank=rank, base=said)
+    base_text = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
+    first = combinations(start, names, seed=seed, rank=rank, base=base_text)
     chosen_from = methods or [*METHODS, *(method for method, _, _ in first)]
     space = Space(_checked(chosen_from, len(adapters), base), len(adapters), most, tune or {})
     known = [*space.known(), *space.started(first)]
@@ -255,11 +255,11 @@ def search(
             journal.add(_tried(chosen, number, read, base, rank, seed, score))
             if progress is not None:
                 progress(number + 1, budget)
-    found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
-    if found.best.loss is None:
-        why = f"none of {budget} trials has a loss; the first failed because: {found.trials[0].refused}"
+    result = Search(names, tuple(journal.trials), base_text, seed, rank, resumed)
+    if result.best.loss is None:
+        why = f"none of {budget} trials has a loss; the first failed because: {result.trials[0].refused}"
         raise UsageError(why, where="data", cure="Return a finite number for a combined adapter")
-    return found
+    return result
 
 
 def _called(source: Source, at: int) -> str:
@@ -302,8 +302,8 @@ def _tried(
     try:
         cut = None if chosen.method == "linear" else rank
         parameters: dict[str, Any] = dict(chosen.parameters)
-        made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
-        loss = float(score(made))
+        combined = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
+        loss = float(score(combined))
     except AdapterkitError as error:
         # Raise an error in the first trial, because all other trials would fail in the same way. After an error in a
         # later trial, continue the search.
@@ -361,9 +361,9 @@ class Space:
         `knots_ties` consists of two combiners.
         """
         name, values = resolved(method, None, self.count)
-        found = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
+        holders = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
         then = str(values.get("then") or "")
-        return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | found if then else found
+        return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | holders if then else holders
 
     def known(self) -> list[Trial]:
         """Return the combinations with which every search begins."""
@@ -379,7 +379,7 @@ class Space:
             UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or the
                 method does not have a parameter.
         """
-        made = []
+        trials = []
         for method, weights, parameters in start:
             if method not in self.methods:
                 cure = f"Add it to --method (methods=), or start from one of: {', '.join(self.methods)}"
@@ -391,8 +391,8 @@ class Space:
             holders = self._holders(method)
             for name, value in parameters.items():
                 holders.get(name, COMBINERS[resolved(method, None, self.count)[0]]).checked(name, value)
-            made.append(Trial(0, method, tuple(map(float, weights)), dict(parameters)))
-        return made
+            trials.append(Trial(0, method, tuple(map(float, weights)), dict(parameters)))
+        return trials
 
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
         """Return the combination that the sampler proposes after these trials."""

@@ -55,9 +55,9 @@ class Trial:
 
     def settings(self) -> str:
         """Return the method, weights and parameters on one line."""
-        said = shown_parameters(self.parameters, 4)
+        shown = shown_parameters(self.parameters, 4)
         weights = " ".join(f"{weight:.4g}" for weight in self.weights)
-        return f"{self.method}, weights {weights}{f', {said}' if said else ''}"
+        return f"{self.method}, weights {weights}{f', {shown}' if shown else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +89,12 @@ class Search:
     @property
     def alone(self) -> tuple[float | None, ...]:
         """The loss of each adapter alone, at weight 1."""
-        found: list[float | None] = []
+        losses: list[float | None] = []
         for at in range(len(self.adapters)):
             unit = tuple(float(other == at) for other in range(len(self.adapters)))
             same = [trial.loss for trial in self.trials if trial.method == "linear" and trial.weights == unit]
-            found.append(same[0] if same else None)
-        return tuple(found)
+            losses.append(same[0] if same else None)
+        return tuple(losses)
 
     def arguments(self) -> dict[str, JsonValue]:
         """Return the keyword arguments of `combine` that repeat the best trial."""
@@ -109,16 +109,16 @@ class Search:
         import yaml
 
         best = self.best
-        said: dict[str, Any] = {
+        recipe: dict[str, Any] = {
             "merge_method": best.method,
             "models": [
                 {"model": name, "parameters": {"weight": weight}}
                 for name, weight in zip(self.adapters, best.weights, strict=True)
             ],
         }
-        said |= {"parameters": dict(best.parameters)} if best.parameters else {}
-        said |= {"base_model": self.base} if self.base is not None else {}
-        text: str = yaml.safe_dump(said | {"seed": self.seed, "rank": self.rank}, sort_keys=False, allow_unicode=True)
+        recipe |= {"parameters": dict(best.parameters)} if best.parameters else {}
+        recipe |= {"base_model": self.base} if self.base is not None else {}
+        text: str = yaml.safe_dump(recipe | {"seed": self.seed, "rank": self.rank}, sort_keys=False, allow_unicode=True)
         return text
 
     def record(self) -> dict[str, JsonValue]:
@@ -198,25 +198,25 @@ class Journal:
 
 def _parsed(line: str, path: Path, at: int) -> object:
     try:
-        found: object = json.loads(line)
-        return found
+        parsed: object = json.loads(line)
+        return parsed
     except (ValueError, RecursionError):
         why = "the file does not contain trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Pass another file, or delete this one") from None
 
 
-def _trial(found: Any, path: Path, at: int) -> Trial:
+def _trial(record: Any, path: Path, at: int) -> Trial:
     try:
         return Trial(
-            int(found["number"]), str(found["method"]), tuple(map(float, found["weights"])),
-            {str(name): _value(value) for name, value in found["parameters"].items()},
-            None if found["loss"] is None else float(found["loss"]), found["refused"],
+            int(record["number"]), str(record["method"]), tuple(map(float, record["weights"])),
+            {str(name): _value(value) for name, value in record["parameters"].items()},
+            None if record["loss"] is None else float(record["loss"]), record["refused"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Malformed("the line is not a trial", path=path, where=f"line {at}", cure="Delete this file") from None
 
 
-def _value(found: object) -> float | str:
-    if not isinstance(found, (int, float, str)):
-        raise TypeError(found)
-    return found
+def _value(value: object) -> float | str:
+    if not isinstance(value, (int, float, str)):
+        raise TypeError(value)
+    return value

@@ -71,13 +71,15 @@ class LiveBase:
         """
         from ..gating.models import inputs_for, texts_of
 
-        found = inputs_for(self.model, self.checkpoint.root, texts_of(data), count=count, length=length, seed=seed)
-        if not found.tokens:
+        inputs_here = inputs_for(
+            self.model, self.checkpoint.root, texts_of(data), count=count, length=length, seed=seed
+        )
+        if not inputs_here.tokens:
             raise Unsupported("the model does not read text", path=self.checkpoint.root, cure=_FUNCTION)
-        if found.drawn:
+        if inputs_here.drawn:
             why = "the base has no tokenizer, so it cannot read texts"
             raise Unsupported(why, path=self.checkpoint.root, cure="Copy the tokenizer's files there")
-        return found.feeds
+        return inputs_here.feeds
 
     def check_predicts(self) -> None:
         """Refuse a model that does not predict the next token of a text, because texts then have no loss.
@@ -188,9 +190,9 @@ class TextData:
     def loss(self, adapter: Adapter) -> float:
         """Return the mean loss of all predicted tokens, in nats, of the base with the adapter attached."""
         with self.base.attached(adapter):
-            found = self.base.mean(self.distinct, cross_entropy)
-        detail(f"loss {found:.6g}")
-        return found
+            loss = self.base.mean(self.distinct, cross_entropy)
+        detail(f"loss {loss:.6g}")
+        return loss
 
     def loss_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
         """Return the mean loss of all predicted tokens, and its gradient with respect to each target's weight."""
@@ -212,8 +214,8 @@ class TextData:
 
         if self._alone is None:
             self._alone = []
-            for own, feeds in zip(self.adapters, self.tasks, strict=True):
-                with self.base.attached(own):
+            for task_adapter, feeds in zip(self.adapters, self.tasks, strict=True):
+                with self.base.attached(task_adapter):
                     self._alone.append(self.base.mean(feeds, entropy))
         with self.base.attached(adapter), self._slopes() as gradients:
             # The tasks' graphs would not fit into memory together. So compute the entropies first, then the derivative
@@ -263,11 +265,11 @@ class TextData:
             with self.base.attached(self.adapters[position]):
                 run = partial(self._each, self.tasks[position])
                 self._recorded[position] = recorded(self.base.model, run, file, {"position": position})
-        found = self._recorded[position].inputs(_module_of(path))
-        if found is None:
+        inputs = self._recorded[position].inputs(_module_of(path))
+        if inputs is None:
             why = "the inputs of this target are unknown, because the model in memory has no linear layer there"
             raise Unsupported(why, where=path, cure=_WITHOUT)
-        return found
+        return inputs
 
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
         """Return the inputs of a target on one adapter's texts, `[tokens, in]`.
@@ -280,8 +282,10 @@ class TextData:
         import torch
 
         done = {} if merged is None else dict(merged.updates)
-        own = self.adapters[position]
-        rest = own.replace(updates={target: found for target, found in own.updates.items() if target not in done})
+        adapter = self.adapters[position]
+        rest = adapter.replace(
+            updates={target: group for target, group in adapter.updates.items() if target not in done}
+        )
         adapters = [rest] if merged is None else [merged.replace(updates=done), rest]
         rows: list[Tensor] = []
         with self.base.attached(*adapters), self._inputs([path], last=True) as seen, torch.no_grad():

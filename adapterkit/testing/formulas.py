@@ -150,8 +150,8 @@ class MethodTests:
         rng = np.random.default_rng(3)
         W = rng.normal(size=(self.outputs, self.inputs))
         expected = self.change(W)
-        found = self._new_weight(W) - W
-        assert np.allclose(found, expected, rtol=1e-9, atol=1e-9)
+        change = self._new_weight(W) - W
+        assert np.allclose(change, expected, rtol=1e-9, atol=1e-9)
         assert np.abs(expected).max() > 1e-6, "the example changes nothing"
 
     def test_numpy_and_torch_compute_the_same(self) -> None:
@@ -242,7 +242,7 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
         draws: the number of random sets of adapters to compare. A property is returned if it affects one result.
         options: further arguments of `adapterkit.combine`.
     """
-    found = set()
+    dependences_found = set()
     for drawn in range(draws):
         given = _adapters(name, drawn)
         first = _change(combine(given, name, seed=0, **options))
@@ -250,8 +250,8 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
             others, seed = guise(given, 1)
             again = _change(combine(others, name, seed=seed, **options)) / (SMALL if what == "size" else 1.0)
             if abs(again - first).max() > SAME * abs(first).max():
-                found.add(what)
-    return found
+                dependences_found.add(what)
+    return dependences_found
 
 
 def rank_of_result(name: str, **options: Any) -> str:
@@ -262,8 +262,8 @@ def rank_of_result(name: str, **options: Any) -> str:
     # Also use density 1: with lower densities, a small matrix can have a low rank by chance, unlike a large matrix.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
-    found = max(int(np.linalg.matrix_rank(change)) for change in changes)
-    return "one's" if found <= RANK else "sum" if found <= RANK * len(given) else "more"
+    rank = max(int(np.linalg.matrix_rank(change)) for change in changes)
+    return "one's" if rank <= RANK else "sum" if rank <= RANK * len(given) else "more"
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
@@ -289,12 +289,12 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
     """Return random LoRAs in float64: three, or the number that the combiner needs."""
     import numpy as np
 
-    made = []
+    adapters_made = []
     for t in range(COMBINERS[name].takes[1] or 3):
         rng = np.random.default_rng([drawn, t])
         factors = {"A": from_numpy(rng.normal(size=(RANK, IN))), "B": from_numpy(rng.normal(size=(OUT, RANK)))}
-        made.append(Adapter({TARGET: (METHODS["lora"](**factors),)}))
-    return made
+        adapters_made.append(Adapter({TARGET: (METHODS["lora"](**factors),)}))
+    return adapters_made
 
 
 def _change(adapter: Adapter) -> Array:
@@ -304,8 +304,8 @@ def _change(adapter: Adapter) -> Array:
     update: Any = adapter.updates[TARGET][0]
     if update.method == "dense":
         return np.asarray(update.D.numpy())
-    made: Array = update.scaling * (update.B.numpy() @ update.A.numpy())
-    return made
+    product: Array = update.scaling * (update.B.numpy() @ update.A.numpy())
+    return product
 
 
 def measurable() -> Sequence[str]:
@@ -352,14 +352,14 @@ class CombinerTests:
 
     def adapters(self) -> list[Adapter]:
         """Return the adapters to combine: LoRAs of rank 2 at two targets, in float64 to avoid rounding."""
-        made = []
+        adapters_made = []
         for number in range(self.count):
             updates = {}
             for place, path in enumerate(("q", "v")):
                 update = example("lora", out=6, inputs=5, seed=10 * number + place, scaling=0.5 + number)
                 updates[Target(path)] = (update.map(_wide),)
-            made.append(Adapter(updates))
-        return made
+            adapters_made.append(Adapter(updates))
+        return adapters_made
 
     def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
         """Combine the adapters."""
@@ -381,36 +381,36 @@ class CombinerTests:
         for path in ("q", "v"):
             changes = [each.delta(path).double().numpy() for each in adapters]
             expected = self.combined(changes, weights)
-            found = self.result(adapters, weights).delta(path).double().numpy()
+            change = self.result(adapters, weights).delta(path).double().numpy()
             size = max(float(np.abs(expected).max()), 1e-12)
-            assert float(np.abs(found - expected).max()) <= 1e-5 * size
+            assert float(np.abs(change - expected).max()) <= 1e-5 * size
 
     def test_the_same_call_gives_the_same_numbers(self) -> None:
         one, two = (self.result(self.adapters()) for _ in range(2))
         assert one.digest() == two.digest()
 
     def test_the_result_has_all_targets_and_can_be_written(self, tmp_path: Path) -> None:
-        made = self.result(self.adapters())
-        assert {str(target) for target in made.updates} == {"q", "v"}
-        made.validate()
-        made.check_values()
-        write(made, tmp_path / "x.safetensors", "adapterkit")
+        combined = self.result(self.adapters())
+        assert {str(target) for target in combined.updates} == {"q", "v"}
+        combined.validate()
+        combined.check_values()
+        write(combined, tmp_path / "x.safetensors", "adapterkit")
         back = read(tmp_path / "x.safetensors")
-        assert back.digest() == made.digest()
+        assert back.digest() == combined.digest()
         assert back.recipe[-1].args["method"] == self.combiner
 
     def test_one_adapter_lacks_a_target(self) -> None:
         first, *others = self.adapters()
         lacking = first.replace(updates={t: u for t, u in first.updates.items() if t.path != "v"})
-        made = self.result([lacking, *others])
-        assert {str(target) for target in made.updates} == {"q", "v"}
+        combined = self.result([lacking, *others])
+        assert {str(target) for target in combined.updates} == {"q", "v"}
 
     def test_a_rank_cuts_the_result(self) -> None:
         import numpy as np
 
-        made = self.result(self.adapters(), rank=2)
+        combined = self.result(self.adapters(), rank=2)
         for path in ("q", "v"):
-            S = np.linalg.svd(made.delta(path).double().numpy(), compute_uv=False)
+            S = np.linalg.svd(combined.delta(path).double().numpy(), compute_uv=False)
             assert (S[2:] <= 1e-6 * max(S[0], 1e-12)).all()
 
     def test_wrong_parameters_are_refused(self) -> None:

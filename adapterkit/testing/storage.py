@@ -175,17 +175,17 @@ class FormatTests:
 
     def test_other_files_are_not_its_own(self, tmp_path: Path) -> None:
         """`sniff` returns False for files of other formats, and does not raise an error."""
-        own = FORMATS[self.format]()
+        format_ = FORMATS[self.format]()
         strangers = {
             "empty": b"", "zeros": bytes(64), "text": b"hello\n", "json": b'{"a": [1, 2]}', "noise": bytes(range(256)),
             "adapter_config.json": b"{}", "x.safetensors": (2).to_bytes(8, "little") + b"{}",
         }  # fmt: skip
         for name, data in strangers.items():
             (tmp_path / name).write_bytes(data)
-            assert own.sniff(tmp_path / name) is False, f"{name} is taken for {self.format}"
+            assert format_.sniff(tmp_path / name) is False, f"{name} is taken for {self.format}"
         (tmp_path / "folder").mkdir()
-        assert own.sniff(tmp_path / "folder") is False
-        assert own.sniff(tmp_path / "nothing here") is False
+        assert format_.sniff(tmp_path / "folder") is False
+        assert format_.sniff(tmp_path / "nothing here") is False
         update = example("lora", out=8, inputs=16)
         write(Adapter({Target("q"): (update,)}), tmp_path / "native.safetensors", "adapterkit")
         if self.format != "adapterkit":
@@ -237,8 +237,8 @@ class FormatTests:
         import numpy as np
 
         for path in self.targets:
-            found = ", ".join(map(str, back.updates))
-            assert back.find(path), f"{method}: the adapter that was read back lacks {path}: {found}"
+            targets_text = ", ".join(map(str, back.updates))
+            assert back.find(path), f"{method}: the adapter that was read back lacks {path}: {targets_text}"
             ours, theirs = (each.delta(path, base=base).numpy() for each in (adapter, back))
             size = float(np.abs(ours).max())
             error = float(np.abs(ours - theirs).max())
@@ -294,10 +294,10 @@ class SchemeTests:
         import numpy as np
 
         base, numbers = packed
-        found = {each.name: each for each in SCHEMES[self.scheme]().find(base)}
-        assert found.keys() == numbers.keys()
+        weights_found = {each.name: each for each in SCHEMES[self.scheme]().find(base)}
+        assert weights_found.keys() == numbers.keys()
         for name, expected in numbers.items():
-            weight = found[name]
+            weight = weights_found[name]
             assert tuple(weight.shape) == expected.shape
             rows = expected.shape[0]
             for start, stop in ((0, rows), (0, 1), (rows // 2, rows), (rows - 1, rows)):
@@ -330,10 +330,10 @@ class SchemeTests:
             left = {name: tensor for name, tensor in base.tensors.items() if name != member}
             lacking = replace(base, tensors=left)
             try:
-                found = {each.name for each in scheme.find(lacking)}
+                names_found = {each.name for each in scheme.find(lacking)}
             except AdapterkitError:
                 continue
-            assert first.name not in found, f"{first.name} is found without {member}"
+            assert first.name not in names_found, f"{first.name} is found without {member}"
 
 
 class HubTests:

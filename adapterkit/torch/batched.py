@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from .layers import Layer, live_tensor
+from .layers import TorchLayer, live_tensor
 from .lean import is_eager, is_wide, may_overwrite
 from .routing import check_switches
 from .scopes import SETTINGS, Route, Scope, Switch
@@ -75,7 +75,7 @@ class FactorStack:
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         homes = {id(leaf.module): leaf.module for leaf in leaves or ()}
         self.home: nn.Module | None = next(iter(homes.values())) if len(homes) == 1 else None
-        self.held: list[Tensor | None] = []
+        self.buffers_read: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
         """Whether the stack belongs to these adapters and its source tensors have not changed."""
@@ -96,22 +96,22 @@ class FactorStack:
         # values.
         tensors = self.tensors
         return (
-            self._is_held()
+            self._is_current()
             and [tensor._version for tensor in tensors] == self.versions
             and [tensor.data_ptr() for tensor in tensors] == self.addresses
         )
 
-    def _is_held(self) -> bool:
+    def _is_current(self) -> bool:
         """Whether the modules still hold the stack's source tensors."""
         # Copy the buffers, because another thread may attach an adapter meanwhile.
         buffers = None if self.home is None else list(self.home._buffers.values())
         # Fast path: one module holds all tensors, and its buffers are the same as at the last check.
-        if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers, self.held)):
+        if buffers is not None and len(buffers) == len(self.buffers_read) and all(map(is_, buffers, self.buffers_read)):
             return True
         now = [leaf.module._buffers.get(leaf.name) for leaf in self.leaves or ()]
         if not all(map(is_, now, self.tensors)):
             return False
-        self.held = buffers or []
+        self.buffers_read = buffers or []
         return True
 
 
@@ -140,7 +140,7 @@ def _dtype_of(like: Tensor) -> torch.dtype:
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
 
-def rank_of(part: Part, layer: Layer) -> int:
+def rank_of(part: Part, layer: TorchLayer) -> int:
     """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
     Factors of high rank do not count if multiplying by them costs more than the layer itself, as for some LoHa.
@@ -180,7 +180,9 @@ MOST_RANKS = 4096
 """The largest number of ranks in the cache."""
 
 
-def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks) -> Tensor:
+def add_by_row(
+    layer: TorchLayer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks
+) -> Tensor:
     """Run a layer once, and add to each row the change by that row's adapter.
 
     Args:
@@ -224,7 +226,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 
 
 def add_to_rows(
-    layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
+    layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
     """Run a layer that is a matrix product, and add to each row the change from the row's slot of a stack.
 
@@ -293,12 +295,12 @@ def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: 
     key = switches, device
     if torch._C._get_tracing_state() is not None:
         return _placed(switches, route, scope, device)
-    found = route.plans.get(key)
-    if not isinstance(found, Places) or found.token is not SETTINGS.token or found.active is not scope.active:
-        found = _placed(switches, route, scope, device)
-        if type(found.index) is Tensor:
-            route.plans[key] = found
-    return found
+    places = route.plans.get(key)
+    if not isinstance(places, Places) or places.token is not SETTINGS.token or places.active is not scope.active:
+        places = _placed(switches, route, scope, device)
+        if type(places.index) is Tensor:
+            route.plans[key] = places
+    return places
 
 
 def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
@@ -351,7 +353,7 @@ class RowPlan:
     def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
         """Return the layer's output, or None if the plan no longer applies or was made for another route."""
         places = route.plans.get(self.place)
-        token, held = SETTINGS.token, self.module._parameters
+        token, parameters = SETTINGS.token, self.module._parameters
         if (
             not isinstance(places, Places)
             or token is not self.token
@@ -362,13 +364,13 @@ class RowPlan:
         mask = places.masks.get(self.mask)
         if mask is None or type(x) is not Tensor or x.dtype is not self.dtype or torch.is_grad_enabled():
             return None
-        W, rows = held.get("weight"), len(mask)
+        W, rows = parameters.get("weight"), len(mask)
         if W is not self.W or W is None or x.shape[0] != rows or x.numel() != rows * W.shape[1] or not is_eager():
             return None
         if torch.is_autocast_enabled(self.kind) or x.device != self.device or not self.stack.is_unchanged():
             return None
         # A parametrized or pruned bias is not in `_parameters`; the module computes it on access.
-        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401
+        b: Any = parameters["bias"] if "bias" in parameters else self.module.bias  # noqa: SIM401
         y = functional.linear(x, W, b)
         h = (x.reshape(rows, -1) @ self.stack.joined_A).mul_(mask)
         y.view(rows, -1).addmm_(h, self.stack.joined_B)
@@ -380,7 +382,7 @@ def _is_frozen(part: Part) -> bool:
     return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
 
 
-def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
+def _stacked(layer: TorchLayer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
     """Stack the factors of parts in order, padding the ranks with zeros to the highest."""
     leaves = _leaves(parts) if keep else None
     # Stack outside of inference mode: a later training forward could not use tensors made in inference mode.
@@ -410,17 +412,17 @@ def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
     return leaves
 
 
-def factors_of(update: Additive, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
+def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tensor, Tensor, float]:
     """Return B `[out, r]`, A `[r, in * k]` and the factor of their product, with the device and dtype of `like`."""
-    found = update.factors(layer.shape)
-    assert found is not None
-    B, A, weight = found
+    factors = update.factors(layer.shape)
+    assert factors is not None
+    B, A, weight = factors
     if A.dtype != like.dtype or B.dtype != like.dtype or A.device != like.device:
         A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
     return B, A, weight
 
 
-def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias; B^T and the bias include the part's weight."""
     all_A, all_B, bias = [], [], None
     for update in part.updates:
@@ -435,7 +437,7 @@ def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tenso
     return torch.cat(all_A), torch.cat(all_B), bias
 
 
-def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
+def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
     """Apply each adapter to its rows by two batched products, without copying factors.
 
     This is best for few tokens in each row.
@@ -467,7 +469,7 @@ def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: 
     return y.add_(change) if alone else route.rows_back(rows_of_y + change, y)
 
 
-def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
+def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
     """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
 
     For few adapters this takes three operations instead of five.
@@ -491,7 +493,7 @@ def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -
     return torch.addmm(y.reshape(rows, -1), h, stack.joined_B).view(y.shape)
 
 
-def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """Multiply each row of x by the factors of its slot, in two batched products."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
@@ -504,7 +506,7 @@ def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: 
     return route.rows_back(out.reshape(rows_of_y.shape), y)
 
 
-def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
 
     Convolutions and embeddings need this function, because they are not matrix products. The additional work is small,

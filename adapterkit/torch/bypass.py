@@ -58,12 +58,12 @@ Slot = tuple[object, str]
 
 def inner_slot(module: nn.Module) -> Slot:
     """Return the slot of a module's innermost forward, which all hooks of accelerate and diffusers wrap."""
-    found = _references(module)[:1]
+    slots = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
-        found.append((module, "_old_forward"))
+        slots.append((module, "_old_forward"))
     # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
-    own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
-    return next(own, found[0] if found else (module, "forward"))
+    bound_slots = (slot for slot in slots if getattr(value_in(slot), "__self__", None) is module)
+    return next(bound_slots, slots[0] if slots else (module, "forward"))
 
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
@@ -75,8 +75,8 @@ def slot_of(module: nn.Module, owner: object) -> Slot | None:
 
 def value_in(slot: Slot) -> object:
     """Return the value in a slot, or None if the slot is empty and the class's own forward applies."""
-    found: object = slot[0].__dict__.get(slot[1])
-    return found
+    value: object = slot[0].__dict__.get(slot[1])
+    return value
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
@@ -193,22 +193,22 @@ def watch_reads(hook: Hook) -> None:
     Embeddings are not watched, because other code reads their rows all the time: functional heads compute with
     `embedding.weight`, in PEFT's models too, and an adapter of the embedding is not meant to change such a head.
     """
-    held = hook.module.__dict__
+    attributes = hook.module.__dict__
     # Do not replace a dictionary of DeepSpeed's ZeRO, which loads parameters on access.
-    if type(held[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
+    if type(attributes[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
-    if type(held[PARAMETERS]) is dict:
-        held[PARAMETERS] = WatchedParameters(held[PARAMETERS])
-    held[PARAMETERS].hook = hook
+    if type(attributes[PARAMETERS]) is dict:
+        attributes[PARAMETERS] = WatchedParameters(attributes[PARAMETERS])
+    attributes[PARAMETERS].hook = hook
     paths = [path for part in hook.parts for path in (part.weight, part.bias) if part.output_site is None]
-    held[PARAMETERS].names = frozenset(path for path in paths if path and "." not in path)
+    attributes[PARAMETERS].names = frozenset(path for path in paths if path and "." not in path)
 
 
 def unwatch_reads(hook: Hook) -> None:
     """Restore a module's plain parameter dictionary."""
-    held = hook.module.__dict__
-    if type(held[PARAMETERS]) is WatchedParameters:
-        held[PARAMETERS] = dict(held[PARAMETERS])
+    attributes = hook.module.__dict__
+    if type(attributes[PARAMETERS]) is WatchedParameters:
+        attributes[PARAMETERS] = dict(attributes[PARAMETERS])
 
 
 class Calls:
@@ -238,7 +238,7 @@ class Calls:
         if reader is not None:
             self.reads.append((hook, name, reader))
 
-    def check(self, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
+    def check(self, is_own: Callable[[Hook, str], bool], warned: set[int]) -> None:
         """Check that every module whose weight was read was also called.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
@@ -248,7 +248,7 @@ class Calls:
         Args:
             is_own: a function of (hook, name) that returns whether `name` is a method of the class around the hook's
                 module.
-            told: the ids of hooks that a warning has named; hooks that this call warns about are added.
+            warned: the ids of hooks that a warning has named; hooks that this call warns about are added.
 
         Raises:
             Unsupported: a module was not called, and another tool's function read its weight.
@@ -260,19 +260,19 @@ class Calls:
             where = str(hook.parts[0].target)
             if not is_own(hook, reader):
                 raise Unsupported(why, where=where, cure=_UNFUSE)
-            if id(hook) not in told:
-                told.add(id(hook))
+            if id(hook) not in warned:
+                warned.add(id(hook))
                 again = "The adapter has no effect here in PEFT's models either; it takes effect after it is merged"
                 warnings.warn(f"{where}: {why}. {again}", stacklevel=2)
 
 
-class _Local(threading.local):
+class _LocalCalls(threading.local):
     """The innermost forward of a watched model in the current thread."""
 
     calls: Calls | None = None
 
 
-_LOCAL = _Local()
+_LOCAL = _LocalCalls()
 
 
 def begin_calls(hooks: Collection[Hook]) -> None:
@@ -288,26 +288,26 @@ def note_call(hook: Hook) -> None:
         calls = calls.outer
 
 
-def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
+def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str], bool], warned: set[int]) -> None:
     """Stop the watch that `begin_calls` started with the same hooks.
 
     Args:
         hooks: the hooks of the model.
         failed: whether the forward raised an exception.
         is_own: see `Calls.check`.
-        told: see `Calls.check`.
+        warned: see `Calls.check`.
 
     Raises:
         Unsupported: a module's weight was read, and the module was not called.
     """
-    found = _LOCAL.calls
-    while found is not None and found.hooks is not hooks:  # A forward inside this one raised an error.
-        found = found.outer
-    if found is None:
+    calls = _LOCAL.calls
+    while calls is not None and calls.hooks is not hooks:  # A forward inside this one raised an error.
+        calls = calls.outer
+    if calls is None:
         return
-    _LOCAL.calls = found.outer
+    _LOCAL.calls = calls.outer
     if not failed:
-        found.check(is_own, told)
+        calls.check(is_own, warned)
 
 
 def _reader(frame: FrameType | None) -> str | None:
@@ -347,17 +347,17 @@ _FACTS = frozenset(
 """Attributes of a tensor that do not depend on its values: T5 reads `self.wo.weight.dtype` before it calls `wo`."""
 
 
-def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], told: set[int]) -> None:
+def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], warned: set[int]) -> None:
     """Warn about modules with adapters that compiled code does not call.
 
     Args:
         around: the blocks that the code calls, each with the modules that it should call.
-        told: the ids of hooks that a warning has named; hooks that this call warns about are added.
+        warned: the ids of hooks that a warning has named; hooks that this call warns about are added.
     """
     for block, modules in around:
         hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]
-        lost = [hook for hook in hooks if hook.parts and not hook.traced and not hook.calls and id(hook) not in told]
-        told |= {id(hook) for hook in lost}
+        lost = [hook for hook in hooks if hook.parts and not hook.traced and not hook.calls and id(hook) not in warned]
+        warned |= {id(hook) for hook in lost}
         if lost:
             names = ", ".join(dict.fromkeys(str(part.target) for hook in lost for part in hook.parts))
             warnings.warn(
@@ -367,7 +367,7 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], to
             )
 
 
-class Block:
+class BypassBlock:
     """A module whose forward runs modules with adapters, and the forward that it had at the last look.
 
     Args:
@@ -402,7 +402,7 @@ class _BlockProbe:
         block: the block.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: BypassBlock) -> None:
         self.block, self.counts = block, list[int]()
         module = block.module
         self.handles = [module.register_forward_pre_hook(self.begin), module.register_forward_hook(self.end)]

@@ -93,10 +93,10 @@ class Standing(nn.Module):
         self.network, self.words, self.projection = network_of(model, update), tuple(words), update.projection
         given = tensors_of(update)
         for path, module in self.network.named_modules():
-            for name, own in module._parameters.items():
-                if own is not None:  # An embedding that is shared with the base is never read.
-                    held = given.get(f"{path}.{name}" if path else name, own.new_zeros(1, 1, device="cpu"))
-                    module._parameters[name] = nn.Parameter(held, requires_grad=False)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:  # An embedding that is shared with the base is never read.
+                    value = given.get(f"{path}.{name}" if path else name, parameter.new_zeros(1, 1, device="cpu"))
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def forward(self, *given: Tensor) -> Tensor:
         words = dict(zip(self.words, given, strict=True))
@@ -131,11 +131,13 @@ def network_of(model: nn.Module, update: Shadow) -> nn.Module:
 
 
 def _check_parts(network: nn.Module, update: Shadow) -> None:
-    parts, own = update.parts, {name: tuple(p.shape) for name, p in network.named_parameters()}
-    lost = [name for name in own if name not in parts and not (update.shared_embeddings and name == EMBEDDINGS)]
-    wrong = next((name for name, shape in parts.items() if own.get(name) != shape), lost[0] if lost else None)
+    parts, shapes = update.parts, {name: tuple(p.shape) for name, p in network.named_parameters()}
+    lost = [name for name in shapes if name not in parts and not (update.shared_embeddings and name == EMBEDDINGS)]
+    wrong = next((name for name, shape in parts.items() if shapes.get(name) != shape), lost[0] if lost else None)
     if wrong or sum(map(prod, parts.values())) != update.network.shape[0]:
-        why = f"{wrong} has shape {parts.get(wrong or '')}, but a {type(network).__name__} has {own.get(wrong or '')}"
+        why = (
+            f"{wrong} has shape {parts.get(wrong or '')}, but a {type(network).__name__} has {shapes.get(wrong or '')}"
+        )
         raise ShapeMismatch(why, where="network", cure="Is this the base that the adapter was trained on?")
 
 
@@ -162,15 +164,19 @@ def tensors_of(update: Shadow) -> dict[str, Tensor]:
 
 
 def _embed(model: nn.Module) -> nn.Module:
-    found: Any = model
-    embed: nn.Module = found.get_input_embeddings()
+    model_any: Any = model
+    embed: nn.Module = model_any.get_input_embeddings()
     return embed
 
 
 def _body(model: nn.Module) -> nn.Module:
     """Return the part of a transformers model that holds its blocks."""
-    found: Any = getattr(model, "base_model", model)
-    body = found if hasattr(found, "layers") or hasattr(found, "h") else getattr(found, "decoder", None)
+    inner_model: Any = getattr(model, "base_model", model)
+    body = (
+        inner_model
+        if hasattr(inner_model, "layers") or hasattr(inner_model, "h")
+        else getattr(inner_model, "decoder", None)
+    )
     if body is None or not hasattr(body, "config") or "inputs_embeds" not in inspect.signature(body.forward).parameters:
         why = f"a network like a {type(model).__name__} cannot be built"
         raise Unsupported(why, cure="Use Shadow with a decoder of transformers")
@@ -303,8 +309,8 @@ def run_recorded(
 
 def cache_of(words: object) -> KeyValueCache | None:
     """Return the cache in a call's arguments or in its output, or None if there is none."""
-    found = (words.get(name) if isinstance(words, Mapping) else getattr(words, name, None) for name in sorted(CACHES))
-    cache: Any = next((each for each in found if each is not None), None)
+    caches = (words.get(name) if isinstance(words, Mapping) else getattr(words, name, None) for name in sorted(CACHES))
+    cache: Any = next((each for each in caches if each is not None), None)
     return cache if hasattr(cache, "get_seq_length") else None
 
 

@@ -141,14 +141,16 @@ def _load(
         handle._watch.reclaim()
     paths = _paths(module)
     leaves = {prefix + _key(paths, leaf): leaf for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
-    held = {key: leaf.tensor for key, leaf in leaves.items()}
+    tensors = {key: leaf.tensor for key, leaf in leaves.items()}
     loaded = {key: state_dict.pop(key) for key in mine}
     names = {_adapter(key) for key in mine}
-    problems = [f"{key}: no attached adapter has this tensor. {nearest(key, held)}" for key in mine if key not in held]
-    problems += [f"{key}: missing" for key in held if key not in loaded and _adapter(key) in names]
+    problems = [
+        f"{key}: no attached adapter has this tensor. {nearest(key, tensors)}" for key in mine if key not in tensors
+    ]
+    problems += [f"{key}: missing" for key in tensors if key not in loaded and _adapter(key) in names]
     problems += [
         f"{key}: the shape is {list(loaded[key].shape)}, but the adapter's is {list(tensor.shape)}"
-        for key, tensor in held.items()
+        for key, tensor in tensors.items()
         if key in loaded and loaded[key].shape != tensor.shape
     ]
     if problems:

@@ -44,8 +44,8 @@ def stack(*adapters: Adapter) -> Adapter:
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
-        for target, found in adapter.updates.items():
-            updates[target] = (*updates.get(target, ()), *found)
+        for target, group in adapter.updates.items():
+            updates[target] = (*updates.get(target, ()), *group)
     return _composed("stack", updates)
 
 
@@ -95,15 +95,17 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     """
     settings, weights = read_fusion(fusion)
 
-    def made(children: tuple[Child, ...], target: Target) -> ComposedBlock:
-        own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
-        if own is None:
+    def block_of(children: tuple[Child, ...], target: Target) -> ComposedBlock:
+        weights_here: Any = next(
+            (weights_of_path for path, weights_of_path in weights.items() if _alike(path, target.path)), None
+        )
+        if weights_here is None:
             raise TargetNotFound(
                 "the fusion has no weights for it", where=str(target), cure="Pass the fusion of these adapters"
             )
-        return Fuse(children=children, **own, **settings)
+        return Fuse(children=children, **weights_here, **settings)
 
-    return _blocks("fuse", adapters, made)
+    return _blocks("fuse", adapters, block_of)
 
 
 def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
@@ -173,18 +175,18 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., obj
 
 
 def _blocks(
-    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Child, ...], Target], ComposedBlock]
+    name: str, adapters: Sequence[Adapter], block_of: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
     """Return an adapter with one block at each target of any of the given adapters."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:
-        found = [adapter.updates.get(target, ()) for adapter in adapters]
-        if any(update.kind == "context" for each in found for update in each):
+        updates_of_each = [adapter.updates.get(target, ()) for adapter in adapters]
+        if any(update.kind == "context" for each in updates_of_each for update in each):
             raise Unsupported(
                 f"a block {name!r} cannot contain context", where=str(target), cure="Stack those adapters"
             )
-        updates[target] = (made(tuple(map(_one, found)), target),)
+        updates[target] = (block_of(tuple(map(_one, updates_of_each)), target),)
     return _composed(name, updates)
 
 
@@ -267,12 +269,12 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def channels(self) -> int | None:
-        told = (child.channels for child in self.present if isinstance(child, OutputUpdate))
-        return next((count for count in told if count is not None), None)
+        counts = (child.channels for child in self.present if isinstance(child, OutputUpdate))
+        return next((count for count in counts if count is not None), None)
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
-        own = {name: f(leaf) for name, leaf in super().tensors.items()}
-        return super().replace(children=tuple(None if c is None else c.map(f) for c in self.children), **own)
+        mapped = {name: f(leaf) for name, leaf in super().tensors.items()}
+        return super().replace(children=tuple(None if c is None else c.map(f) for c in self.children), **mapped)
 
     def replace(self, **changes: Any) -> Self:
         inner: dict[int, dict[str, Any]] = {}
@@ -403,9 +405,9 @@ class Fuse(ComposedBlock):
         shares = softmax((k @ q[..., None])[..., 0])
         if self.value_before_softmax:
             values = _mapped(values, self.values)
-        found: Tensor = (shares[..., None, :] @ values)[..., 0, :]
-        found = found if self.value_before_softmax else _mapped(found, self.values)
-        return found if self.residual_before else found + skip
+        mixture: Tensor = (shares[..., None, :] @ values)[..., 0, :]
+        mixture = mixture if self.value_before_softmax else _mapped(mixture, self.values)
+        return mixture if self.residual_before else mixture + skip
 
 
 class Positions:
@@ -427,8 +429,8 @@ class Positions:
         return self.cut(self.layer.hidden(self.x))
 
     def residual(self, x: Tensor) -> Tensor | None:
-        found = self.layer.residual(self.x)
-        return None if found is None else self.cut(found)
+        residual = self.layer.residual(self.x)
+        return None if residual is None else self.cut(residual)
 
 
 def _mapped(x: Tensor, W: Tensor | None, b: Tensor | None = None) -> Tensor:

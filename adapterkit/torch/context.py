@@ -63,7 +63,7 @@ _EXCHANGING = threading.Lock()
 """Lock held while the config of an attention is exchanged."""
 
 
-class Prefix(threading.local):
+class PrefixState(threading.local):
     """The prefix `[batch, 2, heads, n, d]` of an attention in one thread.
 
     `biased` is the attention with T5's table of relative positions.
@@ -85,15 +85,15 @@ class Prefixed:
     """The config of an attention that some threads run with prefixes; other threads see the original config."""
 
     def __init__(self, config: AttentionConfig) -> None:
-        self.config, self.prefix, self.users = config, Prefix(), 0
+        self.config, self.prefix, self.users = config, PrefixState(), 0
 
     @property
     def _attn_implementation(self) -> str:
         return self.config._attn_implementation if self.prefix.past is None else NAME
 
     def __getattr__(self, name: str) -> object:
-        found: object = getattr(self.config, name)
-        return found
+        value: object = getattr(self.config, name)
+        return value
 
 
 def with_prefixes(
@@ -121,49 +121,50 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
     from transformers import AttentionInterface
 
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
-        held: Any = module.config
-        own = held if isinstance(held, Prefixed) else Prefixed(held)
-        if own.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
-            why = f"an attention computed by {own.config._attn_implementation!r} cannot take a prefix"
+        config: Any = module.config
+        prefixed = config if isinstance(config, Prefixed) else Prefixed(config)
+        if prefixed.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
+            why = f"an attention computed by {prefixed.config._attn_implementation!r} cannot take a prefix"
             raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
         AttentionInterface.register(NAME, _attend)
-        module.__dict__["config"] = own
-        own.users += 1
-    own.prefix.past, own.prefix.biased = past, biased
+        module.__dict__["config"] = prefixed
+        prefixed.users += 1
+    prefixed.prefix.past, prefixed.prefix.biased = past, biased
     try:
         yield
     finally:
-        own.prefix.past, own.prefix.biased = None, None
+        prefixed.prefix.past, prefixed.prefix.biased = None, None
         with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
-            own.users -= 1
-            if not own.users:
-                module.__dict__["config"] = own.config
+            prefixed.users -= 1
+            if not prefixed.users:
+                module.__dict__["config"] = prefixed.config
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: object
 ) -> tuple[Tensor, Tensor | None]:
     """Call the config's original function, with the prefix added to keys and values, and the mask extended."""
-    own: Any = module.config
-    past: Tensor = own.prefix.past
-    made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
-    if made != found:
-        why = f"the prefix has {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
+    prefixed: Any = module.config
+    past: Tensor = prefixed.prefix.past
+    past_sizes, key_sizes = ((each.shape[-3], each.shape[-1]) for each in (past, key))
+    if past_sizes != key_sizes:
+        of_keys = f"the keys have {key_sizes[0]} of width {key_sizes[1]}"
+        why = f"the prefix has {past_sizes[0]} heads of width {past_sizes[1]}, but {of_keys}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
     n = past.shape[3]
     bias = words.get("position_bias")
     if isinstance(bias, Tensor):
-        words["position_bias"] = _bias(own.prefix.biased, bias, n)
+        words["position_bias"] = _bias(prefixed.prefix.biased, bias, n)
     keys, values = (torch.cat((past[:, i], each), 2) for i, each in enumerate((key, value)))
-    before = _function(module, own.config._attn_implementation)
+    before = _function(module, prefixed.config._attn_implementation)
     return before(module, query, keys, values, _padded(mask, n), **words)
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    found: Any = sys.modules[type(module).__module__]
-    function: Callable[..., tuple[Tensor, Tensor | None]] = found.ALL_ATTENTION_FUNCTIONS.get_interface(
-        name, getattr(found, "eager_attention_forward", None)
+    module_of: Any = sys.modules[type(module).__module__]
+    function: Callable[..., tuple[Tensor, Tensor | None]] = module_of.ALL_ATTENTION_FUNCTIONS.get_interface(
+        name, getattr(module_of, "eager_attention_forward", None)
     )
     return function
 
@@ -181,8 +182,8 @@ def _mask(
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    own: Any = module.config
-    if not causal or count == 1 or own.config._attn_implementation == "eager":
+    prefixed: Any = module.config
+    if not causal or count == 1 or prefixed.config._attn_implementation == "eager":
         return None
     return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
 
@@ -249,8 +250,8 @@ class ContextPart:
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
         """The updates with the tensors that the model holds now."""
-        found: Any = self.bound.updates
-        return cast("tuple[ContextUpdate, ...]", found)
+        updates: Any = self.bound.updates
+        return cast("tuple[ContextUpdate, ...]", updates)
 
 
 def surround(
@@ -295,10 +296,10 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         _check(module, part.target, update)
     if is_attention(module):
         return [(module, replace(part, biased=positions_of(model, part.target.path)))]
-    found = [(module, replace(part, tokens=module.num_embeddings) if isinstance(module, nn.Embedding) else part)]
+    parts_placed = [(module, replace(part, tokens=module.num_embeddings) if isinstance(module, nn.Embedding) else part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
-        found.append((_encoder(module), replace(part, encoder=True)))
-    return found
+        parts_placed.append((_encoder(module), replace(part, encoder=True)))
+    return parts_placed
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
@@ -360,9 +361,9 @@ def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
     Raises:
         ShapeMismatch: the number of rows changed, so the ids of the new tokens now belong to the embedding's own rows.
     """
-    held, part = len(cast("Tensor", module.weight)), parts[0]
-    if part.tokens is not None and held != part.tokens:
-        why = f"the new tokens are numbered after {part.tokens} tokens, but the embedding has {held} now"
+    rows, part = len(cast("Tensor", module.weight)), parts[0]
+    if part.tokens is not None and rows != part.tokens:
+        why = f"the new tokens are numbered after {part.tokens} tokens, but the embedding has {rows} now"
         cure = "Call handle.remove() before the embedding changes its size, and inject the adapter again afterwards"
         raise ShapeMismatch(why, where=f"{part.target}: {part.updates[0].method}", cure=cure)
 
@@ -371,12 +372,12 @@ def _with_tokens(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], ids: Tensor, words: Words
 ) -> Tensor:
     """Run an embedding with the rows of new tokens added."""
-    held: Any = module.weight
-    more = torch.cat(present([update.vocabulary() for update in updates])).to(held)
-    new = ids >= len(held)
+    table: Any = module.weight
+    more = torch.cat(present([update.vocabulary() for update in updates])).to(table)
+    new = ids >= len(table)
     y = forward(torch.where(new, 0, ids), **words)
     assert isinstance(y, Tensor)
-    return torch.where(new[..., None], more[torch.where(new, ids - len(held), 0)].to(y.dtype), y)
+    return torch.where(new[..., None], more[torch.where(new, ids - len(table), 0)].to(y.dtype), y)
 
 
 def _at_attention(
@@ -512,7 +513,7 @@ class ContextCall:
 
     def __post_init__(self) -> None:
         self.pair = is_encoder_decoder(self.module)
-        self.own = "decoder_" if self.pair else ""
+        self.argument_prefix = "decoder_" if self.pair else ""
         self.cache_word = "cache" if "cache" in self.names else "past_key_values"
         if self.cache_word == "cache" and "past_key_values" in self.words:
             self.words["cache"] = self.words.pop("past_key_values")
@@ -552,28 +553,31 @@ class ContextCall:
         if not seen and self.past:
             self._fill()
         extra = self.past + self.front
-        mask = f"{self.own}attention_mask"
+        mask = f"{self.argument_prefix}attention_mask"
         self.words[mask] = extended(self.words.get(mask), extra, seen + new + (0 if seen else extra))
         self._move_positions(seen, extra)
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
     def _length(self) -> int:
         """Return the number of tokens in the call's own arguments."""
-        ids, embeds = (self.words.get(f"{self.own}{name}") for name in ("input_ids", "inputs_embeds"))
+        ids, embeds = (self.words.get(f"{self.argument_prefix}{name}") for name in ("input_ids", "inputs_embeds"))
         if ids is None and embeds is None and self.pair and self.words.get("labels") is not None:
             shifted: Any = self.module
             ids = shifted.prepare_decoder_input_ids_from_labels(labels=self.words["labels"])
             self.words["decoder_input_ids"] = ids
         tokens: Any = ids if embeds is None else embeds
         if tokens is None:
-            raise Unsupported("the call has no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
+            raise Unsupported(
+                "the call has no tokens",
+                cure=f"Pass {self.argument_prefix}input_ids or {self.argument_prefix}inputs_embeds",
+            )
         self.batch = int(tokens.shape[0])
         return int(tokens.shape[1])
 
     def _put_in_front(self) -> None:
-        words, own = self.words, self.own
-        words[f"{own}inputs_embeds"] = _joined(self.module, self.fronts, words, own)
-        words.pop(f"{own}input_ids", None)
+        words, prefix = self.words, self.argument_prefix
+        words[f"{prefix}inputs_embeds"] = _joined(self.module, self.fronts, words, prefix)
+        words.pop(f"{prefix}input_ids", None)
         for name, value in (("labels", -100), ("token_type_ids", 0)):
             given: Any = words.get(name)
             if given is not None and given.ndim == 2:
@@ -601,16 +605,16 @@ class ContextCall:
         Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
         layerwise casting).
         """
-        embeds: Any = self.words.get(f"{self.own}inputs_embeds")
+        embeds: Any = self.words.get(f"{self.argument_prefix}inputs_embeds")
         if embeds is not None:
             return embeds.device, embeds.dtype
         embedding: Any = embedding_of(self.module)
         weight = embedding.weight
-        tokens: Any = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
+        tokens: Any = self.words[f"{self.argument_prefix}input_ids"] if weight.is_meta else weight
         return tokens.device, compute_dtype(embedding) or weight.dtype
 
     def _move_positions(self, seen: int, extra: int) -> None:
-        name = f"{self.own}position_ids"
+        name = f"{self.argument_prefix}position_ids"
         given: Any = self.words.get(name)
         if given is None:
             return
@@ -648,16 +652,16 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
     return {**rest, "inputs_embeds": embeds, "attention_mask": mask}
 
 
-def present(found: Sequence[Tensor | None]) -> list[Tensor]:
+def present(optional: Sequence[Tensor | None]) -> list[Tensor]:
     """Return the tensors that are not None."""
-    return [each for each in found if each is not None]
+    return [each for each in optional if each is not None]
 
 
-def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, own: str) -> Tensor:
+def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, prefix: str) -> Tensor:
     """Return the virtual tokens followed by the embeddings of the input."""
-    embeds: Any = words.get(f"{own}inputs_embeds")
+    embeds: Any = words.get(f"{prefix}inputs_embeds")
     if embeds is None:
-        embeds = embedding_of(module)(words[f"{own}input_ids"])
+        embeds = embedding_of(module)(words[f"{prefix}input_ids"])
     rows = [front.to(embeds).expand(len(embeds), *front.shape[-2:]) for front in fronts]
     return torch.cat((*rows, embeds), 1)
 

@@ -142,10 +142,10 @@ def create(
                 updates[plain] = (_fresh(cls, model, path, target, sizes[path].rank, generator, given),)
     chosen: dict[str, JsonValue] = {"init": init, "dropout": dropout, "seed": seed}
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
-    told: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
+    arguments: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
     name = _loaded_from(model)
     base = None if name is None else BaseRef(name)  # PEFT's config names the base the same way.
-    adapter = Adapter(updates, base).map(_own).step("create", method=method, **told, **_stored_base(model))
+    adapter = Adapter(updates, base).map(_copied).step("create", method=method, **arguments, **_stored_base(model))
     adapter.validate()
     return adapter
 
@@ -178,10 +178,10 @@ def _cached(repo: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repo, "config.json")
+        config_file = try_to_load_from_cache(repo, "config.json")
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(config_file).parent if isinstance(config_file, str) else None
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ class _Size:
         cls, name: str, rank: int, alpha: float | None, ranks: Mapping[str, int] | None,
         alphas: Mapping[str, float] | None,
     ) -> _Size:  # fmt: skip
-        found = cls(_by_pattern(ranks, name, rank), _by_pattern(alphas, name, alpha))
-        if found.rank < 1:
+        size = cls(_by_pattern(ranks, name, rank), _by_pattern(alphas, name, alpha))
+        if size.rank < 1:
             raise UsageError("the rank is below 1", where=name, cure="Correct rank_pattern=")
-        return found
+        return size
 
     def attributes(self, use_rslora: bool) -> dict[str, float]:
         if self.alpha is None:
@@ -266,7 +266,7 @@ def _started(
     return (update,) if start.taken is None else (start.taken.map(lambda leaf: torch.as_tensor(leaf).to(W)), update)
 
 
-def _own(leaf: object) -> Tensor:
+def _copied(leaf: object) -> Tensor:
     """Copy a tensor to new memory in the axis order of files; training then starts as if a file had contained it."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
@@ -310,8 +310,8 @@ def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
     module = _module(model, path)
     if module is not None and not _weighted(module):
         return tuple(_as_if_square(module, path).shape)
-    held: Any = getattr(module, "weight", None)
-    if is_lazy(held):
+    weight: Any = getattr(module, "weight", None)
+    if is_lazy(weight):
         cure = "Call the model once, so that the module gets its sizes from the input"
         raise Unsupported(f"this {type(module).__name__} has no weight yet", where=path, cure=cure)
     stored = tuple(model.get_parameter(path).shape) if module is None else stored_shape(module)
@@ -341,11 +341,11 @@ def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
     """
     check_on_hand(model, [stored], where)
     if stored.is_meta:
-        held = put_away(model, stored)
-        if held is None or held.is_meta:
+        tensor = put_away(model, stored)
+        if tensor is None or tensor.is_meta:
             cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
             raise Unsupported("the weight is on the meta device", where=where, cure=cure)
-        stored = held
+        stored = tensor
     wide = torch.float32 if stored.dtype.itemsize < 2 else torch.promote_types(stored.dtype, torch.float32)
     return whole(stored.detach()).to("cpu", wide)
 
@@ -371,9 +371,9 @@ def _as_if_square(module: nn.Module, path: str) -> Tensor:
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
     """Return a module's bias, or the bias that belongs to a parameter (`in_proj_bias` for `in_proj_weight`)."""
-    stem, found, tail = path.rpartition("weight")
+    stem, weight_word, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
+    bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if weight_word else None)
     return None if bias is None else _read(model, bias, path)
 
 
@@ -403,19 +403,19 @@ def _matching(
     if outer:
         modules = {n: m for n, m in model.named_modules() if n and type(m).forward is not nn.Module.forward}
     weights = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
-    held = [name for name, _ in model.named_parameters() if not is_leaf_name(name)]
-    parameters = [name for name in held if name not in weights and not outer]
+    module_parameters = [name for name, _ in model.named_parameters() if not is_leaf_name(name)]
+    parameters = [name for name in module_parameters if name not in weights and not outer]
     names = {name: unwrapped(model, name) for name in (*modules, *parameters)}
-    found = {name for choice in _choices(targets) for name in _chosen(model, choice, modules, names)}
-    found -= {name for choice in _choices(exclude) for name in _chosen(model, choice, modules, names)}
+    matching = {name for choice in _choices(targets) for name in _chosen(model, choice, modules, names)}
+    matching -= {name for choice in _choices(exclude) for name in _chosen(model, choice, modules, names)}
     if layers is not None:
         wanted = {layers} if isinstance(layers, int) else set(layers)
-        numbers = {name: re.match(r".*?\.[^.]*\.(\d+)\.", f".{names[name]}") for name in found}
-        found = {name for name, match in numbers.items() if match and int(match[1]) in wanted}
-    if not found:
+        numbers = {name: re.match(r".*?\.[^.]*\.(\d+)\.", f".{names[name]}") for name in matching}
+        matching = {name for name, match in numbers.items() if match and int(match[1]) in wanted}
+    if not matching:
         cure = "Correct targets=, exclude= or layers="
         raise TargetNotFound("no target remains", where=f"exclude={exclude}, layers={layers}", cure=cure)
-    return [name for name in names if name in found]
+    return [name for name in names if name in matching]
 
 
 def _choices(given: Choice | Sequence[Choice]) -> list[Choice]:
@@ -424,20 +424,20 @@ def _choices(given: Choice | Sequence[Choice]) -> list[Choice]:
 
 def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], names: Mapping[str, str]) -> list[str]:
     if isinstance(choice, type):
-        found = [name for name, module in modules.items() if isinstance(module, choice)]
+        selected = [name for name, module in modules.items() if isinstance(module, choice)]
     elif choice == "all-linear":
         head = _head(model)
-        found = [name for name, module in modules.items() if module is not head and _is_linear(module)]
+        selected = [name for name, module in modules.items() if module is not head and _is_linear(module)]
     elif isinstance(choice, str) and not choice.startswith("re:"):
-        found = [
+        selected = [
             name for name, plain in names.items() if fnmatchcase(plain, choice) or fnmatchcase(plain, f"*.{choice}")
         ]
     else:
-        found = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
-    if not found:
+        selected = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
+    if not selected:
         cure = nearest(str(choice), names.values()) or "Use names from model.named_modules() and named_parameters()"
         raise TargetNotFound("no module with a weight and no parameter matches", where=str(choice), cure=cure)
-    return found
+    return selected
 
 
 def _pattern(choice: str | re.Pattern[str]) -> re.Pattern[str]:
@@ -495,9 +495,9 @@ def create_context(
             why = "the model's config does not give its number of layers and heads"
             raise Unsupported(why, cure="Pass sizes=dict(layers=, heads=, d=)")
 
-    def made() -> ContextUpdate:
+    def new_update() -> ContextUpdate:
         try:
-            return cls.initial(W, None, tokens, random, **given).map(_own)
+            return cls.initial(W, None, tokens, random, **given).map(_copied)
         except TypeError as error:
             known = ", ".join(("index", *cls.attribute_fields()))
             raise UsageError(
@@ -506,8 +506,8 @@ def create_context(
 
     paths = _paths(model, cls, targets, embedding.weight)
     # Modules that share the embedding's weight also share its new tokens.
-    same = made() if cls.place == "vocabulary" else None
-    adapter = Adapter({Target(path): (same or made(),) for path in paths})
+    same = new_update() if cls.place == "vocabulary" else None
+    adapter = Adapter({Target(path): (same or new_update(),) for path in paths})
     stored = _stored_base(model)
     adapter = adapter.step("create", **stored) if stored else adapter
     adapter.validate()
@@ -523,12 +523,12 @@ def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequenc
         return [""]
     globs = ["*"] if targets == "all-linear" else [str(choice) for choice in _choices(targets)]
     takes = is_attention if cls.place == "prefix" else _has_heads
-    found = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
-    if not found:
+    paths = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
+    if not paths:
         cure = "Pass globs that match names of model.named_modules()"
         kind = "of transformers" if cls.place == "prefix" else "like Llama's or GPT-2's"
         raise TargetNotFound(f"no attention {kind} matches", where=str(targets), cure=cure)
-    return found
+    return paths
 
 
 def _matches(name: str, globs: list[str]) -> bool:

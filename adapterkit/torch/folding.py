@@ -168,10 +168,10 @@ class Merged:
             return self.before
         assert self.places is not None
         assert self.values is not None
-        found = again.detach().clone(memory_format=torch.contiguous_format)
-        bits = _bits(found)
+        restored = again.detach().clone(memory_format=torch.contiguous_format)
+        bits = _bits(restored)
         bits[self.places.to(bits.device)] = self.values.to(bits.device)
-        return found if _checksum(bits) == self.checksum else None
+        return restored if _checksum(bits) == self.checksum else None
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ class Memory:
         named = list(_parameters(model))
         self.on_disk = on_disk(model.modules())
         self._sharded = [(name, p) for name, p in named if is_sharded(p)]
-        held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
-        self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
+        watched = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
+        self._ranges = sorted((*_range(p), name) for name, p in watched if p.numel() and p.device.type != "meta")
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
@@ -240,9 +240,11 @@ def fold(hook: ForwardHook, parts: list[Part]) -> None:
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
-    if len(alone) == len(weights) and all(fits(tensor_at(hook.module, p), own) for p, own in alone.items()):
-        for path, own in alone.items():
-            fold_in_place(path, tensor_at(hook.module, path), own)
+    if len(alone) == len(weights) and all(
+        fits(tensor_at(hook.module, p), changes_here) for p, changes_here in alone.items()
+    ):
+        for path, changes_here in alone.items():
+            fold_in_place(path, tensor_at(hook.module, path), changes_here)
         return
     changed = hook.changed(parts, torch.float64)
     for path, value in changed.items():
@@ -259,13 +261,13 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
     """Return each changed parameter with the bits from before the merge; None if recomputing gives other bits."""
-    found: list[tuple[Merged, Tensor | None]] = []
+    restored_values: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
         mine = [by[key] for path in changed_by(parts) if (key := id(tensor_at(hook.module, path))) in by]
         values = _less(hook, parts) if any(each.before is None for each in mine) else {}
-        found += [(each, each.restored(values.get(id(each.parameter), each.parameter))) for each in mine]
-    return found
+        restored_values += [(each, each.restored(values.get(id(each.parameter), each.parameter))) for each in mine]
+    return restored_values
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
@@ -291,9 +293,9 @@ def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
         each.slim(values[id(each.parameter)])
 
 
-def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
+def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
     """Copy the bits from before the merge into their parameters."""
-    for each, value in found:
+    for each, value in restored_values:
         if value is not None:
             each.parameter.copy_(value)
 
@@ -317,12 +319,12 @@ class Unmerging:
 
         Returns False, without any change, if these bits cannot be recomputed.
         """
-        found = subtracted([(hook, parts)], merged)
-        if any(value is None for _, value in found):
+        restored_values = subtracted([(hook, parts)], merged)
+        if any(value is None for _, value in restored_values):
             return False
-        kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
+        kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in restored_values]
         self._current = [(each, value) for each, value, _ in kept]
-        restore(found)
+        restore(restored_values)
         # Assign both attributes in one statement: an interrupt cannot happen between its two assignments.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
@@ -342,17 +344,17 @@ class Unmerging:
             restore([(each, value)])
 
 
-def checked_folds(model: nn.Module, found: Folded) -> Folded:
+def checked_folds(model: nn.Module, folded: Folded) -> Folded:
     """Return a model's hooks and parts; for layers that share a parameter, only the hook and parts of one layer.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.
     """
-    found, shared = _once(model, found)
+    folded, shared = _once(model, folded)
     memory = Memory(model)
-    for hook, parts in found:
+    for hook, parts in folded:
         _check_parts(hook, parts, shared, memory)
-    return found
+    return folded
 
 
 def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory: Memory) -> None:
@@ -390,7 +392,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
             raise NotMergeable(why, where=where, cure=KEEP_INJECTED)
 
 
-def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
+def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
     """Keep one of several equal parts at layers that share a parameter, if all these layers are changed alike.
 
     Returns:
@@ -400,7 +402,7 @@ def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
     for _, parameter in _parameters(model):
         names[id(parameter)] = names.get(id(parameter), 0) + 1
     alike: dict[tuple[int, int], list[Part]] = {}
-    for hook, parts in found:
+    for hook, parts in folded:
         for part in parts:
             packed = isinstance(hook.layer, Quantized)  # Such a module may not have a `weight`.
             weight = tensor_at(hook.module, part.weight) if part.weight and not packed else None
@@ -409,7 +411,7 @@ def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
     whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and change_alike(parts)}
     shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
     again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
-    return [(hook, [part for part in parts if part not in again]) for hook, parts in found], shared
+    return [(hook, [part for part in parts if part not in again]) for hook, parts in folded], shared
 
 
 def change_alike(parts: list[Part]) -> bool:

@@ -29,7 +29,7 @@ from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of,
 from .bypass import ForwardProbe, inner_slot, note_call, slot_of, unwatch_reads, value_in, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
-from .layers import Layer, Linear, Quantized, WeightDifference, dropped_change, is_packed, lasting, layer_of, moved
+from .layers import Linear, Quantized, TorchLayer, WeightDifference, dropped_change, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
 from .parts import HOOK, SCRIPTING, Beside, InputRecorder, OutputChange, Part, through
@@ -55,7 +55,7 @@ class ForwardHook:
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
         self.wrapper: Any = None  # Another tool's forward that wrapped this one when the last part was detached.
-        self.layer: Layer | None = layer_of(module, self.original)
+        self.layer: TorchLayer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
@@ -93,18 +93,18 @@ class ForwardHook:
 
     def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
         """Copy the hook with its module; if only the module is copied, not its model, store the module's parameters."""
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         home = None if self.home is None else self.home()
         if home is not None and id(home) in memo:
             copied = memo[id(home)]
             assert isinstance(copied, nn.Module)
-            made.home = weakref.ref(copied)
+            clone.home = weakref.ref(copied)
         elif home is not None:
-            held: dict[str, Tensor | None] = dict(self.module._parameters)
-            made.copied = copy.deepcopy(held, memo)  # The copied module itself is not complete yet.
-        return made
+            parameters: dict[str, Tensor | None] = dict(self.module._parameters)
+            clone.copied = copy.deepcopy(parameters, memo)  # The copied module itself is not complete yet.
+        return clone
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
@@ -119,10 +119,10 @@ class ForwardHook:
 
     def _stand(self) -> None:
         self._look()
-        held, slot = self.module.__dict__, slot_of(self.module, self)
-        met = value_in(self.slot) is not None and (held.get(HOOK) is self or self.wrapper is not None)
+        attributes, slot = self.module.__dict__, slot_of(self.module, self)
+        met = value_in(self.slot) is not None and (attributes.get(HOOK) is self or self.wrapper is not None)
         wrapped = slot is None and met
-        held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
+        attributes[HOOK], attributes[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
         if not wrapped:  # Otherwise another tool's forward is installed there, and calls this one.
             owner, name = slot or self.slot
@@ -138,7 +138,12 @@ class ForwardHook:
         self.switched = tuple(part.switch for part in self.parts)
         self.recalled = tuple(self.switches)
         self.drops = any(part.dropout for part in self.parts)
-        each = [(part, leaf) for part in self.parts for own in part.bound.leaves for leaf in own.values()]
+        each = [
+            (part, leaf)
+            for part in self.parts
+            for leaves_by_name in part.bound.leaves
+            for leaf in leaves_by_name.values()
+        ]
         self.trained = next((pair for pair in each if isinstance(pair[1].tensor, nn.Parameter)), None)
         self.kept = KeptStacks()
         SETTINGS.renew()
@@ -268,7 +273,9 @@ class ForwardHook:
         """
         if leaf.tensor.requires_grad or torch.compiler.is_compiling() or part.switch in WARNED:
             return
-        leaves = [leaf for part in self.parts for own in part.bound.leaves for leaf in own.values()]
+        leaves = [
+            leaf for part in self.parts for leaves_by_name in part.bound.leaves for leaf in leaves_by_name.values()
+        ]
         if torch.is_grad_enabled() and not any(leaf.tensor.requires_grad for leaf in leaves):
             WARNED.add(part.switch)
             name = part.switch.name
@@ -416,8 +423,8 @@ class ForwardHook:
     @property
     def _rebinds(self) -> bool:
         """Whether the original forward is a plain method, which can run on a replica of the module."""
-        own = getattr(self.original, "__self__", None) is self.module and hasattr(self.original, "__func__")
-        return own and not isinstance(self.module, torch.jit.ScriptModule)
+        is_method = getattr(self.original, "__self__", None) is self.module and hasattr(self.original, "__func__")
+        return is_method and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
         """Whether the parts run as formulas over the layer; otherwise the module's forward runs on changed parameters.
@@ -436,8 +443,8 @@ class ForwardHook:
             return True
         if isinstance(self.layer, Quantized):
             return True
-        laws = any(update.kind == "weight" for part in parts for update in part.updates)
-        return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
+        changes_weights = any(update.kind == "weight" for part in parts for update in part.updates)
+        return not (changes_weights and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
         """Return the output, in training, for an update that scales rows of W + B A; None for other formulas."""
@@ -450,17 +457,17 @@ class ForwardHook:
         if len(part.updates) != 1 or update.kind != "weight" or update.changes_bias or type(W) not in _PLAIN:
             return None
         wide = torch.promote_types(W.dtype, torch.float32)
-        found = moved(update, W.device, wide).scaled_factors(W.detach().to(wide))  # type: ignore[attr-defined]
-        if found is None:
+        factors = moved(update, W.device, wide).scaled_factors(W.detach().to(wide))  # type: ignore[attr-defined]
+        if factors is None:
             return None
-        s, B, A = found if is_wide(W) else (tensor.to(W.dtype) for tensor in found)
+        s, B, A = factors if is_wide(W) else (tensor.to(W.dtype) for tensor in factors)
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
         """Whether any of the parts applies dropout to its input in this forward."""
         return self.module.training and any(part.dropout for part in parts)
 
-    def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
+    def _added(self, layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
         """Return the layer's output plus the changes of low-rank parts, accumulated in one tensor."""
         y: Tensor | None = None
         plain = layer.fresh and self.before is None  # The module runs the forward of nn.Linear.
@@ -473,8 +480,9 @@ class ForwardHook:
                 B, A, weight = factors_of(update, layer, like)
                 weight *= part.switch.weight
                 if (B.shape[0], A.shape[1]) != layer.shape:
-                    made = [B.shape[0], A.shape[1]]
-                    why = f"the update was made for a weight of shape {made}, but the shape is {list(layer.shape)} now"
+                    expected = [B.shape[0], A.shape[1]]
+                    now = list(layer.shape)
+                    why = f"the update was made for a weight of shape {expected}, but the shape is {now} now"
                     raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
                 if y is None and plain:
                     y = low_rank_linear(x, like, layer.bias, A, B, weight)
@@ -520,8 +528,8 @@ class ForwardHook:
             except AdapterkitError as error:
                 raise error.at(where=where) from None
         outputs = [
-            self._run([part for part in parts if part.switch.name == name], some, named, own)
-            for name, some, named, own in split(route, self.module, args, kwargs, beside, where)
+            self._run([part for part in parts if part.switch.name == name], some, named, own_hook)
+            for name, some, named, own_hook in split(route, self.module, args, kwargs, beside, where)
         ]
         return join(route, self.module, outputs, where)
 
@@ -534,8 +542,10 @@ class ForwardHook:
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
             out[weight] = self._after(weight, dtype, [p for p in parts if p.weight == weight], changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
-            own = [p for p in parts if p.bias == bias]
-            out[bias] = self._after(bias, dtype, own, changed_bias, [self._settled(p, own, dtype) for p in own])
+            parts_here = [p for p in parts if p.bias == bias]
+            out[bias] = self._after(
+                bias, dtype, parts_here, changed_bias, [self._settled(p, parts_here, dtype) for p in parts_here]
+            )
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
@@ -561,9 +571,9 @@ class ForwardHook:
         updates: Sequence[tuple[Update, ...]] | None = None,
     ) -> Tensor:
         targets: dict[Switch, list[tuple[Target, Sequence[Update]]]] = {}
-        for part, own in zip(parts, updates or [part.updates for part in parts], strict=True):
-            targets.setdefault(part.switch, []).append((part.target, own))
-        changes = [(switch.weight, own) for switch, own in targets.items()]
+        for part, updates_here in zip(parts, updates or [part.updates for part in parts], strict=True):
+            targets.setdefault(part.switch, []).append((part.target, updates_here))
+        changes = [(switch.weight, updates_here) for switch, updates_here in targets.items()]
         before = whole(lasting(self.module, tensor_at(self.module, path)))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after = formula(before.to(wide), changes)
@@ -639,14 +649,16 @@ def hook_again(hook: ForwardHook) -> ForwardHook | None:
     Args:
         hook: a hook without parts.
     """
-    held = hook.module.__dict__
-    standing = held.get(HOOK)
+    attributes = hook.module.__dict__
+    standing = attributes.get(HOOK)
     if hook.wrapper is not None:
         return hook if standing in (None, hook) and value_in(hook.slot) is hook.wrapper else None
     met = value_in(inner_slot(hook.module)) if standing is None else standing.before
-    own = getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
+    is_unbound = (
+        getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
+    )
     # Inside accelerate's hooks, a new hook takes the same place as the old one.
-    fits = met is hook.before or own or "_hf_hook" in held
+    fits = met is hook.before or is_unbound or "_hf_hook" in attributes
     return hook_at(hook.module) if fits else None
 
 
@@ -663,15 +675,15 @@ class HookEntry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        own = inspect.signature(self.__self__.original)
+        signature = inspect.signature(self.__self__.original)
         recorders = self.__self__.call_recorders
-        asked = sorted({name for each in recorders for name in each.asks} - own.parameters.keys())
+        asked = sorted({name for each in recorders for name in each.asks} - signature.parameters.keys())
         if not asked:
-            return own
-        *named, last = own.parameters.values()
+            return signature
+        *named, last = signature.parameters.values()
         more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in asked]
         rest = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
-        return own.replace(parameters=[*named, *([] if rest else [last]), *more, *rest])
+        return signature.replace(parameters=[*named, *([] if rest else [last]), *more, *rest])
 
     @property
     def __code__(self) -> CodeType:
@@ -681,7 +693,7 @@ class HookEntry:
         return self.__self__.forward(*args, **kwargs)
 
 
-def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
+def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
     """Return y + sum of weight * (f(x) - y), running the base once; for a single part of weight 1, return f(x)."""
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
@@ -704,7 +716,7 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
+def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
     """Run formulas over a layer whose weight may be a DTensor.
 
     Raises:
@@ -727,18 +739,18 @@ def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
         raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 
-def _chain(layer: Layer, updates: Sequence[Update]) -> Callable[[Tensor], Tensor]:
-    made: Any = layer
+def _chain(layer: TorchLayer, updates: Sequence[Update]) -> Callable[[Tensor], Tensor]:
+    composed: Any = layer
     for update in updates:
-        made = Composed(made, _live(update, layer))
-    return made  # type: ignore[no-any-return]
+        composed = Composed(composed, _live(update, layer))
+    return composed  # type: ignore[no-any-return]
 
 
-def _change_by(update: Update, layer: Layer, x: Tensor) -> Tensor:
+def _change_by(update: Update, layer: TorchLayer, x: Tensor) -> Tensor:
     return _live(update, layer).forward(x, cast("FormulaLayer", WeightDifference(layer)))
 
 
-def _live(update: Update, layer: Layer) -> Update:
+def _live(update: Update, layer: TorchLayer) -> Update:
     """Return the update in the layer's dtype and on its device."""
     like = layer.sample
     return moved(update, like.device, like.dtype)

@@ -73,10 +73,10 @@ class Handle:
         watch_state(self._model)
         self._watch = Watch(self._model, self.name, (hook.module for hook in self._hooks), self._leaves)
         if frozen:
-            held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
-            for _, parameter in held:
+            trainable = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
+            for _, parameter in trainable:
                 parameter.requires_grad_(False)
-            self.frozen = tuple(name for name, _ in held)
+            self.frozen = tuple(name for name, _ in trainable)
 
     def _leave(self) -> None:
         """Remove this handle from the model; if another trained adapter remains, the base stays frozen."""
@@ -84,9 +84,9 @@ class Handle:
         self._switch.attached = False
         for leaf in self._leaves:
             leaf.release()
-        held = self._model.__dict__[HANDLES]
-        held.remove(self)
-        heir = next((other for other in held if any(True for _ in other.named_parameters())), None)
+        handles_here = self._model.__dict__[HANDLES]
+        handles_here.remove(self)
+        heir = next((other for other in handles_here if any(True for _ in other.named_parameters())), None)
         if heir is not None:
             heir.frozen = (*heir.frozen, *self.frozen)
         else:
@@ -94,7 +94,7 @@ class Handle:
             for name in self.frozen:
                 if name in parameters:  # A module may have been replaced since the injection.
                     parameters[name].requires_grad_(True)
-        if not held:
+        if not handles_here:
             del self._model.__dict__[HANDLES]
             leave_state(self._model)
 
@@ -123,12 +123,12 @@ class Handle:
         A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
         others. A layer that is copied out of the model is independent.
         """
-        found: dict[Switch, list[ForwardHook]] = {}
+        hooks_by_switch: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
             for switch in hook.switches:
                 if switch.name == self.name and switch is not self._switch:
-                    found.setdefault(switch, []).append(hook)
-        return found
+                    hooks_by_switch.setdefault(switch, []).append(hook)
+        return hooks_by_switch
 
     def _check_uncopied(self) -> None:
         """Check that the handle covers everything that the adapter changes.
@@ -249,13 +249,15 @@ class Handle:
             ShapeMismatch: a shape differs. In this case, nothing is changed.
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
-        held = {name: leaf.tensor for name, leaf in leaves.items()}
-        for names, what in ((held.keys() - state.keys(), "missing"), (state.keys() - held.keys(), "unknown")):
+        tensors = {name: leaf.tensor for name, leaf in leaves.items()}
+        for names, what in ((tensors.keys() - state.keys(), "missing"), (state.keys() - tensors.keys(), "unknown")):
             if names:
                 first = min(names)
-                cure = nearest(first, {*held, *state} - names) or "Pass what state_dict() of the same adapter returned"
+                cure = (
+                    nearest(first, {*tensors, *state} - names) or "Pass what state_dict() of the same adapter returned"
+                )
                 raise UsageError(f"{len(names)} tensors are {what} in the state", where=first, cure=cure)
-        for name, parameter in held.items():
+        for name, parameter in tensors.items():
             if tuple(state[name].shape) != shape_of(parameter):
                 why = f"the shape is {list(state[name].shape)}, but the adapter's is {list(shape_of(parameter))}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
@@ -300,8 +302,10 @@ class Handle:
                 groups[embedding_lr, weight_decay].append(parameter)
             else:
                 groups[lr * ratio if fast else lr, 0.0 if field == "bias" else weight_decay].append(parameter)
-        made = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
-        return [group for group in made if group["params"]]
+        groups_made = [
+            {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
+        ]
+        return [group for group in groups_made if group["params"]]
 
     def adapter(self) -> Adapter:
         """Return the adapter with its current values, as detached copies, in the model's names and layouts.
@@ -350,7 +354,9 @@ class Handle:
                 bound = [part.bound for part in hook.parts if part.switch is switch]
                 bound += [part.bound for part in hook.contexts if part.switch is switch]
                 hook.detach(switch)
-                for leaf in dict.fromkeys(leaf for each in bound for own in each.leaves for leaf in own.values()):
+                for leaf in dict.fromkeys(
+                    leaf for each in bound for tensors_by_name in each.leaves for leaf in tensors_by_name.values()
+                ):
                     leaf.release()
         for hook in self._hooks:
             hook.detach(self._switch)
@@ -390,14 +396,14 @@ class Handle:
                 why = "the update is not additive, so it cannot be subtracted again"
                 raise UsageError(why, where=str(part.target), cure='Pass keep="copy"')
         kept: list[Merged] = []
-        held = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
+        parts_by_hook = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
 
         def undo() -> None:
             for each in kept:
                 each.forget()
                 if each.before is not None:
                     each.parameter.copy_(each.before)
-            restore([(each, found) for each, found in subtracted(folded, kept) if found is not None])
+            restore([(each, value) for each, value in subtracted(folded, kept) if value is not None])
 
         with all_or_nothing(self._model, self._objects(), undo):
             for hook, parts in folded:
@@ -409,7 +415,7 @@ class Handle:
             self._detach()
             self._state = "merged"
             if keep:
-                self._merged, self._parts, self._folded = kept, held, folded
+                self._merged, self._parts, self._folded = kept, parts_by_hook, folded
                 for each in kept:
                     each.push()
 
@@ -514,12 +520,12 @@ def handles(model: nn.Module) -> dict[str, Handle]:
         a map from name to handle, in the order of injection; for an adapter on a part of the model, the path of this
         part precedes the name (`encoder:default`).
     """
-    found: dict[str, Handle] = {}
+    handles_by_path: dict[str, Handle] = {}
     for path, module in model.named_modules():
         for handle in module.__dict__.get(HANDLES, ()):
             path = unwrapped(model, path)
-            found[f"{path}:{handle.name}" if path else handle.name] = handle
-    return found
+            handles_by_path[f"{path}:{handle.name}" if path else handle.name] = handle
+    return handles_by_path
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
@@ -555,5 +561,5 @@ def foldable(handles: Sequence[Handle]) -> Folded:
                 raise NotMergeable("the update does not change weights", where=str(target), cure=KEEP_INJECTED)
     switches = [handle._switch for handle in handles]
     hooks = dict.fromkeys(hook for handle in handles for hook in handle._hooks)
-    found = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]
-    return checked_folds(handles[0]._model, found)
+    folds = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]
+    return checked_folds(handles[0]._model, folds)

@@ -83,11 +83,11 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
         raise UsageError(why, where=f"{needy[0][0]}: {needy[0][1].method}", cure=cure)
     pairs = [_pairs(expert, position) for position, expert in enumerate(experts)]
     updates: dict[Target, tuple[Update, ...]] = {}
-    for target, found in adapter.updates.items():
-        if not any(getattr(update, "lacks_experts", False) for update in found):
-            updates[target] = found
+    for target, group in adapter.updates.items():
+        if not any(getattr(update, "lacks_experts", False) for update in group):
+            updates[target] = group
             continue
-        router, *others = found
+        router, *others = group
         if others:
             why = "there are other updates at the router's target"
             raise Unsupported(why, where=str(target), cure="Put each update into a separate adapter")
@@ -99,15 +99,15 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
 
 
 def _pairs(expert: Adapter, position: int) -> Pairs:
-    found: dict[str, LoRA] = {}
+    pairs: dict[str, LoRA] = {}
     for target, update in expert:
         where = f"experts[{position}]: {target}"
         plain = isinstance(update, LoRA) and update.bias is None and len(update.A.shape) == 2
-        if not plain or target.stacked or target.rows or target.path in found:
+        if not plain or target.stacked or target.rows or target.path in pairs:
             why = f"the update is {update.method}, but a router needs plain LoRA of a linear layer"
             raise Unsupported(why, where=where, cure="Convert the expert to plain LoRA first")
-        found[target.path] = update.map(as_torch)  # type: ignore[assignment]
-    return found
+        pairs[target.path] = update.map(as_torch)  # type: ignore[assignment]
+    return pairs
 
 
 def _of_classifier(
@@ -149,8 +149,8 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
     if absent is not None:
         why = "the expert changes nothing at this target"
         raise TargetNotFound(why, where=f"experts[{absent}]: {target}", cure=_ALIKE)
-    held = _stacked(target.path, experts, one_rank=True)
-    A, B, strengths = (held[name] for name in ("A", "B", "strengths"))
+    stacked = _stacked(target.path, experts, one_rank=True)
+    A, B, strengths = (stacked[name] for name in ("A", "B", "strengths"))
     if router.general:
         A, B = (each[:tasks] - each[tasks:].mean(0) for each in (A, B))
     # B @ A without the scaling, because neither the sign nor the length of an expert's change matters here.
@@ -170,21 +170,21 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
 
 def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
     """Stack the experts' factors at a path; pad smaller and missing factors with zeros."""
-    found = [expert.get(path) for expert in experts]
-    present = [pair for pair in found if pair is not None]
+    pairs_of_experts = [expert.get(path) for expert in experts]
+    present = [pair for pair in pairs_of_experts if pair is not None]
     sizes = {(pair.A.shape[1], pair.B.shape[0]) for pair in present}
     ranks = {pair.A.shape[0] for pair in present}
     if len(sizes) > 1 or (one_rank and len(ranks) > 1):
         raise ShapeMismatch("the experts have different shapes or ranks", where=path, cure=_ALIKE)
     ((inputs, outputs),) = sizes
     A, B = (
-        present[0].A.new_zeros(len(found), max(ranks), inputs),
-        present[0].B.new_zeros(len(found), outputs, max(ranks)),
+        present[0].A.new_zeros(len(pairs_of_experts), max(ranks), inputs),
+        present[0].B.new_zeros(len(pairs_of_experts), outputs, max(ranks)),
     )
-    for position, pair in enumerate(found):
+    for position, pair in enumerate(pairs_of_experts):
         if pair is not None:
             A[position, : len(pair.A)], B[position, :, : len(pair.A)] = pair.A, pair.B
-    strengths = A.new_tensor([0.0 if pair is None else pair.scaling for pair in found])
+    strengths = A.new_tensor([0.0 if pair is None else pair.scaling for pair in pairs_of_experts])
     return {"A": A, "B": B, "strengths": strengths}
 
 
@@ -264,7 +264,7 @@ def inject(
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[ForwardHook, Part]] = []
     together: dict[int, tuple[ForwardHook, list[Part]]] = {}
-    held: dict[int, LiveUpdates] = {}
+    live_by_part: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
     shared = _tied(model, sites, adapter, parse_tied(tied))
@@ -285,7 +285,7 @@ def inject(
         if drop and not part.direct:
             why = "dropout is not supported where a module runs its own forward on a changed weight"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
-        held[id(part)] = _as_given(bound, site.updates, given)
+        live_by_part[id(part)] = _as_given(bound, site.updates, given)
         if id(holder) not in together:
             together[id(holder)] = hook_at(holder), []
         hook, others = together[id(holder)]
@@ -300,9 +300,9 @@ def inject(
             hook.attach(part)
             if part.target in along:
                 continue
-            loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
+            loaded[part.target] = (*loaded.get(part.target, ()), live_by_part[id(part)])
         for target, part in twice:
-            loaded[target] = (*loaded.get(target, ()), held[id(part)])
+            loaded[target] = (*loaded.get(target, ()), live_by_part[id(part)])
         hooks = [*(hook for hook, _ in attached), *_readers(part.output_site for _, part in attached)]
         if recorder.asks:
             hooks.append(hook_at(model))
@@ -366,9 +366,9 @@ def _contexts(
 ) -> list[tuple[nn.Module, ContextPart]]:
     """Return each context update with the module that it is attached to."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
-    found: dict[Any, Any] = find_parts(context, names, None, rules)
+    placed_contexts: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
-    for target, updates in found.items():
+    for target, updates in placed_contexts.items():
         part = ContextPart(switch, target, LiveUpdates(updates))
         holder = parts_of(model, part)[0][0]
         bound = registration.bind(updates, holder, _met(model, target), _where(model, target))
@@ -395,15 +395,15 @@ def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     words: dict[str, Any] = config.to_dict()
     # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig with model_type `exaone`, but its
     # `to_dict()` contains `llama`.
-    said = getattr(config, "model_type", None)
-    return words | ({"model_type": said} if isinstance(said, str) and said else {})
+    model_type = getattr(config, "model_type", None)
+    return words | ({"model_type": model_type} if isinstance(model_type, str) and model_type else {})
 
 
 def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[Site]:
-    held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
+    tensor_lists = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
     shapes = {
         name: tuple(tensor.shape)
-        for tensors in held
+        for tensors in tensor_lists
         for name, tensor in tensors
         if not is_leaf_name(name) and not is_lazy(tensor)
     }
@@ -419,9 +419,9 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
         if is_parametrized(model.get_submodule((site.weight or site.bias or "").rpartition(".")[0])):
             why = "the layer is parametrized"
             raise Unsupported(why, where=str(site.target), cure="Remove its parametrizations first")
-    told = [_told(model, site, shapes) for site in placed]
-    asked = iter(with_layouts([site for site, known in told if not known], shapes, words))
-    sites = [site if known else next(asked) for site, known in told]
+    sites_known = [_with_class_layout(model, site, shapes) for site in placed]
+    asked = iter(with_layouts([site for site, known in sites_known if not known], shapes, words))
+    sites = [site if known else next(asked) for site, known in sites_known]
     try:
         for site in sites:
             check_site(site, shapes, biasless=True)
@@ -456,23 +456,23 @@ def _tied(
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue
-        own: dict[str, list[PlannedUpdate]] = {}
+        folds_by_weight: dict[str, list[PlannedUpdate]] = {}
         for site in sites:
             if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
-                own.setdefault(site.weight or "", []).append(fold)
-        stored = next((name for name in own if name in inputs), inputs[0])
+                folds_by_weight.setdefault(site.weight or "", []).append(fold)
+        stored = next((name for name in folds_by_weight if name in inputs), inputs[0])
         # T5 and BART store the table as `shared`; no layer calls it if the encoder and the decoder have their own
         # modules.
         read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
         choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
-        changed = acting(tie_of(stored, read, heads[0]), own, adapter, choice, [])
+        changed = acting(tie_of(stored, read, heads[0]), folds_by_weight, adapter, choice, [])
         head = model.get_submodule(heads[0].rpartition(".")[0])
         if getattr(head, "bias", None) is not None and loses_bias(changed.get(heads[0], ()), [adapter]):
             _warn_of_bias(heads[0])
         for name, folds in changed.items():
-            here = {fold.target for fold in own.get(name, ())}
+            here = {fold.target for fold in folds_by_weight.get(name, ())}
             for fold in folds:
-                if fold.target not in here and not any(same(fold, one) for one in own.get(name, ())):
+                if fold.target not in here and not any(same(fold, one) for one in folds_by_weight.get(name, ())):
                     target = replace(fold.target, path=name.removesuffix(".weight"))
                     added.append(Site(target, fold.updates, name, None))
     return added
@@ -550,12 +550,12 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
         why = "an attention never calls its output projection"
         raise Unsupported(why, where=str(site.target), cure=f"Target {parent}")
     _refuse_fast_path(model, f"{path}.", site)
-    made = find_output_site(
+    output_site = find_output_site(
         holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
     )
     asks = any(words_of(model, update) for update in site.updates)
-    made = replace(made, call_words=recorder.take) if asks else made
-    return holder, Part(switch, site.target, LiveUpdates(site.updates), None, None, False, made)
+    output_site = replace(output_site, call_words=recorder.take) if asks else output_site
+    return holder, Part(switch, site.target, LiveUpdates(site.updates), None, None, False, output_site)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
@@ -571,8 +571,8 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
         return _computed(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
-    held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
-    return _loaded(model, holder, held[0], str(site.target)) if held else torch.empty(0)
+    floating = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
+    return _loaded(model, holder, floating[0], str(site.target)) if floating else torch.empty(0)
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
@@ -607,7 +607,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
             yield hook
 
 
-def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
+def _with_class_layout(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
     """Return the site with its module class's layout, and whether the layout is known and fits the updates."""
     if site.weight is None or site.target.stacked:
         return site, False

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Forward = Callable[..., Tensor]
 
 
-class Layer:
+class TorchLayer:
     """A module that can run with another weight through `op`; each subclass is one kind of module.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layer:
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
-    def like(self, x: Tensor) -> Layer:
+    def like(self, x: Tensor) -> TorchLayer:
         """Return the layer with the dtype to compute in; a layer with a packed weight takes the dtype of `x`."""
         return self
 
@@ -113,7 +113,7 @@ def lasting(module: nn.Module, W: Tensor) -> Tensor:
     return W.view_as(W) if "_diffusers_hook" in module.__dict__ and casts_layerwise(module) else W
 
 
-class Linear(Layer):
+class Linear(TorchLayer):
     """`nn.Linear`."""
 
     flat = True
@@ -121,10 +121,10 @@ class Linear(Layer):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and _own_forward(module, nn.Linear)
+        return isinstance(module, nn.Linear) and _defines_forward(module, nn.Linear)
 
 
-class Conv1D(Layer):
+class Conv1D(TorchLayer):
     """transformers' `Conv1D`: a linear layer that stores `[in, out]`."""
 
     layout = "in out *k"
@@ -136,7 +136,7 @@ class Conv1D(Layer):
         return (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils")
 
 
-class Embedding(Layer):
+class EmbeddingLayer(TorchLayer):
     """`nn.Embedding`, which stores `[in, out]`; a token id is a position on the axis `in`."""
 
     layout = "in out *k"
@@ -144,7 +144,7 @@ class Embedding(Layer):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        plain = isinstance(module, nn.Embedding) and _own_forward(module, nn.Embedding)
+        plain = isinstance(module, nn.Embedding) and _defines_forward(module, nn.Embedding)
         return bool(plain and module.max_norm is None)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Embedding(Layer):
         return functional.embedding(x, w.mT, padding)
 
 
-class Conv(Layer):
+class ConvLayer(TorchLayer):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without groups, with any stride, dilation and padding mode."""
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -167,7 +167,7 @@ class Conv(Layer):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
+        plain = any(isinstance(module, kind) and _defines_forward(module, kind) for kind in cls.kinds)
         return bool(plain and module.groups == 1)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -204,14 +204,14 @@ class Conv(Layer):
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
 
-class GroupedConv(Conv):
+class GroupedConv(ConvLayer):
     """A convolution with groups; `op` also takes the weight of a convolution over all channels."""
 
     direct = False
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
+        plain = any(isinstance(module, kind) and _defines_forward(module, kind) for kind in cls.kinds)
         return bool(plain and module.groups != 1)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Quantized(Linear):
     def takes(cls, module: nn.Module) -> bool:
         return is_packed(module)
 
-    def like(self, x: Tensor) -> Layer:
+    def like(self, x: Tensor) -> TorchLayer:
         return Quantized(self.module, self.forward, x.dtype)
 
     @property
@@ -268,7 +268,7 @@ class Quantized(Linear):
 class WeightDifference:
     """A layer whose output is 0, so that an additive update returns only its change."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: TorchLayer) -> None:
         self.layer = layer
         self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
         self.shape = layer.shape
@@ -277,11 +277,11 @@ class WeightDifference:
         return 0.0
 
 
-KINDS: tuple[type[Layer], ...] = (Quantized, Linear, Conv1D, Embedding, Conv, GroupedConv)
+KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer, ConvLayer, GroupedConv)
 
 
-def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
-    """Return the module as a `Layer`, or None if its weight can only be changed under its own forward."""
+def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
+    """Return the module as a `TorchLayer`, or None if its weight can only be changed under its own forward."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
@@ -331,7 +331,7 @@ def _channels(w: Tensor, channels: int) -> ShapeMismatch:
     return ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 
-def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
@@ -365,9 +365,9 @@ def is_packed(module: nn.Module) -> bool:
     if "qweight" in module._buffers or "qweight" in module._parameters or hasattr(kind, "qweight"):
         return True
     # Modules of torch.jit have a mapping without `get`.
-    own = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
-    scaled = _is_narrow(own) and _casts(module) and not casts_layerwise(module)
-    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or scaled
+    weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
+    scaled = _is_narrow(weight) and _casts(module) and not casts_layerwise(module)
+    return callable(getattr(kind, "dequantize", None)) or _unpacks(weight) or scaled
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -389,9 +389,9 @@ def dequantized(module: nn.Module) -> Tensor:
 def device_of(module: nn.Module) -> torch.device:
     """Return the device that a packed module computes on."""
     tensors = (*module._parameters.values(), *module._buffers.values())
-    found = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)
-    W: Any = getattr(module, "W_q", None) if found is None else None
-    return W.device if found is None and W is not None else found or torch.device("cpu")
+    device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)
+    W: Any = getattr(module, "W_q", None) if device is None else None
+    return W.device if device is None and W is not None else device or torch.device("cpu")
 
 
 def _unpacks(W: object) -> bool:
@@ -422,8 +422,8 @@ def _by_bitsandbytes(packed: nn.Module) -> Tensor:
     if state is not None:
         out: Tensor = library.dequantize_4bit(W.data, state)
         return out
-    held: Any = module.state if getattr(module.state, "CB", None) is not None else W
-    dense: Tensor = library.int8_vectorwise_dequant(held.CB, held.SCB)
+    int8_state: Any = module.state if getattr(module.state, "CB", None) is not None else W
+    dense: Tensor = library.int8_vectorwise_dequant(int8_state.CB, int8_state.SCB)
     return dense
 
 
@@ -468,15 +468,15 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
 def dropout_of(adapter: Adapter) -> float:
     """Return the dropout that an adapter was created with, or trained with in PEFT; 0 if neither is recorded."""
-    told = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
-    held = adapter.foreign.data.get("config") if adapter.foreign is not None else None
-    config = held if isinstance(held, dict) else {}
-    told += [config[name] for name in DROPOUTS if isinstance(config.get(name), float | int)]
-    return float(told[-1]) if told else 0.0
+    dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
+    config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
+    config = config_or_none if isinstance(config_or_none, dict) else {}
+    dropouts += [config[name] for name in DROPOUTS if isinstance(config.get(name), float | int)]
+    return float(dropouts[-1]) if dropouts else 0.0
 
 
 def dropped_change(
-    layer: Layer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
+    layer: TorchLayer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
 ) -> Tensor | float:
     """Return the sum of the changes of updates, without the base; each change has its own dropout of the input.
 
@@ -526,8 +526,8 @@ def _without_blocks(update: Update, p: float) -> Update:
     A block of zeros has the identity as its rotation.
     """
     changed = {}
-    held: Any = update.tensors
-    for name, leaf in held.items():
+    tensors: Any = update.tensors
+    for name, leaf in tensors.items():
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):

@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from ..core.updates import Update
-from .layers import Layer
+from .layers import TorchLayer
 from .scopes import Scope
 
 if TYPE_CHECKING:
@@ -347,7 +347,7 @@ def _of_factors_by_blocks(
     fast = W is not None and _multiplies(W.dtype)
     pieces = [] if W is None or fast else [slice(at, at + _rows_of(W)) for at in range(0, len(W), _rows_of(W))]
     # A weight that fits in one block is converted to float32 once for all rows.
-    held = W.float() if W is not None and len(pieces) == 1 else None
+    wide = W.float() if W is not None and len(pieces) == 1 else None
     wide_A, wide_B = A.float(), B.float()
     of_A: Tensor | None = None
     of_B: Tensor | None = None
@@ -369,7 +369,7 @@ def _of_factors_by_blocks(
                 change = change.add_(grad[rows] @ W)
             for piece in pieces:
                 assert W is not None
-                change = change.addmm_(some[:, piece], W[piece].float() if held is None else held)
+                change = change.addmm_(some[:, piece], W[piece].float() if wide is None else wide)
             of_x[rows] = change
     return of_x, None if of_A is None else of_A.to(A.dtype), None if of_B is None else of_B.to(B.dtype)
 
@@ -403,7 +403,7 @@ class LeanPlan:
         layer: the layer.
     """
 
-    def __init__(self, token: object, scope: Scope, part: Part | None, layer: Layer | None) -> None:
+    def __init__(self, token: object, scope: Scope, part: Part | None, layer: TorchLayer | None) -> None:
         self.token: object = token
         self.scope, self.part, self.usable = scope, part, False
         if part is None or layer is None:
@@ -426,7 +426,7 @@ class LeanPlan:
             leaves = update.tensors.values()
             # A LoRA's factors are its leaves. Other methods compute their factors in each forward.
             self.fixed = all(any(factor is leaf for leaf in leaves) for factor in (A, B))
-            self.found = B, A, scaling * part.switch.weight
+            self.fixed_factors = B, A, scaling * part.switch.weight
 
     def _factors(self) -> tuple[Tensor, Tensor, float]:
         B, A, scaling = self.update.factors(self.shape)
@@ -438,17 +438,17 @@ class LeanPlan:
         if not self.usable or type(x) is not Tensor or self.part is None:
             return None
         W: Any = self.W
-        held: Any = self.module._parameters
-        if self.part.bound.updates is not self.updates or held.get("weight") is not W:
+        parameters: Any = self.module._parameters
+        if self.part.bound.updates is not self.updates or parameters.get("weight") is not W:
             self.token = None  # The plan uses old tensors; the next forward makes another plan.
             return None
-        B, A, weight = self.found if self.fixed else self._factors()
+        B, A, weight = self.fixed_factors if self.fixed else self._factors()
         dtype, wide = W.dtype, A.dtype
         same = wide is dtype or (wide is torch.float32 and dtype.itemsize == 2)
         if not same or W.shape != self.shape or torch.is_autocast_enabled(self.kind):
             return None
         # A parametrized or pruned bias is not in `_parameters`.
-        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed on access
+        b: Any = parameters["bias"] if "bias" in parameters else self.module.bias  # noqa: SIM401 - computed on access
         y = short_linear(x, W, b, A, B, weight)
         if y is None:
             A, B = (A, B) if wide is dtype or is_wide(W) else (A.to(dtype), B.to(dtype))

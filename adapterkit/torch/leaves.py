@@ -77,13 +77,13 @@ class Leaf:
         if staged is not None:
             return staged
         # Read the dictionaries: nn.Module.__getattr__ takes five times as long, and each forward reads every tensor.
-        held: Any = self.module._parameters.get(self.name)
-        if held is None:
-            held = self.module._buffers.get(self.name)
-        if held is None:
-            held = self.staged  # Another thread has released the leaf.
-        found: Tensor = getattr(self.module, self.name) if held is None else held
-        return found
+        current: Any = self.module._parameters.get(self.name)
+        if current is None:
+            current = self.module._buffers.get(self.name)
+        if current is None:
+            current = self.staged  # Another thread has released the leaf.
+        tensor: Tensor = getattr(self.module, self.name) if current is None else current
+        return tensor
 
     def register(self) -> None:
         """Register the tensor with the module."""
@@ -117,16 +117,16 @@ class Leaf:
 
     def put(self, value: Tensor) -> None:
         """Copy a value into the tensor; a tensor on the meta device, which has no values, is replaced by a new one."""
-        held = self.tensor
-        if not held.is_meta or value.is_meta:
-            put(held, value)
+        current = self.tensor
+        if not current.is_meta or value.is_meta:
+            put(current, value)
             return
-        made = value.detach().to(held.dtype, copy=True)
-        if isinstance(held, nn.Parameter):
-            self.first = nn.Parameter(made, requires_grad=held.requires_grad)
+        copied = value.detach().to(current.dtype, copy=True)
+        if isinstance(current, nn.Parameter):
+            self.first = nn.Parameter(copied, requires_grad=current.requires_grad)
             self.module._parameters[self.name] = self.first
         else:
-            self.module._buffers[self.name] = made
+            self.module._buffers[self.name] = copied
 
     def check_loaded(self) -> None:
         """Check that the tensor is not on the meta device while the weight of its module has been loaded again.
@@ -222,21 +222,21 @@ class LiveUpdates:
         Raises:
             Unsupported: a tensor was left on the meta device; see `Leaf.check_loaded`.
         """
-        for leaf, held in self._seen:  # A loop, not all(): this runs once in each layer and forward.
-            if leaf.tensor is not held:
+        for leaf, seen_tensor in self._seen:  # A loop, not all(): this runs once in each layer and forward.
+            if leaf.tensor is not seen_tensor:
                 break
         else:
             return self._updates
         now = [{name: leaf.tensor for name, leaf in leaves.items()} for leaves in self.leaves]
         for leaf in [leaf for leaves in self.leaves for leaf in leaves.values()]:
             leaf.check_loaded()
-        found = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
+        updates = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
         # Under FSDP2 and functional_call, tensors live for one forward only; keeping them would keep their memory
         # allocated.
         if not torch.compiler.is_compiling() and all(type(t) in _KEPT for tensors in now for t in tensors.values()):
-            self._updates = found
+            self._updates = updates
             self._seen = self._flat()
-        return found
+        return updates
 
 
 _KEPT = (Tensor, nn.Parameter)
@@ -328,22 +328,22 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     home = next((m for m in holder.modules() if any(not is_leaf_name(n) for n in m._parameters)), holder)
     if id(home) not in hidden:
         return home
-    found = next((module for module in _above(model, home) if id(module) not in hidden), None)
-    if found is None:
+    module_found = next((module for module in _above(model, home) if id(module) not in hidden), None)
+    if module_found is None:
         why = "accelerate loads all parameters of the model for each forward, from a map that lacks the adapter's"
         cure = "Offload only its blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
-    return found
+    return module_found
 
 
 def offloaded(model: nn.Module) -> set[int]:
     """Return the ids of modules whose parameters accelerate's hooks load for each forward."""
-    found: set[int] = set()
+    loaded_ids: set[int] = set()
     for module in model.modules():
         for hook in _hooks_of_accelerate(module):
             if getattr(hook, "offload", False):
-                found |= {id(each) for each in _loaded_by(hook, module)}
-    return found
+                loaded_ids |= {id(each) for each in _loaded_by(hook, module)}
+    return loaded_ids
 
 
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
@@ -419,8 +419,8 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
             inside = module.named_parameters(recurse=bool(getattr(hook, "place_submodules", False)))
             name = next((name for name, each in inside if each is tensor), None)
             if weights is not None and name is not None:
-                found: Tensor = weights[name]
-                return found
+                stored_tensor: Tensor = weights[name]
+                return stored_tensor
     return None
 
 
@@ -439,12 +439,12 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     like = [(name, each) for name, each in named if each.is_meta and each.shape == parameter.shape]
     like = [(name, each) for name, each in like if id(parameter) in tables or id(each) in tables]
-    held = put_away(model, parameter) if any(each is not parameter for _, each in like) else None
-    if held is None:
+    stored = put_away(model, parameter) if any(each is not parameter for _, each in like) else None
+    if stored is None:
         return names
     values = {id(each): each if each is parameter else put_away(model, each) for _, each in like}
     tied = {
-        key for key, value in values.items() if value is not None and not value.is_meta and torch.equal(value, held)
+        key for key, value in values.items() if value is not None and not value.is_meta and torch.equal(value, stored)
     }
     return [name for name, each in named if each is parameter or id(each) in tied]
 
@@ -467,8 +467,8 @@ def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor
         wide = torch.float32 if plain else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
     with torch.inference_mode(False):  # A tensor made in inference mode can never be trained.
-        made = spread(tensor.clone(), like, model)
-        return nn.Parameter(made) if trained and made.is_floating_point() else made
+        own_copy = spread(tensor.clone(), like, model)
+        return nn.Parameter(own_copy) if trained and own_copy.is_floating_point() else own_copy
 
 
 def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -548,11 +548,15 @@ class Conversion:
         kept = {id(each) for _, tensor in leaves for each in (tensor, tensor.grad) if each is not None}
 
         def converted(tensor: Tensor) -> Tensor:
-            made = function(tensor)
+            converted_tensor = function(tensor)
             if id(tensor) not in kept:
-                return made
-            narrow = tensor.is_floating_point() and made.dtype != tensor.dtype and (casts or made.dtype.itemsize < 2)
-            return tensor.detach().to(made.device) if empties or narrow else made
+                return converted_tensor
+            narrow = (
+                tensor.is_floating_point()
+                and converted_tensor.dtype != tensor.dtype
+                and (casts or converted_tensor.dtype.itemsize < 2)
+            )
+            return tensor.detach().to(converted_tensor.device) if empties or narrow else converted_tensor
 
         run: Any = self.before or type(module)._apply.__get__(module)
         done: nn.Module = run(converted, *args, **kwargs)
@@ -582,5 +586,5 @@ def casts_layerwise(module: nn.Module) -> bool:
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype to which diffusers casts the module's weights for each forward, or None without such casts."""
     hooks = module.__dict__.get("_diffusers_hook")
-    found: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
-    return found
+    dtype: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
+    return dtype

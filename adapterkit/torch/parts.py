@@ -24,7 +24,7 @@ from torch.nn import functional
 from ..core.adapter import Target
 from ..core.updates import Composed, OutputUpdate, Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
-from .layers import Layer, moved
+from .layers import TorchLayer, moved
 from .leaves import LiveUpdates
 from .scopes import Switch
 
@@ -86,8 +86,8 @@ class OutputSite:
     recorder: InputRecorder | None = None
     reader: nn.Module | None = None
     norm: nn.Module | None = None
-    own: tuple[int, str] | None = None
-    own_norm: str | None = None
+    residual_argument: tuple[int, str] | None = None
+    norm_name: str | None = None
     call_words: Callable[[], dict[str, object]] = dict
 
     def beside(self) -> Beside:
@@ -96,7 +96,7 @@ class OutputSite:
 
 
 def find_output_site(
-    module: nn.Module, found: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
+    module: nn.Module, group: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
 ) -> OutputSite:
     """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
 
@@ -105,7 +105,7 @@ def find_output_site(
         TargetNotFound: an update names a residual or norm module that does not exist.
     """
     _check(module, target)
-    updates = [update for update in found if isinstance(update, OutputUpdate)]
+    updates = [update for update in group if isinstance(update, OutputUpdate)]
     channels = next((update.channels for update in updates if update.channels is not None), None)
     placed = [update for update in updates if update.placed]
     if not placed:
@@ -116,19 +116,21 @@ def find_output_site(
         why = "the updates of one target name residuals in different places"
         raise Unsupported(why, where=where, cure=cure)
     ((residual, norm),) = named
-    own = None if residual or norm else _own_residual(module)
-    if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
+    adds_residual = None if residual or norm else _residual_argument(module)
+    if (residual or adds_residual) and any(b.placed and not a.placed for a, b in pairwise(updates)):
         why = "an update of the whole output comes before an update inside the output"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be skipped"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
-    recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
-    own_norm = _own_norm(module, where) if own else None
-    return OutputSite(channels, recorder, reader, _found(find, norm, where), own, own_norm)
+    recorder, reader = (
+        (InputRecorder(where, switch), _module_or_none(find, residual, where)) if residual else (None, None)
+    )
+    norm_name = _norm_name(module, where) if adds_residual else None
+    return OutputSite(channels, recorder, reader, _module_or_none(find, norm, where), adds_residual, norm_name)
 
 
-def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module | None:
+def _module_or_none(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module | None:
     try:
         return find(path) if path else None
     except AttributeError:
@@ -145,12 +147,12 @@ def _check(module: nn.Module, target: Target) -> None:
         raise Unsupported(why, where=str(target), cure="Target one of the modules inside it")
 
 
-def _own_residual(module: nn.Module) -> tuple[int, str] | None:
+def _residual_argument(module: nn.Module) -> tuple[int, str] | None:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return next(((names.index(name), name) for name in RESIDUALS if name in names[1:2]), None)
 
 
-def _own_norm(module: nn.Module, where: str) -> str | None:
+def _norm_name(module: nn.Module, where: str) -> str | None:
     norms = [name for name, child in module.named_children() if type(child).__name__.endswith("Norm")]
     if len(norms) > 1:
         why = f"it is unclear which of {', '.join(norms)} follows the residual"
@@ -171,7 +173,7 @@ class ModuleCall:
     """One call of a module, with the interface of `adapterkit.core.updates.OutputUpdate`; runs the module on demand."""
 
     def __init__(
-        self, module: nn.Module, layer: Layer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
+        self, module: nn.Module, layer: TorchLayer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
         output_site: OutputSite, parameters: Parameters,
     ) -> None:  # fmt: skip
         self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, dict(kwargs)
@@ -195,19 +197,19 @@ class ModuleCall:
         return self.kept
 
     def residual(self, x: Tensor) -> Tensor | None:
-        if self.output_site.own is None:
+        if self.output_site.residual_argument is None:
             return self.given
-        position, name = self.output_site.own
-        found: Tensor = self.kwargs[name] if name in self.kwargs else self.args[position]
-        return found
+        position, name = self.output_site.residual_argument
+        residual: Tensor = self.kwargs[name] if name in self.kwargs else self.args[position]
+        return residual
 
     def norm(self, h: Tensor) -> Tensor:
-        own = self.output_site.own_norm
-        through = self.output_site.norm if own is None else getattr(self.module, own)
+        norm_name = self.output_site.norm_name
+        through = self.output_site.norm if norm_name is None else getattr(self.module, norm_name)
         return h if through is None else through(h)
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        if self.output_site.own is not None:
+        if self.output_site.residual_argument is not None:
             residual: Any = self.residual(x)
             return self.norm(h + residual) if whole else h
         return h if whole or self.given is None else h - self.given
@@ -262,7 +264,7 @@ class ModuleCall:
     def _hidden(self, x: Tensor) -> Tensor:
         args = [x, *self.args[1:]] if self.args else []
         kwargs = self.kwargs if self.args else self.kwargs | dict.fromkeys(list(self.kwargs)[:1], x)
-        out = self._before_the_end(args, kwargs) if self.output_site.own else self.run(args, kwargs, None)
+        out = self._before_the_end(args, kwargs) if self.output_site.residual_argument else self.run(args, kwargs, None)
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
@@ -277,13 +279,13 @@ class ModuleCall:
         return h
 
     def _before_the_end(self, args: list[Tensor], kwargs: dict[str, Tensor]) -> object:
-        assert self.output_site.own is not None
-        position, name = self.output_site.own
+        assert self.output_site.residual_argument is not None
+        position, name = self.output_site.residual_argument
         if name in kwargs:
             kwargs = kwargs | {name: kwargs[name].new_zeros(())}
         else:
             args[position] = args[position].new_zeros(())
-        return self.run(args, kwargs, self.output_site.own_norm)
+        return self.run(args, kwargs, self.output_site.norm_name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +300,7 @@ class OutputChange:
 
 
 def through(
-    module: nn.Module, layer: Layer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
+    module: nn.Module, layer: TorchLayer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
     changes: Sequence[OutputChange], parameters: Parameters,
 ) -> object:  # fmt: skip
     """Return y + sum of weight * (f(x) - y).
@@ -307,7 +309,7 @@ def through(
     """
     calls: dict[Any, ModuleCall] = {}
     for change in changes:
-        ending = change.output_site.own, change.output_site.norm
+        ending = change.output_site.residual_argument, change.output_site.norm
         if ending not in calls:
             calls[ending] = ModuleCall(module, layer, run, args, kwargs, change.output_site, parameters)
     call = next(iter(calls.values()))
@@ -316,7 +318,7 @@ def through(
     x: Any = call.x
     y = base = call(x)
     for change in changes:
-        other = calls[change.output_site.own, change.output_site.norm]
+        other = calls[change.output_site.residual_argument, change.output_site.norm]
         y = y + change.weight * (_changed(other, change) - base)
     return call.ended(y)
 

@@ -96,7 +96,7 @@ def load_pretrained(
                 vars(config).pop("quantization_config", None)
                 # An Auto class would need a folder to choose the class.
                 built = transformers.MODEL_MAPPING[type(config)] if name == "AutoModel" else built
-            model, told = built.from_pretrained(
+            model, loading = built.from_pretrained(
                 str(source) if state is None else None, config=config, dtype=getattr(torch, dtype),
                 **({} if state is None else {"state_dict": dict(state)}), output_loading_info=True, **known_only,
             )  # fmt: skip
@@ -108,7 +108,7 @@ def load_pretrained(
             raise Unsupported("the model needs its own code, which is not run", path=source, cure=_OWN_CODE) from None
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     if lacking is not None:
-        lacking += sorted(told["missing_keys"])
+        lacking += sorted(loading["missing_keys"])
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -123,8 +123,8 @@ def _check_no_kernel(config: object, source: Path) -> None:
     Raises:
         Unsupported: the config names such a kernel.
     """
-    held = config if isinstance(config, dict) else vars(config)
-    for key, value in held.items():
+    attributes = config if isinstance(config, dict) else vars(config)
+    for key, value in attributes.items():
         if str(key).removesuffix("_internal").endswith("_implementation"):
             for name in value.values() if isinstance(value, dict) else (value,):
                 if name not in KERNELS_OF_TORCH:

@@ -56,11 +56,11 @@ def route(
     names = tuple(names)
     hooks, first = [], None
     for module in model.modules():
-        held = module.__dict__
-        if HOOK in held:
-            hooks.append(held[HOOK])
+        attributes = module.__dict__
+        if HOOK in attributes:
+            hooks.append(attributes[HOOK])
         # Read the dictionary: getattr(module) is slow if the attribute is missing, as in most modules.
-        if first is None and held.get("batch_first", getattr(type(module), "batch_first", None)) is False:
+        if first is None and attributes.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
     switches = _switches_of(hooks)
     _check_names(names, switches)
@@ -86,7 +86,7 @@ class _KeptSwitches(Protocol):
     model: tuple[object, Sequence[object], dict[str, Switch]] | None
 
 
-class _Hook(Protocol):
+class _RoutedHook(Protocol):
     """A forward hook of a model, with the switches of its adapters and its cache for routes."""
 
     @property
@@ -96,7 +96,7 @@ class _Hook(Protocol):
     def switches(self) -> Sequence[Switch]: ...
 
 
-def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
+def _switches_of(hooks: list[_RoutedHook]) -> dict[str, Switch]:
     """Return the switches of a model's adapters, keyed by name; the cache is valid until one of them changes."""
     if not hooks:
         return {}
@@ -156,9 +156,9 @@ def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
 
 def _rows(names: Sequence[str | None], name: str) -> str:
     """Return the rows of one adapter as text for messages."""
-    found = [str(row) for row, other in enumerate(names) if other == name]
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"row{'s' if len(found) > 1 else ''} {', '.join(found[:8])}{more}"
+    rows = [str(row) for row, other in enumerate(names) if other == name]
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(rows[:8])}{more}"
 
 
 def is_expert(where: str) -> bool:

@@ -123,7 +123,7 @@ class Scope:
 _EVERYWHERE = Scope()
 
 
-class _Local(threading.local):
+class _LocalScopes(threading.local):
     """The scope of each thread.
 
     The attribute is set in `__init__`, which runs once in each thread. A class attribute as the default would not work:
@@ -135,7 +135,7 @@ class _Local(threading.local):
 
 
 _SCOPE: ContextVar[Scope] = ContextVar("adapterkit.torch.scope", default=_EVERYWHERE)
-_LOCAL = _Local()
+_LOCAL = _LocalScopes()
 
 
 def current() -> Scope:
@@ -246,11 +246,11 @@ class Recall:
         # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use those
         # without gradients, because reentrant checkpointing runs its first forward in this way.
         with_gradients, without = self._seen[True], self._seen[False]
-        found = with_gradients or without
-        if not found:
+        recalled = with_gradients or without
+        if not recalled:
             return scope
-        if len(found) == 1 or (not with_gradients and (scope, states) in found):
-            chosen = found[0] if len(found) == 1 else (scope, states)
+        if len(recalled) == 1 or (not with_gradients and (scope, states) in recalled):
+            chosen = recalled[0] if len(recalled) == 1 else (scope, states)
             if chosen[1] == states:
                 return chosen[0]
             why = "a checkpointed block is recomputed after an adapter was reweighted or switched on or off"

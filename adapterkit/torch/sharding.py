@@ -21,12 +21,12 @@ from ..errors import Unsupported
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor; if it is sharded or partitioned, every process must call this function."""
-    held: Any = tensor
+    sharded: Any = tensor
     if is_partitioned(tensor):
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    out: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
+    out: Tensor = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
     return out
 
 
@@ -53,8 +53,8 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
 
     mesh = cast(Any, like).device_mesh
     # Every process has read or made the same values, so nothing needs to be sent.
-    made: Tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
-    return made
+    distributed: Tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+    return distributed
 
 
 @contextmanager
@@ -82,8 +82,8 @@ def is_partitioned(leaf: object) -> bool:
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape of a tensor, even if it is partitioned."""
-    held: Any = tensor
-    return tuple(held.ds_shape if is_partitioned(tensor) else tensor.shape)
+    sharded: Any = tensor
+    return tuple(sharded.ds_shape if is_partitioned(tensor) else tensor.shape)
 
 
 @torch.no_grad()
@@ -102,9 +102,11 @@ def put(parameter: Tensor, value: Tensor) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    held: Any = parameter
+    sharded: Any = parameter
     # Every process has computed the same value, so nothing needs to be sent.
-    held.copy_(distribute_tensor(value.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None))
+    sharded.copy_(
+        distribute_tensor(value.to(sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    )
 
 
 def check_gathered(model: nn.Module) -> None:
@@ -130,7 +132,7 @@ def check_unwrapped(model: nn.Module) -> None:
         Unsupported: DDP or FSDP2 has already wrapped the model, and averages only the gradients of parameters that
             existed then.
     """
-    name = next((found for module in model.modules() if (found := _synchroniser(module))), None)
+    name = next((wrapper for module in model.modules() if (wrapper := _synchroniser(module))), None)
     if name:
         why = f"{name} does not see parameters that are added after it has wrapped the model"
         raise Unsupported(why, where="trainable", cure=f"Call inject(trainable=True) before {name}")

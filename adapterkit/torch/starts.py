@@ -289,7 +289,7 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
     Raises:
         UsageError: there is no data, or a module was never called.
     """
-    found = {path: Moments() for path in paths}
+    moments_by_path = {path: Moments() for path in paths}
     mask: list[Tensor | None] = [None]
 
     def hook_of(moments: Moments) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
@@ -303,7 +303,7 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
     modes = {module: module.training for module in model.modules()}
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(hook_of(moments), with_kwargs=True)
-        for path, moments in found.items()
+        for path, moments in moments_by_path.items()
     ]
     try:
         model.eval()
@@ -320,11 +320,11 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    idle = next((path for path, moments in found.items() if not moments.tokens), None)
+    idle = next((path for path, moments in moments_by_path.items() if not moments.tokens), None)
     if idle is not None:
         cure = "Pass batches for which the model calls this module, or exclude it"
         raise UsageError("the model never called this module on the data", where=idle, cure=cure)
-    return found
+    return moments_by_path
 
 
 def _mask(batch: object) -> Tensor | None:

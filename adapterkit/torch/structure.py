@@ -29,8 +29,8 @@ class HeadSizes(ABC):
     width: int
 
     def __init__(self, module: nn.Module) -> None:
-        held: Any = module
-        self.module, self.d = held, int(held.head_dim)
+        attention: Any = module
+        self.module, self.d = attention, int(attention.head_dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape((*x.shape[:-1], -1, self.d))
@@ -140,8 +140,8 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
     queries, heads = _first(config, "num_attention_heads"), _first(config, "num_key_value_heads", "num_attention_heads")
     d, width = _first(config, "head_dim", "d_kv"), _first(config, "hidden_size")
     d = width // queries if not d and width and queries else d
-    found = {"layers": _first(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers"), "heads": heads}
-    return {name: size for name, size in {**found, "d": d}.items() if size}
+    sizes = {"layers": _first(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers"), "heads": heads}
+    return {name: size for name, size in {**sizes, "d": d}.items() if size}
 
 
 def _first(config: object, *names: str) -> int:
@@ -155,11 +155,11 @@ def embedding_of(module: nn.Module) -> nn.Module:
         Unsupported: the model does not say which module it is.
     """
     model: Any = module
-    found = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-    if not isinstance(found, nn.Module) or not isinstance(getattr(found, "weight", None), Tensor):
+    embedding = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
         why = f"a {type(module).__name__} does not say which module embeds its tokens"
         raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
-    return found
+    return embedding
 
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
@@ -169,8 +169,8 @@ WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module passes keys and values to the function that its config names."""
-    own = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
-    return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+    has_words = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
+    return has_words and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def key_sizes(module: nn.Module) -> dict[str, int]:
@@ -179,8 +179,8 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
     grouped = getattr(config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
     d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
-    found = {"heads": heads, "d": d, "width": getattr(config, "hidden_size", None)}
-    return {name: int(size) for name, size in found.items() if size}
+    sizes = {"heads": heads, "d": d, "width": getattr(config, "hidden_size", None)}
+    return {name: int(size) for name, size in sizes.items() if size}
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
@@ -248,7 +248,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
     renamed.pop("", None)
     if not any(target.path in renamed for target in adapter.updates):
         return adapter
-    updates = {replace(t, path=renamed.get(t.path, t.path)): found for t, found in adapter.updates.items()}
+    updates = {replace(t, path=renamed.get(t.path, t.path)): group for t, group in adapter.updates.items()}
     return adapter.replace(updates=updates)
 
 

@@ -18,7 +18,7 @@ from .leaves import APPLY
 from .parts import HOOK, SCRIPTING
 from .scopes import SETTINGS
 
-_OWN = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
+_ENTRIES = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
 """The attributes of a module that an adapter sets or replaces."""
 
 _TABLES = (
@@ -42,8 +42,8 @@ def all_or_nothing(
     """
     kept: list[_State | _Attributes] = [_State(module) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    held = [each for module in model.modules() for each in _ours(module)]
-    kept += [_Attributes(each) for each in (*objects, *held)]
+    ours = [each for module in model.modules() for each in _ours(module)]
+    kept += [_Attributes(each) for each in (*objects, *ours)]
     try:
         yield
     except BaseException:
@@ -75,15 +75,15 @@ class _State:
     """A copy of the attributes of a module that adapters change."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.held = module.__dict__
-        self.own = {name: self.held[name] for name in _OWN if name in self.held}
-        tables: list[Any] = [self.held.get(name) for name in _TABLES]
+        self.attributes = module.__dict__
+        self.kept_attributes = {name: self.attributes[name] for name in _ENTRIES if name in self.attributes}
+        tables: list[Any] = [self.attributes.get(name) for name in _TABLES]
         self.tables = [(table, table.copy()) for table in tables if isinstance(table, dict | set | list)]
 
     def restore(self) -> None:
-        for name in _OWN:
-            self.held.pop(name, None)
-        self.held.update(self.own)
+        for name in _ENTRIES:
+            self.attributes.pop(name, None)
+        self.attributes.update(self.kept_attributes)
         for table, before in self.tables:
             table.clear()
             if isinstance(table, list):
@@ -96,12 +96,12 @@ class _Attributes:
     """A copy of an object's attributes; attributes that are lists are copied too."""
 
     def __init__(self, each: object) -> None:
-        self.held = each.__dict__
-        self.before = dict(self.held)
+        self.attributes = each.__dict__
+        self.before = dict(self.attributes)
         self.lists = [(value, value.copy()) for value in self.before.values() if isinstance(value, list)]
 
     def restore(self) -> None:
-        self.held.clear()
-        self.held.update(self.before)
+        self.attributes.clear()
+        self.attributes.update(self.before)
         for value, before in self.lists:
             value[:] = before

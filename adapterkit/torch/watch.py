@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import Unsupported
 from ..formats.peft.families import family_of_type
 from ..methods import METHODS
-from .bypass import Block, Hook, begin_calls, end_calls, probe_forward, warn_of_untraced
+from .bypass import BypassBlock, Hook, begin_calls, end_calls, probe_forward, warn_of_untraced
 from .forward_hook import ALIVE, ForwardHook
 from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
@@ -240,12 +240,12 @@ class Watch:
 
     def _find(self) -> list[Place]:
         wanted = {id(module): module for module in self.modules if module is not self.model}
-        found = ways(self.model, wanted.keys())
-        present = {id(child) for _, _, child in found}
+        steps_found = ways(self.model, wanted.keys())
+        present = {id(child) for _, _, child in steps_found}
         lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
             self._raise(lost, f"a {type(lost).__name__} with its update is no longer in the model")
-        return found
+        return steps_found
 
     def _raise(self, module: nn.Module, why: str) -> None:
         where = next((name for name, each in self.model.named_modules() if each is module), None)
@@ -256,19 +256,19 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
     """Return each step on the paths from a model down to some modules, which are given by their ids."""
     leads: dict[int, bool] = dict.fromkeys(wanted, True)
     seen: set[int] = set()
-    found: list[Place] = []
+    places: list[Place] = []
 
     def lead(module: nn.Module) -> bool:
         if id(module) not in seen:
             seen.add(id(module))
             for name, child in module._modules.items():
                 if child is not None and lead(child):
-                    found.append((module, name, child))
+                    places.append((module, name, child))
                     leads[id(module)] = True
         return leads.get(id(module), False)
 
     lead(model)
-    return found
+    return places
 
 
 class _Step:
@@ -295,10 +295,10 @@ class _Step:
         return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook restores it.
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Step:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return made
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return clone
 
     def __call__(self, module: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
@@ -347,7 +347,7 @@ class _Step:
                 raise Unsupported(why, where=type(module).__name__, cure=_AGAIN)
 
 
-class _Hook:
+class _WatchHook:
     """The forward pre-hook of a model with adapters, shared by all adapters, because most change the same modules."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -363,12 +363,12 @@ class _Hook:
         self.settled = False
         self.forwards: Forwards | None = None
         self.hooks: frozenset[Hook] = frozenset()
-        self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
-        self.told: set[int] = set()
+        self.below: dict[int, BypassBlock] = {}  # By the ids of the blocks' modules.
+        self.warned: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}, "told": set()}
+        return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}, "warned": set()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -414,12 +414,12 @@ class _Hook:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:
                 del hooks[key]
-        own: dict[int, list[Place]] = {}
+        places_by_module: dict[int, list[Place]] = {}
         for place in self.places:
-            own.setdefault(id(place[0]), []).append(place)
+            places_by_module.setdefault(id(place[0]), []).append(place)
 
         def below(module: nn.Module) -> list[Place]:
-            steps = own.get(id(module), [])
+            steps = places_by_module.get(id(module), [])
             uncalled = [child for _, _, child in steps if type(child).forward is nn.Module.forward]
             return [*steps, *(place for child in uncalled for place in below(child))]
 
@@ -431,17 +431,17 @@ class _Hook:
         for step in self.steps:
             step.module.register_forward_pre_hook(step)
 
-    def _block(self, module: nn.Module, places: list[Place]) -> Block:
+    def _block(self, module: nn.Module, places: list[Place]) -> BypassBlock:
         """Return the block of a module, with the hooks at the modules inside the block.
 
         A known block keeps the forward that it had when it was first seen.
         """
         hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
         known = self.below.get(id(module))
-        made = Block(module, hooks)
+        block = BypassBlock(module, hooks)
         if known is not None and known.module is module:
-            made.met = known.met
-        return made
+            block.met = known.met
+        return block
 
     def _gather(self) -> None:
         each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
@@ -449,9 +449,9 @@ class _Hook:
         self.tuners = [place for place in self.places if is_tuner(place[0]) and HOOK in place[2].__dict__]
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
-        held = {id(module): module for watch in self.watches for module in watch.modules}
-        found = [module.__dict__[HOOK] for module in held.values() if HOOK in module.__dict__]
-        self.hooks = frozenset(found)
+        modules = {id(module): module for watch in self.watches for module in watch.modules}
+        hooks = [module.__dict__[HOOK] for module in modules.values() if HOOK in module.__dict__]
+        self.hooks = frozenset(hooks)
         self.settled = False
         self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
         self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
@@ -507,7 +507,7 @@ class _Hook:
         if torch.compiler.is_compiling():
             self.check_traced()
         else:
-            end_calls(self.hooks, result is None, self._is_own, self.told)
+            end_calls(self.hooks, result is None, self._is_defined_in, self.warned)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def check_traced(self) -> bool:
@@ -516,23 +516,23 @@ class _Hook:
         The warning names only modules inside blocks that the code calls.
         """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
-        warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
+        warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.warned)
         return True
 
-    def _is_own(self, hook: Hook, reader: str) -> bool:
+    def _is_defined_in(self, hook: Hook, reader: str) -> bool:
         """Whether a function, given by its full name, is defined in a class around a hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
 
 
-def _hook_of(model: nn.Module) -> _Hook:
+def _hook_of(model: nn.Module) -> _WatchHook:
     """Return this module's hook at a model, and register it if necessary."""
-    found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
-    if found is None:
-        found = _Hook(model)
-        model.register_forward_pre_hook(found)
-    return found
+    hook_found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _WatchHook)), None)
+    if hook_found is None:
+        hook_found = _WatchHook(model)
+        model.register_forward_pre_hook(hook_found)
+    return hook_found
 
 
 def _is_fused_away(name: str) -> bool:

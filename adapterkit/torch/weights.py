@@ -23,8 +23,8 @@ Formula = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 def tensor_at(module: nn.Module, path: str) -> Tensor:
     """Return a parameter or buffer by its dotted path."""
     owner, _, name = path.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(owner), name)
-    return found
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
@@ -96,21 +96,21 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
     Other threads continue to use the module itself.
     """
-    made: nn.Module = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
+    clone: nn.Module = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
     inner: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         child, dot, rest = path.partition(".")
         if dot:
             inner.setdefault(child, {})[rest] = value
         else:
-            made.__dict__[path] = value
+            clone.__dict__[path] = value
     if inner:
-        children = {child: replica(getattr(module, child), own) for child, own in inner.items()}
-        made.__dict__["_modules"] = {**module._modules, **children}
+        children = {child: replica(getattr(module, child), inner_values) for child, inner_values in inner.items()}
+        clone.__dict__["_modules"] = {**module._modules, **children}
     if isinstance(module, nn.RNNBase):  # An RNN reads its parameters from a separate list.
-        made.__dict__["_flat_weights"] = [getattr(made, name) for name in module._flat_weights_names]
-    return made
+        clone.__dict__["_flat_weights"] = [getattr(clone, name) for name in module._flat_weights_names]
+    return clone
 
 
 @contextmanager
@@ -125,27 +125,27 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
     try:
         for path, value in values.items():
             owner, _, name = path.rpartition(".")
-            own = _entries(module.get_submodule(owner), name)
-            placed.append((own, name, name in own, own.get(name)))
-            own[name] = value
+            entries = _entries(module.get_submodule(owner), name)
+            placed.append((entries, name, name in entries, entries.get(name)))
+            entries[name] = value
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield
     finally:
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
-        for own, name, present, before in reversed(placed):
+        for entries, name, present, before in reversed(placed):
             # Restore an existing entry even if its value is None: a layer without a bias has such an entry.
             if present:
-                own[name] = before
+                entries[name] = before
             else:
-                del own[name]
+                del entries[name]
 
 
-def _entries(held: nn.Module, name: str) -> dict[str, object]:
+def _entries(owner: nn.Module, name: str) -> dict[str, object]:
     """Return the module's dictionary that must get a value of this name."""
     if torch.compiler.is_compiling():
-        for own in (held._parameters, held._buffers, held._modules):
-            if name in own:
-                return own  # type: ignore[return-value]
-    return held.__dict__
+        for table in (owner._parameters, owner._buffers, owner._modules):
+            if name in table:
+                return table  # type: ignore[return-value]
+    return owner.__dict__

@@ -123,9 +123,9 @@ class Guard:
             return "no page of this program makes such a request"
         if scope["path"] == "/open":  # This path receives the token and sets the cookie.
             return None
-        told = headers.get("authorization", "").removeprefix("Bearer ")
+        token = headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
-        if not any(self.is_token(each) for each in (told, cookies.get(self.cookie, ""))):
+        if not any(self.is_token(each) for each in (token, cookies.get(self.cookie, ""))):
             return "open the address that the terminal shows: it contains the key to this page"
         return None
 
@@ -193,7 +193,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
         answer.set_cookie(guard.cookie, token, httponly=True, samesite="strict", path="/")
         return answer
 
-    def told(work: Callable[[], object]) -> Response:
+    def answered(work: Callable[[], object]) -> Response:
         try:
             return JSONResponse(work())
         except AdapterkitError as error:
@@ -203,13 +203,13 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
         return JSONResponse({"forms": forms.record(), "roots": [str(root) for root in forms.roots]})
 
     async def list_folder(request: Request) -> Response:
-        return await run_in_threadpool(told, lambda: forms.listing(request.query_params.get("path")))
+        return await run_in_threadpool(answered, lambda: forms.listing(request.query_params.get("path")))
 
     async def list_jobs(_: Request) -> Response:
         return JSONResponse({"jobs": [{**job, "out": ""} for job in jobs.records()]})
 
     async def one_job(request: Request) -> Response:
-        return told(lambda: jobs.job(request.path_params["number"]).record())
+        return answered(lambda: jobs.job(request.path_params["number"]).record())
 
     async def start_job(request: Request) -> Response:
         try:
@@ -217,7 +217,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             command, values = given["command"], given["values"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return JSONResponse({"error": {"why": "the request is not a form", "cure": "Reload the page"}}, 400)
-        return await run_in_threadpool(told, lambda: jobs.start(forms.words(command, values)).record())
+        return await run_in_threadpool(answered, lambda: jobs.start(forms.words(command, values)).record())
 
     measuring = threading.Lock()
 
@@ -236,7 +236,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             given = json.loads(await request.body())
         except (ValueError, RecursionError):
             given = None
-        return await run_in_threadpool(told, lambda: sums(given))
+        return await run_in_threadpool(answered, lambda: sums(given))
 
     async def end_job(request: Request) -> Response:
         number = request.path_params["number"]
@@ -245,10 +245,10 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             jobs.end(number)
             return jobs.job(number).record()
 
-        return told(work)
+        return answered(work)
 
     async def again(request: Request) -> Response:
-        return told(lambda: jobs.start(jobs.job(request.path_params["number"]).words).record())
+        return answered(lambda: jobs.start(jobs.job(request.path_params["number"]).words).record())
 
     async def report(request: Request) -> Response:
         try:
@@ -288,16 +288,19 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
 
     measured: dict[str, Any] = report(list(adapters), base=base).record()
     count = len(adapters)
-    found: dict[str, list[list[float]]] = {}
+    products_by_target: dict[str, list[list[float]]] = {}
     for effect in measured["effects"]:
-        table = found.setdefault(effect["target"], [[0.0] * count for _ in range(count)])
+        table = products_by_target.setdefault(effect["target"], [[0.0] * count for _ in range(count)])
         table[effect["adapter"]][effect["adapter"]] = (effect["norm"] or 0.0) ** 2
     for pair in measured["relations"]:
-        table = found[pair["target"]]
+        table = products_by_target[pair["target"]]
         first, second = pair["first"], pair["second"]
         table[first][second] = table[second][first] = pair["product"] or 0.0
     names = [each["name"] for each in measured["facts"]]
-    return {"adapters": names, "targets": [{"target": name, "products": table} for name, table in found.items()]}
+    return {
+        "adapters": names,
+        "targets": [{"target": name, "products": table} for name, table in products_by_target.items()],
+    }
 
 
 def missing(error: ImportError) -> Unsupported:

@@ -103,8 +103,8 @@ class Forms:
     ) -> None:  # fmt: skip
         self.hubs = hubs
         ctx = click.Context(group)
-        found = {name: group.get_command(ctx, name) for name in COMMANDS}
-        self.commands: dict[str, click.Command] = {name: each for name, each in found.items() if each is not None}
+        commands = {name: group.get_command(ctx, name) for name in COMMANDS}
+        self.commands: dict[str, click.Command] = {name: each for name, each in commands.items() if each is not None}
         self.paths = frozenset(paths)
         self.roots = tuple(root.resolve() for root in roots)
         self.fields = {name: list(fields_of(command, paths)) for name, command in self.commands.items()}
@@ -214,8 +214,8 @@ class Forms:
             return {"path": "", "parent": None, "entries": entries, "left_out": 0}
         path = self.inside(folder)
         try:
-            with os.scandir(path) as found:
-                names = sorted((each for each in found if not each.name.startswith(".")), key=_natural)
+            with os.scandir(path) as dir_entries:
+                names = sorted((each for each in dir_entries if not each.name.startswith(".")), key=_natural)
         except OSError as error:
             raise UsageError(
                 f"the folder cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"

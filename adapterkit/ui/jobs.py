@@ -31,7 +31,7 @@ WAITING = 8
 KEPT = 50
 """The list keeps this many jobs that have ended."""
 
-SAID = 512 * 1024
+MAX_ERROR_BYTES = 512 * 1024
 """The first characters of a job's standard output are kept, up to this number."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
@@ -47,7 +47,7 @@ class PageJob:
     state: str = "waiting"
     code: int | None = None
     out: str = ""
-    said: deque[str] = field(default_factory=lambda: deque(maxlen=400))
+    error_lines: deque[str] = field(default_factory=lambda: deque(maxlen=400))
     part: int | None = None
     started: float = 0.0
     seconds: float = 0.0
@@ -60,7 +60,7 @@ class PageJob:
         seconds = time.monotonic() - self.started if self.state == "running" else self.seconds
         return {
             "number": self.number, "command": public(shlex.join(("adapterkit", *self.words))), "name": self.words[0],
-            "state": self.state, "code": self.code, "out": self.out, "said": list(self.said), "part": self.part,
+            "state": self.state, "code": self.code, "out": self.out, "said": list(self.error_lines), "part": self.part,
             "seconds": round(seconds, 1), "page": self.page is not None and self.page.is_file(),
         }  # fmt: skip
 
@@ -135,7 +135,7 @@ class Jobs:
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            job.said.append(f"error: cannot start: {error.strerror}")
+            job.error_lines.append(f"error: cannot start: {error.strerror}")
             self._ended(job, 70)
             return
         with self.lock:
@@ -148,22 +148,22 @@ class Jobs:
         assert process.stdout is not None
         with process.stdout as out:
             while piece := out.read(8192):
-                if len(job.out) < SAID:
-                    job.out += piece[: SAID - len(job.out)]
+                if len(job.out) < MAX_ERROR_BYTES:
+                    job.out += piece[: MAX_ERROR_BYTES - len(job.out)]
         reader.join()
         self._ended(job, process.wait())
 
     def _listen(self, job: PageJob, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
-        with process.stderr as said:
-            for line in said:
+        with process.stderr as errors:
+            for line in errors:
                 text = line.rstrip("\n")[:4000]
-                found = _PART.search(text)
-                if found is not None:
-                    job.part = int(found[1])
-                    if job.said and _PART.search(job.said[-1]):
-                        job.said.pop()
-                job.said.append(text)
+                match = _PART.search(text)
+                if match is not None:
+                    job.part = int(match[1])
+                    if job.error_lines and _PART.search(job.error_lines[-1]):
+                        job.error_lines.pop()
+                job.error_lines.append(text)
 
     def _ended(self, job: PageJob, code: int) -> None:
         with self.lock:
@@ -193,10 +193,10 @@ class Jobs:
         Raises:
             UsageError: the job does not exist.
         """
-        found = self.jobs.get(number)
-        if found is None:
+        job = self.jobs.get(number)
+        if job is None:
             raise UsageError(f"job {number} does not exist", cure="Reload the page")
-        return found
+        return job
 
     def records(self) -> list[dict[str, JsonValue]]:
         """Return all jobs, the newest first."""

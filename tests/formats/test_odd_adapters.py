@@ -12,7 +12,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Miswritten
 from adapterkit.formats import FORMATS
-from adapterkit.formats._image.dialect import ImageFormat
+from adapterkit.formats._image.image_format import ImageFormat
 from adapterkit.io.checkpoint import opened
 from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.lokr import LoKr

@@ -19,7 +19,7 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Miswritten, Unrepresentable, UsageError
 from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
-from adapterkit.formats._image.dialect import ImageFormat
+from adapterkit.formats._image.image_format import ImageFormat
 from adapterkit.formats._image.translate import in_parts
 from adapterkit.io import safetensors
 from adapterkit.io.arrange import turned

@@ -86,3 +86,53 @@ def test_sentences_begin_with_their_subject(part: str) -> None:
 )
 def test_the_check_finds_inverted_sentences(source: str, count: int) -> None:
     assert len(inverted(source)) == count
+
+
+FILLER = {"found", "held", "law", "laws", "made", "own", "said", "told"}
+"""Names that do not say what a variable contains: use the thing, such as `match` or `weights`."""
+
+PUBLIC = {"onnx/report.py": {"found"}}
+"""An attribute of a public class keeps its name."""
+
+
+def filler_names(source: str) -> set[str]:
+    """Return each variable, parameter, function, class and attribute of a file that has a name of `FILLER`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return {name for name in names if name.strip("_").lower() in FILLER}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_names_say_what_they_contain(part: str) -> None:
+    named = {}
+    for path in (
+        [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else sorted((PACKAGE / part).rglob("*.py"))
+    ):
+        where = path.relative_to(PACKAGE).as_posix()
+        if filler := filler_names(path.read_text("utf-8")) - PUBLIC.get(where, set()):
+            named[where] = sorted(filler)
+    assert not named
+
+
+@pytest.mark.parametrize(
+    "source", ["def told(): ...", "class Law: ...", "found = 1", "self.held = 1", "lambda own: own", "_made: int = 1"]
+)
+def test_a_name_without_meaning_is_noticed(source: str) -> None:
+    assert filler_names(source)
+
+
+def test_class_names_are_unique() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

@@ -106,7 +106,7 @@ Answer = Callable[[Server, BaseHTTPRequestHandler], None]
 def registry(blob: Answer) -> Answer:
     """A registry whose artifact has one file, kept wherever `blob` says."""
     found = {"adapter_config.json": (2, DIGEST, "git:" + "0" * 40)}
-    config, manifest = _modelpack.made("x/y", "v1", found, "")
+    config, manifest = _modelpack.artifact("x/y", "v1", found, "")
     del config
 
     def answer(server: Server, handler: BaseHTTPRequestHandler) -> None:

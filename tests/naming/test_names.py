@@ -5,9 +5,9 @@ import pytest
 
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
 from adapterkit.formats import torchtune
-from adapterkit.formats.tinker import Experts
+from adapterkit.formats.tinker import ExpertNames
 from adapterkit.naming import tool_names
-from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
+from adapterkit.naming.architectures import LINEAR, SPLIT, WeightPlace, folder, load
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
 from adapterkit.naming.tool_names import NameTable, TableNames
 
@@ -28,7 +28,7 @@ def test_a_table_is_undone_by_its_other_way(pairs):
 
 @pytest.mark.parametrize("pairs", [tool_names.EXPERTS])
 def test_a_stack_is_undone_by_its_experts(pairs):
-    experts = Experts(pairs)
+    experts = ExpertNames(pairs)
     for own, stack in pairs.items():
         name = stack.replace("{n}", "3")
         found = experts.back(name, 4)
@@ -59,7 +59,9 @@ def test_gguf_py_has_the_same_names(file):
 def test_most_families_of_llama_cpp_have_their_places():
     assert len(GGUF) >= 60
     assert {name for file in GGUF for name in load(file).record.gguf} >= {"llama", "gpt-oss", "qwen3moe", "falcon"}
-    rows = {p.rows for f in GGUF for w in load(f).record.weights if isinstance(p := load(f).place(w, "gguf"), Place)}
+    rows = {
+        p.rows for f in GGUF for w in load(f).record.weights if isinstance(p := load(f).place(w, "gguf"), WeightPlace)
+    }
     assert rows == {None, "rope", "qkv", "rotary", *LINEAR, *SPLIT}
 
 

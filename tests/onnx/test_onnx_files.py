@@ -274,7 +274,7 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
     assert ak.onnx.inject(path, lora(), out).reference < 1e-6
     assert ak.onnx.merge(path, lora(), tmp_path / "merged.onnx").reference < 1e-6
     out.unlink()
-    ask = oracle.told_by_reference
+    ask = oracle.reference_outputs
 
     def wrong(model, feeds):
         told = ask(model, feeds)

@@ -33,7 +33,9 @@ def _adapters(count: int) -> list[Adapter]:
 @pytest.mark.parametrize("kind", ["F32", "F64", "BF16", "F16"])
 def test_what_is_kept_in_a_file_is_what_was_given(kind: str) -> None:
     kept, values = computed.Spool(memory=100), np.random.default_rng(0).standard_normal((3, 5, 7))
-    leaves = [kept.held(values[n], DTYPES[kind]) for n in range(3)] + [kept.held(values[:0], DTYPES[kind])]
+    leaves = [kept.rounded_lazy(values[n], DTYPES[kind]) for n in range(3)] + [
+        kept.rounded_lazy(values[:0], DTYPES[kind])
+    ]
     for n, leaf in enumerate(leaves[:3]):
         wanted = values[n].astype(DTYPES[kind].array)
         assert leaf.shape == (5, 7)

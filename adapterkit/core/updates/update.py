@@ -210,12 +210,12 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, keyed by field name."""
-        found: dict[str, Leaf] = {}
+        leaves: dict[str, Leaf] = {}
         for name in self._names:
             leaf = getattr(self, name)
             if leaf is not None:
-                found[name] = leaf
-        return found
+                leaves[name] = leaf
+        return leaves
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -263,16 +263,16 @@ class Update:
         """
         values = [getattr(self, name) for name in self._attributes]
         # Include the types: 1, 1.0 and True are equal in Python, but `check` distinguishes them.
-        return type(self), self._held(), *values, *map(type, values)
+        return type(self), self._tensor_forms(), *values, *map(type, values)
 
-    def _held(self) -> Held:
+    def _tensor_forms(self) -> TensorForms:
         """Return name, element type and shape of each tensor that is present."""
-        held = []
+        forms = []
         for name in self._names:
             leaf = getattr(self, name)
             if leaf is not None:
-                held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
-        return tuple(held)
+                forms.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+        return tuple(forms)
 
     def dims(self, stack: bool = False) -> Dims:
         """Return the sizes of all named axes, solved from the tensors.
@@ -286,7 +286,7 @@ class Update:
         """
         if self.forms:
             self._check_forms()
-        dims = dict(_solved(cast(Hashable, type(self)), stack, self._held()))
+        dims = dict(_solved(cast(Hashable, type(self)), stack, self._tensor_forms()))
         if self.rules:
             apply_rules(self, dims, stack)
         return dims
@@ -466,17 +466,17 @@ class Update:
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
-Held = tuple[tuple[str, str, tuple[int, ...]], ...]
+TensorForms = tuple[tuple[str, str, tuple[int, ...]], ...]
 """The field, element type and shape of each tensor of an update."""
 
 
 @lru_cache(maxsize=1 << 10)
-def _solved(method: type[Update], stack: bool, held: Held) -> Dims:
+def _solved(method: type[Update], stack: bool, leaves: TensorForms) -> Dims:
     """Return the sizes of all named axes. The result is cached: thousands of updates have the same few shapes."""
-    for name, dtype, _ in held:
+    for name, dtype, _ in leaves:
         _check_dtype(name, DTYPES[dtype], method._axes[name][1])
     dims: Dims = {}
-    for name, _, shape in held * method._rounds:
+    for name, _, shape in leaves * method._rounds:
         axes = method._axes[name][0]
         (Axes.parse(f"e {axes.text}") if stack else axes).bind(shape, dims, name)
     return dims

@@ -79,11 +79,11 @@ class ImageBundle:
                 raise Malformed(f"the embedding of {token!r} has shape {list(leaf.shape)}", where=key, cure=AGAIN)
             if len(leaf.shape) == 1:
                 self.shapes[key] = list(leaf.shape)
-            found = self.updates.get(target, ())
-            if any(update.attributes["token"] == token for update in found):
+            group = self.updates.get(target, ())
+            if any(update.attributes["token"] == token for update in group):
                 raise Malformed("the token has a second embedding", where=key, cure=AGAIN)
             rows = leaf.reshape(-1, leaf.shape[-1])
-            self.updates[target] = (*found, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
+            self.updates[target] = (*group, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
             default = slot if slot not in ALONE else "clip_l" if "clip_g" in slots else ALONE[0]
             if slot == "clip_l" and slots == {"clip_l"} and "clip_g" not in words:
                 default = ALONE[0]
@@ -94,12 +94,12 @@ def _words(updates: Updates, origin: Origin) -> dict[str, str]:
     """Map OneTrainer's to diffusers' names of text encoders, if all possible families agree on diffusers' names."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
-    found: dict[str, set[str]] = {}
+    names_by_word: dict[str, set[str]] = {}
     for family in fitting:
         for name, encoder in family.facts.encoders.items():
             word = encoder.comfyui if encoder.comfyui in USUAL else {"t5": "t5", "llm": "llama"}.get(encoder.kind, "")
-            found.setdefault(word, set()).add(name)
-    return {word: next(iter(names)) for word, names in found.items() if word and len(names) == 1}
+            names_by_word.setdefault(word, set()).add(name)
+    return {word: next(iter(names)) for word, names in names_by_word.items() if word and len(names) == 1}
 
 
 def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
@@ -125,16 +125,16 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
 
     If an adapter has only embeddings, return all updates, and no tensors.
     """
-    found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
-    found = {target: each for target, each in found.items() if each}
+    bundled = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
+    bundled = {target: each for target, each in bundled.items() if each}
     rest = {t: tuple(u for u in each if not is_bundled(t, u)) for t, each in updates.items()}
     rest = {target: each for target, each in rest.items() if each}
-    if not rest or not found:
+    if not rest or not bundled:
         return updates, {}
     words = _words(rest, origin)
     tensors = {}
-    for target, each in found.items():
-        slot = _slot(target, found, words)
+    for target, each in bundled.items():
+        slot = _slot(target, bundled, words)
         for update in each:
             default = f"{PREFIX}{update.attributes['token']}.{slot}"
             key, leaf = hints.keys.get(default, default), as_lazy(update.tensors["P"])
@@ -143,12 +143,12 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
     return rest, tensors
 
 
-def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
+def _slot(target: Target, bundled: Iterable[Target], words: Mapping[str, str]) -> str:
     """Return OneTrainer's slot for an embedding: its text encoder, or `emb_params` for Stable Diffusion 1 and 2."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":
         return next(word for word, each in SLOTS.items() if each == kind)
-    own = next((word for word in USUAL if words.get(word, USUAL[word]) == part), "clip_l")
-    several = "clip_g" in words or any(other.path != target.path for other in found)
-    return own if own != "clip_l" or several else ALONE[0]
+    slot = next((word for word in USUAL if words.get(word, USUAL[word]) == part), "clip_l")
+    several = "clip_g" in words or any(other.path != target.path for other in bundled)
+    return slot if slot != "clip_l" or several else ALONE[0]

@@ -81,8 +81,8 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
     """Return what an adapter's source files, or the base, show about the naming of the targets."""
     from .underscores import modules_of
 
-    told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
-    naming = next(iter(told)) if len(told) == 1 else ""
+    sources = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
+    naming = next(iter(sources)) if len(sources) == 1 else ""
     metadata = _metadata(adapter)
     formats = {str(step.args.get("format")) for step in adapter.recipe if step.op == "read"}
     if base is None:
@@ -112,15 +112,17 @@ def _bare(adapter: Adapter, naming: str) -> bool:
     Qwen-Image's attention in ComfyUI.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
-    told = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
-    return naming == COMFYUI and isinstance(stems, dict) and not any(str(s).startswith(told) for s in stems.values())
+    prefixes = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
+    return (
+        naming == COMFYUI and isinstance(stems, dict) and not any(str(s).startswith(prefixes) for s in stems.values())
+    )
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Return the metadata of the adapter's source files."""
     pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
-    own = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
-    return {**metadata_of(adapter), **own}
+    extra = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
+    return {**metadata_of(adapter), **extra}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
@@ -130,12 +132,12 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
     kind = (base.config or {}).get("_class_name")
     if named := tuple(family.name for family in families_of_class(str(kind))):
         return named
-    found = families_of_model(base.tensors)
+    fitting = families_of_model(base.tensors)
     if kind is not None:
         # Require all names of the base, because an unknown class in diffusers may share most names with a known family.
         known = set(modules_of(base))
-        found = [family for family in found if all(rooted(path)[1] in family for path in known)]
-    return tuple(family.name for family in narrowed(found, lambda family: not family.facts.unlikely))
+        fitting = [family for family in fitting if all(rooted(path)[1] in family for path in known)]
+    return tuple(family.name for family in narrowed(fitting, lambda family: not family.facts.unlikely))
 
 
 def families_of_class(name: str) -> list[ImageFamily]:
@@ -153,13 +155,13 @@ def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
 
 def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
     """List the targets inside a U-Net or a transformer, except the targets in `stay`, which must not be renamed."""
-    found = []
+    targets = []
     for target in updates:
         root, rest = rooted(target.path)
         inside = ROOTS[root[:-1]] in DENOISERS if root else any(rest in family for family in families())
         if inside and str(target) not in stay:
-            found.append(target)
-    return found
+            targets.append(target)
+    return targets
 
 
 def decide(
@@ -218,11 +220,11 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
         # The caller or the file's writer chose these families. Other evidence only selects among these families.
-        fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
+        fitting = narrowed(fitting, lambda family: names_family(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
-    told = any(said(family, origin.metadata) for family in denoisers)
+    stated = any(names_family(family, origin.metadata) for family in denoisers)
     # The remaining evidence cannot distinguish a ControlNet from its model, so ControlNets are not removed.
-    nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
+    nets = [] if stated or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
     left = narrowed(left, lambda family: not inputs.isdisjoint(family.facts.widths))
@@ -241,7 +243,7 @@ def _narrowed_on(
                 family.namings == ("diffusers",) or all(path in family.names(origin.naming) for path in paths)
             ),
         )
-    fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
+    fitting = narrowed(fitting, lambda family: names_family(family, origin.metadata))
     return narrowed(fitting, lambda family: bool(parts) and has_encoders(family, parts))
 
 
@@ -253,13 +255,13 @@ def module_of(path: str) -> str:
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
     """Map diffusers' name of each adapted text encoder to the encoder's kind."""
-    found = {}
+    kinds = {}
     for target in updates:
         root, rest = rooted(target.path)
         component = ROOTS.get(root[:-1], "")
         if component.startswith("text_encoder") and (kind := encoder_kind(rest)):
-            found[component] = kind
-    return found
+            kinds[component] = kind
+    return kinds
 
 
 def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
@@ -268,7 +270,7 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
 
 
-def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
+def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
     """Check that the base can belong to the family that is named in a file's metadata.
 
     The names alone do not prove this: half of a Qwen-Image adapter's names are also FLUX's, with weights of equal
@@ -283,15 +285,15 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
         UsageError: the metadata names another family than the base's, and all paths are valid in this other family.
     """
     known = [family for family in families() if all(path in family for path in paths)]
-    told = [family for family in known if said(family, metadata)]
-    if not told or not paths:
+    stated = [family for family in known if names_family(family, metadata)]
+    if not stated or not paths:
         return
-    held = families_in(base)
-    there = [family for family in families() if family.name in held]
+    in_base = families_in(base)
+    there = [family for family in families() if family.name in in_base]
     meanings = {_outcome(family, paths, "native") for family in there}
     # FLUX and Chroma have the same names for the same modules, so accept an adapter of FLUX for Chroma, and vice versa.
-    if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
-        why = f"its metadata names {told[0].title}, but the base is {there[0].title}"
+    if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in stated):
+        why = f"its metadata names {stated[0].title}, but the base is {there[0].title}"
         name = there[0].name
         cure = f"Give its base, or convert the file with --family {name} (family={name!r}) first"
         raise UsageError(why, where=paths[0], cure=cure)
@@ -316,7 +318,7 @@ def likely(
     sizes = set(inputs)
 
     def spoken_for(family: ImageFamily) -> bool:
-        if family.name in origin.families or said(family, origin.metadata):
+        if family.name in origin.families or names_family(family, origin.metadata):
             return True
         if set(family.facts.widths).isdisjoint(sizes) or not sizes.isdisjoint(family.facts.no_inputs):
             return False
@@ -351,8 +353,8 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
     """
     fitting = [family for family in families() if all(path in family for path in paths)]
     left = likely(fitting, paths, inputs, Origin(metadata=metadata))
-    told = [family for family in left if said(family, metadata)] or left
-    return any(family.component == CONTROLNET for family in told)
+    named_families = [family for family in left if names_family(family, metadata)] or left
+    return any(family.component == CONTROLNET for family in named_families)
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
@@ -361,25 +363,25 @@ def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
     # Allow the numbers to begin at 1, too, because the first block of SDXL's U-Net has no attention.
-    rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
-    return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
+    rows = all(min(indices) < 2 and len(indices) == max(indices) - min(indices) + 1 for indices in numbers.values())
+    return rows and all(max(indices) < family.facts.blocks.get(first, 0) for first, indices in numbers.items())
 
 
 def in_a_row(paths: Iterable[str]) -> bool:
     """Whether names have block numbers, and the numbers are consecutive and begin at 0."""
     numbers = _numbers(paths).values()
-    return bool(numbers) and all(len(found) == max(found) + 1 for found in numbers)
+    return bool(numbers) and all(len(indices) == max(indices) + 1 for indices in numbers)
 
 
 def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
     """Map the first part of names, such as `double_blocks`, to the block numbers that follow."""
-    found: dict[str, set[int]] = {}
+    indices: dict[str, set[int]] = {}
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
         if number.isdigit():
-            found.setdefault(first, set()).add(int(number))
-    return found
+            indices.setdefault(first, set()).add(int(number))
+    return indices
 
 
 def _naming(naming: str) -> str:
@@ -411,13 +413,13 @@ class _Extent:
 
 
 def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
-    found = []
+    extents = []
     for target in targets:
         path = rooted(target.path)[1]
         for update in updates[target]:
             dims = update.dims(target.stacked)
-            found.append(_Extent(path, dims.get("out"), dims.get("in", dims.get("columns")), target.rows is None))
-    return found
+            extents.append(_Extent(path, dims.get("out"), dims.get("in", dims.get("columns")), target.rows is None))
+    return extents
 
 
 def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
@@ -430,14 +432,14 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
     return all(_shaped(family, extent) for extent in extents) if family.facts.ratios else True
 
 
-def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
+def names_family(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
     """Whether a file's metadata names this family. If words of several families occur, the longest word decides."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
     text = "".join(letter for letter in text if letter.isalnum() or letter == " ")
-    found = {word: each for each in families() for word in each.facts.words if word in text}
-    return bool(found) and found[max(found, key=len)] is family
+    by_word = {word: each for each in families() for word in each.facts.words if word in text}
+    return bool(by_word) and by_word[max(by_word, key=len)] is family
 
 
 _TELLING = (

@@ -80,9 +80,11 @@ class ImageLeftovers:
         self.kept: list[str] = []
         self.idle: dict[str, str] = {}
 
-    def add(self, spell: Spell, target: Target, module: ImageModule, found: list[ImageUpdate], rules: Rules) -> None:
+    def add(
+        self, spell: Spell, target: Target, module: ImageModule, decoded_updates: list[ImageUpdate], rules: Rules
+    ) -> None:
         self.stems[str(target)] = module.stem
-        for each in found:
+        for each in decoded_updates:
             self.derived |= {module.keys[s]: fingerprint(each.update.tensors[f]) for s, f in each.derived.items()}
             self.kept += [module.keys[slot] for slot in (*each.kept, *each.idle)]
             self.idle |= {module.keys[slot]: str(target) for slot in each.idle}
@@ -110,13 +112,13 @@ class ImageLeftovers:
         if key != module.keys[slot]:
             self.keys[key] = module.keys[slot]
 
-    def made(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
+    def to_builtins(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
         hints = ImageHints(
             metadata=metadata, stems=self.stems, keys=self.keys, shapes=self.shapes, without_alpha=self.without,
             derived=self.derived, idle=self.idle, compat=compat,
         )  # fmt: skip
-        made: dict[str, object] = msgspec.to_builtins(hints)
-        return made
+        leftovers: dict[str, object] = msgspec.to_builtins(hints)
+        return leftovers
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:

@@ -42,28 +42,28 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
         ShapeMismatch: the tensors' shapes do not fit the method.
         Unsupported: this version does not have the method.
     """
-    laws, rules = _laws(tuple(module.tensors)), rules_at(rules, module.stem)
-    if not laws:
+    decoders, rules = _decoders(tuple(module.tensors)), rules_at(rules, module.stem)
+    if not decoders:
         raise Malformed("the module has only an alpha", where=module.where, cure=AGAIN)
-    found = [law(module, rules) for law in laws]
-    if "dora" in module.tensors and isinstance(found[-1].update, (LoHa, LoKr, LoRA)):
+    decoded_updates = [decoder(module, rules) for decoder in decoders]
+    if "dora" in module.tensors and isinstance(decoded_updates[-1].update, (LoHa, LoKr, LoRA)):
         if rules.trained.bypass:
-            _check_bypassed(module, found[-1].update)
-            found[-1] = replace(found[-1], idle=("dora",))
+            _check_bypassed(module, decoded_updates[-1].update)
+            decoded_updates[-1] = replace(decoded_updates[-1], idle=("dora",))
         else:
-            found.append(_normed(module, found[-1].update))
-    used = {slot for each in found for slot in (*each.fields.values(), *each.kept, *each.idle)}
+            decoded_updates.append(_normed(module, decoded_updates[-1].update))
+    used = {slot for each in decoded_updates for slot in (*each.fields.values(), *each.kept, *each.idle)}
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
             "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=AGAIN
         )
-    return found
+    return decoded_updates
 
 
 @lru_cache(maxsize=1 << 10)
-def _laws(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], ImageUpdate]]:
-    return [law for starts, law in _LAWS if any(slot.startswith(starts) for slot in slots)]
+def _decoders(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], ImageUpdate]]:
+    return [decoder for starts, decoder in _DECODERS if any(slot.startswith(starts) for slot in slots)]
 
 
 def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
@@ -346,7 +346,7 @@ def _reshape(module: ImageModule, _: Rules) -> ImageUpdate:
 _NORM = {"D": "w_norm", "d": "b_norm"}
 T_LORA = ("q_layer", "p_layer", "lambda_layer")
 
-_LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]], ...] = (
+_DECODERS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]], ...] = (
     (T_LORA, _t_lora),
     (("reshape_weight",), _reshape),
     (("set_",), _set),
@@ -449,8 +449,8 @@ def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
         return ""
-    said = "but ss_network_args has" if rules.trained.bypass else "but ss_network_args does not have"
-    return f"{update.method} {'changes' if update.on_output else 'does not change'} the bias, {said} bypass_mode"
+    bypass_text = "but ss_network_args has" if rules.trained.bypass else "but ss_network_args does not have"
+    return f"{update.method} {'changes' if update.on_output else 'does not change'} the bias, {bypass_text} bypass_mode"
 
 
 def _rank_for_zero(rules: Rules) -> bool:
@@ -488,8 +488,8 @@ def _unscaled(update: Update, rules: Rules) -> str:
         return "w1" if update.w1 is not None else "w1_a"
     if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
         return "" if rules.trained.rs else "w1"
-    said = "alpha" in rules.slots
-    return "" if said or not isinstance(update, (LoRA, DoRA)) else "B"
+    has_alpha = "alpha" in rules.slots
+    return "" if has_alpha or not isinstance(update, (LoRA, DoRA)) else "B"
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
@@ -599,9 +599,9 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
     """
     lines: list[str] = []
     changed: dict[Target, tuple[Update, ...]] = {}
-    for target, found in updates.items():
-        kept = tuple(update for update in found if not (why_not(update, rules) and _is_zero(update)))
-        if len(kept) < len(found):
+    for target, group in updates.items():
+        kept = tuple(update for update in group if not (why_not(update, rules) and _is_zero(update)))
+        if len(kept) < len(group):
             lines.append(f"left out {target}: its change is zero")
         if kept:
             changed[target] = kept
@@ -622,8 +622,8 @@ def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, li
         return updates, []
     lines: list[str] = []
     changed: dict[Target, tuple[Update, ...]] = {}
-    for target, found in updates.items():
-        changed[target] = tuple(_rewrite(target, update, rules, lines) for update in found)
+    for target, group in updates.items():
+        changed[target] = tuple(_rewrite(target, update, rules, lines) for update in group)
     return changed, lines
 
 

@@ -59,7 +59,7 @@ def in_naming(
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
     """
     # Name a norm by its module, not by its scale: only BFL's naming uses the scale, others use the module's weight.
-    updates = {_module(target, kept): found for target, found in updates.items()}
+    updates = {_module(target, kept): group for target, group in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
     if family is None:
@@ -70,16 +70,16 @@ def in_naming(
         # If the names fit both namings, assume that they are already in the requested naming, unless `origin` says
         # otherwise.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
-    for target, found in updates.items():
+    for target, group in updates.items():
         if target not in targets:
-            into.keep(target, found)
-        elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
-            into.add(target, found, source)
+            into.keep(target, group)
+        elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in group):
+            into.add(target, group, source)
         else:
             # XLabs adapts only the first three sevenths of linear1. Split such an update into parts, and add zeros for
             # the rest.
             named = replace(origin, families=(family.name,))
-            parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
+            parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
                 into.add(part, each, "" if lost else "diffusers")
     into.gather()
@@ -115,47 +115,47 @@ class _Into:
     groups: dict[str, list[_Member]] = field(default_factory=dict)
     origins: dict[Target, tuple[Update, ...]] = field(default_factory=dict)
 
-    def keep(self, target: Target, found: tuple[Update, ...]) -> None:
-        self.changed[target] = (*self.changed.get(target, ()), *found)
+    def keep(self, target: Target, group: tuple[Update, ...]) -> None:
+        self.changed[target] = (*self.changed.get(target, ()), *group)
 
-    def lose(self, target: Target, found: tuple[Update, ...], why: str) -> None:
+    def lose(self, target: Target, group: tuple[Update, ...], why: str) -> None:
         self.losses.append((target, why))
-        self.keep(target, found)
+        self.keep(target, group)
 
-    def add(self, target: Target, found: tuple[Update, ...], source: str) -> None:
+    def add(self, target: Target, group: tuple[Update, ...], source: str) -> None:
         """Rename one target, or record its updates as parts of a fused weight that `gather` joins.
 
         Args:
             target: the target to rename.
-            found: the target's updates.
+            group: the target's updates.
             source: the current naming of all targets; empty if the targets have several namings.
         """
         root, rest = rooted(target.path)
         if self.family.component == CONTROLNET and self.naming == "diffusers" and not root:
-            return self.keep(replace(target, path=f"{CONTROLNET}.{rest}"), found)
+            return self.keep(replace(target, path=f"{CONTROLNET}.{rest}"), group)
         if not source and rest in self.family.names(self.naming):
             source = self.naming
         source = source or self.family.naming_of([rest])
         if source == self.naming:
-            return self.keep(target, found)
-        pieces = self.family.moves(rest, source, self.naming, ratio_of(target, found))
+            return self.keep(target, group)
+        pieces = self.family.moves(rest, source, self.naming, ratio_of(target, group))
         root = self._root(root)
         if not pieces:
             words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
                 self.naming, f"the {self.naming}"
             )
-            return self.lose(target, found, f"{words} name of this module of {self.family.title} is unknown")
+            return self.lose(target, group, f"{words} name of this module of {self.family.title} is unknown")
         first = pieces[0]
         if len(pieces) == 1 and first.here.whole and first.there.whole:
-            return self.keep(replace(target, path=root + first.path), found)
+            return self.keep(replace(target, path=root + first.path), group)
         if _is_order(pieces):
-            turned = [reordered(update, pieces) for update in found]
+            turned = [reordered(update, pieces) for update in group]
             if None in turned or target.rows is not None:
                 return self.lose(
-                    target, found, "in that naming, the weight's parts have another order; the update cannot be split"
+                    target, group, "in that naming, the weight's parts have another order; the update cannot be split"
                 )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
-        return self._part(target, found, pieces, root, source)
+        return self._part(target, group, pieces, root, source)
 
     def _root(self, root: str) -> str:
         """Return the component as diffusers names it, if the requested naming is diffusers'; otherwise `root`."""
@@ -163,13 +163,13 @@ class _Into:
             return root
         return f"{self.family.component}."
 
-    def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
+    def _fused(self, target: Target, group: tuple[Update, ...], source: str) -> str | None:
         """Return the fused module that diffusers creates for a LoKr: diffusers cannot load a LoKr that was split."""
         if (
             not self.fuse
             or self.naming != "diffusers"
             or target.rows is not None
-            or not all(isinstance(u, LoKr) for u in found)
+            or not all(isinstance(u, LoKr) for u in group)
         ):
             return None
         rest = rooted(target.path)[1]
@@ -177,17 +177,17 @@ class _Into:
         return pieces[0].path if len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole else None
 
     def _part(
-        self, target: Target, found: tuple[Update, ...], pieces: tuple[Piece, ...], root: str, source: str
+        self, target: Target, group: tuple[Update, ...], pieces: tuple[Piece, ...], root: str, source: str
     ) -> None:
-        if target.rows is not None and all(isinstance(update, OFT) for update in found):
+        if target.rows is not None and all(isinstance(update, OFT) for update in group):
             exact = next((each for each in pieces if _is(target.rows, each.here) and each.there.whole), None)
             if exact is not None:
-                return self.keep(replace(target, path=root + exact.path, rows=None), found)
-        fused = self._fused(target, found, source)
+                return self.keep(replace(target, path=root + exact.path, rows=None), group)
+        fused = self._fused(target, group, source)
         if fused is not None:
-            return self.keep(replace(target, path=root + fused), found)
+            return self.keep(replace(target, path=root + fused), group)
         parts: list[tuple[Piece, Update]] = []
-        for update in found:
+        for update in group:
             if len(pieces) == 1 and pieces[0].here.whole:
                 parts.append((pieces[0], update))
                 continue
@@ -200,10 +200,10 @@ class _Into:
             cut = parted(update, [span for span, _ in inside]) if inside else None
             if cut is None:
                 return self.lose(
-                    target, found, f"{update.method} on a fused weight cannot be split into the weight's parts"
+                    target, group, f"{update.method} on a fused weight cannot be split into the weight's parts"
                 )
             parts += [(piece, part) for (_, piece), part in zip(inside, cut, strict=True)]
-        self.origins[target] = found
+        self.origins[target] = group
         for piece, update in parts:
             path = root + piece.path
             if piece.there.whole:
@@ -236,9 +236,9 @@ class _Into:
         return joined(parts, fold=self.fold)
 
 
-def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
+def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
     """Return the adapted weight's number of outputs divided by its number of inputs; None if a shape is unknown."""
-    for update in found:
+    for update in group:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
         if out and isinstance(in_, int) and in_ and target.rows is None:
@@ -467,8 +467,8 @@ def _with_rows(update: Update) -> dict[str, int]:
         return {name: 0, **({"rescale": 0} if update.rescale is not None else {})} if free else {}
     if not update.cuts("out"):
         return {}
-    found = {name: update.tensor_fields()[name].metadata["axes"].index("out") for name in update.tensors}
-    return {name: axis for name, axis in found.items() if axis is not None}
+    axes = {name: update.tensor_fields()[name].metadata["axes"].index("out") for name in update.tensors}
+    return {name: axis for name, axis in axes.items() if axis is not None}
 
 
 def _alike(updates: Sequence[Update], names: Iterable[str]) -> bool:
@@ -503,9 +503,9 @@ def _block_diagonal(
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
     # Parts with the same A share ranks. Example: queries, keys and values have one A; the MLP in the same weight has
     # another.
-    ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
+    ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
-        known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
+        known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
         ranks.append(known)
         end = max(end, known[1])
     tail = tuple(updates[0].A.shape[1:])
@@ -554,12 +554,12 @@ def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
     """Prefix targets with the component as diffusers names it: `x_embedder` becomes `transformer.x_embedder`."""
-    found: dict[Target, tuple[Update, ...]] = {}
+    renamed: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
         place = target if component is None else replace(target, path=f"{component}.{rooted(target.path)[1]}")
-        found[place] = (*found.get(place, ()), *each)
-    return found
+        renamed[place] = (*renamed.get(place, ()), *each)
+    return renamed
 
 
 def in_parts(

@@ -26,7 +26,7 @@ from ...naming.image import (
     is_xl,
     rooted,
 )
-from .deciding import Origin, complete, families_in, likely, narrowed, said
+from .deciding import Origin, complete, families_in, likely, names_family, narrowed
 from .file import ImageModule, inputs_of
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], bas
     walked = None if base is None else _walked(base)
     words = {stem: _words(stem) for stem in known}
     third = _third(words.values(), metadata)
-    found: dict[str, str] = {}
+    resolved: dict[str, str] = {}
     for stem, (tag, flat) in words.items() if walked is not None else ():
         if here := _here(stem, tag, flat, walked or {}):
-            found[stem] = here
-    rest = {stem: words[stem] for stem in known if stem not in found}
+            resolved[stem] = here
+    rest = {stem: words[stem] for stem in known if stem not in resolved}
     of_base = () if base is None else families_in(base)
     sizes = inputs_of(module for stem, module in modules.items() if words[stem][0] in _DENOISER)
-    found |= _together(rest, words, metadata, None if base is None else of_base, sizes)
-    return {stem: found.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
+    resolved |= _together(rest, words, metadata, None if base is None else of_base, sizes)
+    return {stem: resolved.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
 
 
 def _together(
@@ -110,14 +110,14 @@ def _together(
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = likely(fitting, (), (), Origin(families=tuple(of_base or ()), metadata=metadata))
     tags = {words[stem][0] for stem in inside}
-    own = {_FAMILIES.get(tag) for tag in tags}
+    tag_families = {_FAMILIES.get(tag) for tag in tags}
     fitting = narrowed(
-        fitting, lambda family: family.name in own or not tags.isdisjoint(family.facts.prefixes.values())
+        fitting, lambda family: family.name in tag_families or not tags.isdisjoint(family.facts.prefixes.values())
     )
     fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
-    fitting = narrowed(fitting, lambda family: said(family, metadata))
+    fitting = narrowed(fitting, lambda family: names_family(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
     # Compare the sizes of inputs: FLUX.2 and HunyuanVideo 1.5 have names of FLUX and HunyuanVideo, but other sizes.
@@ -158,18 +158,18 @@ def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
-        found = {stem: family.unflattened(flat, naming) for stem, flat in inside.items()}
-        if all(len(paths) == 1 for paths in found.values()):
-            return {stem: f"{family.component}.{paths[0]}" for stem, paths in found.items()}
+        readings = {stem: family.unflattened(flat, naming) for stem, flat in inside.items()}
+        if all(len(paths) == 1 for paths in readings.values()):
+            return {stem: f"{family.component}.{paths[0]}" for stem, paths in readings.items()}
     return {}
 
 
 def _words(stem: str) -> tuple[str, str]:
-    found = STEM.fullmatch(stem)
-    assert found is not None
+    match = STEM.fullmatch(stem)
+    assert match is not None
     # Strip extra underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
     # writes `lora_unet_..._to_q_`.
-    return found[1], found[2].strip("_")
+    return match[1], match[2].strip("_")
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
@@ -183,11 +183,11 @@ def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, s
 
 
 def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, list[tuple[str, str]]] | None) -> str:
-    found = list(dict.fromkeys(_by_tables(tag, flat, third)))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise TargetNotFound(f"the name fits several modules: {', '.join(found)}", where=stem, cure=_DECIDE)
+    readings = list(dict.fromkeys(_by_tables(tag, flat, third)))
+    if len(readings) == 1:
+        return readings[0]
+    if readings:
+        raise TargetNotFound(f"the name fits several modules: {', '.join(readings)}", where=stem, cure=_DECIDE)
     if tag == "lora_te3" and encoders()["t5"].unflattened(flat):
         why = "lora_te3 is the second text encoder (FLUX's T5) or the third (SD 3's), and the file does not show which"
         raise TargetNotFound(why, where=stem, cure=_DECIDE)
@@ -227,13 +227,15 @@ def _beside(flat: str) -> list[str]:
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
     """Return the component that `lora_te3` means: FLUX's second or SD 3's third text encoder; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
-    told = {part for name, part in _ARCHITECTURES.items() if name in version}
+    stated = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
     for family in families():
         part = next((part for part, each in family.facts.encoders.items() if each.kind == "t5"), "")
-        if part in _PARTS["lora_te3"] and (said(family, metadata) or (inside and not told and _has(family, inside))):
-            told.add(part)
-    return next(iter(told)) if len(told) == 1 else ""
+        if part in _PARTS["lora_te3"] and (
+            names_family(family, metadata) or (inside and not stated and _has(family, inside))
+        ):
+            stated.add(part)
+    return next(iter(stated)) if len(stated) == 1 else ""
 
 
 def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
@@ -243,16 +245,16 @@ def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
     """Map each flattened module name of the base, with and without its prefix, to (component, dotted path) pairs."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    places_by_name: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
         root, rest = rooted(path)
         part = ROOTS.get(root[:-1], "")
         part = {"denoiser": "unet", "t5": "text_encoder_3"}.get(part, part)
         places = [(part, path), ("transformer", path)] if root[:-1].endswith("diffusion_model") else [(part, path)]
-        found.setdefault(flatten(rest), []).extend(places)
+        places_by_name.setdefault(flatten(rest), []).extend(places)
         if root:
-            found.setdefault(flatten(path), []).extend(places)
-    return found
+            places_by_name.setdefault(flatten(path), []).extend(places)
+    return places_by_name
 
 
 def modules_of(base: Checkpoint) -> list[str]:
@@ -280,9 +282,9 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
         lycoris: whether to return a stem with LyCORIS's prefix for a module that is not in an image model.
     """
     component, (_, rest) = component_of(path), rooted(path)
-    own = prefixes_of(paths)
-    if component is not None and component in own and tag == "lora_unet":
-        return f"{own[component]}_{flatten(rest)}"
+    prefixes = prefixes_of(paths)
+    if component is not None and component in prefixes and tag == "lora_unet":
+        return f"{prefixes[component]}_{flatten(rest)}"
     if component in ("unet", "transformer"):
         return f"{tag}_{flatten(rest)}"
     there = in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()})

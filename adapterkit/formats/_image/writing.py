@@ -17,9 +17,9 @@ from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
 from .bundles import keyed
 from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
-from .dialect import kernel_of, mixed_biases
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
+from .image_format import kernel_of, mixed_biases
 from .slots import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from .deciding import Origin
-    from .dialect import ImageFormat
     from .file import Metadata, Rules, StoredTensor
+    from .image_format import ImageFormat
 
 
 def encoded(
-    dialect: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
+    image_format: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
     """Return the tensors and the metadata of the file to write, and one line for each omitted or rewritten update.
 
@@ -42,26 +42,26 @@ def encoded(
         Unrepresentable: the format cannot express an update, and `on_loss` does not allow rewriting or omitting the
             update.
     """
-    hints = hints_of(adapter, dialect.name())
-    rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
+    hints = hints_of(adapter, image_format.name())
+    rules = rules_for(image_format.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     origin = origin_of(adapter, base)
-    given, tensors = keyed(adapter.updates, hints, origin) if dialect.bundles else (adapter.updates, {})
-    updates, lines = _expressible(dialect, rules, given, hints, origin, on_loss)
-    stems = _stems(dialect, updates, hints)
-    metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
+    given, tensors = keyed(adapter.updates, hints, origin) if image_format.bundles else (adapter.updates, {})
+    updates, lines = _expressible(image_format, rules, given, hints, origin, on_loss)
+    stems = _stems(image_format, updates, hints)
+    metadata, stated = image_format.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
     changed = not hints.stems or (bool(adapter.recipe) and adapter.recipe[-1].op != "read")
     if changed and "ss_network_module" in dict(metadata):
         metadata += _ranks(updates)
     if not hints.stems:
         metadata += _family(adapter.updates, origin)
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             there = rules_at(rules, stems[target, position])
             for stored in encode(update, there, kernel_of(target, base)):
                 for key, leaf in _stored(
-                    dialect, rules, stems[target, position], stored, update, hints, kept, said
+                    image_format, rules, stems[target, position], stored, update, hints, kept, stated
                 ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates have the key {key}"
@@ -81,7 +81,7 @@ def _family(updates: Updates, origin: Origin) -> Metadata:
 
 def _ranks(updates: Updates) -> Metadata:
     """Return sd-scripts' metadata for the network's rank and alpha; `Dynamic` if the modules' values differ."""
-    each = [update for found in updates.values() for update in found]
+    each = [update for group in updates.values() for update in group]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
     if not pairs or len(pairs) < len(each):
         return []
@@ -93,23 +93,23 @@ def _ranks(updates: Updates) -> Metadata:
 
 
 def _stored(
-    dialect: ImageFormat,
+    image_format: ImageFormat,
     rules: Rules,
     stem: str,
     stored: StoredTensor,
     update: Update,
     hints: ImageHints,
     kept: Mapping[str, object],
-    said: bool,
+    alpha_stated: bool,
 ) -> dict[str, Lazy]:
     """Return the tensors to write for one slot, by key.
 
     Reuse a tensor of the source file if it still has the same meaning.
     """
-    default = dialect.spell(stem, stored.slot)
+    default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
     if stored.field:
-        sources = _sources(dialect, stem, stored, hints, kept)
+        sources = _sources(image_format, stem, stored, hints, kept)
         if sources and all(hints.derived[k] == fingerprint(leaf) for k in sources):
             return sources
         shape = hints.shapes.get(key)
@@ -120,46 +120,46 @@ def _stored(
             return {key: old}
     if stored.slot != "alpha" or key in kept:
         return {key: leaf}
-    spared = stem in hints.without_alpha or not dialect.rules.alpha_needed
-    return {} if said or (spared and getattr(update, "scaling", 1.0) == 1.0) else {key: leaf}
+    spared = stem in hints.without_alpha or not image_format.rules.alpha_needed
+    return {} if alpha_stated or (spared and getattr(update, "scaling", 1.0) == 1.0) else {key: leaf}
 
 
 def _sources(
-    dialect: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
+    image_format: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
     """Return the tensors of the source file from which the update's field was computed; empty if there are none."""
     if stored.slot != "down" or not hints.derived:
         return {}
-    keys = [hints.keys.get(k, k) for k in (dialect.spell(stem, "down"), dialect.spell(stem, "mid"))]
+    keys = [hints.keys.get(k, k) for k in (image_format.spell(stem, "down"), image_format.spell(stem, "mid"))]
     return {k: as_lazy(kept[k]) for k in keys if k in kept and k in hints.derived}  # type: ignore[arg-type]
 
 
-def _stems(dialect: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tuple[Target, int], str]:
+def _stems(image_format: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tuple[Target, int], str]:
     paths = [target.path for target in updates]
-    found: dict[tuple[Target, int], str] = {}
+    stems: dict[tuple[Target, int], str] = {}
     for target, each in updates.items():
         for position, update in enumerate(each):
-            stem = hints.stems.get(str(target)) or dialect.stem(target, paths, update)
+            stem = hints.stems.get(str(target)) or image_format.stem(target, paths, update)
             assert stem is not None
-            found[target, position] = stem
-    return found
+            stems[target, position] = stem
+    return stems
 
 
 def _expressible(
-    dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints, origin: Origin, on_loss: str
+    image_format: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
     """Return the updates that the file can express, and a line for each omitted or rewritten update."""
     updates, idle = without_effect(updates, rules)
-    updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
+    updates, lines = rewritten(image_format.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
-    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
+    places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
-    updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
+    updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
     # Also report targets that could not be renamed: updates of parts that cannot be joined can be converted to LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
-    losses += list(_losses(dialect, rules, updates, hints))
+    losses += list(_losses(image_format, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
         cure = (
@@ -169,12 +169,12 @@ def _expressible(
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
             cure = f"Fold the scaling into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
-        why = f"{dialect.name()} cannot express these updates"
+        why = f"{image_format.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
-    kept = {target: found for target, found in updates.items() if target not in lost}
+    kept = {target: group for target, group in updates.items() if target not in lost}
     if not kept:
-        why = f"a file of {dialect.name()} can express none of the adapter's updates"
+        why = f"a file of {image_format.name()} can express none of the adapter's updates"
         raise Unrepresentable(why, items=items, cure="Write adapterkit's format: --to adapterkit")
     return kept, [*lines, *(f"left out {item}" for item in items)]
 
@@ -188,24 +188,26 @@ def _keeping(origin: Origin) -> str:
     )
 
 
-def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints) -> Iterable[tuple[Target, str]]:
+def _losses(
+    image_format: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints
+) -> Iterable[tuple[Target, str]]:
     paths = [target.path for target in updates]
     yield from mixed_biases(
         updates,
-        lambda target, update: dialect.switch(
-            hints.stems.get(str(target)) or dialect.stem(target, paths, update) or ""
+        lambda target, update: image_format.switch(
+            hints.stems.get(str(target)) or image_format.stem(target, paths, update) or ""
         ),
     )
-    for target, found in updates.items():
+    for target, group in updates.items():
         slots: set[str] = set()
         before: Update | None = None
-        for update in found:
-            why = dialect.why_not(target, update, rules)
+        for update in group:
+            why = image_format.why_not(target, update, rules)
             if not why and target.stacked:
                 why = "its target is a stack of experts"
             if not why and target.layout != "out *in":
                 why = f"the format has no {update.method} on a weight stored as {target.layout}"
-            if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
+            if not why and str(target) not in hints.stems and image_format.stem(target, paths, update) is None:
                 why = "it changes only some rows" if target.rows else "its module is not in an image model"
                 if component_of(target.path) == CONTROLNET:
                     why = "its module is in a ControlNet, for which this format has no prefix"
@@ -215,9 +217,9 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
                 why = "its weight_norm does not follow a LoRA, a LoHa or a LoKr"
             before = update
             if not why:
-                own = {stored.slot for stored in encode(update, rules)}
-                why = "a module has several updates with one method" if own & slots else ""
-                slots |= own
+                update_slots = {stored.slot for stored in encode(update, rules)}
+                why = "a module has several updates with one method" if update_slots & slots else ""
+                slots |= update_slots
             if why:
                 yield target, why
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ...io.lazy import Lazy
     from ...io.strict_json import JsonValue
 
-from .file import RELEASE, Settings
+from .file import RELEASE, AdapterHubSettings
 
 # Decode a config and tensors into an `Adapter`.
 #
@@ -113,44 +113,44 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
-) -> tuple[Updates, list[AdapterHubKey], Settings]:
+) -> tuple[Updates, list[AdapterHubKey], AdapterHubSettings]:
     """Return the updates by target, the keys of tensors that are only stored, and the settings.
 
     `heads` is the number of heads of a prefix's keys and values; None if only the base shows this number.
     """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
-    found: list[AdapterHubUpdate] = []
+    results: list[AdapterHubUpdate] = []
     kept: list[AdapterHubKey] = []
-    for at, family, own in parts(content.config, settings):
-        for finding in family.decode(AdapterHubPart(settings, own, tensors, base, compat, at, heads)):
+    for at, family, fields in parts(content.config, settings):
+        for finding in family.decode(AdapterHubPart(settings, fields, tensors, base, compat, at, heads)):
             if isinstance(finding, KeptKey):
                 kept.append(finding.key)
             else:
-                found.append(finding)
-    _check_all_used(tensors, {*kept, *(key for each in found for key in each.keys)})
+                results.append(finding)
+    _check_all_used(tensors, {*kept, *(key for each in results for key in each.keys)})
     order = {key: position for position, key in enumerate(tensors)}
     updates: dict[Target, tuple[Update, ...]] = {}
-    for each in sorted(found, key=lambda each: min(order[key] for key in each.keys)):
+    for each in sorted(results, key=lambda each: min(order[key] for key in each.keys)):
         updates[each.target] = (*updates.get(each.target, ()), each.update)
     return updates, kept, settings
 
 
 def spell(updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
     """Yield (key, tensor) for all tensors of the updates."""
-    for family, own in by_family(updates).items():
-        yield from family.spell(own, naming)
+    for family, group in by_family(updates).items():
+        yield from family.spell(group, naming)
 
 
 def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
     """Group the updates by family; updates without a family are omitted."""
-    found: dict[type[AdapterHubFamily], dict[Target, tuple[Update, ...]]] = {}
+    by_family_: dict[type[AdapterHubFamily], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
             if family := family_of(update):
-                own = found.setdefault(family, {})
-                own[target] = (*own.get(target, ()), update)
-    return dict(found)
+                group = by_family_.setdefault(family, {})
+                group[target] = (*group.get(target, ()), update)
+    return dict(by_family_)
 
 
 def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubKey]) -> None:
@@ -181,15 +181,15 @@ ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_par
 # Parse the config and check its fields, with special rules for old releases.
 
 
-def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> Settings:
+def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> AdapterHubSettings:
     """Parse the settings outside the sub-dict `config`.
 
     Raises:
         Malformed: a field is missing or has the wrong type, or the adapter's name is invalid.
     """
-    known = {name: config[name] for name in Settings.__struct_fields__ if name in config}
+    known = {name: config[name] for name in AdapterHubSettings.__struct_fields__ if name in config}
     try:
-        settings = msgspec.convert(known | {"interface": interface and dict(interface)}, Settings)
+        settings = msgspec.convert(known | {"interface": interface and dict(interface)}, AdapterHubSettings)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         raise Malformed(why, where=place.strip("`").removeprefix("$.") or "name", cure=_REWRITE) from None
@@ -199,40 +199,44 @@ def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | Non
     return settings
 
 
-def parts(config: Mapping[str, object], settings: Settings) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
+def parts(
+    config: Mapping[str, object], settings: AdapterHubSettings
+) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
     """Yield (location in the config, family, typed fields) for the config, or for each member of a union.
 
     Raises:
         Malformed: a field has the wrong type.
         Unsupported: the architecture is unknown, or an unknown field has a value that is not false.
     """
-    own = config.get("config")
-    if not isinstance(own, dict):
-        why = f"the config has {str(own)[:60]!r} instead of the method's fields"
+    fields = config.get("config")
+    if not isinstance(fields, dict):
+        why = f"the config has {str(fields)[:60]!r} instead of the method's fields"
         raise Malformed(why, where="config", cure="Load and save the adapter with adapters 0.1 or newer")
-    if own.get("architecture") != "union":
-        yield _part(own, "config", settings)
+    if fields.get("architecture") != "union":
+        yield _part(fields, "config", settings)
         return
-    members = own.get("configs")
+    members = fields.get("configs")
     if not isinstance(members, list) or not members or not all(isinstance(member, dict) for member in members):
         raise Malformed("the union has no list of configs", where="config.configs", cure=_REWRITE)
     for position, member in enumerate(members):
         yield _part(member, f"config.configs[{position}]", settings)
 
 
-def _part(own: Mapping[str, object], at: str, settings: Settings) -> tuple[str, type[AdapterHubFamily], Any]:
-    architecture = own.get("architecture")
+def _part(
+    part_fields: Mapping[str, object], at: str, settings: AdapterHubSettings
+) -> tuple[str, type[AdapterHubFamily], Any]:
+    architecture = part_fields.get("architecture")
     family = family_of_architecture(architecture)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         why = f"this version does not know the architecture {str(architecture)[:60]!r}"
         raise Unsupported(why, where=f"{at}.architecture", cure=f"Known: {known}, union")
-    for name, value in own.items():
+    for name, value in part_fields.items():
         if value and name not in {**family.read, **family.harmless, "architecture": ""}:
             why = f"this version does not know this field, and its value {str(value)[:60]} may change the maths"
             raise Unsupported(why, where=f"{at}.{name}", cure=_UPGRADE)
     try:
-        fields = msgspec.convert(dict(own), family.fields)
+        fields = msgspec.convert(dict(part_fields), family.fields)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         raise Malformed(why, where=at + place.strip("`").removeprefix("$"), cure=_REWRITE) from None
@@ -264,8 +268,8 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
         if says(content, adapter.updates, compat=hints.compat, base=base):
             return content, []
     updates, lines = all_expressible(
-        on_outputs(adapter.updates, base), lambda held: _losses(held, base),
-        dialect="AdapterHub", place="an AdapterHub folder", on_loss=on_loss,
+        on_outputs(adapter.updates, base), lambda updates: _losses(updates, base),
+        format_name="AdapterHub", place="an AdapterHub folder", on_loss=on_loss,
     )  # fmt: skip
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
@@ -279,7 +283,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
     naming = AdapterHubNaming(str(config["name"]), cast("str | None", config.get("model_type")), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
-    stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}
+    stale = {key for family, group in by_family(updates).items() for key in family.stale(group, naming, kept)}
     kept = {key: leaf for key, leaf in kept.items() if key not in stale}
     return Content(
         config=config,
@@ -296,14 +300,14 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
     """Return the stored tensors that belong to no update: from the adapter's file, and from the prediction head."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
-    own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
-    return own, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
+    weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
+    return weights, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
 
 
 def _config(
     adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None
 ) -> dict[str, JsonValue]:
-    own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
+    configs = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None
     model_type = family_of_base((target.path for target in updates), model_type_of(base))
@@ -313,22 +317,22 @@ def _config(
         "model_type": model_type,
         "name": NAME,
         **hints.config,
-        "config": own[0] if len(own) == 1 else {"architecture": "union", "configs": own},
+        "config": configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs},
         "model_name": ref or hints.config.get("model_name"),
         "version": RELEASE,
     }
 
 
 def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
-    found: dict[tuple[Target, int], str] = {}
+    problems: dict[tuple[Target, int], str] = {}
     for target, each in updates.items():
         for position, update in enumerate(each):
             if family_of(update) is None:
-                found[target, position] = f"the adapters library does not have the method {update.method}"
-    for family, own in by_family(updates).items():
-        for target, position, why in family.losses(own, base):
-            found.setdefault((target, _position(updates[target], own[target][position])), why)
-    return dict.fromkeys((target, position, why) for (target, position), why in found.items())
+                problems[target, position] = f"the adapters library does not have the method {update.method}"
+    for family, group in by_family(updates).items():
+        for target, position, why in family.losses(group, base):
+            problems.setdefault((target, _position(updates[target], group[target][position])), why)
+    return dict.fromkeys((target, position, why) for (target, position), why in problems.items())
 
 
 def _position(updates: tuple[Update, ...], update: Update) -> int:
@@ -350,12 +354,12 @@ def says(content: Content, updates: Updates, *, compat: str | None, base: Checkp
 
 def _heads(updates: Updates) -> int | None:
     prefixes = FAMILIES["prefix_tuning"].methods
-    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
-    return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
+    matrices = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
+    return next((int(leaf.shape[2]) for leaf in matrices if leaf is not None), None)
 
 
 def _outlines(updates: Updates) -> dict[tuple[str, tuple[int, int] | None], object]:
-    return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
+    return {(target.path, target.rows): [_outline(update) for update in group] for target, group in updates.items()}
 
 
 def _outline(update: Update) -> tuple[object, ...]:

@@ -41,7 +41,7 @@ Release = tuple[tuple[int, ...], bool]
 """The numbers of a release, and whether the release is final; so `1.1.0.dev0` sorts before `1.1.0`."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The top-level fields of a config.
 
     Attributes:
@@ -67,11 +67,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 def _release(version: str | None) -> Release | None:
     """Parse a release of `adapters`; return None for other texts, such as releases of adapter-transformers."""
-    found = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
-    if found is None:
+    match = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
+    if match is None:
         return None
-    numbers = tuple(int(number) for number in found[1].split("."))
-    return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", found[2])
+    numbers = tuple(int(number) for number in match[1].split("."))
+    return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", match[2])
 
 
 # Parse the keys of a file, select the keys of one config, compose keys, and list the layers that keys may name.
@@ -135,14 +135,14 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     Raises:
         Malformed: the key does not belong to an adapter with this name.
     """
-    found = _KEY.fullmatch(text)
-    if found is None:
+    match = _KEY.fullmatch(text)
+    if match is None:
         why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
-    if found["name"] != name:
-        why = f"the key belongs to the adapter {found['name']!r}, but the config belongs to {name!r}"
+    if match["name"] != name:
+        why = f"the key belongs to the adapter {match['name']!r}, but the config belongs to {name!r}"
         raise Malformed(why, where=text, cure="Save each adapter in its own folder")
-    return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
+    return AdapterHubKey(text, match["path"] or "", KINDS[match["kind"]], match["slot"])
 
 
 # Besides the target, a key contains the adapter's name, and the base's path inside the saved model.
@@ -198,8 +198,8 @@ class AdapterHubPart:
         heads: the number of heads of a prefix's keys and values, if it is known without the base.
     """
 
-    settings: Settings
-    own: Any
+    settings: AdapterHubSettings
+    method_fields: Any
     tensors: Mapping[AdapterHubKey, Lazy]
     base: Checkpoint | None = None
     compat: str | None = None
@@ -217,16 +217,16 @@ class AdapterHubPart:
         Raises:
             Malformed: two keys have the same meaning.
         """
-        found: dict[str, dict[str, AdapterHubKey]] = {}
+        groups: dict[str, dict[str, AdapterHubKey]] = {}
         for key in self.tensors:
             if key.kind != kind:
                 continue
-            slots = found.setdefault(key.path, {})
+            slots = groups.setdefault(key.path, {})
             if key.slot in slots:
                 why = f"this key means the same as {slots[key.slot].text}"
                 raise Malformed(why, where=key.text, cure="Save the adapter again with one release of adapters")
             slots[key.slot] = key
-        return found
+        return groups
 
     def layout(self, path: str) -> str:
         """Return the layout in which models of the base's type store the weights of linear layers."""
@@ -372,8 +372,8 @@ FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wq
 
 def model_type_of(base: Checkpoint | None) -> str | None:
     """Return the `model_type` in a base's config; None without a base, or if the config has none."""
-    found = (base.config or {}).get("model_type") if base is not None else None
-    return found if isinstance(found, str) else None
+    model_type = (base.config or {}).get("model_type") if base is not None else None
+    return model_type if isinstance(model_type, str) else None
 
 
 def role(path: str, model_type: str) -> str | None:
@@ -430,18 +430,18 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
 
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
     """Yield each update that a new config cannot express, with the reason."""
-    first = _law(next(iter(updates.values()))[0])
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    first = _formula_key(next(iter(updates.values()))[0])
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
-            if not why and _law(update) != first:
+            if not why and _formula_key(update) != first:
                 why = "its method, rank or scaling differs from the other updates'; a config states only one of each"
             if why:
                 yield target, position, why
     yield from _unplaced(updates, base)
 
 
-def _law(update: Any) -> tuple[object, ...]:
+def _formula_key(update: Any) -> tuple[object, ...]:
     if update.method == "ia3":
         return (update.method,)
     shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
@@ -490,7 +490,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
     """Replace each DoRA with `dora_outputs`, which the adapters library has, if both compute the same function."""
-    return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
+    return {target: tuple(_on_outputs(target, update, base) for update in group) for target, group in updates.items()}
 
 
 def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
@@ -518,7 +518,7 @@ def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
     """Yield targets that a config cannot select. A config selects kinds of modules, not single modules."""
     family = base_family(updates, base)
-    for target, found in updates.items():
+    for target, group in updates.items():
         word = role(target.path, family or "")
         if family is None:
             why = "the kinds of these layers are unknown; give the base with --base (base=)"
@@ -530,7 +530,7 @@ def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Targe
             why = "its rows are not a third of a fused weight"
         else:
             continue
-        yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))
+        yield from ((target, position, f"{group[position].method}: {why}") for position in range(len(group)))
 
 
 def _third(rows: tuple[int, int]) -> bool:
@@ -618,8 +618,8 @@ EMBEDDINGS = {
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
     """Return the target's path, and the rule, for the path of the library's module; None if no rule fits."""
-    found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
-    return None if found is None else (path.removesuffix(found.module) + found.target, found)
+    rule_found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
+    return None if rule_found is None else (path.removesuffix(rule_found.module) + rule_found.target, rule_found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:

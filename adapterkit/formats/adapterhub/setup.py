@@ -134,9 +134,9 @@ def write_setup(
     write_bytes(Path(folder) / CONFIG, json.dumps(written, indent=2).encode())
 
 
-def _block(said: object, at: str, depth: int) -> Setup:
-    said = said if isinstance(said, dict) else {}
-    kind, children = said.get("type"), said.get("children")
+def _block(node: object, at: str, depth: int) -> Setup:
+    node = node if isinstance(node, dict) else {}
+    kind, children = node.get("type"), node.get("children")
     if (
         not isinstance(kind, str)
         or kind not in WORDS
@@ -145,15 +145,15 @@ def _block(said: object, at: str, depth: int) -> Setup:
         or depth > MAX_DEPTH
     ):
         raise Malformed(f"{str(kind)[:60]!r} with children is not a known block", where=at, cure=_BLOCKS)
-    found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
-    return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
+    members = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
+    return Setup(kind, members, _numbers(node.get("kwargs"), WORDS[kind], len(members), at))
 
 
-def _numbers(said: object, word: str, count: int, at: str) -> tuple[float, ...]:
+def _numbers(node: object, word: str, count: int, at: str) -> tuple[float, ...]:
     """Parse the numbers of a block, which must have one number per child."""
     if not word:
         return ()
-    numbers = said.get(word) if isinstance(said, Mapping) else None
+    numbers = node.get(word) if isinstance(node, Mapping) else None
     if not isinstance(numbers, list) or len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
         raise Malformed(
             f"{word} does not have one number for each of {count} children", where=f"{at}.kwargs", cure=_BLOCKS
@@ -161,10 +161,10 @@ def _numbers(said: object, word: str, count: int, at: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _child(said: object, at: str, depth: int) -> Setup | str:
-    if not isinstance(said, dict) or said.get("type") != "single":
-        return _block(said, at, depth + 1)
-    names = said.get("children")
+def _child(node: object, at: str, depth: int) -> Setup | str:
+    if not isinstance(node, dict) or node.get("type") != "single":
+        return _block(node, at, depth + 1)
+    names = node.get("children")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or not name or re.search(r"[./\\,\0]", name):
         raise Malformed(
@@ -187,8 +187,8 @@ def _named(adapter: Adapter, name: str) -> Adapter:
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter
-    own = AdapterHubHints(config={"name": name}, root=hints.root, interface=hints.interface)
-    return replace(adapter, foreign=Foreign(FORMAT, msgspec.to_builtins(own), {}))
+    hints_of_part = AdapterHubHints(config={"name": name}, root=hints.root, interface=hints.interface)
+    return replace(adapter, foreign=Foreign(FORMAT, msgspec.to_builtins(hints_of_part), {}))
 
 
 _BLOCKS = f"Blocks: {', '.join(WORDS)}; nested at most {MAX_DEPTH} deep"
@@ -210,7 +210,7 @@ FIELDS = {
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 
 
-class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fields of the sub-dict `config`; the last four matter only in training."""
 
     key: bool = True
@@ -245,22 +245,27 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
         raise StorageError(f"the folder has no {FUSION_CONFIG}", cure="Give the folder that save_adapter_fusion wrote")
     config = read_json(folder / FUSION_CONFIG, strict=True)
     try:
-        own = msgspec.convert(config.get("config"), Fields)
+        fields = msgspec.convert(config.get("config"), FusionFields)
     except msgspec.ValidationError as error:
         raise Malformed(str(error), where=f"{FUSION_CONFIG}: config", cure=_AGAIN) from None
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
         raise StorageError(f"the folder has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Fetch the tensor file, too")
-    wanted = {f for word, on in (("query", own.query), ("key", own.key), ("value", own.value)) for f in _of(word) if on}
+    wanted = {
+        f
+        for word, on in (("query", fields.query), ("key", fields.key), ("value", fields.value))
+        for f in _of(word)
+        if on
+    }
     weights = _by_target(read_tensors(file), config.get("model_type"))
-    for target, held in weights.items():
-        if held.keys() != wanted:
+    for target, slots in weights.items():
+        if slots.keys() != wanted:
             why = (
-                f"the layer has {', '.join(sorted(held))}, but the config states {', '.join(sorted(wanted)) or 'none'}"
+                f"the layer has {', '.join(sorted(slots))}, but the config states {', '.join(sorted(wanted)) or 'none'}"
             )
             raise Malformed(why, where=target, cure=_AGAIN)
-    said = ("query_before_ln", "residual_before", "value_before_softmax")
-    return {name: getattr(own, name) for name in said}, weights
+    flags = ("query_before_ln", "residual_before", "value_before_softmax")
+    return {name: getattr(fields, name) for name in flags}, weights
 
 
 def _of(word: str) -> list[str]:
@@ -268,7 +273,7 @@ def _of(word: str) -> list[str]:
 
 
 def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dict[str, Lazy]]:
-    found: dict[str, dict[str, Lazy]] = {}
+    by_target: dict[str, dict[str, Lazy]] = {}
     for text, tensor in tensors.items():
         key = _KEY.fullmatch(text)
         if key is None or key["slot"] not in FIELDS:
@@ -277,8 +282,8 @@ def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dic
         if place is None:
             why = f"this version does not know the position of {key['path']} in a model of type {model_type!r}"
             raise Unsupported(why, where=text, cure="Run the fusion with the adapters library")
-        found.setdefault(place[0], {})[FIELDS[key["slot"]]] = tensor
-    return found
+        by_target.setdefault(place[0], {})[FIELDS[key["slot"]]] = tensor
+    return by_target
 
 
 _AGAIN = "Save the fusion again with the adapters library"

@@ -43,7 +43,7 @@ from .._kit import (
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
-    from ...naming.architectures import Place as Where
+    from ...naming.architectures import WeightPlace as Where
     from ...naming.heads import Rows
     from ...naming.moves import Move
     from .._kit import Pair, Slots
@@ -87,8 +87,8 @@ class GgufPlace:
 
     def where(self, foreign: str) -> Where | None:
         """Return which weights of the base a module of the file contains; None if the family has no such weight."""
-        found = place_of(self.family, foreign)
-        return None if found is None else found[1]
+        place = place_of(self.family, foreign)
+        return None if place is None else place[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
         """Return the order in which the file has the rows of a weight; None if it equals the base's order."""
@@ -123,11 +123,11 @@ class GgufPlace:
             UsageError: neither the source file nor a base's config contains the numbers.
         """
         if not {"query", "kv"} <= self.known.keys():
-            found = heads_of(self.config, where)
-            self.known |= {"query": found.query, "kv": found.kv}
-            self.known |= {"rotary": found.rotary} if found.rotary else {}
-            if found.linear is not None:
-                counts = (found.linear.keys, found.linear.values, found.linear.key_dim, found.linear.value_dim)
+            heads = heads_of(self.config, where)
+            self.known |= {"query": heads.query, "kv": heads.kv}
+            self.known |= {"rotary": heads.rotary} if heads.rotary else {}
+            if heads.linear is not None:
+                counts = (heads.linear.keys, heads.linear.values, heads.linear.key_dim, heads.linear.value_dim)
                 self.known |= dict(zip(LINEAR_FIELDS, counts, strict=True))
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
@@ -172,20 +172,26 @@ class GgufPlace:
         Raises:
             Unrepresentable: two updates adapt the same tensor of the GGUF model.
         """
-        found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config)
-        twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]
+        placed_updates = translated(
+            {target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config
+        )
+        twice = [
+            f"{target}: {len(given)} updates"
+            for target, given in placed_updates.items()
+            if len(given) > 1 or target.rows
+        ]
         if twice:
             why = "a GGUF adapter has one pair of factors per tensor"
             raise Unrepresentable(why, items=twice, cure="Combine the updates first, or write another format")
-        return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
+        return {target: given[0] for target, given in placed_updates.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
         """Return the tensors A and B of an update by key, with rows and inputs in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
-            held = update if order is None else in_row_order(update, lambda: order)
-            A, B = as_lazy(held.A), as_lazy(held.B)
+            ordered = update if order is None else in_row_order(update, lambda: order)
+            A, B = as_lazy(ordered.A), as_lazy(ordered.B)
             columns = self.columns(target.path, A.shape[-1])
             A = A if columns is None else reordered(A, lambda: columns, 1)
         return dict(zip(keys(target.path), (turned(A) if target.path == EMBEDDING else A, B), strict=True))
@@ -228,11 +234,11 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
     place = GgufPlace(name, _family(name, groups, base), None if base is None else base.config)
-    held: dict[Target, tuple[Pair, ...]] = {}
+    pairs_by_target: dict[Target, tuple[Pair, ...]] = {}
     for foreign, slots in groups.items():
         target, update = _update(place, foreign, slots, alpha.value, outline)
-        held[target] = (update,)
-    updates = _own(held, place, invocation)
+        pairs_by_target[target] = (update,)
+    updates = _with_names_of_the_family(pairs_by_target, place, invocation)
     if base is not None:
         _check_alone(updates, base)
         bound = bind(Adapter(updates), base, aliases=aliases(base))
@@ -256,8 +262,8 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
         for bare in dict.fromkeys(without_prefix(name)):
             places.setdefault(bare, []).append(name)
     for target in updates:
-        if len(found := places.get(target.path, ())) > 1:
-            why = f"the base has {len(found)} modules with this name: {', '.join(found)}"
+        if len(names := places.get(target.path, ())) > 1:
+            why = f"the base has {len(names)} modules with this name: {', '.join(names)}"
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
 
 
@@ -267,8 +273,8 @@ def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Arc
     Some families, such as Granite 4, can only be recognised if the base is given.
     """
     with suppress(Unsupported, UsageError):
-        own, family = name_for(None if base is None else base.config)
-        if own == name and family.record.gguf_key is not None:
+        architecture, family = name_for(None if base is None else base.config)
+        if architecture == name and family.record.gguf_key is not None:
             return family
     return family_of(name, modules)
 
@@ -317,18 +323,18 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
     return update.replace(A=reordered(as_lazy(update.A), order, 1), B=reordered(as_lazy(update.B), order))
 
 
-def _own(
-    held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
+def _with_names_of_the_family(
+    pairs: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
     """Rename targets from the file's to the family's names, with the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
-    found: dict[Target, tuple[Update, ...]] = {}
-    for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
+    renamed: dict[Target, tuple[Update, ...]] = {}
+    for target, (update,) in translated(pairs, moves_of(pairs, place.family, WEIGHT)).items():
         inputs_first = is_embedding(f"{target.path}.weight") or stored_in_out(target.path, config)
         layout = "in out *k" if inputs_first and not target.stacked else target.layout
-        own = Target(target.path, layout, target.rows)
-        found[own] = (activated(own, update, invocation),)  # type: ignore[arg-type]
-    return found
+        target_here = Target(target.path, layout, target.rows)
+        renamed[target_here] = (activated(target_here, update, invocation),)  # type: ignore[arg-type]
+    return renamed
 
 
 def _text(file: Gguf, key: str) -> str:
@@ -346,7 +352,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
     """Read the adapter in a `ggla` file; `compat` is the tool that wrote the file, or None."""
     file = read_ggla(path)
     place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
-    held: dict[Target, tuple[Pair, ...]] = {}
+    pairs: dict[Target, tuple[Pair, ...]] = {}
     for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
         foreign = _modern(name)
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
@@ -354,13 +360,13 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
             raise ShapeMismatch(f"the rank is not the file's {file.rank}", where=name, cure=DAMAGED)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
-        held[Target(foreign)] = (
+        pairs[Target(foreign)] = (
             update if order is None else in_row_order(update, lambda order=order: undone(order)),  # type: ignore[misc]
         )  # fmt: skip
-    moves = moves_of(held, place.family, WEIGHT)
-    if unknown := next((target.path for target in held if target.path not in moves), None):
+    moves = moves_of(pairs, place.family, WEIGHT)
+    if unknown := next((target.path for target in pairs if target.path not in moves), None):
         raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=DAMAGED)
-    updates = translated(held, moves)
+    updates = translated(pairs, moves)
     if base is not None:
         updates = dict(bind(Adapter(updates), base).adapter.updates)
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
@@ -448,11 +454,13 @@ class Invocation:
 
     def why_not(self, update: Pair) -> str:
         """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
-        own = _tokens(update)
-        if own != self.tokens:
+        tokens = _tokens(update)
+        if tokens != self.tokens:
             return "its invocation differs from the first update's; a file has one invocation for all"
         return (
-            "its invocation has token numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+            "its invocation has token numbers that are not u32"
+            if any(not 0 <= n <= LARGEST for n in tokens or ())
+            else ""
         )
 
     def values(self) -> dict[str, GgufValue]:
@@ -501,7 +509,7 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
     pairs, lines = expressible(adapter, "llama.cpp", on_loss, why_not, METHODS)
     pairs = place.placed(pairs, moves)
     alpha, pairs, folded = one_number(
-        pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
+        pairs, _exact_alpha, _scaling, format_name="a GGUF adapter", on_loss=on_loss,
         default=float(_rank(next(iter(pairs.values())))), first=hints.get("alpha"),
     )  # fmt: skip
     tensors: dict[str, Lazy] = {}
@@ -573,9 +581,9 @@ def _values(hints: GgufHints, architecture: str, alpha: float) -> dict[str, Gguf
         TYPE: GgufValue("string", "adapter"),
         KIND: GgufValue("string", "lora"),
     }
-    told = ALPHA in start or alpha != hints.get("alpha")
+    alpha_stated = ALPHA in start or alpha != hints.get("alpha")
     return {
         **start,
         ARCHITECTURE: GgufValue("string", architecture),
-        **({ALPHA: GgufValue("f32", alpha)} if told else {}),
+        **({ALPHA: GgufValue("f32", alpha)} if alpha_stated else {}),
     }

@@ -23,7 +23,7 @@ from ...naming.architectures import (
     HOLE,
     WEIGHT,
     Architecture,
-    Place,
+    WeightPlace,
     architecture_of,
     expert_count,
     shape_of,
@@ -96,7 +96,7 @@ def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tu
 
 
 def _translated(name: str, config: Mapping[str, object] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
-    found: dict[tuple[Move, ...], str] = {}
+    by_moves: dict[tuple[Move, ...], str] = {}
     family = _family(config)
     for each in _candidates(name, naming) if family is None else [family]:
         there = each.find(name, NAMING)
@@ -106,17 +106,17 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
         # Keep the name if the hub's model fuses the same weights as MLX-LM, such as queries, keys and values.
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
-            found.setdefault(moves, each.family)
-    if family is None and found and any(_keep(own) for own in variants(name)):
-        found.setdefault((Move(name),), "other families")
-    if len(found) > 1 and any(move.plain for moves in found for move in moves):
+            by_moves.setdefault(moves, each.family)
+    if family is None and by_moves and any(_keep(variant) for variant in variants(name)):
+        by_moves.setdefault((Move(name),), "other families")
+    if len(by_moves) > 1 and any(move.plain for moves in by_moves for move in moves):
         # Keep the name if families disagree: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
         # vision-language models than in its other models.
         return None
-    if len(found) > 1:
-        why = f"{' and '.join(found.values())} have different names for it: {', '.join(m[0].path for m in found)}"
+    if len(by_moves) > 1:
+        why = f"{' and '.join(by_moves.values())} have different names for it: {', '.join(m[0].path for m in by_moves)}"
         raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
-    return next(iter(found), None)
+    return next(iter(by_moves), None)
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
@@ -125,10 +125,10 @@ def _candidates(name: str, naming: str) -> list[Architecture]:
     When translating to the hub's names, prefer families whose experts are separate on hubs, because only these have
     names for single experts.
     """
-    shapes = [shape_of(own) for own in variants(name)]
-    found = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
-    apart = [each for each in found if naming == WEIGHT and each.find(name, NAMING) and _on_hub(each, name)]
-    return apart or found
+    shapes = [shape_of(variant) for variant in variants(name)]
+    architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
+    apart = [each for each in architectures if naming == WEIGHT and each.find(name, NAMING) and _on_hub(each, name)]
+    return apart or architectures
 
 
 def _keep(name: str) -> bool:
@@ -143,14 +143,14 @@ def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
     gates have unequal sizes.
     """
     family = _family(config)
-    found = [
+    places = [
         each.record.weights[weight].get(NAMING)
         for each in ([family] if family is not None else _candidates(name, NAMING))
         for naming in each.namings_with(name)
         if naming != NAMING
         for weight, _, _ in each.find(name, naming)
     ]
-    return bool(found) and all(place == "" for place in found)
+    return bool(places) and all(place == "" for place in places)
 
 
 def _on_hub(family: Architecture, name: str) -> bool:
@@ -161,9 +161,9 @@ def _on_hub(family: Architecture, name: str) -> bool:
 
 def _family(config: Mapping[str, object] | None) -> Architecture | None:
     for each in (config, (config or {}).get("text_config")):
-        found = architecture_of(each) if isinstance(each, dict) else None
-        if found is not None:
-            return found
+        architecture = architecture_of(each) if isinstance(each, dict) else None
+        if architecture is not None:
+            return architecture
     return None
 
 
@@ -178,19 +178,19 @@ def _common() -> Iterator[Architecture]:
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
     """List (family, templates): for each weight that MLX-LM renames, the templates of its name in all namings."""
-    found = []
+    entries = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same_place(each, weight)]
         places = (each.place(weight, naming) for weight in changed for naming in (*each.namings, WEIGHT))
-        found.append((each, frozenset(_shape(place) for place in places if place is not None)))
-    return tuple(each for each in found if each[1])
+        entries.append((each, frozenset(_shape(place) for place in places if place is not None)))
+    return tuple(each for each in entries if each[1])
 
 
 @cache
 def _kept() -> frozenset[str]:
     """List the templates of all names that, in some family, are the same in MLX-LM and on a hub."""
     return frozenset(
-        _shape(Place(weight)) if place is None else _shape(place)
+        _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()
         for weight in each.record.weights
         if _same_place(each, weight)
@@ -203,7 +203,7 @@ def _same_place(family: Architecture, weight: str) -> bool:
     return family.record.weights[weight].get(NAMING) is None
 
 
-def _shape(place: Place) -> str:
+def _shape(place: WeightPlace) -> str:
     return shape_of(HOLE.sub("0", place.name))
 
 
@@ -221,12 +221,12 @@ class Modules:
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
         self.config = None if base is None else base.config
-        self.own: dict[str, list[str]] | None = None
+        self.names_of_base: dict[str, list[str]] | None = None
         if base is not None:
-            self.own = {}
+            self.names_of_base = {}
             for name in dict.fromkeys(modules_of(base.tensors)):
                 for bare in dict.fromkeys(without_prefix(name)):
-                    self.own.setdefault(bare, []).append(name)
+                    self.names_of_base.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
         """Return the updates with experts as the base stores them: each separately, or in stacks.
@@ -236,12 +236,12 @@ class Modules:
         """
         if self.base is None:
             return updates
-        paths = {path for paths in (self.own or {}).values() for path in paths}
-        lost = {target: found for target, found in updates.items() if target.path not in paths}
+        paths = {path for paths in (self.names_of_base or {}).values() for path in paths}
+        lost = {target: group for target, group in updates.items() if target.path not in paths}
         if not lost:
             return updates
-        found = bind(Adapter(lost), self.base).adapter.updates
-        return {target: held for target, held in updates.items() if target not in lost} | dict(found)
+        bound = bind(Adapter(lost), self.base).adapter.updates
+        return {target: group for target, group in updates.items() if target not in lost} | dict(bound)
 
     def named(self, name: str) -> str:
         """Return the base's name of a module; without a base, the name in the hub's checkpoint.
@@ -252,11 +252,11 @@ class Modules:
         moves = from_mlx(name, self.config, 0)
         if moves is not None and len(moves) == 1 and moves[0].plain:
             name = moves[0].path
-        if self.own is None:
+        if self.names_of_base is None:
             return name
         bare = list(without_prefix(name))
-        found = next((self.own[each] for each in bare if each in self.own), [])
-        exact = [own for own in found if own == name] or found
+        candidates = next((self.names_of_base[each] for each in bare if each in self.names_of_base), [])
+        exact = [candidate for candidate in candidates if candidate == name] or candidates
         if len(exact) != 1:
             why = f"exactly one module must have this name, but the base has {len(exact)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
@@ -276,26 +276,26 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     header = safetensors.read_header(file)
     tensors = safetensors.handles(header)
     names: dict[str, str] = {}
-    found = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
+    decoded = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
     updates: dict[Target, tuple[Update, ...]] = {}
-    for target, update in found:
+    for target, update in decoded:
         if target in updates:
             raise TargetNotFound("two names in the file are names of this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
         "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
-        "names": {own: name for own, name in names.items() if own != name},
+        "names": {hub_name: name for hub_name, name in names.items() if hub_name != name},
     }  # fmt: skip
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
 
-Found = Iterator[tuple[Target, "Update"]]
+TargetUpdates = Iterator[tuple[Target, "Update"]]
 
 
 def _pairs(
     config: Mapping[str, JsonValue], kind: str, tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]
-) -> Found:
+) -> TargetUpdates:
     scale = _scale(config)
     for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
         if ("magnitude" in slots) != (kind == "dora"):
@@ -312,35 +312,37 @@ def _pairs(
                 names[target.path] = target.path
                 yield target, given[0]
         else:
-            own = modules.named(name)
-            names[own] = name
-            yield _target(own), _one(name, slots, scale)
+            hub_name = modules.named(name)
+            names[hub_name] = name
+            yield _target(hub_name), _one(name, slots, scale)
 
 
 def _one(name: str, slots: Slots, scale: float) -> Pair:
     if any(len(slots[field].shape) != 2 for field in "AB"):
         raise ShapeMismatch(f"A is {list(slots['A'].shape)}, B is {list(slots['B'].shape)}", where=name, cure=DAMAGED)
-    own = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
-    check_factors(name, own)
-    if "magnitude" in own and (name.rpartition(".")[2] in EMBEDDINGS or own["magnitude"].shape != own["B"].shape[:1]):
+    factors = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
+    check_factors(name, factors)
+    if "magnitude" in factors and (
+        name.rpartition(".")[2] in EMBEDDINGS or factors["magnitude"].shape != factors["B"].shape[:1]
+    ):
         why = "for an embedding, MLX computes a norm per token, but DoRA computes a norm per dimension"
         raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
-    return pair(own, scale)
+    return pair(factors, scale)
 
 
-def _target(own: str) -> Target:
-    return Target(own, "in out *k" if own.rpartition(".")[2] in EMBEDDINGS else "out *in")
+def _target(hub_name: str) -> Target:
+    return Target(hub_name, "in out *k" if hub_name.rpartition(".")[2] in EMBEDDINGS else "out *in")
 
 
-def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
+def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> TargetUpdates:
     """Yield the updates of stacked experts. Their A `[e, r, in]` and B `[e, out, r]` are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
-    for index, own in enumerate(_experts(name, A[0], modules)):
-        names[own] = own
+    for index, expert_name in enumerate(_experts(name, A[0], modules)):
+        names[expert_name] = expert_name
         one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
-        yield _target(own), LoRA(**one, scaling=scale)
+        yield _target(expert_name), LoRA(**one, scaling=scale)
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
@@ -388,16 +390,16 @@ def _listed(name: str, tensors: Mapping[str, Lazy]) -> tuple[str, int, int]:
 def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
-) -> Found:  # fmt: skip
+) -> TargetUpdates:  # fmt: skip
     """Yield the update of one part of a fused weight; the rows of the parts follow one another in order."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
         raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
     start = sum(tensors[key].shape[1] for key in keys[:part])
-    own = modules.named(name)
-    names[own] = name
+    hub_name = modules.named(name)
+    names[hub_name] = name
     update = _one(name, slots, scale)
-    yield Target(own, rows=(start, start + update.B.shape[0])), update
+    yield Target(hub_name, rows=(start, start + update.B.shape[0])), update
 
 
 def _scale(config: Mapping[str, JsonValue]) -> float:
@@ -410,23 +412,23 @@ def _scale(config: Mapping[str, JsonValue]) -> float:
     return is_finite(parameters["scale"], "lora_parameters.scale")
 
 
-def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]) -> Found:
-    held: dict[str, Slots] = {}
+def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]) -> TargetUpdates:
+    by_module: dict[str, Slots] = {}
     for key, tensor in tensors.items():
         module, _, field = key.rpartition(".")
         if field not in ("weight", "bias") or not module:
             raise Malformed("this is neither a weight nor a bias", where=key, cure=DAMAGED)
-        held.setdefault(module, {})[field] = tensor
-    for name, fields in held.items():
+        by_module.setdefault(module, {})[field] = tensor
+    for name, fields in by_module.items():
         if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):
-            for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
-                names[own] = own
+            for index, expert_name in enumerate(_experts(name, fields["weight"].shape[0], modules)):
+                names[expert_name] = expert_name
                 part: Slots = {field: item(leaf, index) for field, leaf in fields.items()}
-                yield Target(own), Replacement(**part)
+                yield Target(expert_name), Replacement(**part)
             continue
-        own = modules.named(name)
-        names[own] = name
-        yield Target(own), Replacement(**fields)
+        expert_name = modules.named(name)
+        names[expert_name] = name
+        yield Target(expert_name), Replacement(**fields)
 
 
 # Encode an `Adapter` as a config and tensors.
@@ -496,14 +498,14 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     moves = {}
     for target, updates in adapter.updates.items():
         count = updates[0].dims(True).get("e") if target.stacked else 0
-        found = to_mlx(target.path, config, count if isinstance(count, int) else 0)
-        if found is not None:
-            moves[target.path] = found
+        move_to_mlx = to_mlx(target.path, config, count if isinstance(count, int) else 0)
+        if move_to_mlx is not None:
+            moves[target.path] = move_to_mlx
     if not moves:
         return adapter, []
     experts = expert_count(config)
     _check_all(moves, experts)
-    own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
+    plain = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
     # Join the parts of a fused layer into one LoRA. Only MLX-LM's FusedLinear has a separate LoRA for each part.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
@@ -513,7 +515,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
         if target.path in fused and target.rows is not None
     }
     joined, lines = with_joined_rows(there, None, sizes)
-    return adapter.replace(updates={**own, **joined}), lines
+    return adapter.replace(updates={**plain, **joined}), lines
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
@@ -523,7 +525,11 @@ def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
         for move in given:
             if move.slot is not None:
                 slots.setdefault(move.path, set()).add(move.slot)
-    gaps = [f"{name}: the adapter has experts {sorted(held)}" for name, held in slots.items() if len(held) <= max(held)]
+    gaps = [
+        f"{name}: the adapter has experts {sorted(experts)}"
+        for name, experts in slots.items()
+        if len(experts) <= max(experts)
+    ]
     if gaps and not experts:
         raise Unrepresentable(
             "MLX-LM stores the LoRAs of all experts of a module in one stack", items=gaps, cure=_EXPERTS
@@ -553,7 +559,13 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
     first = cast("float | None", _parameters(hints).get("scale"))
     scale, pairs, folded = one_number(
-        pairs, lambda u: u.scaling, lambda scale, _: scale, dialect="MLX-LM", on_loss=on_loss, default=1.0, first=first
+        pairs,
+        lambda u: u.scaling,
+        lambda scale, _: scale,
+        format_name="MLX-LM",
+        on_loss=on_loss,
+        default=1.0,
+        first=first,
     )
     pairs, widened = _of_one_rank(pairs, hints)
     tensors = _spelled(pairs, hints)
@@ -621,8 +633,8 @@ def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str,
 
 
 def _parameters(hints: MlxHints) -> dict[str, JsonValue]:
-    found = hints.get("config", {}).get("lora_parameters")
-    return dict(found) if isinstance(found, dict) else {}
+    parameters = hints.get("config", {}).get("lora_parameters")
+    return dict(parameters) if isinstance(parameters, dict) else {}
 
 
 def _same(hints: MlxHints, pairs: Pairs) -> bool:

@@ -193,8 +193,8 @@ class Peft(Format):
 
     @classmethod
     def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
-        found = _departures_of(methods)
-        return cls.departures if found is None else found
+        stated = _departures_of(methods)
+        return cls.departures if stated is None else stated
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

@@ -147,22 +147,22 @@ def _scaling(
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
     """Return `lora_alpha` and related fields, from the file or the caller; two different alphas are an error."""
-    told = _told(header)
-    if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
+    stated = _scaling_fields(header)
+    if alpha is None and not stated and not alphas and looks_of_pipeline(ranks):
         return {
             "lora_alpha": rank,
             "alpha_pattern": {f"^{re.escape(name)}$": size for name, size in ranks.items() if size != rank},
             ASSUMED: True,
         }
     if alphas:
-        own = {
+        scalings = {
             parse_key(key.removesuffix(_ALPHA), prefix).path: float(leaf.numpy().ravel()[0])
             for key, leaf in alphas.items()
         }
-        usual = Counter(own.values()).most_common(1)[0][0]
-        pattern = {f"^{re.escape(name)}$": value for name, value in own.items() if value != usual}
-        told = {"lora_alpha": usual, "alpha_pattern": pattern}
-    if alpha is None and not told:
+        usual = Counter(scalings.values()).most_common(1)[0][0]
+        pattern = {f"^{re.escape(name)}$": value for name, value in scalings.items() if value != usual}
+        stated = {"lora_alpha": usual, "alpha_pattern": pattern}
+    if alpha is None and not stated:
         why = "without adapter_config.json, LoRA's alpha is unknown; the scaling of the adapter is alpha / rank"
         cure = (
             "State alpha with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, "
@@ -170,14 +170,14 @@ def _scaling(
         )
         raise UsageError(why, cure=cure)
     if alpha is None:
-        return told
-    if told and told["lora_alpha"] != alpha:
-        why = f"the file states alpha {told['lora_alpha']:g}, but --alpha (alpha=) is {alpha:g}"
+        return stated
+    if stated and stated["lora_alpha"] != alpha:
+        why = f"the file states alpha {stated['lora_alpha']:g}, but --alpha (alpha=) is {alpha:g}"
         raise UsageError(why, cure="Omit --alpha (alpha=)")
-    return told or {"lora_alpha": alpha}
+    return stated or {"lora_alpha": alpha}
 
 
-def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
+def _scaling_fields(header: Mapping[str, str]) -> dict[str, JsonValue]:
     """Return the scaling fields in the header of a safetensors file; empty if the header has no alpha."""
     for name in _ALPHA_FIELDS:
         try:
@@ -345,7 +345,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
         cure = "State the training config's lora_alpha with --alpha A (alpha=A); lora_alpha is 1 if the config has none"
         raise UsageError(why, cure=cure)
     family = next(each for each in families() if each.name == FAMILY)
-    found = {}
+    renamed = {}
     for key, leaf in tensors.items():
         if (match := _KEY.fullmatch(key)) is None:
             continue
@@ -356,5 +356,5 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
             raise Unsupported(
                 why, where=key, cure="Export the adapter with the tool that trained it, with PEFT's or diffusers' keys"
             )
-        found[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
-    return found
+        renamed[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
+    return renamed

@@ -14,7 +14,7 @@ from .families import FAMILIES, PEFT_TYPES, family_of_type
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
-from .file import RESIDUAL, Settings
+from .file import RESIDUAL, PeftSettings
 
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
@@ -114,7 +114,7 @@ def peft_types() -> tuple[str, ...]:
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
-def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> Settings:
+def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> PeftSettings:
     """Check every field of a config, and return the fields that affect the function.
 
     Args:
@@ -130,32 +130,32 @@ def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> Settings:
     for name, value in config.items():
         if family is None or name not in {**family.read, **family.harmless}:
             _check_field(name, value, strict)
-    own_fields = {"own"} if family is None else {"own", *family.own.__struct_fields__}
-    common = {*Settings.__struct_fields__} - own_fields
+    own_fields = {"method_fields"} if family is None else {"method_fields", *family.method_fields.__struct_fields__}
+    common = {*PeftSettings.__struct_fields__} - own_fields
     known = {name: value for name, value in config.items() if name in common}
     try:
-        own = None if family is None else msgspec.convert(dict(config), family.own)
-        settings = msgspec.structs.replace(msgspec.convert(known, Settings), own=own)
+        config_fields = None if family is None else msgspec.convert(dict(config), family.method_fields)
+        settings = msgspec.structs.replace(msgspec.convert(known, PeftSettings), method_fields=config_fields)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         where = place.strip("`").removeprefix("$.") or "adapter_config.json"
         raise Malformed(why, where=where, cure=_REWRITE) from None
     _check_init(settings.init_lora_weights)
-    _check_laws(settings)
+    _check_variants(settings)
     return settings
 
 
 def _check_type(config: Mapping[str, JsonValue]) -> None:
-    found = config.get("peft_type")
-    if not isinstance(found, str):
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str):
         raise Malformed("the config has no peft_type", where="peft_type", cure="Give a config that PEFT wrote")
-    if found not in PEFT_TYPES and family_of_type(found) is None:
-        if found in OTHER_TYPES:
+    if peft_type not in PEFT_TYPES and family_of_type(peft_type) is None:
+        if peft_type in OTHER_TYPES:
             raise Unsupported(
-                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run the adapter with PEFT"
+                f"PEFT's {peft_type}: {OTHER_TYPES[peft_type]}", where="peft_type", cure="Run the adapter with PEFT"
             )
         known = f"Known: {', '.join(peft_types())}"
-        raise Unsupported(f"this version does not know PEFT's {found}", where="peft_type", cure=known)
+        raise Unsupported(f"this version does not know PEFT's {peft_type}", where="peft_type", cure=known)
 
 
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
@@ -203,12 +203,12 @@ def _is_marker(name: str, value: object) -> bool:
     return _RECORD.fullmatch(name) is not None or _STAMP.fullmatch(value) is not None
 
 
-def _check_laws(settings: Settings) -> None:
+def _check_variants(settings: PeftSettings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
     PEFT has some variants only for modules (not for parameters), and only without a bias.
     """
-    laws = {
+    variants_on = {
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
         "init_lora_weights": bool(settings.residual),
@@ -216,7 +216,7 @@ def _check_laws(settings: Settings) -> None:
         "alora_invocation_tokens": settings.alora_invocation_tokens is not None,
         "use_dora": bool(settings.use_dora),
     }
-    named = [name for name, on in laws.items() if on]
+    named = [name for name, on in variants_on.items() if on]
     biased = bool(named) and named[0] in ("alora_invocation_tokens", "use_dora")
     others = () if not named or named[0] == "use_dora" else ("target_parameters",) if biased else _APART
     named += [name for name in others if getattr(settings, name)]

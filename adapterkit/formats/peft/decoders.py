@@ -19,7 +19,7 @@ from .._format import Departure
 from .._trained import lora_among_zeros, refused
 from .factors import PeftFactors, adapt, adapts_parameter, check_rank, decode_parameters, find_factors
 from .families import OUTPUT_TIMES
-from .file import File, Findings, Found, Kept, Key, Settings, make
+from .file import DecodedUpdate, File, Findings, Kept, Key, PeftSettings, make
 from .patterns import matches, unwrapped
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
     if update.method == "arrow":
         idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
         keys = {idle.get(field, field): key for field, key in keys.items()}
-    yield Found(path, update, keys, _layout(file, factors, attentions))
+    yield DecodedUpdate(path, update, keys, _layout(file, factors, attentions))
 
 
-def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
+def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUpdate:
     """Decode a BD-LoRA. `factor` names the block-diagonal factor, A or B, which becomes a stack of n blocks."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
@@ -169,7 +169,7 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
     tensors, keys = dict(factors.tensors), dict(factors.keys)
     tensors[f"{factor}_blocks"] = tensors.pop(factor).reshape(n, rows // n, factors.tensors[factor].shape[1])
     keys[f"{factor}_blocks"] = keys.pop(factor)
-    return Found(name, adapt(file.settings, name, tensors), keys)
+    return DecodedUpdate(name, adapt(file.settings, name, tensors), keys)
 
 
 def _check_plain(factors: PeftFactors, rank: int) -> None:
@@ -214,7 +214,7 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
 # in order. The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
 
 
-def decode_blocks(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
+def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[DecodedUpdate]:
     """Yield a LoRA for each run of adjacent rows of the weight that belong to one group.
 
     Raises:
@@ -230,10 +230,10 @@ def decode_blocks(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
         A = _rows(factors.A, group * rank, (group + 1) * rank)
         B = _rows(factors.B.reshape(*factors.B.shape[:2]), start, stop)
         update = make("lora", {"A": A, "B": B}, scaling=scaling)
-        yield Found(factors.key.path, update, factors.keys, layout, (to, to + stop - start))
+        yield DecodedUpdate(factors.key.path, update, factors.keys, layout, (to, to + stop - start))
 
 
-def _block_groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
+def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> int:
     """Return the number of groups that A and B have."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0
@@ -301,7 +301,7 @@ def _unread(file: File) -> Iterator[Key]:
             yield key
 
 
-def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
+def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
     """Create the update of a module's parameters.
 
     The layout is [in, out] only if the bias fits the weight's second axis.
@@ -309,7 +309,7 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
-    return Found(path, make("replacement", tensors), keys, "in out *k" if turned else "out *in")
+    return DecodedUpdate(path, make("replacement", tensors), keys, "in out *k" if turned else "out *in")
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
@@ -347,10 +347,10 @@ def decode_ia3(file: File) -> Findings:
         vector = tensor.reshape(max(tensor.shape))
         field = "l_in" if inputs else "l"
         turned = file.settings.fan_in_fan_out and len(tensor.shape) == 2
-        yield Found(key.path, make("ia3", {field: vector}), {field: key}, "in out *k" if turned else "out *in")
+        yield DecodedUpdate(key.path, make("ia3", {field: vector}), {field: key}, "in out *k" if turned else "out *in")
 
 
-def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
+def _scales_inputs(settings: PeftSettings, key: Key, shape: Shape) -> bool:
     named = feedforward(settings, key.path)
     inputs = shape[:1] == (1,) if named is None else named
     fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
@@ -361,7 +361,7 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
     return inputs
 
 
-def feedforward(settings: Settings, path: str) -> bool | None:
+def feedforward(settings: PeftSettings, path: str) -> bool | None:
     """Whether IA3 scales a module's inputs; names match by their ends, as in PEFT. None if the config has no list."""
     named = settings.feedforward_modules
     if named is None:
@@ -395,7 +395,7 @@ def decode_rows(file: File) -> Findings:
             why = f"the shape {list(values.shape)} is not that of rows for {len(index)} tokens"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         update = make("rows", {"index": integers(index), "values": values})
-        yield Found(key.path, update, {"values": key}, "in out *k")
+        yield DecodedUpdate(key.path, update, {"values": key}, "in out *k")
 
 
 def integers(values: list[int]) -> Lazy:
@@ -403,7 +403,7 @@ def integers(values: list[int]) -> Lazy:
     return Lazy((len(values),), DTYPES["I64"], lambda: b"".join(value.to_bytes(8, "little") for value in values))
 
 
-def _index(settings: Settings, path: str) -> list[int] | None:
+def _index(settings: PeftSettings, path: str) -> list[int] | None:
     """Return the ids of the tokens whose rows a module has; None if the config does not have them."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of, from_numpy
 from ...naming.moves import stored_in_out
-from .file import LATENT, File, Findings, Found, Key, make, names_module, parse_version, written_by_unsloth
+from .file import LATENT, DecodedUpdate, File, Findings, Key, make, names_module, parse_version, written_by_unsloth
 from .patterns import unwrapped
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.lazy import Array, Buffer, Shape
     from ...io.strict_json import JsonValue
-    from .file import Settings
+    from .file import PeftSettings
 
 
 # Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.
@@ -114,7 +114,7 @@ def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 
 
 
 def adapt(
-    settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
+    settings: PeftSettings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
     *, embedding: bool = False, by_formula: bool = False,
 ) -> Update:  # fmt: skip
     """Create the update of a module or parameter, with the config's method and scaling.
@@ -136,7 +136,7 @@ def adapt(
     return update.replace(regrouped=not by_formula) if method == "grouped_dora" else update
 
 
-def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
+def _method(settings: PeftSettings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
     if "magnitude" in tensors:
         return "grouped_dora" if _in_groups(tensors) else "dora"
     if "R" in tensors:
@@ -145,24 +145,24 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return "kasa"
     if "A_blocks" in tensors or "B_blocks" in tensors:
         return "bdlora"
-    law = "alora" if settings.alora_invocation_tokens is not None else "arrow" if settings.arrow_config else None
-    if law and (embedding or len(tensors["A"].shape) != 2):
-        why = f"{law} cannot adapt an embedding or a convolution"
-        raise Unsupported(why, where=law, cure="Remove these modules from target_modules")
-    if law:
-        return law
+    variant = "alora" if settings.alora_invocation_tokens is not None else "arrow" if settings.arrow_config else None
+    if variant and (embedding or len(tensors["A"].shape) != 2):
+        why = f"{variant} cannot adapt an embedding or a convolution"
+        raise Unsupported(why, where=variant, cure="Remove these modules from target_modules")
+    if variant:
+        return variant
     if _in_groups(tensors):
         return "grouped_lora"
     # Use plain LoRA for an embedding: PEFT subtracts no initial values from an embedding's table.
     return "lora" if embedding else settings.residual or "lora"
 
 
-def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
+def _router(arrow: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
     """Create Arrow's update, with the settings of the router; the factors are stored, but only the router uses them."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
-    tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
+    tasks, general = len(arrow.task_adapter_names or ()), len(arrow.gks_adapter_names or ()) if arrow.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
-        top_k=said.top_k, temperature=float(said.router_temperature), tasks=tasks, general=general
+        top_k=arrow.top_k, temperature=float(arrow.router_temperature), tasks=tasks, general=general
     )
 
 
@@ -195,7 +195,7 @@ def _factors(
     return PeftFactors(stem, keys, tensors, embedding)
 
 
-def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
+def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
     """Check that a module has exactly the tensors that the config requires.
 
     Args:
@@ -383,18 +383,18 @@ def in_order_of(
     return {**config, "lora_B_layout": order}
 
 
-def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) -> Found:
+def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) -> DecodedUpdate:
     rank = file.settings.rank(path)
     experts = max(factors.A.shape[0] // rank, 1)
     check_rank(factors, rank, experts)
     keys = {name: factors.keys[name] for name in ("A", "B")}
     shape = file.base_shape(path)
     if experts == 1 and (shape is None or len(shape) == 2):
-        return Found(path, adapt(file.settings, path, {"A": factors.A, "B": factors.B}), keys)
+        return DecodedUpdate(path, adapt(file.settings, path, {"A": factors.A, "B": factors.B}), keys)
     order = _order(file, factors, experts, rank)
     if file.compat == PEFT_0_18 or _swaps(file, factors, path, shape, swaps):
         A, B = stack_swapped(factors.A, factors.B, experts, order)
-        return Found(path, adapt(file.settings, path, {"A": A, "B": B}), keys, "e out *in")
+        return DecodedUpdate(path, adapt(file.settings, path, {"A": A, "B": B}), keys, "e out *in")
     tensors = {
         "A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts, order)
     }  # fmt: skip
@@ -402,7 +402,7 @@ def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) 
     if turned and shape is not None and shape[1] == shape[2]:
         # A square matrix fits both layouts, so look the layout up in the family's table.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
-    return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
+    return DecodedUpdate(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
 def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
@@ -551,7 +551,7 @@ def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
     return "swapped" if (in_, out) == (2 * down_out, down_in) else None
 
 
-def told_apart(names: Sequence[str]) -> bool:
+def has_known_order(names: Sequence[str]) -> bool:
     """Whether the order in which a module declares these parameters is known."""
     return len(names) == 1 or set(names) <= set(IN_ORDER)
 

@@ -76,8 +76,8 @@ class Key(NamedTuple):
         """Count the PEFT wrappers around this key's wrapper; each wrapper adapts another parameter of the module."""
         if not self.wrapped:
             return 0
-        found = _OUTERMOST.search(self.stem)
-        return 0 if found is None else found.group().count(".base_layer")
+        match = _OUTERMOST.search(self.stem)
+        return 0 if match is None else match.group().count(".base_layer")
 
     @property
     def module(self) -> str:
@@ -105,7 +105,7 @@ class File:
         omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
     """
 
-    settings: Settings
+    settings: PeftSettings
     tensors: Mapping[Key, Lazy]
     base: Checkpoint | None = None
     compat: str | None = None
@@ -121,23 +121,23 @@ class File:
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Return the keys with one of these parts, as stem -> (part, leaf) -> key."""
         parts = frozenset(parts)
-        found: dict[str, dict[tuple[str, str], Key]] = {}
+        groups_by_stem: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
             if key.part in parts:
-                group = found.get(key.stem)
+                group = groups_by_stem.get(key.stem)
                 if group is None:
-                    group = found[key.stem] = {}
+                    group = groups_by_stem[key.stem] = {}
                 group[key.part, key.leaf] = key
-        return found
+        return groups_by_stem
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
         """Return the keys whose words match one of these patterns, as stem -> word -> key; a star matches one word."""
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
-        found: dict[str, dict[str, Key]] = {}
+        modules_by_stem: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
             if key.stem and wanted.fullmatch(key.word):
-                found.setdefault(key.stem, {})[key.word] = key
-        return found
+                modules_by_stem.setdefault(key.stem, {})[key.word] = key
+        return modules_by_stem
 
     @cached_property
     def shared(self) -> dict[str, Key]:
@@ -155,7 +155,7 @@ class File:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class DecodedUpdate:
     """An update that a decoder found in a file.
 
     Attributes:
@@ -200,15 +200,15 @@ def _ending(name: str) -> str:
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
     """Index a base's tensors by the last word, and by the last two words, of their names, for many fast look-ups."""
-    found: dict[str, list[str]] = {}
+    names_by_ending: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
         for ending in {two, two.rpartition(".")[2]}:
-            found.setdefault(ending, []).append(name)
-    return found
+            names_by_ending.setdefault(ending, []).append(name)
+    return names_by_ending
 
 
-Findings = Iterator[Found | Kept]
+Findings = Iterator[DecodedUpdate | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
@@ -272,34 +272,34 @@ def _stands_alone(text: str) -> bool:
 @lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
     """Parse one key. The result is cached, because a file is read again right after it was written, for a check."""
-    if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
+    if prefix == PREFIX and (match := _PLAIN.fullmatch(text)):
         # Intern the strings to save memory: all keys of a module have the same stem, and all keys share a few words.
-        return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
+        return Key(text, intern(match["stem"]), intern(match["part"]), match["leaf"] or "")
     return parse_by_families(text, prefix)
 
 
 def parse_by_families(text: str, prefix: str) -> Key:
     """Parse one key, using the words of all families."""
-    if found := _shared().fullmatch(text):
-        names, leaf = _tail(found["rest"])
-        return Key(text, "", found["part"] + names[1], leaf, names[0])
+    if match := _shared().fullmatch(text):
+        names, leaf = _tail(match["rest"])
+        return Key(text, "", match["part"] + names[1], leaf, names[0])
     body = text[len(prefix) :]
-    if LATENT in body and (found := _LATENT.fullmatch(body)):
-        return Key(text, found["stem"], LATENT, "weight")
-    if found := _part().fullmatch(body):
-        names, leaf = _tail(found["rest"])
-        return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
-    if found := _SAVED.fullmatch(body):
-        return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"], copy="modules_to_save")
-    if found := _COPY.fullmatch(body):
-        return Key(text, f"{found['stem']}.{found['rest']}", copy=found["copy"])
+    if LATENT in body and (match := _LATENT.fullmatch(body)):
+        return Key(text, match["stem"], LATENT, "weight")
+    if match := _part().fullmatch(body):
+        names, leaf = _tail(match["rest"])
+        return Key(text, match["stem"], match["part"] + names[1], leaf, names[0])
+    if match := _SAVED.fullmatch(body):
+        return Key(text, f"{match['stem']}.{match['rest']}", adapter=match["name"], copy="modules_to_save")
+    if match := _COPY.fullmatch(body):
+        return Key(text, f"{match['stem']}.{match['rest']}", copy=match["copy"])
     return Key(text, body)
 
 
 @cache
 def _part() -> re.Pattern[str]:
-    own = _words(pattern for f in _families() for pattern in f.parts)
-    words = rf"(?:lora|ia3|ln_tuning|trainable_tokens)_\w+|{own}"
+    part_pattern = _words(pattern for f in _families() for pattern in f.parts)
+    words = rf"(?:lora|ia3|ln_tuning|trainable_tokens)_\w+|{part_pattern}"
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 
@@ -441,11 +441,11 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def factor(self, name: str) -> str:
         """Return `A` or `B`, whichever is block-diagonal in the module `name`; empty if neither is."""
         named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
-        found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
-        if len(found) > 1:
+        matching = [factor for factor, words in named.items() if any(word in name for word in words or ())]
+        if len(matching) > 1:
             why = "both target_modules_bd_a and target_modules_bd_b name this module"
             raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
-        return found[0] if found else ""
+        return matching[0] if matching else ""
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -463,8 +463,8 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rng_seed: int | None = None
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The config fields that change the function, with PEFT's defaults; `own` has the fields of a family."""
+class PeftSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The config fields that change the function, with PEFT's defaults; `method_fields` has the fields of a family."""
 
     peft_type: str
     r: Rank = 8
@@ -492,7 +492,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
     peft_version: str | None = None
     auto_mapping: Any = None
-    own: Any = None
+    method_fields: Any = None
 
     @property
     def unsloth(self) -> bool:
@@ -533,8 +533,8 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 
     A very large number if the release is missing.
     """
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return (int(found[1]), int(found[2])) if found else (1 << 30,)
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(match[1]), int(match[2])) if match else (1 << 30,)
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:

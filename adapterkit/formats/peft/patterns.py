@@ -166,29 +166,29 @@ class Automaton:
     def _step(self, states: frozenset[int], char: str) -> frozenset[int]:
         key = states, char
         if key not in self.steps:
-            found = set()
+            reached = set()
             for number in states:
                 state = self.states[number]
                 if state[0] == "char" and state[1](char):
-                    found.add(state[2])
-            self._remember(self.steps, key, frozenset(found), len(states))
+                    reached.add(state[2])
+            self._remember(self.steps, key, frozenset(reached), len(states))
         return self.steps[key]
 
     def _closure(self, states: frozenset[int], place: _Place) -> frozenset[int]:
         """Return all states that can be reached from `states` without reading a character."""
         key = states, place
         if key not in self.reached:
-            found, open_ = set(states), list(states)
+            reached, open_ = set(states), list(states)
             while open_:
                 state = self.states[open_.pop()]
                 if state[0] == "split":
                     following = state[1]
                 else:
                     following = (state[2],) if state[0] == "at" and state[1](place) else ()
-                fresh = [number for number in following if number not in found]
-                found.update(fresh)
+                fresh = [number for number in following if number not in reached]
+                reached.update(fresh)
                 open_.extend(fresh)
-            self._remember(self.reached, key, frozenset(found), len(found))
+            self._remember(self.reached, key, frozenset(reached), len(reached))
         return self.reached[key]
 
     def _remember(self, known: dict[T, frozenset[int]], key: T, value: frozenset[int], visits: int) -> None:
@@ -260,8 +260,8 @@ def _position(code: str, flags: int) -> Callable[[_Place], bool]:
         return lambda place: place[1] or place[2]
     if code == "AT_END_STRING":
         return lambda place: place[1]
-    own = re.compile(r"\b" if code == "AT_BOUNDARY" else r"\B", flags & re.ASCII)
-    return lambda place: own.match(place[3] + place[4], len(place[3])) is not None
+    pattern = re.compile(r"\b" if code == "AT_BOUNDARY" else r"\B", flags & re.ASCII)
+    return lambda place: pattern.match(place[3] + place[4], len(place[3])) is not None
 
 
 def _test(code: str, value: Any, flags: int) -> Callable[[str], bool]:
@@ -291,8 +291,8 @@ def _member(kind: str, value: Any, flags: int) -> Callable[[str], bool]:
 def _category(name: str, flags: int) -> Callable[[str], bool]:
     letters = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}
     letter = letters[name.rpartition("_")[2]]
-    own = re.compile(f"\\{letter.upper() if '_NOT_' in name else letter}", flags & re.ASCII)
-    return lambda char: own.match(char) is not None
+    pattern = re.compile(f"\\{letter.upper() if '_NOT_' in name else letter}", flags & re.ASCII)
+    return lambda char: pattern.match(char) is not None
 
 
 T = TypeVar("T")
@@ -361,11 +361,11 @@ class _Index(Generic[T]):
         if "\n" in name:  # Try every pattern: a dot and `$` treat a newline specially.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
-        found = [self._exact[name]] if name in self._exact else []
+        positions = [self._exact[name]] if name in self._exact else []
         for tail, forms in self._plain.items():
             if name.endswith(tail):
-                found += [at for form, known in forms.items() if (at := _among(name, form, known)) is not None]
-        best = min(found, default=len(self.values))
+                positions += [at for form, known in forms.items() if (at := _among(name, form, known)) is not None]
+        best = min(positions, default=len(self.values))
         others = (at for at, pattern in self._others if at < best and _behind_a_dot(pattern, name))
         best = min(next(others, best), best)
         return None if best == len(self.values) else best

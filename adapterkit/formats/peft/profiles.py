@@ -75,14 +75,14 @@ def profiles() -> Mapping[str, Profile]:
 
 def _load(path: Path) -> Profile:
     try:
-        found = msgspec.toml.decode(read_input(path), type=Profile)
+        profile = msgspec.toml.decode(read_input(path), type=Profile)
     except (ValueError, msgspec.MsgspecError) as error:
         raise Malformed(f"this is not a valid profile ({error})", path=path, cure="Correct the file") from error
-    if found.format != VERSION:
+    if profile.format != VERSION:
         raise Malformed(
-            f"the file has format {found.format}; this version reads format {VERSION}", path=path, cure="Correct it"
+            f"the file has format {profile.format}; this version reads format {VERSION}", path=path, cure="Correct it"
         )
-    return found
+    return profile
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
@@ -96,28 +96,32 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
             large for the program.
         UsageError: the program needs the base's model type in the config, and no base is given.
     """
-    own = profiles()[profile]
-    if own.order is not None:
-        hints = msgspec.structs.replace(hints_of(adapter), experts_order=own.order)
+    chosen = profiles()[profile]
+    if chosen.order is not None:
+        hints = msgspec.structs.replace(hints_of(adapter), experts_order=chosen.order)
         return adapter.replace(foreign=_foreign(adapter, hints)), []
-    adapter = _apart(adapter, own, base)
-    told = own.stacks and base is not None
-    pairs, lines = expressible(adapter, own.title, on_loss, lambda target, update: _why_not(own, target, update, told))
-    rank = _rank_for(own, max(rank_of(update, target.stacked) for target, update in pairs.items()))
+    adapter = _apart(adapter, chosen, base)
+    in_stacks = chosen.stacks and base is not None
+    pairs, lines = expressible(
+        adapter, chosen.title, on_loss, lambda target, update: _why_not(chosen, target, update, in_stacks)
+    )
+    rank = _rank_for(chosen, max(rank_of(update, target.stacked) for target, update in pairs.items()))
     narrow = [target for target, update in pairs.items() if rank_of(update, target.stacked) != rank]
     lines += [f"widened {target} to rank {rank} with zeros" for target in narrow]
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
-    if own.complete:
+    if chosen.complete:
         added = _absent(pairs, base)
-        lines += [f"wrote zeros for {target}, because {own.title} needs this module in every layer" for target in added]
+        lines += [
+            f"wrote zeros for {target}, because {chosen.title} needs this module in every layer" for target in added
+        ]
         pairs |= added
-    if own.scale == "folded":
+    if chosen.scale == "folded":
         alpha, (pairs, folded) = float(rank), _folded(pairs)
     else:
-        alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
+        alpha, pairs, folded = one_alpha(pairs, format_name=chosen.title, on_loss="fold")
     updates: Updates = {target: (update,) for target, update in pairs.items()}
-    _check_size(own, updates)
-    more = {"model_type": _model_type(own, base)} if own.model_type else {}
+    _check_size(chosen, updates)
+    more = {"model_type": _model_type(chosen, base)} if chosen.model_type else {}
     # Replace the whole source config, because the program would misread its other fields, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
@@ -160,15 +164,15 @@ def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
 
 def _folded(pairs: Pairs) -> tuple[Pairs, list[str]]:
     """Multiply every scaling into B; return the updates, and a line for each scaling that was not 1."""
-    held = {}
+    folded = {}
     for target, update in pairs.items():
         B = update.B if update.scaling == 1 else times(as_lazy(update.B), update.scaling)
-        held[target] = update.replace(B=B, scaling=1.0)
-    return held, [f"folded the scale of {target} into B" for target in pairs if pairs[target].scaling != 1]
+        folded[target] = update.replace(B=B, scaling=1.0)
+    return folded, [f"folded the scale of {target} into B" for target in pairs if pairs[target].scaling != 1]
 
 
 def _check_size(profile: Profile, updates: Updates) -> None:
-    leaves = [as_lazy(leaf) for found in updates.values() for update in found for leaf in update.tensors.values()]
+    leaves = [as_lazy(leaf) for group in updates.values() for update in group for leaf in update.tensors.values()]
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if profile.bytes is not None and size > profile.bytes:
         why = f"the weights have {size:,} bytes, but {profile.title} accepts only files of less than {profile.bytes:,}"
@@ -177,11 +181,11 @@ def _check_size(profile: Profile, updates: Updates) -> None:
 
 def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     """Return the model type of the base, for the config."""
-    found = None if base is None else (base.config or {}).get("model_type")
-    if not isinstance(found, str):
+    model_type = None if base is None else (base.config or {}).get("model_type")
+    if not isinstance(model_type, str):
         why = f"{profile.title} reads model_type from the adapter's config, but model_type is unknown"
         raise UsageError(why, where="base", cure="Pass a base with a config.json: --base BASE (base=)")
-    return found
+    return model_type
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
@@ -213,15 +217,15 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
-    stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
+    stacks = {target: group for target, group in adapter.updates.items() if target.stacked}
     moves = {
-        path: found
-        for path, found in moves_of(stacks, family, WEIGHT).items()
+        path: moves
+        for path, moves in moves_of(stacks, family, WEIGHT).items()
         if not (profile.stacks and _stored_in_stacks(family, path))
     }
     apart = translated(stacks, moves)
-    own = {target: found for target, found in adapter.updates.items() if target.path not in moves}
-    return adapter.replace(updates={**own, **apart})
+    plain = {target: group for target, group in adapter.updates.items() if target.path not in moves}
+    return adapter.replace(updates={**plain, **apart})
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
@@ -231,16 +235,16 @@ def _stored_in_stacks(family: Architecture, path: str) -> bool:
     return bool(places) and all(place is not None and place.stacked for place in places)
 
 
-def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
+def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) -> str:
     """Return the reason why a program cannot run an update; empty if it can.
 
     Args:
         profile: the program.
         target: the update's target.
         update: the update.
-        told: whether the program reads stacks, and the base shows that the model's files have stacks.
+        in_stacks: whether the program reads stacks, and the base shows that the model's files have stacks.
     """
-    if target.stacked and not told:
+    if target.stacked and not in_stacks:
         return (
             "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
             "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "

@@ -16,7 +16,7 @@ from . import config as fields
 from . import decoders
 from .factors import ORDERS
 from .families import family_of_type
-from .file import FORMAT, File, Findings, Found, Kept, Key, PeftHints, fingerprint, parse_keys, prefix_of
+from .file import FORMAT, DecodedUpdate, File, Findings, Kept, Key, PeftHints, fingerprint, parse_keys, prefix_of
 from .spelling import are_plain, spell_updates, stored
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
-    told = {"alpha": "rank" if assumed else config["lora_alpha"], "config": None}
+    origin = {"alpha": "rank" if assumed else config["lora_alpha"], "config": None}
     kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(PeftHints(compat=compat)))
-    return adapter.replace(recipe=(Step("read", {**step.args, **told}),), foreign=kept)
+    return adapter.replace(recipe=(Step("read", {**step.args, **origin}),), foreign=kept)
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     """Return the updates by target, the keys of the updates' tensors, and the keys that are only stored."""
-    found: dict[Place, list[Found]] = {}
+    by_place: dict[Place, list[DecodedUpdate]] = {}
     kept: list[str] = []
     used: set[Key] = set()
     for decoder in _decoders(file.settings.peft_type):
@@ -101,12 +101,12 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
                 kept.append(finding.key.text)
                 used.add(finding.key)
             else:
-                found.setdefault((finding.path, finding.rows), []).append(finding)
+                by_place.setdefault((finding.path, finding.rows), []).append(finding)
                 used.update(finding.keys.values())
     _check_all_used(file, used)
     updates: Updates = {}
     places: Places = {}
-    for (path, span), findings in _in_file_order(file, found):
+    for (path, span), findings in _in_file_order(file, by_place):
         target = Target(path, _layout(findings), span)
         updates[target] = tuple([_in_layout(finding, target) for finding in findings])
         places[target] = [finding.keys for finding in findings]
@@ -129,18 +129,20 @@ Place = tuple[str, tuple[int, int] | None]
 """The path of a module, and the range of rows of its weight, or None for all rows."""
 
 
-def _in_file_order(file: File, found: Mapping[Place, list[Found]]) -> list[tuple[Place, list[Found]]]:
+def _in_file_order(
+    file: File, by_place: Mapping[Place, list[DecodedUpdate]]
+) -> list[tuple[Place, list[DecodedUpdate]]]:
     order = {key.text: position for position, key in enumerate(file.tensors)}
 
-    def position(item: tuple[Place, list[Found]]) -> tuple[int, tuple[int, int]]:
+    def position(item: tuple[Place, list[DecodedUpdate]]) -> tuple[int, tuple[int, int]]:
         (_, span), findings = item
         keys = [key for finding in findings for key in finding.keys.values()]
         return min([order[key.text] for key in keys if key.stem] or [order[key.text] for key in keys]), span or (0, 0)
 
-    return sorted(found.items(), key=position)
+    return sorted(by_place.items(), key=position)
 
 
-def _layout(findings: Sequence[Found]) -> str:
+def _layout(findings: Sequence[DecodedUpdate]) -> str:
     """Return a target's layout: the main update's layout, unless a replaced weight of the target contradicts it."""
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout
@@ -158,7 +160,7 @@ def _layout(findings: Sequence[Found]) -> str:
     return proofs.get(tuple(whole.shape[:2]), acting.layout)
 
 
-def _in_layout(finding: Found, target: Target) -> Update:
+def _in_layout(finding: DecodedUpdate, target: Target) -> Update:
     update = finding.update
     if isinstance(update, Replacement) and update.weight is not None:
         return update.replace(weight=stored(as_lazy(update.weight), target.layout))
@@ -172,16 +174,16 @@ def _departures(
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     if peft_type == "LORA" and are_plain(updates):
-        for target, (held,) in places.items():
-            for name, own in held.items():
+        for target, (keys_of_update,) in places.items():
+            for name, own_key in keys_of_update.items():
                 spelled = f"{prefix}{target.path}.lora_{name}.weight"
-                if own.text != spelled:
-                    keys[spelled] = own.text
+                if own_key.text != spelled:
+                    keys[spelled] = own_key.text
         return keys, shapes
     for target, position, parts in spell_updates(updates, peft_type, prefix):
-        held = places[target][position]
+        keys_of_update = places[target][position]
         for field, spelled, leaf, guessed in parts:
-            key = held.get(field)
+            key = keys_of_update.get(field)
             if key is None:
                 continue
             if key.text != spelled or guessed:

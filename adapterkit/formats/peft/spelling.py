@@ -16,8 +16,8 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...naming.moves import IN_OUT
 from .decoders import norm_spelled
-from .factors import as_written, depths, told_apart, unstack
-from .families import PAIRS, Family, Parts, family_of, family_of_type, from_blocks, law_fields
+from .factors import as_written, depths, has_known_order, unstack
+from .families import PAIRS, Family, Parts, family_of, family_of_type, formula_fields, from_blocks
 from .file import PREFIX, PeftHints, fingerprint
 from .patterns import matches
 
@@ -103,8 +103,8 @@ def spell_updates(
     """Yield each update's target, its index among the target's updates, and its tensors with their keys."""
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             family = family_of(update)
             if family is None:
                 parts: Parts = {}
@@ -129,9 +129,9 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
     experts has 10^5 keys, and applying all rules to each key took a fifth of the time for reading such a file.
     """
     paths: set[str] = set()
-    for target, found in updates.items():
-        path, update = target.path, found[0]
-        if len(found) > 1 or type(update) is not LoRA or update.bias is not None or len(update.A.shape) != 2:
+    for target, group in updates.items():
+        path, update = target.path, group[0]
+        if len(group) > 1 or type(update) is not LoRA or update.bias is not None or len(update.A.shape) != 2:
             return False
         if target.layout != "out *in" or target.rows is not None or path.endswith("weight"):
             return False
@@ -177,7 +177,7 @@ def is_embedding(target: Target) -> bool | None:
 
 def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
     """Return the paths of targets with LoRA or another method of pairs."""
-    return {target.path for target, found in updates.items() if any(isinstance(u, PAIRS) for u in found)}
+    return {target.path for target, group in updates.items() if any(isinstance(u, PAIRS) for u in group)}
 
 
 def _names_parameter(path: str, base: Checkpoint | None) -> bool:
@@ -188,16 +188,16 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
     paths = lora_paths(updates)
     modules: dict[str, list[str]] = {}
     wrappers: dict[str, str] = {}
-    for target, found in updates.items():
+    for target, group in updates.items():
         module, _, name = target.path.rpartition(".")
         if target.path in paths and module and is_parameter(target, paths, base):
             modules.setdefault(module, []).append(name)
-        elif any(isinstance(update, _WRAPPING) or family_of(update) for update in found):
+        elif any(isinstance(update, _WRAPPING) or family_of(update) for update in group):
             wrappers[config_name(target, paths)] = wrappers[target.path] = ".base_layer"
-        elif any(isinstance(update, Rows) for update in found):
+        elif any(isinstance(update, Rows) for update in group):
             wrappers[target.path] = _ROWS[peft_type == "TRAINABLE_TOKENS"] + ".base_layer"
     wrappers |= {module: ".base_layer" * len(names) for module, names in modules.items()}
-    guessed = {f"{m}.{name}" for m, names in modules.items() for name in names if not told_apart(names)}
+    guessed = {f"{m}.{name}" for m, names in modules.items() for name in names if not has_known_order(names)}
     depth = {f"{module}.{name}": d for module, names in modules.items() for name, d in depths(names)}
     return PeftNames(paths, wrappers, depth, guessed, base)
 
@@ -225,8 +225,8 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
             yield name, norm_spelled(path) if peft_type == "LN_TUNING" else path, whole, False
     elif family := family_of(update):
         for name, (part, leaf) in parts.items():
-            own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
-            key = part if is_shared(family, part) else own
+            full_key = f"{names.inside(target.path)}.{part.removeprefix('.')}"
+            key = part if is_shared(family, part) else full_key
             yield name, key, leaf, family.guesses(target)
 
 
@@ -349,7 +349,7 @@ def configs(
     trained = {name: dropout[-1] for name in DROPOUTS if name in fresh and dropout}
     start = read or {**common, **fresh, **trained, "peft_type": peft_type}
     lists = _lists(updates, peft_type, base)
-    yield _over(start | named, {**_law_fields(updates, peft_type, start), **changed, **lists})
+    yield _over(start | named, {**_formula_fields(updates, peft_type, start), **changed, **lists})
 
 
 def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, JsonValue]:
@@ -375,11 +375,11 @@ def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _formula_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
-    pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}
-    return {**law_fields(pairs, before), "fan_in_fan_out": _stored_in_out(updates)}
+    pairs = {t.path: update for t, group in updates.items() for update in group if isinstance(update, PAIRS)}
+    return {**formula_fields(pairs, before), "fan_in_fan_out": _stored_in_out(updates)}
 
 
 def _stored_in_out(updates: Updates) -> bool:
@@ -387,9 +387,9 @@ def _stored_in_out(updates: Updates) -> bool:
     paths = lora_paths(updates)
     return any(
         target.layout == "in out *k"
-        and (target.path in paths or any(isinstance(u, IA3) for u in found))
+        and (target.path in paths or any(isinstance(u, IA3) for u in group))
         and not is_embedding(target)
-        for target, found in updates.items()
+        for target, group in updates.items()
     )
 
 
@@ -407,7 +407,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
     parameters = [t.path for t in targets if is_parameter(t, paths, base)]
     modules = sorted({config_name(t, paths) for t in targets if t.path not in parameters})
     tokens = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
-    biases = [target for target, found in updates.items() if _only_bias(found)]
+    biases = [target for target, group in updates.items() if _only_bias(group)]
     return {
         "target_modules": endings(modules, base) if modules or parameters else NO_MODULE,
         "target_parameters": sorted(parameters) or None,
@@ -420,20 +420,20 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields of an IA3 config that select all modules, and the modules whose inputs are scaled."""
-    found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
-    inputs = sorted(path for path, update in found.items() if update.l_in is not None)
-    loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
+    members = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
+    inputs = sorted(path for path, update in members.items() if update.l_in is not None)
+    loose = any(path.endswith(tuple(inputs)) for path in members if path not in inputs)
     return {
-        "target_modules": _pattern(sorted(found)) if loose else endings(sorted(found), base),
+        "target_modules": _pattern(sorted(members)) if loose else endings(sorted(members), base),
         "feedforward_modules": _pattern(inputs) if loose else inputs,
-        "modules_to_save": saved_modules(updates, sorted(found), base),
+        "modules_to_save": saved_modules(updates, sorted(members), base),
         "exclude_modules": None,
     }
 
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields that select modules, for a config of one of the `families`."""
-    paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
+    paths = sorted(target.path for target, group in updates.items() if _has(group, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
         pair = base is not None and (base.config or {}).get("is_encoder_decoder")
@@ -448,12 +448,12 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields that select the modules whose copies are in an LN_TUNING file."""
-    held = {
+    config = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates
     }
     return {
-        "target_modules": endings(sorted({name.rpartition(".")[0] for name in held}), base),
+        "target_modules": endings(sorted({name.rpartition(".")[0] for name in config}), base),
         "exclude_modules": None,
     }
 
@@ -482,31 +482,31 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
     """
     whole = [
         target.path
-        for target, found in updates.items()
-        if all(isinstance(update, Replacement) for update in found) and not _only_bias(found)
-        and _is_whole(target.path, found, base)
+        for target, group in updates.items()
+        if all(isinstance(update, Replacement) for update in group) and not _only_bias(group)
+        and _is_whole(target.path, group, base)
     ]  # fmt: skip
     hidden = [path for path in whole if any(matches(rf"(^|.*\.){path}($|\..*)", other) for other in adapted)]
     return sorted(set(whole) - set(hidden)) or None
 
 
-def _is_whole(path: str, found: Sequence[Update], base: Checkpoint | None) -> bool:
+def _is_whole(path: str, group: Sequence[Update], base: Checkpoint | None) -> bool:
     """Whether updates replace exactly the module's tensors, and no other module's name in the base ends with `path`."""
     if base is None:
         return True
-    held = {name for name in base.tensors if name.startswith(f"{path}.")}
-    ends_so = any(name.rpartition(".")[0].endswith(path) for name in base.tensors if name not in held)
-    return not ends_so and held == {f"{path}.{field}" for update in found for field in update.tensors}
+    tensor_names = {name for name in base.tensors if name.startswith(f"{path}.")}
+    ends_so = any(name.rpartition(".")[0].endswith(path) for name in base.tensors if name not in tensor_names)
+    return not ends_so and tensor_names == {f"{path}.{field}" for update in group for field in update.tensors}
 
 
 def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     named = set(modules)
     last = {name.rpartition(".")[2] for name in named}
-    held: set[str] = set()
+    suffixes: set[str] = set()
     for name in () if base is None else base.tensors:
         # Visit each parent only once, because many modules have the same parent.
-        while (name := name.rpartition(".")[0]) and name not in held:
-            held.add(name)
+        while (name := name.rpartition(".")[0]) and name not in suffixes:
+            suffixes.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
                 return True
     return False
@@ -522,12 +522,12 @@ def _pattern(modules: Iterable[str]) -> str:
     return "|".join(re.escape(module) for module in modules)
 
 
-def _has(found: tuple[object, ...], method: type | tuple[type, ...]) -> bool:
-    return any(isinstance(update, method) for update in found)
+def _has(group: tuple[object, ...], method: type | tuple[type, ...]) -> bool:
+    return any(isinstance(update, method) for update in group)
 
 
-def _only_bias(found: tuple[object, ...]) -> bool:
-    return any(isinstance(update, Replacement) and update.weight is None for update in found)
+def _only_bias(group: tuple[object, ...]) -> bool:
+    return any(isinstance(update, Replacement) and update.weight is None for update in group)
 
 
 _ANYWHERE = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

@@ -109,17 +109,17 @@ def _computed(update: ContextUpdate) -> Update:
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
     """Return each update that a PEFT file cannot express, at most once; see `File` for `by_formula`."""
-    found: dict[tuple[Target, int], str] = {}
+    losses_found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
         for target, position, why in losses:
-            found.setdefault((target, position), why)
-    return [(target, position, why) for (target, position), why in found.items()]
+            losses_found.setdefault((target, position), why)
+    return [(target, position, why) for (target, position), why in losses_found.items()]
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
     """Return the most frequent main method (see `_acts`) of the updates; None if no update has a main method."""
-    count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
+    count = Counter(type(u) for group in updates.values() for u in group if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
 
@@ -145,8 +145,8 @@ def _position(method: type[Update]) -> int:
 
 def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
     method, paths = acting_method(updates), lora_paths(updates)
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             why = _why_not(target, update, method) or _why_not_there(target, update, paths, base, by_formula)
             if why:
                 yield target, position, why
@@ -201,18 +201,18 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
 
 def _together(updates: Updates) -> Iterator[Loss]:
     seen: dict[str, Target] = {}
-    for target, found in updates.items():
+    for target, group in updates.items():
         if seen.setdefault(target.path, target) != target and target.rows is None:
             yield from (
-                (target, position, "a weight has two targets with different layouts") for position in range(len(found))
+                (target, position, "a weight has two targets with different layouts") for position in range(len(group))
             )
-        ranks = [_order(type(update)) for update in found]
-        for position in range(1, len(found)):
+        ranks = [_order(type(update)) for update in group]
+        for position in range(1, len(group)):
             if ranks[position] <= max(ranks[:position]):
                 yield (
                     target,
                     position,
-                    f"PEFT cannot apply {found[position].method} after {found[position - 1].method} on one module",
+                    f"PEFT cannot apply {group[position].method} after {group[position - 1].method} on one module",
                 )
 
 
@@ -230,19 +230,19 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
     impossible: list[Loss] = []
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             if isinstance(update, BIASED):
                 has = update.bias is not None
                 input_projection = not by_formula and _is_input_projection(target, paths)
                 if input_projection and not has:
                     continue
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
-                own, others = ("has a", "have none") if has else ("has no", "have one")
+                this_one, others = ("has a", "have none") if has else ("has no", "have one")
                 if has and where:
                     impossible.append((target, position, f"PEFT has no {update.method} with a bias at this target"))
                 else:
-                    why = f"this {update.method} {own} bias, but others {others}"
+                    why = f"this {update.method} {this_one} bias, but others {others}"
                     parties[has].append((target, position, why))
     # After `--on-loss drop` omitted the LoRAs that PEFT cannot have, the remaining LoRAs are compared again.
     if impossible:
@@ -258,8 +258,8 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 def _attentions(updates: Updates) -> Iterator[Loss]:
     """Yield updates of an attention's projection if their rank differs from the rank of the other projection."""
     paths, first = lora_paths(updates), dict[str, int]()
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             if isinstance(update, LoRA):
                 rank = int(update.A.shape[-2 if target.stacked else 0])
                 if first.setdefault(config_name(target, paths), rank) != rank:
@@ -271,8 +271,8 @@ def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()
-    own = [update for found in updates.values() for update in found if type(update) in methods]
-    if family and not family.empty and any(map(_empty, own)):
+    members = [update for group in updates.values() for update in group if type(update) in methods]
+    if family and not family.empty and any(map(_empty, members)):
         # Updates with empty tensors have already been reported as losses of the conversion. After they are removed,
         # this function is called again for the rest.
         return
@@ -314,33 +314,33 @@ def says(
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-        prefix, keys = parse_keys(held, prefix_of(str(config["peft_type"])))
+        kept = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+        prefix, keys = parse_keys(kept, prefix_of(str(config["peft_type"])))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
-        known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
+        known = {target.path: update for target, group in updates.items() for update in group if family_of(update)}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
         file = File(fields.parse(written), keys, base, compat, parameters=stems, omitted=out, known=known)
         read, places, _ = assemble(file)
     except AdapterkitError:
         return False
-    own = _own(places, file)
-    return _content(read, own) == _content(updates, own)
+    written_fields = _unshared_fields(places, file)
+    return _content(read, written_fields) == _content(updates, written_fields)
 
 
-def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
+def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
     """Map (path, index of an update) to the fields whose keys are not chosen among several shared keys."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
-    own: dict[tuple[str, int], set[str]] = {}
-    for target, held in places.items():
-        for position, keys in enumerate(held):
+    fields_at: dict[tuple[str, int], set[str]] = {}
+    for target, keys_of_updates in places.items():
+        for position, keys in enumerate(keys_of_updates):
             fields = {field for field, key in keys.items() if key.text not in several}
             if fields:
-                own.setdefault((target.path, position), set()).update(fields)
-    return own
+                fields_at.setdefault((target.path, position), set()).update(fields)
+    return fields_at
 
 
-def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
+def _content(updates: Updates, written_fields: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
     """Return everything about updates that a wrong config could change: targets, methods, values, shapes, token ids.
 
     A float tensor with its own key is represented only by its dtype. A tensor that the reader computes, or selects
@@ -348,25 +348,25 @@ def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -
     """
     return {
         (target.path, target.rows, target.stacked): [
-            _outline(update, target.layout, own.get((target.path, position), ()))
-            for position, update in enumerate(found)
+            _outline(update, target.layout, written_fields.get((target.path, position), ()))
+            for position, update in enumerate(group)
         ]
-        for target, found in updates.items()
+        for target, group in updates.items()
     }
 
 
-def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[object, ...]:
+def _outline(update: Update, layout: str, written_fields: Collection[str]) -> tuple[object, ...]:
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, Replacement) and "weight" in leaves:
         leaves["weight"] = stored(leaves["weight"], layout)
-    shapes = {name: (leaf.shape, _values(leaf, name in own)) for name, leaf in leaves.items()}
+    shapes = {name: (leaf.shape, _values(leaf, name in written_fields)) for name, leaf in leaves.items()}
     return update.method, update.attributes, shapes
 
 
-def _values(leaf: Lazy, own: bool) -> object:
+def _values(leaf: Lazy, is_written: bool) -> object:
     if not leaf.dtype.floating:
         return leaf.numpy().tolist()
-    return leaf.dtype.name if own else (leaf.dtype.name, bytes(leaf.fetch()))
+    return leaf.dtype.name if is_written else (leaf.dtype.name, bytes(leaf.fetch()))
 
 
 def encode(
@@ -385,8 +385,8 @@ def encode(
     whole, twice = with_one_lora(whole)
     joined += twice
     updates, lines = all_expressible(
-        _as_stored(whole), lambda held: [*find_losses(held, base, by_formula)] or _guesses(held, hints, base),
-        dialect="PEFT", place="a PEFT file", on_loss=on_loss,
+        _as_stored(whole), lambda adapted: [*find_losses(adapted, base, by_formula)] or _guesses(adapted, hints, base),
+        format_name="PEFT", place="a PEFT file", on_loss=on_loss,
     )  # fmt: skip
     peft_type = _peft_type(updates, hints)
     if not hints.config:
@@ -400,7 +400,7 @@ def encode(
         if says(config, kept | tensors, spelled, updates, base, omitted, hints.compat):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
             return config, kept | written, computed + joined + lines + folded
-    places = [(target, position) for target, found in updates.items() for position in range(len(found))]
+    places = [(target, position) for target, group in updates.items() for position in range(len(group))]
     cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
     raise Unrepresentable("PEFT's config cannot express this combination", cure=cure, places=places)
 
@@ -408,11 +408,11 @@ def encode(
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
     """Return the same updates, with replaced weights in the order in which the base stores them."""
     changed: dict[Target, tuple[Update, ...]] = {}
-    for target, found in updates.items():
-        if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in found):
-            changed[target] = found
+    for target, group in updates.items():
+        if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in group):
+            changed[target] = group
         else:
-            changed[replace(target, layout="out *in")] = tuple(_turned(update, target.layout) for update in found)
+            changed[replace(target, layout="out *in")] = tuple(_turned(update, target.layout) for update in group)
     return changed
 
 
@@ -422,7 +422,7 @@ def _turned(update: Update, layout: str) -> Update:
 
 
 def _guesses(updates: Updates, hints: PeftHints, base: Checkpoint | None) -> Iterator[Loss]:
-    paths, pairs = lora_paths(updates), all(isinstance(u, PAIRS) for found in updates.values() for u in found)
+    paths, pairs = lora_paths(updates), all(isinstance(u, PAIRS) for group in updates.values() for u in group)
     if pairs and all(target.layout == "out *in" and not is_parameter(target, paths, base) for target in updates):
         return
     spelled = spell(updates, "LORA", hints.prefix, base)
@@ -434,12 +434,12 @@ def _guesses(updates: Updates, hints: PeftHints, base: Checkpoint | None) -> Ite
 def _peft_type(updates: Updates, hints: PeftHints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
+        types = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
         # If several types have the method, prefer the source file's type, and then the type that is named after the
         # method.
-        named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
-        return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
+        named = types.get(method.__module__.rpartition(".")[2]) or next(iter(types.values()), None)
+        return str(read) if read in types.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
     if read == "LN_TUNING" and not numbers:
@@ -524,8 +524,8 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
             cure="Allow folding the scaling into B with --on-loss fold (on_loss='fold')",
         )
     changed = {
-        t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
-        for t, found in updates.items()
+        t: tuple(_folded(update, _times_added(t, paths, once)) for update in group) if t in needy else group
+        for t, group in updates.items()
     }
     numbers, _ = scale_fields(_scales(changed, once)[0], (first, not first))
     return changed, numbers, [f"folded the scaling into B of {target}" for target in needy]
@@ -553,15 +553,15 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
         scaled = _times(update.tensors[field], update.attributes["scaling"])
         return update.replace(scaling=1.0, **{field: scaled})
 
-    changed = {t: tuple(map(folded, found)) if t.path in needy else found for t, found in updates.items()}
+    changed = {t: tuple(map(folded, group)) if t.path in needy else group for t, group in updates.items()}
     return changed, [f"folded the scaling into a factor of {path}" for path in needy]
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
     """Return (rank, scaling) by the name in the config, and the attentions whose projections need different alphas."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
-    for target, found in updates.items():
-        for update in (update for update in found if isinstance(update, PAIRS)):
+    for target, group in updates.items():
+        for update in (update for update in group if isinstance(update, PAIRS)):
             scaling = float(cast(Any, update).scaling) / _times_added(target, paths, once)
             scale, name = (rank_of(update, target.stacked), scaling), config_name(target, paths)
             if scales.setdefault(name, scale) != scale:

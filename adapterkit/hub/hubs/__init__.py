@@ -25,14 +25,14 @@ class Listing(Remote):
 
     @cached_property
     def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
-        told = sorted((file.path, file.size, file.digest) for file in self.files)
-        if not told:
+        listing = sorted((file.path, file.size, file.digest) for file in self.files)
+        if not listing:
             raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
-        found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
+        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        if isinstance(self.uri, Address) and self.uri.revision not in (None, digest):
             cure = "Omit the # and the digest to read the current files"
             raise RemoteNotFound("the files have changed since this digest was taken", path=str(self.uri), cure=cure)
-        return found
+        return digest
 
 
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
@@ -83,15 +83,18 @@ class Filesystem(Listing):
         place = f"{root}/{self.uri.path}" if self.uri.path else root
         # For a single file, `find` returns only the file. List its siblings too, because configs are next to the
         # weights.
-        found = self.call(lambda: system.find(place, detail=True))
-        if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
-            found = self.call(
+        details = self.call(lambda: system.find(place, detail=True))
+        if len(details) == 1 and place in {str(name).rstrip("/") for name in details}:
+            details = self.call(
                 lambda: {e["name"]: e for e in system.ls(place.rpartition("/")[0]) if e["type"] == "file"}
             )
-        return [self._file(str(name), root, told) for name, told in found.items()]
+        return [self._file(str(name), root, details) for name, details in details.items()]
 
-    def _file(self, name: str, root: str, told: Mapping[str, object]) -> RemoteFile:
-        size, signs = told.get("size"), [told.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")]
+    def _file(self, name: str, root: str, details: Mapping[str, object]) -> RemoteFile:
+        size, signs = (
+            details.get("size"),
+            [details.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")],
+        )
         if type(size) is not int:
             cure = "Fetch it with another tool first"
             raise Unsupported(

@@ -27,6 +27,7 @@ from ..web import (
     answered,
     begins_at,
     body_of,
+    error_body_of,
     guarded,
     is_offline,
     is_transport,
@@ -35,7 +36,6 @@ from ..web import (
     range_header,
     redacted,
     retry_after,
-    said_in,
 )
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ class HuggingFace(Remote):
     @cached_property
     def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
         at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
-        found = self.call(lambda: self._told(f"{self._model}{at}")[0]["sha"])
-        if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
+        revision = self.call(lambda: self._json(f"{self._model}{at}")[0]["sha"])
+        if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40,64}", revision):
             raise NetworkError("the hub did not return the commit", path=str(self.uri), cure=_NOT_A_HUB)
-        return found
+        return revision
 
     def call(self, act: Callable[[], T]) -> T:
         with guarded(self.endpoint, str(self.uri)):
@@ -93,18 +93,18 @@ class HuggingFace(Remote):
         url: str | None = f"{self._model}/tree/{self.commit}?recursive=true&expand=false"
         while url is not None:
             here = url
-            found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
+            entries, following = self.call(lambda here=here: self._json(here))  # type: ignore[misc]
             # Refuse an empty page with a link to another page: a server could send an endless sequence of empty pages.
-            if not isinstance(found, list) or (following and not found):
+            if not isinstance(entries, list) or (following and not entries):
                 raise NetworkError("the hub's list of files is invalid", path=str(self.uri), cure=_NOT_A_HUB)
-            yield from (self._file(entry) for entry in found if not _is_folder(entry))
+            yield from (self._file(entry) for entry in entries if not _is_folder(entry))
             url = following
 
     @property
     def _model(self) -> str:
         return f"{self.endpoint}/api/models/{self.uri.repo}"
 
-    def _told(self, url: str) -> tuple[Any, str | None]:
+    def _json(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON document at a url of the hub, and the url of the next page, or None.
 
         huggingface_hub's functions are not used, for two reasons. They read replies of any length. And they send the
@@ -137,9 +137,12 @@ class HuggingFace(Remote):
         with answered("GET", url, sent, secret, str(self.uri)) as response:
             if response.status_code >= 400:
                 # Pass a copy with a short body: huggingface_hub reads the whole body of an error to explain it.
-                told = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
+                kept_headers = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
                 copy = httpx.Response(
-                    response.status_code, headers=told, content=said_in(response), request=response.request
+                    response.status_code,
+                    headers=kept_headers,
+                    content=error_body_of(response),
+                    request=response.request,
                 )
                 hf_raise_for_status(copy)
             yield response
@@ -150,8 +153,8 @@ class HuggingFace(Remote):
         # For a large file, `oid` is the digest of git's pointer; `lfs` has the size and digest of the content.
         if lfs is not None:
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
-        told = isinstance(path, str) and type(size) is int and size >= 0
-        if not told or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
+        valid = isinstance(path, str) and type(size) is int and size >= 0
+        if not valid or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
             raise Malformed("the hub lists a file without its size or digest", path=str(self.uri), cure=_NOT_A_HUB)
         return RemoteFile(path, size, digest)
 
@@ -171,9 +174,9 @@ class HuggingFace(Remote):
             return error
         if isinstance(error, HfHubHTTPError):
             response = error.response
-            told = response is not None and response.status_code in PASSING
-            wait = retry_after(response.headers.get("Retry-After")) if told else None
-            return Passing(f"the hub answered {response.status_code}", wait) if told else None
+            passing = response is not None and response.status_code in PASSING
+            wait = retry_after(response.headers.get("Retry-After")) if passing else None
+            return Passing(f"the hub answered {response.status_code}", wait) if passing else None
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> NetworkError | None:
@@ -210,7 +213,7 @@ class HuggingFace(Remote):
             known = "with this token" if self.token else "without a token"
             cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
             return RemoteNotFound(f"the repository does not exist, or is not visible {known}", path=place, cure=cure)
-        return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
+        return NetworkError(f"the hub answered {status}{self._message(error)}", path=place, cure=_REACH)
 
     def _denial(self, status: int) -> AccessDenied:
         place = str(self.uri)
@@ -223,7 +226,7 @@ class HuggingFace(Remote):
             return AccessDenied("the hub does not know this token", path=place, cure=cure)
         return AccessDenied("the hub requires a token", path=place, cure=_LOGIN)
 
-    def _said(self, error: object) -> str:
+    def _message(self, error: object) -> str:
         """Return the server's message with tokens and urls removed."""
         text = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
         return f": {redacted(text, self.token)}" if text else ""
@@ -236,17 +239,17 @@ class HuggingFace(Remote):
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
-        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
-        return send(self, {name: files[name] for name in changed}, found, message, private)
+        return send(self, {name: files[name] for name in changed}, digests, message, private)
 
     def begin(self) -> None:
         super().begin()
         _created(self, private=False)
         head_of(self)
 
-    def place(self, path: str, file: Path, found: Digests) -> Placed:
+    def place(self, path: str, file: Path, digests: Digests) -> Placed:
         # Upload even small files with LFS: only LFS files can be committed later by their sha256.
         def act() -> None:
             operation = _addition(path, str(file))
@@ -254,7 +257,7 @@ class HuggingFace(Remote):
 
         with _uploading(self.endpoint):
             self.call(act)
-        return Placed(path, found)
+        return Placed(path, digests)
 
     def holds(self, placed: Placed) -> bool:
         from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
@@ -287,7 +290,7 @@ class HuggingFace(Remote):
         """Return the commit that a tag points to, or None if the tag does not exist."""
 
         def act() -> str | None:
-            tags = self._told(f"{self._model}/refs")[0]["tags"]
+            tags = self._json(f"{self._model}/refs")[0]["tags"]
             return next((str(tag["targetCommit"]) for tag in tags if tag["name"] == name), None)
 
         return self.call(act)
@@ -320,7 +323,7 @@ _NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
 
 
 def send(
-    remote: HuggingFace, contents: Mapping[str, Content], found: Mapping[str, Digests], message: str, private: bool
+    remote: HuggingFace, contents: Mapping[str, Content], digests: Mapping[str, Digests], message: str, private: bool
 ) -> str:
     """Create the repository and branch if needed, and make one commit; return its hash."""
     from huggingface_hub import CommitOperationAdd
@@ -344,7 +347,7 @@ def send(
         return str(done.oid)
 
     with _uploading(remote.endpoint):
-        return _once(remote, head, found, act)
+        return _once(remote, head, digests, act)
 
 
 def head_of(remote: HuggingFace) -> str:
@@ -361,7 +364,7 @@ def head_of(remote: HuggingFace) -> str:
     return hub(uri, remote.token).commit
 
 
-def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Callable[[], str]) -> str:
+def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: Callable[[], str]) -> str:
     """Make the commit only once, even if the hub's reply is lost.
 
     The hub may have made the commit before the connection broke. If the branch is no longer at `head` and already
@@ -373,7 +376,7 @@ def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Cal
         try:
             now = type(remote)(remote.uri, remote.token)
             moved = now.commit != head
-            check_listed(now, found)
+            check_listed(now, digests)
         except AdapterkitError:
             moved = False
         else:

@@ -44,8 +44,8 @@ class ModelScope(Listing):
 
     def listed(self) -> list[RemoteFile]:
         revision = self.uri.revision or "master"
-        found = self.call(lambda: self._api.list_repo_files(self.uri.repo, "model", revision=revision))
-        return [self._file(entry) for entry in found if entry.type != "tree"]
+        entries = self.call(lambda: self._api.list_repo_files(self.uri.repo, "model", revision=revision))
+        return [self._file(entry) for entry in entries if entry.type != "tree"]
 
     def _file(self, entry: Any) -> RemoteFile:
         if isinstance(entry.sha256, str) and re.fullmatch("[0-9a-f]{64}", entry.sha256):
@@ -115,5 +115,5 @@ _LOST = {"ConnectionError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingErr
 
 
 def _status(error: Exception) -> int | None:
-    found = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    return found if isinstance(found, int) else None
+    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None

@@ -45,6 +45,7 @@ from ..web import (
     answered,
     begins_at,
     body_of,
+    error_body_of,
     is_near,
     is_offline,
     is_transport,
@@ -54,7 +55,6 @@ from ..web import (
     range_header,
     redacted,
     retrying,
-    said_in,
 )
 
 if TYPE_CHECKING:
@@ -83,19 +83,19 @@ CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
 DOCUMENTS = (".md",)
 
 
-def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
+def artifact(repo: str, tag: str, digests: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
     """Return the config and the manifest of an artifact with these files. The same files give the same bytes."""
-    names = sorted(found)
+    names = sorted(digests)
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
         "config": {"format": _format(names)},
-        "modelfs": {"type": "layers", "diffIds": [found[name][1] for name in names]},
+        "modelfs": {"type": "layers", "diffIds": [digests[name][1] for name in names]},
     }
     config = _json(described)
     manifest = {
         "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": ARTIFACT,
         "config": {"mediaType": CONFIG, "digest": digests_of(config)[1], "size": len(config)},
-        "layers": [_layer(name, found[name]) for name in names],
+        "layers": [_layer(name, digests[name]) for name in names],
         "annotations": {"org.opencontainers.image.description": message},
     }  # fmt: skip
     return config, _json(manifest)
@@ -109,16 +109,16 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
         Unsupported: the bytes are an index of several manifests, and the uri does not name one of them.
     """
     try:
-        told = load_json(body.decode())
+        manifest = load_json(body.decode())
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the manifest is not valid JSON ({error})", path=place, cure=_ANOTHER) from None
-    if isinstance(told, dict) and ("manifests" in told or told.get("mediaType") in INDEXES):
+    if isinstance(manifest, dict) and ("manifests" in manifest or manifest.get("mediaType") in INDEXES):
         raise Unsupported(
             "this is a list of artifacts, not one artifact", path=place, cure="Select one of them by its digest"
         )
-    if not isinstance(told, dict) or not isinstance(told.get("layers"), list):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), list):
         raise Malformed("the manifest has no layers", path=place, cure=_ANOTHER)
-    return told
+    return manifest
 
 
 def files_of(manifest: Mapping[str, JsonValue], place: str) -> list[RemoteFile]:
@@ -167,8 +167,8 @@ def _kind(name: str) -> str:
 
 
 def _format(names: list[str]) -> str:
-    found = sorted({name.rpartition(".")[2] for name in names if _kind(name) == WEIGHT and "." in name})
-    return "safetensors" if "safetensors" in found or not found else found[0]
+    endings = sorted({name.rpartition(".")[2] for name in names if _kind(name) == WEIGHT and "." in name})
+    return "safetensors" if "safetensors" in endings or not endings else endings[0]
 
 
 def _json(value: Mapping[str, object]) -> bytes:
@@ -251,9 +251,9 @@ class Distribution(Remote):
         revision = self.uri.revision or LATEST
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
-            told = response.headers.get("Docker-Content-Digest", "")
+            digest = response.headers.get("Docker-Content-Digest", "")
         # Compare only sha256 digests: the header is optional and may use another algorithm.
-        promised = revision if revision.startswith("sha256:") else told
+        promised = revision if revision.startswith("sha256:") else digest
         return body, promised if promised.startswith("sha256:") else ""
 
     def listed(self) -> list[RemoteFile]:
@@ -290,12 +290,12 @@ class Distribution(Remote):
 
     def _refused(self, response: httpx2.Response) -> Refused:
         try:
-            told = load_json(said_in(response).decode()) or {}
-            first = told["errors"][0]
-            code, said = str(first.get("code", "")), str(first.get("message", ""))
+            answer = load_json(error_body_of(response).decode()) or {}
+            first = answer["errors"][0]
+            code, message = str(first.get("code", "")), str(first.get("message", ""))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            code = said = ""
-        return Refused(response.status_code, code[:60], redacted(" ".join(said.split())[:200], self.token))
+            code = message = ""
+        return Refused(response.status_code, code[:60], redacted(" ".join(message.split())[:200], self.token))
 
     def passing(self, error: Exception) -> Passing | None:
         if isinstance(error, Passing):
@@ -328,11 +328,11 @@ class Distribution(Remote):
             named = "no such repository" if error.code == "NAME_UNKNOWN" else f"no tag {self.uri.revision!r}"
             why = "a blob is missing: the artifact is incomplete" if error.code == "BLOB_UNKNOWN" else named
             return RemoteNotFound(why, path=place, cure=f"Check the spelling. If it is private: {login}")
-        said = f": {error.said}" if error.said else ""
-        return NetworkError(f"the registry answered {error.status}{said}", path=place, cure="Is it an OCI registry?")
+        message = f": {error.message}" if error.message else ""
+        return NetworkError(f"the registry answered {error.status}{message}", path=place, cure="Is it an OCI registry?")
 
     def send(
-        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
         if private:
@@ -345,19 +345,19 @@ class Distribution(Remote):
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
-                upload(self, content, found[name][0], found[name][1])
+                upload(self, content, digests[name][0], digests[name][1])
             elif not self.holds(content):
                 raise lost(str(self.uri), name)
-        config, manifest = made(self.uri.repo, self.uri.revision or LATEST, found, message)
+        config, manifest = artifact(self.uri.repo, self.uri.revision or LATEST, digests, message)
         upload(self, config, len(config), digests_of(config)[1])
         if self._now() != before:
             cure = "Look at the current files, and run the same command again"
             raise NetworkError("somebody else pushed in the meantime", path=str(self.uri), cure=cure)
         return self._set(self.uri.revision or LATEST, manifest)
 
-    def place(self, path: str, file: Path, found: Digests) -> Placed:
-        upload(self, file, found[0], found[1])
-        return Placed(path, found)
+    def place(self, path: str, file: Path, digests: Digests) -> Placed:
+        upload(self, file, digests[0], digests[1])
+        return Placed(path, digests)
 
     def holds(self, placed: Placed) -> bool:
         return _has(self, placed.digests[1])
@@ -422,7 +422,7 @@ def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) 
         except Refused as error:
             sending.forget()
             if error.status not in (400, 404, 416) or attempt + 1 == ANEW:
-                raise _said(remote, error, digest) from None
+                raise _explained(remote, error, digest) from None
         else:
             return
 
@@ -474,7 +474,7 @@ class _Upload:
         """Send one chunk, starting after the last byte that the registry has."""
         location, at = str(self.location), self.at
         if at is None:
-            location, at = _asked(self.remote, location)
+            location, at = _upload_state(self.remote, location)
         chunk = _read(self.content, at, min(self.chunk, self.size - at))
         if chunk:
             location = _patch(self.remote, location, at, chunk)
@@ -516,13 +516,13 @@ def _begun(remote: Distribution) -> tuple[str, int]:
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
 
 
-def _asked(remote: Distribution, location: str) -> tuple[str, int]:
+def _upload_state(remote: Distribution, location: str) -> tuple[str, int]:
     """Return an upload's current url, and the number of bytes that the registry has."""
     with remote.asked("GET", location) as response:
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
         # The range's end is inclusive. Registries answer "0-0" for an empty upload, so 0 means no bytes, not one.
-        held = int(match[1]) + 1 if match and match[1] != "0" else 0
-        return _location(remote, location, response), held
+        received = int(match[1]) + 1 if match and match[1] != "0" else 0
+        return _location(remote, location, response), received
 
 
 def _patch(remote: Distribution, location: str, at: int, chunk: bytes) -> str:
@@ -592,7 +592,7 @@ def _noted(note: Path, remote: Distribution) -> str | None:
     return location if urlsplit(location).netloc == urlsplit(remote.url).netloc else None
 
 
-def _said(remote: Distribution, error: Exception, digest: str) -> Exception:
+def _explained(remote: Distribution, error: Exception, digest: str) -> Exception:
     if getattr(error, "code", "") == "DIGEST_INVALID":
         cure = "A file changed here while it was pushed, or a proxy in between damages it: push again"
         return Corrupt(

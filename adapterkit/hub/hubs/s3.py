@@ -185,9 +185,9 @@ def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: b
     token: str | None = ""
     while token is not None:
         page = _parsed(asked(query | ({"continuation-token": token} if token else {})), place)
-        found = [_listed(entry, place) for entry in page if _name(entry) == "Contents"]
-        yield from (entry for entry in found if entry.size or not entry.key.endswith("/"))
-        token = _told(page, "NextContinuationToken") or None
+        entries = [_listed(entry, place) for entry in page if _name(entry) == "Contents"]
+        yield from (entry for entry in entries if entry.size or not entry.key.endswith("/"))
+        token = _text_of(page, "NextContinuationToken") or None
 
 
 def _parsed(body: bytes, place: str) -> Element:
@@ -207,15 +207,15 @@ def _parsed(body: bytes, place: str) -> Element:
 
 
 def _listed(entry: Element, place: str) -> Listed:
-    key, size = _told(entry, "Key"), _told(entry, "Size")
+    key, size = _text_of(entry, "Key"), _text_of(entry, "Size")
     if not key or not size or not size.isascii() or not size.isdigit():
         raise Malformed(
             "the list of a bucket has an object without a name or a size", path=place, cure="Tell its owner"
         )
-    return Listed(key, int(size), _told(entry, "ETag") or "")
+    return Listed(key, int(size), _text_of(entry, "ETag") or "")
 
 
-def _told(element: Element, name: str) -> str | None:
+def _text_of(element: Element, name: str) -> str | None:
     return next((child.text for child in element if _name(child) == name), None)
 
 
@@ -278,13 +278,13 @@ class S3(Listing):
 
     def listed(self) -> Iterable[RemoteFile]:
         if self._list is None:
-            return self._found()
+            return self._objects_here()
         if self._list[1]["state"] != "whole":
             cure = "Wait for it; if it was interrupted, run the push again"
             raise NetworkError("a push to this place is still running", path=str(self.uri), cure=cure)
-        return self._told()
+        return self._listed_files()
 
-    def _told(self) -> list[RemoteFile]:
+    def _listed_files(self) -> list[RemoteFile]:
         if self._list is None:
             return []
         folder = self._list[0].rpartition("/")[0]
@@ -293,19 +293,19 @@ class S3(Listing):
             RemoteFile(f"{folder}/{name}" if folder else name, f["size"], f"sha256:{f['sha256']}") for name, f in files
         ]
 
-    def _found(self) -> Iterator[RemoteFile]:
+    def _objects_here(self) -> Iterator[RemoteFile]:
         """Yield the objects in the folder of the uri; if the uri names a file, the objects in the file's folder."""
         path, place = self.uri.path, str(self.uri)
-        found = objects(self._listing, path, place, deep=True)
-        first = next(found, None)
+        entries = objects(self._listing, path, place, deep=True)
+        first = next(entries, None)
         if first is None and path:
             near = list(objects(self._listing, path.rpartition("/")[0], place, deep=False))
-            found = iter(near if any(entry.key == path for entry in near) else [])
-            first = next(found, None)
+            entries = iter(near if any(entry.key == path for entry in near) else [])
+            first = next(entries, None)
         if first is None:
             cure = "Check the spelling of the bucket and the path"
             raise RemoteNotFound("nothing is there", path=place, cure=cure)
-        return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], found))
+        return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], entries))
 
     def _listing(self, query: Mapping[str, str]) -> bytes:
         body: bytes = self.call(lambda: self.bucket.page(query))
@@ -322,11 +322,11 @@ class S3(Listing):
             # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
-            return {file.path: file for file in self._told()}
+            return {file.path: file for file in self._listed_files()}
         return super().there()
 
     def send(
-        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
         before = self._before()
@@ -334,10 +334,10 @@ class S3(Listing):
         for name in changed:
             content = files[name]
             if not isinstance(content, Placed):
-                self.place(name, content, found[name])
+                self.place(name, content, digests[name])
             elif not self.holds(content):
                 raise lost(str(self.uri), name)
-        sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
+        sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in digests.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
 
@@ -356,12 +356,12 @@ class S3(Listing):
             self._write({"state": "whole", "files": _entries(self._before(), self.uri.path)}, self._claimed)
         return super().kept()
 
-    def place(self, path: str, file: Path | bytes, found: Digests) -> Placed:
+    def place(self, path: str, file: Path | bytes, digests: Digests) -> Placed:
         self.call(lambda: self._put(path, file))
         size, mark = self.call(lambda: self._stored(path))
-        if size != found[0]:
+        if size != digests[0]:
             raise Corrupt("the uploaded file has another size", path=str(self.uri), where=path, cure=_PUSH_AGAIN)
-        return Placed(path, found, mark)
+        return Placed(path, digests, mark)
 
     def holds(self, placed: Placed) -> bool:
         try:
@@ -381,17 +381,17 @@ class S3(Listing):
         obstore.put(self.bucket.store, name, content, use_multipart=size > MULTIPART, chunk_size=CHUNK)
 
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
-        own = self._list is not None and self._list[0] == self._key(LIST)
-        tag = self._list[2] if own and self._list is not None else None
+        current = self._list is not None and self._list[0] == self._key(LIST)
+        tag = self._list[2] if current and self._list is not None else None
         # Add a random name, so that two pushes of the same files write different lists.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
-    def _write(self, told: Mapping[str, JsonValue], tag: str | None) -> str | None:
+    def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:
         """Write the list if its ETag is unchanged, or if the list is still absent; return the new ETag."""
         import obstore
 
         mode: Any = "create" if tag is None else {"e_tag": tag}
-        data = json.dumps(told, sort_keys=True, indent=1).encode()
+        data = json.dumps(state, sort_keys=True, indent=1).encode()
         key = self._key(LIST)
         try:
             written: str | None = self.call(
@@ -444,8 +444,8 @@ def _status(error: Exception) -> int | None:
     """Return the HTTP status of a refusal, which is only in the message of obstore's error."""
     if isinstance(error, Refused):
         return error.status
-    told = re.search(r"non-2xx status code: (\d{3})", str(error))
-    return int(told[1]) if told else None
+    match = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(match[1]) if match else None
 
 
 def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, int | str]]:
@@ -460,16 +460,16 @@ def _checked(body: bytes, place: str) -> Mapping[str, JsonValue]:
         Corrupt: the bytes are not a valid file list.
     """
     try:
-        told = load_json(body.decode())
-        fits = told["state"] in ("pushing", "whole") and all(
+        state = load_json(body.decode())
+        fits = state["state"] in ("pushing", "whole") and all(
             type(f["size"]) is int and f["size"] >= 0 and re.fullmatch("[0-9a-f]{64}", f["sha256"])
-            for f in told["files"].values()
+            for f in state["files"].values()
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
         raise Corrupt("the list of files is damaged", path=place, where=LIST, cure=_PUSH_AGAIN)
-    return told  # type: ignore[no-any-return]
+    return state  # type: ignore[no-any-return]
 
 
 _PUSH_AGAIN = "Push again with --overwrite (in Python overwrite=True)"

@@ -19,7 +19,7 @@ from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFou
 from ...io.checkpoint import opened
 from ...io.lazy import as_lazy, as_torch, for_formulas
 from ..architectures import HOLE, STORED_AS, named, of_pipelines, shape_of
-from ..moves import Rule, stored_in_out
+from ..moves import MoveRule, stored_in_out
 from ..renames import BY_HEAD, BY_PART, Rename, parse_renames, renamed_by
 from ..ties import aliases, is_embedding
 from .fitting import Shapes, fits, viewed
@@ -73,7 +73,7 @@ class Binding:
     sites: tuple[Site, ...]
     missing: tuple[Target, ...]
     renamed: tuple[str, str] | None
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[MoveRule, ...] = ()
     origins: tuple[Target, ...] = ()
 
 
@@ -113,14 +113,14 @@ def bind(
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
     rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates])
     weights, context = apart(adapter)
-    found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
-    given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
+    sites_here = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
+    given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
     # Share one object among all sites with the same form: tens of thousands of targets have only a few dozen forms.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
-    sites = with_layouts(list(given), shapes, found.config, forms)
+    sites = with_layouts(list(given), shapes, sites_here.config, forms)
     passed = set[Hashable]()
     for site, form in zip(sites, forms, strict=True):
         seen = site.target.layout, form
@@ -132,10 +132,10 @@ def bind(
     for site in sites:
         there = updates.get(site.target)
         updates[site.target] = site.updates if there is None else (*there, *site.updates)
-    updates |= find_parts(context, shapes, found.renamed, rules)
+    updates |= find_parts(context, shapes, sites_here.renamed, rules)
     return Binding(
-        adapter.replace(updates=updates), tuple(sites), tuple(found.missing), found.renamed, found.rules,
-        tuple(found.origins),
+        adapter.replace(updates=updates), tuple(sites), tuple(sites_here.missing), sites_here.renamed, sites_here.rules,
+        tuple(sites_here.origins),
     )  # fmt: skip
 
 
@@ -188,11 +188,11 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         update.check_axes(shape)
     if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
         raise NotMergeable("the update changes a bias that the base does not have", cure=_NO_BIAS)
-    held = None if site.bias is None else shapes[site.bias]
-    if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
+    bias_shape = None if site.bias is None else shapes[site.bias]
+    if bias_shape is not None and update.changes_bias and not _bias_fits(update, site.target, bias_shape, shape):
         outs = update.dims(site.target.stacked).get("out", "the weight's")
         raise ShapeMismatch(
-            f"the update has {outs} outputs, but the base's bias has shape {list(held)}", cure=_WRONG_BASE
+            f"the update has {outs} outputs, but the base's bias has shape {list(bias_shape)}", cure=_WRONG_BASE
         )
     if shape is not None:
         update.check_against(shape)
@@ -329,7 +329,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
     if gguf and not is_embedding(f"{site.target.path}.weight"):
         return next(layout for layout in fits if layout in ("out *in", "e out *in"))
-    if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
+    if in_out is None and any(choice == declared and is_ != declared for choice, is_ in proven):
         raise ShapeMismatch(
             "the weight is square and may be stored as [out, in] or [in, out], and the adapter's layout is wrong for "
             "other weights",
@@ -391,14 +391,14 @@ def _fused() -> dict[str, int]:
 
     The map covers the families whose bases may have either order of rows.
     """
-    found = {}
+    keys = {}
     for head, _ in of_pipelines():
         family = named(head.family) if head.pipeline.diffsynth_head else None
         for weight in () if family is None else family.record.weights:
             place = family.place(weight, "native") if family is not None else None
             if place is not None and place.of == 3:
-                found[_tail(HOLE.sub("0", place.name))] = head.pipeline.diffsynth_head
-    return found
+                keys[_tail(HOLE.sub("0", place.name))] = head.pipeline.diffsynth_head
+    return keys
 
 
 def _tail(path: str) -> str:
@@ -461,11 +461,11 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     """Return W' - W of the weight `path` in float32, with axes `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
-    _refuse_other_laws(path, adapter.find(path))
+    _refuse_other_formulas(path, adapter.find(path))
     if base is None:
-        found = adapter.find(path)
-        _one_view(path, found)
-        return _free_delta(found).float()
+        targets = adapter.find(path)
+        _one_view(path, targets)
+        return _free_delta(targets).float()
 
     part = adapter.replace(updates=adapter.find(path))
     checkpoint = opened(base)
@@ -478,8 +478,8 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
 
 
-def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) -> None:
-    other = next((u for updates in found.values() for u in updates if u.kind not in ("additive", "weight")), None)
+def _refuse_other_formulas(path: str, targets: Mapping[Target, tuple[Update, ...]]) -> None:
+    other = next((u for updates in targets.values() for u in updates if u.kind not in ("additive", "weight")), None)
     if other is not None:
         why = f"{other.method} changes {other.acts_on}, not weights"
         raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
@@ -571,16 +571,16 @@ def weight_shape(
         return None
 
 
-def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
+def _free_delta(targets: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     import torch
 
-    (target, updates), *_ = found.items()
-    needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
+    (target, updates), *_ = targets.items()
+    needy = next((u for us in targets.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
         why = f"the formula of {needy.method} needs the weight"
         raise UsageError(why, where=target.path, cure="Give the base with --base (base=)")
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
-    return fold([u for us in found.values() for u in us], zero, target.stacked)
+    return fold([u for us in targets.values() for u in us], zero, target.stacked)
 
 
 def _one_view(path: str, targets: Iterable[Target]) -> None:

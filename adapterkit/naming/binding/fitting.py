@@ -123,8 +123,8 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
         return None
     # The family of a folder of plain shards is unknown. Try all families that have the name; their results must agree.
     path = name.removesuffix(".weight")
-    found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
-    return found.pop() if len(found) == 1 else None
+    shapes = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
@@ -184,29 +184,29 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
         base: the base.
         fingerprint: the fingerprint of the base's weights; None if it was not computed.
     """
-    found = []
+    reasons = []
     known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
     if fingerprint is not None and known and fingerprint not in known:
         how = relation(base, shapes_of(adapter))
-        found.append(
+        reasons.append(
             f"{name} was made for a base with the fingerprint {', '.join(known)}; this base has {fingerprint}"
             + (f" ({how})" if how else "")
         )  # fmt: skip
     wanted = adapter.base
     if wanted is None:
-        return found
+        return reasons
     proven = fingerprint is not None and fingerprint in known
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
-        found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
+        reasons.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
     # Skip GGUF files: adapterkit builds their config from key-values, so the hash cannot match a recorded hash.
     if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
         given = config_hash(base.config)
         if given != wanted.config_hash:
-            found.append(
+            reasons.append(
                 f"{name} was made for a base whose config has the hash {wanted.config_hash}; this config has {given}"
             )
-    return found
+    return reasons
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
@@ -253,11 +253,11 @@ def check_bases(
     Raises:
         CheckFailed: `mismatches` returns a sentence, and `strict` is set.
     """
-    found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
-    if found and strict:
+    reasons = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
+    if reasons and strict:
         cure = "Give the base that the adapter was made for, or omit --strict-base (strict_base=True)"
-        raise CheckFailed("; ".join(found), path=base.root, cure=cure)
-    return tuple(dict.fromkeys(found))
+        raise CheckFailed("; ".join(reasons), path=base.root, cure=cure)
+    return tuple(dict.fromkeys(reasons))
 
 
 def check_base(
@@ -394,7 +394,7 @@ def _weights(base: Checkpoint) -> list[JsonValue]:
         template = shape_of(path)
         counts[template] = counts.get(template, 0) + 1
         examples.setdefault(template, path)
-    found: list[JsonValue] = []
+    templates: list[JsonValue] = []
     for template, count in counts.items():
         names: dict[str, str] = {}
         for naming in architecture.namings if architecture else ():
@@ -404,5 +404,5 @@ def _weights(base: Checkpoint) -> list[JsonValue]:
                     place = architecture.place(weight, other) if architecture else None
                     if place is not None:
                         names[other] = place.name
-        found.append({"name": template, "tensors": count, "names": names})
-    return found
+        templates.append({"name": template, "tensors": count, "names": names})
+    return templates

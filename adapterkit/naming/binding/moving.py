@@ -12,7 +12,7 @@ from ...core.updates import Update
 from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, Unsupported, UsageError
 from ...io import arrange
 from ...io.lazy import Lazy, as_lazy
-from ..architectures import Architecture, Place, with_stacks
+from ..architectures import Architecture, WeightPlace, with_stacks
 from ..gguf import row_order
 from ..heads import Heads, by_group, heads_of, undone
 from ..moves import Move, Names, PathPart
@@ -62,9 +62,9 @@ def moved(
     placed: list[Placed | tuple[str, PathPart | None]] = []
     stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
-        cut, own = _of_rows(target, moves.get(target.path, ()), config)
+        cut, own_moves = _of_rows(target, moves.get(target.path, ()), config)
         slices: dict[int, tuple[Update, ...]] = {}
-        for move in own:
+        for move in own_moves:
             if move.plain:
                 placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
                 continue
@@ -93,20 +93,20 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
     start, stop = target.rows
-    found, parts = [], set()
+    moves_here, parts = [], set()
     for move in moves:
         if move.take is not None and not move.take.interleaved and not move.take.groups:
             shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
-            before, own = sum(shares[: move.take.number]), shares[move.take.number]
-            if start * own == before * (stop - start):
-                found.append(replace(move, take=None))
+            before, share = sum(shares[: move.take.number]), shares[move.take.number]
+            if start * share == before * (stop - start):
+                moves_here.append(replace(move, take=None))
                 parts.add(move.take.number)
     if len(parts) != 1:  # A part of a stack has several moves, one per expert.
         raise Unsupported(
             "the update changes some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
         )  # fmt: skip
-    return replace(target, rows=None), tuple(found)
+    return replace(target, rows=None), tuple(moves_here)
 
 
 def _taken(
@@ -150,7 +150,9 @@ def _slice(leaf: Leaf, index: int) -> Leaf:
     return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
 
 
-def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
+def _turned(
+    update: Update, turn: tuple[WeightPlace, WeightPlace], stack: bool, target: Target, config: Config
+) -> Update:
     """Return the update with its output rows in the base's order."""
     rows = _outputs(update, stack, target)
     heads = heads_of(config, str(target))
@@ -162,15 +164,15 @@ def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Targ
     return update.replace(**changes)
 
 
-def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Array:
+def _order(turn: tuple[WeightPlace, WeightPlace], rows: int, heads: Heads, where: str) -> Array:
     """Return `order`: row i of the base's tensor is row `order[i]` of the adapter's tensor."""
     import numpy as np
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
     # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's order.
-    own = plain if ours is None else undone(ours)
-    return own[plain if theirs is None else theirs]
+    plain_order = plain if ours is None else undone(ours)
+    return plain_order[plain if theirs is None else theirs]
 
 
 def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: Config) -> Update:
@@ -267,15 +269,15 @@ def _into(
         raise Unsupported(why, where=str(there), cure="First convert the base to transformers' names and layout")
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
-    whole, own = move.into.of, 1
+    whole, share = move.into.of, 1
     if move.into.heads:
         shares = _shares(config, there)
-        whole, own = sum(shares), shares[move.into.number]
-    sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
+        whole, share = sum(shares), shares[move.into.number]
+    sizes = {out * whole // share for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
         kind = "parts (queries, keys, values)" if move.into.heads else "equal parts"
-        found = ", ".join(map(str, sorted(outs)))
-        why = f"one of {move.into.of} {kind} has {found} outputs, but the base's weight has shape {list(shape)}"
+        counts = ", ".join(map(str, sorted(outs)))
+        why = f"one of {move.into.of} {kind} has {counts} outputs, but the base's weight has shape {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
     size = sizes.pop()
     start, stop, step = _steps(size, move.into, there, config)
@@ -348,9 +350,9 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
     scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
-    held: dict[str, list[Lazy]] = {name: [] for update in given for name in update.tensors}
+    leaves_by_name: dict[str, list[Lazy]] = {name: [] for update in given for name in update.tensors}
     for update in updates:
-        for name, leaves in held.items():
+        for name, leaves in leaves_by_name.items():
             leaf = None if update is None else update.tensors.get(name)
             like = next(each.tensors[name] for each in given if name in each.tensors)
             tensor = arrange.zeros(tuple(like.shape), as_lazy(like).dtype) if leaf is None else as_lazy(leaf)
@@ -364,7 +366,7 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)
-    return first.replace(scaling=scaling, **{name: arrange.stacked(leaves) for name, leaves in held.items()})
+    return first.replace(scaling=scaling, **{name: arrange.stacked(leaves) for name, leaves in leaves_by_name.items()})
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
@@ -381,12 +383,12 @@ def moves_of(
     Raises:
         TargetNotFound: a name can mean two different weights.
     """
-    found = {}
+    by_path = {}
     for target, given in updates.items():
         moves = translate(target.path, architecture, naming, _experts(target, given))
         if moves is not None:
-            found[target.path] = moves
-    return found
+            by_path[target.path] = moves
+    return by_path
 
 
 def translated(
@@ -406,14 +408,14 @@ def translated(
     Raises:
         NotMergeable, ShapeMismatch, Unsupported: an update cannot be split or joined.
     """
-    found: dict[Target, tuple[Update, ...]] = {}
+    translated_updates: dict[Target, tuple[Update, ...]] = {}
     for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
         # Use the layout [e, out, in] for stacks: only some families store experts as [e, in, out], and only in their
         # own naming.
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there
-        found[there] = (*found.get(there, ()), *given)
-    return found
+        translated_updates[there] = (*translated_updates.get(there, ()), *given)
+    return translated_updates
 
 
 def _experts(target: Target, updates: tuple[Update, ...]) -> int:
@@ -539,7 +541,7 @@ def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     """Split the stacks of one adapter into single experts, if the family files that fit agree on one result."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
-    found: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
+    families_by_moves: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]
     for architecture in with_stacks(paths):
         try:
@@ -549,15 +551,15 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
             continue
         whole = all(_whole(target, given, moves) for target, given in stacks.items() if target.path in moves)
         if moves and whole and _fit(placed, shapes):
-            found[tuple(sorted(moves.items()))] = architecture.family
-    if not found:
+            families_by_moves[tuple(sorted(moves.items()))] = architecture.family
+    if not families_by_moves:
         return adapter
-    if len(found) > 1:
-        why = f"the families {' and '.join(found.values())} split the experts differently"
+    if len(families_by_moves) > 1:
+        why = f"the families {' and '.join(families_by_moves.values())} split the experts differently"
         raise UsageError(
             why, where=str(next(iter(stacks))), cure="Give the base, which shows the family: --base (base=)"
         )
-    (only,) = found
+    (only,) = families_by_moves
     parts: dict[Target, list[Placed]] = {}
     for each in moved(stacks, dict(only), shapes):
         parts.setdefault(each[0], []).append(each)

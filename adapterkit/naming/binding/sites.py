@@ -26,7 +26,7 @@ from ..architectures import (
     with_names,
 )
 from ..gguf import ARCHITECTURE
-from ..moves import Move, Names, Resolution, Rule, exchangeable, stored_in_out
+from ..moves import Move, MoveRule, Names, Resolution, exchangeable, stored_in_out
 from ..renames import Rename, family_of, parse_renames, renamed_by
 from ..resolver import Fits, resolve
 from .fitting import Shapes, fits, names_family, paths_of
@@ -114,9 +114,9 @@ def find_parts(
     Raises:
         TargetNotFound: the base does not have a module; the error names the module with the most similar name.
     """
-    found: dict[Target, tuple[Update, ...]] = {}
+    parts: dict[Target, tuple[Update, ...]] = {}
     if not adapter.updates:
-        return found
+        return parts
     modules = {name[:stop] for name in shapes for stop in range(len(name)) if name[stop] == "."}
     for target, updates in adapter.updates.items():
         path = renamed_by(target.path, rules)[0] if target.path else ""
@@ -125,8 +125,8 @@ def find_parts(
         if path and path not in modules:
             cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
             raise TargetNotFound("the base does not have this part", where=str(target), cure=cure)
-        found[replace(target, path=path)] = updates
-    return found
+        parts[replace(target, path=path)] = updates
+    return parts
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
@@ -156,7 +156,7 @@ class Bound:
     sites: list[Site]
     origins: list[Target]
     missing: list[Target]
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[MoveRule, ...] = ()
     renamed: Prefix | None = None
     config: Mapping[str, Any] | None = None
 
@@ -211,38 +211,45 @@ def find_sites(
 
     rules = parse_renames(rename)
     architecture = family_of(rules) or architecture_of(config)
-    found = resolve(
+    resolution = resolve(
         list(by_path), names, architecture=architecture, renames=rules, partial=partial, fits=fitting
     )  # fmt: skip
-    if found.missing and architecture is None and config is not None:
-        _place_in_parts(found, names, config, fitting)
-    if found.missing and architecture is None and not names_family(config):
-        lost = set(found.missing)
+    if resolution.missing and architecture is None and config is not None:
+        _place_in_parts(resolution, names, config, fitting)
+    if resolution.missing and architecture is None and not names_family(config):
+        lost = set(resolution.missing)
         placeless = {target: updates for target, updates in adapter.updates.items() if target.path in lost}
         trained = [name for name in model_types_of(adapter) if architecture_of({"model_type": name}) is not None]
         architecture = deduced(placeless, names, shapes, trained)
         if architecture is not None:
-            found = resolve(
+            resolution = resolve(
                 list(by_path), names, architecture=architecture, renames=rules, partial=partial, fits=fitting
             )  # fmt: skip
     if architecture is not None and not names_family(config):
         config = {**(config or {}), "model_type": architecture.record.model_types[0]}
-    lost = set(found.missing)
+    lost = set(resolution.missing)
     missing = [target for target in adapter.updates if target.path in lost]
     if missing and (not partial or len(missing) == len(adapter.updates)):
         raise _not_found(missing, adapter, names)
     sites, origins = [], []
-    for origin, target, updates in moved(adapter.updates, found.moves, shapes, config):
+    for origin, target, updates in moved(adapter.updates, resolution.moves, shapes, config):
         keys = _keys(target.path, shapes) if target.path in names.paths else (None, None)
         if origin.path in outer:
             weight, bias = f"{target.path}.weight", f"{target.path}.bias"
             keys = weight if weight in shapes else None, bias if bias in shapes else None
         sites.append(Site(target, updates, *(keys or (None, None))))
         origins.append(origin)
-    return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None, config)
+    return Bound(
+        sites,
+        origins,
+        missing,
+        tuple(resolution.rules),
+        resolution.prefixes[0] if resolution.prefixes else None,
+        config,
+    )
 
 
-def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
+def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
     """Map targets with the family file of each part of the base.
 
     An encoder-decoder of two models has a config per model.
@@ -253,7 +260,7 @@ def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
             continue
         for prefix in (f"{key}.", f"{key.removesuffix('_config')}_model."):
-            ours = [path.removeprefix(prefix) for path in found.missing if path.startswith(prefix)]
+            ours = [path.removeprefix(prefix) for path in resolution.missing if path.startswith(prefix)]
             inside = frozenset(path.removeprefix(prefix) for path in names.paths if path.startswith(prefix))
             if not ours or not inside:
                 continue
@@ -262,9 +269,9 @@ def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object
                 fits=lambda path, place, at=prefix: fits(at + path, at + place),  # type: ignore[misc]
             )  # fmt: skip
             for path, moves in placed.moves.items():
-                found.moves[prefix + path] = tuple(replace(move, path=prefix + move.path) for move in moves)
-            found.missing = [path for path in found.missing if path not in found.moves]
-            found.rules += [replace(rule, text=f"{rule.text} in {prefix}") for rule in placed.rules]
+                resolution.moves[prefix + path] = tuple(replace(move, path=prefix + move.path) for move in moves)
+            resolution.missing = [path for path in resolution.missing if path not in resolution.moves]
+            resolution.rules += [replace(rule, text=f"{rule.text} in {prefix}") for rule in placed.rules]
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
@@ -274,9 +281,9 @@ def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
         return weight if weight in shapes else None, bias if bias in shapes else None
     if path not in shapes:
         return None
-    stem, found, tail = path.rpartition("weight")
+    stem, matched, tail = path.rpartition("weight")
     bias = f"{stem}bias{tail}"
-    return path, bias if found and bias in shapes else None
+    return path, bias if matched and bias in shapes else None
 
 
 def _rename(path: str, off: str, on: str) -> str:
@@ -403,7 +410,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
-        f"{_said(dict(reading).get(target, ()))} as in {_listed(each.family for each in known)}"
+        f"{_destinations_text(dict(reading).get(target, ()))} as in {_listed(each.family for each in known)}"
         for reading, known in ((one, first), (other, second))
     ]
     return TargetNotFound(
@@ -413,7 +420,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
     )  # fmt: skip
 
 
-def _said(moves: Sequence[Move]) -> str:
+def _destinations_text(moves: Sequence[Move]) -> str:
     """Return a phrase for an error message that names the first two destinations."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
@@ -471,8 +478,8 @@ def module_of(name: str) -> str | None:
     family's name.
     """
     word = name.lower().replace("-", "_")
-    found = table().modules.get(name) or _by_word().get(word)
-    return found or (word if word in _modules() or is_family(word) else None)
+    kind = table().modules.get(name) or _by_word().get(word)
+    return kind or (word if word in _modules() or is_family(word) else None)
 
 
 @cache
@@ -504,18 +511,18 @@ def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     For a GGUF file, the map has every model type for which llama.cpp's converter writes the file's
     `general.architecture`.
     """
-    found: dict[str, bool] = {}
+    types: dict[str, bool] = {}
     if isinstance(architecture := config.get(ARCHITECTURE), str):
         # One architecture may have several families: DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
-        found |= {name: True for family in of_gguf(architecture) for name in family.record.model_types}
+        types |= {name: True for family in of_gguf(architecture) for name in family.record.model_types}
     if isinstance(model_type := config.get("model_type"), str) and model_type:
-        found[model_type] = True
+        types[model_type] = True
     for part in config.values():
         # The configs of parts are mostly in fields such as `text_config`; an encoder-decoder has `encoder` and
         # `decoder`.
         if isinstance(part, Mapping):
-            found |= {name: False for name in models_of(part) if name not in found}
-    return found
+            types |= {name: False for name in models_of(part) if name not in types}
+    return types
 
 
 def has_model(given: Mapping[str, bool], module: str, trained_class: str | None) -> bool:

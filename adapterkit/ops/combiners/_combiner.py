@@ -58,11 +58,11 @@ def gram(deltas: Sequence[Delta]) -> Array:
         return product
     # <B_s A_s, B_t A_t> is the sum over the entries of (B_s^T B_t) * (A_s A_t^T). These matrices have the size of the
     # ranks, not of the weight.
-    found = np.empty((len(deltas), len(deltas)))
+    products = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
-            found[s, t] = found[t, s] = float(((one.B.T @ other.B) * (one.A @ other.A.T)).sum())
-    return found
+            products[s, t] = products[t, s] = float(((one.B.T @ other.B) * (one.A @ other.A.T)).sum())
+    return products
 
 
 def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
@@ -216,8 +216,8 @@ class Combiner(ABC):
     @classmethod
     def defaults(cls) -> dict[str, Value]:
         """Return the default of every parameter, for a `PlugIn` also the default of `then`."""
-        own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
-        return {"then": vars(cls()).get("then"), **own} if cls.plug else own
+        defaults = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
+        return {"then": vars(cls()).get("then"), **defaults} if cls.plug else defaults
 
     @classmethod
     def checked(cls, name: str, value: object) -> Value:
@@ -235,10 +235,10 @@ class Combiner(ABC):
             return None
         fits = _typed(value, facts["kind"])
         if fits is None:
-            raise UsageError(f"{value!r} is not {_KINDS[facts['kind']]}", where=name, cure=_said(known[name]))
+            raise UsageError(f"{value!r} is not {_KINDS[facts['kind']]}", where=name, cure=_default_text(known[name]))
         outside = not isinstance(fits, (bool, str)) and not facts["least"] <= fits <= facts["most"]
         if outside or (facts["among"] and fits not in facts["among"]):
-            raise UsageError(f"{value!r} is not allowed", where=name, cure=_said(known[name]))
+            raise UsageError(f"{value!r} is not allowed", where=name, cure=_default_text(known[name]))
         return fits
 
     def values(self) -> dict[str, Value]:
@@ -325,8 +325,8 @@ class PlugIn(Combiner):
         from . import COMBINERS
 
         other = COMBINERS[self.then]
-        own = {name: value for name, value in self.within.items() if name in other.parameters()}
-        return made(other, {**own, **self.settings})
+        accepted = {name: value for name, value in self.within.items() if name in other.parameters()}
+        return combiner_of(other, {**accepted, **self.settings})
 
     @property
     def counts(self) -> bool:
@@ -339,7 +339,7 @@ class PlugIn(Combiner):
         return self.inner.vector(changes, weights, at)
 
 
-def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
+def combiner_of(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     """Return a combiner with checked parameters.
 
     Raises:
@@ -349,9 +349,9 @@ def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
         method = cls(**{name: cls.checked(name, value) for name, value in values.items()})
         method.check()
         return method
-    own = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
-    rest = {name: value for name, value in values.items() if name not in own and name != "then"}
-    plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
+    accepted = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
+    rest = {name: value for name, value in values.items() if name not in accepted and name != "then"}
+    plugged: Any = cls(**accepted, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(
@@ -374,7 +374,7 @@ def _typed(value: object, kind: type) -> Value:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _said(field: dataclasses.Field[Value]) -> str:
+def _default_text(field: dataclasses.Field[Value]) -> str:
     facts = field.metadata
     if facts["among"]:
         return f"One of: {', '.join(facts['among'])}"

@@ -135,16 +135,16 @@ class Entrywise(Combiner):
 
     def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
         """Yield (slice of rows, result in these rows), block by block."""
-        made = self.formula(blocks, weights, at)
+        compute_rows = self.formula(blocks, weights, at)
         for rows, changes in blocks:
-            yield rows, made(changes, rows)
+            yield rows, compute_rows(changes, rows)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return whole(self._whole(Blocks(deltas), weights, at))
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
-        made: Array = self._whole(Blocks.of(changes), weights, at)[0]
-        return made
+        vector: Array = self._whole(Blocks.of(changes), weights, at)[0]
+        return vector
 
     def _whole(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
@@ -153,8 +153,8 @@ class Entrywise(Combiner):
         if at.census.counting:
             self.count(blocks, weights, at)
             return result
-        for rows, made in self.rows(blocks, weights, at):
-            result[rows] = made
+        for rows, block in self.rows(blocks, weights, at):
+            result[rows] = block
         return result
 
 
@@ -320,8 +320,8 @@ def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]
-    found = blocks.select(np.abs, wanted)
-    return np.array([each.value for each in found])[:, None, None]
+    selections = blocks.select(np.abs, wanted)
+    return np.array([each.value for each in selections])[:, None, None]
 
 
 def ranks(sizes: Array) -> Array:

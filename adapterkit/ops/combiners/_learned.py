@@ -59,8 +59,8 @@ class WeightTrial:
         return dict.fromkeys(self.targets, coefficients)
 
     def loss(self, coefficients: Coefficients) -> float:
-        said = self.score(self.combined(coefficients))
-        return _number(said[0] if isinstance(said, tuple) else said)
+        score = self.score(self.combined(coefficients))
+        return _number(score[0] if isinstance(score, tuple) else score)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
         """Return the loss and its derivatives with respect to the coefficients of each target.
@@ -70,20 +70,20 @@ class WeightTrial:
         Raises:
             UsageError: the caller returns no gradients, or a gradient of an unknown target.
         """
-        said = self.score(self.combined(coefficients))
-        if not isinstance(said, tuple) or len(said) != 2 or not isinstance(said[1], Mapping):
+        answer = self.score(self.combined(coefficients))
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], Mapping):
             raise UsageError(
                 "the score function returned no gradients", where="data", cure=f"data= must be {self.wanted}"
             )
-        unknown = set(said[1]) - {str(target) for target in self.targets}
+        unknown = set(answer[1]) - {str(target) for target in self.targets}
         if unknown:
             raise UsageError(
                 "a gradient has a path that is not a target", where=sorted(unknown)[0], cure="Use the targets' paths"
             )
         # torch returns None as the gradient of a weight on which the loss does not depend.
-        given = {target: said[1].get(str(target)) for target in self.targets}
+        given = {target: answer[1].get(str(target)) for target in self.targets}
         slopes = {target: self.products(target, G) for target, G in given.items() if G is not None}
-        return _number(said[0]), slopes
+        return _number(answer[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
         """Return the loss and its gradient by central differences, for coefficients that all targets share."""
@@ -174,8 +174,8 @@ def descend(
             loss, one = trial.differences(coefficients[0])
             slope = np.tile(one, (len(values), 1))
         else:
-            loss, found = trial.slope(dict(zip(trial.targets, coefficients, strict=True)))
-            slope = np.stack([found.get(target, np.zeros(trial.count)) for target in trial.targets])
+            loss, gradients = trial.slope(dict(zip(trial.targets, coefficients, strict=True)))
+            slope = np.stack([gradients.get(target, np.zeros(trial.count)) for target in trial.targets])
         if loss < least:
             best, least = values, loss
         values = adam.step(values, np.einsum("lij,lj->li", jacobian, slope))
@@ -207,10 +207,10 @@ def inner(change: Change | None, G: Array) -> float:
     return total
 
 
-def _number(said: SupportsFloat) -> float:
+def _number(value: SupportsFloat) -> float:
     import math
 
-    loss = float(said)
+    loss = float(value)
     if not math.isfinite(loss):
         raise UsageError("the score is not a finite number", where="data", cure="Correct the score function")
     return loss

@@ -35,8 +35,8 @@ class AdaMerging(Learned):
         import numpy as np
 
         start = np.full((len(trial.targets), trial.count), self.start)
-        found = descend(trial, start, self.steps, self.rate, self.per, _as_they_are)
-        return dict(zip(trial.targets, found, strict=True))
+        learned = descend(trial, start, self.steps, self.rate, self.per, _as_they_are)
+        return dict(zip(trial.targets, learned, strict=True))
 
 
 def _as_they_are(values: Array) -> tuple[Array, Array]:

@@ -80,9 +80,9 @@ class _Between:
             for first, last in spans
             for place in (min(first, size - 1), max(last - 1, 0))
         ]
-        found = blocks.select(np.abs, wanted, each=2)
+        selections = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
-        self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
+        self.ends = [(selections[2 * t], selections[2 * t + 1]) for t in range(len(spans))]
         # Several magnitudes may equal the first or last kept magnitude. Rank these by position, over all blocks in
         # order, so that exactly the requested number of entries is kept.
         self.seen = [[0, 0] for _ in spans]

@@ -33,8 +33,8 @@ class CAT(Learned):
         import numpy as np
 
         start = np.zeros((len(trial.targets), trial.count))
-        found = descend(trial, start, self.steps, self.rate, self.per, _softmax)
-        return dict(zip(trial.targets, found, strict=True))
+        learned = descend(trial, start, self.steps, self.rate, self.per, _softmax)
+        return dict(zip(trial.targets, learned, strict=True))
 
 
 def _softmax(values: Array) -> tuple[Array, Array]:

@@ -105,8 +105,8 @@ def _gram(X: Array, V: Array | None = None) -> Array:
     Y = X if V is None else (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
     # One product of all matrices, concatenated, takes a third of the time of a product per task.
     side = np.ascontiguousarray(Y.swapaxes(0, 1)).reshape(rows, -1)
-    found: Array = side @ side.T
-    return found
+    product: Array = side @ side.T
+    return product
 
 
 def _first(gram: Array, rank: int) -> Array:
@@ -128,9 +128,9 @@ class _Spans:
         import numpy as np
 
         if self.pause == 0 and WIDE * self.rank <= len(gram) and math.isfinite(gram.sum()):
-            found = _iterated(gram, near)
-            if found is not None:
-                return found
+            basis = _iterated(gram, near)
+            if basis is not None:
+                return basis
             self.pause = PAUSE
         self.pause = max(self.pause - 1, 0)
         values, vectors = np.linalg.eigh(gram)

@@ -71,11 +71,11 @@ class DareTIES(Sparse):
                 kept, _ = chance(changes, rows)
                 changes *= 1.0 if kept is None else kept
                 for selection, D in zip(selections, np.abs(changes), strict=True):
-                    if selection.found is None:
+                    if selection.selected is None:
                         selection.feed(D.reshape(-1))
 
         settle(selections, once)
-        least = np.reshape([each.found.value for each in selections if each.found], (-1, 1, 1))
+        least = np.reshape([each.selected.value for each in selections if each.selected], (-1, 1, 1))
 
         def mask(changes: Array, rows: slice) -> tuple[Array, Array | float]:
             kept, probability = chance(changes, rows)

@@ -46,20 +46,20 @@ class DCMerge(Scaled, Spectral):
 
         parts = [leading(w * M, self.directions) for M, w in zip(cores, weights, strict=True)]
         U, V = polar(np.hstack([part[0] for part in parts])), polar(np.vstack([part[2] for part in parts]))
-        found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
-        for M in found if found.size else ():
+        scaled_cores = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
+        for M in scaled_cores if scaled_cores.size else ():
             sizes = np.sort(np.abs(M), None)
             # Allow a tolerance at the threshold: entries of directions that no other task shares differ only by
             # rounding.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
-        total = found.sum(0)
-        agree = np.sign(found) == np.sign(total)
-        merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)
+        total = scaled_cores.sum(0)
+        agree = np.sign(scaled_cores) == np.sign(total)
+        merged = (scaled_cores * agree).sum(0) / np.maximum(agree.sum(0), 1)
         # Each row and each column of M stands for a direction of one task. Keep entries whose row and column belong to
         # the same task.
         owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
-        own = owner[: U.shape[1], None] == owner[: V.shape[0]]
-        return np.asarray(self.scale * U @ (merged * own) @ V)
+        same_owner = owner[: U.shape[1], None] == owner[: V.shape[0]]
+        return np.asarray(self.scale * U @ (merged * same_owner) @ V)
 
     def _even(self, S: Array) -> Array:
         """Return singular values with the same sum that are equal, or decrease linearly."""

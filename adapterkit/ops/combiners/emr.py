@@ -61,13 +61,13 @@ class EMR(Entrywise):
 
         if self.task is None or self.task not in at.present:
             return
-        place, own, masked = at.present.index(self.task), 0.0, 0.0
+        place, before_masks, masked = at.present.index(self.task), 0.0, 0.0
         for _, changes in blocks:
             changes *= weights[:, None, None]
             unified = _elected(changes)
-            own += float(np.abs(changes[place]).sum())
+            before_masks += float(np.abs(changes[place]).sum())
             masked += float(np.abs(unified[unified * changes[place] > 0]).sum())
-        at.census.add("own", own / blocks.size)
+        at.census.add("own", before_masks / blocks.size)
         at.census.add("masked", masked / blocks.size)
 
     def check(self) -> None:

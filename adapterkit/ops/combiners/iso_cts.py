@@ -29,9 +29,9 @@ class IsoCTS(Scaled, Spectral):
 
         each = weights[:, None, None] * cores
         U, S, Vh = leading(each.sum(0))
-        own = round((len(S) - int(len(S) * self.common)) / len(each))
-        kept = max(len(S) - own * len(each), 0)
+        per_task = round((len(S) - int(len(S) * self.common)) / len(each))
+        kept = max(len(S) - per_task * len(each), 0)
         U, S, Vh = U[:, :kept], S[:kept], Vh[:kept]
-        parts = [leading(M - U @ (U.T @ M), own) for M in each if own]
+        parts = [leading(M - U @ (U.T @ M), per_task) for M in each if per_task]
         U, S, Vh = joined([(U, S, Vh), *parts])
         return self.scale * (S.mean() if len(S) else 0.0) * (U @ Vh)

@@ -95,8 +95,8 @@ def _distances_to(gram: Array, points: Array) -> Array:
     # Compute |x - y|^2 from inner products, because a point has as many numbers as a row and a column of the weight
     # together.
     sizes = gram.diagonal()
-    found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
-    return found
+    distances: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
+    return distances
 
 
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
@@ -111,11 +111,11 @@ def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
         shares = np.eye(count)[owner]
         for empty in np.flatnonzero(shares.sum(0) == 0):
             lone = shares.sum(0)[owner] == 1
-            own = np.where(
+            nearest_ = np.where(
                 lone, -1.0, _to_centres(gram, shares / np.maximum(shares.sum(0), 1))[np.arange(len(owner)), owner]
             )
             owner = owner.copy()
-            owner[own.argmax()] = empty
+            owner[nearest_.argmax()] = empty
             shares = np.eye(count)[owner]
         distances = _to_centres(gram, shares / shares.sum(0))
         moved = distances.argmin(1)
@@ -126,5 +126,5 @@ def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
 
 
 def _to_centres(gram: Array, means: Array) -> Array:
-    found: Array = gram.diagonal()[:, None] - 2 * gram @ means + ((gram @ means) * means).sum(0)
-    return found
+    distances: Array = gram.diagonal()[:, None] - 2 * gram @ means + ((gram @ means) * means).sum(0)
+    return distances

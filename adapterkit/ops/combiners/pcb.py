@@ -66,12 +66,12 @@ class PCB(Entrywise):
                 self._known(("positive", "negative", "best"), at),
             )
         else:
-            found = blocks.select(lambda changes: _twice(changes, weights), _ends(blocks.count))
-            bounds = np.reshape([each.value for each in found], (2, -1, 1, 1))
-            found = blocks.select(
+            selections = blocks.select(lambda changes: _twice(changes, weights), _ends(blocks.count))
+            bounds = np.reshape([each.value for each in selections], (2, -1, 1, 1))
+            selections = blocks.select(
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
-            positive, negative, best = np.reshape([each.value for each in found], (3, -1, 1, 1))
+            positive, negative, best = np.reshape([each.value for each in selections], (3, -1, 1, 1))
         # If there are enough positive scores, the quantile is a positive score, otherwise a negative score.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
@@ -104,8 +104,8 @@ class PCB(Entrywise):
     def _known(self, names: Sequence[str], at: FormulaContext) -> Array:
         import numpy as np
 
-        found = [at.census.threshold((name, t)) for name in names for t in at.present]
-        return np.reshape(found, (len(names), -1, 1, 1))
+        limits = [at.census.threshold((name, t)) for name in names for t in at.present]
+        return np.reshape(limits, (len(names), -1, 1, 1))
 
 
 def _ends(count: int) -> list[Wanted]:
@@ -128,8 +128,8 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 
     shape = (-1, *[1] * (changes.ndim - 1))
     each, (least, most) = weights.reshape(shape) * changes, (end.reshape(shape) for end in bounds)
-    own = (np.clip(np.abs(each), least, most) - least) / np.where(most > least, most - least, 1.0)
-    return np.asarray(np.exp(len(changes) * own * own) * np.tanh(each * each.sum(0)))
+    scaled_sizes = (np.clip(np.abs(each), least, most) - least) / np.where(most > least, most - least, 1.0)
+    return np.asarray(np.exp(len(changes) * scaled_sizes * scaled_sizes) * np.tanh(each * each.sum(0)))
 
 
 def _signed(scores: Array) -> Array:

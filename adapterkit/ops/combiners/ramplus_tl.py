@@ -38,13 +38,13 @@ class RAMPlus(Entrywise):
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
-        own = self._factors(blocks)[:, None, None]
+        unique_factors = self._factors(blocks)[:, None, None]
 
         def formula(changes: Array, _: slice) -> Array:
             changed = np.abs(changes) > self.epsilon
             tasks = changed.sum(0)
             changes *= changed
-            changes *= np.where(tasks > 1, 1 / np.maximum(tasks, 1), own)
+            changes *= np.where(tasks > 1, 1 / np.maximum(tasks, 1), unique_factors)
             result: Array = self.scale * np.tensordot(weights, changes, 1)
             return result
 
@@ -54,11 +54,11 @@ class RAMPlus(Entrywise):
         """Return each task's factor for entries that only this task changed, `[T]`."""
         import numpy as np
 
-        shared, own = np.zeros(blocks.count, int), np.zeros(blocks.count, int)
+        shared, unique = np.zeros(blocks.count, int), np.zeros(blocks.count, int)
         for _, changes in blocks:
             changed = np.abs(changes) > self.epsilon
             tasks = changed.sum(0)
             shared += (changed & (tasks > 1)).sum((1, 2))
-            own += (changed & (tasks == 1)).sum((1, 2))
-        factors: Array = 1 + self.r * np.clip(shared / np.maximum(own, 1), 0, self.alpha)
+            unique += (changed & (tasks == 1)).sum((1, 2))
+        factors: Array = 1 + self.r * np.clip(shared / np.maximum(unique, 1), 0, self.alpha)
         return factors

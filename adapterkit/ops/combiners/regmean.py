@@ -96,9 +96,9 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     where = str(at.target)
     if at.part not in ("weight", "bias"):
         raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method without data")
-    said: Any = at.asks(at.present[t], where)
+    activations: Any = at.asks(at.present[t], where)
     # The caller may return a torch tensor on any device; convert it without importing torch.
-    X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
+    X = np.asarray(activations.detach().cpu() if hasattr(activations, "detach") else activations, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
         why = f"the inputs must be finite and have {columns} columns; their shape is {list(X.shape)}"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")

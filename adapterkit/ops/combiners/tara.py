@@ -71,7 +71,9 @@ class TARA(Learned):
             if len(losses) != trial.count:
                 why = f"{len(losses)} losses for {trial.count} tasks"
                 raise UsageError(why, where="data", cure="Return one loss for each task")
-            above = losses if alone is None else [loss - own for loss, own in zip(losses, alone, strict=True)]
+            above = (
+                losses if alone is None else [loss - loss_alone for loss, loss_alone in zip(losses, alone, strict=True)]
+            )
             terms = [_exp(share * loss / self.alpha) for share, loss in zip(shares, above, strict=True)]
             return self.alpha * _log(sum(terms[1:], terms[0]))
 
@@ -97,8 +99,8 @@ class TARA(Learned):
                     g = (G[expert] if stacked else G).reshape(part.shape)
                     slopes.append(w * ((part.B.T @ g) * part.A).sum(1))
             total = total + np.concatenate(slopes)
-        made: Array = total
-        return made
+        products: Array = total
+        return products
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -119,8 +121,8 @@ class TARA(Learned):
 
         # A bias has no directions; scale it by the mean of the adapter's coefficients.
         learned = at.learned if at.learned is not None and len(at.learned) else np.full(1, self.start / len(changes))
-        made: Array = weights @ changes * learned.mean()
-        return made
+        vector: Array = weights @ changes * learned.mean()
+        return vector
 
     def _count(self, changes: Sequence[Change | None], target: Target) -> int:
         """Return the number of coefficients of a target.

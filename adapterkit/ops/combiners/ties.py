@@ -83,7 +83,7 @@ class TIES(Sparse):
         else:
             # Lower the threshold slightly. A plug-in may round differently in the pass that only collects statistics
             # (KnOTS skips its bases there), and the entry that set the threshold must still pass it.
-            found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
-            least = np.array(found)[:, None, None]
+            limits = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
+            least = np.array(limits)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
         return lambda changes, _: (np.abs(changes) >= least, 1.0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
-    from ..file import AdapterHubNaming, AdapterHubPart, Findings, Settings
+    from ..file import AdapterHubNaming, AdapterHubPart, AdapterHubSettings, Findings
 
 
 # Define the base class of families. A family has config fields, and converts keys to updates and back.
@@ -26,7 +26,7 @@ Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
-class Fields(msgspec.Struct, frozen=True, kw_only=True):
+class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):
     """The config fields that a family reads, with the adapters library's defaults."""
 
 
@@ -42,13 +42,13 @@ class AdapterHubFamily(ABC):
     """
 
     methods: ClassVar[frozenset[str]]
-    fields: ClassVar[type[Fields]] = Fields
+    fields: ClassVar[type[FamilyFields]] = FamilyFields
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def settle(cls, fields: Any, settings: Settings) -> Any:
+    def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
         """Translate values that old releases wrote under other names; return the fields with today's values."""
         return fields
 

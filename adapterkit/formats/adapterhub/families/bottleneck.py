@@ -29,13 +29,13 @@ from ..file import (
     standing,
     take,
 )
-from . import AdapterHubFamily, Fields, Number
+from . import AdapterHubFamily, FamilyFields, Number
 
 if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
-    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings, Settings
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, AdapterHubSettings, Findings
 
 
 PHM = {
@@ -61,7 +61,7 @@ Words = Mapping[str, Any]
 """The config fields, by name."""
 
 
-def own_slots(words: Words) -> dict[str, str]:
+def separate_slots(words: Words) -> dict[str, str]:
     """Map slots to fields, for tensors that each adapter has separately."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
@@ -84,12 +84,12 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
     """Map slots to fields, for tensors that all adapters in the model share; one tensor may fill several fields."""
     if not words["phm_layer"]:
         return {}
-    found: dict[str, tuple[str, ...]] = {}
+    slots: dict[str, tuple[str, ...]] = {}
     for name in _rules(words, shared=True):
-        found[name] = (f"down_{PHM[name]}", f"up_{PHM[name]}")
+        slots[name] = (f"down_{PHM[name]}", f"up_{PHM[name]}")
     for way in ("down", "up"):
-        found |= {name.replace("W", f"W_{way}"): (f"{way}_{PHM[name]}",) for name in _factors(words, shared=True)}
-    return found
+        slots |= {name.replace("W", f"W_{way}"): (f"{way}_{PHM[name]}",) for name in _factors(words, shared=True)}
+    return slots
 
 
 def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
@@ -166,15 +166,15 @@ ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 def placed(updates: Updates) -> list[tuple[Target, Update]]:
     """List (target, update) for every adapter inside a block; invertible adapters follow the embeddings instead."""
-    return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
+    return [(target, update) for target, group in updates.items() for update in group if update.method != "invertible"]
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
     """Group the adapters inside blocks by method and tensor names; a union has a separate config for each group."""
-    found: dict[Any, list[tuple[Target, Any]]] = {}
+    groups: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
-        found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
-    return list(found.values())
+        groups.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
+    return list(groups.values())
 
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
@@ -202,8 +202,8 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     model_type = model_type_of(base)
     rules = _stack_rules(updates, base)
     patchy, uneven = _patchy(rules, base), _uneven(placed(updates), base)
-    for target, found in updates.items():
-        for position, update in enumerate(found):
+    for target, group in updates.items():
+        for position, update in enumerate(group):
             if update.method == "invertible":
                 why = _why_no_coupling(target, update, model_type) if first else "the layers have no adapters"
             elif model_type not in MODELS or not _layers(base):
@@ -226,11 +226,11 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
 
 def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, SublayerRule]]:
     model_type = model_type_of(base)
-    found = {
+    rules = {
         target: hanging(target.path, u.attributes["residual"], u.attributes["norm"], model_type)
         for target, u in placed(updates)
     }
-    return {target: rule for target, rule in found.items() if rule is not None}
+    return {target: rule for target, rule in rules.items() if rule is not None}
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
@@ -249,10 +249,10 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
 
 def _coupling(updates: Updates) -> dict[str, JsonValue]:
     """Return the config fields for an invertible adapter; they are None if there is no such adapter."""
-    found = [update for each in updates.values() for update in each if update.method == "invertible"]
-    if not found:
+    invertible = [update for each in updates.values() for update in each if update.method == "invertible"]
+    if not invertible:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
-    inner, second = found[0].tensors["F_down"].shape
+    inner, second = invertible[0].tensors["F_down"].shape
     return {"inv_adapter": "nice", "inv_adapter_reduction_factor": _factor(int(second), int(inner))}
 
 
@@ -296,7 +296,7 @@ def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> s
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
-    return {layer for layer, found in sizes.items() if len(found) > 1}
+    return {layer for layer, layers in sizes.items() if len(layers) > 1}
 
 
 def _sizes(update: Update) -> tuple[int, int]:
@@ -327,9 +327,9 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
     """Return the number of a target's layer. With a base, the decoder's layers follow the encoder's layers."""
-    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
+    match = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
-    return before + int(found[1]) if found else 0
+    return before + int(match[1]) if match else 0
 
 
 def _in_decoder(target: Target) -> bool:
@@ -345,7 +345,7 @@ TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias"
 """A map from slots to fields for the norm before the adapter, which files also store inside `adapter_down`."""
 
 
-class BottleneckFields(Fields, frozen=True, kw_only=True):
+class BottleneckFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensors and the positions of adapters."""
 
     non_linearity: str
@@ -415,7 +415,7 @@ class BottleneckFamily(AdapterHubFamily):
     fresh: ClassVar[Mapping[str, Any]] = FRESH
 
     @classmethod
-    def settle(cls, fields: BottleneckFields, settings: Settings) -> BottleneckFields:
+    def settle(cls, fields: BottleneckFields, settings: AdapterHubSettings) -> BottleneckFields:
         name = fields.non_linearity.lower()
         renamed = OLD_NAMES.get(name, name) if settings.version is None else name
         return msgspec.structs.replace(fields, non_linearity=renamed)
@@ -423,36 +423,36 @@ class BottleneckFamily(AdapterHubFamily):
     @classmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
         _check_words(part)
-        words = msgspec.structs.asdict(part.own)
+        words = msgspec.structs.asdict(part.method_fields)
         shared, keys = _shared(part, words)
         for path, slots in part.groups(KIND).items():
-            found = standing(path, part.settings.model_type) if part.settings.model_type in MODELS else None
-            if found is None:
+            rule_found = standing(path, part.settings.model_type) if part.settings.model_type in MODELS else None
+            if rule_found is None:
                 why = f"this version does not know the position of an adapter at {path} of a {part.settings.model_type}"
                 known = f"Known: {', '.join(sorted(MODELS))}"
                 raise Unsupported(why, where=next(iter(slots.values())).text, cure=known)
-            target, rule = found
-            if getattr(part.own, rule.flag):
-                tensors, own_keys = _own(part, words, slots)
+            target, rule = rule_found
+            if getattr(part.method_fields, rule.flag):
+                tensors, own_keys = _adapter_tensors(part, words, slots)
                 place = {"residual": rule.residual, "norm": rule.norm}
-                method = "compacter" if part.own.phm_layer else "bottleneck"
-                update = make(method, tensors | shared, **_attributes(part.own), **place)
+                method = "compacter" if part.method_fields.phm_layer else "bottleneck"
+                update = make(method, tensors | shared, **_attributes(part.method_fields), **place)
                 yield AdapterHubUpdate(Target(target), update, (*own_keys, *keys))
-        if part.own.inv_adapter:
+        if part.method_fields.inv_adapter:
             yield from _invertible(part)
 
     @classmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        for own in forms(updates):
-            words = words_of([update for _, update in own])
-            for target, update in own:
+        for group in forms(updates):
+            words = words_of([update for _, update in group])
+            for target, update in group:
                 hung = hanging(target.path, update.attributes["residual"], update.attributes["norm"], naming.model_type)
                 path = target.path if hung is None else hung[0]
-                for slot, field in {**own_slots(words), **(TWICE if words["ln_before"] else {})}.items():
+                for slot, field in {**separate_slots(words), **(TWICE if words["ln_before"] else {})}.items():
                     yield naming.key(path, KIND, slot), as_lazy(update.tensors[field])
             for slot, fields in shared_slots(words).items():
-                yield naming.key(naming.root, SHARED, slot), as_lazy(own[0][1].tensors[fields[0]])
-        for update in (u for found in updates.values() for u in found if u.method == "invertible"):
+                yield naming.key(naming.root, SHARED, slot), as_lazy(group[0][1].tensors[fields[0]])
+        for update in (u for group in updates.values() for u in group if u.method == "invertible"):
             for slot, field in COUPLING.items():
                 yield naming.key(naming.root, INVERTIBLE, slot), as_lazy(update.tensors[field])
 
@@ -466,12 +466,12 @@ class BottleneckFamily(AdapterHubFamily):
 
 
 def _check_words(part: AdapterHubPart) -> None:
-    own = part.own
+    fields = part.method_fields
     known = {
-        "non_linearity": (own.non_linearity, tuple(ACTIVATIONS)),
-        "scaling": (own.scaling if isinstance(own.scaling, str) else "channel", ("learned", "channel")),
-        "residual_before_ln": (str(own.residual_before_ln).lower(), ("true", "false", "post_add")),
-        "inv_adapter": (own.inv_adapter or "nice", ("nice",)),
+        "non_linearity": (fields.non_linearity, tuple(ACTIVATIONS)),
+        "scaling": (fields.scaling if isinstance(fields.scaling, str) else "channel", ("learned", "channel")),
+        "residual_before_ln": (str(fields.residual_before_ln).lower(), ("true", "false", "post_add")),
+        "inv_adapter": (fields.inv_adapter or "nice", ("nice",)),
     }
     for field, (word, words) in known.items():
         if word not in words:
@@ -479,11 +479,11 @@ def _check_words(part: AdapterHubPart) -> None:
             raise Unsupported(why, where=f"{part.at}.{field}", cure=f"Known: {', '.join(words)}")
 
 
-def _own(
+def _adapter_tensors(
     part: AdapterHubPart, words: Mapping[str, object], slots: Mapping[str, AdapterHubKey]
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     """Return the tensors of one adapter, by field, and the tensors' keys."""
-    fields = own_slots(words)
+    fields = separate_slots(words)
     tensors = take(part, slots, fields)
     keys = [slots[slot] for slot in fields]
     for slot, field in TWICE.items() if words["ln_before"] else ():
@@ -506,15 +506,15 @@ def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str
     return tensors, keys
 
 
-def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
+def _attributes(fields: BottleneckFields) -> dict[str, JsonValue]:
     return {
-        "non_linearity": own.non_linearity,
-        "scaling": 1.0 if isinstance(own.scaling, str) else float(own.scaling),
-        "parallel": own.is_parallel,
-        "original_ln_before": own.original_ln_before,
-        "original_ln_after": own.original_ln_after,
-        "residual_before_ln": str(own.residual_before_ln).lower(),
-        "adapter_residual_before_ln": own.adapter_residual_before_ln,
+        "non_linearity": fields.non_linearity,
+        "scaling": 1.0 if isinstance(fields.scaling, str) else float(fields.scaling),
+        "parallel": fields.is_parallel,
+        "original_ln_before": fields.original_ln_before,
+        "original_ln_after": fields.original_ln_after,
+        "residual_before_ln": str(fields.residual_before_ln).lower(),
+        "adapter_residual_before_ln": fields.adapter_residual_before_ln,
     }
 
 
@@ -531,7 +531,7 @@ def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
             raise Unsupported(
                 why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}"
             )
-        update = make("invertible", take(part, slots, COUPLING), non_linearity=part.own.non_linearity)
+        update = make("invertible", take(part, slots, COUPLING), non_linearity=part.method_fields.non_linearity)
         yield AdapterHubUpdate(
             Target(f"{path}.{name}" if path else name), update, tuple(slots[slot] for slot in COUPLING)
         )

@@ -15,7 +15,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from .. import file
 from ..file import AGAIN, FUSED, QKV, AdapterHubUpdate, KeptKey, joined, make, sliced, take
-from . import AdapterHubFamily, Fields, Number, Size
+from . import AdapterHubFamily, FamilyFields, Number, Size
 
 if TYPE_CHECKING:
     from ....core.updates import Update
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND, SHARED = "loras", "shared_parameters"
 
 
-class LoraFields(Fields, frozen=True, kw_only=True):
+class LoraFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensors."""
 
     r: Size = 8
@@ -108,15 +108,15 @@ def _kind(part: AdapterHubPart) -> str:
     Raises:
         Unsupported: the config selects a combination of methods.
     """
-    own = part.own
-    if own.composition_mode not in ("add", "scale"):
-        why = f"the composition_mode {own.composition_mode[:60]!r} is unknown"
+    fields = part.method_fields
+    if fields.composition_mode not in ("add", "scale"):
+        why = f"the composition_mode {fields.composition_mode[:60]!r} is unknown"
         raise Unsupported(why, where=f"{part.at}.composition_mode", cure="Known: add, scale")
     on = {
-        "ia3": own.composition_mode == "scale",
-        "dora" if part.by_formula else "dora_outputs": bool(own.use_dora),
-        "gated_lora": bool(own.use_gating),
-        "vera_matrices": isinstance(own.vera_d, float) or isinstance(own.vera_b, float),
+        "ia3": fields.composition_mode == "scale",
+        "dora" if part.by_formula else "dora_outputs": bool(fields.use_dora),
+        "gated_lora": bool(fields.use_gating),
+        "vera_matrices": isinstance(fields.vera_d, float) or isinstance(fields.vera_b, float),
     }
     named = [method for method, is_on in on.items() if is_on]
     if len(named) > 1:
@@ -144,7 +144,7 @@ def _lora(
     if 0 in (*A.shape, *B.shape):
         yield from (KeptKey(key) for key in slots.values())
         return
-    blocks = _blocks(part, path, A.shape[0] // part.own.r if A.shape else 0)
+    blocks = _blocks(part, path, A.shape[0] // part.method_fields.r if A.shape else 0)
     _check_factors(part, slots, A, B, 1 if blocks is None else len(blocks))
     _check_place(part, path, slots, method, fused=blocks is not None)
     scaling = {} if method == "gated_lora" else {"scaling": _scaling(part)}
@@ -156,7 +156,7 @@ def _lora(
     for group, rows in enumerate(_rows(B.shape[0], blocks)):
         size = rows[1] - rows[0]
         factors = {
-            "A": sliced(A, group * part.own.r, (group + 1) * part.own.r),
+            "A": sliced(A, group * part.method_fields.r, (group + 1) * part.method_fields.r),
             "B": sliced(B, group * size, (group + 1) * size),
         }
         yield AdapterHubUpdate(Target(path, layout, rows), make(method, factors, **scaling), keys)
@@ -193,8 +193,8 @@ def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -
 def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -> Iterator[AdapterHubUpdate]:
     key = slots["lora_B"] if "lora_B" in slots else next(iter(slots.values()))
     B = take(part, slots, {"lora_B": "B"})["B"]
-    if _scaling(part) * part.own.r != 1:
-        why = f"IA3's vectors are multiplied by alpha = {part.own.alpha}; only alpha = 1 is supported"
+    if _scaling(part) * part.method_fields.r != 1:
+        why = f"IA3's vectors are multiplied by alpha = {part.method_fields.alpha}; only alpha = 1 is supported"
         raise Unsupported(why, where=f"{part.at}.alpha", cure="Multiply lora_B by alpha, and set alpha to 1")
     vector = _column(B, B.shape[0] if B.shape else 0, key)
     blocks = _blocks(part, path, 1)
@@ -213,7 +213,7 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
 
 def _scaling(part: AdapterHubPart) -> float:
     """Return alpha / r, or 1 if training used no scaling; the adapters library always scales members of a union."""
-    return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
+    return 1.0 if part.settings.unscaled and not part.by_formula else part.method_fields.alpha / part.method_fields.r
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
@@ -221,7 +221,7 @@ def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
 
     None for a layer that is not fused.
     """
-    enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
+    enabled = [position for position, word in enumerate(QKV) if word in part.method_fields.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
     if fused and not enabled:
@@ -236,7 +236,7 @@ def _rows(outputs: int, blocks: list[int]) -> list[tuple[int, int]]:
 
 
 def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: Lazy, B: Lazy, groups: int) -> None:
-    r = part.own.r
+    r = part.method_fields.r
     if len(A.shape) != 2 or A.shape[0] != r * groups:
         why = f"the shape is {list(A.shape)}; the config states rank {r}" + (
             f" and {groups} groups" if groups > 1 else ""
@@ -255,10 +255,10 @@ def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
 
 def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
     """Group the updates by path; updates of one path are in the order of their rows."""
-    found: dict[str, list[tuple[Target, Update]]] = {}
+    by_path: dict[str, list[tuple[Target, Update]]] = {}
     for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
-        found.setdefault(target.path, []).extend((target, update) for update in updates[target])
-    return {target.path: found[target.path] for target in updates}
+        by_path.setdefault(target.path, []).extend((target, update) for update in updates[target])
+    return {target.path: by_path[target.path] for target in updates}
 
 
 def _slots(update: Any) -> dict[str, Lazy]:

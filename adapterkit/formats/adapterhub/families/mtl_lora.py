@@ -10,7 +10,7 @@ from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ...peft.patterns import exact_alpha
 from ..file import QKV, AdapterHubUpdate, base_family, make, role, take
-from . import AdapterHubFamily, Fields, Number, Size
+from . import AdapterHubFamily, FamilyFields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weigh
 """A map from slots to fields."""
 
 
-class MtlFields(Fields, frozen=True, kw_only=True):
+class MtlFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensors."""
 
     r: Size = 8
@@ -72,26 +72,28 @@ class MtlLoraFamily(AdapterHubFamily):
 
     @classmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        own = part.own
+        fields = part.method_fields
         words = {"composition_mode": "add", "use_gating": False, "use_dora": False}
         words["task_specific_matrix_type"] = "singular_values"
         for name, known in words.items():
-            if (getattr(own, name) or False) != known:
-                why = f"this version does not support MTL-LoRA with {name} = {str(getattr(own, name))[:60]!r}"
+            if (getattr(fields, name) or False) != known:
+                why = f"this version does not support MTL-LoRA with {name} = {str(getattr(fields, name))[:60]!r}"
                 raise Unsupported(why, where=f"{part.at}.{name}", cure=f"Known: {known}")
         for path, slots in part.groups(KIND).items():
             tensors = take(part, slots, FIELDS)
             shape = tensors["B"].shape
-            if len(shape) != 3 or (shape[0], shape[2]) != (own.n_up_projection, own.r):
-                why = f"the shape {list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
+            if len(shape) != 3 or (shape[0], shape[2]) != (fields.n_up_projection, fields.r):
+                why = f"the shape {list(shape)} is not [{fields.n_up_projection}, outputs, {fields.r}]"
                 raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config does not belong to this file")
-            update = make("mtl_lora", tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
+            update = make(
+                "mtl_lora", tensors, scaling=fields.alpha / fields.r, sharpness=float(fields.weights_sharpness)
+            )
             yield AdapterHubUpdate(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
 
     @classmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        for target, found in updates.items():
-            for update in found:
+        for target, group in updates.items():
+            for update in group:
                 for slot, field in FIELDS.items():
                     yield naming.key(target.path, KIND, slot), as_lazy(update.tensors[field])
 
@@ -112,26 +114,31 @@ class MtlLoraFamily(AdapterHubFamily):
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        first = _law(next(iter(updates.values()))[0])
+        first = _settings_of(next(iter(updates.values()))[0])
         family = base_family(updates, base) or ""
-        for target, found in updates.items():
-            for position, update in enumerate(found):
+        for target, group in updates.items():
+            for position, update in enumerate(group):
                 if target.stacked or target.rows is not None:
                     why = "the adapters library does not adapt experts or some rows of a weight"
                 elif role(target.path, family) in (None, "qkv"):
                     why = "the adapters library is not known to adapt this layer; give the base with --base (base=)"
-                elif exact_alpha((_law(update)[0], _law(update)[2]), rslora=False) is None:
+                elif exact_alpha((_settings_of(update)[0], _settings_of(update)[2]), rslora=False) is None:
                     why = "no alpha yields its exact scaling"
                 else:
                     why = (
                         ""
-                        if _law(update) == first and not position
+                        if _settings_of(update) == first and not position
                         else "its sizes or settings differ from the other updates'"
                     )
                 if why:
                     yield target, position, f"{update.method}: {why}"
 
 
-def _law(update: Update) -> tuple[int, int, float, float]:
-    held, said = update.tensors, update.attributes
-    return int(held["A"].shape[0]), int(held["B"].shape[0]), float(said["scaling"]), float(said["sharpness"])
+def _settings_of(update: Update) -> tuple[int, int, float, float]:
+    tensors, attributes = update.tensors, update.attributes
+    return (
+        int(tensors["A"].shape[0]),
+        int(tensors["B"].shape[0]),
+        float(attributes["scaling"]),
+        float(attributes["sharpness"]),
+    )

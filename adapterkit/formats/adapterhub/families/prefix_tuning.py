@@ -11,7 +11,7 @@ from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
-from . import AdapterHubFamily, Fields, Size
+from . import AdapterHubFamily, FamilyFields, Size
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -81,13 +81,13 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
 
 def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
     """Count the base's attention modules in each group (see `group_of`)."""
-    found: dict[str, set[str]] = {}
+    paths_of: dict[str, set[str]] = {}
     for name in base.tensors:
         for ending in ATTENTIONS.get(model_type, ()):
             path, inside, _ = name.rpartition(f"{ending}.")
             if inside:
-                found.setdefault(group_of(path + ending, model_type), set()).add(path)
-    return {group: len(paths) for group, paths in found.items()}
+                paths_of.setdefault(group_of(path + ending, model_type), set()).add(path)
+    return {group: len(paths) for group, paths in paths_of.items()}
 
 
 def unlike(update: Any, first: Any) -> str:
@@ -107,8 +107,8 @@ def group_of(path: str, model_type: str | None) -> str:
 
 def layer_of(path: str) -> int:
     """Return the first number in a path; -1 if there is none."""
-    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
-    return int(found[1]) if found else -1
+    match = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
+    return int(match[1]) if match else -1
 
 
 # Prefix tuning: all attention modules of a kind (`encoder_`, `cross_` or `self_prefix`) share one network or flat
@@ -146,7 +146,7 @@ For a base with an encoder and a decoder, this is the encoder's number.
 """
 
 
-class PrefixFields(Fields, frozen=True, kw_only=True):
+class PrefixFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensors."""
 
     flat: bool = False
@@ -188,24 +188,24 @@ class PrefixTuningFamily(AdapterHubFamily):
     def decode(cls, part: AdapterHubPart) -> Findings:
         _check(part)
         groups = part.groups(KIND)
-        found = {path.removesuffix(POOL): slots for path, slots in groups.items() if path.endswith(POOL)}
+        pools = {path.removesuffix(POOL): slots for path, slots in groups.items() if path.endswith(POOL)}
         whole = next((slots for path, slots in groups.items() if not path.endswith(POOL)), None)
-        if whole is None or not found:
+        if whole is None or not pools:
             return
         names = list(dict.fromkeys(slot.partition(".")[0] for slot in whole))
         for name in names:
             if name not in GROUPS:
                 why = f"this version does not know the kind of attention {name[:60]!r}"
                 raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
-            own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
-            yield from _group_updates(part, name, own, whole)
+            members = [path for path in sorted(pools, key=_in_order) if _group(path, part) == name]
+            yield from _group_updates(part, name, members, whole)
         used = {
             path
             for name in names
-            for path in found
-            if _group(path, part) == name and layer_of(path) not in part.own.leave_out
+            for path in pools
+            if _group(path, part) == name and layer_of(path) not in part.method_fields.leave_out
         }
-        for path, slots in found.items():
+        for path, slots in pools.items():
             for slot, key in slots.items():
                 if slot not in whole:
                     raise Malformed(
@@ -218,17 +218,17 @@ class PrefixTuningFamily(AdapterHubFamily):
     @classmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         groups: dict[str, list[tuple[Target, Any]]] = {}
-        for target, found in updates.items():
+        for target, group_updates in updates.items():
             group = group_of(target.path, naming.model_type)
-            groups.setdefault(group, []).extend((target, update) for update in found)
-        for name, own in groups.items():
-            own.sort(key=lambda pair: _in_order(pair[0].path))
-            for slot, leaf in _slots([update for _, update in own]).items():
+            groups.setdefault(group, []).extend((target, update) for update in group_updates)
+        for name, members in groups.items():
+            members.sort(key=lambda pair: _in_order(pair[0].path))
+            for slot, leaf in _slots([update for _, update in members]).items():
                 for path in (naming.at_root(LAYER), *(target.path + POOL for target in updates)):
                     yield naming.key(path, KIND, f"{name}.{slot}" if slot else name), leaf
-        for target, found in updates.items():
+        for target, group_updates in updates.items():
             for slot, field in GATE.items():
-                for update in (update for update in found if field in update.tensors):
+                for update in (update for update in group_updates if field in update.tensors):
                     yield naming.key(f"{target.path}.{LAYER}", GATES, slot), as_lazy(update.tensors[field])
 
     @classmethod
@@ -254,9 +254,9 @@ class PrefixTuningFamily(AdapterHubFamily):
         model_type = model_type_of(base)
         first: dict[str, Any] = {}
         counts = Counter(group_of(target.path, model_type) for target in updates)
-        for target, found in updates.items():
+        for target, group_updates in updates.items():
             group = group_of(target.path, model_type)
-            for position, update in enumerate(found):
+            for position, update in enumerate(group_updates):
                 some = first.setdefault(group, update)
                 why = lacking(counts, group, base) or why_not(target, update, some, model_type)
                 why = (
@@ -269,10 +269,10 @@ class PrefixTuningFamily(AdapterHubFamily):
 
 
 def _check(part: AdapterHubPart) -> None:
-    if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
-        why = f"this version does not support a network with {part.own.non_linearity[:60]!r}"
+    if part.method_fields.non_linearity.lower() != "tanh" and not part.method_fields.flat:
+        why = f"this version does not support a network with {part.method_fields.non_linearity[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
-    if part.own.leave_out and part.settings.model_type in ENCODER_DECODER:
+    if part.method_fields.leave_out and part.settings.model_type in ENCODER_DECODER:
         why = "this version does not support omitted layers in a model with an encoder and a decoder"
         raise Unsupported(why, where=f"{part.at}.leave_out", cure="Known: []")
 
@@ -281,11 +281,13 @@ def _group_updates(
     part: AdapterHubPart, name: str, paths: Sequence[str], whole: Mapping[str, AdapterHubKey]
 ) -> Iterator[AdapterHubUpdate]:
     """Yield the updates for the attention modules of one kind, except in omitted layers."""
-    prefix = name if part.own.flat else f"{name}."
-    own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
-    tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
-    keys = tuple(own.values())
-    placed = [path for path in paths if layer_of(path) not in part.own.leave_out]
+    prefix = name if part.method_fields.flat else f"{name}."
+    keys_of_slots = {
+        slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)
+    }
+    tensors = take(part, keys_of_slots, {FLAT: "P"} if part.method_fields.flat else NETWORK)
+    keys = tuple(keys_of_slots.values())
+    placed = [path for path in paths if layer_of(path) not in part.method_fields.leave_out]
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     own_heads = (part.base.config or {}).get("decoder_attention_heads", heads) if part.base is not None else heads
     if name != "encoder_prefix" and own_heads != heads:
@@ -299,13 +301,13 @@ def _group_updates(
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"the shape {list(tensors['W2'].shape)} does not fit a bias {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
-    method = METHODS[part.own.flat, part.own.use_gating]
+    method = METHODS[part.method_fields.flat, part.method_fields.use_gating]
     for position, path in enumerate(placed):
         mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
         gate = _gate(part, path, keys[0])
         own_gate = {GATE[slot]: part.tensors[key] for slot, key in gate.items()}
-        if part.own.flat:
-            P = _share(tensors["P"], part.own.prefix_length, len(placed), position, heads)
+        if part.method_fields.flat:
+            P = _share(tensors["P"], part.method_fields.prefix_length, len(placed), position, heads)
             update = make(method, {"P": P, **own_gate})
         else:
             start, stop = position * 2 * width, (position + 1) * 2 * width
@@ -323,15 +325,15 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
         Malformed: the file lacks the gate.
         ShapeMismatch: the gate has more or fewer values than the config requires.
     """
-    if not part.own.use_gating:
+    if not part.method_fields.use_gating:
         return {}
     slots = part.groups(GATES).get(f"{path}.{LAYER}", {})
     if slots.keys() != GATE.keys():
         raise Malformed(f"the file lacks the gate of {path}", where=where.text, cure=AGAIN)
     shape = part.tensors[slots["weight"]].shape
-    if shape[:1] != ((1,) if part.own.shared_gating else (2,)):
-        said = "one gate" if part.own.shared_gating else "a gate each"
-        why = f"the shape is {list(shape)}, but the config states {said} for keys and values"
+    if shape[:1] != ((1,) if part.method_fields.shared_gating else (2,)):
+        gates_text = "one gate" if part.method_fields.shared_gating else "a gate each"
+        why = f"the shape is {list(shape)}, but the config states {gates_text} for keys and values"
         cure = "The config does not belong to this file"
         raise ShapeMismatch(why, where=slots["weight"].text, cure=cure)
     return slots
@@ -344,9 +346,9 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
         UsageError: neither the file nor a base shows the number of heads.
         ShapeMismatch: the tensors do not fit the numbers of layers and heads.
     """
-    last = tensors["P"] if part.own.flat else tensors["b2"]
+    last = tensors["P"] if part.method_fields.flat else tensors["b2"]
     total = last.shape[0] if len(last.shape) == 1 else 0
-    rows = 2 * layers * (part.own.prefix_length if part.own.flat else 1)
+    rows = 2 * layers * (part.method_fields.prefix_length if part.method_fields.flat else 1)
     config = {} if part.base is None else part.base.config or {}
     heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
     if heads < 1:

@@ -9,7 +9,7 @@ from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ..file import EMBEDDINGS, AdapterHubUpdate, make, take
-from . import AdapterHubFamily, Fields, Size
+from . import AdapterHubFamily, FamilyFields, Size
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
 
 
-class PromptFields(Fields, frozen=True, kw_only=True):
+class PromptFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensor."""
 
     prompt_length: Size = 10
@@ -50,13 +50,14 @@ class PromptTuningFamily(AdapterHubFamily):
 
     @classmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        if part.own.combine != "prefix":
-            why = f"this version does not support a prompt with combine = {part.own.combine[:60]!r}"
+        if part.method_fields.combine != "prefix":
+            why = f"this version does not support a prompt with combine = {part.method_fields.combine[:60]!r}"
             raise Unsupported(why, where=f"{part.at}.combine", cure="Known: prefix")
         for path, slots in part.groups(KIND).items():
             tensors = take(part, slots, {SLOT: "P"})
-            if tensors["P"].shape[:1] != (part.own.prompt_length,):
-                why = f"the shape is {list(tensors['P'].shape)}, but the config states {part.own.prompt_length} tokens"
+            stated, shape = part.method_fields.prompt_length, tensors["P"].shape
+            if shape[:1] != (stated,):
+                why = f"the shape is {list(shape)}, but the config states {stated} tokens"
                 raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config does not belong to this file")
             name = EMBEDDINGS.get(part.settings.model_type or "")
             if name is None:
@@ -66,8 +67,8 @@ class PromptTuningFamily(AdapterHubFamily):
 
     @classmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        for found in updates.values():
-            for update in found:
+        for group in updates.values():
+            for update in group:
                 yield naming.key(naming.at_root(LAYER), KIND, SLOT), as_lazy(update.tensors["P"])
 
     @classmethod
@@ -78,7 +79,7 @@ class PromptTuningFamily(AdapterHubFamily):
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         for number, (target, position, update) in enumerate(
-            (target, position, update) for target, found in updates.items() for position, update in enumerate(found)
+            (target, position, update) for target, group in updates.items() for position, update in enumerate(group)
         ):
             if number:
                 yield target, position, "the adapter has a second prompt"

@@ -11,7 +11,7 @@ from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
 from .. import REFT
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, make, take
-from . import AdapterHubFamily, Fields, Size
+from . import AdapterHubFamily, FamilyFields, Size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias
 """A map from the slots of a unit to fields; the fields of the second unit have the prefix `suffix_`."""
 
 
-class ReftFields(Fields, frozen=True, kw_only=True):
+class ReftFields(FamilyFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the tensors."""
 
     prefix_positions: int
@@ -76,9 +76,9 @@ class ReftFamily(AdapterHubFamily):
         for path, slots in part.groups(KIND).items():
             tensors: dict[str, Lazy] = {}
             keys: list[AdapterHubKey] = []
-            for unit in range(1 if part.own.tied_weights else 2):
-                found, used = _unit(part, slots, unit)
-                tensors |= {f"suffix_{field}" if unit else field: leaf for field, leaf in found.items()}
+            for unit in range(1 if part.method_fields.tied_weights else 2):
+                unit_tensors, used = _unit(part, slots, unit)
+                tensors |= {f"suffix_{field}" if unit else field: leaf for field, leaf in unit_tensors.items()}
                 keys += used
             update = make("reft", tensors, **_attributes(part))
             yield AdapterHubUpdate(Target(path.removesuffix(LAYER)), update, tuple(keys))
@@ -86,8 +86,8 @@ class ReftFamily(AdapterHubFamily):
 
     @classmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        for target, found in updates.items():
-            for update in found:
+        for target, group in updates.items():
+            for update in group:
                 for unit, prefix in ((0, ""), (1, "suffix_")):
                     for slot, leaf in _spelled(update, prefix):
                         yield naming.key(target.path + LAYER, KIND, f"units.{unit}.{slot}"), leaf
@@ -109,8 +109,8 @@ class ReftFamily(AdapterHubFamily):
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         first = _form(next(iter(updates.values()))[0])
-        for target, found in updates.items():
-            for position, update in enumerate(found):
+        for target, group in updates.items():
+            for position, update in enumerate(group):
                 if _form(update) != first:
                     why = "its settings or size differ from the other updates'; a config states only one of each"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
@@ -127,8 +127,8 @@ class ReftFamily(AdapterHubFamily):
 
     @classmethod
     def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        for target, found in updates.items():
-            for update, unit in ((update, unit) for update in found for unit in (0, 1)):
+        for target, group in updates.items():
+            for update, unit in ((update, unit) for update in group for unit in (0, 1)):
                 pair = [naming.key(target.path + LAYER, KIND, f"units.{unit}.{end}") for end in (ORIGINAL, BASE)]
                 matrix = update.tensors.get("suffix_projection" if unit else "projection")
                 if all(key in kept for key in pair):
@@ -138,11 +138,15 @@ class ReftFamily(AdapterHubFamily):
 
 
 def _check(part: AdapterHubPart) -> None:
-    word = part.own.non_linearity
+    word = part.method_fields.non_linearity
     if word is not None and word.lower() not in ACTIVATIONS:
         why = f"the non_linearity {word[:60]!r} is unknown"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
-    if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
+    if (
+        part.method_fields.subtract_projection is None
+        and not part.method_fields.orthogonality
+        and part.compat not in REFT
+    ):
         why = "the adapter may be NoReFT or DiReFT: its config does not say whether the projection is subtracted"
         cure = (
             "State the method with --compat noreft or --compat direft (compat=), or write subtract_projection into "
@@ -152,30 +156,36 @@ def _check(part: AdapterHubPart) -> None:
 
 
 def _attributes(part: AdapterHubPart) -> dict[str, JsonValue]:
-    own = part.own
+    fields = part.method_fields
     return {
-        "prefix_positions": own.prefix_positions,
-        "suffix_positions": own.suffix_positions,
-        "subtract_projection": part.compat != "direft" if own.subtract_projection is None else own.subtract_projection,
-        "non_linearity": "linear" if own.non_linearity is None else own.non_linearity.lower(),
-        "orthogonality": own.orthogonality,
+        "prefix_positions": fields.prefix_positions,
+        "suffix_positions": fields.suffix_positions,
+        "subtract_projection": part.compat != "direft"
+        if fields.subtract_projection is None
+        else fields.subtract_projection,
+        "non_linearity": "linear" if fields.non_linearity is None else fields.non_linearity.lower(),
+        "orthogonality": fields.orthogonality,
     }
 
 
 def _unit(
     part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], unit: int
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    own = {slot.removeprefix(f"units.{unit}."): key for slot, key in slots.items() if slot.startswith(f"units.{unit}.")}
-    fields = {slot: field for slot, field in FIELDS.items() if field != "projection" or not part.own.orthogonality}
-    tensors = take(part, own or slots, fields)
-    keys = [own[slot] for slot in fields]
-    if part.own.orthogonality:
-        halves = take(part, own, {ORIGINAL: "original", BASE: "base"})
-        _check_halves(own[ORIGINAL], **halves)
+    unit_slots = {
+        slot.removeprefix(f"units.{unit}."): key for slot, key in slots.items() if slot.startswith(f"units.{unit}.")
+    }
+    fields = {
+        slot: field for slot, field in FIELDS.items() if field != "projection" or not part.method_fields.orthogonality
+    }
+    tensors = take(part, unit_slots or slots, fields)
+    keys = [unit_slots[slot] for slot in fields]
+    if part.method_fields.orthogonality:
+        halves = take(part, unit_slots, {ORIGINAL: "original", BASE: "base"})
+        _check_halves(unit_slots[ORIGINAL], **halves)
         tensors["projection"] = composed(**halves)
     for field in ("source", "projection"):
-        if tensors[field].shape[:1] != (part.own.r,):
-            why = f"the shape is {list(tensors[field].shape)}, but the config states rank {part.own.r}"
+        if tensors[field].shape[:1] != (part.method_fields.r,):
+            why = f"the shape is {list(tensors[field].shape)}, but the config states rank {part.method_fields.r}"
             raise ShapeMismatch(why, where=keys[0].text, cure="The config does not belong to this file")
     return tensors, keys
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..._format import Departure
-    from ..file import File, Findings, Found, Key, Settings
+    from ..file import DecodedUpdate, File, Findings, Key, PeftSettings
 
 
 # List the methods whose files have `lora_A` and `lora_B`. Their `peft_type` is LORA.
@@ -93,7 +93,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
-def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the config fields that select the formula of these pairs; `before` is the old config."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
@@ -125,21 +125,21 @@ def _router(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> d
         return None
     names = {"task": some.tasks, "gks": some.general}
     listed = {f"{name}_adapter_names": [f"{name}_{i}" for i in range(count)] for name, count in names.items()}
-    said = before.get("arrow_config")
-    seed = said.get("rng_seed") if isinstance(said, Mapping) else None
+    arrow = before.get("arrow_config")
+    seed = arrow.get("rng_seed") if isinstance(arrow, Mapping) else None
     numbers = {"top_k": some.top_k, "router_temperature": some.temperature, "rng_seed": seed}
     return {**numbers, "use_gks": some.general > 0, **listed}
 
 
 def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
-    own = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
-    A = sorted(path for path, update in own.items() if update.A_blocks is not None)
-    some: Any = next(iter(own.values()))
+    block_updates = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
+    A = sorted(path for path, update in block_updates.items() if update.A_blocks is not None)
+    some: Any = next(iter(block_updates.values()))
     return {
         "target_modules_bd_a": A or None,
-        "target_modules_bd_b": sorted(own.keys() - set(A)) or None,
+        "target_modules_bd_b": sorted(block_updates.keys() - set(A)) or None,
         "nblocks": int((some.B_blocks if some.A_blocks is None else some.A_blocks).shape[0]),
-        "match_strict": len(own) == len(updates),
+        "match_strict": len(block_updates) == len(updates),
     }
 
 
@@ -162,7 +162,7 @@ Parts = dict[str, "tuple[str, Lazy]"]
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
-class Own(msgspec.Struct, frozen=True, kw_only=True):
+class MethodFields(msgspec.Struct, frozen=True, kw_only=True):
     """The config fields that only this family reads."""
 
 
@@ -179,8 +179,9 @@ class Family(ABC):
         shared_prefix: the prefix that is written before a shared key; keys with and without `base_model.` can be read.
         prefix: the prefix that is written before the base's module names.
         names_modules: whether the config lists the modules that have tensors in the file.
-        own: the config fields that only this family reads, with PEFT's defaults.
-        read: for each field in `own` that changes the meaning of the tensors, a phrase that describes the effect.
+        method_fields: the config fields that only this family reads, with PEFT's defaults.
+        read: for each field in `method_fields` that changes the meaning of the tensors, a phrase that describes the
+            effect.
         harmless: for each other field of this `peft_type`, a phrase that says why the field has no effect.
         fresh: config fields for an adapter that was not read from PEFT's format.
         departures: the cases, by name, in which PEFT's forward differs from the paper's formula; see `Format`.
@@ -198,7 +199,7 @@ class Family(ABC):
     shared_prefix: ClassVar[str] = "base_model."
     prefix: ClassVar[str] = "base_model.model."
     names_modules: ClassVar[bool] = True
-    own: ClassVar[type[Own]] = Own
+    method_fields: ClassVar[type[MethodFields]] = MethodFields
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
@@ -221,11 +222,11 @@ class Family(ABC):
         """
         for stem, keys in file.modules(cls.parts).items():
             check_stem(stem, next(iter(keys.values())))
-            yield cls.found(file, keys)
+            yield cls.decode_keys(file, keys)
 
     @classmethod
     @abstractmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         """Return the update of one module.
 
         `keys` has the module's keys by part, and `file.shared` has the shared keys.
@@ -262,9 +263,9 @@ class Family(ABC):
 
         Override this method if an update's keys depend on other updates.
         """
-        for target, found in updates.items():
+        for target, group in updates.items():
             weight = None if base is None else base.tensors.get(f"{target.path}.weight")
-            for update in (update for update in found if type(update) in cls.methods()):
+            for update in (update for update in group if type(update) in cls.methods()):
                 yield cls.encode_at(update, None if weight is None else weight.shape)
 
     @classmethod
@@ -300,22 +301,24 @@ class Family(ABC):
 
         Updates of stacked experts are omitted: in PEFT's files only LoRA has stacks, and the writer refuses all others.
         """
-        whole = {target: found for target, found in updates.items() if not target.stacked}
-        return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
+        whole = {target: group for target, group in updates.items() if not target.stacked}
+        return {t.path: update for t, group in whole.items() for update in group if type(update) in cls.methods()}
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
         """Return the value of `fan_in_fan_out`: whether at least one of the family's weights is stored as [in, out]."""
-        own = (target for target, found in updates.items() if any(type(update) in cls.methods() for update in found))
-        return any(target.layout == "in out *k" for target in own)
+        targets = (
+            target for target, group in updates.items() if any(type(update) in cls.methods() for update in group)
+        )
+        return any(target.layout == "in out *k" for target in targets)
 
 
-class Scaled(Own, frozen=True, kw_only=True):
+class ScaledFields(MethodFields, frozen=True, kw_only=True):
     """The config fields of a family whose scaling is alpha / r."""
 
     alpha: float = 8
 
-    def scaling(self, settings: Settings, name: str) -> float:
+    def scaling(self, settings: PeftSettings, name: str) -> float:
         """Return the scaling of the module `name`."""
         return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
 
@@ -332,11 +335,11 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
     return number_fields(scales, (False,))[1]
 
 
-def minority(said: Mapping[Target, object]) -> list[Target]:
+def minority(value_of: Mapping[Target, object]) -> list[Target]:
     """Return the targets that do not have the most common value; of equally common values, the first one counts."""
-    count = Counter(said.values())
+    count = Counter(value_of.values())
     most = max(count, key=lambda value: count[value], default=None)
-    return [target for target, value in said.items() if value != most]
+    return [target for target, value in value_of.items() if value != most]
 
 
 def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:

@@ -48,8 +48,8 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
         )
     shape = file.base_shape(f"{key.path}.weight")
     if shape is None or len(shape) != 2:
-        found = "nothing" if shape is None else str(list(shape))
-        raise ShapeMismatch(f"the base has {found} instead of a linear layer's weight", where=key.path, cure=_BASE)
+        shape_text = "nothing" if shape is None else str(list(shape))
+        raise ShapeMismatch(f"the base has {shape_text} instead of a linear layer's weight", where=key.path, cure=_BASE)
     return (shape[1], shape[0]) if layout(file, key.path) == "in out *k" else (shape[0], shape[1])
 
 
@@ -102,14 +102,14 @@ def side(tensor: Lazy, axis: int, axes: int) -> int:
     return tensor.shape[axis] if len(tensor.shape) == axes else -1
 
 
-def check_size(key: Key, found: int, said: int, field: str) -> None:
+def check_size(key: Key, size: int, stated: int, field: str) -> None:
     """Check a size in the file against a field in the config.
 
     Raises:
         ShapeMismatch: the sizes differ.
     """
-    if found != said:
-        why = f"the size is {found}, but the config's {field} states {said}"
+    if size != stated:
+        why = f"the size is {size}, but the config's {field} states {stated}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 

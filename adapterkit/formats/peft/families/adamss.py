@@ -17,8 +17,8 @@ from ....errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_array, as_lazy, from_numpy
 from ....linalg.rotations import singular_by_sketch
 from ....methods.adamss import AdaMSS
-from ..file import File, Found, Key
-from . import Family, Own, Parts, check_parts
+from ..file import DecodedUpdate, File, Key
+from . import Family, MethodFields, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -34,7 +34,7 @@ NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
 """The allowed difference between the singular vectors (of length 1) in the file and those of the base, by dtype."""
 
 
-class AdaMSSFields(Own, frozen=True, kw_only=True):
+class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
     """The sizes of the factors, and the seed."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
@@ -48,7 +48,7 @@ class AdamssFamily(Family):
     peft_type = "ADAMSS"
     method = AdaMSS
     parts = ("adamss_A.*", "adamss_B.*", "adamss_newB")
-    own: ClassVar[type[Own]] = AdaMSSFields
+    method_fields: ClassVar[type[MethodFields]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
         "num_subspaces": "number of groups of rows in each module",
         "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups its vectors",
@@ -69,8 +69,8 @@ class AdamssFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
         count = sum(part.startswith("adamss_A.") for part in keys)
         fields = {"basis": "adamss_newB"} | {f"{x}.{i}": f"adamss_{x}.{i}" for x in "AB" for i in range(count)}
         check_parts(keys, fields.values())
@@ -84,9 +84,12 @@ class AdamssFamily(Family):
             group, inputs = as_array(known.group), int(known.basis.shape[1])
         else:
             weight, bias = _base(file.base, path)
-            group, inputs = _groups(own, places["basis"], basis, weight, bias, [b.shape[0] for b in B]), weight.shape[1]
-        update = _update(A, B, basis, group, inputs, own.random_seed)
-        return Found(path, update, places)
+            group, inputs = (
+                _groups(config, places["basis"], basis, weight, bias, [b.shape[0] for b in B]),
+                weight.shape[1],
+            )
+        update = _update(A, B, basis, group, inputs, config.random_seed)
+        return DecodedUpdate(path, update, places)
 
     @classmethod
     def encode(cls, update: AdaMSS) -> Parts:
@@ -104,39 +107,43 @@ class AdamssFamily(Family):
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
         numbers = cls.numbers(updates)
-        own = AdaMSSFields(**{name: cast(int, numbers[name]) for name in ("r", "num_subspaces", "random_seed")})
-        for target, found in updates.items():
-            for update in found:
+        config = AdaMSSFields(**{name: cast(int, numbers[name]) for name in ("r", "num_subspaces", "random_seed")})
+        for target, group in updates.items():
+            for update in group:
                 if isinstance(update, AdaMSS) and target.stacked:
                     yield target, "PEFT has no adamss on a stack of experts"
                 elif isinstance(update, AdaMSS):
-                    why = _unproven(own, target.path, update, base)
-                    if update.seed != own.random_seed:
+                    why = _unproven(config, target.path, update, base)
+                    if update.seed != config.random_seed:
                         why = "its seed differs from the other updates'; the config states one seed for all modules"
                     if why:
                         yield target, why
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        own = list(cls.of_it(updates).values())
+        members = list(cls.of_it(updates).values())
         return {
-            "r": max(int(update.basis.shape[0]) for update in own),
-            "num_subspaces": max(int(update.A.shape[0]) for update in own),
-            "subspace_rank": max(int(update.A.shape[1]) for update in own),
-            "random_seed": own[0].seed,
+            "r": max(int(update.basis.shape[0]) for update in members),
+            "num_subspaces": max(int(update.A.shape[0]) for update in members),
+            "subspace_rank": max(int(update.A.shape[1]) for update in members),
+            "random_seed": members[0].seed,
         }
 
 
-def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
+def _unproven(config: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
     """Return the reason why PEFT would not compute the groups of the update; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
         weight, bias = _base(base, path)
-        found = _groups(own, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)])
+        expected = _groups(
+            config, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)]
+        )
     except AdapterkitError as error:
         return f"PEFT would not find the groups of this adamss: {error.why}"
-    return "" if (found == group).all() else "PEFT finds groups in this base that differ from the groups of this adamss"
+    return (
+        "" if (expected == group).all() else "PEFT finds groups in this base that differ from the groups of this adamss"
+    )
 
 
 def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
@@ -163,8 +170,8 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     tensors = base.tensors
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
-        found = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
-        why = f"{_WHY}: the base has {found} instead of a linear layer's weight"
+        weight_text = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
+        why = f"{_WHY}: the base has {weight_text} instead of a linear layer's weight"
         raise ShapeMismatch(
             why, where=path, cure="Give the base that the adapter was trained on, with weights that are not quantized"
         )
@@ -172,7 +179,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
 
 
-def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
+def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
     """Return, for each row of the weight, the number of the row's group.
 
     Raises:
@@ -182,15 +189,15 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
     import numpy as np
 
     W = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
-    rank, count = min(own.r, *W.shape), min(own.num_subspaces, len(W))
+    rank, count = min(config.r, *W.shape), min(config.num_subspaces, len(W))
     if basis.shape != (rank, W.shape[1]) or len(sizes) != count or sum(sizes) != len(W):
         why = f"a basis {list(basis.shape)} and groups of {sizes} rows do not fit {list(W.shape)} in {count} groups"
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
-    U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
-    held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
+    U, _, V = singular_by_sketch(W, rank, STEPS, config.random_seed)
+    basis_rows, V = as_array(basis).astype(np.float64), V.astype(np.float64)
     # Compare only the spaces that the vectors span. The signs of vectors, and the order of equal singular values,
     # differ between machines, but do not affect k-means.
-    apart = float(np.abs(held - (held @ V.T) @ V).max())
+    apart = float(np.abs(basis_rows - (basis_rows @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
             f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
@@ -201,9 +208,11 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
         group = k_means(U, count, ROUNDS, SEED)
     except Unsupported as error:
         raise Unsupported(f"{_WHY}: {error.why}", where=key.text, cure=_CURE) from None
-    found = np.bincount(group, minlength=count).tolist()
-    if found != sizes:
-        why = f"{_WHY}: k-means of the base's singular vectors yields groups with {found} rows, the file has {sizes}"
+    sizes_here = np.bincount(group, minlength=count).tolist()
+    if sizes_here != sizes:
+        why = (
+            f"{_WHY}: k-means of the base's singular vectors yields groups with {sizes_here} rows, the file has {sizes}"
+        )
         raise Unsupported(why, where=key.text, cure=_CURE)
     return group
 
@@ -226,27 +235,27 @@ def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int
     width, kind = max(ranks), basis.dtype
 
     def together() -> bytes:
-        made = np.zeros((len(A), width, basis.shape[0]), kind.array)
+        padded = np.zeros((len(A), width, basis.shape[0]), kind.array)
         for i, a in enumerate(A):
-            made[i, : ranks[i]] = _raw(a)
-        return made.tobytes()
+            padded[i, : ranks[i]] = _raw(a)
+        return padded.tobytes()
 
     def placed() -> bytes:
-        made = np.zeros((len(group), width), kind.array)
+        padded = np.zeros((len(group), width), kind.array)
         for i, b in enumerate(B):
-            made[group == i, : ranks[i]] = _raw(b)
-        return made.tobytes()
+            padded[group == i, : ranks[i]] = _raw(b)
+        return padded.tobytes()
 
     whole = basis.shape[1] == inputs
     leaves: dict[str, Any] = {
         "A": Lazy((len(A), width, basis.shape[0]), kind, together),
         "B": Lazy((len(group), width), kind, placed),
-        "basis": basis if whole else basis.map(lambda held: held[:, :inputs], (basis.shape[0], inputs)),
+        "basis": basis if whole else basis.map(lambda rows: rows[:, :inputs], (basis.shape[0], inputs)),
         "group": from_numpy(np.asarray(group, np.int64)),
         "ranks": from_numpy(np.array(ranks, np.int64)),
     }
     if not whole:
-        leaves["basis_bias"] = basis.map(lambda held: held[:, inputs], (basis.shape[0],))
+        leaves["basis_bias"] = basis.map(lambda rows: rows[:, inputs], (basis.shape[0],))
     return AdaMSS(**leaves, seed=seed)
 
 
@@ -258,7 +267,7 @@ def _raw(leaf: Lazy) -> Array:
 
 def _cut(leaf: Lazy, at: int | list[int], rank: int) -> Lazy:
     shape = (rank, leaf.shape[2]) if isinstance(at, int) else (len(at), rank)
-    return leaf.map(lambda held: held[at][:rank] if isinstance(at, int) else held[at][:, :rank], shape)
+    return leaf.map(lambda rows: rows[at][:rank] if isinstance(at, int) else rows[at][:, :rank], shape)
 
 
 def _joined(basis: Lazy, bias: Leaf | None) -> Lazy:
@@ -266,10 +275,10 @@ def _joined(basis: Lazy, bias: Leaf | None) -> Lazy:
         return basis
     column = as_lazy(bias)
 
-    def join(held: Array) -> Array:
+    def join(rows: Array) -> Array:
         import numpy as np
 
-        return np.concatenate([held, _raw(column).view(held.dtype)[:, None]], axis=1)
+        return np.concatenate([rows, _raw(column).view(rows.dtype)[:, None]], axis=1)
 
     return basis.map(join, (basis.shape[0], basis.shape[1] + 1))
 

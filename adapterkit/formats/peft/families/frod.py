@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy, from_numpy
 from ....methods.frod import FRoD
-from ..file import File, Found, Key, make
-from . import Family, Own, Parts, check_parts
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, Parts, check_parts
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
 """A map from a field of the update to the shared key, without the kind of module at the key's end."""
 
 
-class FRoDFields(Own, frozen=True, kw_only=True):
+class FRoDFields(MethodFields, frozen=True, kw_only=True):
     """The fraction of trained positions, and whether the basis is in the file."""
 
     save_projection: bool = True
@@ -48,7 +48,7 @@ class FrodFamily(Family):
     method = FRoD
     parts = tuple(FIELDS)
     shared = tuple(f"{word}.*" for word in SHARED.values())
-    own: ClassVar[type[Own]] = FRoDFields
+    method_fields: ClassVar[type[MethodFields]] = FRoDFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
         "save_projection": "whether the basis is in the file; a file without it is refused",
@@ -67,16 +67,20 @@ class FrodFamily(Family):
     }  # fmt: skip
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
         some = keys["frod_lambda_l"]
-        own = {FIELDS[part]: key for part, key in keys.items()} | _shared(file, some)
-        update = make("frod", {field: file.tensors[key] for field, key in own.items() if field != "index.size"})
+        keys_by_field = {FIELDS[part]: key for part, key in keys.items()} | _shared(file, some)
+        update = make(
+            "frod", {field: file.tensors[key] for field, key in keys_by_field.items() if field != "index.size"}
+        )
         dims: Any = update.dims()
-        if dims["n"] != file.settings.own.places(dims["in"]):
+        if dims["n"] != file.settings.method_fields.places(dims["in"]):
             why = f"the file has {dims['n']} off-diagonal values for {dims['in']} inputs, which contradicts sparse_rate"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
-        return Found(some.path, update, own, "in out *k" if file.settings.fan_in_fan_out else "out *in")
+        return DecodedUpdate(
+            some.path, update, keys_by_field, "in out *k" if file.settings.fan_in_fan_out else "out *in"
+        )
 
     @classmethod
     def encode(cls, update: FRoD) -> Parts:
@@ -84,8 +88,8 @@ class FrodFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        for target, found in updates.items():
-            for update in (update for update in found if isinstance(update, FRoD)):
+        for target, group in updates.items():
+            for update in (update for update in group if isinstance(update, FRoD)):
                 leaves = {"V": as_lazy(update.V), "index": as_lazy(update.index), "index.size": _size(update)}
                 shared = {field: (f"{SHARED[field]}.{kind(target.path)}", leaf) for field, leaf in leaves.items()}
                 yield cls.encode(update) | shared
@@ -97,8 +101,8 @@ class FrodFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = [(int(u.values.shape[0]), int(u.V.shape[0]) ** 2) for u in cls.of_it(updates).values()]
-        least, most = max(n / all_ for n, all_ in found), min((n + 1) / all_ for n, all_ in found)
+        counts = [(int(u.values.shape[0]), int(u.V.shape[0]) ** 2) for u in cls.of_it(updates).values()]
+        least, most = max(n / all_ for n, all_ in counts), min((n + 1) / all_ for n, all_ in counts)
         turned = any(target.layout == "in out *k" and target.path in cls.of_it(updates) for target in updates)
         return {"sparse_rate": (least + most) / 2 if least else 0.0, "fan_in_fan_out": turned}
 
@@ -115,19 +119,19 @@ def kind(path: str) -> str:
 
 def _shared(file: File, some: Key) -> dict[str, Key]:
     words = {field: f"{word}.{kind(some.path)}" for field, word in SHARED.items()}
-    if not file.settings.own.save_projection:
+    if not file.settings.method_fields.save_projection:
         why = "the basis is not in the file: PEFT computes it from all adapted weights of its base"
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
         raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
-    found = {field: file.shared[word] for field, word in words.items()}
-    size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
+    shared_keys = {field: file.shared[word] for field, word in words.items()}
+    size, V = file.tensors[shared_keys["index.size"]], file.tensors[shared_keys["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
         raise ShapeMismatch(
-            "the tensor does not contain the size of the basis", where=found["index.size"].text, cure=_AGAIN
+            "the tensor does not contain the size of the basis", where=shared_keys["index.size"].text, cure=_AGAIN
         )
-    return found
+    return shared_keys
 
 
 def _size(update: FRoD) -> Lazy:

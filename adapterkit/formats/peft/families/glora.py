@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
-from ..file import File, Findings, Found, Kept, Key, make
-from . import Family, Own, check_rank
+from ..file import DecodedUpdate, File, Findings, Kept, Key, make
+from . import Family, MethodFields, check_rank
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -24,7 +24,7 @@ FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
 LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
-class GLoRAFields(Own, frozen=True, kw_only=True):
+class GLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The rank, and the form of each support."""
 
     r: int = 4
@@ -42,7 +42,7 @@ class GloraFamily(Family):
     peft_type = "GLORA"
     method = GLoRA
     parts = tuple(f"glora_{s}.{leaf}" for s in "ABCDE" for leaf in LEAVES if s in "ABC" or leaf in ("X", "zeros"))
-    own: ClassVar[type[Own]] = GLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = GLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "config_A_B": "form of A and B",
         "config_C": "form of C, if the module has a bias",
@@ -52,16 +52,16 @@ class GloraFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        for found in super().decode(file):
-            if not isinstance(found, Found) or found.update.tensors:
-                yield found
+        for decoded in super().decode(file):
+            if not isinstance(decoded, DecodedUpdate) or decoded.update.tensors:
+                yield decoded
         yield from (Kept(key) for key in file.tensors if key.part.startswith("glora_") and key.part.endswith(".zeros"))
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         fields = {field: key for support in "ABCDE" for field, key in _fields(file, support, keys)}
         tensors = {field: _flat(field, file.tensors[key]) for field, key in fields.items()}
-        return Found(next(iter(keys.values())).path, make("glora", tensors), fields)
+        return DecodedUpdate(next(iter(keys.values())).path, make("glora", tensors), fields)
 
     @classmethod
     def encode(cls, update: GLoRA) -> dict[str, tuple[str, Lazy]]:
@@ -69,13 +69,16 @@ class GloraFamily(Family):
 
     @classmethod
     def encode_at(cls, update: GLoRA, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
-        held = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
-        encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
-        anchor, dims = next(iter(held)), dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1}
+        leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+        encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in leaves.items()}
+        anchor, dims = (
+            next(iter(leaves)),
+            dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1},
+        )
         for support, axes in _SIZES.items():
             sizes = [size for axis in axes if isinstance(size := dims.get(axis), int)]
-            if len(sizes) == len(axes) and not any(name[0] == support for name in held):
-                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, held[anchor])
+            if len(sizes) == len(axes) and not any(name[0] == support for name in leaves):
+                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, leaves[anchor])
         return encoded
 
     @classmethod
@@ -87,16 +90,16 @@ class GloraFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = list(cls.of_it(updates).values())
-        ranks = [int(str(update.dims()["r"])) for update in found if "r" in update.dims()]
+        members = list(cls.of_it(updates).values())
+        ranks = [int(str(update.dims()["r"])) for update in members if "r" in update.dims()]
         fields = {"config_A_B": "A", "config_C": "C", "config_D_E": "D"}
-        return {"r": max(ranks, default=4), **{name: _form(support, found) for name, support in fields.items()}}
+        return {"r": max(ranks, default=4), **{name: _form(support, members) for name, support in fields.items()}}
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
     """Yield (field, key) for each tensor of one support; nothing if the support is missing or zero."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
-    form = file.settings.own.form(support)
+    form = file.settings.method_fields.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
     if not leaves and (form == "none" or (support in "CDE" and unbiased)):
         return
@@ -110,7 +113,7 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
         why = f"the config states the form {form} for glora_{support}, but the tensors have another form"
         raise Malformed(why, where=some.text, cure="The config does not belong to this file")
     elif form == "lora":
-        check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)
+        check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.method_fields.r, axis=1)
         yield from ((f"{support}_d", leaves["Xd"]), (f"{support}_u", leaves["Xu"]))
     else:
         field = support if form == "vector" else f"{support}_c"

@@ -18,9 +18,9 @@ from ....methods.deft import DEFT
 from ....methods.gralora import GraLoRA
 from ....methods.osf import OSF
 from ....methods.peanut import PEANuT
-from ..file import File, Found, Key, make
+from ..file import DecodedUpdate, File, Key, make
 from ..patterns import exact_alpha, exactly, finds
-from . import Family, Own, Parts, Rank, check_parts, check_rank, minority
+from . import Family, MethodFields, Parts, Rank, check_parts, check_rank, minority
 from ._weights import check_size, layout, not_embedded, not_linear, side, unlike
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ EPSILON = 1e-5
 """A constant that PEFT adds to the rank before it divides by the rank."""
 
 
-class AdaLoRAFields(Own, frozen=True, kw_only=True):
+class AdaLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The rank before training, and which ranks each module still has after training."""
 
     init_r: Rank = 12
@@ -52,7 +52,7 @@ class AdaloraFamily(Family):
     peft_type = "ADALORA"
     method = AdaLoRA
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = AdaLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = AdaLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "init_r": "scaling = lora_alpha / (init_r + 0.00001), also for modules with a reduced rank",
     }
@@ -76,10 +76,10 @@ class AdaloraFamily(Family):
     folds = ("E",)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
-        some, own = keys["lora_A"], file.settings.own
-        left = _left(own, some)
+        some, config = keys["lora_A"], file.settings.method_fields
+        left = _left(config, some)
         check_rank(some, file.tensors[some], left)
         check_rank(keys["lora_B"], file.tensors[keys["lora_B"]], left, axis=1)
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
@@ -88,16 +88,16 @@ class AdaloraFamily(Family):
         # With an alpha of 0, PEFT uses init_r as alpha in training, so use init_r here. When PEFT loads a pruned
         # module, it uses the module's remaining rank instead of init_r. This bug of PEFT changes the trained function,
         # so it is not copied.
-        alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
-        update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
+        alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
+        update = make("adalora", tensors, scaling=alpha / (config.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
-        return Found(some.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout)
+        return DecodedUpdate(some.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout)
 
     @classmethod
     def encode(cls, update: AdaLoRA) -> dict[str, tuple[str, Lazy]]:
-        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
-        held["E"] = held["E"].reshape(*held["E"].shape, 1)
-        return {field: (part, held[field]) for part, field in FIELDS.items()}
+        leaves = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        leaves["E"] = leaves["E"].reshape(*leaves["E"].shape, 1)
+        return {field: (part, leaves[field]) for part, field in FIELDS.items()}
 
     @classmethod
     def why_not(cls, target: Target, update: AdaLoRA) -> str:
@@ -105,9 +105,9 @@ class AdaloraFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        ranks = {path: int(update.E.shape[0]) for path, update in found.items()}
-        scaling = next((update.scaling for update in found.values()), 1.0)
+        members = cls.of_it(updates)
+        ranks = {path: int(update.E.shape[0]) for path, update in members.items()}
+        scaling = next((update.scaling for update in members.values()), 1.0)
         init_r = max([1, *ranks.values()])
         init_r, alpha = next(_exact(scaling, init_r), (init_r, 8))
         dropped = {f"{path}.lora_E": [i < r for i in range(init_r)] for path, r in ranks.items() if r != init_r}
@@ -121,26 +121,26 @@ class AdaloraFamily(Family):
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        found = cls.of_it(updates)
-        r = max([1, *(int(update.E.shape[0]) for update in found.values())])
-        return [path for path, update in found.items() if next(_exact(update.scaling, r), None) is None]
+        members = cls.of_it(updates)
+        r = max([1, *(int(update.E.shape[0]) for update in members.values())])
+        return [path for path, update in members.items() if next(_exact(update.scaling, r), None) is None]
 
     @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        said = {t: u.scaling for t, found in updates.items() for u in found if isinstance(u, AdaLoRA)}
-        for target in minority(said):
+        scalings = {t: u.scaling for t, group in updates.items() for u in group if isinstance(u, AdaLoRA)}
+        for target in minority(scalings):
             yield target, "the scaling of this adalora differs from the other updates'; the config states one for all"
 
 
-def _left(own: AdaLoRAFields, key: Key) -> int:
+def _left(config: AdaLoRAFields, key: Key) -> int:
     """Return the rank of a module in the config."""
-    kept = (own.rank_pattern or {}).get(f"{key.path}.lora_E")
-    if kept is not None and len(kept) != own.init_r:
-        why = f"it has {len(kept)} entries, but init_r is {own.init_r}"
+    kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
+    if kept is not None and len(kept) != config.init_r:
+        why = f"it has {len(kept)} entries, but init_r is {config.init_r}"
         raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure="Save the adapter again with PEFT")
-    return own.init_r if kept is None else sum(kept)
+    return config.init_r if kept is None else sum(kept)
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
@@ -160,7 +160,7 @@ def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
 PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
-class DEFTFields(Own, frozen=True, kw_only=True):
+class DEFTFields(MethodFields, frozen=True, kw_only=True):
     """The rank, the scaling, and how P is used."""
 
     r: int = 8
@@ -176,7 +176,7 @@ class DeftFamily(Family):
     peft_type = "DEFT"
     method = DEFT
     parts = tuple(PARTS)
-    own: ClassVar[type[Own]] = DEFTFields
+    method_fields: ClassVar[type[MethodFields]] = DEFTFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r, with the module's own r; 1 without alpha",
         "decomposition_method": "qr: P is made orthonormal; relu: P is used unchanged",
@@ -186,18 +186,18 @@ class DeftFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "deft_dropout": 0.0, "init_scale": 1.0, "init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        check_parts(keys, ("deft_P",) if own.para else tuple(PARTS))
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        check_parts(keys, ("deft_P",) if config.para else tuple(PARTS))
         key = keys["deft_P"]
         P = file.tensors[key]
-        rank = min(own.r, P.shape[0]) if P.shape else own.r
+        rank = min(config.r, P.shape[0]) if P.shape else config.r
         check_rank(key, P, rank, axis=1)
-        fields = {PARTS[part]: found for part, found in keys.items()}
-        tensors = {field: file.tensors[found] for field, found in fields.items()}
-        made = make("deft", tensors, scaling=own.alpha / rank if own.alpha else 1.0)
-        update = made.replace(orthogonal=own.decomposition_method == "qr")
-        return Found(key.path, update, fields, "in out *k" if file.settings.fan_in_fan_out else "out *in")
+        fields = {PARTS[part]: key for part, key in keys.items()}
+        tensors = {field: file.tensors[key] for field, key in fields.items()}
+        unrotated = make("deft", tensors, scaling=config.alpha / rank if config.alpha else 1.0)
+        update = unrotated.replace(orthogonal=config.decomposition_method == "qr")
+        return DecodedUpdate(key.path, update, fields, "in out *k" if file.settings.fan_in_fan_out else "out *in")
 
     @classmethod
     def encode(cls, update: DEFT) -> dict[str, tuple[str, Lazy]]:
@@ -210,10 +210,10 @@ class DeftFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        some = max(found.values(), key=lambda update: int(update.P.shape[1]))
-        scaled = next((u for u in found.values() if u.scaling != 1), None)
-        turned = any(target.layout == "in out *k" and target.path in found for target in updates)
+        members = cls.of_it(updates)
+        some = max(members.values(), key=lambda update: int(update.P.shape[1]))
+        scaled = next((u for u in members.values() if u.scaling != 1), None)
+        turned = any(target.layout == "in out *k" and target.path in members for target in updates)
         return {
             "r": int(some.P.shape[1]),
             "alpha": None if scaled is None else exact_alpha((int(scaled.P.shape[1]), float(scaled.scaling)), False),
@@ -232,7 +232,7 @@ HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.wei
 """A map from a word in keys to the update's field."""
 
 
-class GraLoRAFields(Own, frozen=True, kw_only=True):
+class GraLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The ranks, the number of blocks, and alpha."""
 
     alpha: float = 64
@@ -248,7 +248,7 @@ class GraLoRAFamily(Family):
     method = GraLoRA
     parts = tuple(HYBRID)
     folds = ("B",)
-    own: ClassVar[type[Own]] = GraLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = GraLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / (r + hybrid_r)",
         "gralora_k": "number of blocks along each axis",
@@ -258,19 +258,21 @@ class GraLoRAFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "gralora_dropout": 0.0, "init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own, r = file.settings.own, file.settings.r
-        fields = HYBRID if own.hybrid_r else BLOCKS
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config, r = file.settings.method_fields, file.settings.r
+        fields = HYBRID if config.hybrid_r else BLOCKS
         check_parts(keys, fields)
         key = keys["gralora_A"]
-        check_size(key, side(file.tensors[key], 0, 3), own.gralora_k, "gralora_k")
+        check_size(key, side(file.tensors[key], 0, 3), config.gralora_k, "gralora_k")
         check_size(key, side(file.tensors[key], 2, 3), r, "r")
-        if own.hybrid_r:
+        if config.hybrid_r:
             whole = keys["gralora_A_general.weight"]
-            check_size(whole, side(file.tensors[whole], 0, 2), own.hybrid_r, "hybrid_r")
+            check_size(whole, side(file.tensors[whole], 0, 2), config.hybrid_r, "hybrid_r")
         tensors = {fields[part]: file.tensors[key] for part, key in keys.items()}
-        update = make("gralora", tensors, scaling=own.alpha / (r + own.hybrid_r))
-        return Found(key.path, update, {fields[part]: key for part, key in keys.items()}, layout(file, key.path))
+        update = make("gralora", tensors, scaling=config.alpha / (r + config.hybrid_r))
+        return DecodedUpdate(
+            key.path, update, {fields[part]: key for part, key in keys.items()}, layout(file, key.path)
+        )
 
     @classmethod
     def encode(cls, update: GraLoRA) -> Parts:
@@ -305,7 +307,7 @@ def _form(update: GraLoRA) -> tuple[int, int, int, float]:
 # PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r], `peanut_encoders.<i>.weight` [r, r] and decoders.
 
 
-class PEANuTFields(Own, frozen=True, kw_only=True):
+class PEANuTFields(MethodFields, frozen=True, kw_only=True):
     """The rank, the depth, the scaling and the activation."""
 
     r: int = 32
@@ -321,7 +323,7 @@ class PeanutFamily(Family):
     peft_type = "PEANUT"
     method = PEANuT
     parts = ("peanut_A.weight", "peanut_B.weight", "peanut_encoders.*.weight", "peanut_decoders.*.weight")
-    own: ClassVar[type[Own]] = PEANuTFields
+    method_fields: ClassVar[type[MethodFields]] = PEANuTFields
     read: ClassVar[Mapping[str, str]] = {
         "act_fn": "the activation",
         "depth": "number of encoders and of decoders",
@@ -330,22 +332,22 @@ class PeanutFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        if not 0 <= own.depth <= len(keys):
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        if not 0 <= config.depth <= len(keys):
             some = next(iter(keys.values()))
-            why = f"the module has {len(keys)} tensors, but the config's depth states {own.depth} encoders"
+            why = f"the module has {len(keys)} tensors, but the config's depth states {config.depth} encoders"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
-        inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(own.depth)}
+        inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(config.depth)}
         parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
         check_parts(keys, parts.values())
         fields = {field: keys[part] for field, part in parts.items()}
-        check_rank(fields["A"], file.tensors[fields["A"]], own.r)
+        check_rank(fields["A"], file.tensors[fields["A"]], config.r)
         tensors = {name: file.tensors[fields[name]] for name in ("A", "B")}
-        if own.depth:
-            tensors |= {f"{s}s": _stacked([fields[f"{s}s.{i}"] for i in range(own.depth)], file) for s in _SIDES}
-        update = make("peanut", tensors, scaling=own.scaling).replace(activation=own.act_fn)
-        return Found(fields["A"].path, update, fields)
+        if config.depth:
+            tensors |= {f"{s}s": _stacked([fields[f"{s}s.{i}"] for i in range(config.depth)], file) for s in _SIDES}
+        update = make("peanut", tensors, scaling=config.scaling).replace(activation=config.act_fn)
+        return DecodedUpdate(fields["A"].path, update, fields)
 
     @classmethod
     def encode(cls, update: PEANuT) -> dict[str, tuple[str, Lazy]]:
@@ -391,7 +393,7 @@ OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd
 Share = int | float | None
 
 
-class OSFFields(Own, frozen=True, kw_only=True):
+class OSFFields(MethodFields, frozen=True, kw_only=True):
     """The number, or the fraction, of singular values that stay in the base."""
 
     effective_rank: Share = None
@@ -414,7 +416,7 @@ class OsfFamily(Family):
     peft_type = "OSF"
     method = OSF
     parts = tuple(OSF_FIELDS)
-    own: ClassVar[type[Own]] = OSFFields
+    method_fields: ClassVar[type[MethodFields]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
         "effective_rank": "number or fraction of singular values that stay frozen, half by default; or rank_pattern",
     }
@@ -422,17 +424,17 @@ class OsfFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, OSF_FIELDS)
         fields = {OSF_FIELDS[part]: key for part, key in keys.items()}
         update = make("osf", {field: file.tensors[key] for field, key in fields.items()})
         dims: Any = update.dims()
         all_, key = min(dims["out"], dims["in"]), fields["S"]
-        kept = file.settings.own.kept(key.path, all_)
+        kept = file.settings.method_fields.kept(key.path, all_)
         if kept + dims["r"] != all_ or not kept:
             why = f"the file has {dims['r']} of {all_} singular values, but the config leaves {kept} in the base"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
-        return Found(key.path, update, fields)
+        return DecodedUpdate(key.path, update, fields)
 
     @classmethod
     def encode(cls, update: OSF) -> Parts:

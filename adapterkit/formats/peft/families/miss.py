@@ -9,8 +9,8 @@ from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.miss import MiSS
 from ....methods.miss_bat import MiSSBat
-from ..file import File, Found, Key, make
-from . import Family, Own, check_rank, minority
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, check_rank, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PART = "miss_block"
 
 
-class MiSSFields(Own, frozen=True, kw_only=True):
+class MiSSFields(MethodFields, frozen=True, kw_only=True):
     """The rank, and the form of the block."""
 
     r: int = 64
@@ -37,7 +37,7 @@ class MissFamily(Family):
     method = MiSS
     others = (MiSSBat,)
     parts = (PART,)
-    own: ClassVar[type[Own]] = MiSSFields
+    method_fields: ClassVar[type[MethodFields]] = MiSSFields
     read: ClassVar[Mapping[str, str]] = {
         "init_weights": "mini: the block repeats over the outputs; bat: the block has a matrix for each r outputs",
         "mini_r": "width of a mini block",
@@ -46,20 +46,21 @@ class MissFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "miss_dropout": 0.0}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[PART], file.settings.own
-        tensor, mini = file.tensors[key], own.init_weights == "mini"
-        if own.init_weights == "bat":
-            if len(tensor.shape) != 3 or tensor.shape[1:] != (own.r, own.r):
-                why = f"the shape is {list(tensor.shape)}, but init_weights and r require blocks of {own.r} x {own.r}"
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        key, config = keys[PART], file.settings.method_fields
+        tensor, mini = file.tensors[key], config.init_weights == "mini"
+        if config.init_weights == "bat":
+            if len(tensor.shape) != 3 or tensor.shape[1:] != (config.r, config.r):
+                shape = list(tensor.shape)
+                why = f"the shape is {shape}, but init_weights and r require blocks of {config.r} x {config.r}"
                 raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
-            return Found(key.path, make("miss_bat", {"B": tensor}), {"B": key})
-        check_rank(key, tensor, own.r)
-        if len(tensor.shape) != 2 or (mini and tensor.shape[1] != own.mini_r):
+            return DecodedUpdate(key.path, make("miss_bat", {"B": tensor}), {"B": key})
+        check_rank(key, tensor, config.r)
+        if len(tensor.shape) != 2 or (mini and tensor.shape[1] != config.mini_r):
             why = f"the shape {list(tensor.shape)} contradicts init_weights and mini_r"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         field = "mini" if mini else "D"
-        return Found(key.path, make("miss", {field: tensor}), {field: key})
+        return DecodedUpdate(key.path, make("miss", {field: tensor}), {field: key})
 
     @classmethod
     def encode(cls, update: MiSS | MiSSBat) -> dict[str, tuple[str, Lazy]]:
@@ -69,10 +70,10 @@ class MissFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        said = {
-            t: _form(update) for t, found in updates.items() for update in found if isinstance(update, cls.methods())
+        forms = {
+            t: _form(update) for t, group in updates.items() for update in group if isinstance(update, cls.methods())
         }
-        for target in minority(said):
+        for target in minority(forms):
             yield target, "the rank or form of this miss differs from the other updates'; the config states one for all"
 
     @classmethod
@@ -89,7 +90,7 @@ def _form(update: Update) -> tuple[str, tuple[int, ...]]:
     """Return the name of the block's form, and the sizes that the config must have for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
-    held = update.tensors
-    if "mini" in held:
-        return "mini", tuple(held["mini"].shape)
-    return "whole", (int(held["D"].shape[0]),) if "D" in held else ()
+    tensors = update.tensors
+    if "mini" in tensors:
+        return "mini", tuple(tensors["mini"].shape)
+    return "whole", (int(tensors["D"].shape[0]),) if "D" in tensors else ()

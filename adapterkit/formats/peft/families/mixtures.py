@@ -21,8 +21,8 @@ from ....io.lazy import Lazy, as_lazy
 from ....methods.lily import Lily
 from ....methods.poly import Poly
 from ....methods.xlora import XLoRA
-from ..file import File, Found, Key, make
-from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ....io.strict_json import JsonValue
-    from ..file import Findings, Settings
+    from ..file import Findings, PeftSettings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
 """A map from a word in keys to the update's field."""
 
 
-class LilyFields(Own, frozen=True, kw_only=True):
+class LilyFields(MethodFields, frozen=True, kw_only=True):
     """The sizes of the factors, and the number of modules that share A."""
 
     r: Rank = 32
@@ -52,7 +52,7 @@ class LilyFamily(Family):
     peft_type = "LILY"
     method = Lily
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = LilyFields
+    method_fields: ClassVar[type[MethodFields]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
         "num_B": "number of factors B (B maps the rank to the outputs)",
         "scaling": "a factor that multiplies the change",
@@ -62,34 +62,34 @@ class LilyFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        found = []
+        decoded = []
         for stem, keys in file.modules(cls.parts).items():
             check_stem(stem, next(iter(keys.values())))
-            found.append(cls.found(file, keys))
-        yield from _shared(found, file.settings)
+            decoded.append(cls.decode_keys(file, keys))
+        yield from _shared(decoded, file.settings)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
-        own, tensors = file.settings.own, {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
-        check_rank(keys["lily_A.weight"], tensors["A"], own.r)
-        check_rank(keys["lily_B.weight"], tensors["B"], own.r * own.num_B)
-        tensors["B"] = tensors["B"].reshape(own.num_B, own.r, tensors["B"].shape[1])
-        if tensors["router"].shape != (own.num_B, own.r):
-            why = f"the shape is {list(tensors['router'].shape)}, but the config states [{own.num_B}, {own.r}]"
+        config, tensors = file.settings.method_fields, {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
+        check_rank(keys["lily_A.weight"], tensors["A"], config.r)
+        check_rank(keys["lily_B.weight"], tensors["B"], config.r * config.num_B)
+        tensors["B"] = tensors["B"].reshape(config.num_B, config.r, tensors["B"].shape[1])
+        if tensors["router"].shape != (config.num_B, config.r):
+            why = f"the shape is {list(tensors['router'].shape)}, but the config states [{config.num_B}, {config.r}]"
             raise ShapeMismatch(
                 why, where=keys["lily_router.weight"].text, cure="The config does not belong to this file"
             )
         path = keys["lily_A.weight"].path
-        return Found(
-            path, make("lily", tensors, scaling=own.scaling), {FIELDS[part]: key for part, key in keys.items()}
+        return DecodedUpdate(
+            path, make("lily", tensors, scaling=config.scaling), {FIELDS[part]: key for part, key in keys.items()}
         )
 
     @classmethod
     def encode(cls, update: Lily) -> dict[str, tuple[str, Lazy]]:
-        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
-        held["B"] = held["B"].reshape(-1, held["B"].shape[-1])
-        return {field: (part, held[field]) for part, field in FIELDS.items()}
+        leaves = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        leaves["B"] = leaves["B"].reshape(-1, leaves["B"].shape[-1])
+        return {field: (part, leaves[field]) for part, field in FIELDS.items()}
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -100,24 +100,24 @@ class LilyFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        said = {t: (u.scaling, *u.router.shape) for t, found in updates.items() for u in found if isinstance(u, Lily)}
-        for target in minority(said):
+        sizes = {t: (u.scaling, *u.router.shape) for t, group in updates.items() for u in group if isinstance(u, Lily)}
+        for target in minority(sizes):
             yield target, "the rank, the scaling or the number of experts of this lily differs from the other updates'"
 
 
-def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
+def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
     """Yield the same updates, such that updates with a shared tensor have the same tensor object.
 
     Raises:
         Malformed: modules that share a tensor in PEFT have different values for it; PEFT would use only the last.
     """
-    groups: dict[Any, list[Found]] = defaultdict(list)
-    for each in found:
+    groups: dict[Any, list[DecodedUpdate]] = defaultdict(list)
+    for each in decoded:
         tensors = each.update.tensors
         groups[_word(each.path, settings), tensors["A"].shape[1], tensors["B"].shape[2]].append(each)
     first: dict[Any, Any] = {}
     for group, members in groups.items():
-        for field, allowed in (("A", math.ceil(len(members) / settings.own.stride_A)), ("B", 1)):
+        for field, allowed in (("A", math.ceil(len(members) / settings.method_fields.stride_A)), ("B", 1)):
             several: dict[bytes, Any] = {}
             for each in members:
                 leaf = as_lazy(each.update.tensors[field])
@@ -126,10 +126,10 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 if len(several) > allowed:
                     why = f"modules that match {group[0]!r} have too many factors {field}: the config allows {allowed}"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
-    yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
+    yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in decoded)
 
 
-def _word(path: str, settings: Settings) -> str:
+def _word(path: str, settings: PeftSettings) -> str:
     """Return the last word in `target_modules` that matches a module, as PEFT does."""
     words = settings.target_modules
     if isinstance(words, str):
@@ -144,7 +144,7 @@ POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logit
 """A map from a word in keys to the update's field."""
 
 
-class PolyFields(Own, frozen=True, kw_only=True):
+class PolyFields(MethodFields, frozen=True, kw_only=True):
     """The rank, and the numbers of tasks, skills and splits."""
 
     r: Rank = 8
@@ -161,7 +161,7 @@ class PolyFamily(Family):
     peft_type = "POLY"
     method = Poly
     parts = tuple(POLY_FIELDS)
-    own: ClassVar[type[Own]] = PolyFields
+    method_fields: ClassVar[type[MethodFields]] = PolyFields
     read: ClassVar[Mapping[str, str]] = {
         "n_skills": "number of pairs of factors in each split",
         "n_splits": "number of blocks of channels that are mixed separately",
@@ -171,17 +171,17 @@ class PolyFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "poly_type": "poly", "task_type": "CAUSAL_LM"}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, POLY_FIELDS)
-        own, some = file.settings.own, keys["poly_lora_A"]
-        if own.poly_type != "poly":
-            why = f"this version does not know the router {own.poly_type[:60]!r}"
+        config, some = file.settings.method_fields, keys["poly_lora_A"]
+        if config.poly_type != "poly":
+            why = f"this version does not know the router {config.poly_type[:60]!r}"
             raise Unsupported(why, where="poly_type", cure="Run the adapter with PEFT")
         update: Any = make("poly", {POLY_FIELDS[part]: file.tensors[key] for part, key in keys.items()})
-        if (told := _sizes(update)) != (own.r, own.n_tasks, own.n_skills, own.n_splits):
-            why = f"the tensors have (r, tasks, skills, splits) = {told}, but the config states other values"
+        if (sizes := _sizes(update)) != (config.r, config.n_tasks, config.n_skills, config.n_splits):
+            why = f"the tensors have (r, tasks, skills, splits) = {sizes}, but the config states other values"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
-        return Found(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
+        return DecodedUpdate(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: Poly) -> dict[str, tuple[str, Lazy]]:
@@ -196,8 +196,8 @@ class PolyFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        said = {t: _sizes(u) for t, found in updates.items() for u in found if isinstance(u, Poly)}
-        for target in minority(said):
+        sizes = {t: _sizes(u) for t, group in updates.items() for u in group if isinstance(u, Poly)}
+        for target in minority(sizes):
             yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others'"
 
 
@@ -219,7 +219,7 @@ def _sizes(update: Poly) -> tuple[int, int, int, int]:
 LAYERS = "internal_xlora_classifier.layers"
 
 
-class XLoRAFields(Own, frozen=True, kw_only=True):
+class XLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The config fields that determine the meaning of the classifier's tensors."""
 
     hidden_size: Rank = 4096
@@ -243,7 +243,7 @@ class XloraFamily(Family):
     method = XLoRA
     shared = (f"{LAYERS}.*.weight", f"{LAYERS}.*.bias")
     names_modules = False
-    own: ClassVar[type[Own]] = XLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "adapters": "names of the experts, counted from 0, and their paths, which are not opened",
         "enable_softmax": "whether the weights are a softmax of the logits",
@@ -265,11 +265,11 @@ class XloraFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        own = file.settings.own
-        if own.scaling_pass_value:
+        config = file.settings.method_fields
+        if config.scaling_pass_value:
             why = "this version does not support experts in the first pass"
             raise Unsupported(why, where="scaling_pass_value", cure="Run the adapter with PEFT")
-        words = [f"{LAYERS}.{number}" for number in _numbers(own.xlora_depth, own.xlora_dropout_p > 0)]
+        words = [f"{LAYERS}.{number}" for number in _numbers(config.xlora_depth, config.xlora_dropout_p > 0)]
         lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
         if lost:
             why = "the file lacks a layer of the classifier: some releases mistake its number for an expert's name"
@@ -277,11 +277,14 @@ class XloraFamily(Family):
                 why, where=f"{lost}.weight", cure="Save the model's state dict with the release that trained it"
             )
         check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
-        yield cls.found(file, {word: file.shared[f"{word}.weight"] for word in words})
+        yield cls.decode_keys(file, {word: file.shared[f"{word}.weight"] for word in words})
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own, pairs = file.settings.own, [[file.shared[f"{w}.{leaf}"] for leaf in ("weight", "bias")] for w in keys]
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config, pairs = (
+            file.settings.method_fields,
+            [[file.shared[f"{w}.{leaf}"] for leaf in ("weight", "bias")] for w in keys],
+        )
         fields: dict[str, Key] = dict(zip(("last", "last_bias"), pairs[-1], strict=True))
         tensors: dict[str, Lazy] = {field: file.tensors[key] for field, key in fields.items()}
         if len(pairs) > 1:
@@ -291,25 +294,29 @@ class XloraFamily(Family):
             own_keys = [pair[column] for pair in pairs[1:-1]]
             tensors[field] = _stacked([file.tensors[key] for key in own_keys], own_keys)
             fields |= {f"{field}.{i}": key for i, key in enumerate(own_keys)}
-        _check_sizes(own, tensors, pairs)
+        _check_sizes(config, tensors, pairs)
         update = make("xlora", tensors).replace(
-            enable_softmax=own.enable_softmax, enable_softmax_topk=own.enable_softmax_topk, top_k=own.top_k_lora or 0,
-            softmax_temperature=float(own.softmax_temperature), scaling=float(own.global_scaling_weight),
+            enable_softmax=config.enable_softmax, enable_softmax_topk=config.enable_softmax_topk,
+            top_k=config.top_k_lora or 0, softmax_temperature=float(config.softmax_temperature),
+            scaling=float(config.global_scaling_weight),
         )  # fmt: skip
-        return Found("", update, fields)
+        return DecodedUpdate("", update, fields)
 
     @classmethod
     def encode(cls, update: XLoRA) -> dict[str, tuple[str, Lazy]]:
-        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        leaves = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
         depth = 1 if update.first is None else 2 if update.inner is None else 2 + update.inner.shape[0]
         words = [f"{LAYERS}.{number}" for number in _numbers(depth, dropout=False)]
-        coded = {"last": (f"{words[-1]}.weight", held["last"]), "last_bias": (f"{words[-1]}.bias", held["last_bias"])}
+        coded = {
+            "last": (f"{words[-1]}.weight", leaves["last"]),
+            "last_bias": (f"{words[-1]}.bias", leaves["last_bias"]),
+        }
         if depth > 1:
-            coded["first"] = f"{words[0]}.weight", held["first"]
-            coded["first_bias"] = f"{words[0]}.bias", held["first_bias"]
+            coded["first"] = f"{words[0]}.weight", leaves["first"]
+            coded["first_bias"] = f"{words[0]}.bias", leaves["first_bias"]
         for i, word in enumerate(words[1:-1]):
             for field, leaf in (("inner", "weight"), ("inner_bias", "bias")):
-                coded[f"{field}.{i}"] = f"{word}.{leaf}", _slice(held[field], i)
+                coded[f"{field}.{i}"] = f"{word}.{leaf}", _slice(leaves[field], i)
         return coded
 
     @classmethod
@@ -339,10 +346,10 @@ def _numbers(depth: int, dropout: bool) -> list[int]:
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
-def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
+def _check_sizes(config: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
     reads = tensors.get("first", tensors["last"])
-    if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
-        why = f"the shape is {list(reads.shape)}, but the config states {own.hidden_size} inputs"
+    if len(reads.shape) != 2 or reads.shape[1] != config.hidden_size:
+        why = f"the shape is {list(reads.shape)}, but the config states {config.hidden_size} inputs"
         raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config does not belong to this file")
     last = tensors["last"]
     if len(last.shape) != 2:
@@ -351,8 +358,8 @@ def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list
             where=pairs[-1][0].text,
             cure="Save the adapter again with PEFT",
         )
-    experts, logits = len(own.adapters or ()), last.shape[0]
-    if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):
+    experts, logits = len(config.adapters or ()), last.shape[0]
+    if experts and (logits % experts or (logits != experts and not config.layerwise_scalings)):
         why = f"the file has {logits} logits, but the config has {experts} experts"
         raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config does not belong to this file")
 

@@ -20,8 +20,8 @@ from ....methods.hira import HiRA
 from ....methods.loha import LoHa
 from ....methods.lokr import LoKr
 from ..._format import Departure
-from ..file import File, Found, Key, make
-from . import Family, Own, Parts, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, Parts, ScaledFields, check_parts, check_rank, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -38,7 +38,7 @@ SECOND = (
 """For each factor, the possible maps from parts of keys to fields; the first map with a part in the file is used."""
 
 
-class LoKrFields(Scaled, frozen=True, kw_only=True):
+class LoKrFields(ScaledFields, frozen=True, kw_only=True):
     """The config fields that determine how the weight's sizes are divided."""
 
     decompose_factor: int = -1
@@ -52,7 +52,7 @@ class LokrFamily(Family):
     peft_type = "LOKR"
     method = LoKr
     parts = tuple(dict.fromkeys(part for form in (*FIRST, *SECOND) for part in form))
-    own: ClassVar[type[Own]] = LoKrFields
+    method_fields: ClassVar[type[MethodFields]] = LoKrFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
         "decompose_both": "whether the first factor is a product if the rank is small; the tensors show it",
@@ -75,26 +75,26 @@ class LokrFamily(Family):
     }
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         fields = _form(keys, FIRST) | _form(keys, SECOND)
         check_parts(keys, fields)
         some = next(iter(keys.values()))
         tensors = {fields[part]: _turned(fields[part], file.tensors[key], fields) for part, key in keys.items()}
-        scaling = file.settings.own.scaling(file.settings, some.path)
+        scaling = file.settings.method_fields.scaling(file.settings, some.path)
         stacked = "w2" in tensors and len(tensors["w2"].shape) == 3 and not file.by_formula
         update = make("lokr", tensors, scaling=scaling, stacked=stacked)
         assert isinstance(update, LoKr)
         weight = file.base_shape(f"{some.path}.weight")
         _check(update, file, some, math.prod(weight[2:]) if weight else None)
-        return Found(some.path, update, {fields[part]: key for part, key in keys.items()})
+        return DecodedUpdate(some.path, update, {fields[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: LoKr) -> dict[str, tuple[str, Lazy]]:
-        held = update.tensors
-        forms = next(form for form in FIRST if held.keys() >= {*form.values()}) | next(
-            form for form in SECOND if held.keys() >= {*form.values()}
+        tensors = update.tensors
+        forms = next(form for form in FIRST if tensors.keys() >= {*form.values()}) | next(
+            form for form in SECOND if tensors.keys() >= {*form.values()}
         )
-        return {field: (part, _turned(field, as_lazy(held[field]), forms)) for part, field in forms.items()}
+        return {field: (part, _turned(field, as_lazy(tensors[field]), forms)) for part, field in forms.items()}
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -102,32 +102,32 @@ class LokrFamily(Family):
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        factor, both = next(_splits(found, base), (-1, False))
-        scales = {path: (_rank(update, both), float(update.scaling)) for path, update in found.items()}
-        cored = any(update.t2 is not None for update in found.values())
+        members = cls.of_it(updates)
+        factor, both = next(_splits(members, base), (-1, False))
+        scales = {path: (_rank(update, both), float(update.scaling)) for path, update in members.items()}
+        cored = any(update.t2 is not None for update in members.values())
         words = {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": cored}
         return {**scaled_numbers(scales), **words}
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        found = cls.of_it(updates)
-        _, both = next(_splits(found, None), (-1, False))
-        return inexact_alphas({path: (_rank(update, both), float(update.scaling)) for path, update in found.items()})
+        members = cls.of_it(updates)
+        _, both = next(_splits(members, None), (-1, False))
+        return inexact_alphas({path: (_rank(update, both), float(update.scaling)) for path, update in members.items()})
 
     @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        found = cls.of_it(updates)
-        if found and next(_splits(found, base), None) is None:
+        members = cls.of_it(updates)
+        if members and next(_splits(members, base), None) is None:
             why = "no common decompose_factor yields the sizes of these lokr factors in PEFT"
-            yield from ((target, why) for target in updates if target.path in found)
+            yield from ((target, why) for target in updates if target.path in members)
             return
-        cored = any(update.t2 is not None for update in found.values())
+        cored = any(update.t2 is not None for update in members.values())
         for target in updates if cored else ():
             kernel = _kernel(base, target.path)
-            if target.path in found and found[target.path].w2_b is not None and kernel > 1:
+            if target.path in members and members[target.path].w2_b is not None and kernel > 1:
                 yield target, "this lokr has a full kernel and others have cores; the config has one setting for all"
 
 
@@ -178,15 +178,15 @@ def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
 
 
 def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
-    own, rank = file.settings.own, file.settings.rank(key.path)
+    config, rank = file.settings.method_fields, file.settings.rank(key.path)
     update.dims()
     if any(0 in leaf.shape for leaf in update.tensors.values()):
         raise ShapeMismatch("this factor has no elements", where=key.text, cure="Save the adapter again with PEFT")
     sizes = LokrSizes(update, kernel)
-    if sizes.rank not in (None, rank) or not sizes.made_by(own.decompose_factor, own.decompose_both, rank):
-        why = f"PEFT does not create these factors with rank {rank}, decompose_factor {own.decompose_factor}"
+    if sizes.rank not in (None, rank) or not sizes.made_by(config.decompose_factor, config.decompose_both, rank):
+        why = f"PEFT does not create these factors with rank {rank}, decompose_factor {config.decompose_factor}"
         cure = "The config does not belong to this file, or its rank_pattern is damaged"
-        raise ShapeMismatch(f"{why} and decompose_both {own.decompose_both}", where=key.text, cure=cure)
+        raise ShapeMismatch(f"{why} and decompose_both {config.decompose_both}", where=key.text, cure=cure)
 
 
 def _rank(update: LoKr, both: bool) -> int:
@@ -194,23 +194,23 @@ def _rank(update: LoKr, both: bool) -> int:
     return sizes.smallest(both) if sizes.rank is None else sizes.rank
 
 
-def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
+def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
     """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
 
     Without a base, first treat all weights as linear layers, and then all numbers of inputs as unknown.
     """
-    yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
+    yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
-        yield from _splits_of([LokrSizes(update, None) for update in found.values()])
+        yield from _splits_of([LokrSizes(update, None) for update in members.values()])
 
 
-def _splits_of(made: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
-    parts = sorted({part for sizes in made for _, part in sizes.sides})
-    widest = max((math.isqrt(size) for sizes in made for size, _ in sizes.sides), default=1)
+def _splits_of(sizes_of: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
+    parts = sorted({part for sizes in sizes_of for _, part in sizes.sides})
+    widest = max((math.isqrt(size) for sizes in sizes_of for size, _ in sizes.sides), default=1)
     for factor in dict.fromkeys((-1, *parts, *range(1, widest + 1))):
-        if all(even_split(size, factor)[0] == part for sizes in made for size, part in sizes.sides):
+        if all(even_split(size, factor)[0] == part for sizes in sizes_of for size, part in sizes.sides):
             for both in (False, True):
-                if all(each.made_by(factor, both, each.rank or each.smallest(both)) for each in made):
+                if all(each.made_by(factor, both, each.rank or each.smallest(both)) for each in sizes_of):
                     yield factor, both
 
 
@@ -236,7 +236,7 @@ class LohaFamily(Family):
     peft_type = "LOHA"
     method = LoHa
     parts = tuple(CORED)
-    own: ClassVar[type[Own]] = Scaled
+    method_fields: ClassVar[type[MethodFields]] = ScaledFields
     read: ClassVar[Mapping[str, str]] = {"alpha": "scaling = alpha / r"}
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
@@ -247,14 +247,14 @@ class LohaFamily(Family):
     folds = ("w1_a",)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         fields = CORED if "hada_t1" in keys or "hada_t2" in keys else PLAIN
         check_parts(keys, fields)
         some = keys["hada_w1_b"]
         check_rank(some, file.tensors[some], file.settings.rank(some.path))
         tensors = {fields[part]: _loha_turned(part, file.tensors[key], fields) for part, key in keys.items()}
-        update = make("loha", tensors, scaling=file.settings.own.scaling(file.settings, some.path))
-        return Found(some.path, update, {fields[part]: key for part, key in keys.items()})
+        update = make("loha", tensors, scaling=file.settings.method_fields.scaling(file.settings, some.path))
+        return DecodedUpdate(some.path, update, {fields[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: LoHa) -> dict[str, tuple[str, Lazy]]:
@@ -275,8 +275,8 @@ class LohaFamily(Family):
     @classmethod
     def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
         """Return (rank, scaling) of each update, by path."""
-        found = cls.of_it(updates)
-        return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
+        members = cls.of_it(updates)
+        return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in members.items()}
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
@@ -305,18 +305,18 @@ class HiraFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         fields = EMBEDDING if EMBEDDING["A"] in keys else HIRA_PLAIN
         check_parts(keys, fields.values())
-        own = {field: keys[part] for field, part in fields.items()}
-        A, B = (file.tensors[own[field]] for field in ("A", "B"))
-        _check_r(file, own["A"], A)
+        key_of = {field: keys[part] for field, part in fields.items()}
+        A, B = (file.tensors[key_of[field]] for field in ("A", "B"))
+        _check_r(file, key_of["A"], A)
         if math.prod(B.shape[:2]) != math.prod(B.shape):
             why = f"the shape {list(B.shape)} has a kernel; B must only mix channels"
-            raise ShapeMismatch(why, where=own["B"].text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=key_of["B"].text, cure="Save the adapter again with PEFT")
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
-        return Found(own["A"].path, update, own, "in out *k" if turned else "out *in")
+        return DecodedUpdate(key_of["A"].path, update, key_of, "in out *k" if turned else "out *in")
 
     @classmethod
     def encode(cls, update: HiRA) -> Parts:
@@ -330,8 +330,8 @@ class HiraFamily(Family):
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
         from ..spelling import is_embedding  # It imports the families.
 
-        for target, found in updates.items():
-            for update in (update for update in found if isinstance(update, HiRA)):
+        for target, group in updates.items():
+            for update in (update for update in group if isinstance(update, HiRA)):
                 fields = EMBEDDING if is_embedding(target) else HIRA_PLAIN
                 yield {field: (fields[field], leaf) for field, (_, leaf) in cls.encode(update).items()}
 

@@ -17,9 +17,9 @@ from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.pvera import PVeRA
 from ....methods.randlora import RandLoRA
 from ....methods.vera import VeRA
-from ..file import File, Findings, Found, Key, make
+from ..file import DecodedUpdate, File, Findings, Key, make
 from ..patterns import exact_alpha
-from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority, stored_inputs
+from . import Family, MethodFields, Rank, check_parts, check_rank, check_stem, minority, stored_inputs
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import File, Findings
-    from . import Own
+    from . import MethodFields
 
 
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
-class ProjectionFields(Own, frozen=True, kw_only=True):
+class ProjectionFields(MethodFields, frozen=True, kw_only=True):
     """The rank, the seed, and whether the projections are in the file."""
 
     r: Rank = 256
@@ -51,7 +51,7 @@ class Projections(Family):
     """
 
     halves: ClassVar[int] = 1
-    own: ClassVar[type[Own]] = ProjectionFields
+    method_fields: ClassVar[type[MethodFields]] = ProjectionFields
     read: ClassVar[Mapping[str, str]] = {
         "projection_prng_key": "seed from which the projections are drawn if they are not in the file",
         "save_projection": "whether the projections are in the file",
@@ -64,18 +64,18 @@ class Projections(Family):
             check_stem(stem, next(iter(keys.values())))
             check_parts(keys, cls.parts)
             modules[next(iter(keys.values())).path] = keys
-        A, B = cls._given(file) if file.settings.own.save_projection else cls._drawn(file, modules)
+        A, B = cls._given(file) if file.settings.method_fields.save_projection else cls._drawn(file, modules)
         places = {name: file.shared[word] for name, word in zip("AB", cls.shared, strict=True) if word in file.shared}
         for path, keys in modules.items():
-            own = {"b": keys[cls.parts[0]], "d": keys[cls.parts[1]]}
-            _check(file, own, B, cls.halves)
-            leaves = {name: file.tensors[key] for name, key in own.items()}
+            keys_by_name = {"b": keys[cls.parts[0]], "d": keys[cls.parts[1]]}
+            _check(file, keys_by_name, B, cls.halves)
+            leaves = {name: file.tensors[key] for name, key in keys_by_name.items()}
             update = make(cls.method.__module__.rpartition(".")[2], {**leaves, "A": A, "B": B})
             layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
-            yield Found(path, update, own | places, layout)
+            yield DecodedUpdate(path, update, keys_by_name | places, layout)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         raise AssertionError("decode reads all modules together")
 
     @classmethod
@@ -102,10 +102,10 @@ class Projections(Family):
         except msgspec.ValidationError:
             return frozenset()  # An invalid config raises its error when it is read.
         some = next(iter(cls.of_it(updates).values()))
-        held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
-        drawn = _draw(seed, (held[0].shape, held[1].shape))
+        leaves = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
+        drawn = _draw(seed, (leaves[0].shape, leaves[1].shape))
         same = all(
-            one.dtype == other.dtype and one.fetch() == other.fetch() for one, other in zip(held, drawn, strict=True)
+            one.dtype == other.dtype and one.fetch() == other.fetch() for one, other in zip(leaves, drawn, strict=True)
         )
         return frozenset("AB") if same else frozenset()
 
@@ -117,10 +117,10 @@ class Projections(Family):
 
         PEFT creates projections for the largest module, and cannot load projections of any other size.
         """
-        own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
-        odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
+        members: dict[Target, Any] = {t: u for t, group in updates.items() for u in group if type(u) is cls.method}
+        odd = minority({target: (update.A.shape, update.B.shape) for target, update in members.items()})
         yield from ((target, "the sizes of its projections differ from the other updates'") for target in odd)
-        kept = {target: update for target, update in own.items() if target not in odd}
+        kept = {target: update for target, update in members.items() if target not in odd}
         for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
             widths = [stored_inputs(base, target) for target in kept]
             other = outs != max(update.b.shape[0] for update in kept.values())
@@ -148,13 +148,13 @@ class Projections(Family):
             raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
         outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
         ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
-        r = file.settings.own.r
+        r = file.settings.method_fields.r
         shapes = ((cls.halves * r, ins), (max(outs.values(), default=1), r))
-        return _draw(file.settings.own.projection_prng_key, shapes)
+        return _draw(file.settings.method_fields.projection_prng_key, shapes)
 
 
 def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
-    d, r, out = file.tensors[keys["d"]], file.settings.own.r, _outputs(file, keys["b"])
+    d, r, out = file.tensors[keys["d"]], file.settings.method_fields.r, _outputs(file, keys["b"])
     if d.shape != (halves * r,):
         why = f"the shape is {list(d.shape)}, but the config states rank {r}"
         raise ShapeMismatch(why, where=keys["d"].text, cure="The config does not belong to this file")
@@ -244,7 +244,7 @@ class PveraFamily(Projections):
     parts = ("pvera_lambda_b", "pvera_lambda_d")
     shared = ("pvera_A", "pvera_B")
     halves = 2
-    own: ClassVar[type[Own]] = Drawing
+    method_fields: ClassVar[type[MethodFields]] = Drawing
     read: ClassVar[Mapping[str, str]] = {
         **Projections.read,
         "sample_at_inference": "must be false: otherwise each forward pass draws another change",
@@ -264,7 +264,7 @@ class PveraFamily(Projections):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        if file.settings.own.sample_at_inference:
+        if file.settings.method_fields.sample_at_inference:
             why = "PVeRA with random draws in each forward pass has no fixed formula"
             raise Unsupported(why, where="sample_at_inference", cure="Set this field to false to use the mean")
         yield from super().decode(file)
@@ -274,12 +274,12 @@ class PveraFamily(Projections):
 # has a copy for each module.
 
 
-OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
+SEPARATE = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
 """A map from a word in keys to the update's field."""
 
 
-class RandLoRAFields(Own, frozen=True, kw_only=True):
+class RandLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The rank, the scaling, and whether the bases are in the file."""
 
     r: Rank = 32
@@ -293,9 +293,9 @@ class RandloraFamily(Family):
     name = "randlora"
     peft_type = "RANDLORA"
     method = RandLoRA
-    parts = (*OWN, *SHARED)
+    parts = (*SEPARATE, *SHARED)
     shared = tuple(SHARED)
-    own: ClassVar[type[Own]] = RandLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = RandLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "randlora_alpha": "scaling = randlora_alpha / r",
         "save_projection": "whether the bases are in the file; must be true",
@@ -315,33 +315,33 @@ class RandloraFamily(Family):
     folds = ("lam",)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        if not own.save_projection:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        if not config.save_projection:
             why = "RandLoRA's bases are not in the file, and PEFT draws them in a machine-dependent precision"
             raise Unsupported(why, where="save_projection", cure="Save the adapter from PEFT with save_projection=True")
         missing = next((word for word in SHARED if word not in file.shared), None)
         if missing is not None:
             raise Malformed(f"the file lacks a shared basis: {missing}", where="save_projection", cure=_AGAIN)
         copies = {part: key for part, key in keys.items() if part in SHARED}
-        check_parts({part: key for part, key in keys.items() if part not in copies}, OWN)
+        check_parts({part: key for part, key in keys.items() if part not in copies}, SEPARATE)
         for part, key in copies.items():
             _check_copy(file, key, file.shared[part])
-        check_rank(keys["randlora_lambda"], file.tensors[keys["randlora_lambda"]], own.r)
-        places = {field: keys[part] for part, field in OWN.items()}
+        check_rank(keys["randlora_lambda"], file.tensors[keys["randlora_lambda"]], config.r)
+        places = {field: keys[part] for part, field in SEPARATE.items()}
         places |= {field: file.shared[part] for part, field in SHARED.items()}
         update = make(
-            "randlora", {n: file.tensors[key] for n, key in places.items()}, scaling=own.randlora_alpha / own.r
+            "randlora", {n: file.tensors[key] for n, key in places.items()}, scaling=config.randlora_alpha / config.r
         )
         places |= {f"{SHARED[part]}.copy": key for part, key in copies.items()}
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
-        return Found(keys["randlora_lambda"].path, update, places, layout)
+        return DecodedUpdate(keys["randlora_lambda"].path, update, places, layout)
 
     @classmethod
     def encode(cls, update: RandLoRA) -> dict[str, tuple[str, Lazy]]:
-        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
-        words = {field: (part, held[field]) for part, field in (OWN | SHARED).items()}
-        return words | {f"{field}.copy": (f".{part}", held[field]) for part, field in SHARED.items()}
+        leaves = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        words = {field: (part, leaves[field]) for part, field in (SEPARATE | SHARED).items()}
+        return words | {f"{field}.copy": (f".{part}", leaves[field]) for part, field in SHARED.items()}
 
     @classmethod
     def why_not(cls, target: Target, update: Update) -> str:
@@ -357,8 +357,8 @@ class RandloraFamily(Family):
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        found = cls.of_it(updates)
-        return [p for p, u in found.items() if exact_alpha((int(u.lam.shape[0]), u.scaling), rslora=False) is None]
+        members = cls.of_it(updates)
+        return [p for p, u in members.items() if exact_alpha((int(u.lam.shape[0]), u.scaling), rslora=False) is None]
 
     @classmethod
     def apart(
@@ -369,13 +369,13 @@ class RandloraFamily(Family):
         PEFT has one rank and one scaling for all modules. The size of the largest module determines the size of the
         bases, and the rank r determines how many bases there are.
         """
-        own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
-        said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
-        odd = minority(said)
+        members = {t: u for t, group in updates.items() for u in group if isinstance(u, RandLoRA)}
+        settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
+        odd = minority(settings_of)
         yield from (
             (target, "the scaling or the bases of this randlora differ from the other updates'") for target in odd
         )
-        kept = {target: update for target, update in own.items() if target not in odd}
+        kept = {target: update for target, update in members.items() if target not in odd}
         for target, update in kept.items():
             n, short = update.gamma.shape
             if n != -(-short // update.lam.shape[0]):
@@ -389,12 +389,12 @@ class RandloraFamily(Family):
                 )
 
 
-def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
+def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
     """Return the largest number of outputs and the largest number of inputs, the smaller first; None without a base."""
-    widths = {target: stored_inputs(base, target) for target in own}
+    widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():
         return None
-    outs = [base.tensors[f"{t.path}.weight"].shape[1 if t.layout == "in out *k" else 0] for t in own]
+    outs = [base.tensors[f"{t.path}.weight"].shape[1 if t.layout == "in out *k" else 0] for t in members]
     sides = sorted((max(outs), max(width for width in widths.values() if width is not None)))
     return sides[0], sides[1]
 

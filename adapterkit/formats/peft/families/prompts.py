@@ -15,8 +15,8 @@ from ....methods.adaption_prompt import AdaptionPrompt
 from ....methods.multitask_prompt import MultitaskPrompt
 from ....methods.prefix import Prefix
 from ....methods.prompt import Prompt
-from ..file import File, Findings, Found, Key, make
-from . import Family, Own, check_parts
+from ..file import DecodedUpdate, File, Findings, Key, make
+from . import Family, MethodFields, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -38,7 +38,7 @@ SIZES = {
 }
 
 
-class Sizes(Own, frozen=True, kw_only=True):
+class Sizes(MethodFields, frozen=True, kw_only=True):
     """The sizes of the tensors; if a size is missing, PEFT reads it from the model."""
 
     num_attention_heads: int | None = None
@@ -60,7 +60,7 @@ class ContextFamily(Family):
     shared_prefix = ""
     prefix = "base_model."
     names_modules = False
-    own: ClassVar[type[Own]] = Sizes
+    method_fields: ClassVar[type[MethodFields]] = Sizes
     read: ClassVar[Mapping[str, str]] = SIZES
 
     @classmethod
@@ -69,10 +69,10 @@ class ContextFamily(Family):
         if not keys:
             raise Malformed("the file has no virtual tokens", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
         check_parts(keys, cls.shared)
-        if file.settings.own.parts not in (1, 2):
-            why = f"the number of stacks of layers is {file.settings.own.parts}, not 1 or 2"
+        if file.settings.method_fields.parts not in (1, 2):
+            why = f"the number of stacks of layers is {file.settings.method_fields.parts}, not 1 or 2"
             raise Malformed(why, where="num_transformer_submodules", cure="Save the adapter again with PEFT")
-        yield cls.found(file, keys)
+        yield cls.decode_keys(file, keys)
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
@@ -86,12 +86,12 @@ class PromptLike(ContextFamily):
     """
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[EMBEDDINGS], file.settings.own
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        key, config = keys[EMBEDDINGS], file.settings.method_fields
         tensor = file.tensors[key]
-        check_sizes(key, tensor, rows(own), own.token_dim)
-        update = make("prompt", {"P": tensor}, used=own.num_virtual_tokens if own.parts == 2 else 0)
-        return Found("", update, {"P": key})
+        check_sizes(key, tensor, rows(config), config.token_dim)
+        update = make("prompt", {"P": tensor}, used=config.num_virtual_tokens if config.parts == 2 else 0)
+        return DecodedUpdate("", update, {"P": key})
 
     @classmethod
     def encode(cls, update: Prompt) -> dict[str, tuple[str, Lazy]]:
@@ -116,17 +116,17 @@ class PrefixLike(ContextFamily):
     """Prefixes: `prompt_embeddings` [tokens, layers * 2 * heads * d]."""
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[EMBEDDINGS], file.settings.own
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        key, config = keys[EMBEDDINGS], file.settings.method_fields
         tensor = file.tensors[key]
-        layers, heads, width = own.num_layers, own.num_attention_heads, own.token_dim
+        layers, heads, width = config.num_layers, config.num_attention_heads, config.token_dim
         if not (layers and heads and width) or min(layers, heads, width) < 1 or width % heads:
             why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not divide the tensor"
             raise Malformed(why, where="token_dim", cure="Save the adapter again with PEFT")
-        check_sizes(key, tensor, own.num_virtual_tokens, layers * 2 * width)
+        check_sizes(key, tensor, config.num_virtual_tokens, layers * 2 * width)
         shape = (tensor.shape[0], layers, 2, heads, width // heads)
         P = tensor.map(lambda values: values.reshape(shape).transpose(1, 2, 3, 0, 4), (*shape[1:4], shape[0], shape[4]))
-        return Found("", make("prefix", {"P": P}, step=own.parts), {"P": key})
+        return DecodedUpdate("", make("prefix", {"P": P}, step=config.parts), {"P": key})
 
     @classmethod
     def encode(cls, update: Prefix) -> dict[str, tuple[str, Lazy]]:
@@ -157,9 +157,9 @@ def stacks(parts: int) -> dict[str, JsonValue]:
     return fields | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
-def rows(own: Any) -> int | None:
+def rows(config: Any) -> int | None:
     """Return the number of rows that a tensor of embeddings must have according to the config."""
-    return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
+    return None if config.num_virtual_tokens is None else int(config.num_virtual_tokens * config.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
@@ -170,8 +170,8 @@ def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
     """
     shape = tensor.shape
     if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
-        said = ", ".join("any" if size is None else str(size) for size in wanted)
-        why = f"the shape is {list(shape)}, but the config states [{said}]"
+        expected = ", ".join("any" if size is None else str(size) for size in wanted)
+        why = f"the shape is {list(shape)}, but the config states [{expected}]"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
@@ -245,7 +245,7 @@ class MultitaskPromptFamily(ContextFamily):
     peft_type = "MULTITASK_PROMPT_TUNING"
     method = MultitaskPrompt
     shared = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Tasks
+    method_fields: ClassVar[type[MethodFields]] = Tasks
     read: ClassVar[Mapping[str, str]] = {
         **SIZES,
         "num_ranks": "rank of each task's change",
@@ -262,18 +262,18 @@ class MultitaskPromptFamily(ContextFamily):
     fresh: ClassVar[Mapping[str, Any]] = {"prompt_tuning_init": "RANDOM", "task_type": "CAUSAL_LM"}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own, n = file.settings.own, rows(file.settings.own)
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config, n = file.settings.method_fields, rows(file.settings.method_fields)
         shapes = {
-            EMBEDDINGS: (n, own.token_dim),
-            "prefix_task_cols": (own.num_tasks, n, own.num_ranks),
-            "prefix_task_rows": (own.num_tasks, own.num_ranks, own.token_dim),
+            EMBEDDINGS: (n, config.token_dim),
+            "prefix_task_cols": (config.num_tasks, n, config.num_ranks),
+            "prefix_task_rows": (config.num_tasks, config.num_ranks, config.token_dim),
         }
         for word, key in keys.items():
             check_sizes(key, file.tensors[key], *shapes[word])
         tensors = {FIELDS[word]: file.tensors[key] for word, key in keys.items()}
-        update = make("multitask_prompt", tensors, decoder=own.parts == 2)
-        return Found("", update, {FIELDS[word]: key for word, key in keys.items()})
+        update = make("multitask_prompt", tensors, decoder=config.parts == 2)
+        return DecodedUpdate("", update, {FIELDS[word]: key for word, key in keys.items()})
 
     @classmethod
     def encode(cls, update: MultitaskPrompt) -> dict[str, tuple[str, Lazy]]:
@@ -331,7 +331,7 @@ For GPT-2, PEFT changes the attention's output; for other models, the input of t
 """
 
 
-class AdaptionPromptFields(Own, frozen=True, kw_only=True):
+class AdaptionPromptFields(MethodFields, frozen=True, kw_only=True):
     """The number of virtual tokens, and the number of layers, counted from the last one, that have them."""
 
     adapter_len: int | None = None
@@ -346,7 +346,7 @@ class AdaptionPromptFamily(Family):
     method = AdaptionPrompt
     parts = ("adaption_gate", "adaption_prompt")
     names_modules = False
-    own: ClassVar[type[Own]] = AdaptionPromptFields
+    method_fields: ClassVar[type[MethodFields]] = AdaptionPromptFields
     read: ClassVar[Mapping[str, str]] = {
         "adapter_layers": "number of the last layers, which have tensors",
         "adapter_len": "number of virtual tokens",
@@ -354,17 +354,17 @@ class AdaptionPromptFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, cls.parts)
         prompt, gate = keys["adaption_prompt"], keys["adaption_gate"]
-        tensor, count = file.tensors[prompt], file.settings.own.adapter_len
+        tensor, count = file.tensors[prompt], file.settings.method_fields.adapter_len
         if len(tensor.shape) != 3 or tensor.shape[0] != 1 or count not in (None, tensor.shape[1]):
             why = f"the shape is {list(tensor.shape)}, but the config states [1, {count}, width]"
             raise ShapeMismatch(why, where=prompt.text, cure="The config does not belong to this file")
         tensors = {"P": tensor.reshape(*tensor.shape[1:]), "gate": file.tensors[gate]}
         projected = prompt.path.rpartition(".")[2] != GPT2
         update = make("adaption_prompt", tensors, projected=projected)
-        return Found(prompt.path, update, {"P": prompt, "gate": gate})
+        return DecodedUpdate(prompt.path, update, {"P": prompt, "gate": gate})
 
     @classmethod
     def encode(cls, update: AdaptionPrompt) -> dict[str, tuple[str, Lazy]]:
@@ -373,9 +373,9 @@ class AdaptionPromptFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        name = next(iter(found)).rpartition(".")[2]
-        return {"adapter_len": _length(found), "adapter_layers": len(found), "target_modules": name}
+        members = cls.of_it(updates)
+        name = next(iter(members)).rpartition(".")[2]
+        return {"adapter_len": _length(members), "adapter_layers": len(members), "target_modules": name}
 
     @classmethod
     def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
@@ -388,7 +388,7 @@ class AdaptionPromptFamily(Family):
         return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 
-def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
+def _length(members: Mapping[str, AdaptionPrompt]) -> int | None:
     """Return the number of virtual tokens; None if the modules differ, because a config has only one number."""
-    lengths = {int(update.P.shape[0]) for update in found.values()}
+    lengths = {int(update.P.shape[0]) for update in members.values()}
     return lengths.pop() if len(lengths) == 1 else None

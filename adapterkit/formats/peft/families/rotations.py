@@ -19,8 +19,8 @@ from ....methods.oft_patches import OFTPatches
 from ....methods.psoft import PSOFT
 from ..._format import Departure
 from ..decoders import on_patches, turns_patches
-from ..file import File, Found, Key, make
-from . import Family, Own, Parts, check_parts
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
-class OFTFields(Own, frozen=True, kw_only=True):
+class OFTFields(MethodFields, frozen=True, kw_only=True):
     """The sizes of blocks, the number of terms of the series, and the limit on the rotation."""
 
     r: int = 0
@@ -53,7 +53,7 @@ class OftFamily(Family):
     method = OFT
     others = (OFTPatches,)
     parts = (PLAIN, EMBEDDING)
-    own: ClassVar[type[Own]] = OFTFields
+    method_fields: ClassVar[type[MethodFields]] = OFTFields
     empty = True
     departures: ClassVar[Mapping[str, Departure]] = {
         "oft_series_before_0_18": Departure(
@@ -84,20 +84,20 @@ class OftFamily(Family):
     }  # fmt: skip
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         part = EMBEDDING if EMBEDDING in keys else PLAIN
         check_parts(keys, (part,))
-        key, own = keys[part], file.settings.own
-        _check(own, key, file.tensors[key])
-        terms = max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0
+        key, config = keys[part], file.settings.method_fields
+        _check(config, key, file.tensors[key])
+        terms = max(config.num_cayley_neumann_terms, 1) if config.use_cayley_neumann else 0
         side = "out" if part == EMBEDDING else "in"
         leaves: Any = {"pairs": file.tensors[key]}
-        doubled = terms > 0 and _before_018(own.peft_version) and not file.by_formula
+        doubled = terms > 0 and _before_018(config.peft_version) and not file.by_formula
         if part == PLAIN and not file.by_formula and _of_patches(file, key):
-            turned = OFTPatches(**leaves, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
-            return Found(key.path, turned, {"pairs": key})
-        update = OFT(**leaves, side=side, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
-        return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
+            turned = OFTPatches(**leaves, terms=terms, doubled=doubled, coft=config.coft, eps=config.eps)
+            return DecodedUpdate(key.path, turned, {"pairs": key})
+        update = OFT(**leaves, side=side, terms=terms, doubled=doubled, coft=config.coft, eps=config.eps)
+        return DecodedUpdate(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
 
     @classmethod
     def encode(cls, update: OFT | OFTPatches) -> Parts:
@@ -123,8 +123,8 @@ class OftFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        for target, found in updates.items() if base is None else ():
-            if any(isinstance(update, OFTPatches) for update in found):
+        for target, group in updates.items() if base is None else ():
+            if any(isinstance(update, OFTPatches) for update in group):
                 yield (
                     target,
                     "only the base shows that oft_patches adapts a convolution; give the base with --base (base=)",
@@ -132,8 +132,8 @@ class OftFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = list(cls.of_it(updates).values())
-        some, shapes = found[0], [tuple(map(int, update.pairs.shape)) for update in found]
+        members = list(cls.of_it(updates).values())
+        some, shapes = members[0], [tuple(map(int, update.pairs.shape)) for update in members]
         return {
             **_blocks([(n, block_size(pairs)) for n, pairs in shapes]),
             "coft": some.coft,
@@ -151,13 +151,13 @@ def _of_patches(file: File, key: Key) -> bool:
     return shape is not None and turns_patches(tuple(shape))
 
 
-def _check(own: OFTFields, key: Key, tensor: Lazy) -> None:
-    if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
+def _check(config: OFTFields, key: Key, tensor: Lazy) -> None:
+    if (config.r > 0) == (config.oft_block_size > 0) or min(config.r, config.oft_block_size) < 0:
         raise Malformed("exactly one of r and oft_block_size must be 0", where="oft_block_size", cure=_AGAIN)
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
     width = n * size
-    shared = n == 1 and own.block_share
-    if not width or (own.block_share and n > 1) or not (shared or (n, size) == _expected(own, width)):
+    shared = n == 1 and config.block_share
+    if not width or (config.block_share and n > 1) or not (shared or (n, size) == _expected(config, width)):
         why = f"the shape {list(tensor.shape)} contradicts r, oft_block_size or block_share"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
@@ -167,10 +167,10 @@ def _before_018(version: str | None) -> bool:
     return [int(number) if number.isdigit() else 0 for number in numbers] < [0, 18]
 
 
-def _expected(own: OFTFields, width: int) -> tuple[int, int]:
+def _expected(config: OFTFields, width: int) -> tuple[int, int]:
     """Return the number and the size of the blocks that PEFT creates for a layer of this width."""
-    divisor = nearest_divisor(width, own.oft_block_size or own.r)
-    return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
+    divisor = nearest_divisor(width, config.oft_block_size or config.r)
+    return (width // divisor, divisor) if config.oft_block_size else (divisor, width // divisor)
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
@@ -181,20 +181,20 @@ def nearest_divisor(width: int, wanted: int) -> int:
     return next(n for step in steps for n in (wanted - step, wanted + step) if width % n == 0)
 
 
-def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
+def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
     """Return the config fields for layers with these numbers and sizes of blocks."""
-    if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
-        return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
-    size, number = _fitting(found, 1), _fitting(found, 0)
+    if all(n == 1 for n, _ in blocks) and len({size for _, size in blocks}) == 1:
+        return {"block_share": True, "r": 0, "oft_block_size": blocks[0][1]}
+    size, number = _fitting(blocks, 1), _fitting(blocks, 0)
     if size is None and number is not None:
         return {"block_share": False, "r": number, "oft_block_size": 0}
-    return {"block_share": False, "r": 0, "oft_block_size": size or max(size for _, size in found)}
+    return {"block_share": False, "r": 0, "oft_block_size": size or max(size for _, size in blocks)}
 
 
-def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
+def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
     """Return a number (or size) of blocks that PEFT rounds to the right value in every layer; None if there is none."""
-    tried = sorted({each[which] for each in found}, reverse=True)
-    widths = [(n * size, (n, size)[which]) for n, size in found]
+    tried = sorted({each[which] for each in blocks}, reverse=True)
+    widths = [(n * size, (n, size)[which]) for n, size in blocks]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
 
 
@@ -204,7 +204,7 @@ _AGAIN = "Save the adapter again with PEFT"
 # BOFT: `boft_R` [factors, blocks, b, b], and `boft_s` [out, 1], or [1, out] for a convolution.
 
 
-class BOFTFields(Own, frozen=True, kw_only=True):
+class BOFTFields(MethodFields, frozen=True, kw_only=True):
     """The sizes and the numbers of blocks, and the number of factors."""
 
     boft_block_size: int = 4
@@ -219,7 +219,7 @@ class BoftFamily(Family):
     peft_type = "BOFT"
     method = BOFT
     parts = ("boft_R", "boft_s")
-    own: ClassVar[type[Own]] = BOFTFields
+    method_fields: ClassVar[type[MethodFields]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
         "boft_block_num": "number of blocks; 0 if boft_block_size states it",
         "boft_block_size": "size of blocks; 0 if boft_block_num states it",
@@ -231,16 +231,16 @@ class BoftFamily(Family):
     }  # fmt: skip
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, cls.parts)
-        R, s, own = file.tensors[keys["boft_R"]], file.tensors[keys["boft_s"]], file.settings.own
-        _check_boft(own, keys["boft_R"], R)
+        R, s, config = file.tensors[keys["boft_R"]], file.tensors[keys["boft_s"]], file.settings.method_fields
+        _check_boft(config, keys["boft_R"], R)
         if len(s.shape) != 2 or 1 not in s.shape:
             raise ShapeMismatch(
                 f"the shape {list(s.shape)} is not that of a scale of outputs", where=keys["boft_s"].text, cure=_OTHER
             )
         update = make("boft", {"R": R, "s": s.reshape(-1)})
-        return Found(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
+        return DecodedUpdate(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
 
     @classmethod
     def encode(cls, update: BOFT) -> Parts:
@@ -263,13 +263,13 @@ class BoftFamily(Family):
         }
 
 
-def _check_boft(own: BOFTFields, key: Key, R: Lazy) -> None:
-    if (own.boft_block_size > 0) == (own.boft_block_num > 0):
+def _check_boft(config: BOFTFields, key: Key, R: Lazy) -> None:
+    if (config.boft_block_size > 0) == (config.boft_block_num > 0):
         why = "exactly one of boft_block_size and boft_block_num must be 0"
         raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")
     factors, blocks, size = R.shape[:3] if len(R.shape) == 4 else (0, 0, 0)
-    fits = size == own.boft_block_size if own.boft_block_size else blocks == own.boft_block_num
-    if not fits or not own.boft_n_butterfly_factor or factors not in (1, own.boft_n_butterfly_factor):
+    fits = size == config.boft_block_size if config.boft_block_size else blocks == config.boft_block_num
+    if not fits or not config.boft_n_butterfly_factor or factors not in (1, config.boft_n_butterfly_factor):
         why = f"the shape {list(R.shape)} contradicts boft_block_size, boft_block_num or boft_n_butterfly_factor"
         raise ShapeMismatch(why, where=key.text, cure=_OTHER)
 
@@ -283,7 +283,7 @@ _OTHER = "The config does not belong to this file"
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
 
 
-class PSOFTFields(Own, frozen=True, kw_only=True):
+class PSOFTFields(MethodFields, frozen=True, kw_only=True):
     """The rank, the form of R, and how PEFT computes A and B from the base's weight."""
 
     r: int = 32
@@ -311,7 +311,7 @@ class PsoftFamily(Family):
     peft_type = "PSOFT"
     method = PSOFT
     parts = (WEIGHT, VECTOR_A, VECTOR_B)
-    own: ClassVar[type[Own]] = PSOFTFields
+    method_fields: ClassVar[type[MethodFields]] = PSOFTFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
         "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: both factors get their square roots",
@@ -336,22 +336,22 @@ class PsoftFamily(Family):
     }  # fmt: skip
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        check_parts(keys, own.parts)
-        fields: dict[str, str] = {WEIGHT: "pairs" if own.psoft_orth else "R", VECTOR_A: "a", VECTOR_B: "b"}
-        _check_psoft(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
-        found = {fields[part]: key for part, key in keys.items()}
-        series = own.psoft_orth and own.use_cayley_neumann
-        leaves: Any = {field: file.tensors[key] for field, key in found.items()}
-        terms = max(own.num_cayley_neumann_terms, 1) if series else 0
-        eps = own.cayley_neumann_eps or 0.0 if series else 0.0
-        sketched = own.psoft_svd == "lowrank"
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        check_parts(keys, config.parts)
+        fields: dict[str, str] = {WEIGHT: "pairs" if config.psoft_orth else "R", VECTOR_A: "a", VECTOR_B: "b"}
+        _check_psoft(config, keys[WEIGHT], file.tensors[keys[WEIGHT]])
+        keys_by_field = {fields[part]: key for part, key in keys.items()}
+        series = config.psoft_orth and config.use_cayley_neumann
+        leaves: Any = {field: file.tensors[key] for field, key in keys_by_field.items()}
+        terms = max(config.num_cayley_neumann_terms, 1) if series else 0
+        eps = config.cayley_neumann_eps or 0.0 if series else 0.0
+        sketched = config.psoft_svd == "lowrank"
         update = PSOFT(
-            **leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps,
-            steps=own.psoft_svd_lowrank_niter + 1 if sketched else 0, seed=own.random_seed if sketched else 0,
+            **leaves, symmetric=config.ab_svd_init == "pissa_init", terms=terms, eps=eps,
+            steps=config.psoft_svd_lowrank_niter + 1 if sketched else 0, seed=config.random_seed if sketched else 0,
         )  # fmt: skip
-        return Found(keys[WEIGHT].path, update, found)
+        return DecodedUpdate(keys[WEIGHT].path, update, keys_by_field)
 
     @classmethod
     def encode(cls, update: PSOFT) -> Parts:
@@ -388,8 +388,8 @@ class PsoftFamily(Family):
         }
 
 
-def _check_psoft(own: PSOFTFields, key: Key, weight: Lazy) -> None:
-    wanted = (own.r * (own.r - 1) // 2,) if own.psoft_orth else (own.r, own.r)
+def _check_psoft(config: PSOFTFields, key: Key, weight: Lazy) -> None:
+    wanted = (config.r * (config.r - 1) // 2,) if config.psoft_orth else (config.r, config.r)
     if weight.shape != wanted:
-        why = f"the shape is {list(weight.shape)}, but the config states rank {own.r}"
+        why = f"the shape is {list(weight.shape)}, but the config states rank {config.r}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")

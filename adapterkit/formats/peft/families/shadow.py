@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.shadow import Shadow
-from ..file import File, Found, Kept, Key, make
-from . import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+from ..file import DecodedUpdate, File, Kept, Key, make
+from . import Family, MethodFields, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -35,7 +35,7 @@ FIELDS = {
 """A map from a word in keys to the update's field."""
 
 
-class ShadowFields(Own, frozen=True, kw_only=True):
+class ShadowFields(MethodFields, frozen=True, kw_only=True):
     """The sizes of the shared network, and of the tensors that each block has separately."""
 
     r: Rank = 8
@@ -57,7 +57,7 @@ class ShadowFamily(Family):
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
     # For reading, `*` in a pattern matches one word of a key; for writing, it stands for any ending.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
-    own: ClassVar[type[Own]] = ShadowFields
+    method_fields: ClassVar[type[MethodFields]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
         "share_embeddings": "whether the network uses the base's embeddings, if their width is the same",
         "shadow_alpha": "factor on the value that is added to a block's input",
@@ -76,38 +76,40 @@ class ShadowFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        if file.settings.own.shadow_model != "mirror":
+        if file.settings.method_fields.shadow_model != "mirror":
             why = "the network's class differs from the base's class, and the file does not state the network's class"
             raise Unsupported(why, where="shadow_model", cure="Train the adapter with shadow_model='mirror'")
         yield from (Kept(key) for word, key in file.shared.items() if _of(HEAD, word))
         network = _network(file)
         for stem, keys in file.modules(tuple(FIELDS)).items():
             check_stem(stem, next(iter(keys.values())))
-            found = cls.found(file, keys)
-            yield replace(found, update=found.update.replace(**network.fields), keys={**found.keys, **network.keys})
+            decoded = cls.decode_keys(file, keys)
+            yield replace(
+                decoded, update=decoded.update.replace(**network.fields), keys={**decoded.keys, **network.keys}
+            )
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         """Return the tensors that a block has separately; all blocks share the network."""
-        own = file.settings.own
+        config = file.settings.method_fields
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
-        check_rank(keys["shadow_down.weight"], tensors["down"], own.r)
-        check_rank(keys["shadow_update_gate.0.weight"], tensors["gate_in"], own.update_hidden_size or own.r)
+        check_rank(keys["shadow_down.weight"], tensors["down"], config.r)
+        check_rank(keys["shadow_update_gate.0.weight"], tensors["gate_in"], config.update_hidden_size or config.r)
         nothing = Lazy((0,), tensors["down"].dtype, bytes)
-        update = make("shadow", tensors | {"network": nothing}, alpha=own.shadow_alpha)
-        return Found(keys["shadow_down.weight"].path, update, {FIELDS[part]: key for part, key in keys.items()})
+        update = make("shadow", tensors | {"network": nothing}, alpha=config.shadow_alpha)
+        return DecodedUpdate(keys["shadow_down.weight"].path, update, {FIELDS[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: Shadow) -> dict[str, tuple[str, Lazy]]:
-        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
-        coded = {field: (_named(part), held[field]) for part, field in FIELDS.items()}
-        if "projection" in held:
-            coded["projection"] = f"{PROJECTION}.default.weight", held["projection"]
+        leaves = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        coded = {field: (_named(part), leaves[field]) for part, field in FIELDS.items()}
+        if "projection" in leaves:
+            coded["projection"] = f"{PROJECTION}.default.weight", leaves["projection"]
         start = 0
         for i, (name, shape) in enumerate(update.parts.items()):
             stop = start + math.prod(shape)
-            coded[f"network.{i}"] = f"{NETWORK}.default.{name}", _slice(held["network"], start, stop, shape)
+            coded[f"network.{i}"] = f"{NETWORK}.default.{name}", _slice(leaves["network"], start, stop, shape)
             start = stop
         return coded
 
@@ -130,9 +132,9 @@ class ShadowFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        own = {t: u for t, found in updates.items() for u in found if isinstance(u, Shadow)}
-        sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in own.items()}
-        for target in minority({t: repr((u.attributes, sizes[t])) for t, u in own.items()}):
+        members = {t: u for t, group in updates.items() for u in group if isinstance(u, Shadow)}
+        sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in members.items()}
+        for target in minority({t: repr((u.attributes, sizes[t])) for t, u in members.items()}):
             yield target, "the network or the sizes of this shadow differ from those of the other blocks"
 
 
@@ -151,7 +153,7 @@ class _Network:
 
 
 def _network(file: File) -> _Network:
-    own = file.settings.own
+    config = file.settings.method_fields
     keys = {word.removeprefix(f"{NETWORK}."): key for word, key in sorted(file.shared.items()) if _of(NETWORK, word)}
     projection = file.shared.get(f"{PROJECTION}.weight")
     if not keys:
@@ -161,10 +163,10 @@ def _network(file: File) -> _Network:
     fields: dict[str, Any] = {
         "network": _joined(list(tensors.values()), keys[next(iter(keys))]),
         "names": "\n".join(" ".join([name, *map(str, tensor.shape)]) for name, tensor in tensors.items()),
-        "layers": own.shadow_num_hidden_layers or 1,
-        "heads": own.shadow_num_attention_heads or 0,
-        "inner": own.shadow_intermediate_size or 0,
-        "shared_embeddings": own.share_embeddings and projection is None,
+        "layers": config.shadow_num_hidden_layers or 1,
+        "heads": config.shadow_num_attention_heads or 0,
+        "inner": config.shadow_intermediate_size or 0,
+        "shared_embeddings": config.share_embeddings and projection is None,
     }
     named = {f"network.{i}": key for i, key in enumerate(keys.values())}
     if projection is None:

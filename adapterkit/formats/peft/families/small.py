@@ -12,8 +12,8 @@ from ....methods.delora import DeLoRA
 from ....methods.dense import Dense
 from ....methods.hra import HRA
 from ....methods.road import RoAd
-from ..file import File, Found, Key, make
-from . import Family, Own, Parts, check_parts, check_rank, scaled_numbers
+from ..file import DecodedUpdate, File, Key, make
+from . import Family, MethodFields, Parts, check_parts, check_rank, scaled_numbers
 from ._weights import check_size, side, size_at, size_fields
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class BeftFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         (key,) = keys.values()
         tensor = file.tensors[key]
         if len(tensor.shape) != 2 or tensor.shape[0] != 1:
@@ -42,7 +42,7 @@ class BeftFamily(Family):
                 where=key.text,
                 cure="Save the adapter again with PEFT",
             )
-        return Found(key.path, make("dense", {"d": tensor.reshape(tensor.shape[1])}), {"d": key})
+        return DecodedUpdate(key.path, make("dense", {"d": tensor.reshape(tensor.shape[1])}), {"d": key})
 
     @classmethod
     def encode(cls, update: Dense) -> dict[str, tuple[str, Lazy]]:
@@ -69,13 +69,13 @@ class Renamed(Family):
     fields: ClassVar[Mapping[str, str]]
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, cls.fields)
         cls.check(file, keys)
         fields = {cls.fields[part]: key for part, key in keys.items()}
         tensors = {field: file.tensors[key] for field, key in fields.items()}
-        update = make(cls.name, tensors, **cls.attributes(file.settings.own))
-        return Found(next(iter(keys.values())).path, update, fields)
+        update = make(cls.name, tensors, **cls.attributes(file.settings.method_fields))
+        return DecodedUpdate(next(iter(keys.values())).path, update, fields)
 
     @classmethod
     def check(cls, file: File, keys: Mapping[str, Key]) -> None:
@@ -86,7 +86,7 @@ class Renamed(Family):
         """
 
     @classmethod
-    def attributes(cls, own: Any) -> dict[str, Any]:
+    def attributes(cls, config: Any) -> dict[str, Any]:
         """Return the attributes of the update that are in the config."""
         return {}
 
@@ -95,7 +95,7 @@ class Renamed(Family):
         return {field: (part, as_lazy(update.tensors[field])) for part, field in cls.fields.items()}
 
 
-class C3AFields(Own, frozen=True, kw_only=True):
+class C3AFields(MethodFields, frozen=True, kw_only=True):
     """The size of the blocks."""
 
     block_size: int = 256
@@ -110,7 +110,7 @@ class C3AFamily(Renamed):
     method = C3A
     fields: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}
     parts = tuple(fields)
-    own: ClassVar[type[Own]] = C3AFields
+    method_fields: ClassVar[type[MethodFields]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
         "block_size_pattern": "the size for each module whose path equals a pattern, or ends with a dot and a match",
@@ -119,8 +119,8 @@ class C3AFamily(Renamed):
 
     @classmethod
     def check(cls, file: File, keys: Mapping[str, Key]) -> None:
-        key, own = keys["c3a_kernel"], file.settings.own
-        size = size_at(own.block_size, own.block_size_pattern, key.path)
+        key, config = keys["c3a_kernel"], file.settings.method_fields
+        size = size_at(config.block_size, config.block_size_pattern, key.path)
         check_size(key, side(file.tensors[key], 2, 3), size, "block_size")
 
     @classmethod
@@ -157,7 +157,7 @@ class DeLoRAFamily(Renamed):
         return {name: fields[name] for name in ("r", "rank_pattern")}
 
 
-class HRAFields(Own, frozen=True, kw_only=True):
+class HRAFields(MethodFields, frozen=True, kw_only=True):
     """How the directions are orthogonalized."""
 
     r: int = 8
@@ -172,18 +172,18 @@ class HraFamily(Renamed):
     method = HRA
     fields: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
     parts = tuple(fields)
-    own: ClassVar[type[Own]] = HRAFields
+    method_fields: ClassVar[type[MethodFields]] = HRAFields
     read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether the directions are made orthogonal before they are used"}
     fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
 
     @classmethod
     def check(cls, file: File, keys: Mapping[str, Key]) -> None:
         key = keys["hra_u"]
-        check_rank(key, file.tensors[key], file.settings.own.r, axis=1)
+        check_rank(key, file.tensors[key], file.settings.method_fields.r, axis=1)
 
     @classmethod
-    def attributes(cls, own: HRAFields) -> dict[str, bool]:
-        return {"gram_schmidt": own.apply_GS}
+    def attributes(cls, config: HRAFields) -> dict[str, bool]:
+        return {"gram_schmidt": config.apply_GS}
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -191,7 +191,7 @@ class HraFamily(Renamed):
         return {"r": int(some.u.shape[1]), "apply_GS": some.gram_schmidt}
 
 
-class RoAdFields(Own, frozen=True, kw_only=True):
+class RoAdFields(MethodFields, frozen=True, kw_only=True):
     """The variant, and the size of a group."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
@@ -206,7 +206,7 @@ class RoadFamily(Renamed):
     method = RoAd
     fields: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
     parts = tuple(fields)
-    own: ClassVar[type[Own]] = RoAdFields
+    method_fields: ClassVar[type[MethodFields]] = RoAdFields
     read: ClassVar[Mapping[str, str]] = {
         "group_size": "number of outputs in a group",
         "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share an angle and a scale",
@@ -214,8 +214,8 @@ class RoadFamily(Renamed):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def attributes(cls, own: RoAdFields) -> dict[str, int]:
-        return {"variant": int(own.variant[-1]), "group": own.group_size}
+    def attributes(cls, config: RoAdFields) -> dict[str, int]:
+        return {"variant": int(config.variant[-1]), "group": config.group_size}
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:

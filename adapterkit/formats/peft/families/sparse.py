@@ -12,9 +12,9 @@ from ....errors import Unrepresentable, Unsupported
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
 from ....methods.supertuning import SuperTuning
-from ..file import File, Found, Key, make
+from ..file import DecodedUpdate, File, Key, make
 from ..patterns import exact_alpha
-from . import Family, Own, Parts, check_parts
+from . import Family, MethodFields, Parts, check_parts
 from ._weights import check_size, side, unlike, weight_in
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight"
 """A map from a word in keys to the update's field."""
 
 
-class SupertuningFields(Own, frozen=True, kw_only=True):
+class SupertuningFields(MethodFields, frozen=True, kw_only=True):
     """The fraction of elements that are not trained, and the rank and alpha of an additional LoRA."""
 
     sparsity: float = 0.99
@@ -45,7 +45,7 @@ class SuperTuningFamily(Family):
     method = SuperTuning
     parts = tuple(HYBRID)
     folds = ("B",)
-    own: ClassVar[type[Own]] = SupertuningFields
+    method_fields: ClassVar[type[MethodFields]] = SupertuningFields
     read: ClassVar[Mapping[str, str]] = {
         "save_precomputed_indices": "whether the file has the positions; a file without them is refused",
         "sparsity": "int(out * in * (1 - sparsity)) elements",
@@ -54,28 +54,30 @@ class SuperTuningFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "lora_dropout": 0.0, "save_precomputed_indices": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        if own.save_precomputed_indices is False:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        if config.save_precomputed_indices is False:
             why = "the file omits the positions of the base's largest elements, and several may be equally large"
             raise Unsupported(
                 why,
                 where="save_precomputed_indices",
                 cure="Save the adapter from PEFT with save_precomputed_indices=True",
             )
-        fields = SPARSE if own.r is None else HYBRID
+        fields = SPARSE if config.r is None else HYBRID
         check_parts(keys, fields)
         key = keys["supertuning_values"]
         shape = file.base_shape(f"{key.path}.weight")
         if shape is not None and len(shape) == 2:
-            check_size(key, side(file.tensors[key], 0, 1), _count(shape[0] * shape[1], own.sparsity), "sparsity")
-        if own.r is not None:
+            check_size(key, side(file.tensors[key], 0, 1), _count(shape[0] * shape[1], config.sparsity), "sparsity")
+        if config.r is not None:
             low = keys["supertuning_lora_A.weight"]
-            check_size(low, side(file.tensors[low], 0, 2), own.r, "r")
-        scaling = 1.0 if own.r is None else (2 * own.r if own.lora_alpha is None else own.lora_alpha) / own.r
+            check_size(low, side(file.tensors[low], 0, 2), config.r, "r")
+        scaling = (
+            1.0 if config.r is None else (2 * config.r if config.lora_alpha is None else config.lora_alpha) / config.r
+        )
         tensors = {fields[part]: file.tensors[key] for part, key in keys.items()}
         update = make("supertuning", tensors, scaling=float(scaling))
-        return Found(key.path, update, {fields[part]: key for part, key in keys.items()})
+        return DecodedUpdate(key.path, update, {fields[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: SuperTuning) -> Parts:
@@ -148,14 +150,14 @@ class SHiRAFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
         key = keys["shira_weight"]
         shape = file.base_shape(f"{key.path}.weight")
         if shape is not None and len(shape) == 2:
             check_size(key, side(file.tensors[key], 0, 1), file.settings.r * sum(shape), "r")
         tensors = {"index": _whole_numbers(file.tensors[keys["shira_indices"]]), "values": file.tensors[key]}
-        return Found(key.path, make("shira", tensors), {FIELDS[part]: key for part, key in keys.items()})
+        return DecodedUpdate(key.path, make("shira", tensors), {FIELDS[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: SHiRA) -> Parts:

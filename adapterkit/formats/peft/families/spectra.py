@@ -22,9 +22,9 @@ from ....methods._coefficients import SEED
 from ....methods.fourierft import FourierFT
 from ....methods.waveft import WaveFT
 from ..._format import Departure
-from ..file import File, Found, Key, make
+from ..file import DecodedUpdate, File, Key, make
 from ..patterns import exactly, first_match
-from . import Family, Own, Parts
+from . import Family, MethodFields, Parts
 from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
 
 def name_of(taps: Lazy) -> str | None:
     """Return the name of the wavelet whose filter has these taps; None if PEFT has no name for it."""
-    held, dtype = bytes(taps.fetch()), taps.dtype.name
+    data, dtype = bytes(taps.fetch()), taps.dtype.name
     fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
-    named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == held)
+    named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == data)
     return next(named, None)
 
 
@@ -198,7 +198,7 @@ class DrawnSpectrum(Family):
 
     @classmethod
     @abstractmethod
-    def stated(cls, own: Any, path: str, count: int) -> int:
+    def stated(cls, config: Any, path: str, count: int) -> int:
         """Return the number of coefficients that the config states for a module; `count` is the number in the file."""
 
     @classmethod
@@ -207,16 +207,16 @@ class DrawnSpectrum(Family):
         return {}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[cls.parts[0]], file.settings.own
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        key, config = keys[cls.parts[0]], file.settings.method_fields
         spectrum = file.tensors[key]
         count = side(spectrum, 0, 1)
-        check_size(key, count, cls.stated(own, key.path, count), "n_frequency")
+        check_size(key, count, cls.stated(config, key.path, count), "n_frequency")
         out, in_ = weight_shape(file, key, f"{cls.method.__name__}'s positions depend on the size of the weight")
-        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
+        tensors = {"index": drawn(config.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         tensors |= cls.further(file, key.path)
-        update = make(cls.name, tensors, scaling=own.scaling, outputs=out, inputs=in_)
-        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+        update = make(cls.name, tensors, scaling=config.scaling, outputs=out, inputs=in_)
+        return DecodedUpdate(key.path, update, {"spectrum": key}, layout(file, key.path))
 
     @classmethod
     def encode(cls, update: Any) -> Parts:
@@ -227,7 +227,7 @@ class DrawnSpectrum(Family):
         return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
 
-class WaveFTFields(Own, frozen=True, kw_only=True):
+class WaveFTFields(MethodFields, frozen=True, kw_only=True):
     """The number of coefficients, their positions, the transform, and the scaling."""
 
     n_frequency: int = 2592
@@ -249,7 +249,7 @@ class WaveFTFamily(DrawnSpectrum):
     departures: ClassVar[Mapping[str, Departure]] = {
         "waveft_coif4": Departure("PEFT's numbers for coif4, which do not form a wavelet", "the Coiflet's numbers")
     }
-    own: ClassVar[type[Own]] = WaveFTFields
+    method_fields: ClassVar[type[MethodFields]] = WaveFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "number of coefficients for modules that a pattern matches",
@@ -267,15 +267,17 @@ class WaveFTFamily(DrawnSpectrum):
     }
 
     @classmethod
-    def stated(cls, own: WaveFTFields, path: str, count: int) -> int:
-        if own.proportional_parameters:
+    def stated(cls, config: WaveFTFields, path: str, count: int) -> int:
+        if config.proportional_parameters:
             return max(count, 0)
-        return first_match(own.n_frequency_pattern or {}, path, own.n_frequency)
+        return first_match(config.n_frequency_pattern or {}, path, config.n_frequency)
 
     @classmethod
     def further(cls, file: File, path: str) -> dict[str, Lazy]:
-        own = file.settings.own
-        return {"low_pass": _filter(own.wavelet_family, _dtype(file, path), file.by_formula)} if own.use_idwt else {}
+        config = file.settings.method_fields
+        return (
+            {"low_pass": _filter(config.wavelet_family, _dtype(file, path), file.by_formula)} if config.use_idwt else {}
+        )
 
     @classmethod
     def why_not(cls, target: Target, update: WaveFT) -> str:
@@ -284,12 +286,12 @@ class WaveFTFamily(DrawnSpectrum):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
+        members = cls.of_it(updates)
+        sizes = {path: int(update.spectrum.shape[0]) for path, update in members.items()}
         fields = size_fields(sizes, "n_frequency")
         patterns = cast("Mapping[str, int]", fields["n_frequency_pattern"])
         fields["n_frequency_pattern"] = {exactly(path): n for path, n in patterns.items()}
-        taps = next(iter(found.values())).low_pass
+        taps = next(iter(members.values())).low_pass
         name = None if taps is None else name_of(as_lazy(taps))
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
         return fields | of_one(updates, cls.method) | wavelet | {"proportional_parameters": False}
@@ -313,7 +315,7 @@ def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
 FOURIER_PART = "fourierft_spectrum"
 
 
-class FourierFTFields(Own, frozen=True, kw_only=True):
+class FourierFTFields(MethodFields, frozen=True, kw_only=True):
     """The number of coefficients, their positions, and the scaling."""
 
     n_frequency: int = 1000
@@ -329,7 +331,7 @@ class FourierFTFamily(DrawnSpectrum):
     peft_type = "FOURIERFT"
     method = FourierFT
     parts = (FOURIER_PART,)
-    own: ClassVar[type[Own]] = FourierFTFields
+    method_fields: ClassVar[type[MethodFields]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "the number for each module whose path equals a pattern, or ends with a dot and a match",
@@ -339,8 +341,8 @@ class FourierFTFamily(DrawnSpectrum):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
 
     @classmethod
-    def stated(cls, own: FourierFTFields, path: str, count: int) -> int:
-        return size_at(own.n_frequency, own.n_frequency_pattern, path)
+    def stated(cls, config: FourierFTFields, path: str, count: int) -> int:
+        return size_at(config.n_frequency, config.n_frequency_pattern, path)
 
     @classmethod
     def why_not(cls, target: Target, update: FourierFT) -> str:
@@ -348,8 +350,8 @@ class FourierFTFamily(DrawnSpectrum):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        found = cls.of_it(updates)
-        sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
+        members = cls.of_it(updates)
+        sizes = {path: int(update.spectrum.shape[0]) for path, update in members.items()}
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
 
 
@@ -400,6 +402,6 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
     """Return the fields `scaling` and `fan_in_fan_out`, which a config has once for all modules."""
-    own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
-    scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
-    return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}
+    members: list[Any] = [(target, u) for target, group in updates.items() for u in group if type(u) is method]
+    scaling = Counter(float(update.scaling) for _, update in members).most_common(1)[0][0]
+    return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in members)}

@@ -14,8 +14,8 @@ import msgspec
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.tinylora import TinyLoRA
-from ..file import File, Findings, Found, Key, make
-from . import Family, Own, Parts, check_parts
+from ..file import DecodedUpdate, File, Findings, Key, make
+from . import Family, MethodFields, Parts, check_parts
 from ._weights import check_size, declared_by, in_order, layout, side
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
 SEED = 42
 
 
-class TinyLoRAFields(Own, frozen=True, kw_only=True):
+class TinyLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The sizes, how many modules share a v, and the seed of P."""
 
     r: int = 2
@@ -47,7 +47,7 @@ class TinyLoRAFamily(Family):
     method = TinyLoRA
     parts = tuple(FIELDS)
     shared = ("tinylora_v.*",)
-    own: ClassVar[type[Own]] = TinyLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = TinyLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "projection_seed": "P of module i is drawn with the seed projection_seed + i, by torch's generator on the CPU",
         "save_projection": "whether the file has P; otherwise the base's model_type shows the order of the modules",
@@ -66,23 +66,25 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        found = [each for each in super().decode(file) if isinstance(each, Found)]
-        numbers = _numbers({each.path: cast(TinyLoRA, each.update) for each in found}, file)
-        for each in found:
+        decoded = [each for each in super().decode(file) if isinstance(each, DecodedUpdate)]
+        numbers = _numbers({each.path: cast(TinyLoRA, each.update) for each in decoded}, file)
+        for each in decoded:
             number = None if numbers is None else numbers[each.path]
-            yield _completed(file, each, number, len(found))
+            yield _completed(file, each, number, len(decoded))
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own = file.settings.own
-        check_parts(keys, FIELDS if own.save_projection else [part for part in FIELDS if part != "tinylora_P"])
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config = file.settings.method_fields
+        check_parts(keys, FIELDS if config.save_projection else [part for part in FIELDS if part != "tinylora_P"])
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
-        key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
+        key, most = keys["tinylora_A"], min(config.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
         # Leave missing fields None until all modules are known. Then `_completed` fills them in.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
-        return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
+        return DecodedUpdate(
+            key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path)
+        )
 
     @classmethod
     def encode(cls, update: TinyLoRA) -> Parts:
@@ -90,14 +92,14 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        own: dict[str, Any] = cls.of_it(updates)
-        by_P = _by_projection({path: as_lazy(update.P) for path, update in own.items()}, SEED)
-        ordered = sorted(own, key=by_P.__getitem__) if by_P else in_order(own, base.config if base else None)
+        members: dict[str, Any] = cls.of_it(updates)
+        by_P = _by_projection({path: as_lazy(update.P) for path, update in members.items()}, SEED)
+        ordered = sorted(members, key=by_P.__getitem__) if by_P else in_order(members, base.config if base else None)
         groups: dict[int, int] = {}
-        for path in ordered or own:
-            groups.setdefault(id(own[path].v), len(groups))
-        for found in updates.values():
-            for update in found:
+        for path in ordered or members:
+            groups.setdefault(id(members[path].v), len(groups))
+        for group_updates in updates.values():
+            for update in group_updates:
                 if isinstance(update, TinyLoRA):
                     group = groups.get(id(update.v), 0)
                     yield {**cls.encode(update), "v": (f"tinylora_v.{group}", as_lazy(update.v))}
@@ -112,12 +114,12 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        own = cls.of_it(updates)
-        groups = len({id(update.v) for update in own.values()})
+        members = cls.of_it(updates)
+        groups = len({id(update.v) for update in members.values()})
         return {
-            "r": max(int(update.A.shape[0]) for update in own.values()),
-            "u": int(next(iter(own.values())).v.shape[0]),
-            "weight_tying": 1 - groups / len(own),
+            "r": max(int(update.A.shape[0]) for update in members.values()),
+            "u": int(next(iter(members.values())).v.shape[0]),
+            "weight_tying": 1 - groups / len(members),
             "save_projection": True,
             "fan_in_fan_out": any(target.layout == "in out *k" for target in updates),
         }
@@ -126,25 +128,29 @@ class TinyLoRAFamily(Family):
 def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
     """Return each module's index in the model's declaration, by path; None if the indices are unknown."""
     known: Mapping[str, Any] = file.known or updates
-    held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
-    held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
-    by_P = _by_projection(held, file.settings.own.projection_seed) if len(held) == len(updates) else None
+    projections = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
+    projections = {path: P for path, P in projections.items() if len(P.shape) == 3 and P.shape[2]}
+    by_P = (
+        _by_projection(projections, file.settings.method_fields.projection_seed)
+        if len(projections) == len(updates)
+        else None
+    )
     if by_P is not None:
         return by_P
     ordered = in_order(updates, None if file.base is None else file.base.config, declared_by(file.base))
     return None if ordered is None else {path: number for number, path in enumerate(ordered)}
 
 
-def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
+def _by_projection(projections: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
     """Return, for each module, the index from which its P was drawn; None if an index is unknown or occurs twice."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
-    for tensor in held.values():
+    for tensor in projections.values():
         kind = tensor.shape, tensor.dtype.name
         if kind not in drawn:
-            drawn[kind] = {bytes(_drawn(seed + i, *kind).fetch()): i for i in range(len(held))}
-    found = {path: drawn[P.shape, P.dtype.name].get(bytes(P.fetch())) for path, P in held.items()}
-    known = {path: number for path, number in found.items() if number is not None}
-    return known if len(set(known.values())) == len(held) else None
+            drawn[kind] = {bytes(_drawn(seed + i, *kind).fetch()): i for i in range(len(projections))}
+    numbers = {path: drawn[P.shape, P.dtype.name].get(bytes(P.fetch())) for path, P in projections.items()}
+    known = {path: number for path, number in numbers.items() if number is not None}
+    return known if len(set(known.values())) == len(projections) else None
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
@@ -161,7 +167,7 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
     return Lazy(shape, kind, fetch)
 
 
-def _completed(file: File, found: Found, number: int | None, count: int) -> Found:
+def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: int) -> DecodedUpdate:
     """Return the update of a module, completed with its group's v and, if the file omits P, with P.
 
     Raises:
@@ -169,29 +175,31 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
         Unsupported: even the base does not show the module's index.
         Malformed: the v of the module's group is missing.
     """
-    own, update = file.settings.own, found.update
-    groups = max(1, round(count * (1 - own.weight_tying)))
+    config, update = file.settings.method_fields, decoded.update
+    groups = max(1, round(count * (1 - config.weight_tying)))
     if number is None and (groups > 1 or update.tensors.get("P") is None):
         why = "the file does not show the module's number in the model, on which v or P depends"
         if file.base is None:
-            raise UsageError(why, where=found.path, cure="Give the base with --base (base=)")
+            raise UsageError(why, where=decoded.path, cure="Give the base with --base (base=)")
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
-        raise Unsupported(f"{why}; the base does not show this number, either", where=found.path, cure=cure)
+        raise Unsupported(f"{why}; the base does not show this number, either", where=decoded.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:
-        raise Malformed(f"the file lacks tinylora_v.{group}", where=found.path, cure="Save the adapter again with PEFT")
+        raise Malformed(
+            f"the file lacks tinylora_v.{group}", where=decoded.path, cure="Save the adapter again with PEFT"
+        )
     v = file.tensors[key]
-    check_size(key, side(v, 0, 1), own.u, "u")
+    check_size(key, side(v, 0, 1), config.u, "u")
     changes: dict[str, Any] = {"v": v}
     if update.tensors.get("P") is None:
         rank = update.tensors["A"].shape[0]
-        if own.u * rank * rank > LARGEST:
+        if config.u * rank * rank > LARGEST:
             raise ShapeMismatch(
-                f"a projection [{own.u}, {rank}, {rank}] is too large", where=key.text, cure="Correct u"
+                f"a projection [{config.u}, {rank}, {rank}] is too large", where=key.text, cure="Correct u"
             )
-        changes["P"] = _drawn(own.projection_seed + (number or 0), (own.u, rank, rank), "F32")
-    return Found(found.path, update.replace(**changes), {**found.keys, "v": key}, found.layout)
+        changes["P"] = _drawn(config.projection_seed + (number or 0), (config.u, rank, rank), "F32")
+    return DecodedUpdate(decoded.path, update.replace(**changes), {**decoded.keys, "v": key}, decoded.layout)
 
 
 LARGEST = 1 << 33

@@ -18,8 +18,8 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.unilora import UniLoRA
 from ....methods.vblora import VBLoRA
-from ..file import File, Findings, Found, Key, make, names_module
-from . import Family, Own, Parts, check_parts
+from ..file import DecodedUpdate, File, Findings, Key, make, names_module
+from . import Family, MethodFields, Parts, check_parts
 from ._weights import check_size, declared_by, in_order, layout, not_linear, side, weight_shape
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind i
 """A map from a word in keys to the update's field."""
 
 
-class UniLoRAFields(Own, frozen=True, kw_only=True):
+class UniLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The sizes, the seed of the positions, and the fields that select modules."""
 
     r: int = 4
@@ -54,7 +54,7 @@ class UniLoRAFamily(Family):
     method = UniLoRA
     parts = tuple(FIELDS)
     shared = (THETA,)
-    own: ClassVar[type[Own]] = UniLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
         "save_indices": "whether the file has the positions; if not, they follow from the order of the base's modules",
@@ -68,23 +68,23 @@ class UniLoRAFamily(Family):
         if THETA not in file.shared:
             raise Malformed(f"the file lacks {THETA}", where=THETA, cure="Save the adapter again with PEFT")
         theta = file.shared[THETA]
-        check_size(theta, side(file.tensors[theta], 0, 1), file.settings.own.theta_d_length, "theta_d_length")
-        yield from super().decode(file) if file.settings.own.save_indices else _regenerated(file)
+        check_size(theta, side(file.tensors[theta], 0, 1), file.settings.method_fields.theta_d_length, "theta_d_length")
+        yield from super().decode(file) if file.settings.method_fields.save_indices else _regenerated(file)
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
         key = keys["unilora_indices_A"]
-        check_size(key, side(file.tensors[key], 0, 2), file.settings.own.r, "r")
+        check_size(key, side(file.tensors[key], 0, 2), file.settings.method_fields.r, "r")
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         places = {"theta": file.shared[THETA]} | {FIELDS[part]: key for part, key in keys.items()}
         update = make("unilora", {"theta": file.tensors[file.shared[THETA]], **tensors})
-        return Found(key.path, update, places, layout(file, key.path))
+        return DecodedUpdate(key.path, update, places, layout(file, key.path))
 
     @classmethod
     def encode(cls, update: UniLoRA) -> Parts:
-        own = {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
-        return {"theta": (THETA, as_lazy(update.theta)), **own}
+        leaves = {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+        return {"theta": (THETA, as_lazy(update.theta)), **leaves}
 
     @classmethod
     def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
@@ -104,23 +104,23 @@ class UniLoRAFamily(Family):
 
 def _regenerated(file: File) -> Findings:
     """Yield the updates of all modules. Positions and scales are computed when their values are loaded."""
-    theta, own = file.shared[THETA], file.settings.own
+    theta, config = file.shared[THETA], file.settings.method_fields
     shapes = {path: weight_shape(file, Key(path, path), _WHY) for path in _modules(file)}
-    total = own.r * sum(out + in_ for out, in_ in shapes.values())
-    if not 0 < own.r <= LARGEST or total > LARGEST:
+    total = config.r * sum(out + in_ for out, in_ in shapes.values())
+    if not 0 < config.r <= LARGEST or total > LARGEST:
         raise ShapeMismatch(
             f"the factors would have {total} elements", where="r", cure="The config does not belong to this base"
         )
-    drawn, start = _drawn(total, own.theta_d_length, own.proj_seed), 0
+    drawn, start = _drawn(total, config.theta_d_length, config.proj_seed), 0
     for path, (out, in_) in shapes.items():
         scale = _scale_dtype(file, path)
         tensors = {"theta": file.tensors[theta]}
-        for name, shape in (("A", (own.r, in_)), ("B", (out, own.r))):
+        for name, shape in (("A", (config.r, in_)), ("B", (out, config.r))):
             stop = start + shape[0] * shape[1]
             tensors |= {f"indices_{name}": _part(drawn, "I64", start, stop, shape)}
             tensors |= {f"scales_{name}": _part(drawn, scale, start, stop, shape)}
             start = stop
-        yield Found(path, make("unilora", tensors), {"theta": theta}, layout(file, path))
+        yield DecodedUpdate(path, make("unilora", tensors), {"theta": theta}, layout(file, path))
 
 
 def _modules(file: File) -> list[str]:
@@ -135,7 +135,7 @@ def _modules(file: File) -> list[str]:
     settings, base = file.settings, file.base
     if base is None:
         raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
-    if settings.own.exclude_modules or settings.own.layers_to_transform is not None:
+    if settings.method_fields.exclude_modules or settings.method_fields.layers_to_transform is not None:
         why = "fields other than target_modules select the adapted modules"
         raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
@@ -155,8 +155,8 @@ def _scale_dtype(file: File, path: str) -> str:
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
-    held = file.base.tensors.get(f"{path}.weight")
-    return held.dtype.name if held is not None and held.dtype.floating else "F32"
+    weight = file.base.tensors.get(f"{path}.weight")
+    return weight.dtype.name if weight is not None and weight.dtype.floating else "F32"
 
 
 @lru_cache(maxsize=4)
@@ -217,7 +217,7 @@ CHOSEN = {
 """A map from a word in keys to the update's field."""
 
 
-class VBLoRAFields(Own, frozen=True, kw_only=True):
+class VBLoRAFields(MethodFields, frozen=True, kw_only=True):
     """The sizes of the vector bank, the number of mixed vectors, and the form of the file."""
 
     num_vectors: int = 256
@@ -234,7 +234,7 @@ class VBLoRAFamily(Family):
     method = VBLoRA
     parts = (*LOGITS, *CHOSEN)
     shared = (BANK,)
-    own: ClassVar[type[Own]] = VBLoRAFields
+    method_fields: ClassVar[type[MethodFields]] = VBLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "num_vectors": "number of vectors in the bank",
         "save_only_topk_weights": "whether the file has indices and weights instead of logits",
@@ -249,8 +249,11 @@ class VBLoRAFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "vblora_dropout": 0.0}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        own, fields = file.settings.own, CHOSEN if file.settings.own.save_only_topk_weights else LOGITS
+    def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
+        config, fields = (
+            file.settings.method_fields,
+            CHOSEN if file.settings.method_fields.save_only_topk_weights else LOGITS,
+        )
         check_parts(keys, fields)
         if BANK not in file.shared:
             some = next(iter(keys.values()))
@@ -258,10 +261,10 @@ class VBLoRAFamily(Family):
         bank = file.shared[BANK]
         _check_sizes(file, keys, bank)
         tensors = {fields[part]: _whole(part, file.tensors[key]) for part, key in keys.items()}
-        update = make("vblora", {"bank": file.tensors[bank], **tensors}, topk=own.topk)
+        update = make("vblora", {"bank": file.tensors[bank], **tensors}, topk=config.topk)
         path = next(iter(keys.values())).path
         places = {"bank": bank, **{fields[part]: key for part, key in keys.items()}}
-        return Found(path, update, places, layout(file, path))
+        return DecodedUpdate(path, update, places, layout(file, path))
 
     @classmethod
     def encode(cls, update: VBLoRA) -> Parts:
@@ -291,14 +294,14 @@ class VBLoRAFamily(Family):
 
 
 def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
-    own = file.settings.own
-    check_size(bank, side(file.tensors[bank], 0, 2), own.num_vectors, "num_vectors")
-    check_size(bank, side(file.tensors[bank], 1, 2), own.vector_length, "vector_length")
+    config = file.settings.method_fields
+    check_size(bank, side(file.tensors[bank], 0, 2), config.num_vectors, "num_vectors")
+    check_size(bank, side(file.tensors[bank], 1, 2), config.vector_length, "vector_length")
     for part, key in keys.items():
         tensor = file.tensors[key]
         check_size(key, side(tensor, 0 if "_A" in part else 1, 3), file.settings.r, "r")
         if part in CHOSEN:
-            check_size(key, side(tensor, 2, 3), own.topk - part.endswith("weights"), "topk")
+            check_size(key, side(tensor, 2, 3), config.topk - part.endswith("weights"), "topk")
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:

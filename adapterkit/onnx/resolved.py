@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .building import Array
-    from .layers import Layer
+    from .layers import GraphLayer
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
@@ -48,7 +48,7 @@ class Spot:
     """
 
     node: ir.Node
-    kind: type[Layer]
+    kind: type[GraphLayer]
     names: Mapping[str, tuple[str, ...]]
     shape: tuple[int, ...]
     sources: tuple[ir.Value, ...]
@@ -64,9 +64,9 @@ def distance(W: Array, spot: Spot) -> float | None:
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None
-    held = spot.kind.held(spot.node).astype(np.float32)
+    weight = spot.kind.stored_array(spot.node).astype(np.float32)
     size = max(float(np.linalg.norm(W)), 1e-30)
-    ways = [V for V in (held, held.swapaxes(0, 1)) if V.shape == W.shape]
+    ways = [V for V in (weight, weight.swapaxes(0, 1)) if V.shape == W.shape]
     return min(float(np.linalg.norm(V - W)) / size for V in ways)
 
 
@@ -116,7 +116,7 @@ class BaseBias:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class ResolvedTarget:
     """An adapter's target in a graph.
 
     Attributes:

@@ -20,7 +20,7 @@ from ...naming.moves import WRAPPERS
 from .._format import Departure, Format
 from .._trained import lora_among_zeros, refused
 from .bundles import PREFIX, ImageBundle, split
-from .deciding import FAMILY, Origin, check_said, denoiser_targets, families_in
+from .deciding import FAMILY, Origin, check_stated_family, denoiser_targets, families_in
 from .file import AGAIN, ImageKey, ImageModule, Rules, load_tensors, rules_for, save_tensors
 from .hints import ImageLeftovers
 from .slots import decode
@@ -109,9 +109,9 @@ class ImageFormat(Format, ABC):
         """Return the module's name in keys for a target; None if the format cannot name the target."""
         return target.path if target.rows is None else None
 
-    def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
+    def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         """Apply to an update a scaling that is not stored in the module's slots, such as a scaling in the header."""
-        return found
+        return decoded_update
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to this format's naming, except `kept` targets.
@@ -125,9 +125,9 @@ class ImageFormat(Format, ABC):
             return in_diffusers(updates, kept, origin)
         if not self.naming:
             return dict(updates), []
-        if own := FAMILIES.get(self.name()):
+        if families := FAMILIES.get(self.name()):
             # Files of this format belong only to these families.
-            origin = replace(origin, families=own)
+            origin = replace(origin, families=families)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
@@ -221,48 +221,52 @@ def folder_file(path: Path, names: Iterable[str]) -> Path:
     """
     if not path.is_dir():
         return path
-    found = next((path / name for name in names if (path / name).exists()), None)
-    if found is None:
+    file = next((path / name for name in names if (path / name).exists()), None)
+    if file is None:
         raise UsageError(f"this folder has no {' or '.join(names)}", path=path, cure="Pass the file itself")
-    return found
+    return file
 
 
 # Read a file of an image format: group keys into modules, decode each module's updates, and find the targets.
 
 
 def decoded(
-    dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
+    image_format: ImageFormat,
+    tensors: Mapping[str, Lazy],
+    metadata: Metadata,
+    compat: str | None,
+    base: Checkpoint | None,
 ) -> Adapter:
     """Return the adapter that a file's tensors and metadata contain.
 
     Raises:
         Malformed: a key belongs to another format, or two keys have the same meaning.
     """
-    tensors, metadata = _with_alphas(dialect, at_once(tensors), metadata)
-    tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
-    modules = dialect.modules(tensors)
-    targets = {stem: _unwrapped(t) for stem, t in dialect.targets(modules, dict(metadata), base).items()}
+    tensors, metadata = _with_alphas(image_format, at_once(tensors), metadata)
+    tensors, embeddings = split(tensors) if image_format.bundles else (tensors, {})
+    modules = image_format.modules(tensors)
+    targets = {stem: _unwrapped(t) for stem, t in image_format.targets(modules, dict(metadata), base).items()}
     _check_distinct(targets)
     _check_apart(targets)
-    check_biases(modules, dialect.switch)
-    rules = rules_for(dialect.rules, compat, dict(metadata))
+    check_biases(modules, image_format.switch)
+    rules = rules_for(image_format.rules, compat, dict(metadata))
     updates, hints = dict[Target, tuple["Update", ...]](), ImageLeftovers()
     for stem, module in modules.items():
-        found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
-        _check_shapes(stem, found)
-        updates[targets[stem]] = tuple(each.update for each in found)
-        hints.add(dialect.spell, targets[stem], module, found, rules)
+        decoded_updates = [image_format.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
+        _check_shapes(stem, decoded_updates)
+        updates[targets[stem]] = tuple(each.update for each in decoded_updates)
+        hints.add(image_format.spell, targets[stem], module, decoded_updates, rules)
     if base is not None:
         inside = [rooted(target.path)[1] for target in denoiser_targets(updates, ())]
-        check_said(list(dict.fromkeys(inside)), base, dict(metadata))
+        check_stated_family(list(dict.fromkeys(inside)), base, dict(metadata))
     placed_there = updates if base is None else placed(updates, base)
-    bundle = ImageBundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
+    bundle = ImageBundle(embeddings, updates, Origin(image_format.naming, metadata=dict(metadata)))
     hints.keys |= bundle.keys
     hints.shapes |= bundle.shapes
     hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
-    data = hints.made(metadata, compat)
+    data = hints.to_builtins(metadata, compat)
     kept = {key: tensors[key] for key in hints.kept}
-    name = dialect.name()
+    name = image_format.name()
     return Adapter(
         {**placed_there, **bundle.updates}, None, (Step("read", {"format": name}),), Foreign(name, data, kept)
     )
@@ -297,16 +301,16 @@ def check_family(adapter: Adapter, family: str) -> None:
     Raises:
         UsageError: the family lacks one of these modules; the error names the module.
     """
-    own = next(each for each in families() if each.name == family)
+    expected = next(each for each in families() if each.name == family)
     for target in denoiser_targets(adapter.updates, ()):
-        if rooted(target.path)[1] not in own:
-            why = f"{own.title} does not have this module"
+        if rooted(target.path)[1] not in expected:
+            why = f"{expected.title} does not have this module"
             raise UsageError(why, where=str(target), cure="Name another family, or omit --family (family=)")
 
 
-def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
+def _check_shapes(stem: str, decoded_updates: list[ImageUpdate]) -> None:
     """Check the shapes of all updates before `ImageLeftovers` predicts the shapes that the writer would choose."""
-    for each in found:
+    for each in decoded_updates:
         try:
             each.update.dims()
         except AdapterkitError as error:
@@ -356,7 +360,7 @@ CONFIG = "lora_adapter_metadata"
 
 
 def _with_alphas(
-    dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata
+    image_format: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha added to each LoRA, and the metadata without the alpha.
 
@@ -364,14 +368,14 @@ def _with_alphas(
     file has alpha tensors or diffusers' config, the header's alpha is ignored.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
-    parsed = [key for key in map(dialect.parse, tensors) if key is not None] if value else []
+    parsed = [key for key in map(image_format.parse, tensors) if key is not None] if value else []
     if not parsed or CONFIG in dict(metadata) or any(key.slot == ALPHA for key in parsed):
         return dict(tensors), metadata
     stems = dict.fromkeys(key.stem for key in parsed if key.slot == "down")
     if not _has_header_alpha({rooted(stem)[1] for stem in stems}):
         return dict(tensors), metadata
     alpha = Lazy((), DTYPES["F32"], lambda: _float32(value))
-    added = {dialect.spell(stem, ALPHA): alpha for stem in stems}
+    added = {image_format.spell(stem, ALPHA): alpha for stem in stems}
     return {**tensors, **added}, [(key, text) for key, text in metadata if key != ALPHA]
 
 
@@ -409,19 +413,19 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
         TargetNotFound: the base does not have a target; the error names the nearest module.
     """
     known = set(modules_of(base))
-    found: dict[Target, tuple[Update, ...]] = {}
+    placed_updates: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         for place, update in _placed(target, each, known).items():
-            found[place] = (*found.get(place, ()), *update)
-    lost = next((t for t in found if t.path not in known), None)
+            placed_updates[place] = (*placed_updates.get(place, ()), *update)
+    lost = next((t for t in placed_updates if t.path not in known), None)
     if lost is None:
-        return found
+        return placed_updates
     origin = Origin(families=families_in(base))
     for naming in ("native", "diffusers"):
-        moved, _ = in_naming({t: u for t, u in found.items() if t.path not in known}, naming, (), origin)
+        moved, _ = in_naming({t: u for t, u in placed_updates.items() if t.path not in known}, naming, (), origin)
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
-            return {**{t: u for t, u in found.items() if t.path in known}, **there}
+            return {**{t: u for t, u in placed_updates.items() if t.path in known}, **there}
     cure = nearest(lost.path, known) or "Is this the base that the adapter was trained on?"
     raise TargetNotFound("the base does not have this module", where=str(lost), cure=cure)
 
@@ -467,21 +471,21 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
     """For each component in which only some LoRAs have a bias, yield the smaller group: with a bias, or without."""
     parties: dict[str, dict[bool, list[Target]]] = {}
-    for target, found in updates.items():
-        for update in found:
+    for target, group in updates.items():
+        for update in group:
             if isinstance(update, (LoRA, DoRA)):
                 party = parties.setdefault(part_of(target, update), {True: [], False: []})
                 party[update.tensors.get("bias") is not None].append(target)
     for party in parties.values():
         if party[True] and party[False]:
-            own = len(party[True]) <= len(party[False])
+            minority_has_bias = len(party[True]) <= len(party[False])
             yield from (
                 (
                     target,
                     (
-                        f"this LoRA {'has a' if own else 'has no'} bias, unlike other LoRAs of the same component "
-                        "(such as the text encoder)"
+                        f"this LoRA {'has a' if minority_has_bias else 'has no'} bias, unlike other LoRAs of the same "
+                        "component (such as the text encoder)"
                     ),
                 )
-                for target in party[own]
+                for target in party[minority_has_bias]
             )
