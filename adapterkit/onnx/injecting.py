@@ -208,8 +208,8 @@ def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
     if not nodes:
         return None
     return (
-        f"each call computes the weights of all experts in {len(nodes)} MoE nodes anew, because these nodes have no "
-        "inputs for an adapter; --mode constant (mode='constant') computes them once"
+        f"each call, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
+        f"{'nodes' if len(nodes) > 1 else 'node'} anew; --mode constant (mode='constant') computes them once"
     )
 
 
