@@ -276,7 +276,7 @@ def report(
         progress: a function that is called with (work done, total work).
 
     Returns:
-        The report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
+        The report, with `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
 
     Raises:
         UsageError: `adapters` is empty, or `merged` is set without `base`.

@@ -21,7 +21,7 @@ MAX_LINE = 800
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""The longest error of several lines, in characters: about one screen. Only the number of further lines is shown."""
+"""The longest error of several lines, in characters: about one screen. Further lines are only counted."""
 
 MAX_PATH = 4096
 """The longest path in an error, in characters: the limit of Linux."""

@@ -1,10 +1,10 @@
 """Write an adapter in any format; on request, rewrite updates in a method that the format supports.
 
-A writer first checks all updates. It raises `Unrepresentable` before it writes anything, and lists the updates that the
-format cannot express in `places`. Promotion rewrites these updates and calls the writer again. Low-rank changes become
-a LoRA with exactly their factors, without a decomposition. Other changes become a weight difference (`Dense`) if the
-format supports weight differences, or the nearest LoRA if the caller accepts an error. Promotion needs the package
-`ops`, which the writers in `formats` may not import; therefore promotion is in this module.
+A writer first checks all updates. If the format cannot express some of them, the writer raises `Unrepresentable`, which
+lists them in `places`, and writes nothing. Promotion rewrites these updates and calls the writer again. Low-rank
+changes become a LoRA with exactly their factors, without a decomposition. Other changes become a weight difference
+(`Dense`) if the format supports weight differences, or the nearest LoRA if the caller accepts an error. Promotion needs
+the package `ops`, which the writers in `formats` may not import; therefore promotion is in this module.
 """
 
 from __future__ import annotations
@@ -213,7 +213,10 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
-        """Return an update that replaces a weight difference, for formats without weight differences, or None."""
+        """Return an update that replaces a weight difference, for formats that cannot store one.
+
+        The result is None if the difference cannot be replaced.
+        """
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             exact = _by_identity(update, shape)
@@ -318,7 +321,7 @@ def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A, with a zero pair of rank 1 in place of rank 0, which formats cannot store."""
+    """Return B and A; if their rank is 0, which formats cannot store, return zero factors of rank 1."""
     import numpy as np
 
     out, columns = delta.shape

@@ -53,6 +53,26 @@ OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("addit
 """Methods whose law is one of weights."""
 
 
+def pytest_addoption(parser):
+    """Let `tools/check --coverage` run some cases of each test: measuring makes the tests three times as slow."""
+    parser.addoption("--cases", type=int, help="run at most this many cases of each test function, evenly spread")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep the cases that `--cases` selects: the first, the last, and others at equal distances between them."""
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        id(tests[at]) for tests in cases.values() for at in np.linspace(0, len(tests) - 1, most).round().astype(int)
+    }
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Fail a test without cases: pytest skips it, and nobody notices that a folder of vectors is gone."""

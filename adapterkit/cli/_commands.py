@@ -1,7 +1,7 @@
 """The click group of all commands: import a command's module on first use, write the help, and catch all errors.
 
-Each command has examples in its help, and a command that is suggested after it succeeds. Any exception of a command
-becomes one error message and an exit code.
+The help of each command ends with examples. After some commands succeed, the next command is suggested. Any exception
+of a command becomes one error message and an exit code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import AdapterkitError, StorageError, UsageError, nearest, public,
 from ._options import RUNNING, CliSettings
 from ._render import as_json, printable
 
-# Examples for the help of each command, and the command that is suggested after it succeeds.
+# `EXAMPLES` has the example lines in the help of each command. `NEXT` has the command to suggest after a success.
 #
 # Tests run these lines in a folder with the base `base`, the adapters `lora` and `other`, and the merged model `tuned`.
 # Lines that name a hub, a graph, a transformers model or another program are only parsed.
@@ -186,7 +186,10 @@ def carried() -> Iterator[None]:
 
 
 def answer(run: Callable[[], object], settings: CliSettings) -> int:
-    """Run a command and return its exit code. Print errors on standard error, and with --json also as JSON."""
+    """Run a command and return its exit code.
+
+    Errors are printed on standard error; with --json, they are also printed as JSON on standard output.
+    """
     try:
         _escape_unprintable()
         code = run()
@@ -220,7 +223,10 @@ def typed(error: BaseException) -> AdapterkitError:
 
 
 def _usage_cure(error: click.UsageError) -> str:
-    """Return the cure of click's error: an example if an argument is missing, the usage if an option is unknown."""
+    """Return the cure for an error from click.
+
+    The cure is an example if an argument is missing, and the usage if an option is unknown. Otherwise it names --help.
+    """
     context = error.ctx
     if context is None:
         return "Try 'adapterkit --help'"
@@ -297,7 +303,7 @@ def _discard_output() -> None:
 
 
 def _escape_unprintable() -> None:
-    """Print characters that the terminal's encoding lacks as escapes, instead of raising `UnicodeEncodeError`."""
+    """If the terminal's encoding lacks a character, print its escape, instead of raising `UnicodeEncodeError`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -334,7 +340,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Execution": ("device", "engine", "address", "memory", "stream"),
     "Messages": ("json", "quiet", "verbose", "debug", "help", "_click_default_help"),
 }  # fmt: skip
-"""Headings in the help -> the parameters under them. All other parameters are listed first, under Options."""
+"""Heading in the help -> the parameters under it. All other parameters are listed first, under Options."""
 
 FEW = 12
 """The help of a command with at most this many options has no headings."""
@@ -370,7 +376,7 @@ class Formatter(click.HelpFormatter):
     Args:
         indent_increment: as in click.
         width: the width in columns; the terminal's width if None.
-        max_width: the length of the longest lines.
+        max_width: the maximum width if `width` is None; click's default if both are None.
     """
 
     def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:

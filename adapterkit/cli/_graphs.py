@@ -36,7 +36,7 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
         yield f"{name}: error {error:.3%}, {kept:.1%} of the change kept"
     if worst[MOST_SHOWN:]:
         kept = number(rounded[worst[len(worst) // 2]], "kept")
-        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; the median keeps {kept:.1%} of its change"
+        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; the median target keeps {kept:.1%} of its change"
     if beside:
         tried = [number(damage[name], "kept") for name in beside if name in damage]
         why = f": quantizing again would keep only {min(tried):.1%} to {max(tried):.1%} of a change" if tried else ""
@@ -77,7 +77,7 @@ def graph_in(base: str) -> str | None:
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the path of the graph to read, or of the folder of graphs if `out` is not a single .onnx file."""
+    """Return the path of the graph to read; if `model` is a folder of graphs and `out` is not a file, the folder."""
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
@@ -243,10 +243,10 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def checked(record: Mapping[str, object]) -> str:
-    """Return a text with the result of running and comparing the graph."""
+    """Return the largest difference that the check of a graph found, and a note about the check, as text."""
     parts = []
     if record["difference"] is not None:
-        parts.append(f"largest difference {number(record, 'difference'):.2g} of the output")
+        parts.append(f"largest difference {number(record, 'difference'):.2g}, relative to the output")
     if record["note"]:
         parts.append(str(record["note"]))
     return "; ".join(parts) or "not checked"

@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once, and the defaults that a user sets for options."""
+"""The options that several commands share, and the defaults that users can set for options."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -
 
 
 RUNNING = "adapterkit.running"
-"""Key in click's `Context.meta` for the context of the running command. The group has no other access to it."""
+"""Key in click's `Context.meta` for the running command's context. The group has no other access to that context."""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -294,7 +294,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
 
 
 def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the argument `data` of `ops.combine` from files of texts; nothing without files.
+    """Return {"data": ...} for `ops.combine`, computed from files of texts; an empty dict if there are no files.
 
     Args:
         files: the values of `--data`.
@@ -372,7 +372,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """In errors about an adapter, add the key of the recipe that names the adapter."""
+    """Add a location to errors about an adapter: the key in the recipe at which this adapter is named."""
     from ..errors import AdapterkitError
 
     try:
@@ -468,7 +468,7 @@ def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
 
 
 def settings_of(name: str, command: click.Command) -> Iterator[Default]:
-    """Yield the defaults of a command, those with the highest precedence first."""
+    """Yield the defaults of a command, highest precedence first."""
     options = options_of(command)
     for scope in (f"{name.upper()}_", ""):
         for key, parameter in options.items():
@@ -520,7 +520,7 @@ def _entries(
 
 
 def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
-    """Yield the files of defaults and their content, those with the highest precedence first.
+    """Yield the files of defaults and their content, highest precedence first.
 
     Raises:
         Malformed: a file is not valid TOML.

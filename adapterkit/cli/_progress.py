@@ -37,7 +37,7 @@ STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""Set while a progress meter reports; this module prints nothing meanwhile."""
+"""Set while a progress meter is active; `StageLines` then prints nothing."""
 
 
 class StageLines(logging.Handler):
@@ -131,7 +131,7 @@ DELAY = 1.0
 """Seconds until a bar appears; work that takes less time shows no bar."""
 
 INTERVAL = 5.0
-"""Default of the seconds between two plain lines; ADAPTERKIT_PROGRESS overrides it."""
+"""The default number of seconds between two plain lines of progress; ADAPTERKIT_PROGRESS overrides it."""
 
 TELLING = 0.02
 """The remaining time is estimated once this share of the work is done."""

@@ -269,7 +269,7 @@ def _widths(texts: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _print_records(texts: Sequence[Sequence[str]]) -> None:
-    """Print a table that does not fit the terminal as records: each row as a list of names and values."""
+    """Print a table that is too wide for the terminal: each row becomes a list of names and values."""
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):
@@ -324,7 +324,7 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 
 
 def ranges(layers: Sequence[str]) -> str:
-    """Return layers as ranges, such as `0-21` or `0-3, 8`; only their number if a layer is not a plain number."""
+    """Return layers as ranges, such as `0-21` or `0-3, 8`; if a layer is not a plain number, return the count."""
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
     runs: list[list[int]] = []

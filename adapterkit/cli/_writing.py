@@ -24,7 +24,7 @@ PLACES = {"out", "dst", "overwrite", "every"}
 
 
 def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
-    """Return a digest of the command's arguments, input files and versions, which together determine its output.
+    """Return a digest of everything that determines a command's output: arguments, input files, package versions.
 
     Args:
         files: all files that the command reads.
@@ -47,7 +47,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
         raise storage_error(error, error.filename or "a file") from error
     versions = {}
     for name in packages:
-        with suppress(PackageNotFoundError):  # E.g. onnxruntime: its GPU package is named onnxruntime-gpu.
+        with suppress(PackageNotFoundError):  # E.g. if only onnxruntime-gpu is installed, onnxruntime is not found.
             versions[name] = version(name)
     return digest_of([__version__, versions, ctx.command.name, words, read])
 

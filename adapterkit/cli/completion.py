@@ -74,7 +74,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Replace the types of a command's plain text parameters by types that complete values."""
+    """Give a command's plain text parameters types that can complete values."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):

@@ -43,7 +43,7 @@ class Check:
 
     name: str
     status: str
-    state: str
+    found: str
     cure: str | None = None
 
     def record(self) -> dict[str, str | None]:
@@ -142,7 +142,7 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and its devices. Also check for onnxruntime's packages that overwrite each other's files."""
+    """Check onnxruntime and its devices. Warn if both of its packages are installed: they overwrite each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
@@ -150,7 +150,7 @@ def providers() -> Check:
         return Check("onnxruntime", "warn", "two packages that overwrite each other are installed", cure)
     if check.status != "ok":
         return check
-    version = _version(both[0]) if both else check.state
+    version = _version(both[0]) if both else check.found
     try:
         from ..onnx.providers import runs_on
     except Exception as error:  # The import failed because of another broken package, which has its own check.

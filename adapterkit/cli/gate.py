@@ -26,7 +26,10 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 @click.argument("base")
 @click.argument("adapters", metavar="A...", nargs=-1, required=True)
 @click.option("--merged", metavar="OUT", help="Merged model to check: a transformers folder, quantized or not.")
-@click.option("--onnx", metavar="GRAPH", help="Graph of base and adapters to check; its slots get the adapters.")
+@click.option(
+    "--onnx", metavar="GRAPH",
+    help="Graph of base and adapters to check; if the graph has slots, the adapters are loaded into them.",
+)  # fmt: skip
 @click.option(
     "--data", default="builtin", show_default=True, metavar="FILE",
     help="Texts to run on, one per line, or JSON Lines with a 'text' field.",

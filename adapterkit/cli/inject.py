@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="Name of the graph's value for an argument of the model that the adapter reads, such as attention_mask. "
-    "task_ids=N sets the task of all rows. Repeatable.",
+    help="For an adapter that reads an argument of the model, such as attention_mask: the name of the graph's value "
+    "for this argument. task_ids=N sets the task of all rows. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",
     "experts",
     metavar="A",
     multiple=True,
-    help="Expert of a router adapter that is stored in another file. Repeat the option in the order of the experts.",
+    help="Expert adapter that a router's file names but does not contain. Repeat the option in the router's order.",
 )
 @click.option(
     "--calibration", metavar="FILE.npz",

@@ -296,7 +296,7 @@ def _base_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _packed(quantized: Mapping[str, object]) -> str:
-    """Return a line with the scheme of a quantized base and its number of parameters before quantization."""
+    """Return a line with a base's quantization scheme, and the number of parameters before quantization."""
     if quantized["scheme"] is None:
         return f"quantized in an unsupported way: {quantized['why']}"
     weights = counted(integer(quantized, "weights"), "weight")

@@ -125,7 +125,10 @@ if TYPE_CHECKING:
     help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. Default: 1.",
 )  # fmt: skip
 @click.option(
-    "--verify", "verified", is_flag=True, help="Then compute every merged tensor again, and compare it with OUT."
+    "--verify",
+    "verified",
+    is_flag=True,
+    help="After the merge, compute every merged tensor again, and compare it with OUT.",
 )
 @click.option(
     "--base-weights", metavar="DIR",
@@ -378,7 +381,7 @@ def _remainder(
     settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Adapter | str], rank: int, *,
     weights: Sequence[float] | None, allow_partial: bool, rename: Sequence[str],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Write the LoRA of --remainder to OUT.
+    """Write the LoRA of --remainder to OUT/remainder.
 
     Return the LoRA's path and rank, and the norm of the rounding error without and with the LoRA.
     """

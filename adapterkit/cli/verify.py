@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 @_options.compat
 @_options.allow_partial
 @_options.rename
-@click.option("--seed", type=int, help="The --seed of the merge, if it was rounded stochastically.")
+@click.option("--seed", type=int, help="The --seed of the merge, if the merge rounded stochastically.")
 @click.option(
     "--sample", type=click.IntRange(1), metavar="N",
     help="Check only N of the tensors that adapters change, and N of the unchanged tensors.",
 )  # fmt: skip
-@click.option("--calibration", metavar="FILE", help="The file of activations with which the merge was rounded, if any.")
+@click.option("--calibration", metavar="FILE", help="The file of activations that the merge used for rounding, if any.")
 @_options.strict_base
 @click.option("--signature", metavar="FILE", help="Signature to check, written by adapterkit sign or model_signing.")
 @click.option("--key", metavar="PUB.pem", help="Public key of the signer.")

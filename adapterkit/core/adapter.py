@@ -244,7 +244,7 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its shape strings and its method's rules, and check that a target's updates agree.
+        """Check each update against its shape strings and method's rules, and a target's updates against each other.
 
         Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
@@ -298,7 +298,7 @@ class Adapter:
         """
         matches = {target: updates for target, updates in self.updates.items() if target.path == path}
         if not matches:
-            cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
+            cure = nearest(path, (target.path for target in self.updates)) or "Print adapter.updates to see its targets"
             raise TargetNotFound(f"no update changes {path!r}", where=path, cure=cure)
         return matches
 
@@ -406,7 +406,7 @@ MOST_VALUES = 1 << 22
 billions of values."""
 
 TOO_LARGE = 10**4300
-"""The smallest integer that Python refuses to print and read: integers may have at most 4300 decimal digits."""
+"""The smallest integer that Python refuses to print or parse: integers may have at most 4300 decimal digits."""
 
 
 def check_json(value: object, where: str) -> None:
@@ -479,7 +479,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     if not target.path and not all(whole):
         raise Malformed("a target has no path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
-        raise Malformed("a context update has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+        raise Malformed("a context update must not have a layout or rows", where=f"{target}: layout", cure=_REWRITE)
     kinds = [update.kind for update in updates]
     if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
         why = "an update of the weight follows an update of the output"

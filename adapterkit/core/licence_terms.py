@@ -108,7 +108,7 @@ def _bounded(alternatives_: Alternatives) -> Alternatives:
 
 
 Licence = Mapping[str, str]
-"""The fields about the licence in a model card; all may be empty. If `license` is `other`, name and link are used."""
+"""A card's licence fields; all may be empty. `license_name` and `license_link` are used if `license` is `other`."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
@@ -378,7 +378,7 @@ def parts_of(record: Mapping[str, object]) -> list[Part]:
     licences = record.get("licences")
     pairs = licences.items() if isinstance(licences, Mapping) else ()
     parts = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
-    # Put the base first: records are written with sorted keys.
+    # Put the base first: records are written with sorted keys, so the original order is lost.
     return sorted(parts, key=lambda part: part[0] != BASE)
 
 

@@ -89,8 +89,8 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
 
     Args:
         adapters: the adapters, in order.
-        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter, or its
-            number.
+        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter, or else
+            its position, counted from 1.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)

@@ -1,4 +1,4 @@
-"""Shape strings such as `"r in *k"` document and check the shapes of tensor fields, and shape test examples.
+"""Shape strings such as `"r in *k"`: they document and check the shapes of tensor fields and of test examples.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
 integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's
@@ -115,7 +115,7 @@ def tensor(
         optional: True if the tensor may be missing (None).
         integer: True if the tensor contains indices instead of real numbers.
         below: the axis, or product of axes, that the indices refer to; each index is below the axis's size. If the
-            tensor has two rows (the first and second indices of pairs), one axis for each row.
+            tensor has two rows (the first and second indices of pairs), `below` names one axis for each row.
         distinct: True if no index (or pair) may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
@@ -170,7 +170,7 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
-    why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
+    why = f"the shape {list(shape)} does not match [{axes.text}]" + (f" with {known}" if known else "")
     return ShapeMismatch(why, where=what, cure="Other tensors of the update, or the file's rank, contradict this shape")
 
 
@@ -266,7 +266,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
         worst = outside(leaf, bounds)
         if worst is not None:
             limits = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
-            yield name, f"position {worst} is not on {' and '.join(limits)}"
+            yield name, f"position {worst} is outside {' and '.join(limits)}"
 
 
 def repeated(update: Update) -> str:

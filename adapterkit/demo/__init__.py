@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(progress: Progress | None = None) -> dict[str, Any]:
-    """Merge each adapter of the demo into the base, and measure its accuracy on digits not used in training.
+    """Merge each adapter of the demo into the base, and measure the result's accuracy on digits not used in training.
 
     Args:
         progress: a function that is called with (bytes merged, total bytes).

@@ -142,7 +142,8 @@ def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images, (labels + 1) % CLASSES
 
 
-# Name of the adapter's folder -> the function that changes images or labels of the base's task to the adapter's task.
+# A map from the name of each adapter's folder to the function that converts images and labels from the base's task to
+# the adapter's task.
 TASKS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rotated": rotated,
     "negative": negative,

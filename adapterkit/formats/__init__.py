@@ -89,8 +89,8 @@ def read(
         rank: the expected rank; a file with a different rank is an error.
         strict: refuse every setting that the format does not define, even a harmless one.
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
-            `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the
-            axis of the outputs). Formats without stacked experts ignore this argument.
+            `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
+            0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from that of the base recorded in the
             adapter.
         family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules
@@ -114,7 +114,7 @@ def read(
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
         raise UsageError(
-            f"the format {name} is read without --{needless} ({needless}=)", path=path, cure="Omit this option"
+            f"reading the format {name} takes no --{needless} ({needless}=)", path=path, cure="Omit this option"
         )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
@@ -216,7 +216,10 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace methods that the format lacks, where an equivalent method exists for layers without a bias."""
+    """Replace updates of methods that the format lacks with equivalent updates of other methods.
+
+    This is done only for layers without a bias, because only there the other methods compute the same function.
+    """
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -285,7 +288,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
         raise UnknownFormat(why, path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
-        why = "its keys end like those of an adapter, but no known family of models has all modules that the keys name"
+        why = "its keys have the endings of an adapter's keys, but no known family of models has all of its modules"
         cure = "Name its format and the base that has these modules: --from (format=) and --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"

@@ -1,4 +1,4 @@
-"""Read and write what several libraries use as containers: folders, state dicts with a settings file, YAML configs."""
+"""Read and write the containers that several libraries use: folders, state dicts with a settings file, YAML configs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
     """Return a mapping as YAML, with its keys in order.
 
-    If the source text `read` has the same content, return `read`.
+    If the source text `read` has the same content, return `read` unchanged.
     """
     import yaml
 

@@ -31,7 +31,7 @@ FORMULA = "formula"
 
 
 UNKNOWN = "unknown_fields"
-"""The argument of the lineage's `read` step that lists the unknown fields that the reader stored in the adapter."""
+"""The argument of the lineage's `read` step with the unknown fields that the reader stored in the adapter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ BLOCK = 1 << 16
 """The number of elements that are compared in one step: a block and its intermediate results fit the L2 cache."""
 
 FLOAT32 = 2.0**-22
-"""The relative rounding error of a float32 product that is then subtracted in float32."""
+"""The relative rounding error of a float32 multiplication and the float32 subtraction that follows."""
 
 UNSQUARED = 2.0**-30
 """The allowed rounding error, as a fraction of the largest value, if squares of the values would overflow."""
@@ -295,7 +295,7 @@ class _WeightAnswers:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # A method with equal blocks fits weights of many sizes. Compare on the largest weight that it fits.
+        # An update of equal blocks fits weights of many sizes. Compare the updates on the largest of these sizes.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
@@ -329,7 +329,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
         none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
         one, other = ours.get(key, none), theirs.get(key, none)
         if one.value.shape != other.value.shape:
-            return f"the shape of its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
+            return f"the shape of the {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
         # Squares of values above 1e154 overflow, and infinity times 0 is NaN. Then allow an error relative to the
@@ -339,7 +339,9 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
-            return f"the change of its {key[0]} differs, by {worst / size if size else math.inf:.1e} of its size"
+            return (
+                f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e} of the change's size"
+            )
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Join LoRAs of rows of one weight into one LoRA of the whole weight. Example: gate and up of a fused weight.
+"""Join LoRAs of different rows of a weight into one LoRA of the whole weight. Example: gate and up of a fused weight.
 
 The factors are concatenated, never multiplied. Rows without an update get zeros.
 """
@@ -28,7 +28,7 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def with_joined_rows(
     updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join plain LoRAs of rows of a weight, for formats in which an update always changes the whole weight.
+    """Join plain LoRAs of different rows of a weight, for formats in which an update always changes the whole weight.
 
     Args:
         updates: the updates by target.

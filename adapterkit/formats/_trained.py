@@ -1,4 +1,4 @@
-"""Replace updates by what their training tool computes, if this depends on the layer's kernel or padding.
+"""Rewrite updates to compute their training tool's forward at a layer, if it depends on the layer's kernel or padding.
 
 A file with OFT or LoRA does not show whether a layer is a convolution, or how the layer pads its input. The engines
 know the layer, so they call this module before they compute. Updates stay unchanged if the adapter was not read from a
@@ -96,7 +96,7 @@ def sites_as_trained(
 # Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.
 #
 # PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
-# width of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other
+# width of the layer's padding. So their update pads its input with zeros, even if the layer itself pads with other
 # values.
 
 
@@ -119,7 +119,7 @@ def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
     """
     why = (
         f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
-        "and no change of the weight computes the same; the formula uses the layer's padding"
+        "and no change of the weight computes the same function; the paper's formula uses the layer's padding"
     )
     return Unsupported(
         why, cure='Read the adapter with the formula, as a merge does: --compat formula (compat="formula")'

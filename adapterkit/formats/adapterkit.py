@@ -123,7 +123,7 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write the updates that it combines as separate updates"
+            cure = "Write separate updates instead of an update that combines several"
             raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
@@ -183,8 +183,8 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if its value is the same object as the default. So replace an equal layout by the
-    # default.
+    # msgspec omits a field only if its value is the same object as the default. So replace an equal layout with the
+    # default object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version

@@ -43,7 +43,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = tensor_names(path)
-        # Other models have a `final_layer`, too. So check that every name is a name of FLUX.
+        # Other models also have a `final_layer`. So check that every name is a name of FLUX.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))

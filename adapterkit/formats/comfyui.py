@@ -90,7 +90,7 @@ class Comfyui(ImageFormat):
     """Files with ComfyUI's names."""
 
     url = "https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py"
-    description = "ComfyUI's names after diffusion_model., which ai-toolkit and others write, too"
+    description = "ComfyUI's names with the prefix diffusion_model., as ai-toolkit and other trainers write them"
     file = "lora.safetensors"
     differences = True
     methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement", "weight_norm"})

@@ -291,7 +291,7 @@ def _settings(text: str) -> dict[str, PeftSettings]:
             f"the header's {CONFIG} is not valid JSON ({error})", where=CONFIG, cure="Write the file again"
         ) from None
     if not isinstance(fields, dict) or not all("." in name for name in fields):
-        why = "this is not a JSON object of fields that begin with the names of parts"
+        why = "this is not a JSON object whose fields all begin with the name of a component"
         raise Malformed(why, where=CONFIG, cure="Write the file again with diffusers")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -303,7 +303,7 @@ def _settings(text: str) -> dict[str, PeftSettings]:
 def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
     """Whether the header's configs yield these ranks and scalings.
 
-    Without configs, return whether diffusers' defaults do so.
+    Without configs, return whether diffusers' default settings yield them.
     """
     if not settings:
         parts: dict[str, set[int]] = {}
@@ -350,6 +350,6 @@ def _fields(part: str, stored_fields: Mapping[str, tuple[int, float, object]]) -
     }
     for name, values in flags.items():
         if len(set(values)) > 1:
-            why = f"{name} is one setting for all modules of {part}, and some modules differ"
+            why = f"{name} is one setting for all modules of {part}, but its modules need different values"
             raise Unrepresentable(why, cure="Write another format: --to kohya or --to adapterkit")
     return {**fields, **{name: values[0] for name, values in flags.items()}, "target_modules": sorted(stored_fields)}

@@ -9,7 +9,7 @@ The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b
 
 The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B into
 `lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole change.
-Both are exact, and both need a larger rank. All other layers take A and B as they are.
+Both ways are exact, and both need a larger rank. For all other layers, A and B are written unchanged.
 """
 
 from __future__ import annotations
@@ -186,13 +186,13 @@ class KerasHub(Format):
             return "its weight is stored as [in, out]" if target.layout != "out *in" else unfit(target, update)
 
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
-        # Convert before folding, so that a scaling does not round to a half-precision type.
+        # Convert to float32 or float64 before folding, so that folding does not round to a half-precision type.
         _check_shapes(pairs, base)
         pairs, folded = of_no_number(_wide(pairs), format_name="Keras Hub", on_loss=on_loss)
         by_layer = _by_layer(pairs, names)
         writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
-        # An adapter that was read from such a file loads by the same call as that file.
+        # No notes for an adapter from such a file: the call that loads that file also loads the new file.
         notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
         return lines + folded + notes
 

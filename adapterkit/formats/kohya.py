@@ -92,7 +92,7 @@ class Kohya(ImageFormat):
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # Keep all names of a base, because the reader compares flattened names with the base's names.
+        # If the targets are modules of a base, keep their names: the reader compares flattened names with the base's.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -158,7 +158,7 @@ def parts(module: ImageModule) -> list[ImageModule]:
         return [module]
     lost = next((number for number in range(len(numbered)) if number not in numbered), None)
     if lost is not None or "oft_blocks" in module.tensors:
-        why = "it has blocks without a number, too" if lost is None else f"the file lacks its part {lost}"
+        why = "it has both numbered and unnumbered blocks" if lost is None else f"the file lacks its part {lost}"
         raise Malformed(why, where=module.where, cure=AGAIN)
     return [_part(module, number, numbered[number]) for number in range(len(numbered))]
 
@@ -223,12 +223,16 @@ def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
         if count and numbers[target.path] != set(range(count)):
             yield (
                 target,
-                f"oft must adapt all {count} parts of a fused weight separately" if count > 1 else "oft of rows",
+                (
+                    f"oft must adapt all {count} parts of a fused weight separately"
+                    if count > 1
+                    else "oft must adapt this weight as a whole, not only some rows"
+                ),
             )
         elif forms_of[target] != next(iter(forms_of.values())):
             yield (
                 target,
-                "the other updates have another number of blocks, or another constraint relative to their size",
+                "its number of blocks, or its constraint per output, differs from that of the other updates",
             )
 
 

@@ -1,7 +1,7 @@
 """litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
 
-A file fuses q, k and v into one weight, in this order. One tensor A and one tensor B contain the pairs of those parts
-that are adapted.
+A file fuses q, k and v into one weight, in this order. One tensor A and one tensor B contain the pairs of all adapted
+parts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Map our name templates of q, k and v to litgpt's names: the name of the fused weight, and then of the part."""
+    """Map our name templates of q, k and v to `WEIGHT.PART`: the name of litgpt's fused weight, and the part's name."""
     return NameTable(
         {hub_path: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, hub_path in litgpt_parts().items()}
     )

@@ -224,6 +224,8 @@ def _enabled(
     if [rows for rows, _ in group] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in group)}"]
         raise Unrepresentable(
-            "loralib adapts equal blocks, the same ones in all weights", items=items, cure="Write another format"
+            "loralib splits all weights into the same number of equal blocks, and adapts the same blocks in all",
+            items=items,
+            cure="Write another format",
         )
     return enabled

@@ -175,7 +175,7 @@ def _alpha(update: NOLA, known: float) -> float:
 def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
-            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} must",
+            f"the file does not state LoRA's alpha and the device that drew its matrices; {SETTINGS} must state both",
             path=path, cure='Write the file: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:

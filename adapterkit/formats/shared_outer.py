@@ -286,7 +286,7 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
     for target, update in plain.items():
         A, B = arrange.padded(as_lazy(update.A), wide, 0), arrange.padded(as_lazy(update.B), wide, 1)
         tensors |= {f"{PREFIX}{target.path}{end}": leaf for end, leaf in zip(SLOTS, (A, B), strict=True)}
-    return tensors, wide, [f"promoted {name} to rank {wide}, of which each expert uses {rank}" for name in apart]
+    return tensors, wide, [f"promoted {name} to rank {wide}; each expert uses rank {rank}" for name in apart]
 
 
 def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, int], experts: int) -> None:

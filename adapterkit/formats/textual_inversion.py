@@ -161,7 +161,7 @@ def _decode(
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, format_name: str, path: Path) -> str:
-    """Return the token as the tools do: from the key, from the name inside the file, or from the file's name."""
+    """Return the token from where the tools read it: the key, the name inside the file, or the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if format_name == "diffusers" else path.stem

@@ -58,7 +58,7 @@ class Torchtune(Format):
     """torchtune's adapter checkpoints."""
 
     url = "https://github.com/pytorch/torchtune"
-    description = "torchtune: adapter_model.pt with its own names, and torchtune.json or adapter_config.json"
+    description = "torchtune: adapter_model.pt with torchtune's names, and torchtune.json or adapter_config.json"
     models = "language"
     file = "adapter_model.pt"
     methods = frozenset({"lora", "dora"})

@@ -1,6 +1,6 @@
 """Calibration: run the model on texts and record the inputs of each target, for the rounding of a quantized merge.
 
-The base runs once over the texts. The adapters are attached, because the merged model will have their activations.
+The base runs once over the texts. The adapters are attached, because the merged model will have the same activations.
 Memory: the model, and 4 bytes for each number in the recorded tensors (tokens x width).
 """
 
@@ -63,8 +63,8 @@ def calibrate(
     """Run a base with adapters over texts, and write the inputs of each target to a file.
 
     Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
-    calibration=out)` uses the file for rounding. If `out` already exists and has the same base, adapters and texts, the
-    file is used again.
+    calibration=out)` uses the file for rounding. If `out` already exists and was made from the same base, adapters and
+    texts, the file is used again.
 
     Args:
         base: a folder of a transformers model, quantized or not. For a GGUF model, the folder from which it was
@@ -201,8 +201,8 @@ class _Recorder:
     """Record the inputs of linear layers.
 
     Attributes:
-        rows: path of a target -> the inputs of the target, one array for each call.
-        shared: path of each target -> path of the first target that reads the same tensor.
+        rows: a map from the path of a target to its inputs, with one array for each call.
+        shared: a map from the path of each target to the path of the first target that reads the same tensor.
     """
 
     def __init__(self) -> None:
@@ -214,7 +214,8 @@ class _Recorder:
         """Record the input tensor of a call, for all layers that read this tensor."""
         first = paths[0]
         known = self.shared.get(first)
-        # Store a tensor once if several layers read it (queries, keys, values), which are called one after another.
+        # Store a tensor only once if several layers read it. Such layers (queries, keys, values) are called one after
+        # another, so comparing with the last tensor is enough.
         same = self._last is not None and self._last[1] is x
         if known is None:
             known = self._last[0] if same and self._last is not None else first

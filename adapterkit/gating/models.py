@@ -209,7 +209,7 @@ def _pixels(model: Any, count: int, seed: int) -> ModelInputs:
 
 
 PROMPT, PROMPTS = 8, 4
-"""To compare generated text, this many prompts with this many tokens are continued."""
+"""To compare generated text, `PROMPTS` prompts of `PROMPT` tokens are continued."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,7 +253,7 @@ def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> Mod
 
 
 def output_of(outputs: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
-    """Return the logits or hidden states among the outputs of a model, by the names of transformers."""
+    """Return the logits or hidden states among a model's outputs, which have the names that transformers uses."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         output_value = outputs.get(name)
         if output_value is not None:
@@ -269,7 +269,7 @@ def _double(values: Tensor) -> Tensor:
 
 
 def divergence(first: ModelOutput, second: ModelOutput) -> float:
-    """Return KL(first || second) in nats, summed over positions. Without logits, the relative squared difference."""
+    """Return KL(first || second) in nats, summed over positions; without logits, the relative squared difference."""
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
     a, b = _alike(first.main, second.main)
@@ -301,7 +301,7 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
     """Return <other - base, adapted - base> and <adapted - base, adapted - base>, two inner products of outputs.
 
-    For logits, these are log-probabilities, weighted by the probabilities of `adapted`.
+    Logits are first converted to log-probabilities; the probabilities of `adapted` are the weights of the products.
     """
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)

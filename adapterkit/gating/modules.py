@@ -29,7 +29,7 @@ NOISE = 1e-5
 """Two float32 outputs count as equal if their relative difference is below this."""
 
 GRAIN = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
-"""Stored dtype -> the rounding step of the dtype, relative to the rounded number."""
+"""A map from each stored dtype to its rounding step, relative to the rounded number."""
 
 ALIKE = 0.9
 """Two changes count as the same if their cosine is above this."""
@@ -60,9 +60,9 @@ MOST_COMPARED = 64
 class ModuleSums:
     """Squared norms and inner products of a module's outputs, summed over the inputs.
 
-    The fields are the squared norms of: the output with adapters (`size`), the change by the adapters (`asked`), the
-    change in the merged model (`there`) and the difference between adapters and merged model (`apart`). `product` is
-    the inner product of the two changes.
+    The fields are the squared norms of: the output with adapters (`size`), the adapters' change (`asked`), the change
+    in the merged model (`there`) and the difference between the two changes (`apart`). `product` is the inner product
+    of the two changes.
     """
 
     size: float = 0.0
@@ -95,7 +95,7 @@ class ModuleComparison:
     """The comparison of all modules of two models of the same class.
 
     Attributes:
-        sums: module -> its sums, in the order in which the modules ran.
+        sums: a map from each module to its sums, in the order in which the modules ran.
         missing: modules that the merged model does not have.
         idle: modules with weights that did not run for any input.
     """
@@ -310,7 +310,7 @@ class SuspectWeights:
         self.changes = {each.name: after[each.name].detach() - each.before for each in self.copies}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
-        """Compare the weights of a module; return it with a fault, unless rounding explains the difference."""
+        """Compare a module's weights; return its comparison, with a fault unless rounding explains the difference."""
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
         for each in (weight for weight in self.copies if weight.module == part.module and not self.why):
@@ -432,7 +432,7 @@ class SuspectWeights:
             if each.name != weight.name and other.shape == there.shape and _cosine(there, other) > ALIKE:
                 return f"contains the change of {each.module}"
         if float(there.norm()) > 10 * float(delta.norm()):
-            return "has other weights than the base with the change"
+            return "has other weights than the base plus the change"
         return plain
 
 
@@ -444,7 +444,7 @@ class _WeightFound:
         fault: the fault in words; empty if the weight is right.
         scale: the share of the change that the weight contains; None if the adapters do not change the weight.
         error: the error relative to the change.
-        same: whether the weight is exact.
+        same: whether the weight equals the right weight up to float32 rounding.
     """
 
     fault: str

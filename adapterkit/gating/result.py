@@ -261,7 +261,7 @@ LEAST = 1e-9
 """If the effect is smaller than this, in nats per token, float32 is too coarse to measure the kept share."""
 
 SHOWN = 3
-"""The most modules that a sentence names."""
+"""The maximum number of modules that a sentence names."""
 
 MOST = 0.9
 """A fault that at least this share of the modules has is reported once, for the whole model."""

@@ -152,11 +152,12 @@ MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
 """The factors by which the adapters' change is multiplied to find the factor that a graph contains."""
 
 EXACT = 1e-3
-"""The factor with the smallest divergence is the graph's factor if this divergence is at most this share of the largest
-divergence."""
+"""A graph contains the tried factor with the smallest divergence, provided that this divergence is at most `EXACT`
+times the largest one."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Dtype of the computation -> the relative rounding step; 0 for float32, whose rounding is negligible."""
+"""A map from each dtype of the computation to its relative rounding step; 0 for float32, because its rounding is
+negligible."""
 
 
 @places_errors
@@ -192,8 +193,8 @@ def gate(
     Args:
         base: a folder of a transformers model, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
-        merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. Quantized weights are
-            dequantized; the check is the share of each change that they contain.
+        merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. If its weights are
+            quantized, they are dequantized, and the gate checks which share of each change they contain.
         onnx: a graph of base and adapters. If the graph has slots, they are filled with the adapters.
         data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
         weights: the weight of each adapter; 1 each if None.
@@ -246,7 +247,7 @@ def gate(
     with inputs_kept():
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
-            load(checkpoint, dtype, "cpu")  # Raise the error for a missing graph or folder.
+            load(checkpoint, dtype, "cpu")  # Raise the error for a base that is a GGUF model, without a config.json.
         check_transformers(checkpoint.folder, "running models")
         loaded = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
@@ -287,7 +288,7 @@ def checked(
         given: the adapters.
         weights: the weights of the adapters; 1 each if None.
         dtype: the dtype of the computation.
-        counts: name of an argument -> (value, smallest allowed value).
+        counts: a map from the name of each number argument to its value and its smallest allowed value.
     """
     if not given:
         raise UsageError("no adapter was given", cure="Pass at least one adapter")
@@ -304,7 +305,7 @@ def checked(
 
 
 def _grow(model: Any, planned: Plan) -> None:
-    """Add vocabulary rows to a model like a merge does; rows without values in an adapter are zero."""
+    """Add vocabulary rows to a model, as a merge does; rows without values in an adapter are zero."""
     import torch
 
     rows = (planned.vocabulary or {}).get("rows")
@@ -332,7 +333,7 @@ def _add_null(
 
 
 class _Run:
-    """The outputs of the base with adapters, with which the other models are compared."""
+    """The outputs of the base with adapters; the other models are compared with these outputs."""
 
     def __init__(self, adapted: Adapted, inputs: ModelInputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .models import is_causal
@@ -399,8 +400,8 @@ class _Run:
     def _scale(self, run: Run) -> float | None:
         """Return the factor of the change in a graph; None if the graph does not match any of the tried factors.
 
-        All factors are tried. The logits alone show the factor only for small changes, and a graph has no modules to
-        compare.
+        All factors are tried, because the logits show the factor directly only for small changes, and a graph has no
+        modules to compare.
         """
         from .models import divergence
 
@@ -442,7 +443,7 @@ class _Run:
             with watched.looking():
                 return self._adapted(feeds)
 
-        stage("comparing it module by module")
+        stage("comparing the merged model module by module")
         try:
             effect = self._kept(effect, lambda feeds: run_torch(other, feeds, device), looked_at, states)
         except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit the inputs.

@@ -330,7 +330,10 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
-    """Return the files. If they have no card, and the hub shows a card at this path, add a generated card."""
+    """Return the files to push. If they have no card, add a generated card where the hub shows cards.
+
+    Hubs that do not show the cards of folders get no card below the top of the repository.
+    """
     # Replace the base's card, which a merge copied, by a generated card.
     chosen = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(chosen)

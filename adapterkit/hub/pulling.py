@@ -166,7 +166,10 @@ def bring(
 
 
 class _Transfer:
-    """Download files over several connections; the calling thread reports progress, and stops all if one fails."""
+    """Download files over several connections; if one connection fails, all stop.
+
+    The calling thread reports the progress.
+    """
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
@@ -245,7 +248,8 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write the plan atomically: the next run would refuse half a plan, and would delete all downloaded files.
+        # Write the plan atomically: half a plan would differ from the next run's plan, so that run would delete `out`.
+
         write_bytes(plan, names_text.encode())
 
 

@@ -51,7 +51,8 @@ class Pushed:
         card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
         dry: True if the push was a dry run, which writes nothing.
-        warnings: a sentence for each requirement of the licences of base and adapters that the card's licence lacks.
+        warnings: one sentence for each requirement in the licence of the base or an adapter that the card's licence
+            lacks, and for each contradiction between these licences.
     """
 
     uri: str
@@ -115,8 +116,9 @@ def push(
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
             `license_name` and `license_link`. If absent, the licence of the card at `path`.
-        strict_licence: raise an error if the card's licence lacks requirements of the licences of base and adapters, if
-            these licences contradict each other, or if one of them is unknown. If False, the first two give a warning.
+        strict_licence: raise an error in three cases: the licence of the base or an adapter has a requirement that the
+            card's licence lacks; two of these licences contradict each other; or one of them is unknown. If False, the
+            first two cases give a warning.
         overwrite: replace existing files that have other content. If False, such files are an error.
         dry_run: compare the files with the hub, and write nothing.
         token: a token; if absent, the token that the hub's own tools use.
@@ -148,7 +150,7 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files have already been uploaded; `folder` has sparse files with their headers.
+    """Push an output whose weight files have already been uploaded; `folder` has only the headers of these files.
 
     Args:
         folder: the output; the model card is generated from the headers of the weight files.
@@ -175,7 +177,7 @@ OUTPUT = "what is pushed"
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return an output's parts, the licence in its card, and the contradictions between the licences of the parts.
+    """Return an output's parts, the licence in its card, and sentences about licences that do not fit together.
 
     A merged model contains a copy of the base's card until the push replaces it. So if no other licence is set, the
     licence of the base is used.
@@ -244,8 +246,8 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
 
     Args:
         name: the uri of the output.
-        kind: the name of the parent folder in the cache. The name of the folder is computed from the uri, so that the
-            same command finds the folder of an interrupted run.
+        kind: the name of the output's parent folder, which is in the cache. The name of the output's folder is
+            computed from the uri, so that the same command finds the folder of an interrupted run.
 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.

@@ -199,7 +199,7 @@ def _commit(uri: Uri) -> str:
             return reference.read_text("utf-8").strip()
         except OSError:
             cure = "Unset HF_HUB_OFFLINE, or pass a local path"
-            raise NetworkError("offline mode is on, and the cache does not have it", path=str(uri), cure=cure) from None
+            raise NetworkError("offline mode is on; the cache lacks this revision", path=str(uri), cure=cure) from None
     commit = remote_of(uri).commit
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -431,7 +431,7 @@ class RangedFile:
                     target.write(data)
 
             writing = threading.Lock()
-            # Read all results, which raises the first exception of a worker.
+            # Read all results: this raises the first exception of a worker.
             for _ in pool.map(one, pieces):
                 pass
         self.present = joined([*self.present, *missing])

@@ -54,7 +54,7 @@ def check_names(names: Iterable[str]) -> None:
     for name in seen:
         folder = next((str(p) for p in PurePosixPath(name).parents if str(p) in seen), None)
         if folder:
-            raise Malformed("a file stands where a folder is needed", where=folder, cure="Nothing was written")
+            raise Malformed("this name is both a file and a folder", where=folder, cure="Nothing was written")
 
 
 def _fault(name: str) -> str | None:
@@ -123,7 +123,9 @@ class Address(Uri):
 
 
 def address(rest: str, scheme: str) -> Address | None:
-    """Parse the name of a container, a path, and an optional digest of the file list; None if the syntax is wrong.
+    """Parse `CONTAINER/PATH#DIGEST`: a bucket or host, a path in it, and a digest of the file list.
+
+    The path and the digest are optional. The result is None if the syntax is wrong.
 
     Raises:
         UsageError: the path leads outside the container.
@@ -316,7 +318,7 @@ class Remote(ABC):
         self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
-        """Upload files so that no reader sees half of them.
+        """Upload files, and make all of them visible at once.
 
         Args:
             files: all files of the push, keyed by path.

@@ -269,7 +269,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run downloaded. If there are too many, they are wrong: empty the file."""
+        """Hash the bytes that an earlier run downloaded; if these are more than the whole file has, delete them."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -277,7 +277,7 @@ class _Fetching:
             self._lock(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Each megabyte resets the count of failed attempts, for bad connections."""
+        """Download the remaining bytes. Each megabyte resets the count of failed attempts, to allow bad connections."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)

@@ -256,7 +256,7 @@ def begins_at(response: httpx2.Response) -> int:
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    # Return -1, which is not a valid offset, so that callers refuse the response.
+    # If the header is invalid, return -1, which is not a valid offset: callers then refuse the response.
     return int(first) if first.isdigit() else -1
 
 
@@ -290,7 +290,7 @@ def redacted(text: str, token: str | None) -> str:
     """Return a text from a server, without the token that the server received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
-    # Remove the token from the text, too: a server may quote the request's header in its message.
+    # Also remove any text that looks like a token: a server may quote the request's header in its message.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 

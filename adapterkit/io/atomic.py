@@ -1,4 +1,4 @@
-"""Write files atomically: they appear complete or not at all. Remember their sources while the output is checked."""
+"""Write files atomically: they appear complete or not at all. Keep their source tensors while a writer checks them."""
 
 from __future__ import annotations
 

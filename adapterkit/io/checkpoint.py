@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file, reading headers only.
+    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file; read only headers.
 
     Raises:
         StorageError: the path does not exist, or cannot be read.
@@ -89,7 +89,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_shards(index: Path) -> dict[str, Lazy]:
-    """Return the tensors of all files that an index lists, reading headers only.
+    """Return the tensors of all files that an index lists; only headers are read.
 
     Raises:
         Malformed: the index is damaged, or a listed file is missing or lacks a tensor.
@@ -152,7 +152,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a name from JSON can be a file name: it may be too long, or contain lone surrogates."""
+    """Whether a string from JSON can be a file name: it must be short enough, and have no lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -269,18 +269,17 @@ def raw(span: Span) -> Lazy:
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
-    # Check each file name once: a mixture's index lists 45,000 tensors but 163 files, and a name takes 15 us.
+    # Check each file name once: an index of a mixture of experts lists 45,000 tensors in 163 files, and a check takes
+    # 15 us.
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
-            raise Malformed(
-                f"the index assigns it to {file}, which lacks it", path=path, where=name, cure="Fetch the shards again"
-            )
+            why = f"the index assigns this tensor to {file}, but the file lacks it"
+            raise Malformed(why, path=path, where=name, cure="Fetch the shards again")
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
-        raise Malformed(
-            f"{home[extra].name} has it, but the index lacks it", path=path, where=extra, cure="Rebuild the index"
-        )
+        why = f"{home[extra].name} has this tensor, but the index lacks it"
+        raise Malformed(why, path=path, where=extra, cure="Rebuild the index")
 
 
 # Fingerprints: a short hash of a base's weights, which is so fast that every merge computes it.

@@ -95,7 +95,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Return the number of largest magnitude in each block, with its sign; like ggml, the first if two are equal."""
+    """Return the number of largest magnitude in each block, with its sign; in a tie, the first, as in ggml."""
     import numpy as np
 
     # Use argmax over magnitudes only for blocks with a tie. For all other blocks, comparing the extremes is twice as

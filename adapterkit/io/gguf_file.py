@@ -94,6 +94,8 @@ def up(size: int, alignment: int) -> int:
 
 
 # Parse GGUF headers from untrusted files, with limits on every size.
+#
+# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 
 
 MAX_HEADER = 256 << 20
@@ -146,7 +148,7 @@ class Reader:
 
 def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str, int]]:
     """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
-    if reader.take(4, "a magic") != GGUF:
+    if reader.take(4, "the magic number") != GGUF:
         raise reader.damaged("this is not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
@@ -275,7 +277,7 @@ class Gguf:
 
 
 def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
-    """Read a header.
+    """Read the header of a GGUF adapter.
 
     Args:
         path: the file.
@@ -299,7 +301,7 @@ def _read(reader: Reader, tensors: bool) -> Gguf:
     values, count, version, _ = read_keys(reader)
     for key, value in values.items():
         if value.type.startswith("[") and not isinstance(value.value, list):
-            why, cure = f"the header of an adapter has an array of {len(value.value):,} numbers", "Remove this key"
+            why, cure = f"the array has {len(value.value):,} numbers, too many for an adapter", "Remove this key"
             raise Unsupported(why, path=reader.path, where=key, cure=cure)
     return _with_tensors(reader, values, count if tensors else 0, version)
 
@@ -448,7 +450,7 @@ def write_gguf(
         path: the file.
         values: the key-values.
         tensors: the tensors by name.
-        types: `Q8_0` for the name of each tensor to quantize; all other tensors keep their element type.
+        types: a map from the name of each tensor to quantize to `Q8_0`; all other tensors keep their element type.
 
     Raises:
         Unsupported: GGUF has no such element type.
@@ -506,10 +508,6 @@ def _encoded(value: GgufValue) -> bytes:
 def _plain(kind: str, value: Any) -> bytes:
     return _string(value) if kind == "string" else struct.pack(SCALARS[VALUE_NUMBERS[kind]][1], value)
 
-
-# Read and write GGUF files: headers first, tensors when they are fetched; every count and size is checked.
-#
-# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 
 # Read `ggla` files, the format of llama.cpp's LoRA adapters before GGUF. Every size is checked.
 #

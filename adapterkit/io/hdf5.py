@@ -54,7 +54,7 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
     Raises:
         Malformed: the path is not a regular file.
         Corrupt: the file is damaged, or a tensor extends beyond the end of the file.
-        Unsupported: h5py is not installed, or the file has links, filters, other files' data or an unknown dtype.
+        Unsupported: h5py is not installed, or the file has links, filters, external data or an unknown dtype.
         StorageError: the file cannot be read.
     """
     h5py = _h5py()
@@ -118,7 +118,11 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
 
 
 def _text(root: Any, name: str) -> str:
-    """Return a text attribute of the root; empty if it is absent, or not a short text of fixed length."""
+    """Return a text attribute of the root; empty if it is absent.
+
+    Raises:
+        Malformed: the attribute is not a short text of fixed length.
+    """
     if not name or name not in root.attrs:
         return ""
     attribute = root.attrs.get_id(name)

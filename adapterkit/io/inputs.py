@@ -62,7 +62,7 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     except OSError as error:
         raise storage_error(error, path) from error
     if len(data) > limit:
-        why = f"the file is larger than {limit:,} bytes, too large for its kind"
+        why = f"the file is larger than {limit:,} bytes, the limit for this kind of file"
         raise Malformed(why, path=path, cure="Write or fetch the file again")
     return data
 

@@ -147,7 +147,7 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The largest number of tensors that `fetch_once` caches: parts of packed weights that each run of rows needs whole."""
+"""The largest number of tensors that `fetch_once` caches: parts of a packed weight that every run of rows reads."""
 
 MOST_OPEN = 16
 """The largest number of files that stay open.
@@ -176,7 +176,7 @@ def read_span(span: Span) -> bytearray:
     except OSError as error:
         raise storage_error(error, span.path) from error
     if done < span.nbytes:
-        why = f"the file now has {done} of the {span.nbytes} bytes that it had when it was opened"
+        why = f"the file has become shorter: it has only {done} of the {span.nbytes} bytes of this tensor"
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it again")
     return data
 
@@ -207,7 +207,8 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     """Read bytes from an offset of a file into `data`; return the number of bytes read."""
-    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. 0 is the end.
+    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. It returns 0 at
+    # the end of the file.
     file.seek(offset)
     done = file.readinto(data)
     # The common case is one call; only short reads need the loop.
@@ -269,7 +270,7 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file from which the bytes are read, and possibly transposed; None if unknown."""
+        """The file from which the bytes are read, even if they are then transposed; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -432,7 +433,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors. Tensors with a single element are read immediately, and adjacent ones in one read."""
+    """Return the tensors. Tensors with a single element are read immediately; adjacent tensors share one read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     by_span = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -474,7 +475,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""For types that numpy lacks: a mask, and the value of the masked bits of a NaN or an infinity.
+"""A map from each type that numpy lacks to (mask, value): in a NaN or an infinity, the masked bits have this value.
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf

@@ -46,12 +46,12 @@ class Source:
     commit: str
 
     def save(self, folder: Path) -> None:
-        """Write the origin into a folder."""
+        """Write the record into a folder."""
         write_bytes(folder / NOTE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
 
 
 def source_of(path: Path) -> Source | None:
-    """Return the origin that is stored in a folder, or next to a file; None if no valid origin is stored."""
+    """Return the `Source` that is stored in a folder, or next to a file; None if there is no valid record."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
         fields = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
@@ -119,7 +119,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if not text:
         raise UsageError(
-            "the path is empty", cure="Pass a file, a folder or an address; is a variable of the shell not set?"
+            "the path is empty", cure="Pass a file, a folder or an address; perhaps a shell variable is not set"
         )
     if "\0" in text:
         raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")

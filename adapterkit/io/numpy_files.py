@@ -56,7 +56,8 @@ def read_npy(path: Path) -> Lazy:
         raise storage_error(error, path) from error
     span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
     if start + span.nbytes != size:
-        raise _damaged(str(path), f"{list(shape)} of {dtype} does not take the {size - start} bytes of the file")
+        why = f"an array {list(shape)} of {dtype} does not take the {size - start} bytes that the file has"
+        raise _damaged(str(path), why)
     return Lazy(shape, dtype, None, span)
 
 
@@ -115,7 +116,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
     size = math.prod(shape) * dtype.itemsize
     if start + size != info.file_size:
         raise _damaged(
-            str(path), f"{list(shape)} of {dtype} does not take the {info.file_size - start} bytes", info.filename
+            str(path), f"an array {list(shape)} of {dtype} does not take {info.file_size - start} bytes", info.filename
         )
 
     def fetch() -> bytes:
@@ -144,15 +145,16 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-        raise _damaged(path, "an invalid header") from None
+        raise _damaged(path, "the header is invalid") from None
     if (
         not isinstance(shape, tuple)
         or len(shape) > 32
         or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
     ):
-        raise _damaged(path, f"the shape {shown(shape)}")
+        raise _damaged(path, f"the shape {shown(shape)} is invalid")
     if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
-        why, cure = f"an array of {shown(descr)}{' in Fortran order' if fortran else ''}", "Save plain numbers"
+        order = " in Fortran order" if fortran else ""
+        why, cure = f"arrays of {shown(descr)}{order} are not supported", "Save plain numbers in C order"
         raise Unsupported(why, path=path, where="header", cure=cure)
     return shape, BY_NUMPY[descr], len(head) + len(length) + count
 

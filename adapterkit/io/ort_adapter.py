@@ -168,7 +168,7 @@ class _Buffer:
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)
         if offset < 4 or at + offset >= self.size:
-            raise self.damaged(f"the offset {offset} leads outside the file of {self.size}", at)
+            raise self.damaged(f"the offset {offset} leads outside the file of {self.size} bytes", at)
         return at + offset
 
     def table(self, at: int) -> _FlatTable:
@@ -202,7 +202,7 @@ class _Buffer:
         at = self.forward(field)
         count = self.number("<I", at)
         if count > limit or at + 4 + count * itemsize > self.size:
-            raise self.damaged(f"a vector of {count} extends beyond the file of {self.size}, or is too long", at)
+            raise self.damaged(f"a vector of {count} items is too long, or extends beyond the end of the file", at)
         return at + 4, count
 
     def text(self, table: _FlatTable, index: int) -> str:

@@ -1,4 +1,4 @@
-"""The interface by which other packages call the hub package without importing it.
+"""The interface through which other packages call the hub package without importing it.
 
 Functions that take a path also take a uri, such as `hf://org/repo`. The packages that define these functions cannot
 import the hub package, because the hub package imports them. So `adapterkit/__init__.py` installs a function that

@@ -263,7 +263,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
             # bytes of the text.
             cure = "Pass the folder, or its weight file"
             if prefix.startswith(b"version "):
-                cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
+                cure = "It is a pointer of Git LFS: fetch the file itself with 'git lfs pull'"
             raise Malformed("the file is text, not weights", path=path, where="header length", cure=cure)
         raise Malformed(
             f"the header claims {length} bytes, but the file has {size}", path=path, where="header length", cure=_AGAIN

@@ -160,7 +160,7 @@ class Staging:
     Args:
         target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
         suffix: the end of the hidden folder's name, which differs between kinds of work, such as merging and pulling.
-        noun: a name for the kind of work, for the error that another process holds the lock.
+        noun: a word for the other process in the error that another process holds the lock.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
@@ -185,7 +185,7 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # Refuse the link: clearing its target could delete files of a user.
+            if self.folder.is_symlink():  # Refuse the link: clearing the linked folder could delete a user's files.
                 raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
             with self._open_lock() as lock:
                 self._hold(lock.fileno())
@@ -206,7 +206,7 @@ class Staging:
 
     @property
     def is_published(self) -> bool:
-        """Whether an earlier run moved all files to the target, so that only the cleanup of its stage is missing."""
+        """Whether an earlier run moved all files to the target, so that only the cleanup of its stage remains."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
@@ -217,7 +217,7 @@ class Staging:
 
         Args:
             moves: (staged path, destination) pairs, the main file last. The old main file is moved away first, and the
-                new main file arrives last, so nobody reads a main file together with other files of another output.
+                new main file arrives last, so nobody reads the main file of one output with the files of another.
             gone: further files of the old output to remove.
             durable: True if the staged files are already synced to disk.
             record: the digest of everything that determines the output. It is stored with the main file or folder.

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 MAX_QUOTES = 1 << 23
 """The largest number of quotation marks in a document.
 
-A header has ten per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known model.
+A header has ten quotation marks per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known
+model.
 """
 
 MAX_CONTAINERS = 1 << 21
@@ -108,7 +109,7 @@ def check_size(data: bytes) -> bytes:
     # The loop has removed all balanced brackets, unless they are nested too deeply. The parser refuses unbalanced
     # brackets.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
-        raise ValueError(f"more than {MAX_DEPTH} objects and lists are nested")
+        raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} levels deep")
     return bare
 
 
@@ -117,7 +118,7 @@ def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return fields
 
 

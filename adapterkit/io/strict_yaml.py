@@ -74,7 +74,7 @@ def _loader() -> type[yaml.SafeLoader]:
             if event.tag not in (None, "!"):
                 raise _fault(f"the tag {event.tag!r} is not supported", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
-                raise _fault(f"there are more than {MAX_NODES:,} values, or more than {MAX_DEPTH} nested ones", event)
+                raise _fault(f"there are more than {MAX_NODES:,} values, or more than {MAX_DEPTH} levels", event)
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
@@ -101,7 +101,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_yaml_int(self, node: Any) -> int:
             if len(node.value) > MAX_DIGITS:
-                raise _fault(f"a number has {len(node.value)} digits", node)
+                raise _fault(f"a number has {len(node.value)} digits, more than {MAX_DIGITS}", node)
             return int(super().construct_yaml_int(node))
 
         def construct_yaml_float(self, node: Any) -> float:

@@ -190,7 +190,7 @@ def read_legacy(file: Capped, size: int) -> Contents:
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise damaged("the list of storages is not a list of distinct keys", "pickles")
     if set(keys) != set(machine.storages):
-        raise damaged("the listed storages differ from the used ones", "pickles")
+        raise damaged("the list of storages differs from the storages that the tensors use", "pickles")
     return value, _walk(file, [machine.storages[key] for key in keys], stream.tell(), size)
 
 
@@ -245,7 +245,7 @@ def nested(path: str, value: object, places: Places) -> object:
     def plain(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
-            raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
+            raise damaged(f"there are more than {_VALUES:,} values, or more than {_DEEPEST} levels", "top level")
         if type(value) is View:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:

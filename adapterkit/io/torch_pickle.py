@@ -244,7 +244,7 @@ class Machine:
         """Run one opcode and return its name. The argument is decoded only if the opcode is allowed."""
         code = stream.read(1)
         if code not in _OPCODES:
-            raise ValueError(f"no opcode is {code!r}" if code else "it ends without a STOP")
+            raise ValueError(f"{code!r} is not an opcode" if code else "it ends without a STOP")
         name, reader = _OPCODES[code]
         if name not in _STEPS:
             raise refused(f"the pickle uses opcode {name}, which no state dict needs")

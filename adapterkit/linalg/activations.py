@@ -1,7 +1,6 @@
 """Activation functions by name, for the arrays of any library: `ACTIVATIONS["gelu"](x)`.
 
-The names are those that transformers and AdapterHub write into configs, so several names can refer to the same
-function.
+The names are taken from configs of transformers and AdapterHub, so several names can refer to the same function.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Namespace(Protocol[N]):
     def zeros_like(self, x: N, /) -> N: ...
 
     def __getattr__(self, name: str) -> Any:
-        """Return any other function; only some libraries have it."""
+        """Return a function that only some libraries have."""
 
 
 class Linalg(Protocol[N]):

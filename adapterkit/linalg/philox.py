@@ -32,7 +32,7 @@ def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N,
 
 
 def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: object) -> N:
-    """Return vectors of numbers in [-1, 1), `[stop - first, seeds, count]`; vector n of a seed never changes.
+    """Return vectors `first` to `stop - 1` of each seed, `[stop - first, seeds, count]`, with numbers in [-1, 1).
 
     Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
     seed div 2^32). A word w becomes w / 2^31 - 1, rounded once to the dtype.

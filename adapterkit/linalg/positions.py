@@ -47,8 +47,8 @@ def counting(count: int, like: N) -> N:
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
     """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
-    # Use a slice of `randperm`, like PEFT's SHiRA. Another way of sampling would give other positions than those that
-    # were trained.
+    # Use a slice of `randperm`, as SHiRA in PEFT does. Another way of sampling would give positions other than the
+    # trained positions.
     import torch
 
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]

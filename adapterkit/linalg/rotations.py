@@ -66,7 +66,7 @@ def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Check the lengths: rounding may leave a dependent row with a length just above 0, whose direction is noise.
+    # Check the lengths: rounding may leave a dependent row with a length just above 0, and its direction is then noise.
     if _has_values(R):
         left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
         if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
@@ -104,7 +104,7 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     four.
     """
     if doubled:
-        # Add 0 * Q, which gives the identity Q's leading axes even if the series has only one term.
+        # Add 0 * Q, so that the result has the leading axes of Q even if the series has only one term.
         R = power = identity(Q) + 0 * Q
         for _ in range(1, terms):
             power = power @ Q
@@ -172,7 +172,8 @@ def singular(W: N) -> tuple[N, N, N]:
     import torch
 
     if len(W.shape) != 2:
-        raise ShapeMismatch(f"a weight {list(W.shape)} has no singular values", cure="Choose linear layers only")
+        why = f"a weight of shape {list(W.shape)} is not a matrix, so it has no singular values"
+        raise ShapeMismatch(why, cure="Choose linear layers only")
     U, S, V = torch.linalg.svd(_on_host(W), full_matrices=False)
     return _like(W, U), _like(W, S), _like(W, V)
 

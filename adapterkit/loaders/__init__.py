@@ -94,7 +94,7 @@ class Answer:
         tool: the name of the tool's file in `spec/loaders`.
         title: the tool's title, with the version that the data file describes.
         loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
-        why: the reason why the tool does not load all keys, or a description of how its result differs.
+        why: the reason why the tool does not load all keys; or, if it does, how its result differs from the adapter's.
         convert: the arguments of `adapterkit convert`; after this conversion, the tool loads all keys. Empty if
             unknown.
     """
@@ -365,7 +365,10 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: slots in `dotted` follow a dot and have up to `words` words; slots in `others` follow no dot."""
+    """A tool's slots, the endings of its keys.
+
+    The slots in `dotted` follow a dot and have up to `words` words; the slots in `others` follow no dot.
+    """
 
     dotted: frozenset[str]
     words: int

@@ -321,7 +321,8 @@ def verify(
         from .verification import check_written
 
         if adapters or sample is not None:
-            raise UsageError("the base is missing", cure="Give the base, or only the output")
+            cure = "Add --base BASE (base=), or omit the adapters and the sample to compare checksums"
+            raise UsageError("adapters or a sample are given, but the base is missing", cure=cure)
         return check_written(merged, progress)
     from ..naming.binding.fitting import check_base
     from .quantized import as_read
@@ -536,7 +537,7 @@ def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":
         yield (
-            "the base's tokenizer is kept, which may lack the added tokens; "
+            "the base's tokenizer is kept, but it may lack the added tokens; "
             'to copy another one: --tokenizer DIR (tokenizer="DIR")'
         )
 
@@ -568,7 +569,7 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     except OSError as error:
         raise storage_error(error, error.filename or out) from error
     except RuntimeError as error:
-        raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
+        raise UsageError(f"the path cannot be resolved ({error})", path=out, cure="Check the path") from error
     if base.root.is_dir() and out.suffix.lower() in _OF_FILES and not out.is_dir():
         why = f"the base is a folder, so the output is a folder, too; {out.suffix} is the ending of a file name"
         raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")

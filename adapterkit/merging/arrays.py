@@ -1,7 +1,7 @@
 """The two array libraries that compute merges: numpy on the CPU (without importing torch), and torch.
 
-Formulas use only operations that both libraries have. This module has a common interface for what differs: memory,
-casts and devices.
+Formulas use only operations that both libraries have. Memory, casts and devices differ between the libraries; this
+module gives them a common interface.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class TorchArrays:
         if not dtype.floating:
             return True
         given = cast("torch.Tensor", values)
-        wide = given.float() if given.itemsize == 1 else given  # isfinite lacks 8-bit floats.
+        wide = given.float() if given.itemsize == 1 else given  # isfinite does not accept 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
     def quiet(self) -> AbstractContextManager[None]:

@@ -62,7 +62,7 @@ def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
             end = sum(nbytes for _, nbytes, _ in runs)
             size = path.stat().st_size
             if size != end:
-                return [f"the file has {size:,} bytes, not {end:,} as written"]
+                return [f"the file has {size:,} bytes, but {end:,} bytes were written"]
             return [
                 f"bytes {start:,} to {start + nbytes:,} differ from the bytes that were written"
                 for start, nbytes, digest in runs

@@ -11,9 +11,10 @@ that its plan has the same digest as the driver's plan. The names determine what
 
 So no weight passes through Ray's object store or through the driver.
 
-The simulation forecasts time, transferred bytes and costs without shared disks. The tasks of a node share its network
-link equally, in each direction. A worker plans the whole merge before its first task, and each node downloads the
-adapters once. The simulation ignores limits of the store, and nodes that differ or fail.
+The simulation forecasts time, transferred bytes and costs of a merge on a cluster without shared disks. It assumes that
+the tasks of a node share its network link equally in each direction, that a worker plans the whole merge before its
+first task, and that each node downloads the adapters once. The simulation ignores limits of the store, and nodes that
+differ or fail.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _tokenizer(
     ]
     if chosen == "adapter" and not whole:
         raise UsageError(
-            "no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder with a tokenizer"
+            "no adapter's folder has a tokenizer", cure=f"Pass {_flag('base')}, or a folder with a tokenizer"
         )
     if not differing:
         return [], ({"from": "base", "differs": False} if whole else None), warnings
@@ -142,11 +142,11 @@ def _tokenizer(
     changed = ", ".join(sorted(file for file in {*files, *base_contents} if files.get(file) != base_contents.get(file)))
     differs = f"the tokenizer of {name} differs from the base's ({changed})"
     beyond = _beyond(folder, base)
-    why = f"it has the token {beyond}, for which the base has no embedding"
+    why = f"the base has no embedding for token {beyond}"
     if chosen == "adapter" and beyond is not None:
         raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
     if chosen == "base" or beyond is not None:
-        kept = f"{differs}; the base's is kept" + (f": {why}" if beyond is not None else "")
+        kept = f"{differs}{f', and {why}' if beyond is not None else ''}; the base's is kept"
         return [], {"from": "base", "differs": True}, [*warnings, kept]
     copies = [(folder / file, file) for file in sorted(files)]
     for file, _ in copies:
@@ -245,7 +245,7 @@ def _check_inside(file: Path, folder: Path) -> None:
     home, target = folder.resolve(), file.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        cure = "Replace the link by a copy of the file, if you know what it is, or delete the link"
+        cure = "Replace the link with a copy of the file, if you know what it is, or delete the link"
         raise Malformed(f"the file is a link to {target}, outside the folder", path=file, cure=cure)
 
 

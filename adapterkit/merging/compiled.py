@@ -69,13 +69,13 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
         return False
     if fold.axis == "out":
         return True
-    # Refuse a target of some rows, because they are columns of this tensor, and a target with a kernel, because the
-    # kernel's axes are not in the rows.
+    # The tensor is stored as `[in, out]`. Refuse a target with `rows`, because these rows are columns of the tensor.
+    # Refuse a target with a kernel, because the kernel's axes would not be in the rows.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
 def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
-    """Whether an update with weight 1 scales the rows of the stored tensor to a magnitude, as DoRA does."""
+    """Whether the only update has weight 1 and scales the rows of the stored tensor to a magnitude, as DoRA does."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
     first = updates[0]
@@ -117,9 +117,9 @@ class LowRankBlocks:
         Both arrays are flat.
 
         Returns:
-            A map from the index of each planned update that depends on the base to its change's squared norm. None,
-            with `out` undefined, if the block is too small for a call to pay off, if the loops cannot compute a change,
-            or if the rounding of an element is uncertain.
+            A map from the index of each planned update that depends on the base to its change's squared norm. None if
+            the block is too small for a call to pay off, if the loops cannot compute a change, or if the rounding of an
+            element is uncertain; `out` is then undefined.
         """
         if block.elements < LEAST:
             return None
@@ -197,7 +197,7 @@ def _cast(values: Array, out: Array) -> None:
 WRITTEN = ("BF16", "F16")
 """The dtypes that the loops write.
 
-The dtype float32 is missing, because it needs every sum in float64, for which numpy is as fast.
+float32 is missing: it would need every sum in float64, and numpy computes these sums just as fast.
 """
 
 PANEL, FILLED, CHUNK = 16, 32, 16
@@ -242,7 +242,7 @@ class LowRankSum:
     """A change `left @ right` of a tensor, prepared once for all blocks.
 
     Args:
-        left: float64 `[rows, rank]`, with scaling and weight.
+        left: float64 `[rows, rank]`, already multiplied by the scaling and the weight.
         right: float64 `[rank, width]`.
     """
 
@@ -295,7 +295,7 @@ class NormalizedSum:
 
     Args:
         magnitude: float64 m, `[rows]`.
-        left: float64 `[rows, rank]`, with scaling.
+        left: float64 `[rows, rank]`, already multiplied by the scaling.
         right: float64 `[rank, width]`.
     """
 

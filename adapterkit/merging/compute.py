@@ -212,7 +212,7 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all updates are products of rank well below the weight's sides.
+    """Whether all updates are products whose rank is well below the weight's sides.
 
     One product of joined factors is then fastest.
     """
@@ -244,7 +244,7 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
 
 
 def additive(updates: Iterable[Update]) -> list[Additive]:
-    """Return those of the updates that are additive."""
+    """Return the additive updates among `updates`."""
     return [update for update in updates if isinstance(update, Additive)]
 
 
@@ -490,7 +490,7 @@ class BlockMerger:
 
     @cached_property
     def _order(self) -> list[int]:
-        """The indices of all other planned updates; updates that are not additive come first.
+        """The indices of the planned updates that are not in `_ordered`; updates that are not additive come first.
 
         The first update with weight 1 replaces the block, which avoids the rounding of W + (new - W).
         """
@@ -516,7 +516,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add weight * (new - W) to `view` (or replace it by `new`); return the squared norm of the change."""
+    """Add weight * (new - W) to `view`, or overwrite `view` with `new`; return the squared norm of the change."""
     change = new - W
     flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)

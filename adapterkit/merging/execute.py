@@ -1,8 +1,8 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
 A worker's memory does not grow with the model: it contains one input block, a float64 copy of it, and some output
-blocks. With a device, it contains `workers.DEPTH` of each. The files of a base on a hub may be downloaded before their
-first use, and deleted after their last.
+blocks. With torch, it contains `workers.DEPTH` of each. The files of a base on a hub may be downloaded before their
+first use, and deleted after their last use.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
 
 
 def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    """Return a list with device number `position`, modulo the number of devices."""
+    """Return a list with one device: number `position` modulo the number of devices."""
     return [devices[position % len(devices)]]
 
 

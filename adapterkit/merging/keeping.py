@@ -2,8 +2,8 @@
 
 Let W be the base's weight, M the merged weight, and D = M - W the change. Rounding M to the nearest loses D if D is
 smaller than a quantization step. Other roundings keep D, because the elements of a row together can represent D. Let
-V be the right singular vectors of D, the directions of the inputs to which D responds. Both searches call the scheme's
-packing function to round, so they work for every scheme.
+V be the right singular vectors of D, the directions of the inputs to which D responds. The searches `kept` and `swept`
+call the scheme's packing function to round, so they work for every scheme.
 
 `kept` needs no data. It looks for the quantized matrix Q that is nearest to M, subject to (Q - M) V = 0. With Lagrange
 multipliers C, Q is M + C V^T rounded to the nearest. C is found by gradient ascent, row by row; the gradient is the
@@ -13,8 +13,8 @@ contain the directions of V `OFTEN` times as often as other directions. The shif
 is one of the candidates.
 
 `swept` rounds for given activations X. The error to minimize is that of a layer's outputs: tr((Q - M) H (Q - M)^T) with
-H = X^T X. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error
-by the inverse of H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block.
+H = X^T X. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and uses the inverse
+of H to move the error to the columns that are not rounded yet. Here the scheme packs the whole weight for each block.
 Afterwards, each block is rounded a second time to compensate for the errors of all other blocks; a row is changed only
 if its error decreases. The second round is needed because a scale may change after some of its columns were rounded. H
 is increased in the directions to which the adapter responds. Otherwise the adapter's change would be lost first,
@@ -139,7 +139,7 @@ def _weighed(error: Array, along: Array) -> Array:
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:
-    """Return M + C V^T in float32, computed in float64, because libraries sum in different orders."""
+    """Return M + C V^T in float32; compute in float64, so that the order of summation hardly changes the result."""
     import numpy as np
 
     shifted: Array = (M + C @ Vh).astype(np.float32)

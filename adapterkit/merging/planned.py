@@ -54,7 +54,7 @@ class PackedRun(Protocol):
 
 
 class PackedPart(Protocol):
-    """Quantizes a packed weight again (or several weights in one tensor) and computes all of its stored tensors."""
+    """Quantizes a packed weight again, or several weights in one tensor, and computes all stored tensors."""
 
     @property
     def packed(self) -> Packed:
@@ -176,7 +176,7 @@ class Plan:
     shapes: str | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] | None = None
-    _memory_of: tuple[int, str] | None = field(default=None, init=False)
+    _cached_memory: tuple[int, str] | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         names = ", ".join(source.name for source in self.sources)
@@ -235,14 +235,14 @@ class Plan:
 
     @property
     def _largest(self) -> tuple[int, str]:
-        if self._memory_of is None:
+        if self._cached_memory is None:
             known: dict[Hashable, int] = {}
             computed = [
                 (BUFFERED + _memory_of(output, known), output.name) for output in self.outputs() if not output.copied
             ]
             # Cache the value in `__dict__`, because the dataclass is frozen; a mixture of experts has 45,000 outputs.
-            object.__setattr__(self, "_held", max(computed, default=(0, "")))
-        return cast("tuple[int, str]", self._memory_of)
+            object.__setattr__(self, "_cached_memory", max(computed, default=(0, "")))
+        return cast("tuple[int, str]", self._cached_memory)
 
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the record that is stored in the output.

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight of a target that changes its bias depending on its weight, and the updates of weight and bias.
+    """The weight and the updates of a target; the change of the target's bias depends on this weight.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the planned updates of the weight by earlier targets of the same adapter.
+        before: the planned updates of the weight that come from earlier targets of the same adapter.
         updates: all updates of the target, of weight and bias, in order.
     """
 

@@ -86,7 +86,7 @@ def make_plan(
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index file of a sharded output, the base's own file if it still fits; None for a single file."""
+    """Return the index of a sharded output: the base's index if it still fits, else a new index; None for one file."""
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
@@ -155,7 +155,8 @@ def _grouping(
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
-            raise UsageError("a GGUF model keeps its files", cure="Omit --shard-size (shard_size=)")
+            why = "a merge into a GGUF model writes the same files as the base"
+            raise UsageError(why, cure="Omit --shard-size (shard_size=)")
         for file, members in _by_home(base, tensors, None).items():
             yield file.name, members, {}
         return

@@ -26,7 +26,7 @@ WHY = {
     "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
     "may be lost, and the remaining part is measured for each target; unchanged weights keep their bytes",
     "original": "the change is added to the 16-bit weights from which the base was quantized. They are closer to "
-    "the first model, but the adapter was not trained on them: its corrections of the quantization are added too",
+    "the original model, but the adapter was not trained on them: its corrections of the quantization are added too",
 }
 """A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
 
@@ -35,7 +35,7 @@ EXPLAINED = (
     "the adapter was trained, and write 16-bit weights; (2) requantize: do the same, but quantize the result again in "
     "the same scheme, which rounds the change as coarsely as the weights, and report how much of the change remains; "
     "(3) original, with --onto DIR (onto=): merge into the 16-bit weights from which the base was made, which are "
-    "closer to the first model, but on which the adapter was not trained"
+    "closer to the original model, but on which the adapter was not trained"
 )
 
 

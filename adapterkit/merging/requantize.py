@@ -43,8 +43,8 @@ KEPT_BYTES = 64
 """The number of bytes per element that `keep` needs: float64 for merged, shifted and packed weights and differences."""
 
 TEXTS = (
-    "--keep adapter (keep='adapter') keeps more with activations: add --calibration builtin, or the file of "
-    "adapterkit.gating.calibrate (calibration=)"
+    "--keep adapter (keep='adapter') keeps more of the change if it knows activations: add --calibration builtin, or "
+    "a file from adapterkit.gating.calibrate (calibration=)"
 )
 """The warning if there are no activations for the rounding."""
 
@@ -240,14 +240,14 @@ class Repacked:
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
         """Return the packed weight's rows in consecutive blocks, as (first, end)."""
-        # Convert via elements: a block of a stack counts the rows of one expert, and the rows of a convolution are
-        # longer.
+        # Convert offsets in elements, because a block of a stack counts the rows of one expert, and the rows of a
+        # convolution are longer.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _memory_whole(self) -> int:
-        """The memory for the stored tensors, the new tensors (twice that), the merged weight, and temporary arrays."""
+        """The memory for the stored and the new tensors (twice as much), the merged weight, and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -334,7 +334,7 @@ class Repacked:
         return next((each for each in inputs if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Return rows of the weight as `[experts, outputs, inputs]` in float32; a weight without experts has one."""
+        """Return rows as `[experts, outputs, inputs]` in float32; without experts, the first axis has length 1."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
         seen = view(whole, self._whole_target(target, stacked))
@@ -516,7 +516,7 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | RepackedStack], frozenset[str]]:
-    """Replace each packed weight by its stored tensors in the tables of a plan.
+    """Replace each packed weight with its stored tensors in the tables of a plan.
 
     Returns:
         four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
@@ -602,8 +602,8 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return `error`, relative to the merged weight, and `kept`, the fraction of the change that survived.
 
-    `kept` is the projection of the actual change on the intended change, divided by its norm: 1 if the whole change
-    survived, 0 if nothing did.
+    `kept` is the projection of the actual change on the intended change, divided by the norm of the intended change: 1
+    if the whole change survived, 0 if nothing did.
     """
     error, merged, change, left = norms
     # R, M, W are the new, the merged and the old weight. From |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, the

@@ -2,7 +2,7 @@
 
 PEFT (0.21.2) attaches an update only to the module that it names, so an update of a tied embedding does not change the
 head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides these rules, for all
-updates or by kind.
+updates or for some kinds of updates.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def settle_tie(
         )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
         why = f"the adapter changes {' and '.join(tie.inputs)} differently, but a model stores one tensor for both"
-        cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
+        cure = f"Inject it into a live model, which has both layers; {_MERGE} changes that tensor and the head"
         raise UsageError(why, where=tie.stored, cure=cure)
     if tied != UNTIE and _equal(inputs, head):
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
@@ -207,7 +207,7 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or the named one (`untie`)."""
+    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or only the named layer."""
 
     tie: Tie
     folds: Folds
@@ -239,8 +239,8 @@ class _Choice:
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
         """Whether updates had no effect in training, because the model does not call their module, like `shared` in T5.
 
-        PEFT replaces `shared` by its own layer, but the encoder and the decoder call their own embedding modules. Token
-        rows are the exception: PEFT attaches them to every tied layer.
+        PEFT replaces `shared` with its own layer, but the encoder and the decoder call their own embedding modules.
+        Token rows are the exception: PEFT attaches them to every tied layer.
         """
         if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
             return False
@@ -256,7 +256,7 @@ class _Choice:
             # mlx-lm uses the tied embedding as the head, and its LoRAEmbedding.as_linear adds the same factors there.
             return MERGE
         if tools != {"peft"}:
-            raise self._unknown(name, "its file does not say which of them training changed")
+            raise self._unknown(name, "its file does not say which layers training changed")
         foreign = self.adapter.foreign.data if self.adapter.foreign else {}
         config = foreign.get("config")
         config = config if isinstance(config, dict) else {}
@@ -273,7 +273,7 @@ class _Choice:
 
     def _unknown(self, name: str, why: str) -> UsageError:
         touched = " and ".join(self.folds)
-        one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
+        one = f"the base ties {self.tie.head} to {self.tie.stored}: both are one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
 
 

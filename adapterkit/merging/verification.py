@@ -261,7 +261,7 @@ def _compare_packed(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDiffe
     wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (computed[output.name], tensor.fetch()))
     bits = f"<u{output.dtype.itemsize}"
     elements = int((wanted.view(bits) != there.view(bits)).sum())
-    return TensorDifference(output.name, "it differs from quantizing the merge again", elements) if elements else None
+    return TensorDifference(output.name, "it differs from the requantized merge", elements) if elements else None
 
 
 def _compare_bytes(output: Output, tensor: Lazy) -> TensorDifference | None:

@@ -1,4 +1,4 @@
-"""Merge adapters whose embedding and head had more rows, or fewer rows, than the base has.
+"""Merge adapters whose embedding and head had more or fewer rows in training than they have in the base.
 
 Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
 adapter's file may contain them: PEFT saves the complete resized layers next to the factors.
@@ -264,7 +264,7 @@ class Vocabulary:
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
                 "Is this the base that the adapter was trained on? If its further rows are padding, "
-                f"{_flag(KEEP)} changes the first {made_for} and keeps the rest"
+                f"{_flag(KEEP)} changes the first {made_for} rows and keeps the others"
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)
         self.warnings.append(
@@ -274,7 +274,7 @@ class Vocabulary:
     def _say_kept(self, adapter: str, layer: str, rows: int, needed: int) -> None:
         self.warnings.append(
             f"rows {rows} to {needed - 1} of {layer} in {adapter} are dropped: the output has the base's {rows} rows, "
-            f"and loses the training of the added tokens; {_flag(GROW)} keeps it"
+            f"and loses the training of the added tokens; {_flag(GROW)} keeps these rows"
         )
 
     def _growing(self, rows: int) -> list[str]:

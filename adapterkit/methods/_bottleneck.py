@@ -26,7 +26,8 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     """Multiply keys and values `[1, 2, heads, n, d]` by the gates of each row of x `[batch, m, width]`.
 
-    A gate computes one factor for both keys and values, or one for each. The result is `[batch, 2, heads, n, d]`.
+    A gate computes one factor that keys and values share, or a factor for each of them. The result is `[batch, 2,
+    heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
 
@@ -35,7 +36,7 @@ def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 class Sublayer(OutputUpdate):
-    """h' = h + change(h), or h + change(residual) in parallel.
+    """h' = h + change(h), or h + change(residual) if the adapter is parallel.
 
     h is the sub-layer's output before the residual is added.
     """
@@ -57,7 +58,7 @@ class Sublayer(OutputUpdate):
         super().check_against(shape)
         if self.parallel and not self.residual and shape[1:2] != shape[:1]:
             why = f"the adapter runs parallel to a layer whose numbers of inputs and outputs differ: {list(shape[:2])}"
-            raise Unsupported(why, cure="Name the residual to read")
+            raise Unsupported(why, cure="Pass residual=, the path of the module whose input is the residual")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the change for the adapter's input h."""

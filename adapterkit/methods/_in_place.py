@@ -1,4 +1,4 @@
-"""Base class of methods that replace a part of W by a low-rank product, and the decompositions of W that they need."""
+"""Base class of methods that replace a part of W with a low-rank product; decompositions of W for these methods."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class InPlace(WeightUpdate):
 
 
 Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
-"""A decomposition of a matrix by the functions of a namespace."""
+"""A function of (array namespace, matrix) that returns the factors of a decomposition."""
 
 
 def svd(W: N) -> tuple[N, N, N]:

@@ -55,6 +55,6 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Return the numbers 0 to `width` in a factor's order: in every `run` first the even, then the odd chunks."""
+    """Return 0 to `width` - 1 in a factor's order: in every run, the even-numbered chunks come before the odd ones."""
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

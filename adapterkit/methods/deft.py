@@ -1,6 +1,6 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
-DEFT removes a subspace of the outputs from W, and replaces it by Q R. There are two forms. In the first, Q is the
+DEFT removes a subspace of the outputs from W, and replaces it with Q R. There are two forms. In the first, Q is the
 orthonormal factor of P's QR decomposition, and `right` equals Q. In the second, Q is P, and `right` is relu(P). Without
 R, DEFT only removes the subspace; this method is PaRa.
 """

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class MultitaskPrompt(ContextUpdate):
     """Puts P * (columns[t] @ rows[t]), elementwise, in front of the input embeddings of task t.
 
-    With `decoder`, the first half of the rows is put in front of the encoder's input, the second half in front of the
-    decoder's input.
+    With `decoder`, the first half of the rows is put in front of the encoder's input, and the second half in front of
+    the decoder's input.
     """
 
     place = "embeddings"

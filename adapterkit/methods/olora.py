@@ -1,8 +1,8 @@
 """OLoRA: LoRA in place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
-W' = W - scaling * Q' R' + scaling * B @ A, where Q' and R' are the first r columns of Q and rows of R in the thin QR
-decomposition W = Q R. A file with only A and B is complete, because Q' R' can be computed exactly from the base,
-including signs.
+W' = W - scaling * Q' R' + scaling * B @ A, where Q' is the first r columns of Q, and R' the first r rows of R, in the
+thin QR decomposition W = Q R. A file with only A and B is complete, because Q' R' can be computed exactly from the
+base, including signs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OLoRA(InPlace):
-    """W' = W + scaling * (B @ A - Q' R'); Q' and R' are the first r columns of Q and rows of R in W = Q R."""
+    """W' = W + scaling * (B @ A - Q' R'); for W = Q R, Q' has Q's first r columns, R' has R's first r rows."""
 
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),

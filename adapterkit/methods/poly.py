@@ -74,6 +74,6 @@ class Poly(Routed):
 def _part(size: int, splits: int) -> int:
     if size % splits:
         raise ShapeMismatch(
-            f"{size} channels do not divide into {splits} splits", cure="Pass splits= that divides them"
+            f"{size} channels do not divide into {splits} splits", cure="Pass a splits= that divides the channels"
         )
     return size // splits

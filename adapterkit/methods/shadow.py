@@ -2,10 +2,10 @@
 
 Each block uses the difference between its input and a second hidden state s, which starts as the network's output.
 
-ShadowPEFT as in PEFT 0.21. The input x of a block becomes x' = x + alpha * up @ down @ (x - s). The block's output y
-determines the next s: s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU
-between them. The first s is the small network's output for the same call, widened by `projection`. The network is a
-model of the base's class with few layers.
+The formula is that of ShadowPEFT in PEFT 0.21. The input x of a block becomes x' = x + alpha * up @ down @ (x - s). The
+block's output y determines the next s: s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two
+layers with a GELU between them. The first s is the small network's output for the same call, widened by `projection`.
+The network is a model of the base's class with few layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
 The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
-are elements of the change. With a filter, both axes of the weight are padded at both ends, such that the transform has
-the padded size after the filter's borders are cut off.
+are elements of the change. With a filter of L taps, the transform pads an axis of n elements at both ends to n + L - 2
+elements, or to one more if this number is odd. `index` does not count the padding at the start.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The upper right quarter has the high frequencies along the rows' axis, the lower left quarter those along the
-        # other axis.
+        # The axes are crossed: coefficients in the right half get the high-pass filter along the outputs, coefficients
+        # in the lower half get it along the inputs.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside

@@ -19,7 +19,7 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""A naming without fused weights: each weight has its name on the hub, or else its key.
+"""A naming without fused weights: each weight has its name on the hub or, if the hub fuses or stacks it, its key.
 
 GGUF files are read with this naming.
 """
@@ -80,9 +80,9 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         heads: the kind of heads to which the rows belong, one of `SHARED`; only if `rows` is one of `TURNED`.
         columns: the order of the inputs, with the same values as `rows`.
         beside: a template for the name of a second tensor, which has the weight's remaining rows.
-        ratio: the tensor's number of outputs divided by its number of inputs. Only if this ratio distinguishes two
-            weights with the same name: the last block's modulation has fewer outputs than the other blocks'
-            modulations.
+        ratio: the tensor's number of outputs divided by its number of inputs. Set only if this ratio distinguishes two
+            weights with the same name. For example, the last block's modulation may have fewer outputs than the other
+            blocks' modulations.
     """
 
     name: str
@@ -106,7 +106,7 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A condition on a base's config.
 
-    It selects the `general.architecture` that llama.cpp's converter writes for the base.
+    The condition selects the `general.architecture` that llama.cpp's converter writes for the base.
 
     Attributes:
         classes: the condition is met if the first entry of the config's `architectures` is in this list.
@@ -390,7 +390,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
-        # Ignore stacks that only MLX-LM has, because other families' stacks have the same names in other tools.
+        # Ignore MLX-LM's names of rare families: in far more common families, the same names mean other weights.
         namings = [naming for naming in architecture.namings if not (architecture.record.rare and naming == "mlx")]
         stacks = {
             _shape_of_place(place).rpartition(".#.")[2]

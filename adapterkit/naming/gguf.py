@@ -82,7 +82,7 @@ def place_of(family: Architecture, module: str) -> tuple[str, WeightPlace, dict[
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""A map from each tensor that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` write to its parts, in order.
+"""A map from each fused tensor to its parts, in order. llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` fuse tensors.
 
 Inside a part, rows have the same order as in a separate tensor. Gate and up are joined for each expert.
 """
@@ -116,7 +116,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
     value = values.get(f"{name}.attention.value_length", heads.dim)
     sizes = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
     if sum(sizes) != rows:
-        why = f"it has {rows} rows; the heads need {sizes[0]} (queries), {sizes[1]} (keys) and {sizes[2]} (values)"
+        why = f"the tensor has {rows} rows, but the heads need {' + '.join(map(str, sizes))} (queries, keys, values)"
         raise Unsupported(why, where=module, cure=_MERGE)
     return sizes
 

@@ -105,7 +105,7 @@ def _shared(config: Mapping[str, object], query: int, where: str) -> int:
     attentions = [b.get("attention") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
     groups = {a.get("n_heads_in_group") for a in attentions if isinstance(a, dict)} - {None}
     if len(groups) > 1:
-        why = f"its blocks differ: keys are shared among {', '.join(map(str, sorted(groups, key=str)))} query heads"
+        why = f"query heads share a key in groups of different sizes: {', '.join(map(str, sorted(groups, key=str)))}"
         raise Unsupported(why, where=where, cure="Merge the adapter into the GGUF model of this base")
     group = groups.pop() if groups else 1
     return query // group if type(group) is int and 0 < group <= query else query

@@ -1,4 +1,4 @@
-"""The vocabulary of mapping names: moves and rules, the index of a base's names, parts of models, stored layouts."""
+"""Types and tables for mapping names: moves, rules, the index of a base's names, parts of models, stored layouts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The location in the base of one part of a target.
+    """One part of a target, and its location in the base.
 
     Attributes:
         path: the name in the base.
@@ -216,7 +216,7 @@ def template_of(name: str) -> str:
 
 
 def swap(name: str, off: str, on: str) -> str:
-    """Replace the prefix `off` of a name with `on`; return a name without the prefix unchanged."""
+    """Replace the prefix `off` of a name with `on`; return the name unchanged if it does not begin with `off`."""
     return on + name[len(off) :] if name.startswith(off) else name
 
 

@@ -463,7 +463,7 @@ def variants(name: str) -> Iterator[str]:
     yield from without_prefix(name)
 
 
-# Map names by exchanging a prefix.
+# Map names by replacing a prefix.
 #
 # A change is accepted if it maps every target with the prefix to a name in the base.
 
@@ -507,7 +507,7 @@ def by_prefixes(
             name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # Try to exchange the shortest prefix first, because the names then share a longer ending. So `decoder.layers`
+    # Try to replace the shortest prefix first, because the names then share a longer ending. So `decoder.layers`
     # becomes `model.decoder.layers`, not `model.encoder.layers`, although both would fit.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
@@ -517,8 +517,8 @@ def by_prefixes(
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, changed = left, True
     while rest and changed:
-        # Start over after each exchange of a prefix, because the targets that remain may then fit an exchange that
-        # failed before. For example, once the targets of `model.text.` are mapped, one exchange may fit all remaining
+        # Start over after each replaced prefix, because the remaining targets may then fit a replacement that failed
+        # before. For example, once the targets of `model.text.` are mapped, one replacement may fit all remaining
         # targets of `model.`.
         changed = False
         for off in prefixes:

@@ -204,7 +204,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the embeddings that share the tensor: `inputs`; before a single input, also the stored name."""
+    """List the embeddings that share the tensor: `inputs`; if there is only one, the stored name precedes it."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 
@@ -261,7 +261,7 @@ def _pairs_of(config: Mapping[str, object] | None) -> Mapping[str, str]:
 def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
     """Return the names of the tied head and embedding among the pairs that a class ties.
 
-    None if there is no single pair.
+    None unless there is exactly one such pair.
     """
     head_pairs = []
     for one, other in pairs.items():

@@ -50,7 +50,7 @@ static void stream(uint64_t key, uint64_t first, int64_t count, uint32_t *words)
   }
 }
 
-/* Sorts by digits of eight bits, from the lowest; a digit that all keys share is only counted. */
+/* Sorts by digits of eight bits, from the lowest; a digit that is equal in all keys is skipped. */
 static void radix(uint64_t *keys, uint64_t *other, int64_t count) {
   uint64_t *from = keys, *to = other;
   for (int shift = 0; shift < 64; shift += 8) {
@@ -69,7 +69,7 @@ static void radix(uint64_t *keys, uint64_t *other, int64_t count) {
   if (from != keys) memcpy(keys, from, (size_t)count * sizeof *keys);
 }
 
-/* Buffers for one row: keys, sorted keys, probabilities and random words. `low` masks the bits with the column. */
+/* Buffers for one row: keys, sorted keys, probabilities and random words. `low` is the mask of the column's bits. */
 typedef struct {
   uint64_t *keys, *sorted;
   double *chance;

@@ -1,6 +1,6 @@
 /* Converts float32 to the bytes of ggml's block types, and back. The loops do the same float32 operations as
- * `io/ggml_blocks.py`, in numpy's order, so they give the same bits. They are compiled
- * without fused operations, which round once where numpy rounds twice.
+ * `io/ggml_blocks.py`, in numpy's order, so they give the same bits. They are compiled without fused operations, which
+ * round once where numpy rounds twice.
  *
  * numpy computes whole arrays at each step; here, a few blocks go through all steps while they are in the cache. If the
  * bits depend on numpy's order of elements, as for NaN and for the sign of zero, the call returns 1 and numpy computes
@@ -18,7 +18,8 @@ enum { TOGETHER = 16, LONGEST = 32, STRETCHES = 6, PLAIN = 32, BLOCK = 256 };
 /* The numbers by which ggml identifies the types. */
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* numpy computes blocks with larger values: their squares overflow, and numpy's order of comparisons decides. */
+/* numpy computes blocks with larger values: their squares overflow, and numpy's order of comparisons then decides the
+ * bits. */
 static const float LARGEST = 1e15f;
 
 static const float stretches[STRETCHES] = {-0.6f, -0.3f, 0.0f, 0.3f, 0.6f, 0.9f};

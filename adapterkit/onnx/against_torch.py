@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error, because the graph
-rounds, too."""
+"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error, because both the
+graph and torch round."""
 
 Tree = TypeVar("Tree")
 
@@ -46,7 +46,7 @@ def compared(
         out: the path of the graph.
         session: a session of the graph; the loaded adapters stay loaded.
         runs: a map from each adapter's name to its `Run`; the key None is the run without an adapter.
-        judged: False to return a difference that is too large instead of raising an error.
+        judged: False to return the difference even if it is too large, instead of raising an error.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -84,7 +84,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
+    """Return the largest difference between onnxruntime and ONNX's reference; None if that cannot run the graph."""
     expected = reference_outputs(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if expected is None else difference_of(expected, session_outputs(session, example))
 

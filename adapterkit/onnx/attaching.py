@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A view of some output channels of a layer, for an update of the corresponding rows of a fused weight."""
+    """Some output channels of a layer, seen as a layer. An update of some rows of a fused weight needs such a view."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -115,7 +115,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Apply the norm to a new output; if the output before the norm is unchanged, the result is bit-identical."""
+        """Apply the norm to a new output. If it equals the old output, the result equals the layer's output exactly."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -184,7 +184,7 @@ def attach(
         words: the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
-        Unsupported: a layer cannot have an update of this method.
+        Unsupported: a layer does not support the method of an update.
     """
     words = words or CallWords(building, [update for place in places_found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
@@ -207,13 +207,13 @@ def attach(
 
 
 def unchangeable(places: Sequence[ResolvedTarget], by_rows: bool) -> list[Target]:
-    """Return the adapter's targets that are experts which nodes before their node cannot change."""
+    """Return the adapter's targets that are experts which added nodes cannot change."""
     kind = Experts if by_rows else PackedExperts
     return [*dict.fromkeys(at.asked for at in places if at.spots and issubclass(at.spots[0].kind, kind))]
 
 
 def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) -> None:
-    """Refuse experts that nodes before their node cannot change.
+    """Raise an error if added nodes cannot change a node's experts.
 
     Raises:
         Unsupported: the experts are packed; or each row of a batch may have another adapter, and the node reads the
@@ -235,7 +235,7 @@ def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) ->
 def _attach_experts(
     node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
 ) -> None:
-    """Change a stack of experts: nodes before the node compute the new stack from the updates of all its parts."""
+    """Change a stack of experts: nodes inserted before the experts' node compute the new stack from all updates."""
     # Targets with the same rows, such as targets of two adapters, are next to each other.
     rounds: list[list[ResolvedTarget]] = []
     for place in places:
@@ -374,7 +374,7 @@ def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[Re
     Attach these blocks first, because nodes that are added for layers inside a block read the block's state.
 
     Raises:
-        Unsupported: such a target is inside a subgraph.
+        Unsupported: a block that passes a state is inside a subgraph.
     """
     moving = [place for place in places_found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
@@ -395,7 +395,7 @@ def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLay
         assert place.outlet is not None
         return Ended(place.outlet, branch)
     if place.norm is not None and place.outlet is not None:
-        why = f"the update has a residual or norm, and the batch norm {place.norm.name} is folded into the layer"
+        why = f"the update has a residual or norm, but the batch norm {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.inside:
         refuse_outputs(place, spot.node.op_type)
@@ -411,7 +411,7 @@ def _check(place: ResolvedTarget, layer: GraphLayer | Ended, bias: object) -> No
         raise Unsupported(why, where=str(place.asked), cure="Put updates of weights before updates of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
-            why = f"{update.method} changes the whole output, and the target is a row slice"
+            why = f"{update.method} changes the whole output, but the target is a row slice"
             raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
@@ -516,7 +516,8 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
         updates: the updates of the layer, in order.
         added: True to compute the change of the output and add the change to the layer's output. An update without
             effect then keeps every bit.
-        more: True to add changes of the product to the layer's output; see `computes_apart`.
+        more: True to keep the layer's output, and to add the change of the product `W @ x` to it; see
+            `computes_apart`.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
@@ -559,7 +560,7 @@ def _insert(layer: GraphLayer | Ended, new: ir.Value, branch: Branch) -> None:
 
 _PARTIAL = "--allow-partial (allow_partial=True)"
 
-_PACKED = "GRAPH A -o OUT --quantized requantize or dequantize (quantized='requantize' or 'dequantize')"
+_PACKED = "GRAPH A -o OUT --quantized requantize (quantized='requantize'), or with dequantize instead"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"
 _CONSTANT = "Inject it with --mode constant (mode='constant')"

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of numbers; an Add of a vector along the last axis may precede these operators."""
+"""Operators that keep the order of numbers. An Add of a vector after such an operator can be moved before it, if the
+vector lies along the last axis."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
@@ -77,7 +78,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
 
-    Vectors that are not the bias of their layer are noted in `building.apart`.
+    If an added vector is not the bias of its layer, the layer's node is noted in `building.apart`.
 
     Raises:
         Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
@@ -319,7 +320,7 @@ def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -
 
 
 def _added(layer: GraphLayer) -> Iterator[_Added]:
-    """Yield the values that nodes add to a layer's output, including Adds after nodes that keep or move its numbers."""
+    """Yield the values that nodes add to a layer's output, directly or after nodes that keep or move the numbers."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:
@@ -363,7 +364,7 @@ def _may_be_bias(added: _Added, layer: GraphLayer, place: ResolvedTarget) -> boo
 
 
 def _vector(added: _Added, layer: GraphLayer) -> Array | None:
-    """Return the number to add to each channel of a layer's own output; None if nodes in between move the numbers."""
+    """Return an added vector as one number per channel of the layer's output; None if it has no such form."""
     vector = numbers(added.value)
     vector = -vector if added.negative else vector
     if vector.size != layer.outputs:
@@ -407,7 +408,7 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
-    """Replace an Add or a Sub of a vector by an Add right after the layer that computes the same numbers.
+    """Move the addition or subtraction of a vector: an Add right after the layer then adds the vector.
 
     Returns:
         False if that is impossible, because other nodes read the values in between, or the nodes are in different

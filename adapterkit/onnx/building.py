@@ -32,7 +32,7 @@ FREE = 1 << 40
 
 
 class Building:
-    """The nodes and tensors to add to one model. Each key becomes one tensor, which all nodes that need it share.
+    """The nodes and tensors to add to one model. All nodes that need the tensor of a key share one tensor.
 
     Args:
         model: the model that is being changed.

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokens import Size
 
 
-# Compute the last layer's output without the adapter, by a copy of the nodes before it.
+# Compute the last layer's output without the adapter, with a copy of the nodes that compute this output.
 # The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
 # computes from the tokens of the past instead of the cache.
 
@@ -153,11 +153,11 @@ class CallWords:
     Args:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
-        told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
-        config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
+        given: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
+        config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
 
     Raises:
-        UsageError: no update reads an input in `told`, or the graph has no value of the given name.
+        UsageError: no update reads an input in `given`, or the graph has no value of the given name.
         Unsupported: the graph lacks an input that an update reads.
     """
 
@@ -196,7 +196,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `told` may give another name for the input."""
+        """Return the graph input for an input of the call, or None; `stated` may give another name for the input."""
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None

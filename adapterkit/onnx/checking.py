@@ -100,8 +100,8 @@ TOLERANCE = {"f": 1e-5, "V": 3e-2}
 """Largest allowed difference relative to the largest output: for float32 and float64 ("f"), and for 16 bits ("V")."""
 
 NOISE, MOST_NOISE = 10.0, 1e-4
-"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference that onnxruntime's
-optimizations make to the graph, but never more than `MOST_NOISE`."""
+"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference between the graph's
+outputs with and without onnxruntime's optimizations, but never more than `MOST_NOISE`."""
 
 
 def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
@@ -198,7 +198,7 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Context changes nothing in a run without new tokens, or with a past.
+    if not adapter.updates:  # The adapter has only context, which has no effect without new tokens or with a past.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)
@@ -267,7 +267,7 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
 
 
 def _empty(out: Path) -> Feeds:
-    """For slots without defaults, return values with which the graph computes the same as the base."""
+    """Return values for slots without defaults. With these values, the graph computes the same as the base."""
     return as_fed(neutral_of(opened(out).model))
 
 
@@ -578,8 +578,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation also has bugs. Its result only counts if it agrees with onnxruntime on the original
-    graph.
+    The reference implementation may be wrong, too. So its result counts only if it agrees with onnxruntime on the
+    original graph.
     """
     expected = reference_outputs(widened(str(out)) or out, feeds)
     if expected is None:
@@ -631,8 +631,8 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
 def _computes_narrow(model: bytes) -> bool:
     """Whether a graph computes in integers, or in 16 bits or fewer, whatever dtype its outputs have.
 
-    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
-    to 32 before use do not count.
+    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits, but cast
+    to 32 bits before use, do not count.
     """
     import onnx
 

@@ -40,7 +40,7 @@ class NewTokens:
         new: True where a token is new.
         known: the token ids, with 0 in place of each new token.
         vectors: the vectors of new tokens.
-        said: a sentence that gives the ids of the new tokens.
+        ids_note: a sentence that gives the ids of the new tokens.
     """
 
     ids: ir.Value
@@ -95,8 +95,8 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     Raises:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
-        Unsupported: the graph does not show how positions are counted, or it has a past, whose positions would count
-            the new tokens.
+        Unsupported: the graph does not show how positions are counted; or it has a past, and positions after the past
+            would count the new tokens in the past.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
@@ -222,7 +222,7 @@ def _projected(P: Array, layer: GraphLayer, target: Target) -> Array:
 
 
 def _of_heads(array: Array, heads: int, d: int) -> Array:
-    """Reshape `[n, groups * d]` to `[heads, n, d]`; repeat the groups of grouped-query attention."""
+    """Reshape `[n, groups * d]` to `[heads, n, d]`; query heads of one group get equal rows."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
     # In grouped-query attention, several query heads share a key head.
     return np.repeat(split, heads // len(split), 0)
@@ -366,7 +366,7 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         if not fits or layer >= layers or len(inputs) != 2 * layers:
             why = (
                 f"the prefix has {layers} layers with {heads} heads of {width}, "
-                f"and the graph's past has {len(inputs) // 2} layers of {sizes}"
+                f"but the graph's past has {len(inputs) // 2} layers of {sizes}"
             )
             raise ShapeMismatch(why, where=value.name, cure="Is this the base that the adapter was trained on?")
     for (layer, part), value in inputs.items():

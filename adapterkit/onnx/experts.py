@@ -116,7 +116,7 @@ class Experts(GraphLayer):
     """The first weights of all experts, `[experts * out, in]`: each expert's gate and up, or a single weight.
 
     Class attributes:
-        vector: the position of the biases.
+        vector: the position of the biases among the node's inputs.
         first: True for the first weights, which may fuse gates and ups.
     """
 
@@ -254,7 +254,7 @@ class SecondExperts(Experts):
 
 
 class PackedExperts(Experts):
-    """The first weights of a `QMoE`, packed along the inputs; each row, or each block in it, has a scale.
+    """The first weights of a `QMoE`, packed along the inputs; each row, or each block of a row, has a scale.
 
     Class attributes:
         middle: the position of the zero points, which are optional.
@@ -328,7 +328,7 @@ EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, Sec
 
 
 def layer_of(name: str) -> str | None:
-    """Return the number of the layer in a name; None if the name has none."""
+    """Return the number of the layer in a name; None if the name contains no layer number."""
     match = LAYER.match(dotted(name) if name.startswith("/") else name)
     return None if match is None else match.group(1)
 
@@ -419,7 +419,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         make, sizes = kind.detached(node), kind.sizes(node)
         dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
         name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
-        # Bind the loop's values: the tensor is computed when it is written.
+        # Bind the current values of the loop, because the tensor is computed later, when it is written.
         tensor = ir.LazyTensor(
             lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
                 np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,

@@ -76,7 +76,7 @@ OWNS = frozenset(
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuse an existing folder unless `overwrite` is set, and an export wrote the folder and all weight files in it.
+    """Refuse an existing folder, unless `overwrite` is set and an export wrote the folder and all its weight files.
 
     Raises:
         StorageError: the folder exists and may not be replaced, or its parent folder does not exist.
@@ -109,7 +109,7 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
 
 
 def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
-    """Return the report of an export to a scratch folder, with the paths that the files get in `target`."""
+    """Return the report of an export, with the final paths in `target` instead of the paths in the scratch folder."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / report.out.name, files=files)
 
@@ -315,8 +315,9 @@ def export(
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
             instead of a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, omit targets that the
-            graph lacks (`GraphReport.left` lists them), and write `PART.NAME.onnx_adapter` files.
+        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, targets that the graph
+            lacks are then omitted (`GraphReport.left` lists them), and the adapter files are named
+            `PART.NAME.onnx_adapter`.
         check: run the graph in onnxruntime and compare it with the torch model; a quantized graph is also compared with
             the same graph with dequantized weights.
 
@@ -324,7 +325,7 @@ def export(
         UsageError: an argument is invalid, or the model is in training mode.
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
         NotMergeable: an adapter changes more than weights, or a weight is tied.
-        Unsupported: torch cannot export the model, or a layer cannot take a method.
+        Unsupported: torch cannot export the model, or a layer does not support the method of an update.
         CheckFailed: the graph's outputs differ from torch's by more than rounding explains. Then no file is left at
             `out`.
     """
@@ -407,10 +408,10 @@ def files_of_adapters(adapters: Adapters) -> list[Path]:
 
 
 def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Run the model once before it is traced: some formulas create a network in the first call, which cannot be traced.
+    """Run the model once before it is traced: some formulas create a network in the first call, which fails in a trace.
 
     Raises:
-        Unsupported: a formula cannot run in such a call.
+        Unsupported: a formula does not support this call.
     """
     try:
         outputs_of(model, args, kwargs)
@@ -428,7 +429,8 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph only once, even for the reference, because onnxruntime optimizes a graph at every load.
+        # Load each graph only once, because onnxruntime optimizes a graph at every load. The comparison with ONNX's
+        # reference uses the same session.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:

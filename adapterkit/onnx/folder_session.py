@@ -124,7 +124,7 @@ class FolderSession:
                 seen |= set(slotted_part.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
-            cure = "Give the graphs slots for this target: inject an adapter with it, with --mode slots (mode='slots')"
+            cure = "Give the graphs slots for it: inject an adapter with this target, with --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return by_part
 

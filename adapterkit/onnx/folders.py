@@ -58,10 +58,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msg
 old weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""Part in a file -> the parts whose targets the file may hold. A decoder beside a vision part is the language model."""
+"""A map from the part in a file's name to the parts whose targets the file may have. For example, `decoder` may be the
+language model of a vision-language model, whose targets belong to `text`."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
-"""Section of `genai_config.json` -> the part in its file."""
+"""A map from each section of `genai_config.json` to the part of the model in the section's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class GraphPart:
     Attributes:
         path: the graph's file.
         name: the file's path relative to the folder.
-        role: the part of the model that the graph holds; None if its name does not show the part.
+        role: the part of the model that the graph holds; None if the file's name does not show it.
         data: the files with the graph's external data.
     """
 
@@ -160,7 +161,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(section["filename"]): GENAI[key] for key, section in sections.items() if "filename" in section}
 
 
-# Give each graph the part of an adapter whose targets it contains.
+# Give each graph the updates of an adapter whose targets the graph contains.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,7 +256,10 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
-    """Return the targets that a graph lacks although a graph with the same layers, judging by its name, has them."""
+    """Return the targets that a graph lacks, although another graph with the same layers has them.
+
+    The names of the files show which graphs must have the same layers.
+    """
     adapter = by_part[part.name]
     there = {} if adapter is None else adapter.updates
     others = [by_part[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]

@@ -53,7 +53,7 @@ def fold(
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
         damage: a dictionary to which the function adds, for each target, the error of quantizing its changed weight
-            again, even if the change is attached beside the weight instead.
+            again, even if the change is attached beside the unchanged weight.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             `MOST_LOST` of it.
@@ -108,7 +108,7 @@ class Folding:
         spot: the layer.
         at: the layer's targets, each with its adapter's weight in the merge.
         building: the model that is being changed.
-        fresh: the new tensors of the whole merge, each under a key of its sources.
+        fresh: the new tensors of the whole merge; see `Fresh`.
     """
 
     spot: Spot
@@ -132,7 +132,7 @@ class Folding:
     def done(
         self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None, keep: str | None
     ) -> list[ResolvedTarget]:  # fmt: skip
-        """Change the layer's bias and weight; return the targets whose changes must be attached instead.
+        """Change the layer's bias and weight; return the targets whose changes must be attached beside the layer.
 
         Args:
             quantized: the choice for a packed weight.
@@ -209,9 +209,7 @@ class Folding:
             return apart
         if must:
             methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
-            why = (
-                f"{methods} cannot be kept beside a quantized weight at a weight other than 1 or beside another adapter"
-            )
+            why = f"{methods} can only be kept beside a quantized weight if one adapter is merged, with weight 1"
             cure = "Omit --keep-change (keep_change=), or add the adapters first: adapterkit combine"
             raise Unsupported(why, where=self.name, cure=cure)
         return []
@@ -329,7 +327,7 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array],
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Return the changed weight, computed as a whole, in float64; `W` has the target's rows from `start` on."""
+    """Return rows of a layer's weight, with the targets in these rows applied; `W` has the rows from `start` on."""
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))
@@ -379,6 +377,6 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         out = np.ascontiguousarray(array).astype(kind.numpy())
     # Refuse only new NaNs and infinities, from an overflow: the base itself may already have some.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
-        cure = "Merge with a smaller weight"
+        cure = "Merge with a smaller weight of the adapter: --weight (weights=)"
         raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)
     return out

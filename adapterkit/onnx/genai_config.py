@@ -1,7 +1,7 @@
 """Write `genai_config.json` beside an exported language model, so that onnxruntime-genai loads the folder.
 
-The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids. The
-format is that of its model builder: https://onnxruntime.ai/docs/genai/reference/config.html
+The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids.
+onnxruntime-genai's model builder writes the same format: https://onnxruntime.ai/docs/genai/reference/config.html
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ KIND = "decoder"
 """The `type` in the config for any architecture: onnxruntime-genai's other types differ only in the cache layout."""
 
 LONGEST = 2048
-"""Longest text in tokens if the model's config does not limit it."""
+"""Maximum length of a text in tokens, used if the model's config has no limit."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
-"""Names of cached keys and values, as patterns with the number of the layer."""
+"""Patterns for the names of cached keys and values; `%d` is the number of the layer."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[Path]:
-    """Write the config of an exported language model; return its path.
+    """Write the config of an exported language model; return a list with its path.
 
     Args:
         model: the transformers model.
@@ -44,8 +44,9 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, the
-        sizes of keys and values differ between layers, or the model's configs name no end-of-text token.
+        An empty list if onnxruntime-genai cannot run the graph; then no file is written. The reason is that the graph
+        has no cached keys and values, the sizes of keys and values differ between layers, or the model's configs name
+        no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -93,7 +94,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
 
 
 def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
-    """Return the ids of special tokens, first from the generation config; padding defaults to the end of the text."""
+    """Return the ids of special tokens, first from the generation config. The default for padding is the end token."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
     ids: dict[str, JsonValue] = {}
     for name in TOKENS:

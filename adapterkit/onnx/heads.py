@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""Last segment of a layer's name in Phi-3 -> the layers that the builder splits it into, in the order of rows."""
+"""A map from the last segment of a layer's name in Phi-3 to the layers into which the builder splits that layer, in the
+order of rows."""
 
 PACKED = "qkv_proj"
 """The builder's name for the layer that packs `PARTS`."""
@@ -60,9 +61,10 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """Return the packed layer that contains a part as rows, for a graph with slots beside that layer.
+    """Replace a target that is a part of a packed layer by rows of that layer; return any other target unchanged.
 
-    Then nodes of the slots are between the layer and its attention, so head counts no longer show the parts.
+    This is needed if a graph has slots for the packed layer: the slots' nodes are between the layer and its attention,
+    so head counts no longer show the parts.
 
     Args:
         target: a target under the graph's own name; its rows are those of the packed layer.
@@ -80,7 +82,7 @@ BETWEEN = {
 """Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of such operators in a row."""
+"""Largest number of these operators between a packed layer and its attention."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:

@@ -103,7 +103,7 @@ def inject(
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs of rank 1 or more, which other runtimes can also swap. With `inputs`,
+            the tensors required inputs of rank 1 or more, which every runtime can swap. With `inputs`,
             `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
             `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
@@ -127,7 +127,7 @@ def inject(
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: a layer cannot have an update of this method.
+        Unsupported: a layer does not support the method of an update.
         Malformed: the file is not a model; its data is missing, too short or outside of its folder; or it is so invalid
             that onnxruntime does not load it.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
@@ -153,7 +153,7 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it with --mode constant (mode='constant'); runs without its tokens or with a past are unaffected"
+        cure = "Inject it with --mode constant (mode='constant'): runs without new tokens or with a past do not use it"
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)

@@ -1,4 +1,4 @@
-"""Change a node's weight with nodes before it, if nodes after it cannot express the change of the output.
+"""Change a node's weight with nodes before that node, if nodes after it cannot express the change of its output.
 
 A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
 changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
@@ -70,8 +70,8 @@ def changed_inside(
     if changing and (layer.bias is not None or any(update.needs_bias for update in changing)):
         if layer.bias is None or place.target.rows or place.norm is not None:
             reason = "the target is a row slice" if place.target.rows else "a batch norm is folded into the layer"
-            why = f"the update changes a bias, and {reason}"
-            why = f"the update adds a bias, and the {layer.node.op_type} has none" if layer.bias is None else why
+            why = f"the update changes a bias, but {reason}"
+            why = f"the update adds a bias, but the {layer.node.op_type} has none" if layer.bias is None else why
             raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
         bias = cast("Value | None", chain.bias)
     graph = layer.node.graph

@@ -29,7 +29,7 @@ class IntegerLayer(GraphLayer):
 
     Class attributes:
         domain: the operator's domain.
-        parts: the positions of the weight, its scale and its zero point.
+        parts: the positions of the weight, its scale and its zero point among the node's inputs.
         origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
             input.
         out: the positions of the output's scale and zero point; None if the output is floating-point.
@@ -105,7 +105,7 @@ class IntegerLayer(GraphLayer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The step of an integer bias is the product of the input's scale and the weight's scale, which has changed.
+        # The step of an integer bias is the product of the input's and the weight's scale. The weight's has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -360,7 +360,7 @@ def _in_floats(
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:
-    """Give the nodes that replace a node its exporter's metadata, and an Add of its bias a name in the same module."""
+    """Copy a node's exporter metadata to the nodes that replace it, and name an Add of the bias after the node."""
     for one in branch.nodes:
         if one.op_type not in ("DequantizeLinear", "Transpose"):
             one.metadata_props.update(node.metadata_props)

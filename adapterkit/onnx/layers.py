@@ -31,12 +31,12 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
     if name is None:
         return read
     value = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
-    # Some exporters share a tensor by an Identity, so the base's tensor may be the output of a node.
+    # Some exporters share a tensor through an Identity, so the base's tensor may be the output of a node.
     return value or _behind(read, name) or read
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value of this name among the values from which a value is computed."""
+    """Search the values from which a value is computed for a name; return the value with this name, or None."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -69,7 +69,7 @@ class GraphLayer:
         branch: collects the nodes that formulas append.
 
     Attributes:
-        after: the Add after the node that adds the layer's bias, and the bias; None if the node itself adds the bias.
+        after: the Add that adds the layer's bias after the node, and the bias; None if the node itself adds the bias.
         apart: True if the vector that is added to the product is not the layer's bias; see biases.py.
         call: the inputs of the model's call, for formulas that read them; see calls.py.
         moved: the new input of a module whose input a formula replaced; None for layers.
@@ -143,7 +143,7 @@ class GraphLayer:
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function that returns the present result of `stored_array`, even after the node was changed."""
+        """Return a function that returns the weight of now, even if the node is changed later."""
         copy = detached_copy(cls.operand_of(node))
         return lambda: numbers(copy)
 
@@ -221,7 +221,7 @@ class GraphLayer:
 
     @property
     def direct(self) -> bool:
-        """Whether `op` accepts a weight with another number of outputs than the layer's."""
+        """Whether `op` accepts a weight with more or fewer outputs than the layer's weight."""
         return True
 
     @classmethod
@@ -472,7 +472,7 @@ def before_rounding(output: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """Return a value after any QuantizeLinear and DequantizeLinear, where a change is not clipped."""
+    """Return the value after any QuantizeLinear and DequantizeLinear; a change that is added there is not clipped."""
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
@@ -480,7 +480,7 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear may also stand for a Relu or a Clip at 0, because its range ends at 0.
+    """Whether a QuantizeLinear may replace a Relu or a Clip at 0 of the float model, because its range ends at 0.
 
     onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
     """

@@ -58,7 +58,9 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         method, matching = nearest(W, spots, str(asked))
         twin = _twin(base, site.weight, W) if len(matching) > 1 else None
         if twin is not None:
-            why = f"{len(matching)} nodes have this weight, and {twin} of the base has the same values"
+            why = (
+                f"{len(matching)} nodes have this weight, and the base's {twin} has equal values: the layer is unclear"
+            )
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, matching)
     return known
@@ -109,7 +111,7 @@ def _compare_rows(place: ResolvedTarget, W: Array) -> None:
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return the name of another base weight with equal values, or None; the same nodes may store that weight."""
+    """Return the name of another base weight with equal values, or None. The nodes may be the layer of that weight."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -161,7 +163,10 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _same(stored: Array, W: Array) -> Array:
-    """Compare each number; 16-bit numbers may be rounded, and tiny numbers replaced, as converters to float16 do."""
+    """Return, for each number, whether it matches.
+
+    A stored 16-bit number may differ slightly, because converters to float16 round numbers and replace tiny numbers.
+    """
     if stored.dtype.itemsize > 2:
         return np.asarray(stored == W)
     return np.asarray(abs(stored.astype(np.float32) - W) <= 2**-8 * abs(W) + 1e-6)

@@ -103,7 +103,7 @@ def merge(
         raise UsageError("a change can only be packed if weights are quantized again", where="keep_change", cure=cure)
     if keep_change == "float" and quantized == "dequantize":
         cure = "Omit one: --keep-change (keep_change=) or --quantized (quantized=)"
-        raise UsageError("dequantized weights always take the whole change", where="keep_change", cure=cure)
+        raise UsageError("dequantized weights take the whole change, so none is kept", where="keep_change", cure=cure)
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
         return merge_folder(

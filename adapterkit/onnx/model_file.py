@@ -62,7 +62,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve links; refuse a file outside of the model's folder and of the folder that the model's link leads to."""
+    """Resolve links; refuse a file outside of the model's folder and, if the model is a link, of its real folder."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
@@ -551,7 +551,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a data file; its name contains their hash, so that the file never replaces another one."""
+    """Write new tensors to a data file, with a hash of the tensors in its name, so that it replaces no other file."""
     large = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not large:
         return

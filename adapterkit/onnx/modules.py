@@ -73,7 +73,7 @@ class Module:
 
     @property
     def read(self) -> ir.Value | None:
-        """The value that the module reads; None if it reads several."""
+        """The value that the module reads; None if it reads none or several."""
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:

@@ -121,7 +121,7 @@ class LeftScaledNorm(ScaledNorm):
 NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
 
 UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
-"""Kinds of norms that may store `1 + weight` of the model; only the base's weights show whether they do."""
+"""Kinds of norms whose vector may be 1 plus the model's weight; only the base's weights show whether it is."""
 
 
 def _module(node: ir.Node) -> str:
@@ -201,7 +201,7 @@ def _is_same(name: str, path: str, role: str | None) -> bool:
     """Whether a norm has a target's name, except for a prefix.
 
     A graph of an encoder or a decoder omits the word `encoder` or `decoder` from its names, so only the file's name
-    shows which one it is.
+    shows which of the two it is.
     """
     if not same_end(name, path):
         return False
@@ -214,8 +214,8 @@ def _resolved(
 ) -> ResolvedTarget:
     sizes = {int(leaf.shape[0]) for update in updates for leaf in update.tensors.values() if len(leaf.shape) == 1}
     if any(spot.shape != spots[0].shape for spot in spots) or sizes - {spots[0].shape[0]}:
-        why = f"{sorted(sizes)} channels for a norm of {spots[0].shape[0]}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this adapter made for this base?")
+        why = f"the updates have {sorted(sizes)} channels, but the norm has {spots[0].shape[0]}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     _check_numbers(target, spots, base)
     path = replace(target, path=name, layout="out *in")
     return ResolvedTarget(path, target, updates, tuple(spots), "path", 1.0)

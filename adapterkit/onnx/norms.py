@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
-"""Scales that differ from 1 by less than this have the same effect as no norm."""
+"""A norm is ignored if none of its scales differs from 1 by more than this."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 """Candidates for `eps`, which weight files do not store: torch's default, then the value in models from TensorFlow."""
@@ -50,8 +50,8 @@ def groups_of(spot: Spot) -> int:
 def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
     """Whether the output of a layer is not the product that formulas change, so that changes are computed apart.
 
-    The node may also add a fused residual. If a batch norm is folded into a packed weight, formulas see the base's
-    weight, but the node computes with a rounded weight.
+    There are two such cases. The node adds a fused residual to the product. Or a batch norm is folded into a packed
+    weight: formulas see the base's weight, but the node computes with a rounded weight.
     """
     return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
 
@@ -66,7 +66,7 @@ def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = f"a batch normalisation may be folded into this layer ({trace}), and would also scale the change"
-                cure = "Pass the base's weights, which show whether it is: --base-weights DIR (base_weights=)"
+                cure = "Pass the base's weights, which show whether there is one: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 

@@ -128,7 +128,7 @@ def worked_out(
     packed = in_packed(named, by_name(spots_of(model)))
     whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
     held_by = None if base is None else opened_base(base)
-    # The graph's list of slots pairs both names, so a word that the graph omits shows which part the graph is.
+    # The graph's list of slots pairs both names, so a word that the graph omits shows which part of the model it holds.
     omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
     tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
     (place, *_) = resolve(model, whole, held_by, tying)

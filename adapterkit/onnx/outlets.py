@@ -41,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, whose node has the output.
+        end: the target's output; None for a layer, because the layer's node has the output.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.
@@ -136,7 +136,7 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target with the interface that `OutputUpdate` uses: a module, or a layer with a residual and norm outside.
+    """A target with the interface that `OutputUpdate` uses: a module, or a layer whose residual and norm are elsewhere.
 
     Args:
         outlet: the target's output site.
@@ -191,7 +191,7 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("a graph does not contain a module's output for another input")
+            raise Unsayable("a graph contains a module's output only for the module's own input")
         if self.asked is not None and self.asked is not x:
             raise Unsayable("a module has one output, and the formula calls it with two inputs")
         self.asked = x

@@ -70,7 +70,7 @@ def export_factory(
         factory: `module:function`, imported with the working folder first on Python's path. The function takes no
             arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
             of `export` (those in `EXPORT_OPTIONS`, which describe the module's call).
-        out: the folder to write; it appears when it is complete, by a rename.
+        out: the folder to write; a rename creates it when the export is complete.
         weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
             buffers.
         overwrite: replace a folder that an export wrote.
@@ -110,7 +110,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
         raise UsageError(why, where="model", cure="Pass a function that takes no arguments") from error
     parts: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
     if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], tuple | list):
-        cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
+        cure = "Return (torch module, example arguments), optionally followed by a dictionary of arguments of export"
         raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
     more = dict(parts[2]) if len(parts) == 3 else {}
     if foreign := sorted(more.keys() - EXPORT_OPTIONS, key=str):
@@ -147,7 +147,7 @@ def export_pretrained(
 ) -> GraphReport:  # fmt: skip
     """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
 
-    For a causal language model, the folder also contains `genai_config.json`, with which onnxruntime-genai loads it.
+    For a causal language model, the folder also contains `genai_config.json`, which onnxruntime-genai needs.
 
     An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
     model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
@@ -155,7 +155,7 @@ def export_pretrained(
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
-        out: the folder to write; it appears when it is complete, by a rename.
+        out: the folder to write; a rename creates it when the export is complete.
         adapter: see `export`.
         mode: see `export`.
         dtype: the dtype in which the graph computes.
@@ -292,7 +292,10 @@ def _carried(source: Path, out: Path) -> list[Path]:
 
 
 def _to_carry(source: Path) -> list[Path]:
-    """Return the config and tokenizer files; refuse a link out of the model's folder or its repository's cache."""
+    """Return the config and tokenizer files; refuse a link to a file outside of the model's folder.
+
+    In huggingface_hub's cache, a link may lead to any file in the cache of the model's repository.
+    """
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.

@@ -88,7 +88,7 @@ class ExportWords:
     Attributes:
         module: a wrapper that takes positional tensors and returns tensors.
         examples: example arguments of several sizes; the first one is traced.
-        inputs: names of the inputs, with nested ones flattened.
+        inputs: names of the inputs; nested inputs are flattened.
         outputs: names of the outputs.
         shapes: names of the dynamic sizes, in the structure of the arguments.
     """

@@ -31,10 +31,10 @@ FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
 """The names of all graphs that an export may write for the parts of a model."""
 
 MASKED = ("input_ids",)
-"""Main inputs of encoders that also need a mask."""
+"""Main inputs that an encoder reads together with a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Main input that needs no mask -> the `model_type` of models whose encoder reads only this input."""
+"""A map from each main input that needs no mask to the `model_type` of models whose encoder reads only this input."""
 
 CLOSE = 1e-4
 """Largest relative difference between the parts and the whole torch model in float32."""
@@ -77,7 +77,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         why = f"a {type(model).__name__} does not generate tokens"
         cure = "Pass the folder of a model that generates tokens, or " + _WHOLE.lower()
         raise Unsupported(why, path=source, cure=cure)
-    # torch.export cannot trace the strides of torch's fused attention with a position bias, as in T5.
+    # Use eager attention: torch.export cannot trace the strides of torch's fused attention with a position bias (T5).
     with silent():
         model.set_attn_implementation("eager")
     masked = main in MASKED
@@ -154,7 +154,7 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache with a past; if the past has the encoder's keys and values, attentions read them from there."""
+    """Return a cache with a past. If this has the encoder's keys and values, attentions read them from the cache."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -182,7 +182,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
 
 
 KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-"""The cached tensors of each layer, by optimum's names."""
+"""Optimum's names for the cached tensors of each layer."""
 
 
 def _decoder(
@@ -191,7 +191,7 @@ def _decoder(
 ) -> ExportWords:  # fmt: skip
     """Describe the decoder's call: for the first token, or with a past.
 
-    With a past, the decoder does not read the encoder's output, whose keys and values are in the past.
+    With a past, the decoder does not read the encoder's output: the past contains the keys and values of this output.
     """
     import torch
     from torch import nn

@@ -1,4 +1,4 @@
-"""Find an execution provider that works: onnxruntime also lists broken providers, and silently uses another instead."""
+"""Find a provider that works: onnxruntime also lists broken providers, and silently uses another provider instead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = {
     "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "dml": "DmlExecutionProvider",
     "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider", "webgpu": "WebGpuExecutionProvider",
 }  # fmt: skip
-"""Short name of a provider -> onnxruntime's name."""
+"""A map from each provider's short name to onnxruntime's name."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
 """Options with which a provider computes in full float32 precision: by default, CUDA may round to TF32."""

@@ -1,8 +1,9 @@
 """Quantize an exported graph with onnxruntime's quantizers, and measure the error of its weights.
 
-Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input in
-blocks of 32; otherwise, onnxruntime would unpack whole weights for each token. Dynamic quantization is not used: it
-rounds the whole input with one scale, and models with a few large activations would lose most of their precision.
+Weights are rounded in blocks of 32 inputs (`MatMulNBits`). For 8 bits, the graph lets onnxruntime round each layer's
+input in blocks of 32, too: without this, onnxruntime would unpack whole weights for each token. Dynamic quantization is
+not used: it rounds the whole input with one scale, and models with a few large activations would lose most of their
+precision.
 Adapters that are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
@@ -30,7 +31,8 @@ from .packed import PACKED, as_float, drop, is_packed
 from .resolving import spots_of
 
 SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
-"""Scheme -> bits per weight, and the accuracy level of kernels: level 4 allows kernels to compute in 8-bit integers."""
+"""A map from each scheme to the options of onnxruntime's quantizer: the bits per weight, and the accuracy level of the
+kernels. Level 4 allows kernels to compute in 8-bit integers."""
 
 BLOCK = 32
 """Number of inputs that share a scale."""
@@ -95,7 +97,7 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, fresh: Fresh) -> ir.
 
 
 def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
-    """Pack the linear layers of a graph and write it; return the rounding error of each weight.
+    """Pack the linear layers of a graph, and write the graph; return the rounding error of each weight.
 
     Args:
         model: a prepared file, in a scratch folder.
@@ -122,7 +124,7 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     except Exception as error:  # The quantizers raise any type of error.
         first = first_line(error)
         raise Unsupported(
-            f"onnxruntime cannot quantize it ({first})", cure="Export it without --quantize (quantize=)"
+            f"onnxruntime cannot quantize the graph ({first})", cure="Export it without --quantize (quantize=)"
         ) from error
     graph = opened(out).model
     if not any(is_packed(spot) for spot in spots_of(graph)):

@@ -61,11 +61,11 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""Key of a config for the model type in `genai_config.json`, if nothing else is known about the model."""
+"""Key under which `known_config` returns the model type in `genai_config.json`, if there is no other config."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
-    """Return the config of the exported model; if there is none, the model type from beside the graph, or None."""
+    """Return the exported model's config, or else the model type in `genai_config.json` beside the graph, or None."""
     try:
         return config_of(base, path)
     except UsageError:

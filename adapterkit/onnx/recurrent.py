@@ -25,10 +25,10 @@ BIASES = 3
 """The position of the biases among the inputs of a recurrent node."""
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""A map from each operator to the positions of ONNX's gates in torch's order."""
+"""For each operator and each gate in ONNX's order, the position of the gate in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""A map from each operator to the positions of torch's gates in ONNX's order."""
+"""For each operator and each gate in torch's order, the position of the gate in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
@@ -80,7 +80,7 @@ class Recurrent(GraphLayer):
 
     @property
     def constant_bias(self) -> ir.Value | None:
-        """The biases `[directions, 2 * gates * hidden]`: for each direction, first the inputs, then the hidden state.
+        """The biases, `[directions, 2 * gates * hidden]`; in each row, the inputs' biases precede the hidden state's.
 
         Raises:
             Unsupported: the biases depend on the graph's inputs.
@@ -115,7 +115,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def detached_bias(cls, node: ir.Node, bias: ir.Value) -> Callable[[], Array]:
-        """Return a function that returns the present bias, even after the node was changed."""
+        """Return a function that returns the bias as it is now, even if the node is changed later."""
         copy, order = detached_copy(bias), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.bias_half()], order)
 

@@ -161,7 +161,7 @@ class ResolvedTarget:
 
     @property
     def nodes(self) -> list[str]:
-        """The names of the target's nodes; for a module, only of its last node."""
+        """The names of the target's nodes; for a module, only the name of its last node."""
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, JsonValue]:

@@ -81,7 +81,7 @@ _CALL = re.compile(r"_\d+(?=\.weight$)")
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
 ) -> list[ResolvedTarget]:
-    """Find an adapter's targets in a graph, and tied layers that its updates also change.
+    """Find an adapter's targets in a graph, and the tied layers that the adapter's updates change together with them.
 
     Args:
         model: the graph.
@@ -107,7 +107,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: by its file name, this graph is the {tying.role}"
+            why = f"the target is in another part of the model: from its file name, this graph is the {tying.role}"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -304,7 +304,7 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
 
 
 def _is_packed(value: ir.Value | None) -> bool:
-    """Whether a value is a constant of several bytes: some operators store a packed weight so, without its axes."""
+    """Whether a value is a constant of several bytes: some operators store a packed weight as bytes without a shape."""
     if value is None or not is_constant(value) or element_type(value).itemsize > 1:
         return False
     return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))
@@ -366,7 +366,7 @@ def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter are at one weight, and at least one is not a plain sum"
+            why = "several targets of one adapter are at one weight, and not all of their updates are plain sums"
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 
@@ -493,7 +493,7 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's weight names in attentions and routers to the graph's names, where one part differs."""
+    """Map the adapter's weight names in attentions and routers to the graph's names, if the two differ in one part."""
     renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)

@@ -15,7 +15,8 @@ FILE_WORDS = (
     ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
     ("encoder", "encoder"),
 )  # fmt: skip
-"""Word in a file's or a folder's name -> the part of the model in it; the first word that matches decides."""
+"""Pairs of a word in a file's or a folder's name and the part of the model that the file or folder holds. The first
+word that matches decides."""
 
 PATH_WORDS = {
     "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
@@ -23,14 +24,16 @@ PATH_WORDS = {
     "audio_model": "audio", "speech_encoder": "audio", "audio_encoder": "audio", "language_model": "text",
     "text_model": "text", "text_encoder": "text", "vae": "vae",
 }  # fmt: skip
-"""Segment of a target's path -> the part that the target belongs to; the first segment that matches decides."""
+"""A map from a segment of a target's path to the part of the model that the target belongs to. The first segment that
+matches decides."""
 
 _FORM = re.compile(
     r"[_.\-](?:[bf]p?16|fp32|float16|bfloat16|q\d(?:f16)?|bnb4|u?int\d+|qu?int8|quant(?:ized)?|dynamic|static|o[1-4]|"
     r"optimized|simplified|slim|avx2|avx512|vnni|arm64)$",
     re.IGNORECASE,
 )
-"""Pattern of a word at the end of a file's name that tells the form of the graph, not its content."""
+"""Pattern of a word at the end of a file's name, such as `fp16` or `O2`, that tells the form of the graph, not its
+content."""
 
 
 def role_of(name: Path) -> str | None:
@@ -60,7 +63,10 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether `other` must contain each layer of `one`: without words for the form, its name begins with `one`'s."""
+    """Whether `other` must contain each layer of `one`, judging by their names without words such as `fp16` or `O2`.
+
+    The names must be equal, or the name of `other` must continue the name of `one`.
+    """
     if one.parent != other.parent:
         return False
     first, second = _plain(one.stem), _plain(other.stem)

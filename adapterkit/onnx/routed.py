@@ -40,7 +40,7 @@ TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
          "w2": "down_proj"}  # fmt: skip
-"""A map from the weight names of an expert, in all models with separate weights, to the parts in a graph."""
+"""A map from the names of an expert's weights, in all models that store them separately, to the names in a graph."""
 
 FAMILY = "adapterkit.model_type"
 """Metadata key of a graph with slots at experts, for the model type."""
@@ -66,17 +66,17 @@ class _Reading:
 def by_expert(
     adapter: Adapter, model: ir.Model, config: Config, refused: list[Target] | None = None
 ) -> tuple[Adapter, dict[Target, Target]]:
-    """Split an adapter's updates of experts that one node holds into updates of single experts.
+    """Split an adapter's updates of experts into updates of single experts, if one node of the graph holds the experts.
 
     Args:
         adapter: the adapter.
         model: the graph.
         config: the base's config, whose `model_type` selects the family.
         refused: a list to which targets that cannot be changed are added; the result then omits them. Without a list,
-            they raise an error.
+            such a target raises an error.
 
     Returns:
-        the adapter, with the graph's names of experts; and a map from each such target to the adapter's target.
+        the adapter, with the graph's names of experts; and a map from each of these names to the adapter's target.
 
     Raises:
         Unsupported: the layout of a node's weights is unknown, or a stack's family is unknown.
@@ -164,8 +164,8 @@ def _check(
     if count != stack.experts:
         why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # The builder multiplies Gemma 4's second weights by one scale per expert, by which a change would also be
-    # multiplied.
+    # The builder multiplies Gemma 4's second weights by one scale per expert. A change would have to be multiplied by
+    # this scale, too.
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
         raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
@@ -214,7 +214,7 @@ def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:
 
 
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
-    """Return the weights of experts under a name; empty if the name is not one of experts', or the family is unknown.
+    """Return the weights of experts that a name refers to; empty for other names, or if the family is unknown.
 
     Only the part of a name after the layer's number is compared, because the words before it differ between classes of
     one family.

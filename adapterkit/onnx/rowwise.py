@@ -35,10 +35,10 @@ INDEX = "adapter_index"
 """Name of the input with the number of an adapter for each row."""
 
 ROWS = "adapterkit.rows"
-"""Metadata key of a model for the name of that input."""
+"""Metadata key of a model for the name of the input `adapter_index`."""
 
 LARGE = 1 << 28
-"""Models with more bytes of tensors in their own file than this are not copied to infer shapes."""
+"""A model is not copied to infer shapes if its file contains tensors with more bytes than this."""
 
 LINEAR = (
     MatMul, Gemm, MatMulNBits, MatMulInteger, Attention, QAttention, QLinearMatMul, DynamicQuantizeMatMul,

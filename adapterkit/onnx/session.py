@@ -37,7 +37,7 @@ _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
     **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
-"""onnxruntime's name of an element type -> numpy's name."""
+"""A map from onnxruntime's name of each element type to numpy's name."""
 
 
 def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
@@ -53,12 +53,12 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
         raise ShapeMismatch(
-            f"the tensor has dtype {array.dtype}, and its slot {kind}", path=path, where=name, cure=_WRITE_ADAPTER
+            f"the tensor has dtype {array.dtype}, but its slot has {kind}", path=path, where=name, cure=_WRITE_ADAPTER
         )
     sizes = zip(declared, array.shape, strict=False)
     if len(declared) != array.ndim or any(isinstance(size, int) and size != wanted for size, wanted in sizes):
         raise ShapeMismatch(
-            f"the tensor has shape {list(array.shape)}, and its slot {declared}",
+            f"the tensor has shape {list(array.shape)}, but its slot has {declared}",
             path=path,
             where=name,
             cure=_WRITE_ADAPTER,
@@ -461,7 +461,7 @@ class Session:
         array, kind = np.asarray(given), kind_of(entry)
         if array.dtype != kind:
             raise UsageError(
-                f"the array has dtype {array.dtype}, and the input {kind}",
+                f"the array has dtype {array.dtype}, but the input has {kind}",
                 path=self._path,
                 where=name,
                 cure="Cast the array",

@@ -76,7 +76,7 @@ class Shadows:
         return self.value if self.value is not None else _network(update, heard, self._model())
 
     def close(self) -> None:
-        """Drop the state after the last block, which no block reads."""
+        """Drop the state that the last block passes on, because no block reads it."""
         if self.waiting is not None:
             self.waiting[0].close()
             self.waiting = None
@@ -125,7 +125,7 @@ class State:
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Return whether there is a state, and keep it for the next block; `y` is the block's output."""
+        """Pass the state on to the next block; return False if there is no state. `y` is the block's output."""
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
@@ -220,7 +220,8 @@ def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], 
     if EMBEDS in given_inputs:
         if past:
             raise Unsupported(
-                "the graph has embeddings as inputs, and a past", cure="Export the model without past keys and values"
+                "the side network needs the past's tokens, but the graph's inputs are embeddings",
+                cure="Export the model without past keys and values",
             )
         return {EMBEDS: given_inputs[EMBEDS]}
     ids = every_token(heard.words, heard.layer.branch)

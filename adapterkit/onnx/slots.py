@@ -195,7 +195,7 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots with which the graph computes the same as the base; every dynamic size is 1.
+    """Return tensors for required slots that keep the base's results unchanged; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -359,8 +359,8 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. An empty default contains no number; a tensor of another size is
-        # filled with 0.
+        # Record the number that fills the default. An empty default contains no number: for it, record 0, which fills
+        # a tensor of any other size.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -485,7 +485,7 @@ def fit(
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Returns:
-        Slot name -> array, in the slot's dtype.
+        A map from each slot's name to an array, in the slot's dtype.
 
     Raises:
         TargetNotFound: the model does not contain a target, or its slots at a target are for another method.
@@ -662,7 +662,7 @@ def _paired(
             name = next(
                 name for name in (fixed | slot_update.attributes) if fixed.get(name) != slot_update.attributes.get(name)
             )
-            why = f"{name} is {fixed.get(name)!r}, and {slot_update.attributes.get(name)!r} in the model's nodes"
+            why = f"{name} is {fixed.get(name)!r}, but {slot_update.attributes.get(name)!r} in the model's nodes"
             raise Unsupported(why, where=f"{target}: {update.method}", cure=_INJECT_SLOTS)
         pairs.append((update, slot_update.fields))
     return pairs
@@ -735,7 +735,7 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = (
-            f"the shape is {list(array.shape)}, and the slot's is "
+            f"the shape is {list(array.shape)}, but the slot's shape is "
             f"{[size if isinstance(size, int) else 'any' for size in declared]}"
         )
         cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"

@@ -30,7 +30,7 @@ class Call(Protocol):
 
     Attributes:
         building: the model.
-        made: a map from names to inputs that were added to the graph.
+        new_inputs: a map from names to inputs that were added to the graph.
     """
 
     building: Building

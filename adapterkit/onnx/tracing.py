@@ -29,7 +29,7 @@ def traced(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None, *, inside: str = "",
     **options: object,
 ) -> ir.Model:  # fmt: skip
-    """Return a module as a graph, whose weights remain torch tensors until they are written.
+    """Return a module as a graph. The weights remain torch tensors until the graph is written.
 
     Args:
         model: the module, in evaluation mode.

@@ -57,7 +57,7 @@ class Tying:
 def with_tied(
     places: Sequence[ResolvedTarget], adapter: Adapter, spots: Sequence[Spot], tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return an adapter's targets in a graph, and also the tied layers that its updates change.
+    """Return an adapter's targets in a graph, and the tied layers that the adapter's updates change together with them.
 
     Args:
         places: the targets that the adapter names.
@@ -113,7 +113,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]
 def _with_group(
     places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return an adapter's targets, and also the other layers of a group that its updates change."""
+    """Return an adapter's targets, and the other layers of a group that the adapter's updates change with them."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)

@@ -173,11 +173,17 @@ class _Unrounding:
         return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
-        """Return the output of an operator; its zero point, the input at a position, may stand for a Relu."""
+        """Return the float output `y` of an operator, with the Relu that its range may stand for.
+
+        Args:
+            y: the output.
+            node: the operator.
+            at: the position of the output's zero point among the operator's inputs.
+        """
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
-        """Keep the Relu that a range stands for if the range ends at its zero point."""
+        """If a quantizer's range ends at its zero point, keep the Relu that the range may stand for."""
         zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
         if zero is not None and not is_constant(zero):
             raise Unknown
@@ -264,7 +270,7 @@ def _pool(op: str, *names: str) -> Form:
 
 
 def _softmax(of: _Unrounding, node: ir.Node) -> ir.Value:
-    if attribute(node, "opset", 13) < 13:  # It flattened the axes after `axis`.
+    if attribute(node, "opset", 13) < 13:  # Before opset 13, Softmax flattened the axes after `axis`.
         raise Unknown
     return _single("Softmax", "axis")(of, node)
 
@@ -330,4 +336,4 @@ FORMS: dict[str, Form] = {
     "MatMulIntegerToFloat": _to_float,
     "QAttention": _attention,
 }
-"""Integer operator -> its float form."""
+"""A map from each integer operator to the function that appends its float form."""

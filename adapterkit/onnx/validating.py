@@ -33,7 +33,8 @@ _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Field of a tensor proto -> the types whose numbers the field stores; `int32_data` stores all other types."""
+"""A map from each field of a tensor proto to the types whose numbers the field stores. `int32_data` stores all other
+types."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
@@ -70,7 +71,7 @@ def _check_graph(
     for tensor in graph.initializer:
         _check_tensor(tensor, tensor.name, path)
         if not tensor.name:
-            raise Malformed("an initializer without a name", path=path, where=graph.name, cure=_AGAIN)
+            raise Malformed("an initializer has no name", path=path, where=graph.name, cure=_AGAIN)
     sparse = [one.values.name for one in graph.sparse_initializer]
     for tensor in (each for one in graph.sparse_initializer for each in (one.values, one.indices)):
         _check_tensor(tensor, tensor.name, path)
@@ -195,9 +196,9 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
         for tensor in (*tensors, *attribute.tensors):
             _check_tensor(tensor, f"{where}: {attribute.name}", path)
     if not node.op_type:
-        raise Malformed("a node without an operator", path=path, where=where, cure=_AGAIN)
+        raise Malformed("a node has no operator", path=path, where=where, cure=_AGAIN)
     if not node.output:
-        raise Malformed("a node without outputs", path=path, where=where, cure=_AGAIN)
+        raise Malformed("a node has no outputs", path=path, where=where, cure=_AGAIN)
     names = [attribute.name for attribute in node.attribute]
     for attribute in node.attribute:
         if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
@@ -226,7 +227,10 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Schema | None:
-    """Return an operator's required inputs, largest number of inputs, and attributes: name -> (type, required)."""
+    """Return an operator's required inputs, its largest number of inputs, and its attributes.
+
+    Each attribute has its type, and whether it is required.
+    """
     from onnx import defs
 
     # Skip older opsets: the model is converted, and then checked again.
@@ -269,7 +273,7 @@ def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
         count_stored, unit = len(getattr(tensor, field)), "numbers"
         needed = count * per if kind == ir.DataType.STRING or kind.bitwidth >= 8 else -(-count * kind.bitwidth // 8)
     if count_stored != needed:
-        why = f"a tensor has {count_stored} {unit}, and its shape {list(dims)} of {kind.name} needs {needed}"
+        why = f"a tensor has {count_stored} {unit}, but its shape {list(dims)} of {kind.name} needs {needed}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 

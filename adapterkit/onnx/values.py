@@ -190,7 +190,7 @@ def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, obj
     count = sum(part is not None for part in behind)
     if value.sizes is None:
         if any(part is None or isinstance(part, int) for part in key):
-            raise Unsayable("the graph does not say how many axes it has")
+            raise Unsayable("the graph does not show how many axes a value has")
         return [*_numbered(before, 0), *_numbered(behind, -count)]
     middle = [(axis, slice(None)) for axis in range(sum(p is not None for p in before), value.ndim - count)]
     return [*_numbered(before, 0), *middle, *_numbered(behind, value.ndim - count)]
@@ -210,7 +210,7 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Refuse limits near FREE: they were computed from a dynamic size, for which numbers from FREE on stand.
+    # Refuse limits near FREE: they were computed from a dynamic size. Numbers from FREE on stand for dynamic sizes.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("the limits of a slice depend on a dynamic size")
     # Refuse a part of a dynamic axis: a formula that loops over all positions of the axis would not end.
@@ -402,17 +402,17 @@ class Symbols:
         return _each("Erf", np.vectorize(math.erf), x)
 
     def sum(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
         total: Operand = reducible.sum(axis=axis, keepdims=keepdims)
         return total
 
     def mean(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
         average: Operand = reducible.mean(axis=axis, keepdims=keepdims)
         return average
 
     def max(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # numpy types a reduction by the value of `keepdims`, which differs between its versions.
+        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
         largest: Operand = reducible.max(axis=axis, keepdims=keepdims)
         return largest
 
@@ -562,7 +562,7 @@ class Value:
     @property
     def shape(self) -> tuple[Any, ...]:
         if self.sizes is None:
-            raise Unsayable("the graph does not say how many axes it has")
+            raise Unsayable("the graph does not show how many axes a value has")
         return self.sizes
 
     @property

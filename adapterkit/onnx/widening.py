@@ -61,7 +61,7 @@ def widened(model: bytes | str) -> bytes | None:
 
 
 def started(model: bytes | str, optimized: bool = True) -> OrtSession:
-    """Start a session of a graph, or of its float32 twin if onnxruntime cannot run its bfloat16; see `session_of`."""
+    """Start a session of a graph, or of its float32 twin if onnxruntime cannot run the graph; see `session_of`."""
     try:
         session = session_of(model, optimized)
     except Exception:  # onnxruntime's errors have no common base class.

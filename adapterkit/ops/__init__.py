@@ -1,4 +1,4 @@
-"""Compute with adapters: sum, change ranks, extract from tuned models, and compare, with low-rank factors if possible.
+"""Sum adapters, change their ranks, extract them from tuned models, and compare them; use low-rank factors if possible.
 
 Operations take adapters or their paths. They change no inputs and print nothing.
 """

@@ -199,7 +199,7 @@ def average(
     chosen = _checked(weights, adapters)
     whole = math.fsum(chosen)
     if whole == 0:
-        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use add")
+        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use ak.ops.add")
     return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
 
 
@@ -210,7 +210,7 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computing anything: ranks add up without a limit, updates without factors stay separate.
+    """Join adapters without computation: ranks add up without a limit, and updates without factors stay separate.
 
     The result computes the same function as the result of `add`. Prompts and other contexts are concatenated.
 
@@ -241,7 +241,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Return (updates up to and including the last non-additive one, the additive updates after it, weight)."""
+    """Return (updates up to and including the last non-additive update, later additive updates, weight)."""
     last = max((i + 1 for i, update in enumerate(group) if not isinstance(update, Additive)), default=0)
     return tuple(group[:last]), tuple(u for u in group[last:] if isinstance(u, Additive)), weight
 
@@ -251,7 +251,7 @@ def _mixed(
 ) -> tuple[tuple[Update, ...], list[Term]]:
     """Combine updates that are not additive.
 
-    Return the combined updates, and the updates that were converted to differences at the base.
+    Return the updates that could be combined, and differences from the base's weights for the others.
     """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []

@@ -119,8 +119,8 @@ def places(
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
-        UsageError: no adapter is given, an adapter has no target in common with the adapters before it and `disjoint`
-            is not set, or adapters belong to different image models.
+        UsageError: no adapter is given; an adapter has no target in common with the adapters before it, and `disjoint`
+            is not set; or adapters belong to different image models.
         ShapeMismatch: adapters disagree about how the base stores a weight.
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
@@ -175,7 +175,7 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
             path = next(iter(paths))
             near = nearest(path, first)
             cure = f"{near}. " if near else ""
-            cure += "Align names with --base (base=) or --rename (rename=), or add --disjoint (disjoint=) to combine"
+            cure += "Align names with --base (base=) or --rename (rename=), or add --disjoint (disjoint=)"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

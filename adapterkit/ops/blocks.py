@@ -44,9 +44,9 @@ DEVIATIONS = 6.0
 """Half of the width of the first interval, in standard deviations of the estimate."""
 
 WIDER = 1.25
-"""The factor by which both ends of the interval are moved if only a few targets were sampled.
+"""The factor by which the interval is widened at both ends if only a few targets were sampled.
 
-The interval must be wider because magnitudes differ between layers.
+The interval must be wider then, because magnitudes differ between layers.
 """
 
 LARGEST = 0x7FEFFFFFFFFFFFFF
@@ -80,7 +80,7 @@ class Selection:
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
         partial: whether only a part of the series was sampled; the magnitudes in this part may differ from the rest.
-        found: the result; None until the search is finished.
+        selected: the result; None until the search is finished.
     """
 
     wanted: Callable[[int, int], int]
@@ -110,8 +110,8 @@ class Selection:
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # If the interval is a single number, such as the zero of a sparse change, count the values without keeping
-        # them.
+        # If the interval is a single number, only count the values in it, because they are equal. For sparse changes,
+        # this number is often zero.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= MAX_NUMBERS else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
@@ -282,8 +282,8 @@ class Blocks:
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed is enough, because the sample affects only the time. Compute only the drawn entries of a product,
-        # which takes n operations per rank.
+        # A fixed seed is enough, because the sample affects only the time. For a product, compute only the n drawn
+        # entries; each takes as many operations as the rank.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         values_at = np.empty((self.count, count))

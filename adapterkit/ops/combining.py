@@ -113,8 +113,8 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        # If the result may lack low-rank factors, outline it as dense. A format without dense updates then refuses it,
-        # and the error asks for a cut. The cut does not change results that have low-rank factors.
+        # If the result may lack low-rank factors, outline it as dense. A format without dense updates then refuses it
+        # at once, and the user can set `rank="fit"`, which does not change results that have low-rank factors.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
@@ -126,7 +126,7 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return the adapters' factors if the result is a plain sum of updates that needs no computing, else None."""
+        """Return the adapters' factors if joining the scaled updates yields the result; None if it must be computed."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
@@ -173,7 +173,7 @@ class Evaluation:
     def _count(self) -> None:
         if self.asked.varies:
             why = "a setting that applies to the whole adapter cannot differ between targets"
-            raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
+            raise UsageError(why, where="scope", cure="Pass --set scope=tensor (scope=), or one value for all targets")
         stages = self.asked.method(self.aligned[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
         self.census.partial = len(self.aligned) >= 2 * SAMPLED
@@ -495,7 +495,7 @@ def _reduced(delta: Delta) -> tuple[Array, Array]:
 
 
 def _scaling(updates: Sequence[Update]) -> float | None:
-    """Return the scaling of an adapter's only update at a target; None for several updates, or without a scaling."""
+    """Return the scaling of an adapter's only update at a target; None if there are several, or it has no scaling."""
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None
 
 

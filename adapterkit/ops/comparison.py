@@ -125,7 +125,7 @@ def compare(
         other: the other adapter or its path.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
         tolerance: the largest relative error at which two changes count as equal.
-        signs: whether to compare single elements as well, which takes the time to compute both full changes.
+        signs: whether to compare single elements as well; for this, both full changes must be computed.
         rename: rules for the names in both adapters, each `FROM=TO` or `@FILE`; the first rule that matches a target's
             name is used.
         strict_base: whether to refuse a base that differs from the base that an adapter records.
@@ -190,7 +190,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:
-    """Replace updates that are not additive by their differences at the base.
+    """Replace each update that is not additive with the difference that it makes to the base's weight.
 
     Raises:
         AdapterkitError: see `lowering.additive`.
@@ -210,7 +210,7 @@ def _only(adapter: Adapter) -> tuple[Update, ...]:
 
 
 def _same_numbers(place: AlignedPlace) -> bool:
-    """Whether updates have the same methods and settings, and tensors with equal values in any dtypes."""
+    """Whether updates have the same methods and settings, and tensors with equal values; the dtypes may differ."""
     one, other = place.updates
     if _outline(one) != _outline(other):
         return False
@@ -243,7 +243,7 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 
 
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
-    """Return the figures of one weight as a list of twelve.
+    """Return twelve figures of one weight.
 
     In order: both squared norms, the inner product, the squared distance, both effective ranks, both overlaps, and the
     four sums of `_elements`.
@@ -275,7 +275,7 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Return (elements that both change, such elements with opposite signs, sum|a| + sum|b|, sum|a + b|).
+    """Return (number of elements that both change, number with opposite signs, sum|a| + sum|b|, sum|a + b|).
 
     Args:
         one: the first change.
@@ -310,7 +310,8 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     deltas = []
     for delta in (one, other):
-        # Scale A to about 1 and B by the inverse, so that neither factor underflows in float32.
+        # Divide A by a power of two near its largest magnitude, and multiply B by it, so that neither factor underflows
+        # in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         deltas.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))

@@ -98,7 +98,7 @@ class Census:
                 selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
 
     def threshold(self, series: Hashable) -> float:
-        """Return the smallest value of a series that is kept; infinity if no value is kept."""
+        """Return the smallest kept value of a series; infinity if no value is kept."""
         value = self._selections[series].selected
         assert value is not None
         return value.value

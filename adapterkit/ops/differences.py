@@ -76,7 +76,7 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """Return the number of rows of the base's table; the tuned table may have more.
 
     Raises:
-        ShapeMismatch: the shapes differ, and not only because the tuned table has additional rows.
+        ShapeMismatch: the shapes differ in more than additional rows of the tuned table.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
@@ -139,7 +139,7 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Add the target's name to errors in a `with` block, and replace LAPACK's errors by typed errors."""
+    """Add the target's name to errors in a `with` block, and replace LAPACK's errors with typed errors."""
     import numpy as np
 
     try:

@@ -564,7 +564,7 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
 
 def _path(name: str) -> str:
-    """Return the target path of a stored tensor: the module's path, or for a bare parameter the tensor's name."""
+    """Return the target path of a tensor: the module's path, or the whole name if it is no `weight` or `bias`."""
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 
 

@@ -1,7 +1,7 @@
 """Convert updates to changes of weights, and computed changes to updates.
 
-A change is low-rank factors if the method has them, else a dense array. All arithmetic on adapters uses these changes,
-which are float64 numpy arrays.
+A change consists of low-rank factors if the method has them; otherwise, it is a dense array. All arithmetic on adapters
+uses these changes, which are float64 numpy arrays.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Delta:
     """A change of one weight: D = B @ A + rest, all float64.
 
     Attributes:
-        B: `[out, r]`. r is 0 without low-rank factors; each update contributes at most the weight's smaller side.
+        B: `[out, r]`. Each update with low-rank factors adds at most the weight's smaller side to r.
         A: `[r, in * k]`.
         rest: `[out, in * k]`, or None if D = B @ A.
     """
@@ -198,8 +198,8 @@ def _sum(deltas: list[Delta]) -> Delta:
 
 # Convert an update whose formula depends on the weight into its difference W' - W at a given base.
 #
-# The difference is a dense update, which is computed when it is read. Additive updates can be summed without a base,
-# other updates of weights only after this conversion. Updates of outputs or contexts cannot be summed.
+# The difference is a dense update, which is computed when it is read. Additive updates can be summed without a base;
+# other updates of weights must be converted first. Updates of outputs or contexts cannot be summed.
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
@@ -214,7 +214,7 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
-    """Return the adapter with only additive updates; replace every other update by its difference at the base.
+    """Return the adapter with only additive updates; other updates become differences from the base's weights.
 
     Args:
         adapter: the adapter, bound to the base if there is one.
@@ -259,7 +259,7 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Check that an update changes weights and, without a base, that its formula does not depend on the weight."""
+    """Check that an update changes weights. If there is no base, also check that its formula needs no weight."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
@@ -270,7 +270,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace all updates up to the last non-additive update by one dense difference, computed when it is read."""
+    """Replace all updates up to the last non-additive update with one dense difference, computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -471,7 +471,7 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
 
 
 def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-    """Replace all tensors of the updates by placeholders that cannot be read."""
+    """Replace all tensors of the updates with placeholders that cannot be read."""
     return {target: tuple(update.map(unread) for update in group) for target, group in updates.items()}
 
 

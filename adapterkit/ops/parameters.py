@@ -156,7 +156,7 @@ MERGEKIT: Known = {
     "ramplus_tl": ("ramplus_tl", {}),
     "arcee_fusion": ("arcee_fusion", {}),
 }
-"""A map from mergekit's `merge_method`, applied to differences from a base, to the combiner and its parameters."""
+"""A map from mergekit's `merge_method` to the combiner and its parameters, for differences from a base."""
 
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
@@ -285,7 +285,7 @@ class CombineParameters:
         for key in {key for given in each for key in given} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
             raise UsageError(
-                f"{key!r} cannot differ between adapters", where="each", cure=f"Parameters that can: {known}"
+                f"{key!r} cannot differ between adapters", where="each", cure=f"Parameters that can differ: {known}"
             )
         return [{key: _each_checked(cls, key, plain(value, key)) for key, value in given.items()} for given in each]
 

@@ -232,7 +232,8 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
                 _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
         if names and mine != names:
             cure = "Name the same models in every slice; to leave out a model, set its weight to 0"
-            raise UsageError("this slice has other models", where=f"{where}.sources", path=path, cure=cure)
+            why = "this slice lists other models than the first slice"
+            raise UsageError(why, where=f"{where}.sources", path=path, cure=cure)
         names = mine
         ranges.append(spans[0])
         for j, source in enumerate(read):
@@ -250,15 +251,15 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     span = source.get("layer_range")
     whole = isinstance(span, list) and len(span) == 2 and all(type(each) is int for each in span)
     if not whole or not 0 <= span[0] < span[1]:  # type: ignore[index]
-        raise Malformed("two numbers were expected", where=where, path=path, cure="Write them as in [0, 32]")
+        raise Malformed("two numbers were expected", where=where, path=path, cure="Write both, such as [0, 32]")
     return span[0], span[1]  # type: ignore[index]
 
 
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
-    why = f"layers {span[0]} to {span[1] - 1} would move to {start}, where an adapter's base does not have them"
+    why = f"layers {span[0]} to {span[1] - 1} would move to {start}, but an adapter fits only the base's layer order"
     cure = (
-        "Keep each layer in its place (the ranges of all sources equal, one after another), or stack the layers with "
-        "mergekit and train an adapter for the result"
+        "Give all sources of a slice the same range, and let the ranges follow one another from layer 0; or stack the "
+        "layers with mergekit, and train an adapter for the result"
     )
     raise UsageError(why, where=where, path=path, cure=cure)
 
@@ -269,7 +270,7 @@ def _named_base(
     """Return the base, each model's adapter (None for a model that is the base), and notes.
 
     An entry `base+lora` names both the base and an adapter. Some recipes of mergekit list the base as a model, although
-    it changes nothing.
+    the base changes nothing.
     """
     base_name, notes = top.get("base_model"), list[str]()
     names: list[str | None] = []
@@ -285,7 +286,7 @@ def _named_base(
         front, _, adapter = base_name.partition("+")
         names = [None if name == adapter and adapter else name for name in names]
         why = f"base_model combines a base and an adapter ({base_name})"
-        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, and name BASE"
+        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, then write base_model: BASE"
         raise UsageError(why, where="base_model", path=path, cure=cure)
     others = [front for front in bases if front not in (base_name, next(iter(bases)))]
     if others or (base_name is not None and bases and base_name not in bases):
@@ -305,7 +306,7 @@ def _named_base(
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
-            cure = "Remove the base from models, and divide the other weights by the sum of all, including the base's"
+            cure = "Remove the base from models, and divide the other weights by the sum of all, the base included"
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
         # Drop the base from the models: these methods combine differences from the base, and the base's own difference
         # is zero.
@@ -331,7 +332,7 @@ def _parameters_by_model(
 ) -> list[dict[str, JsonValue]]:
     """Return each model's parameters.
 
-    A parameter that differs between slices becomes a mapping from globs of layers.
+    A parameter that differs between slices becomes a mapping from globs of layers to values.
     """
     parameters_of = []
     for model in models:
@@ -344,7 +345,7 @@ def _parameters_by_model(
         for key in keys:
             values = [part.get(key) for part in parts]
             if any(isinstance(value, Mapping | list) for value in values) or None in values:
-                why = f"{key} differs between slices, or is not a number in each"
+                why = f"{key} is not a number in every slice"
                 cure = f"Give {key} a number in every slice, or one list over all layers in parameters"
                 raise UsageError(why, where=model.parameters[0][0], path=path, cure=cure)
             mine[key] = values[0] if len(set(values)) == 1 else {
@@ -401,7 +402,7 @@ def _mapping(content: object, where: str, known: Sequence[str], path: Path | Non
 def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     names = [model[key] for key in ("model", "adapter") if key in model]
     if len(names) != 1 or not isinstance(names[0], str):
-        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Give its path")
+        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Write model: PATH")
     return names[0]
 
 

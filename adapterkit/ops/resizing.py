@@ -134,8 +134,8 @@ def promote(
 ) -> Adapter:
     """Convert every change of a matrix, of any method, to a LoRA.
 
-    Without a criterion, the LoRA is exact to rounding. Its rank is that of the method's low-rank factors, or for
-    methods without such factors the rank of the difference.
+    Without a criterion, the LoRA is exact to rounding. Its rank is the rank of the method's low-rank factors; for
+    methods without such factors, it is the rank of the difference.
 
     Args:
         adapter: an adapter or its path.
@@ -173,7 +173,7 @@ class _ResizedPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _DecomposedWeight:
-    """One weight's change, the kept part of its decomposition, the norm of the change, the norm of the dropped part.
+    """The change of one weight, the kept part of its decomposition, and the norms of the change and the dropped part.
 
     `cut`, the norm of the dropped part, is None if only the kept part was computed.
     """

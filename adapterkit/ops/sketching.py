@@ -61,8 +61,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         seed: the seed of the random vectors.
 
     Returns:
-        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most 1 + EXCESS times the error of
-        the best factors of the same rank.
+        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most (1 + EXCESS) times the error
+        of the best factors of the same rank.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.
@@ -121,7 +121,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Approximate a matrix too large for memory, like `approximated`. Each of six calls of `rows` yields its blocks."""
+    """Approximate a matrix too large for memory, like `approximated`; `rows` is called six times for its blocks."""
     import numpy as np
 
     m, n = shape
@@ -154,7 +154,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of the part beyond the singular values S; call `measure` if the formula is too inexact."""
+    """Return the norm of the part that S, the kept singular values, omits; call `measure` if the formula is inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -278,7 +278,7 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A criterion for how many singular values to keep. Without any field, it keeps all.
+    """A criterion for how many singular values to keep. If no field is set, all are kept.
 
     Only one field may be set, except that `rank` may be set with one of kohya's rules; it is then an upper limit.
 
@@ -313,9 +313,10 @@ class Criterion:
         chosen = [name for name in given if name != "rank" or not self._by_values]
         if len(chosen) > 1 or (needed and not given):
             given_text = " and ".join(chosen) or "none"
-            raise UsageError(f"one of {NAMES} is needed, not {given_text}", cure=_ONE)
+            raise UsageError(f"exactly one of {NAMES} is needed, got {given_text}", cure=_ONE)
         if self._by_values and self.scope != "target":
-            raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Omit --scope (scope=)")
+            why = f"{chosen[0]} applies to each target separately"
+            raise UsageError(why, where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
             why = f"sv_ratio is {self.sv_ratio}, but must be a finite number of at least 1"
             raise UsageError(why, where="sv_ratio", cure="Choose another value")
@@ -376,7 +377,7 @@ class Criterion:
     def counts(self, spectra: Sequence[Array], norms: Sequence[float]) -> list[int]:
         """Return how many singular values of each weight to keep.
 
-        At least one is kept: of each weight in scope `target`, of one weight in scope `all`.
+        Scope `target` keeps at least one singular value of each weight; scope `all` keeps at least one in total.
 
         Args:
             spectra: the singular values of each weight, or only the largest ones, largest first.
@@ -388,7 +389,7 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
-        # Use a stable sort, so that every platform keeps the same ones of several equal singular values.
+        # Use a stable sort, so that every platform keeps the same singular values if some are equal.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]

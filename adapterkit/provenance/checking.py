@@ -2,8 +2,8 @@
 
 A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload of the
 file. In the rest of the file, most tools ignore unknown keys and unused bits of base64. They therefore accept several
-different files as the same signature. This module accepts only known keys and canonical base64. So either the reader of
-bundles or the cryptographic check refuses a file with any changed bit.
+different files as the same signature. This module accepts only known keys and canonical base64. A signature file in
+which any bit was changed is therefore refused, either by `read_bundle` or by the cryptographic check.
 """
 
 from __future__ import annotations
@@ -241,10 +241,10 @@ def check_signature(
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
         cure = "Type one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
-        raise UsageError("exactly one of key, certificates and identity of the signer is needed", cure=cure)
+        raise UsageError("exactly one is needed: the signer's key, certificates or identity", cure=cure)
     if (identity is None) != (issuer is None):
         cure = "Type both --identity and --issuer (identity=, issuer=)"
-        raise UsageError("an identity and its issuer need each other", cure=cure)
+        raise UsageError("an identity needs an issuer, and an issuer needs an identity", cure=cure)
     root, file = settled(Path(path)), Path(signature)
     check_exists(root)
     bundle = read_bundle(file)

@@ -1,7 +1,7 @@
 """Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
-The signature is a Sigstore bundle, which `model_signing verify` can check too. The signed predicate has an additional
-key with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
+The signature is a Sigstore bundle, so `model_signing verify` can check it. The signed predicate has an additional key
+with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
 
 The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
 covers the names of base and adapters, and the weights of the adapters. No message shows the content of a key.
@@ -191,7 +191,7 @@ _OF_FILES = ("written", "norms")
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return the records of the files at `path` about their origin, as plain JSON.
+    """Return the facts about their origin that the files at `path` record, as plain JSON.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -252,7 +252,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the graph without adapters, which `onnx.inject` records."""
+    """Return the sha256 of the original graph, which `onnx.inject` recorded when it added an adapter."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL
@@ -266,7 +266,7 @@ def _original(path: Path) -> dict[str, JsonValue]:
 
 
 def _without_metadata(args: object) -> object:
-    """Remove the metadata of training tools, which can take megabytes, and is in files that are signed anyway."""
+    """Remove the metadata of training tools: it can take megabytes, and it is in files that are signed anyway."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args
@@ -428,7 +428,7 @@ def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """Return the files of git and of downloads in the folder, which are not signed."""
+    """Return the names of git's files and of download records in the folder. These files are not signed."""
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 

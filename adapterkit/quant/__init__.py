@@ -214,7 +214,7 @@ QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """Return the dtype to dequantize to: that of 16-bit scales, else that of a 16-bit model, else bfloat16."""
+    """Return the dtype to dequantize to: the scale's or else the model's, if it has 16 bits; otherwise bfloat16."""
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}
@@ -249,7 +249,7 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
-    """Read some consecutive elements of a stored tensor, flat, in a dtype for arithmetic."""
+    """Read some consecutive elements of a stored tensor as a flat array, in a dtype that numpy can compute with."""
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -354,13 +354,13 @@ __all__ = [
     "dequantized",
     "detect",
     "is_quantized",
-    "said_method",
+    "stated_method",
 ]
 
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
-"""Files next to a config that only describe packed weights."""
+"""Files next to config.json that describe only how weights are packed."""
 
 COMFYUI = "_quantization_metadata"
 """The header key under which ComfyUI's files may list each module's format."""
@@ -380,8 +380,8 @@ class Dequantized(Checkpoint):
         packed: a map from names of weights to packed weights.
         stored: the quantized base.
         packs: True if merged weights will be quantized again.
-        keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None rounds to the
-            nearest.
+        keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None to round to
+            the nearest.
         calibration: the recorded inputs of the targets, used to round the weights; None to round without inputs.
     """
 

@@ -147,7 +147,7 @@ def _largest(values: Array, block: tuple[int, int]) -> Array:
 
 
 def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
-    """Return scales in their stored dtype and, rounded to this dtype, in float32.
+    """Round scales to their stored dtype; return them in this dtype and in float32.
 
     Scales that are powers of two are rounded up.
     """

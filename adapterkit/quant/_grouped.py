@@ -1,8 +1,8 @@
 """Read and write integers in groups of columns: w = (q - zero) * scale, with one zero and scale per row and group.
 
 When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale: the base's
-scale, which a search had chosen, and a new scale from the group's smallest and largest value. The scale with the
-smaller squared error is used.
+scale, which the tool that quantized the base may have optimized, and a new scale from the group's smallest and largest
+value. The scale with the smaller squared error is used.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Quantize rows like `_better`, if groups have equal sizes and columns are ordered by group."""
+        """Return the same result as `_better`, for groups of equal size and columns in the order of their groups."""
         import numpy as np
 
         chosen = _by_library(ordered, stored_grid, fresh, self.span)
@@ -154,7 +154,7 @@ class Grouped(Packed):
             return np.arange(columns) // -(-columns // self.groups)
         at = numbers(self.index)
         if at.size != columns or ((at < 0) | (at >= self.groups)).any():
-            why = f"some columns are in groups outside the {self.groups} that the weight has"
+            why = f"some columns are in groups that do not exist: the weight has {self.groups} groups"
             raise ShapeMismatch(why, where=self.name, cure=DAMAGED)
         return at
 

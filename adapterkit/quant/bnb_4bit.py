@@ -64,8 +64,8 @@ class Bnb4bit(Scheme):
 class _Blocks:
     """The scales of blocks.
 
-    They are floats or, with double quantization, indices into a table; the looked-up values are multiplied by scales of
-    their own (`above`).
+    Without double quantization, they are floats. With double quantization, they are indices into a table, and the
+    table's values are multiplied by second scales (`above`).
     """
 
     stored: Lazy
@@ -110,7 +110,7 @@ class _Blocks:
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return scales that are read from the stored tensors in `parts` instead."""
+        """Return these scales, read from the new stored tensors in `parts`."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
@@ -151,7 +151,7 @@ class _Levels(Rowwise):
 
     @cached_property
     def _granule(self) -> int:
-        """The smallest number of elements that are whole bytes, whole blocks, and whole blocks of scales."""
+        """The smallest number of elements that fill whole bytes, whole blocks, and whole blocks of scales."""
         return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
 
     def closed(self, row: int) -> bool:
@@ -297,7 +297,7 @@ def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tupl
 
 def _state(stored: Lazy, key: str) -> QuantState:
     if stored.nbytes > LARGEST_STATE:
-        raise Malformed(f"the quantization state has {stored.nbytes} bytes", where=key, cure=DAMAGED)
+        raise Malformed(f"the quantization state is too large: {stored.nbytes} bytes", where=key, cure=DAMAGED)
     try:
         state = load_json(bytes(stored.fetch()).decode())
         json.dumps(state, allow_nan=False)

@@ -75,7 +75,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers, which have an offset of half their range."""
+    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers that are offset by half their range."""
 
     stored: Lazy
     scale: Lazy
@@ -113,7 +113,7 @@ class _Whole(Grouped):
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         if self.scale.nbytes == self.scale.dtype.itemsize and self.shape[0] > 1:
-            raise Unsupported("all integers share one scale", where=self.name, cure=NO_PACKING)
+            raise Unsupported("rows that share one scale cannot be packed", where=self.name, cure=NO_PACKING)
         return super().pack(merged)
 
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:

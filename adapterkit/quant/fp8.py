@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Endings of scales of a layer's inputs, which only fp8 arithmetic uses."""
+"""Endings of the names of scales for a layer's inputs; only fp8 arithmetic uses such scales."""
 
 COMFYUI = "scale_weight"
 """ComfyUI's name of a weight's scale, `<module>.scale_weight`. Some weights have no scale."""
@@ -88,8 +88,7 @@ def _check_layouts(base: Checkpoint) -> None:
         if not isinstance(layout, dict):
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if layout.get("format") not in FORMATS:
-            kind = layout.get("format")
-            why = f"the module has ComfyUI's format {kind!r}, whose scales are in the order of its kernels"
+            why = f"the module has the format {layout.get('format')!r}, which orders scales for ComfyUI's kernels"
             cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 

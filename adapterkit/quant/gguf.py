@@ -48,7 +48,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """A GGUF model in one file, or in several `-00001-of-0000N.gguf`.
+    """A GGUF model in one file, or in several files named `-00001-of-0000N.gguf`.
 
     `general.architecture` determines names and row order.
 
@@ -74,7 +74,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the family's model type, from which adapters' names are resolved."""
+        """Return a config with the family's model type, which is used to resolve adapters' names."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config

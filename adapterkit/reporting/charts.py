@@ -261,7 +261,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""The most spectra that are drawn for an adapter: first spikes, then the largest changes, then evenly spaced others."""
+"""The largest number of spectra to draw for an adapter: first spikes, then the largest changes, then evenly spaced
+other targets."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
@@ -476,7 +477,7 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         # The sum of n independent numbers grows with the root of n; the sum of their absolute values grows with n.
         usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            f"Share of the absolute changes that cancels when the changes are added, entry by entry. In {count} "
+            f"Share of the absolute changes that cancels when the changes are added, entry by entry. With {count} "
             f"unrelated adapters, {usual} cancels, but each adapter still works, because the changes have different "
             "directions. If more cancels, the adapters work against each other."
         )

@@ -107,7 +107,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
         and not (at > 0 and shape[at + 1] == "")
     ]
     several = {_word_before(shape[at]) for shape, at, values in places if len(values) > 1}
-    # If the adapter has a single layer, its first number counts layers, whatever its value.
+    # If the adapter has a single layer, the first number in each name counts layers, whatever the number is.
     return several or {_word_before(shape[at]) for shape, at, _ in places if at == 0}
 
 

@@ -129,7 +129,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     from ..methods import METHODS
     from ..naming.image import component_of, shape
 
-    # Blocks have the same names, so checking one block is enough.
+    # All blocks have modules of the same names, so checking one block is enough.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()
     kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]
@@ -277,7 +277,7 @@ def inspected(
         src: the path or address of an adapter or a base.
         format: the adapter's format; detected from its headers if absent.
         base: the base of an adapter.
-        compat: another interpretation of the adapter.
+        compat: the formula to apply instead of the training tool's; see `adapterkit.read`.
         layers: measure the change of each layer.
         rename: rules for names in the base.
         base_weights: weights of a graph's base.
@@ -338,7 +338,7 @@ def outline_of(path: Path, name: str | None, compat: str | None, error: Exceptio
     Args:
         path: the file or folder.
         name: the adapter's format; detected if absent.
-        compat: another interpretation of the adapter; the result is then None.
+        compat: the formula to apply instead of the training tool's; if it is given, the result is None.
         error: the error from reading the adapter.
     """
     from ..errors import AdapterkitError
@@ -591,7 +591,8 @@ def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
 
 
 _DENOISER = 8_000
-"""A base with more tensors than this is not an image model: no published one has so many, even with all its parts."""
+"""A base with more tensors than this is not an image model: no published image model has so many, even with all its
+parts."""
 
 _GGUF = {"architecture": "general.architecture", "name": "general.name"}
 """Field of the record -> key in the header of a GGUF file."""

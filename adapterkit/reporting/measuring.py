@@ -60,7 +60,7 @@ This work takes 3 s, and is enough for 15 weights of 576 x 576. The weights with
 verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""This much work of decompositions counts as one step of progress; all other work for a target is one step too."""
+"""This much work of decompositions counts as one step of progress; all other work for a target also counts as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -680,7 +680,7 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first left singular vectors, from the smaller Gram matrix: 1/6 of the time of a full decomposition."""
+    """Return the first left singular vectors, from the smaller Gram matrix, in 1/6 of a full decomposition's time."""
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)

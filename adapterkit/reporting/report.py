@@ -46,7 +46,8 @@ CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
 RESULTS = {True: "holds", False: "fails", None: "undecided"}
 
 MOST_MODULES = 40
-"""The most modules that are shown for a model: first modules with a fault, then others, each in running order."""
+"""The largest number of modules to show for a model; modules with a fault come first. Both groups are in the order in
+which the model runs them."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
@@ -97,7 +98,7 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
 
 
 def gate_section(gate: GateFigures) -> str:
-    """Return the content of the section, as HTML."""
+    """Return the content of the page's section about a gate, as HTML."""
     description = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
     where = ", ".join(each for each in (gate.device, gate.dtype, f"seed {gate.seed}") if each)
     parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(description)} ({escape(where)}).</p>']

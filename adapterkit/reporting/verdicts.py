@@ -48,7 +48,8 @@ OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
 the changes are similar. Above the third limit, they are equal except for a factor."""
 
 CONFLICT = 0.6
-"""Two adapters conflict if they move more than this share of elements in opposite directions; 0.5 if unrelated."""
+"""Two adapters conflict if they move more than this share of elements in opposite directions. For unrelated adapters,
+the share is 0.5."""
 
 LOST = 0.5
 """A sum loses too much if more than this share of the absolute values cancels. Two unrelated changes lose 0.29, eight
@@ -67,8 +68,8 @@ SCALING = (1 / 64, 64.0)
 """The smallest and largest plausible scaling of a LoRA; with another scaling, the file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Limits for a merged model. If it contains less of a change than the first limit, the change counts as partly lost;
-less than the second limit, as not merged. The third limit is for the error relative to the change."""
+"""Limits for a merged model. If it contains less of a change than the first limit, the change counts as partly lost; if
+less than the second limit, the change counts as not merged. The third limit is for the error relative to the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Findings:
 
 
 Details = Iterable[tuple[str, int | None, str | None]]
-"""Sentence, adapter, target."""
+"""For each finding: (sentence, index of the adapter or None, target or None)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,9 +436,9 @@ def _no_intruders(findings: Findings) -> Details:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """Return a phrase with the number of weights that were decomposed: all, or only those with the largest changes."""
+    """Return a phrase with the number of decomposed targets, and with the number of all targets if that is larger."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
-    return many if len(looked) == len(effects) else f"the {many} examined, which change most of {len(effects):,}"
+    return many if len(looked) == len(effects) else f"the {many} examined (of {len(effects):,}, largest changes first)"
 
 
 def _same(findings: Findings) -> Details:
@@ -494,7 +495,8 @@ def _loud(findings: Findings) -> Details:
     if len(sizes) > 1 and max(sizes)[0] > LOUDER * min(sizes)[0]:
         (large, loud), (small, quiet) = max(sizes), min(sizes)
         ratio = large / small
-        yield f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum: set --weight.", None, None
+        text = f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum"
+        yield f"{text}: set --weight (weights=).", None, None
 
 
 def _alike(findings: Findings) -> Details:
@@ -585,13 +587,13 @@ def _merged_narrow(findings: Findings) -> Details:
 
 
 def _merged_noise(findings: Findings) -> Details:
-    """Yield a sentence if the rounding error of the merged weights is as large as the change."""
+    """Yield a sentence if the rounding error of the merged weights is larger than the change."""
     noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
     if noisy:
         worst = max(noisy, key=lambda each: each.error)
         count, total = len(noisy), len(findings.measured.merged)
-        text = f"In {count:,} of {total:,} targets the rounding of the merged weights is larger than the change"
-        yield f"{text}; most in {findings.title(worst.target)}: {worst.error:.2g} times.", None, worst.target
+        text = f"At {count:,} of {total:,} targets, the rounding of the merged weights is larger than the change"
+        yield f"{text}: at {findings.title(worst.target)}, {worst.error:.2g} times as large.", None, worst.target
 
 
 def _merged_well(findings: Findings) -> Details:
@@ -617,7 +619,7 @@ def _summary(findings: Findings) -> Details:
         share = (top.norm or 0.0) ** 2 / total
         text = f"{facts.name}: norm {measured.norm(at):.4g} over {len(effects):,} targets"
         yield (
-            f"{text}; the largest change is {findings.title(top.target)}, with {percent(share)} of it.",
+            f"{text}; the largest change is at {findings.title(top.target)}: {percent(share)} of the total.",
             at,
             top.target,
         )

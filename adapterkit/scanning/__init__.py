@@ -131,7 +131,7 @@ MOST_OF_ALL = 0.8
 """A target is reported if it has more than this share of the energy of all targets."""
 
 ENOUGH = 8
-"""Targets or experts are compared with each other only if their number is at least this."""
+"""Targets or experts are compared with each other only if there are at least this many."""
 
 FOREIGN = 0.005
 """A tensor counts as trained in 16 bits if at most this share of its numbers needs more bits. The numbers that need

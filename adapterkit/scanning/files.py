@@ -38,7 +38,7 @@ MOST = 20
 """The largest number of reported findings of one rule in one file: a pickle may contain thousands of calls."""
 
 LARGEST = 32 << 20
-"""The number of bytes of a file, or of an entry of an archive, that are scanned for pickles."""
+"""The maximum number of bytes to scan for pickles in a file, or in an entry of an archive."""
 
 _LARGEST_SUM = 256 << 20
 _DEEPEST = 4
@@ -52,10 +52,10 @@ CODE = frozenset({
 """Suffixes of files that a program may run."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".dat", ".data")
-"""Suffixes of files that programs unpickle; pickles of protocol 0 and 1 have no first bytes of their own."""
+"""Suffixes of files that programs unpickle; pickles of protocols 0 and 1 cannot be recognised by their first bytes."""
 
 _STORAGE = re.compile(r"(?:.*/)?data/\d+")
-"""Entries of torch's archives with the bytes of a tensor, which nothing unpickles."""
+"""Matches the entries of torch's archives that contain the bytes of a tensor; no program unpickles these entries."""
 
 _GLOBAL = re.compile(r"[^\W\d][\w.]* [^\W\d][\w.<>]*")
 _ASCII = bytes(range(128)) + b"?" * 128
@@ -79,7 +79,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def _header_size(head: bytes) -> int:
-    """Return the number of bytes before the values in a file of numpy."""
+    """Return the number of bytes before the values in a .npy file."""
     wide = 2 if head[6:7] == b"\x01" else 4
     return min(8 + wide + int.from_bytes(head[8 : 8 + wide], "little"), LARGEST)
 
@@ -96,7 +96,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield the globals in a file's pickles, except those that a state dict needs.
+    """Yield a finding for each global that a file's pickles import, except the globals that a state dict needs.
 
     Args:
         name: the file's name in findings.
@@ -109,7 +109,7 @@ def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
 
 @dataclass
 class _Reader:
-    """Scans one file and the archives in it; `left` bounds the bytes that it decompresses."""
+    """Scan one file and the archives in it. `left` is the number of bytes that may still be decompressed."""
 
     name: str
     unread: list[str]
@@ -127,7 +127,7 @@ class _Reader:
             self.skip(place, f"archives nested more than {_DEEPEST} deep")
             return
         if self.left <= 0:
-            self.skip(place, f"more than {_LARGEST_SUM:,} bytes of this archive were scanned before")
+            self.skip(place, f"the limit of {_LARGEST_SUM:,} scanned bytes of this archive is reached")
             return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
@@ -206,13 +206,13 @@ class _Reader:
             yield Finding("code-file", self.name, where, "a file of code in the archive")
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the findings in a file of numpy; an array of objects is a pickle after the header."""
+        """Yield the findings in a .npy file; in an array of objects, a pickle follows the header."""
         end = _header_size(data)
         if b"|O" in data[:end]:
             yield from self.calls(place, data[end:], cut)
 
     def calls(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the globals that the pickles in some bytes ask for.
+        """Yield a finding for each global that the pickles in `data` import.
 
         pickletools decodes text as ASCII, but unpicklers also accept other bytes, so the bytes of protocols 0 and 1 are
         scanned a second time without the bytes outside ASCII.
@@ -222,18 +222,19 @@ class _Reader:
             yield from self.globals_of(place, data.translate(_ASCII), cut)
 
     def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the globals of successive pickles."""
+        """Yield a finding for each global that successive pickles import."""
         stream, count, start = io.BytesIO(data), 0, 0
         while (start := stream.tell()) < len(data) and count < MOST:
             marked = is_pickle(data[start : start + 16])
             try:
                 for asked, position in _globals(stream):
-                    # Bytes that are no pickle rarely contain a name.
+                    # Without a pickle's first bytes, the data may be no pickle. Report only plausible names then: data
+                    # that is no pickle rarely contains one.
                     if asked in KNOWN or not (marked or _GLOBAL.fullmatch(asked)):
                         continue
                     count += 1
                     where = f"{place} byte {position}".strip()
-                    yield Finding("pickle-call", self.name, where, f"it asks for {shown(asked.replace(' ', '.', 1))}")
+                    yield Finding("pickle-call", self.name, where, f"it imports {shown(asked.replace(' ', '.', 1))}")
                     if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
@@ -247,7 +248,7 @@ class _Reader:
 
 
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
-    """Yield each global that one pickle asks for, as `module name`, with its position."""
+    """Yield each global that one pickle imports, as `module name`, with its position."""
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]
     for opcode, argument, position in pickletools.genops(stream):
@@ -349,7 +350,7 @@ def in_gguf(name: str, file: Path) -> Iterator[Finding]:
 
 
 def _modules(name: str, document: list[Any]) -> Iterator[Finding]:
-    """Yield the classes that sentence-transformers imports by name and that are not its own."""
+    """Yield a finding for each class that sentence-transformers would import from another package."""
     for position, entry in enumerate(document):
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         if isinstance(kind, str) and not kind.startswith(_TRUSTED_PARENTS):
@@ -384,7 +385,7 @@ def _config(name: str, where: str, value: object, depth: int) -> Iterator[Findin
 
 
 def _templates(name: str, where: str, value: object, depth: int) -> Iterator[Finding]:
-    """Yield the findings in one template, or in several by name."""
+    """Yield the findings in one template, or in a mapping or list of templates."""
     if isinstance(value, str):
         yield from _template(name, where, value)
     elif isinstance(value, Mapping) and depth <= 20:

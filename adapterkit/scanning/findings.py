@@ -41,7 +41,7 @@ _EVERY = (
     ),
     ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code next to the weights."),
     ScanRule(
-        "code-in-config", "high", "a config that names code", "A loader imports and runs the class that it names."
+        "code-in-config", "high", "a config that names code", "A loader imports and runs the class named in the config."
     ),
     ScanRule(
         "template",
@@ -86,9 +86,7 @@ _EVERY = (
     ),
     ScanRule("head", "low", "a change of the output layer", "It can favour some tokens in any context."),
     ScanRule("router", "low", "a change of a router of experts", "It can send chosen inputs to a chosen expert."),
-    ScanRule(
-        "single-expert", "low", "a change of few experts", "Inputs that the router sends to these experts trigger it."
-    ),
+    ScanRule("single-expert", "low", "a change of few experts", "Inputs routed to these experts trigger the change."),
     ScanRule(
         "spike",
         "medium",

@@ -7,9 +7,9 @@ Known combinations come first: the equal sum, each adapter alone, every method w
 start combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
 
 TPE was chosen by measurement, on eight problems whose optimum is known. Each problem has two adapters, three methods
-and a density. After 50 trials, the error of six results was within 2 percent of the optimal change's squared norm, and
-the worst error within 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave the
-first good method. It missed three of the eight optima by 5 to 26 percent.
+and a density. After 50 trials, six of the eight results had an error of at most 2 percent of the optimal change's
+squared norm; the largest error was at most 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but
+does not leave the first good method. It missed three of the eight optima by 5 to 26 percent.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -104,7 +104,7 @@ def _given(given: Sequence[object]) -> Combination:
 
 
 def is_method(name: str) -> bool:
-    """Whether a name is the name of a combiner, or of a plug-in followed by a combiner, as in `knots_ties`."""
+    """Whether a name is the name of a combiner, or two combiner names joined, as in `knots_ties`."""
     return resolved(name, None)[0] in COMBINERS
 
 
@@ -192,8 +192,8 @@ def search(
             names are resolved against the base, and some methods need its weights.
         methods: the methods to choose from; default: `METHODS` and the methods in `start`.
         budget: the number of trials, including those of earlier runs in `trials`.
-        tune: a map from parameters of the methods that are also searched to bounds, such as `{"scale": (0.2, 2)}`. The
-            parameter `density` is always searched.
+        tune: further parameters to search: parameter -> (lowest value, highest value), such as `{"scale": (0.2, 2)}`.
+            The parameter `density` is always searched.
         most: the largest weight to try; the smallest weight is 0.
         rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
             adapters.

@@ -35,7 +35,7 @@ class Trial:
         method: the combiner.
         weights: one weight per adapter.
         parameters: the parameters of the method that differ from their defaults.
-        loss: the loss, which should be low; None if the trial failed.
+        loss: the loss (lower is better); None if the trial failed.
         refused: the error that left the trial without a loss.
     """
 

@@ -1,4 +1,4 @@
-"""Compute from texts what combiners learn from: losses, gradients, and inputs of targets, on a live base.
+"""Run texts through a live base to compute the data of combiners: losses, gradients, and inputs of targets.
 
 `Combiner.learns` names the method of `TextData` that a combiner needs.
 """
@@ -87,7 +87,7 @@ class LiveBase:
         Raises:
             UsageError: it is such a model.
         """
-        # Masked language models have an output layer, too, but they see the token that they predict.
+        # An output layer is not enough: masked language models have one, but they see the token that they predict.
         predicts = self.model.can_generate() and self.model.get_output_embeddings() is not None
         if not predicts or self.model.config.is_encoder_decoder:
             why = "the model does not predict the next token of a text, so texts have no loss"
@@ -203,7 +203,7 @@ class TextData:
         return self._descended(adapter, entropy)
 
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
-        """Return one loss of all tasks' mean entropies, and its gradient with respect to each target's weight.
+        """Combine all tasks' mean entropies into one loss; return it and its gradients for the targets' weights.
 
         Args:
             adapter: the combined adapter.
@@ -233,7 +233,7 @@ class TextData:
             return _logged(float(whole.detach())), gradients()
 
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
-        """Return NSC's loss on the inputs of its targets, and its gradient with respect to each target's weight."""
+        """Return NSC's loss on the inputs of all targets, and its gradient with respect to each target's weight."""
         total = 0.0
         with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
             for task, feeds in enumerate(self.tasks):
@@ -252,7 +252,7 @@ class TextData:
             return _logged(total), gradients()
 
     def inputs(self, position: int, path: str) -> Array:
-        """Return the inputs of a target under one adapter on its texts, `[tokens, in]`.
+        """Run one adapter on its texts, and return the inputs of a target, `[tokens, in]`.
 
         Raises:
             Unsupported: the target is not a linear layer.
@@ -319,7 +319,7 @@ class TextData:
 
     @contextmanager
     def _slopes(self) -> Iterator[Callable[[], Gradients]]:
-        """Let the weights of all targets have gradients; yield a function that returns {target: gradient}.
+        """Turn on gradients for the weights of all targets; yield a function that returns {target: gradient}.
 
         Raises:
             Unsupported: the model in memory stacks experts that the files store one by one.
@@ -395,7 +395,7 @@ _FUNCTION = "Call combine or search in Python, with your own function as data="
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the loss of the next tokens, summed over a text."""
+    """Return the cross-entropy of the predictions of the next tokens, summed over a text."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")

@@ -9,8 +9,8 @@ the subclass:
         format = "acme"
 
 The docstring of each class lists what the package must provide. The tests compare the results of the addition with data
-from another source: a float64 formula, the shapes of the original adapter, or the bytes before a change. The tests need
-pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
+from another source: a float64 formula, the shapes of the original adapter, or the bytes of a file before a write. The
+tests need pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
 
 The entry points:
 
@@ -21,8 +21,9 @@ The entry points:
 | `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Combiner` | `CombinerTests` |
 | `adapterkit.quant` | `adapterkit.quant.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
-| `adapterkit.peft_families` | `adapterkit.formats.peft.families.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families.AdapterHubFamily` | the same |
+| `adapterkit.peft_families` | `adapterkit.formats.peft.families.Family` | `MethodTests` |
+
+| `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families.AdapterHubFamily` | `MethodTests` |
 
 The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """

@@ -239,7 +239,7 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters to compare. A property is returned if it affects one result.
+        draws: the number of random sets of adapters. A property is returned if it affects the result of any set.
         options: further arguments of `adapterkit.combine`.
     """
     dependences_found = set()
@@ -298,7 +298,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return the weight change of an adapter in float64; if its update has factors, compute it from them."""
+    """Return the weight change of an adapter in float64; if the update has factors, multiply the factors in float64."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]

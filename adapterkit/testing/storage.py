@@ -61,7 +61,7 @@ class FormatTests:
             cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
 
     def base(self, folder: Path) -> Path | None:
-        """Write a base with weights of all targets into `folder`: a Llama, unless a subclass writes another."""
+        """Write a base with weights of all targets into `folder`; by default, the base is a Llama."""
         import numpy as np
 
         from ..io import safetensors

@@ -103,7 +103,7 @@ class FactorStack:
 
     def _is_current(self) -> bool:
         """Whether the modules still hold the stack's source tensors."""
-        # Copy the buffers, because another thread may attach an adapter meanwhile.
+        # Copy the buffers: another thread may attach an adapter, and the dictionary must not change during the loop.
         buffers = None if self.home is None else list(self.home._buffers.values())
         # Fast path: one module holds all tensors, and its buffers are the same as at the last check.
         if buffers is not None and len(buffers) == len(self.buffers_read) and all(map(is_, buffers, self.buffers_read)):
@@ -132,7 +132,7 @@ class KeptStacks:
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
-    """Return the dtype of a stack, for a layer that has the dtype of `like`.
+    """Return the dtype for the stack of a layer whose weight has the dtype of `like`.
 
     Compiled code keeps a 16-bit dtype, because compilers fuse the products. Without a compiler, the products are
     computed in float32.
@@ -143,7 +143,7 @@ def _dtype_of(like: Tensor) -> torch.dtype:
 def rank_of(part: Part, layer: TorchLayer) -> int:
     """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
-    Factors of high rank do not count if multiplying by them costs more than the layer itself, as for some LoHa.
+    The rank is also 0 if multiplying by the factors costs more than the layer itself, as for some LoHa.
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
@@ -157,8 +157,8 @@ def rank_of(part: Part, layer: TorchLayer) -> int:
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
-    The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
-    model has thousands of layers, but few shapes.
+    If the formula reads no tensor values, the result is cached for this form of update and this shape: a model has
+    thousands of layers, but few shapes.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
@@ -268,8 +268,8 @@ class Places:
         active: the value of `Scope.active` at that moment.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
-        padded: `[used * most]`, the rows of each used slot; a slot with fewer than `most` rows repeats its first row.
-            None if the result would be all rows in order.
+        padded: `[used * most]`, the rows of each used slot; `most` is the highest number of rows in a slot. A slot
+            with fewer rows repeats its first row. None if `padded` would be all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.
@@ -383,7 +383,7 @@ def _is_frozen(part: Part) -> bool:
 
 
 def _stacked(layer: TorchLayer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
-    """Stack the factors of parts in order, padding the ranks with zeros to the highest."""
+    """Stack the factors of parts in order; pad them with zeros to the highest rank."""
     leaves = _leaves(parts) if keep else None
     # Stack outside of inference mode: a later training forward could not use tensors made in inference mode.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():

@@ -18,7 +18,7 @@ Compiled code reads parameters without any dictionary, and its graph does not re
 compiler is watched while it traces: if it traces a call of a block, but no call of a module with an adapter inside the
 block, a warning says so, unless that module ran before. This is not an error, because the block may compute the same
 result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of the same
-structure is not traced again: run such a model once without `torch.compile`.
+structure is not traced again: to check such a model, run it once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 # read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
 # or 8-bit values (diffusers' layerwise casting).
 #
-# accelerate keeps the inner forward in an attribute of the module, diffusers in a reference that its first hook calls.
+# accelerate keeps the inner forward in an attribute of the module; diffusers keeps it in a reference that its first
+# hook calls.
 
 
 Slot = tuple[object, str]
@@ -61,14 +62,14 @@ def inner_slot(module: nn.Module) -> Slot:
     slots = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         slots.append((module, "_old_forward"))
-    # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
+    # If both tools have hooks, one tool's hooks wrap the forward of the other tool: find the module's own forward.
     bound_slots = (slot for slot in slots if getattr(value_in(slot), "__self__", None) is module)
     return next(bound_slots, slots[0] if slots else (module, "forward"))
 
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
     """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
-    # Skip wrappers: functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
+    # Skip wrappers: functools.update_wrapper copies all attributes, so a wrapper has the `__self__` of a method.
     plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 
@@ -86,7 +87,7 @@ def slots(module: nn.Module) -> Iterator[Slot]:
 
 
 def _references(module: nn.Module) -> list[Slot]:
-    """Return the slots of forwards that diffusers' hooks at a module call, the innermost first."""
+    """Return the slots of the forwards that a module's diffusers hooks call, the innermost first."""
     registry = module.__dict__.get("_diffusers_hook")
     references = getattr(registry, "_fn_refs", ())
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
@@ -129,7 +130,7 @@ class ForwardProbe:
             Unsupported: the hook did not run.
         """
         if threading.get_ident() not in self.met:
-            why = f"another tool replaced a {type(module).__name__}'s forward by one that bypasses the adapter"
+            why = f"another tool replaced a {type(module).__name__}'s forward with one that bypasses the adapter"
             cure = "Let the new forward call the previous one, or inject the adapter afterwards"
             raise Unsupported(why, where=str(self.hook.parts[0].target) if self.hook.parts else None, cure=cure)
         self.hook.known = self.standing
@@ -145,7 +146,7 @@ class ForwardProbe:
 
 
 def probe_forward(module: nn.Module) -> None:
-    """Check, at a module's next call, whether its forward still reaches the adapter; once for each new forward."""
+    """Check, at a module's next call, whether a new forward still reaches the adapter; check each forward once."""
     hook: ForwardHook = module.__dict__[HOOK]
     standing = module.__dict__.get("forward")
     if getattr(standing, "__self__", None) is not hook and standing is not hook.known and hook.probe is None:
@@ -227,7 +228,7 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before or only the parameter's dtype is read."""
+        """Record a read of a parameter, unless its module was called before or only its dtype or shape is read."""
         if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)
@@ -246,8 +247,7 @@ class Calls:
         so a live model only warns.
 
         Args:
-            is_own: a function of (hook, name) that returns whether `name` is a method of the class around the hook's
-                module.
+            is_own: a function of (hook, name) that returns whether `name` is a method of a parent of the hook's module.
             warned: the ids of hooks that a warning has named; hooks that this call warns about are added.
 
         Raises:
@@ -256,7 +256,7 @@ class Calls:
         for hook, name, reader in self.reads:
             if hook in self.called or not hook.parts:
                 continue
-            why = f"{reader} computed with its {name} and did not call it, so its adapter did not act"
+            why = f"{reader} computed with the module's {name} but did not call the module, so its adapter did not act"
             where = str(hook.parts[0].target)
             if not is_own(hook, reader):
                 raise Unsupported(why, where=where, cure=_UNFUSE)
@@ -313,8 +313,8 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 def _reader(frame: FrameType | None) -> str | None:
     """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
 
-    torch moves and gathers parameters, and accelerate loads parameters of modules that may never be called. Neither
-    computes with them outside a forward.
+    The result is also None for torch, which moves and gathers parameters, and for accelerate, which loads parameters of
+    modules that may never be called.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Keep a model call's arguments for formulas: token ids, the tasks of rows, the hidden states without the adapter.
+"""Keep a model call's arguments for formulas: token ids, the tasks of rows, and hidden states without the adapter.
 
 A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call ends. In
 training, it keeps the arguments until the next call, because checkpointed blocks run again in the backward pass. An
@@ -38,7 +38,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""The names that configs of transformers use for each size."""
+"""`LAYERS` to `INNERS`: names in transformers' configs for the numbers of layers and heads, and for two widths."""
 
 
 class ShadowState:
@@ -55,7 +55,7 @@ class ShadowState:
         """Return the state that the previous block left; at the first block, the network's output.
 
         Raises:
-            Unsupported: in this call the network would not see the same tokens, or blocks would run twice.
+            Unsupported: the network would not see the same tokens as the model, or blocks would run twice.
         """
         if self.value is None:
             self._check()
@@ -194,7 +194,7 @@ EMBEDDINGS = "embed_tokens.weight"
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
 SHADOW: Final = "shadow"
-"""The names of inputs that are not plain arguments of the call; see `OutputUpdate`."""
+"""The names of inputs that are computed from the call's arguments; see `OutputUpdate`."""
 
 
 class KeyValueCache(Protocol):
@@ -206,7 +206,7 @@ class KeyValueCache(Protocol):
 class Recording(threading.local):
     """The arguments of one thread's call, and the thread's Shadow networks.
 
-    Threads cannot share the networks, because functional_call exchanges their parameters.
+    Threads cannot share the networks, because functional_call replaces their parameters during a call.
     """
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class CallRecorder:
         return dict(words)
 
     def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
-        """Keep the arguments of a call that the updates ask for."""
+        """Keep the call arguments that the updates ask for."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
             heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))
@@ -276,7 +276,7 @@ class CallRecorder:
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the call inputs that an update needs, and those it can use if the model's forward takes them."""
+    """Return the call inputs that an update needs, and its optional inputs if the model's forward takes them."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
@@ -288,8 +288,8 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    An argument that only the updates ask for is not passed on, unless `passes` is set because the model's context reads
-    the argument.
+    Arguments that only the updates ask for are not passed on, unless `passes` is set: then the model's context updates
+    read them.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)

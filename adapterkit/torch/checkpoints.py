@@ -18,7 +18,7 @@ recognise them by their frames on the stack:
 * `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict and fails if one is
   missing. So the state dict for this reader also contains the trained tensors.
 * `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict
-  and fails if one is missing.
+  and fails if one is missing. So the state dict for this reader also contains the frozen parameters.
 
 The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 """
@@ -118,7 +118,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """Return the frame of a running function, by the names of its module and the function; None if it does not run."""
+    """Return the frame of a running function of this name in this module; None if the function is not running."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:

@@ -50,7 +50,7 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter that gives, at each layer, the weighted mean of the outputs with each given adapter.
+    """Return an adapter that computes, at each layer, the weighted mean of the layer's outputs with each adapter.
 
     The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
     target, the output of the unchanged layer is used for this adapter.
@@ -101,7 +101,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
         )
         if weights_here is None:
             raise TargetNotFound(
-                "the fusion has no weights for it", where=str(target), cure="Pass the fusion of these adapters"
+                "the fusion has no weights for this target", where=str(target), cure="Pass the fusion of these adapters"
             )
         return Fuse(children=children, **weights_here, **settings)
 
@@ -183,9 +183,8 @@ def _blocks(
     for target in targets:
         updates_of_each = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in updates_of_each for update in each):
-            raise Unsupported(
-                f"a block {name!r} cannot contain context", where=str(target), cure="Stack those adapters"
-            )
+            why = f"a block {name!r} cannot contain context"
+            raise Unsupported(why, where=str(target), cure="Combine these adapters with stack()")
         updates[target] = (block_of(tuple(map(_one, updates_of_each)), target),)
     return _composed(name, updates)
 
@@ -209,7 +208,7 @@ def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
 
 
 def _alike(path: str, other: str) -> bool:
-    """Whether two paths are equal except for a prefix of one of them."""
+    """Whether two paths are equal, or one path ends with the other."""
     return path == other or path.endswith(f".{other}") or other.endswith(f".{path}")
 
 

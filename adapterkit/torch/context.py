@@ -4,9 +4,9 @@ For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must t
 transformers' models take both. Callers use the model as before, with token ids or embeddings, including through
 `generate()`. The output covers the input with the virtual tokens added: their logits come first. The virtual tokens are
 added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
-arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
-and positions are shifted by the number of virtual tokens. A prefix of a single attention (see below)
-does not consist of tokens of the model, so it shifts no positions.
+arguments only for their own tokens. This module extends masks by ones, labels by -100 and token types by 0, and shifts
+positions by the number of virtual tokens. A prefix of a single attention (see below) does not consist of tokens of the
+model, so it shifts no positions.
 
 The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
 before all of them. `task_ids=` in a call picks the tasks of multitask prompts.
@@ -60,7 +60,7 @@ KNOWN = ("eager", "sdpa")
 """The original attention functions that can be called with a prefix."""
 
 _EXCHANGING = threading.Lock()
-"""Lock held while the config of an attention is exchanged."""
+"""Lock held while the config of an attention is replaced."""
 
 
 class PrefixState(threading.local):
@@ -172,7 +172,7 @@ def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tenso
 def _mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, words: Mapping[str, object]
 ) -> Tensor | None:
-    """Return the mask without the prefix; if sdpa would build a causal mask from the shapes, build it here."""
+    """Return the mask of the keys without the prefix; if sdpa would build a causal mask from shapes, build it here."""
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
@@ -602,8 +602,8 @@ class ContextCall:
     def _met(self) -> tuple[torch.device, torch.dtype]:
         """Return the device and dtype of the call's embeddings, or of the embeddings that its token ids will get.
 
-        Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
-        layerwise casting).
+        The weight itself does not show them: between two forwards it may be on the meta device (accelerate's
+        offloading) or in 8 bits (diffusers' layerwise casting).
         """
         embeds: Any = self.words.get(f"{self.argument_prefix}inputs_embeds")
         if embeds is not None:

@@ -54,8 +54,8 @@ def create(
 
     With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
     initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT overwrites the base; here the adapter stores
-    the subtracted part as an additional update, `residual`, which is not trained. So the adapter gives the same
-    result from any file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates
+    the subtracted part as an additional update, `residual`, which is not trained. So a file of the adapter fits the
+    unchanged base, and `handle.remove()` restores the base. Formats that support only LoRA store both updates
     with `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a
     full matrix.
 
@@ -92,7 +92,7 @@ def create(
         seed: the seed of the random numbers.
         layout: the axis order of targets that are parameters, if neither the model's family nor its number of experts
             determines it; one of `LAYOUTS`.
-        attributes: the method's other plain values, and `sizes`.
+        attributes: the method's other settings, and sizes of axes that the weight does not determine.
 
     Raises:
         TargetNotFound: no target matches.
@@ -102,7 +102,8 @@ def create(
     """
     cls = METHODS[method]
     if rank < 1 or (alpha is not None and "scaling" in attributes):
-        raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
+        cure = "Pass a rank= of at least 1, and only one of alpha= and scaling="
+        raise UsageError("rank is below 1, or both alpha and scaling are given", cure=cure)
     check_dropout(dropout, cls, method)
     check_gathered(model)
     if issubclass(cls, ContextUpdate):
@@ -151,7 +152,7 @@ def create(
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that a model was loaded from, as its config records; {} if they are gone.
+    """Return the fingerprint of the files that the model's config names as its source; {} if the files are gone.
 
     The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
     """
@@ -267,7 +268,7 @@ def _started(
 
 
 def _copied(leaf: object) -> Tensor:
-    """Copy a tensor to new memory in the axis order of files; training then starts as if a file had contained it."""
+    """Copy a tensor to new, contiguous memory, so that training starts as from an adapter that was read from a file."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -471,8 +472,8 @@ def create_context(
         model: the model that the adapter is for.
         cls: the method.
         targets: globs over names of attentions, for methods that act on attentions.
-        tokens: the number of virtual tokens. A list `index=` in `attributes` names the tokens whose embeddings are
-            their initial values.
+        tokens: the number of virtual tokens. If `attributes` has `index=`, a list of token ids, the virtual tokens
+            start as the embeddings of these ids.
         seed: the seed of the random numbers.
         attributes: the method's plain values.
 

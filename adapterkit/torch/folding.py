@@ -69,7 +69,7 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""Pairs of a hook and those of its parts that are merged."""
+"""(hook, its merged parts) pairs."""
 
 KEEPS = ("copy", "recompute")
 """The choices for what `merge_` keeps."""
@@ -190,8 +190,8 @@ _MERGES: Any = WeakIdKeyDictionary()
 class Memory:
     """The address ranges of a model's parameters, to find parameters that share memory: tied names and views.
 
-    It compares address ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in one
-    storage.
+    The class compares address ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in
+    one storage.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -236,7 +236,7 @@ def changed_by(parts: Sequence[Part]) -> list[str]:
 
 @torch.no_grad()
 def fold(hook: ForwardHook, parts: list[Part]) -> None:
-    """Merge parts into a hook's module: additive updates in place, and all other updates over the whole weight."""
+    """Merge parts into a hook's module: additive updates block by block, all other updates on the whole weight."""
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}

@@ -1,8 +1,8 @@
 """The forward that replaces a module's own forward while adapters are attached to it.
 
 A `ForwardHook` is stored in the module's `__dict__`. It holds the parts (`parts.Part`) of all adapters at the module.
-For each call, the hook chooses how to run the parts: by a cached plan, row by row, as formulas over the layer, or with
-the module's parameters exchanged.
+For each call, the hook chooses how to run the parts: by a cached plan, row by row, as formulas over the layer, or by
+running the module's own forward on changed parameters.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ class ForwardHook:
             raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
-        """Raise, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
+        """Raise an error, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
 
         torch.jit calls this method for each module inside the module that it compiles.
         """
@@ -287,7 +287,7 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if the weight and bias of a module that was copied without its model have changed since then.
+        """Raise an error if a module was copied without its model, and its weight or bias has changed since the copy.
 
         `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
         """
@@ -302,7 +302,7 @@ class ForwardHook:
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: object) -> Tensor | None:
-        """Return the output of a linear layer with low-rank updates by a cached plan, or None if no plan applies."""
+        """Compute the output of a linear layer with low-rank updates by a cached plan; None if no plan applies."""
         if self.drops and self.module.training:
             return None
         route = scope.routes.get(self) if scope.routes else None
@@ -382,7 +382,7 @@ class ForwardHook:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
     def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
-        """Return the module's output with its updates of weights, without the norm that `without` names."""
+        """Return the module's output with its weight updates applied, but without the norm that `without` names."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
@@ -447,7 +447,7 @@ class ForwardHook:
         return not (changes_weights and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
-        """Return the output, in training, for an update that scales rows of W + B A; None for other formulas."""
+        """Return a layer's output in training if the update scales the rows of W + B A; None for other updates."""
         layer = self.layer
         plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
         if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
@@ -581,7 +581,7 @@ class ForwardHook:
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether an adapter has several targets here whose order matters; formulas would add up their changes instead."""
+    """Whether an adapter has several targets at this module and their order matters; formulas ignore the order."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -621,7 +621,7 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 
 _EXCHANGING = threading.RLock()
-"""Lock held while a module's own attributes are exchanged, and during forwards that could see exchanged attributes."""
+"""Lock held while a module's own attributes are replaced, and during forwards that could see the replacements."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
 """The adapters that a warning has named as frozen by another tool."""
@@ -668,7 +668,7 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 class HookEntry:
-    """A hook's forward with the signature of the module's forward, for `generate`, and its code, for `torch.export`."""
+    """A hook's forward, with the module's signature (for `generate`) and a `__code__` (for `torch.export`)."""
 
     def __init__(self, hook: ForwardHook) -> None:
         self.__self__ = hook

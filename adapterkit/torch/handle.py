@@ -42,7 +42,7 @@ from .weights import tensor_at
 
 
 class Handle:
-    """An adapter attached to a model. After `remove` or `merge_`, every use raises `UsageError`.
+    """An adapter attached to a model. After `remove` or `merge_`, every use except `unmerge_` raises `UsageError`.
 
     Attributes:
         frozen: the names of the base's parameters that this handle froze; `remove` unfreezes them.
@@ -113,7 +113,8 @@ class Handle:
         self._check()
         check_weight(value)
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
-            raise UsageError("context can only have the weight 1", where=self.name, cure="Call handle.set_active()")
+            why = "an adapter that adds context can only have the weight 1"
+            raise UsageError(why, where=self.name, cure="Call handle.set_active()")
         for switch in (self._switch, *self._copies()):
             switch.weight = value
 
@@ -316,6 +317,7 @@ class Handle:
 
         Raises:
             UsageError: a layer that the adapter changes was copied, or moved to another path in the model.
+            Unsupported: a tensor of the adapter is on the meta device, so its values are lost.
         """
         self._check()
         self._check_uncopied()
@@ -365,10 +367,10 @@ class Handle:
 
     @torch.no_grad()
     def merge_(self, keep: bool | str = False) -> None:
-        """Merge the adapter into the base in place, computed in float64 and rounded once, and detach it.
+        """Merge the adapter into the base in place, and detach it.
 
-        Until the merge is complete, the handle keeps a copy of the weights that the merge changes. If anything fails,
-        the weights are restored from the copy.
+        The new weights are computed in float64 and rounded once. Until the merge is complete, the handle keeps a copy
+        of the weights that the merge changes. If anything fails, the weights are restored from the copy.
 
         Args:
             keep: what to keep for `unmerge_`. True or "copy" keeps the copy of the weights. "recompute" keeps the
@@ -378,7 +380,7 @@ class Handle:
 
         Raises:
             NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
-                another, or a weight is not a plain tensor (quantized by a library).
+                another, or a weight is not a plain tensor (such as a weight quantized by a library).
             UsageError: `keep` is unknown, or "recompute" is given for updates that are not additive.
 
         Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
@@ -425,8 +427,8 @@ class Handle:
 
         Raises:
             UsageError: the adapter was not merged with `keep`; the merged weights were changed or replaced since; the
-                adapter was changed, but is needed to recompute the weights; or another adapter has this name. Then
-                nothing is changed.
+                adapter was changed, but is needed to recompute the weights; or another adapter has this name. In each
+                case, nothing is changed.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
@@ -529,7 +531,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return parameters of one model with their float64 values after all handles' adapters are merged together.
+    """Return (parameter, its float64 value after all handles' adapters are merged) for each parameter that changes.
 
     Raises:
         NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.

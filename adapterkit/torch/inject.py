@@ -59,7 +59,7 @@ Pairs = Mapping[str, LoRA]
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with its experts, whose factors are stacked at each target.
+    """Return the adapter with the factors of its experts, stacked at each target.
 
     Args:
         names: a function that returns the names of the model's modules in their order.
@@ -139,7 +139,7 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
 
 
 def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> Update:
-    """Build Arrow at one layer: subtract the mean of the general experts, which come last, from the other experts."""
+    """Build one layer's Arrow update: subtract the mean of the general experts, which come last, from the others."""
     assert isinstance(router, Arrow)
     tasks = router.tasks or len(experts) - router.general
     if tasks + router.general != len(experts) or router.top_k > tasks:
@@ -208,8 +208,8 @@ def inject(
 
     Args:
         model: the model. Targets are dotted names in the model, or names that the resolver identifies with its modules,
-            as in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied
-            head), as PEFT's forward does.
+            as in `adapterkit.merge`. Updates of an embedding's token rows also change layers that share its parameter
+            (a tied head), as in PEFT's forward.
         adapter: the adapter.
         name: the adapter's name for `route`; each attached adapter needs a different name.
         weight: the factor of the adapter's change.
@@ -258,7 +258,8 @@ def inject(
     rules = parse_renames(rename, [target.path for target in adapter.updates])
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
-        raise UsageError("context can only have the weight 1", where=name, cure="Leave weight= out")
+        why = "an adapter that adds context can only have the weight 1"
+        raise UsageError(why, where=name, cure="Leave weight= out")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
@@ -340,7 +341,7 @@ def _where(model: nn.Module, target: Target) -> str:
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
-    """Return the site with its updates as the adapter's trainer computes them; `given` gets the original updates."""
+    """Return the site with its updates as the tool that trained them computes them; `given` gets the stored updates."""
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
     module = model.get_submodule(site.weight.rpartition(".")[0])
@@ -353,7 +354,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return the live updates as updates of the methods that the adapter stores, with the same tensors."""
+    """Convert live updates from the methods that the model runs back to the methods that the adapter stores."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -499,7 +500,7 @@ def _lineage_tells(adapter: Adapter) -> bool:
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
-    """Raise if a target is a module whose weight is not its own parameter, or does not exist yet."""
+    """Refuse targets in modules whose weight is not a parameter of the module, or does not exist yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
@@ -576,7 +577,7 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor with the device and dtype that W has in a forward under other tools' hooks."""
+    """Return W, or an empty tensor with the device and dtype that other tools' hooks give W during a forward."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 

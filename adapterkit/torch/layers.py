@@ -55,7 +55,7 @@ class TorchLayer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> TorchLayer:
-        """Return the layer with the dtype to compute in; a layer with a packed weight takes the dtype of `x`."""
+        """Return the layer in the dtype to compute in; for a packed weight, this is the dtype of `x`."""
         return self
 
     @classmethod
@@ -108,7 +108,8 @@ class TorchLayer:
 def lasting(module: nn.Module, W: Tensor) -> Tensor:
     """Return a module's parameter in a form whose values do not change before the backward pass.
 
-    diffusers' layerwise casting overwrites the parameter by 8-bit values after the forward. A view keeps the values.
+    diffusers' layerwise casting replaces the parameter's data with 8-bit values after the forward; a view keeps the
+    values of the forward.
     """
     return W.view_as(W) if "_diffusers_hook" in module.__dict__ and casts_layerwise(module) else W
 
@@ -188,7 +189,7 @@ class ConvLayer(TorchLayer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # With any other padding, the kernel without dilation gives an output of another size, which PEFT cannot train.
+        # With other padding, PEFT cannot train a dilated layer: without the dilation, the output has another size.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer
 
 
 def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
-    """Return the module as a `TorchLayer`, or None if its weight can only be changed under its own forward."""
+    """Return the module as a `TorchLayer`, or None if only the module's own forward can use a changed weight."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
@@ -348,7 +349,7 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 # * it is a layer of bitsandbytes whose weight is not floating point;
 # * its weight is stored in 8-bit floating point, which torch does not compute with: a forward of another tool casts it
 #   and may scale it (trainers with an fp8 base). diffusers' layerwise casting does not count: it casts the weight
-#   itself before the forward, and adapters run inside that; see bypass.py.
+#   itself before the forward, and adapters run after this cast; see bypass.py.
 #
 # If an update needs the weight, the tensor or the module dequantizes it. GPTQ's and AWQ's modules have no common method
 # for that, so the rows of an identity matrix are sent through the layer: the result is its dequantized weight.

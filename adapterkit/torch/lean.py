@@ -147,7 +147,7 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
 
 
 def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
-    """Return s * (x (W + B A)^T) + b for a frozen W without a new weight, or None if the plain formula is needed.
+    """Return s * (x (W + B A)^T) + b without forming W + B A, or None if the tensors need the plain formula.
 
     Args:
         x: `[..., in]`.
@@ -183,7 +183,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
-    """Return y + weight * (x A^T) B^T in y's dtype, overwriting y if it is fresh."""
+    """Return y + weight * (x A^T) B^T in y's dtype; the result overwrites y if y is fresh."""
     flat_x, flat = x.reshape(-1, x.shape[-1]), y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
     alone = fresh and flat.data_ptr() == y.data_ptr()
     with _without_autocast(y):

@@ -60,8 +60,8 @@ class Leaf:
 
     Attributes:
         staged: the tensor, before it is registered.
-        first: the registered parameter; dropped once a forward finds another one in its place, so that FSDP2 can free
-            it.
+        first: the registered parameter. It is dropped once a forward finds another parameter under its name, so that
+            FSDP2 can free its memory.
     """
 
     module: nn.Module
@@ -101,7 +101,7 @@ class Leaf:
         self.staged = None
 
     def release(self) -> None:
-        """Remove the tensor from the module, and with the last tensor also the module's hooks."""
+        """Remove the tensor from the module; if it was the module's last leaf, remove the module's hooks too."""
         self.staged, self.first = self.tensor, None
         self.module._parameters.pop(self.name, None)
         self.module._buffers.pop(self.name, None)
@@ -163,8 +163,8 @@ class Leaf:
         """
         first = self.first
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
-            # The module's dictionary and the call itself hold one reference each. An optimizer made before holds
-            # `first`.
+            # The module's dictionary and the call itself hold one reference each. An optimizer that was made before
+            # the offloading holds `first` instead.
             if sys.getrefcount(self.module._parameters[self.name]) > 2:
                 why = "accelerate offloaded the model after the injection, and an optimizer holds the empty parameter"
                 cure = "Delete that optimizer, and make a new one from handle.parameters()"
@@ -212,7 +212,7 @@ class LiveUpdates:
 
     @property
     def attached(self) -> tuple[Update, ...]:
-        """The updates with earlier tensors, which may be outdated: use only the methods and names."""
+        """The updates as they were attached. Their tensors may be outdated: use only the methods and names."""
         return self._updates
 
     @property
@@ -285,8 +285,8 @@ class Registration:
                 mine[name] = self._staged[key]
                 tensors[name] = mine[name].tensor
                 if mine[name].module is not home:
-                    # FSDP2 frees the weights of a block after its forward, so a leaf of several blocks must not belong
-                    # to one.
+                    # FSDP2 frees the weights of a block after its forward, so a leaf that several blocks use must not
+                    # belong to one of these blocks.
                     mine[name].module = home_of(self.model, self.model, self._hidden)
             bound.append(update.replace(**tensors))
             leaves.append(mine)
@@ -330,7 +330,7 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
         return home
     module_found = next((module for module in _above(model, home) if id(module) not in hidden), None)
     if module_found is None:
-        why = "accelerate loads all parameters of the model for each forward, from a map that lacks the adapter's"
+        why = "accelerate loads all parameters of the model for each forward, from a map without the adapter's tensors"
         cure = "Offload only its blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
     return module_found
@@ -450,7 +450,7 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
 
 
 def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules for which a hook loads parameters: with `preload_module_classes`, all modules inside."""
+    """Return the modules whose parameters a hook loads; with `preload_module_classes`, all modules inside `module`."""
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 

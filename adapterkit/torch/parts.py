@@ -1,7 +1,7 @@
 """The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them.
 
-Updates of outputs use one interface for the call of any module, including its residual and norm. A module adds the
-residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
+Updates of outputs see each call of a module through one interface, which includes the residual and the norm. A module
+adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. Then the
 output before the residual is computed by running the module on a residual of 0 and skipping its norm. Otherwise, the
 block around the module adds the residual. In this case, an update names the module that reads the residual, and a
 recorder at that module keeps the residual until it is needed.
@@ -42,7 +42,7 @@ RESIDUALS = ("input_tensor", "residual")
 
 
 class InputRecorder(threading.local):
-    """Keep the input of a module until the residual is needed, separately for each thread."""
+    """Keep a module's input until it is needed as a residual, separately for each thread."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
@@ -74,12 +74,12 @@ class OutputSite:
     Attributes:
         channels: the number of channels that the updates expect, or None if the updates do not fix this number.
         recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
-            there is none.
+            if there is no residual.
         reader: the module that reads the residual.
-        norm: the norm that the block around the module applies to the sum.
-        own: the position and name of the residual among the module's own arguments, if it takes a residual.
-        own_norm: the name of the module's own norm.
-        call_words: returns the arguments of the model's call; by default, an empty dictionary.
+        norm: the norm that the block around the module applies after it has added the residual.
+        residual_argument: the position and name of the residual among the module's own arguments, if it takes one.
+        norm_name: the name of the module's own norm.
+        call_words: a function that returns the arguments of the model's call; by default, an empty dictionary.
     """
 
     channels: int | None
@@ -374,6 +374,6 @@ class Part:
 
     @property
     def foldable(self) -> bool:
-        """Whether changed parameters of the module can express all updates, and every bias that they change exists."""
+        """Whether all updates can be written into the module's parameters, and every bias that they change exists."""
         kinds = all(update.kind in ("additive", "weight") for update in self.updates)
         return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))

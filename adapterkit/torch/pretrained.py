@@ -116,9 +116,9 @@ def load_pretrained(
 def _check_no_kernel(config: object, source: Path) -> None:
     """Check that a config, including all configs inside it, does not name a kernel that transformers would download.
 
-    transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;
-    `local_files_only` has no effect there. The loaded config object is checked instead of config.json, which can refer
-    to another file (`configuration_files`).
+    transformers downloads a kernel for a name `org/kernel`, and for names such as `flash_attention_2` if that package
+    is not installed; `local_files_only` does not prevent this. The loaded config object is checked instead of
+    config.json, which can refer to another file (`configuration_files`).
 
     Raises:
         Unsupported: the config names such a kernel.
@@ -138,7 +138,7 @@ def _check_no_kernel(config: object, source: Path) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Hide transformers' progress bars and messages, because only commands show output, not the library."""
+    """Hide transformers' progress bars and messages, because only commands may print, not the library."""
     logs = import_module("transformers.utils.logging")
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()

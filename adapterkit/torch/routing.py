@@ -72,7 +72,7 @@ def route(
         )
     if axis not in (None, 0, 1) or (axis and flattened):
         raise UsageError(
-            "rows are on axis 0 or 1, flattened rows on axis 0", cure="Pass axis=0, or axis=1 without flattened"
+            "axis must be 0 or 1, and 0 if rows are flattened", cure="Pass axis=0, or axis=1 without flattened=True"
         )
     known = tuple(switches)
     slots = {name: slot for slot, name in enumerate(known)}
@@ -145,7 +145,7 @@ def check_unrouted(switch: Switch) -> None:
     name: str = switch.name
     for route in current().routes.values():
         if switch in route.switches and name in route.names:
-            why = f"{_rows(route.names, name)} of the active route use it"
+            why = f"the active route uses the adapter for {_rows(route.names, name)}"
             raise UsageError(why, where=name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 
@@ -188,7 +188,7 @@ def split(
         module: the module.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        beside: further tensors with the same rows, which come after the arguments.
+        beside: further tensors with the same rows, which are split like the arguments.
         where: the target, for errors.
 
     Raises:

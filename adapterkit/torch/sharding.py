@@ -89,7 +89,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter; if only the parameter is sharded, each process takes its part of the value."""
-    if hasattr(parameter, "ds_status"):  # ZeRO also keeps small parameters whole, and trains its part of them.
+    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions: set both.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)

@@ -116,7 +116,7 @@ def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
     if layer.bias is None:
         return y
     # Between two forwards, the bias may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
-    # casting).
+    # casting). Then the layer's output for zeros gives the bias.
     at_hand = not layer.bias.is_meta and layer.bias.dtype.itemsize > 1
     bias: Tensor = layer.bias if at_hand else layer(h.new_zeros(1, h.shape[-1]))
     return y - bias
@@ -164,7 +164,7 @@ def embedding_of(module: nn.Module) -> nn.Module:
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""Attribute names in attentions: those for the number of key heads, and those for the width of a head."""
+"""Attribute names in attentions: `HEADS` for the number of key heads, `WIDTHS` for the width of a head."""
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -243,7 +243,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            renamed[plain] = path  # If several modules have this name, the innermost comes last.
+            renamed[plain] = path  # If several modules have this name, the innermost comes last and is kept.
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)
     if not any(target.path in renamed for target in adapter.updates):

@@ -121,7 +121,7 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
 
 
 def _is_sum(tuner: nn.Module) -> bool:
-    """Whether a PEFT layer adds a change to the weight that does not depend on the weight."""
+    """Whether a PEFT layer only adds to the weight, and the added change does not depend on the weight."""
     kind = _kind(tuner)
     family = family_of_type(kind.upper())
     method: Any = METHODS.get(kind) if family is None else getattr(family, "method", None)
@@ -215,7 +215,7 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules with tensors of the adapter (with `trained`, only trained ones) and the modules around."""
+        """Return the modules with tensors of the adapter (`trained`: trained tensors), and all modules around them."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
@@ -276,7 +276,7 @@ class _Step:
 
     The hook does the check when code calls this submodule directly instead of the whole model.
 
-    It refers only to the modules inside the submodule, so that a copy of one block does not copy the model.
+    The hook refers only to modules inside the submodule, so that a copy of one block does not copy the model.
 
     Args:
         module: the submodule.
@@ -328,7 +328,7 @@ class _Step:
         return True
 
     def _look(self, module: nn.Module) -> None:
-        """Look for moved modules in the whole model, or, in a copy of a part of it, inside the module.
+        """Look for moved modules in the whole model; in a copy of the module alone, look inside the copy.
 
         Raises:
             Unsupported: an adapter no longer acts.
@@ -363,7 +363,7 @@ class _WatchHook:
         self.settled = False
         self.forwards: Forwards | None = None
         self.hooks: frozenset[Hook] = frozenset()
-        self.below: dict[int, BypassBlock] = {}  # By the ids of the blocks' modules.
+        self.below: dict[int, BypassBlock] = {}  # Keyed by the ids of the blocks' modules.
         self.warned: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
 
@@ -409,7 +409,7 @@ class _WatchHook:
         self._stand()
 
     def _stand(self) -> None:
-        """Put a hook at each module on the path to an adapter, replacing the earlier hooks."""
+        """Put a hook at each module on the path to an adapter, in place of the earlier hooks."""
         for step in self.steps:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:
@@ -520,14 +520,14 @@ class _WatchHook:
         return True
 
     def _is_defined_in(self, hook: Hook, reader: str) -> bool:
-        """Whether a function, given by its full name, is defined in a class around a hook's module."""
+        """Whether a function, given by its full name, is a method of a parent of the hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
 
 
 def _hook_of(model: nn.Module) -> _WatchHook:
-    """Return this module's hook at a model, and register it if necessary."""
+    """Return the `_WatchHook` that is registered with a model; register a new one if there is none."""
     hook_found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _WatchHook)), None)
     if hook_found is None:
         hook_found = _WatchHook(model)
@@ -551,7 +551,8 @@ def _check_no_replica(module: nn.Module) -> None:
     """
     if "_is_replica" in module.__dict__:
         cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
-        raise Unsupported("nn.DataParallel runs on several devices", where=type(module).__name__, cure=cure)
+        why = "nn.DataParallel on several devices is not supported"
+        raise Unsupported(why, where=type(module).__name__, cure=cure)
 
 
 def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:

@@ -88,7 +88,7 @@ def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 #
 # Another thread may run the same module at the same time, with other adapters or none. So the values are usually put
 # into a replica of the module, which other threads do not see. If a forward is bound to the module itself, or traced by
-# a compiler, the values of the module itself must be exchanged.
+# a compiler, the module's own values must be replaced during the call.
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
@@ -117,8 +117,8 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
     """Put values into the module itself for the `with` block.
 
-    An instance attribute hides the parameter of that name. Compilers before torch 2.13 cannot trace that an attribute
-    is deleted afterwards; for them, the parameter itself is exchanged.
+    An instance attribute hides the parameter of that name. torch.compile before torch 2.13 cannot trace the deletion of
+    this attribute, so there the parameter itself is replaced.
     """
     placed: list[tuple[dict[str, object], str, bool, object]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
@@ -143,7 +143,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(owner: nn.Module, name: str) -> dict[str, object]:
-    """Return the module's dictionary that must get a value of this name."""
+    """Return the module's dictionary in which a value of this name must be set."""
     if torch.compiler.is_compiling():
         for table in (owner._parameters, owner._buffers, owner._modules):
             if name in table:

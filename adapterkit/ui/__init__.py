@@ -51,8 +51,8 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
 )
-"""The content security policy for a report, which is a file with a script. The sandbox denies the script cookies and
-network access."""
+"""The content security policy for a report, which is a file with a script. It denies the script access to cookies and
+to the network."""
 
 HEADERS = {
     "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",

@@ -29,10 +29,10 @@ WAITING = 8
 """The maximum number of jobs that may wait."""
 
 KEPT = 50
-"""The list keeps this many jobs that have ended."""
+"""The number of ended jobs that the list keeps."""
 
 MAX_ERROR_BYTES = 512 * 1024
-"""The first characters of a job's standard output are kept, up to this number."""
+"""The number of characters that are kept from the beginning of a job's standard output."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
@@ -173,7 +173,7 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Interrupt a job like Ctrl-C; its partial output is kept for the next run of the same command.
+        """Interrupt a job as Ctrl-C does; its partial output is kept for the next run of the same command.
 
         Raises:
             UsageError: the job does not exist.

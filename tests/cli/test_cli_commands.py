@@ -344,7 +344,7 @@ def test_doctor_tells_providers_that_run_from_those_that_are_built_in(monkeypatc
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built)
     monkeypatch.setattr(providers, "_has_driver", lambda: False)
     providers.runs_on.cache_clear()
-    assert "(runs on CPU; also built for CUDA, where no session starts)" in _checks.providers().state
+    assert "(runs on CPU; also built for CUDA, where no session starts)" in _checks.providers().found
     providers.runs_on.cache_clear()
 
 
@@ -359,7 +359,7 @@ def test_doctor_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checks, "_text", lambda path: files.get(path, ""))
     assert _checks.memory() == _checks.Check("memory", "ok", "32.8 GB available of 65.5 GB")
     files |= {"/sys/fs/cgroup/memory.max": f"{4 * 10**9}\n", "/sys/fs/cgroup/memory.current": f"{3 * 10**9}\n"}
-    assert _checks.memory().state == "1 GB available of 4 GB"
+    assert _checks.memory().found == "1 GB available of 4 GB"
     assert _checks.memory().status == "warn"
     files.clear()
     assert _checks.memory().status == "ok"

@@ -127,7 +127,7 @@ def test_parts_have_the_bases_own_names(base):
     [Target("", "in out *k"), Target("", rows=(0, 2)), Target("attn", "e out *in"), Target("attn", rows=(0, 2))],
 )
 def test_context_has_no_layout_and_no_rows(target):
-    with pytest.raises(Malformed, match="no layout and no rows"):
+    with pytest.raises(Malformed, match="must not have a layout or rows"):
         Adapter({target: (METHODS["prompt"](P=from_numpy(np.ones((2, 4)))),)}).validate()
 
 

@@ -281,7 +281,7 @@ def test_values_that_are_not_finite_are_named_with_field_and_position(value, met
 @pytest.mark.parametrize("index", [[0, -1], [1, 1], [[0, 1], [2, 2]]])
 def test_token_numbers_are_distinct_and_not_negative(index):
     update = METHODS["rows"](index=from_numpy(np.array(index)), values=from_numpy(np.ones((*np.shape(index), 3))))
-    with pytest.raises(Malformed, match=r"position -1 is not on in|the same position occurs twice"):
+    with pytest.raises(Malformed, match=r"position -1 is outside in|the same position occurs twice"):
         update.check_values()
 
 

@@ -36,7 +36,7 @@ def base(tmp_path):
 @pytest.mark.parametrize("index", [[[0, 4], [0, 1]], [[0, 1], [0, 6]], [[0, -1], [0, 1]]])
 def test_positions_outside_of_the_weight_are_refused_before_anything_is_computed(method, others, index, base):
     adapter = Adapter({Target("q"): (update(method, index, **others),)})
-    with pytest.raises(ShapeMismatch, match=r"index: position .* is not on out=4 and in=6") as raised:
+    with pytest.raises(ShapeMismatch, match=r"index: position .* is outside out=4 and in=6") as raised:
         adapter.bind(base)
     assert raised.value.where == f"q: {method}"
 
@@ -69,7 +69,7 @@ def test_positions_in_what_targets_share():
         if right:
             lora.check_values()
         else:
-            with pytest.raises(Malformed, match="position 4 is not on d=4"):
+            with pytest.raises(Malformed, match="position 4 is outside d=4"):
                 lora.check_values()
 
 

@@ -276,14 +276,14 @@ def test_what_does_not_fit_is_named(update, shape, why):
 def test_places_are_inside_and_distinct(index):
     tensors = {"l": torch.ones(4), "values": torch.ones(2), "V": torch.eye(4)}
     update = METHODS["frod"](**tensors, index=torch.tensor(index))
-    with pytest.raises(Malformed, match=r"is not on in=4|the same position occurs twice"):
+    with pytest.raises(Malformed, match=r"is outside in=4|the same position occurs twice"):
         update.check_values()
 
     def meet():
         update.check_against((4, 4))
         update.check_distinct()
 
-    with pytest.raises((Malformed, ShapeMismatch), match=r"is not on in=4|the same position occurs twice"):
+    with pytest.raises((Malformed, ShapeMismatch), match=r"is outside in=4|the same position occurs twice"):
         meet()
 
 

@@ -72,7 +72,7 @@ def test_what_disagrees_is_named_with_what_was_known(text, shape, known):
     with pytest.raises(ShapeMismatch) as raised:
         Axes.parse(text).bind(shape, dict(known), "factor")
     assert raised.value.where == "factor"
-    assert f"shape {list(shape)} is not [{text}]" in str(raised.value)
+    assert f"shape {list(shape)} does not match [{text}]" in str(raised.value)
     assert all(f"{name}={size}" in str(raised.value) for name, size in known.items())
     assert raised.value.cure
 

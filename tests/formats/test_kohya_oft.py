@@ -85,8 +85,8 @@ def turned(rows, size=8, alpha=0.0625, blocks=2):
     [
         (turned(None, 24), "all 3 parts of a fused weight"),
         (turned((0, 8)) | turned((8, 16)), "all 3 parts of a fused weight"),
-        (turned((0, 8)) | turned((8, 16)) | turned((16, 24), alpha=0.125), "or another constraint"),
-        (turned((0, 8)) | turned((8, 16)) | turned((16, 24), blocks=4), "another number of blocks"),
+        (turned((0, 8)) | turned((8, 16)) | turned((16, 24), alpha=0.125), "or its constraint per output"),
+        (turned((0, 8)) | turned((8, 16)) | turned((16, 24), blocks=4), "its number of blocks"),
     ],
 )
 def test_what_sd_scripts_would_read_otherwise_is_refused(updates, why, tmp_path):

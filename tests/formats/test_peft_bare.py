@@ -134,7 +134,7 @@ def test_the_commands_that_read_take_alpha(tmp_path: Path) -> None:
     other = run("convert", name, str(tmp_path / "c"), "--to", "peft", "--alpha", "7")
     assert other.exit_code != 0, "what alpha 6 made is not what alpha 7 would make"
     tells = run("inspect", str(tmp_path / "d"), "--alpha", "6")
-    assert "read without --alpha" in tells.stderr
+    assert "takes no --alpha" in tells.stderr
 
 
 def test_what_zero_3_saved_without_gathering_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_pair_of_parameters_needs_no_base_to_tell_its_layout(case):
 
 def test_a_lone_parameter_of_an_old_release_names_both_readings():
     folder, _, expected = written("single", "peft-0.18.1")
-    with pytest.raises(UsageError, match=r"lora_A has the inputs if .* and the outputs if") as error:
+    with pytest.raises(UsageError, match=r"the columns of lora_A are inputs if .* but outputs if") as error:
         ak.read(folder)
     assert "peft_0.18 for outputs" in str(error.value)
     assert "base=" in str(error.value)

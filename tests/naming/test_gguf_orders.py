@@ -165,7 +165,7 @@ def test_an_architecture_without_a_family_is_refused_by_name(tmp_path):
         ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
 
 
-TWO = "llama.cpp splits its weight into two tensors"
+TWO = "llama.cpp splits this weight into two tensors"
 APART = {
     "latent": (("kv_b_proj",), TWO), "linear_split": (("in_proj_qkvz",), TWO),
     "rotary": (("q_proj", "k_proj"), "does not state which of two orders"),
@@ -232,7 +232,7 @@ def test_a_class_that_llama_cpp_takes_for_another_family_is_refused():
 def test_blocks_that_share_keys_differently_are_refused():
     blocks = [{"attention": {"n_heads_in_group": group}} for group in (4, 8)]
     config = {"num_attention_heads": 8, "hidden_size": 32, "block_configs": blocks}
-    with pytest.raises(Unsupported, match="keys are shared among 4, 8 query heads"):
+    with pytest.raises(Unsupported, match="groups of different sizes: 4, 8"):
         heads_of(config, "blk.0.attn_k")
 
 

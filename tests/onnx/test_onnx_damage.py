@@ -64,7 +64,7 @@ def in_a_node(proto):
 
 def nameless(proto):
     proto.graph.initializer[0].name = ""
-    return "nothing computes its input|without a name"
+    return "nothing computes its input|has no name"
 
 
 def in_circles(proto):

@@ -275,7 +275,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
     for error, match, words in (
         (UsageError, "no input attention_mask", ({k: v for k, v in feeds.items() if k != "attention_mask"},)),
         (UsageError, "no input 'input_id'", ({**feeds, "input_id": feeds["input_ids"]},)),
-        (UsageError, "has dtype float32, and the input int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
+        (UsageError, "dtype float32, but the input has int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
         (UsageError, "no adapter 'three'", (feeds, "three")),
         (Unsupported, r"use the same slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
         (UsageError, "no output 'logit'", (feeds, None, ["logit"])),
@@ -288,8 +288,8 @@ def test_what_a_session_refuses(classifier, tmp_path):
     for error, match, changed in (
         (TargetNotFound, "no slot other", tensors | {"other": tensors[factor]}),
         (ShapeMismatch, "in another tensor of the same update", {k: v for k, v in tensors.items() if k != factor}),
-        (ShapeMismatch, "has shape .*, and its slot", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
-        (ShapeMismatch, "dtype float64, and its slot float32", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
+        (ShapeMismatch, "has shape .*, but its slot", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
+        (ShapeMismatch, "dtype float64, but its slot has float32", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
     ):
         write_ort_adapter(tmp_path / "bad.onnx_adapter", OrtAdapter(changed))
         with pytest.raises(error, match=match):

@@ -280,7 +280,7 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
         told = ask(model, feeds)
         return told if isinstance(model, bytes) else [2 * array for array in told]
 
-    monkeypatch.setattr(checking, "told_by_reference", wrong)
+    monkeypatch.setattr(checking, "reference_outputs", wrong)
     with pytest.raises(CheckFailed, match="reference implementation differ"):
         ak.onnx.inject(path, lora(), out)
     assert not out.exists()
@@ -295,5 +295,5 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
         assert "reference implementation differ" in done.stderr
         assert place.read_bytes() == held
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "merged.onnx", "one.data", "out.onnx", "two.data"]
-    monkeypatch.setattr(checking, "told_by_reference", lambda model, feeds: [2 * a for a in ask(model, feeds)])
+    monkeypatch.setattr(checking, "reference_outputs", lambda model, feeds: [2 * a for a in ask(model, feeds)])
     assert ak.onnx.inject(path, lora(), out).reference is None

@@ -235,7 +235,7 @@ def test_what_does_not_go_into_the_slots_is_refused(slots, tmp_path):
             session.load("one", adapter)
     ak.onnx.inject(tmp_path / "base.onnx", bottleneck("relu"), tmp_path / "relu.onnx", mode="slots")
     ak.onnx.fit(tmp_path / "relu.onnx", bottleneck("relu"))
-    with pytest.raises(Unsupported, match=r"non_linearity is 'gelu', and 'relu' in the model's nodes"):
+    with pytest.raises(Unsupported, match=r"non_linearity is 'gelu', but 'relu' in the model's nodes"):
         ak.onnx.fit(tmp_path / "relu.onnx", bottleneck("gelu"))
     with pytest.raises(TargetNotFound, match="lists no slots"):
         ak.onnx.fit(tmp_path / "base.onnx", tmp_path / "one")

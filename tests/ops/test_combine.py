@@ -765,7 +765,7 @@ def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
 def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
     """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
-    monkeypatch.setattr(blocks, "HELD", 40)
+    monkeypatch.setattr(blocks, "MAX_NUMBERS", 40)
     rng = np.random.default_rng(3)
     values = np.abs(rng.normal(size=20000))
     sparse = np.where(rng.random(20000) < 0.1, values, 0.0)
@@ -809,7 +809,7 @@ def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
     expected = [[(exact(made, t), made.updates[t][0].d.numpy()) for t in targets] for made in whole]
     monkeypatch.setattr("adapterkit.ops.blocks.ENTRIES", 2 * IN * len(given_))
     monkeypatch.setattr("adapterkit.ops.blocks.WHOLE", 40)
-    monkeypatch.setattr(blocks, "HELD", 7)
+    monkeypatch.setattr(blocks, "MAX_NUMBERS", 7)
     for each, found in zip(more, expected, strict=True):
         made = ak.ops.combine(given_, name, workers=3, **each)
         for target, (D, d) in zip(targets, found, strict=True):

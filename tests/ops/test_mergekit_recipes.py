@@ -211,7 +211,7 @@ REFUSED = {
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [2, 5]}]\n"
         "merge_method: passthrough\n"),
         "slices[1].sources[0].layer_range",
-        "Keep each layer in its place",
+        "the same range",
     ),
     "other models in a slice": (
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [3, 5]}]\n"

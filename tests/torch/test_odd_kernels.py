@@ -28,7 +28,7 @@ SITUATIONS = Situations()
 odd = SITUATIONS.odd
 
 X = draw(3, 8, seed=7)
-READ = "computed with its weight and did not call it"
+READ = "computed with the module's weight but did not call the module"
 
 
 class MLP(nn.Module):

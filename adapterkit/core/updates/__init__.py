@@ -155,7 +155,7 @@ class WeightUpdate(Update):
         return None
 
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return m `[out]`, B `[out, r]`, A `[r, in * k]` with W' = m * V / |V| and V = W + B @ A, |V| by row; or None.
+        """Return m `[out]`, B `[out, r]`, A `[r, in * k]` with W' = m * V / |V|, V = W + B @ A, |V| per row; or None.
 
         A merge computes this formula in a compiled loop.
         """

@@ -415,12 +415,12 @@ class Update:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether the update has a change to add to the weight."""
+        """Whether the update gives the layer a new weight; see `new_weight`."""
         return False
 
     @property
     def changes_bias(self) -> bool:
-        """Whether the update has a change to add to the bias."""
+        """Whether the update gives the layer a new bias; see `new_bias`."""
         return False
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -438,7 +438,7 @@ class Update:
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
-        """Return `settled` for a weight `[out, in, *k]`; if `stacked`, for the experts' weights `[e, out, in, *k]`."""
+        """Call `settled` for a weight `[out, in, *k]` or, if `stacked`, for each expert of `[e, out, in, *k]`."""
         if not stacked or not self.bias_sees_weight:
             return self.settled(W)
         experts = [self.expert(index).settled(W[index]) for index in range(len(W))]

@@ -51,7 +51,7 @@ class ImageBundle:
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
         keys: a map from the key that `keyed` would choose for an embedding to the key in the file.
-        shapes: the shapes in the file, by key, of tensors that were reshaped to a matrix.
+        shapes: for each tensor that was reshaped to a matrix, a map from its key to its shape in the file.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
@@ -91,7 +91,10 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's to diffusers' names of text encoders, if all possible families agree on diffusers' names."""
+    """Map OneTrainer's name of each text encoder to diffusers' name.
+
+    A text encoder is omitted if the possible families have different diffusers' names for it.
+    """
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     names_by_word: dict[str, set[str]] = {}

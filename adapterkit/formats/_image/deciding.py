@@ -32,10 +32,10 @@ FAMILY = "adapterkit.family"
 """The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""For each format that only some families of models use: these families."""
+"""For each format that belongs to particular families of models: these families."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
+"""The naming in each format's files. kohya and LyCORIS are absent: they write any naming, with underscores for dots."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """Names of a pipeline's components that are a U-Net or a transformer.
@@ -62,7 +62,7 @@ class Origin:
         unknown: the diffusers class of the base if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
         bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
-        of_format: whether `families` was derived only from the file's format; see `FAMILIES`.
+        of_format: whether `families` follows only from the file's format; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -215,7 +215,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: _sized(family, extents))
     fitting = likely(fitting, paths, inputs, origin)
     if origin.of_format:
-        # Check the shapes, too: names of FLUX.2's double blocks are also valid names for FLUX, but the shapes differ.
+        # Names are not enough, so check the shapes: FLUX.2's double blocks have FLUX's names, but other shapes.
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
@@ -295,7 +295,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in stated):
         why = f"its metadata names {stated[0].title}, but the base is {there[0].title}"
         name = there[0].name
-        cure = f"Give its base, or convert the file with --family {name} (family={name!r}) first"
+        cure = f"Give the adapter's base, or first convert the file with --family {name} (family={name!r})"
         raise UsageError(why, where=paths[0], cure=cure)
 
 
@@ -307,7 +307,9 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families. Keep such a family if the metadata or the sizes fit it, or if no other is left.
+    """Remove the families that are marked `unlikely`, except those that the metadata, the base or the sizes point to.
+
+    If no family would be left, return all.
 
     Args:
         fitting: the families that have all names.
@@ -335,16 +337,16 @@ def likely(
         if not both <= _numbers(paths).keys():
             # One common kind of blocks proves nothing: FLUX and Bria FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless the number
-        # of blocks is that of a rival family. Other selections prove nothing: block 7 may be FLUX's, but it is also
-        # Bria's last block.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless a rival
+        # family has exactly this number of blocks. Other selections of blocks prove nothing: a block 7 may be one of
+        # FLUX's blocks, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules may belong to a ControlNet. Their names do not begin with a component of the pipeline.
+    """Whether modules may belong to a ControlNet, if their names do not begin with a component of the pipeline.
 
     Args:
         paths: the names of the modules.
@@ -358,11 +360,11 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names have two or more consecutive blocks from the first block on, and no block that the family lacks."""
+    """Whether names have consecutive blocks from the first on, at least two, and no block that the family lacks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # Allow the numbers to begin at 1, too, because the first block of SDXL's U-Net has no attention.
+    # The numbers may begin at 0 or 1, because the first block of SDXL's U-Net has no attention.
     rows = all(min(indices) < 2 and len(indices) == max(indices) - min(indices) + 1 for indices in numbers.values())
     return rows and all(max(indices) < family.facts.blocks.get(first, 0) for first, indices in numbers.items())
 

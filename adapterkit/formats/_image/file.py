@@ -1,4 +1,4 @@
-"""The data of one module in a file (its tensors by slot, the format's rules, its updates), and the files themselves."""
+"""Define the data of one module in a file (tensors by slot, the format's rules, updates); load and save the files."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ OPTIONS = {
         "they change only the weight, and a dora_scale is DoRA's magnitude",
     ),
     "rs_lora": Departure(
-        "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r), and that of a "
-        "LoKr with two full factors is the cube root of alpha, which is sqrt(r)",
+        "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r), and the scaling of "
+        "a LoKr with two full factors is sqrt(r), the cube root of the file's alpha r * sqrt(r)",
         "GLoRA's scaling is alpha / r, and the scaling of a LoKr with two full factors is 1",
     ),
     "dylora": Departure(
@@ -175,8 +175,8 @@ class Rules:
     """The rules by which a format's tensors are decoded and encoded.
 
     Attributes:
-        alpha_needed: whether the format's trainers write an alpha for every module. Their tools replace a missing or
-            zero alpha by the rank.
+        alpha_needed: whether the format's trainers write an alpha for every module. The format's tools use the rank
+            instead of a missing or zero alpha.
         by_formula: whether to follow the paper's formula, where a missing alpha is an error and an alpha of 0 gives a
             scaling of 0. If false, a missing or zero alpha means the rank, as in the tools' forward.
         oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, an alpha of 0 allows
@@ -218,7 +218,7 @@ class ImageUpdate:
         fields: a map from each field of the update to its slot.
         kept: slots whose original tensors are stored in the adapter, so that the same file can be written again.
         derived: a map from a slot in `kept` to the field that was computed from the slot's tensor.
-        idle: slots that have no effect; their tensors are stored, too.
+        idle: slots whose tensors have no effect; these tensors are stored, so that the same file can be written again.
     """
 
     update: Update

@@ -59,8 +59,8 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
 
 PADDING = {
     "convolution_padding": Departure(
-        "on a convolution whose padding_mode is not zeros (the live layer shows this, a file does not): the change "
-        "reads zeros around the input; methods other than LoRA are refused there",
+        "on a convolution whose padding_mode is not zeros (the live layer shows this, a file does not): the LoRA pads "
+        "its input with zeros, and methods other than LoRA are refused",
         "the change of the weight, with the layer's padding, as tools merge it",
         zero_padded,
     )
@@ -110,7 +110,7 @@ class ImageFormat(Format, ABC):
         return target.path if target.rows is None else None
 
     def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
-        """Apply to an update a scaling that is not stored in the module's slots, such as a scaling in the header."""
+        """Apply a scaling that is stored outside the module's slots, such as in the header, and return the update."""
         return decoded_update
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
@@ -407,7 +407,7 @@ _DENOISERS = ("unet", "transformer")
 
 
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Translate the targets of updates to modules of a base.
+    """Translate the targets of updates to module names of a base.
 
     Raises:
         TargetNotFound: the base does not have a target; the error names the nearest module.

@@ -70,8 +70,8 @@ def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     """Return alpha / rank; without `by_formula`, return 1 if the alpha is missing or zero.
 
     Raises:
-        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the format's tools would not
-            replace it by the rank.
+        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the rules set neither
+            `by_formula` nor `alpha_needed`.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -220,7 +220,7 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha if both factors are full: LyCORIS ignores it, too, and may write any value.
+    # Ignore the alpha if both factors are full, as LyCORIS does: its files may state any alpha then.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
     # With rs_lora and two full factors, the scaling is sqrt(r). LyCORIS saves alpha = r * sqrt(r), so its cube root is
     # sqrt(r).
@@ -249,7 +249,7 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT. Like PEFT's, it rotates blocks of inputs by the first five terms of a series.
+    """Read OneTrainer's OFT. It rotates blocks of inputs, like PEFT's OFT with the first five terms of a series.
 
     On convolutions, OneTrainer applies the inverse rotation. The file does not show which layers are convolutions.
     """
@@ -260,7 +260,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
         raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
         raise ShapeMismatch(
-            f"the shape {list(pairs.shape)} is not that of rows of pairs", where=module.keys["oft_R"], cure=AGAIN
+            f"the shape {list(pairs.shape)} is not [blocks, pairs]", where=module.keys["oft_R"], cure=AGAIN
         )
     five: dict[str, Any] = {"terms": 5}
     if "oft_scaled" not in module.tensors:

@@ -46,7 +46,7 @@ def in_naming(
 
     Args:
         updates: the updates by target.
-        naming: the naming to translate to; `kohya` is the naming whose dots sd-scripts replaces by underscores.
+        naming: the naming to translate to; `kohya` is the naming whose dots sd-scripts replaces with underscores.
         kept: the targets, as text, that must not be renamed.
         origin: what is known about the naming of the targets.
         fold: whether joining parts with different scalings may fold the scalings into B.
@@ -293,8 +293,8 @@ def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
     """Split an update by spans of rows; None if the update's formula cannot be split along outputs.
 
-    If a LoRA was joined from LoRAs of the spans, each span has its own ranks, and its part gets only these ranks. For
-    any other LoRA, all parts have the whole A.
+    If a LoRA was joined from LoRAs of the spans, each span uses separate rows of A, and its part gets only these rows.
+    For any other LoRA, each part has the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -349,7 +349,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return each span's range of ranks if B is block-diagonal and no block is zero; otherwise an empty list."""
+    """Return each span's range of B's columns if B is block-diagonal without zero blocks; otherwise an empty list."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -501,8 +501,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts with the same A share ranks. Example: queries, keys and values have one A; the MLP in the same weight has
-    # another.
+    # Parts with the same A share rows of the joined A. Example: queries, keys and values have one A; the MLP in the
+    # same weight has another.
     ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))

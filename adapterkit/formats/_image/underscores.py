@@ -97,7 +97,7 @@ def _together(
         sizes: the input sizes of the denoiser's adapted weights.
 
     Raises:
-        TargetNotFound: several families have all stems, but for modules with different paths.
+        TargetNotFound: several families have all stems, and map a stem to different module paths.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -135,7 +135,7 @@ def _together(
     return first
 
 
-_DECIDE = "Name the family with --family (family=), or give the base with --base (base=), to use its names"
+_DECIDE = "Name the family with --family (family=), or give the base, whose names then decide: --base (base=)"
 
 
 def _kind(flat: str) -> str:

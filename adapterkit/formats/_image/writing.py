@@ -155,7 +155,8 @@ def _expressible(
     places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Also report targets that could not be renamed: updates of parts that cannot be joined can be converted to LoRAs.
+    # Add targets that could not be renamed, for example because updates of parts cannot be joined: the caller can
+    # convert the updates in `places` to LoRAs, and LoRAs can be joined.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -168,7 +169,7 @@ def _expressible(
             else _keeping(origin)
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
-            cure = f"Fold the scaling into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
+            cure = f"Fold the scaling into a factor, with one rounding: --on-loss fold (on_loss='fold'). Or: {cure}"
         why = f"{image_format.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
@@ -183,8 +184,8 @@ def _keeping(origin: Origin) -> str:
     """Return the advice for an error about names that cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
-        f"Write a format that keeps these names, --to {keeps}; or name the family when reading the adapter, "
-        "--family (family=), or give the base with --base (base=), to use its names"
+        f"Write a format that keeps these names: --to {keeps}. Or name the family when you read the adapter: "
+        "--family (family=). Or give the base, whose names then decide: --base (base=)"
     )
 
 

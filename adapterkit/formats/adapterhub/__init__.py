@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 DEPARTURES = {
     "dora_norm_and_bias": Departure(
-        "dora_outputs: the norm is that of W + B @ A, without the scaling; m / norm multiplies the bias, too",
+        "dora_outputs: the norm is that of W + B @ A, without the scaling; m / norm multiplies the weight and the bias",
         "dora: the norm is that of W + scaling * B @ A, and the bias is unchanged",
     ),
     "lora_before_1_1": Departure(
-        "LoRA from adapters before 1.1 has the scaling 1, also inside a union",
+        "LoRA in files from before adapters 1.1 has the scaling 1, even inside a union",
         "alpha / r",
     ),
 }
@@ -92,7 +92,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` is a folder of AdapterHub, or a file in one: an adapter or a composition of adapters."""
+    """Whether `path` is an AdapterHub folder (an adapter, or a composition of adapters), or a file in such a folder."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)

@@ -246,9 +246,9 @@ def _part(
 _REWRITE = "Save the adapter again with the adapters library"
 _UPGRADE = "Upgrade adapterkit, or remove the field if it is known to be harmless"
 
-# Encode an `Adapter` as the contents of a folder, and check that they read back as the same adapter.
+# Encode an `Adapter` as the contents of a folder, and check that these contents read back as the same adapter.
 #
-# If the source config still describes the adapter, the writer keeps it unchanged. Otherwise the writer composes a new
+# If the source config still describes the adapter, the writer copies this config. Otherwise the writer composes a new
 # config, with the fields that release 1.3 writes.
 
 
@@ -297,7 +297,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the stored tensors that belong to no update: from the adapter's file, and from the prediction head."""
+    """Return two dicts of stored tensors that belong to no update: of the adapter's file, and of the head's file."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}

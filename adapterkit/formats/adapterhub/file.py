@@ -149,7 +149,7 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""First parts of paths in a model without a head, whose base has no path prefix."""
+"""First parts of paths in a model without a head. In such a model, the base's paths have no prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class AdapterHubPart:
 
     Attributes:
         settings: the settings outside the sub-dict `config`.
-        own: the fields of this config.
+        method_fields: the fields of this config.
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
@@ -388,7 +388,7 @@ def role(path: str, model_type: str) -> str | None:
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     """Return a `model_type` in which the adapters library can adapt every path; None if there is no such type.
 
-    If `model_type` is None, try all types. If several types fit, all must use the same words for the paths.
+    If `model_type` is None, try all types. Return None if several types fit, but use different words for the paths.
     """
     paths = list(paths)
     if model_type is not None:

@@ -144,7 +144,8 @@ def _block(node: object, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        raise Malformed(f"{str(kind)[:60]!r} with children is not a known block", where=at, cure=_BLOCKS)
+        why = f"{str(kind)[:60]!r} is not a known block with a list of children, or it is nested too deep"
+        raise Malformed(why, where=at, cure=_BLOCKS)
     members = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, members, _numbers(node.get("kwargs"), WORDS[kind], len(members), at))
 

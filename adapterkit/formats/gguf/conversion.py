@@ -149,7 +149,8 @@ class GgufPlace:
             return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
-                "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
+                "llama.cpp splits this weight into two tensors and cannot adapt them: merge the adapter into the GGUF "
+                "model"
             )
         if place.rows == "rotary":
             # Refuse: GLM-4 and GLM-4V have the same architecture in GGUF files, but different orders of rows.
@@ -290,7 +291,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
     if where is None:
         why = f"{place.family.family} has no known weight with this name"
         raise TargetNotFound(
-            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge the adapter with llama.cpp"
+            why, where=foreign, cure=f"Is the architecture {place.name} right? If so, merge the adapter with llama.cpp"
         )
     if where.stacked:
         A, B = slots["A"], slots["B"]
@@ -326,7 +327,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 def _with_names_of_the_family(
     pairs: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
-    """Rename targets from the file's to the family's names, with the layout in which the family stores each weight."""
+    """Rename targets to the family's names, and set the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(pairs, moves_of(pairs, place.family, WEIGHT)).items():
@@ -383,7 +384,7 @@ def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None,
     if name.startswith("layers.") and compat is None:
         return None
     if compat is None:
-        why = "the order of these rows depends on the tool that wrote the file, which the file does not state"
+        why = "the order of these rows depends on the tool that wrote the file, and the file does not name this tool"
         cure = (
             "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
         )

@@ -66,8 +66,8 @@ if TYPE_CHECKING:
 # Most differences concern experts, whose tensors MLX-LM stacks.
 #
 # The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the
-# base. Without a base, all families that have a name are tried. These families must agree on names of experts; other
-# names stay unchanged if the families disagree.
+# base. Without a base, all families with the target's name are tried. These families must agree on names of experts;
+# other names stay unchanged if the families disagree.
 
 
 NAMING = "mlx"
@@ -405,7 +405,7 @@ def _fused(
 def _scale(config: Mapping[str, JsonValue]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
-        cure = "Add lora_parameters.scale, which MLX-LM needs, too"
+        cure = "Add lora_parameters.scale, which MLX-LM also needs"
         raise Malformed(
             "the config has no scale, so the adapter's scaling is unknown", where="lora_parameters", cure=cure
         )
@@ -476,7 +476,7 @@ def _without_absent(
     if not absent:
         return adapter, []
     items = [
-        f"{target}: MLX-LM's model has no separate layer for this weight that could have an adapter"
+        f"{target}: MLX-LM's model has no separate layer for this weight, so the weight cannot have an adapter"
         for target in absent
     ]
     if on_loss != "drop" or len(absent) == len(adapter.updates):
@@ -519,7 +519,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack in which experts have no update, unless the base shows the number of experts."""
+    """Refuse a stack in which some experts have no update, unless the base shows the number of experts."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:

@@ -38,7 +38,7 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Names of the index file of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc.
+"""Names of the index of an adapter that is split over `adapter_model-00001-of-00002.safetensors` and further files.
 
 transformers 5.24 names this index like a base's index, and cannot load such adapters.
 """
@@ -58,7 +58,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Check the keys: Tinker and SGLang write PEFT's config, too, for tensors that PEFT cannot load.
+        # Check the keys: Tinker and SGLang also write a config like PEFT's, but for tensors that PEFT cannot load.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:

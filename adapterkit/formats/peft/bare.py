@@ -1,8 +1,8 @@
 """Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
 This module builds a config from the keys and shapes, which determine the method and the ranks. Alpha comes from the
-file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write such
-files, too; every loader of these models uses the rank as alpha if alpha is missing.
+file's metadata, from tensors `<module>.alpha`, or from the caller. Some trainers of image, video and audio models write
+such files. If alpha is missing, every loader of these models uses the rank as alpha.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""DeepSpeed's file up to ZeRO-2, which has all weights."""
+"""Matches the name of DeepSpeed's file up to ZeRO-2. This file has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""DeepSpeed's file with ZeRO-3, which lacks the weights: other files have them, split over ranks."""
+"""Matches the name of DeepSpeed's file with ZeRO-3. This file lacks the weights; other files have a part per rank."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The header's key in diffusers' files for PEFT's config as JSON; fields begin with the component's name."""
+"""The header's key for PEFT's config in diffusers' files. It is JSON, and its fields begin with a component's name."""
 ASSUMED = "alpha_assumed"
 """A field in configs that this module builds. It means that alpha was assumed, because the file has no alpha."""
 
@@ -202,13 +202,14 @@ def _check_trained(keys: Iterable[Key]) -> None:
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
     if whole is not None:
-        why = "the file has the base's weights, too, and does not show which weights were trained"
+        why = "the file also has the base's weights, and does not show which weights were trained"
         cure = "Save get_peft_model_state_dict(model), or keep only the keys of trained weights"
         raise Malformed(why, where=f"{whole.stem}.base_layer.weight", cure=cure)
     stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
     if stacked is not None:
         why = (
-            "these are stacked experts; only adapter_config.json states their parameter and number (target_parameters)"
+            "these are stacked experts; only adapter_config.json shows the parameter (target_parameters) and the "
+            "number of experts"
         )
         raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} next to the file")
 

@@ -40,7 +40,7 @@ READ = {
     "target_parameters": "names of the parameters of stacked experts, in any order",
     "token_indices": "TRAINABLE_TOKENS: token ids of the stored rows",
     "trainable_token_indices": "token ids of the stored rows",
-    "use_bdlora": "which modules have a block-diagonal factor, and its number of blocks",
+    "use_bdlora": "which modules have a block-diagonal factor, and the factor's number of blocks",
     "use_dora": "the method is DoRA",
     "use_rslora": "scaling = lora_alpha / sqrt(r)",
 }
@@ -63,7 +63,7 @@ HARMLESS = {
     "lora_dropout": "training only",
     "lora_ga_config": "a setting of an initialisation, see init_lora_weights",
     "megatron_core": "the name of a library, see megatron_config",
-    "merge_weights": "before 0.3: when to merge; the sum is the same",
+    "merge_weights": "before 0.3: when the adapter is merged; the sum is the same",
     "modules_to_save": "which modules were trained whole; those are in the file",
     "monteclora_config": "noise in training; without noise the formula is plain LoRA's",
     "qalora_group_size": "a setting of use_qalora",
@@ -84,7 +84,7 @@ REFUSED = {
 
 TOOLS = {
     "_from_model_config": "transformers: whether a generation config was derived from the model's config",
-    "lora_dtype": "ms-swift: the element type in training; the file's tensors state their own",
+    "lora_dtype": "ms-swift: the element type in training; the tensors show the type in the file",
     "lorap_emb_lr": "ms-swift: the learning rate of LoRA+",
     "lorap_lr_ratio": "ms-swift: the learning rate of LoRA+",
     "model_type": "Cloudflare Workers AI: the base's type, which the service requires",

@@ -94,8 +94,8 @@ DEPARTURES = {
     ),
     "convolution_padding": Departure(
         "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same (the live layer shows "
-        "this, a file does not): lora_A reads zeros around the input and is not dilated; methods other than LoRA and "
-        "DoRA are refused there",
+        "this, a file does not): lora_A pads its input with zeros and is not dilated, and methods other than LoRA and "
+        "DoRA are refused",
         "the change of the weight, with the layer's padding and dilation, as PEFT merges it",
         zero_padded,
     ),
@@ -261,8 +261,8 @@ def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:
 # Whole parameters have the base's names as keys: `modules_to_save`, trained biases, embeddings.
 #
 # PEFT loads every tensor whose key is a parameter's name into the model, so each such tensor replaces a parameter.
-# PEFT also saves a copy of an adapted embedding next to its factors. The copy is a replacement, too, and is applied
-# before the factors.
+# PEFT also saves a copy of an adapted embedding next to the embedding's factors. This copy is a replacement as well; it
+# is applied before the factors.
 
 
 def decode_replacement(file: File) -> Findings:
@@ -313,7 +313,11 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """Return (target, field) for a parameter: the module and `weight` or `bias`, or else the parameter and `weight`."""
+    """Return (target, field) for a parameter.
+
+    For a weight or a bias, the target is the module; the input bias of an attention belongs to its `in_proj_weight`.
+    Any other parameter is itself the target, with the field `weight`.
+    """
     if not axes:
         raise Unsupported(
             "a single number cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"

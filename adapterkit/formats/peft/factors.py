@@ -1,4 +1,4 @@
-"""The factors of each LoRA or DoRA with their rank and scaling: of modules, and of parameters (stacks of experts)."""
+"""Find the factors, rank and scaling of each LoRA and DoRA of a module, or of a parameter (a stack of experts)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .file import PeftSettings
 
 
-# Collect the tensors of each LoRA or DoRA, and look up their rank and scaling in the config.
+# Collect the tensors of each LoRA or DoRA, and look up its rank and scaling in the config.
 
 
 FIELDS = {
@@ -208,7 +208,7 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
         if needed and name not in keys:
             raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
-            why = f"the file has {_WORDS[name]}, but the config has no such field"
+            why = f"the file has {_WORDS[name]}, but the config does not enable it"
             raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
         raise Unsupported(
@@ -235,7 +235,7 @@ _AGAIN = "Save the adapter again with PEFT"
 # The keys do not show two differences between files:
 #
 # * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
-#   these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
+#   these models, the columns of the old lora_A are outputs, and the rows of the old lora_B are inputs (peft #3165).
 # * lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
 #   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this
 #   (unsloth-zoo #1232, #1269).
@@ -375,7 +375,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return the config with the layout of stacks: in Unsloth's field, or as an old release in `peft_version`."""
+    """Return the config, changed to state the layout of stacks: in Unsloth's field, or by an old `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -427,7 +427,7 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
 
 
 def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
-    """Whether lora_A has the axis of the outputs and lora_B the axis of the inputs, as in PEFT before 0.19.
+    """Whether the columns of lora_A are outputs and the rows of lora_B are inputs, as in PEFT before 0.19.
 
     Args:
         file: the adapter's file.
@@ -445,11 +445,11 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
     if shape is None:
         if old and file.compat is None:
             raise UsageError(
-                "PEFT before 0.19 wrote this file: lora_A has the inputs if the model stores experts as "
-                "[expert, in, out] (gpt-oss), and the outputs if it stores [expert, out, in] (nearly all others)",
+                "PEFT before 0.19 wrote this file: the columns of lora_A are inputs if the model stores experts as "
+                "[expert, in, out] (gpt-oss), but outputs if it stores [expert, out, in] (nearly all others)",
                 where=factors.keys["A"].text,
-                cure="Pass --base (base=), or --experts-order rank_major for inputs in lora_A, peft_0.18 for outputs "
-                "(experts_order=)",
+                cure="Pass --base (base=). Or state the columns of lora_A with --experts-order (experts_order=): "
+                "rank_major for inputs, peft_0.18 for outputs",
             )
         return False
     in_out = stored_in_out(path, None if file.base is None else file.base.config)

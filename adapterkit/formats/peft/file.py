@@ -100,7 +100,8 @@ class File:
         tensors: the tensors by key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        parameters: a map from stems to parameters of the base, if the caller knows them; the file may not show them.
+        parameters: a map from stems to parameters of the base. The caller fills the map if it knows the parameters,
+            because the file may not show them.
         known: the update that is expected at each path, if a file that was just written is read for a check.
         omitted: shared tensors that are not in the file, by the word in their key; the caller provides them.
     """
@@ -145,7 +146,10 @@ class File:
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
-        """Return the path of each `nn.MultiheadAttention` whose output projection is adapted; PEFT then adapts both."""
+        """Return the path of each `nn.MultiheadAttention` whose output projection is adapted.
+
+        In such an attention, PEFT also adapts the input projection.
+        """
         wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
         return {key.module for key in wrapped if key.module != key.path}
 
@@ -184,7 +188,7 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that a tensor has in the loaded model.
 
     The base's tensor is called `name`, or is the only tensor whose name ends with `name`. If a base stores the parts of
-    a tensor that the loaded model fuses, the shape is computed from the parts, by the family's table.
+    a tensor that the loaded model fuses, the shape is computed from the parts with the family's table.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -230,7 +234,7 @@ SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Matches keys without an adapter's name that `save_embedding_layers` copies from the wrapper of a trained module."""
+"""Matches the keys that `save_embedding_layers` adds: copies from a trained module's wrapper, without adapter names."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",

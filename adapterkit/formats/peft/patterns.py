@@ -316,8 +316,8 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     # Also try the name with the words of wrappers, because patterns that adapterkit wrote contain these words.
     tried = {name, unwrapped(name)}
     if "module." in name:
-        # `module` may be a word of DistributedDataParallel or of the model. Try both names; patterns that start with
-        # `^` decide.
+        # DistributedDataParallel adds the word `module`, but a model may have this word as well. Try the name with and
+        # without it. A pattern that starts with `^` fits only one of the two.
         tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
     positions = [position for each in tried if (position := known.first(each)) is not None]
     return known.values[min(positions)] if positions else patterns.get(name, default)
@@ -348,8 +348,9 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # The pattern is a plain name in which each dot fits any character. Compare all patterns that have the
-                # same length and dots at the same positions by one look-up; module names have a few dozen such forms.
+                # The pattern is a plain name in which each dot fits any character. One look-up compares a name with all
+                # patterns of the same form: the same length, and dots at the same positions. A config's patterns have a
+                # few dozen forms.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)

@@ -122,7 +122,7 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(chosen, updates)
     more = {"model_type": _model_type(chosen, base)} if chosen.model_type else {}
-    # Replace the whole source config, because the program would misread its other fields, above all the patterns.
+    # Replace the whole source config, because the program would misread other fields of it, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
@@ -142,7 +142,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
     """Return updates of zeros for layers in which an adapted module has no update.
 
-    The base shows all layers. Without it, the layers are those that the adapter changes.
+    The base shows all layers. Without a base, only the layers that the adapter changes are known.
     """
     of_module: dict[tuple[str, str], Target] = {}
     layers: dict[str, set[int]] = {}
@@ -197,7 +197,7 @@ def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
     """Return the config to write.
 
-    It has the last word of each module's name instead of the path, as some programs need.
+    The config lists the last word of each module's name instead of the path, because some programs need this.
     """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
@@ -247,8 +247,8 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
     if target.stacked and not in_stacks:
         return (
             "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
-            "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
-            "BASE that stores experts one by one"
+            "experts' names, with --base (base=); or give a BASE that stores experts one by one, with --match-base "
+            "--base BASE (bind(base))"
         )
     if reason := unfit(target, update, stacked=True):
         return reason
@@ -260,5 +260,5 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
     if not profile.embeddings and target.layout == "in out *k":
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return f"the rank is not smaller than the module, so {profile.title} would mistake its size for the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would take the module's size for the rank"
     return ""

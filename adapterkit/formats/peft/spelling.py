@@ -62,7 +62,7 @@ class PeftNames:
     """Creates the names of modules and parameters in PEFT's keys, for one set of updates.
 
     Attributes:
-        paths: the paths of the targets that have a method of `pairs`.
+        paths: the paths of the targets that have a method of `PAIRS`.
         wrappers: a map from a module's path to the words that wrappers insert after this path.
         depths: a map from a parameter to the number of wrappers around the parameter's own wrapper.
         guessed: the parameters whose depth is uncertain.
@@ -155,7 +155,10 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 
 
 def config_name(target: Target, paths: Collection[str]) -> str:
-    """Return the name by which a config selects a target: its path, or the attention's path for both projections."""
+    """Return the name by which a config selects a target.
+
+    This is the target's path. If both projections of an attention are targets, it is the attention's path.
+    """
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
     return module if module and other and f"{module}.{other}" in paths else target.path
@@ -288,7 +291,7 @@ _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
 """The text in a key between a module's path and `.trainable_tokens_delta`.
 
-The first is used in a config of another peft_type, the second if peft_type is TRAINABLE_TOKENS.
+The second is used if peft_type is TRAINABLE_TOKENS, otherwise the first.
 """
 
 # Compose configs that are tried when a file is written; the first is most similar to the source config.
@@ -331,7 +334,7 @@ def configs(
     numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, JsonValue]]:
-    """Yield the source config, then a config with new ranks and alphas, then one with new lists of modules, too."""
+    """Yield the source config, then one with new ranks and alphas, then one with new ranks, alphas and module lists."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)

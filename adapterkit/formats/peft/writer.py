@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""A map from where a context update acts (`place`) to the method that stores its output instead of its network."""
+"""A map from the `place` of a context update to the method that stores the network's output instead of the network."""
 
 
 def has_encoder(update: Update) -> bool:
@@ -263,7 +263,7 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
             if isinstance(update, LoRA):
                 rank = int(update.A.shape[-2 if target.stacked else 0])
                 if first.setdefault(config_name(target, paths), rank) != rank:
-                    yield target, position, "its rank differs from the attention's other projection"
+                    yield target, position, "its rank differs from that of the attention's other projection"
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
@@ -328,7 +328,7 @@ def says(
 
 
 def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Map (path, index of an update) to the fields whose keys are not chosen among several shared keys."""
+    """Map (path, index of an update) to the fields with a fixed key. Other fields use one of several shared keys."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     fields_at: dict[tuple[str, int], set[str]] = {}
@@ -473,8 +473,8 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
         target, position, field = each.place
         leaf = updates[target][position].tensors[field.partition(".")[0]]
         if first.setdefault(each.key, leaf) is not leaf and tensors[each.key].fetch() != each.leaf.fetch():
-            cure = "Write adapterkit's format, which stores a tensor for each: --to adapterkit (format='adapterkit')"
-            why = "a PEFT file shares this tensor among all modules"
+            cure = "Write adapterkit's format, which stores it for each module: --to adapterkit (format='adapterkit')"
+            why = "all modules share this tensor in a PEFT file, but the adapter's modules have different values"
             raise Unrepresentable(why, items=[each.key], cure=cure, places=[(target, position)])
         tensors.setdefault(each.key, each.leaf)
     return tensors
@@ -504,7 +504,7 @@ def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Laz
 
 
 def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
-    """Return the fields for ranks and scalings. If allowed, fold scalings into B for which there is no exact alpha."""
+    """Return the fields for ranks and scalings. If allowed, fold the scalings that have no exact alpha into B."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines

@@ -15,7 +15,7 @@ from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFoun
 from ..remote import Address, Remote, RemoteFile, Uri, address, check_name, scheme_of
 from ..web import Passing
 
-# Read from any location that fsspec supports; a digest of the file list replaces the commit that such hubs lack.
+# Hubs without commits, such as S3: a digest of the file list is used as the commit.
 
 
 class Listing(Remote):
@@ -24,10 +24,12 @@ class Listing(Remote):
     cards_below = True
 
     @cached_property
-    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
+    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - callers read it like a property
         listing = sorted((file.path, file.size, file.digest) for file in self.files)
         if not listing:
-            raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
+            raise RemoteNotFound(
+                "nothing is there", path=str(self.uri), cure="Check the spelling and your access rights"
+            )
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         if isinstance(self.uri, Address) and self.uri.revision not in (None, digest):
             cure = "Omit the # and the digest to read the current files"
@@ -63,7 +65,7 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The fsspec file system, and the name of the container in this file system."""
+        """The fsspec file system, and the path of the uri's bucket, host or other container in this file system."""
         import fsspec
 
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:

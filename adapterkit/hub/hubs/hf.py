@@ -78,7 +78,7 @@ class HuggingFace(Remote):
         return Uri(match["repo"], None if revision is None else re.sub("(?i)%2F", "/", revision), path)
 
     @cached_property
-    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - is read like the property
+    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - callers read it like a property
         at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
         revision = self.call(lambda: self._json(f"{self._model}{at}")[0]["sha"])
         if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40,64}", revision):
@@ -395,7 +395,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file with LFS; by default, huggingface_hub asks the hub about LFS."""
+    """Return a commit operation that adds a file with LFS, so huggingface_hub does not ask the hub for the mode."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)

@@ -216,7 +216,7 @@ class Distribution(Remote):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         self.host, _, name = uri.repo.partition("/")
-        # Docker Hub's API has another host name than its repositories' names.
+        # Docker Hub's API has a different host name from the one in the names of its repositories.
         server = "registry-1.docker.io" if self.host in DOCKER_HUB else self.host
         self.url = f"{'http' if is_near(server) else 'https'}://{server}/v2/{name}"
         self.admission = Admission(self.host, self.url, str(uri), token)
@@ -551,7 +551,11 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
-    """Return the url for the next request of an upload, which the registry chooses; refuse http after https."""
+    """Return the url for the next request of an upload, which the registry chooses.
+
+    Raises:
+        NetworkError: the registry switches from https to http.
+    """
     target = urljoin(url, response.headers.get("Location", "") or url)
     if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
         why = f"the registry directs the upload to {urlsplit(target).scheme}://, which is not safe"

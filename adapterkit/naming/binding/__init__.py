@@ -450,7 +450,7 @@ def _order(rows: int, size: int) -> Array:
     return np.arange(rows).reshape(3, -1, size).swapaxes(0, 1).reshape(rows)
 
 
-# Compute the full difference W' - W of one weight, for inspection and checks; merges do not use this module.
+# Compute the full difference W' - W of one weight, for inspection and checks; merges do not compute this difference.
 
 
 A = TypeVar("A")

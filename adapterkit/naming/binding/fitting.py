@@ -210,7 +210,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return a phrase on how a base with another fingerprint differs from the recorded base; empty if unknown.
+    """Return a phrase that says how a base with another fingerprint differs from the recorded base; empty if unknown.
 
     Args:
         base: the base.

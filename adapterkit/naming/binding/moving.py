@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 #
-# An update with several destinations is split into one update per destination: some output rows, or the slice of one
+# An update with several destinations is split into one update per destination: an update of some output rows, or of one
 # expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
 
 
@@ -114,7 +114,7 @@ def _taken(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the rows or the expert that one move selects: the new target and its updates.
 
-    `slices` caches the slices of experts, because several moves use the same slice: an expert's gate and its up.
+    `slices` caches the slices of experts, because the moves of an expert's gate and up use the same slice.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -345,7 +345,7 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
     """Join one LoRA per expert into a LoRA of a stack.
 
-    Ranks are padded with zeros. If scalings differ, B is multiplied by the scaling.
+    Ranks are padded with zeros. If scalings differ, each B is multiplied by its scaling, and the stack has scaling 1.
     """
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)

@@ -252,9 +252,9 @@ def find_sites(
 def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
     """Map targets with the family file of each part of the base.
 
-    An encoder-decoder of two models has a config per model.
-
-    TrOCR's published models are a `vision-encoder-decoder` with a ViT. Transformers 5 renamed the layers of ViT.
+    An encoder-decoder of two models has a config per model. For example, TrOCR's published models are a
+    `vision-encoder-decoder` with a ViT, and the family file of ViT has both names of its layers, which transformers 5
+    renamed.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:

@@ -83,7 +83,7 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """Return left @ core @ right as B and A, without rounding noise. Each contains the roots of the singular values."""
+    """Return left @ core @ right as B and A, each scaled by the roots of the singular values; drop rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -185,8 +185,8 @@ class Combiner(ABC):
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets; each may use the results of the earlier
             searches.
-        sequential: whether targets are computed in order, with the finished targets as a third argument of the function
-            `data`.
+        sequential: whether targets are computed in order; the function `data` then gets the finished targets as its
+            third argument.
     """
 
     title: ClassVar[str] = ""
@@ -215,7 +215,7 @@ class Combiner(ABC):
 
     @classmethod
     def defaults(cls) -> dict[str, Value]:
-        """Return the default of every parameter, for a `PlugIn` also the default of `then`."""
+        """Return the default of every parameter; for a `PlugIn`, include the default of `then`."""
         defaults = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **defaults} if cls.plug else defaults
 
@@ -291,7 +291,7 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners whose formula gets small cores `[T, p, q]`: the changes in common bases of outputs and inputs."""
+    """Combiners whose formula gets small cores `[T, p, q]`: the changes in bases that all tasks share."""
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -307,7 +307,7 @@ class Spectral(Combiner):
 
 
 class PlugIn(Combiner):
-    """Combiners that transform the changes or the result of another combiner, `then`.
+    """Combiners that run another combiner, `then`, and transform its inputs or its result.
 
     `settings` are the parameters of `then`.
 
@@ -357,7 +357,7 @@ def combiner_of(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
         raise UsageError(
             f"{plugged.then} cannot follow a plug-in",
             where="then",
-            cure="Choose a method without data, base or plug-in",
+            cure="Choose a method that needs neither data nor a base, and is not a plug-in",
         )
     return plugged  # type: ignore[no-any-return]
 

@@ -32,7 +32,7 @@ class Chance:
     """The probability that an entry of one change is kept.
 
     Attributes:
-        least: the probability of the smallest entry of a row, or of all entries.
+        least: the probability of the smallest entry of a row; of every entry if `spread` is 0.
         spread: the difference between the probabilities of the largest and the smallest entry of a row.
     """
 
@@ -64,8 +64,8 @@ def compiled_drop(
         for t, chance, key in drawn:
             D = changes[t]
             slope = chance.spread / max(columns - 1, 1)
-            # Draw from the position of the block's first entry on, so that the result does not depend on the sizes of
-            # blocks.
+            # Start the random numbers at the position of the block's first entry, so that the result does not depend on
+            # the sizes of blocks.
             if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
                 raise MemoryError
         return changes
@@ -224,7 +224,7 @@ class Sparse(Entrywise):
         return lambda changes, rows: kept(changes, rows) * factors
 
     def _votes(self, kept: Array, weights: Array) -> Array:
-        """Return an array in which each entry has the elected sign, or is zero if the votes cancel."""
+        """Return an array whose signs are the elected signs of the entries; zero if the votes for an entry cancel."""
         import numpy as np
 
         if self.sign == "total":
@@ -247,8 +247,8 @@ class Sparse(Entrywise):
         import numpy as np
 
         if self.sign == "none":
-            # Without an election, dropped entries also count in the denominator, because mergekit divides by the sum of
-            # all weights.
+            # Without an election, an adapter counts in the denominator even where its entry was dropped, because
+            # mergekit divides by the sum of all weights.
             divisor = {"none": 1.0, "count": float(len(kept)), "weights": float(weights.sum())}[self.denominator]
             return np.asarray(self.scale * np.tensordot(weights, kept, 1) / (divisor or 1.0))
         votes = self._votes(kept, weights)

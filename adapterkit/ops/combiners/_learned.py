@@ -40,7 +40,7 @@ class WeightTrial:
         changes: a function from a target to the adapters' changes; a change is None if the adapter lacks the target.
         depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
             layers.
-        each: parameters of single adapters.
+        each: parameters that apply to one adapter only, one mapping per adapter.
         wanted: a description of the caller's score, for errors.
     """
 
@@ -160,8 +160,8 @@ def descend(
         start: the initial free parameters.
         steps: the number of steps.
         rate: the learning rate.
-        per: `task`: all targets share coefficients, and the gradient is computed by finite differences of the loss. Any
-            other value: the caller returns gradients.
+        per: if `task`, all targets share coefficients, and the gradient is computed by finite differences of the loss;
+            otherwise, the caller returns gradients.
         shape: a function from free parameters to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
@@ -196,7 +196,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without multiplying factors; G is `[out, in * k]`, for stacked experts `[e, out, in * k]`."""
+    """Return <D, G> without multiplying factors; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0

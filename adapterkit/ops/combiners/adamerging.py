@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ._learned import WeightTrial
 
-PER = "what has its own coefficient: each task at each target (layer; needs gradients), or each task (task)"
+PER = "scope of a coefficient: one task at one target (layer; needs gradients), or one task at all targets (task)"
 
 
 class AdaMerging(Learned):

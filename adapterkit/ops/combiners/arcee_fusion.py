@@ -1,4 +1,4 @@
-"""Arcee Fusion: keep the important entries of one change, judged by magnitude and by the effect on the row's softmax.
+"""Arcee Fusion: keep the entries of one change that are large and change the softmax of their row.
 
 The importance of an entry is I = |D| KL(softmax(W + D) || softmax(W)), where KL is the divergence of the entry's row.
 An entry is kept if I is at least the tensor's median plus 1.5 interquartile ranges. The formula contains W, so it needs

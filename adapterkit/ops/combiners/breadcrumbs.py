@@ -26,7 +26,7 @@ SCOPE = "where the shares are counted: in each tensor, as in the paper, or in ea
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t, where m_t drops the gamma n largest magnitudes of a tensor, and then the smallest."""
+    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest entries, then keeps the density n largest others."""
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
@@ -34,7 +34,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries to drop (the largest ones)", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries that are dropped as the largest", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ..lowering import Delta
 
-BASIS = "source of the singular vectors: the factors as trained, or their products, which do not depend on the split"
+BASIS = "source of the singular vectors: the factors as trained (factors), or each adapter's product B A (products)"
 
 
 class CoreSpace(PlugIn):

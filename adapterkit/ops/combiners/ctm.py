@@ -94,11 +94,11 @@ PRODUCTS = 24
 """
 
 PAUSE = 8
-"""After the iteration failed for a matrix, this many of the next matrices are decomposed without trying it."""
+"""After the iteration has failed for a matrix, it is not tried for this many of the next matrices."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
-    """Return the sum over t of X_t V V^T X_t^T; without V, of X_t X_t^T."""
+    """Return sum_t X_t V V^T X_t^T; if V is None, return sum_t X_t X_t^T."""
     import numpy as np
 
     tasks, rows, columns = X.shape

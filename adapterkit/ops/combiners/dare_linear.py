@@ -42,7 +42,7 @@ class Dare(Sparse):
 def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
     """Return a function that draws the mask of entries to keep.
 
-    An adapter's density is the probability of each entry.
+    An adapter's density is the probability that an entry of its change is kept.
     """
     import numpy as np
 

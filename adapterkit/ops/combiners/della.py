@@ -62,8 +62,8 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
-                    # Draw from the position of the block's first entry on, so that the result does not depend on the
-                    # sizes of blocks.
+                    # Start the random numbers at the position of the block's first entry, so that the result does not
+                    # depend on the sizes of blocks.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "the directions of the mean: those that the adapters span (core), or all directions of the weight (weight)"
+OVER = "directions that the mean counts: those that the adapters span (core), or all directions of the weight (weight)"
 
 
 class IsoC(Scaled, Spectral):

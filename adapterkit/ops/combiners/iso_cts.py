@@ -1,4 +1,4 @@
-"""Iso-CTS: join directions of the sum with directions of each task, orthonormalize them, and use one singular value.
+"""Iso-CTS: join directions of the sum and of each task, orthonormalize them, and give all of them one singular value.
 
 The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its own
 change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R =

@@ -37,7 +37,7 @@ class PCB(Entrywise):
     depends: ClassVar = frozenset({"size"})
     stages: ClassVar[int] = 2
 
-    ratio: float = parameter(0.1, "share of a task's entries to keep (the ones with the best scores)", least=0, most=1)
+    ratio: float = parameter(0.1, "share of a task's entries to keep, those with the best scores", least=0, most=1)
     scope: str = parameter(
         "model", "where quantiles are computed: in the whole adapter or in each tensor", among=("model", "tensor")
     )

@@ -1,9 +1,9 @@
 """Pico: damp the output directions that many tasks share, apply another method, and rescale the result.
 
 [B_1 .. B_T] = U S V^T; a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2); B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-scaled to the mean Frobenius norm of the changes. Tang and Yang 2026, https://arxiv.org/abs/2604.16826. In
-https://github.com/yixuantt/Pico, the class rescales the merged change in the same way. The command in that repository
-merges nothing, and rescales each change to the norm before damping.
+scaled to the mean Frobenius norm of the changes. Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The Python class
+in https://github.com/yixuantt/Pico rescales the merged change in the same way. The command in that repository merges
+nothing; it rescales each change to its norm before damping.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESCALE = (
 
 
 class Pico(Scaled, PlugIn):
-    """A plug-in that transforms the changes before another method sums them or decomposes them into singular values."""
+    """A plug-in that damps the changes before another method combines them, and rescales the result."""
 
     title = "Pico: shared output directions damped before another method"
     paper = "https://arxiv.org/abs/2604.16826"

@@ -26,7 +26,7 @@ ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """The least-squares solution over all tasks. Low-rank factors yield low-rank factors: B_t (A_t G_t)."""
+    """The least-squares solution over all tasks; low-rank if all changes are, because D_t G_t is B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
@@ -95,7 +95,7 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     assert at.asks is not None
     where = str(at.target)
     if at.part not in ("weight", "bias"):
-        raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method without data")
+        raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method that needs no data")
     activations: Any = at.asks(at.present[t], where)
     # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(activations.detach().cpu() if hasattr(activations, "detach") else activations, np.float64)

@@ -1,4 +1,4 @@
-"""RobustMerge: drop small entries of A and B, scale up each rank to make up for the loss, and sum A and B separately.
+"""RobustMerge: drop small entries of A and B, scale up each column of B to make up for the loss, and sum A and B apart.
 
 A = c sum_t A_t'; B = c sum_t B_t' diag(s_t). For each row, s_t is the ratio |A_t|_1 / |A_t'|_1, normalised over the
 tasks. A ratio below a quantile of its task's ratios is first replaced by this quantile. Zeng et al. 2025,

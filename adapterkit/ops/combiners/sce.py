@@ -33,7 +33,7 @@ class SCE(Entrywise):
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the entries to select (the ones that vary most); constant entries do not count", least=0, most=1
+        0.1, "share of the entries to select, those that vary most; constant entries do not count", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))

@@ -1,8 +1,8 @@
-"""Singular value calibration: scale down the singular values of a merged change to which several tasks contribute.
+"""Singular value calibration: scale down those singular values of a merged change to which several tasks contribute.
 
 D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by T /
-sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. With alpha = 1, the sum of tasks without common
-directions does not change. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C,
+sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks have no common directions, alpha = 1
+leaves their sum unchanged. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C,
 and to 0.2 after Iso-CTS.
 """
 

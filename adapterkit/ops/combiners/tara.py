@@ -136,7 +136,7 @@ class TARA(Learned):
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return each change as the list of its rank-one directions; a direction is a column of B and a row of A."""
+        """Return changes whose rank-one directions have coefficients; a direction is a column of B and a row of A."""
         import numpy as np
 
         from ..lowering import Delta

@@ -47,7 +47,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""A map from the slots of a Compacter layer to fields; both lack the prefix `down_` or `up_`."""
+"""A map from the slots of a Compacter layer to fields; slots and fields are listed without `down_` and `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"

@@ -45,7 +45,7 @@ class LoraFamily(AdapterHubFamily):
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r; 1 in files from before adapters 1.1, which trained with 1",
+        "alpha": "scaling = alpha / r; the scaling is 1 in files from before adapters 1.1",
         "attn_matrices": "which of q, k and v are adapted in a fused weight",
         "composition_mode": "add: LoRA; scale: IA3",
         "r": "rank",
@@ -56,7 +56,7 @@ class LoraFamily(AdapterHubFamily):
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "the tensors' dtype, which they state themselves",
+        "dtype": "the dtype; the tensors show it",
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
         "intermediate_lora": "which modules have tensors; the keys show it",
@@ -131,7 +131,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""A map from each method to its slots besides `lora_A` and `lora_B`, with the slots' fields."""
+"""For each method, a map from slots other than `lora_A` and `lora_B` to fields."""
 
 
 def _lora(
@@ -217,9 +217,9 @@ def _scaling(part: AdapterHubPart) -> float:
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
-    """Return the thirds of a fused weight (0, 1, 2) that the file adapts, in order.
+    """Return the adapted thirds of a fused weight, in order: some of 0, 1 and 2.
 
-    None for a layer that is not fused.
+    Return None if the layer is not fused.
     """
     enabled = [position for position, word in enumerate(QKV) if word in part.method_fields.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")

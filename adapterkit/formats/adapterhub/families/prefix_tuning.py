@@ -164,7 +164,7 @@ class PrefixTuningFamily(AdapterHubFamily):
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
         "flat": "whether the file has keys and values instead of the network",
-        "leave_out": "layers without prefixes; the file nevertheless lists other layers' prefixes under their keys",
+        "leave_out": "layers without prefixes; for these layers, the file has only copies of the whole model's tensors",
         "non_linearity": "the network's activation: tanh",
         "prefix_length": "number of virtual tokens",
         "shared_gating": "whether keys and values share one gate",

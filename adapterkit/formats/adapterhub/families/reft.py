@@ -57,7 +57,7 @@ class ReftFamily(AdapterHubFamily):
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "the tensors' dtype, which they state themselves",
+        "dtype": "the dtype; the tensors show it",
         "init_weights_seed": "initial values",
         "layers": "which layers have tensors; the keys show it",
         "output_reft": "which modules have tensors; the keys show it",

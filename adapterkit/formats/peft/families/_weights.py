@@ -85,7 +85,10 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size of a module from a pattern. A pattern must equal the path, or match its end after a dot."""
+    """Return the size of the first pattern that matches all of `path` after one of its dots, else the default `size`.
+
+    A pattern that equals `path` as a text counts if no pattern matches.
+    """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
     return pattern.get(next(fitting, path), size)

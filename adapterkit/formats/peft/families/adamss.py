@@ -51,7 +51,7 @@ class AdamssFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
         "num_subspaces": "number of groups of rows in each module",
-        "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups its vectors",
+        "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups the resulting vectors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "asa_importance_beta": "training only",
@@ -357,4 +357,4 @@ def _centers(X: Array, labels: Array, count: int) -> Array:
 
 def _tie(what: str) -> Unsupported:
     why = f"the result of k-means depends on rounding: {what}"
-    return Unsupported(why, cure="Run it on the machine where the adapter was trained")
+    return Unsupported(why, cure="Run the adapter on the machine where it was trained")

@@ -120,7 +120,7 @@ def kind(path: str) -> str:
 def _shared(file: File, some: Key) -> dict[str, Key]:
     words = {field: f"{word}.{kind(some.path)}" for field, word in SHARED.items()}
     if not file.settings.method_fields.save_projection:
-        why = "the basis is not in the file: PEFT computes it from all adapted weights of its base"
+        why = "the basis is not in the file: PEFT computes it from all adapted weights of the base"
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:

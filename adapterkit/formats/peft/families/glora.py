@@ -1,4 +1,4 @@
-"""GLoRA's supports A to E: each has `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`; if unused, `glora_A.zeros`."""
+"""GLoRA: supports A to E. A has `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`; if it is unused, `glora_A.zeros`."""
 
 from __future__ import annotations
 

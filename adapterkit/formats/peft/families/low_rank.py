@@ -418,7 +418,7 @@ class OsfFamily(Family):
     parts = tuple(OSF_FIELDS)
     method_fields: ClassVar[type[MethodFields]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
-        "effective_rank": "number or fraction of singular values that stay frozen, half by default; or rank_pattern",
+        "effective_rank": "number or fraction of frozen singular values, half by default; rank_pattern overrides it",
     }
     harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT does not use it"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}

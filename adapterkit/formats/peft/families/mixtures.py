@@ -342,7 +342,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the numbers of the classifier's linear layers in keys; activations and dropouts are counted, too."""
+    """Return the numbers of the classifier's linear layers in keys. The numbers also count activations and dropouts."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 

@@ -1,6 +1,6 @@
 """Families of products: LoKr (Kronecker), LoHa (Hadamard), and HiRA (Hadamard product with the base's weight).
 
-LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
+LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; likewise `lokr_w2` [b, d, *k], which may have a core `lokr_t2`.
 
 PEFT's config does not contain the sizes a, b, c, d. PEFT divides the numbers of outputs and inputs by
 `decompose_factor`, and decomposes a factor into two if the rank is small. A file that PEFT can load has exactly the
@@ -171,7 +171,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """Transpose w2_a, [b, r] to [r, b] or back, if there is a core; return any other tensor unchanged."""
+    """If there is a core, transpose w2_a from [b, r] to [r, b] or back; return any other tensor unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -197,7 +197,7 @@ def _rank(update: LoKr, both: bool) -> int:
 def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
     """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
 
-    Without a base, first treat all weights as linear layers, and then all numbers of inputs as unknown.
+    Without a base, first treat all weights as linear layers. Then treat all numbers of inputs as unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
@@ -280,7 +280,7 @@ class LohaFamily(Family):
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """Transpose a factor, [out, r] to [r, out] or back, if there is a core; return any other tensor unchanged."""
+    """If there is a core, transpose a factor from [out, r] to [r, out] or back; return any other tensor unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -328,7 +328,7 @@ class HiraFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         for target, group in updates.items():
             for update in (update for update in group if isinstance(update, HiRA)):
@@ -337,7 +337,7 @@ class HiraFamily(Family):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         return is_embedding(target) is None
 
@@ -351,7 +351,7 @@ class HiraFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        from ..spelling import is_embedding  # It imports the families.
+        from ..spelling import is_embedding  # Not at the top: `spelling` imports this package.
 
         paths = cls.of_it(updates)
         turned = any(t.path in paths and t.layout == "in out *k" and not is_embedding(t) for t in updates)

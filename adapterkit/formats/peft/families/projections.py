@@ -47,7 +47,7 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the key parts of b and d, and `shared` the keys of A and B; A has `halves` * r rows.
+    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves` * r rows.
     """
 
     halves: ClassVar[int] = 1
@@ -125,7 +125,7 @@ class Projections(Family):
             widths = [stored_inputs(base, target) for target in kept]
             other = outs != max(update.b.shape[0] for update in kept.values())
             if other or (None not in widths and ins != max(width for width in widths if width is not None)):
-                why = "the size of its projections differs from PEFT's for the largest of these weights"
+                why = "the size of its projections is not the size that PEFT chooses for the largest of these weights"
                 yield from ((target, why) for target in kept)
 
     @classmethod
@@ -208,7 +208,7 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 class VeraFamily(Projections):
     """VeRA: `vera_lambda_b` [out] and `vera_lambda_d` [r] per module.
 
-    Shared `vera_A` [r, inputs], `vera_B` [outputs, r].
+    All modules share `vera_A` [r, inputs] and `vera_B` [outputs, r].
     """
 
     name = "vera"
@@ -227,7 +227,7 @@ class VeraFamily(Projections):
 
 
 class Drawing(ProjectionFields, frozen=True, kw_only=True):
-    """Whether PEFT's model also draws random values in inference."""
+    """The fields of VeRA, and whether PEFT's model draws random values in inference as it does in training."""
 
     sample_at_inference: bool = False
 

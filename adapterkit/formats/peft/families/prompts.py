@@ -34,7 +34,7 @@ SIZES = {
     "num_layers": "for prefixes: number of layers",
     "num_transformer_submodules": "2 for a model with an encoder and a decoder",
     "num_virtual_tokens": "number of virtual tokens",
-    "token_dim": "width of an embedding; for prefixes, of all keys of a layer",
+    "token_dim": "width of an embedding; for prefixes, the total width of a layer's keys",
 }
 
 
@@ -332,7 +332,7 @@ For GPT-2, PEFT changes the attention's output; for other models, the input of t
 
 
 class AdaptionPromptFields(MethodFields, frozen=True, kw_only=True):
-    """The number of virtual tokens, and the number of layers, counted from the last one, that have them."""
+    """The number of virtual tokens, and how many of the last layers have virtual tokens."""
 
     adapter_len: int | None = None
     adapter_layers: int | None = None
@@ -348,7 +348,7 @@ class AdaptionPromptFamily(Family):
     names_modules = False
     method_fields: ClassVar[type[MethodFields]] = AdaptionPromptFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapter_layers": "number of the last layers, which have tensors",
+        "adapter_layers": "how many of the last layers have tensors",
         "adapter_len": "number of virtual tokens",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
@@ -380,11 +380,12 @@ class AdaptionPromptFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
         if update.gate.shape[0] != 1:
-            return "it has a gate for each head, but PEFT has one for all"
+            return "it has a gate for each head, but PEFT has one gate for all heads"
         name = target.path.rpartition(".")[2]
         if update.projected == (name == GPT2):
             side = "after" if update.projected else "before"
-            return f"PEFT adds to the attention {name!r} {side} the output projection, but this update does not"
+            other = "before" if update.projected else "after"
+            return f"for {name!r}, PEFT adds the change {side} the output projection, but this update adds it {other}"
         return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 

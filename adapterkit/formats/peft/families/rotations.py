@@ -314,7 +314,7 @@ class PsoftFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = PSOFTFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
-        "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: both factors get their square roots",
+        "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: A and B get the square roots",
         "cayley_neumann_eps": "the limit on Q's norm with use_cayley_neumann",
         "num_cayley_neumann_terms": "number of terms of the series",
         "psoft_mag_a": "whether there is a vector_a",

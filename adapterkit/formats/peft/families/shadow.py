@@ -59,7 +59,7 @@ class ShadowFamily(Family):
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     method_fields: ClassVar[type[MethodFields]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
-        "share_embeddings": "whether the network uses the base's embeddings, if their width is the same",
+        "share_embeddings": "whether the network uses the base's embeddings, if they have the network's width",
         "shadow_alpha": "factor on the value that is added to a block's input",
         "shadow_hidden_size": "the network's width; the base's by default",
         "shadow_intermediate_size": "the network's inner width; the base's by default",

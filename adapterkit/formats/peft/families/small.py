@@ -113,7 +113,7 @@ class C3AFamily(Renamed):
     method_fields: ClassVar[type[MethodFields]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "the size for each module whose path equals a pattern, or ends with a dot and a match",
+        "block_size_pattern": "size if a pattern equals the module's path, or matches the path's end after a dot",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 

@@ -48,7 +48,7 @@ class SuperTuningFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = SupertuningFields
     read: ClassVar[Mapping[str, str]] = {
         "save_precomputed_indices": "whether the file has the positions; a file without them is refused",
-        "sparsity": "int(out * in * (1 - sparsity)) elements",
+        "sparsity": "the number of trained elements is int(out * in * (1 - sparsity))",
     }
     harmless: ClassVar[Mapping[str, str]] = {"select_top": "which positions were selected; they are in the file"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "lora_dropout": 0.0, "save_precomputed_indices": True}
@@ -57,7 +57,7 @@ class SuperTuningFamily(Family):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         config = file.settings.method_fields
         if config.save_precomputed_indices is False:
-            why = "the file omits the positions of the base's largest elements, and several may be equally large"
+            why = "the file omits the positions, and the base does not show them if elements are equally large"
             raise Unsupported(
                 why,
                 where="save_precomputed_indices",

@@ -334,7 +334,7 @@ class FourierFTFamily(DrawnSpectrum):
     method_fields: ClassVar[type[MethodFields]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "the number for each module whose path equals a pattern, or ends with a dot and a match",
+        "n_frequency_pattern": "number if a pattern equals the module's path, or matches the path's end after a dot",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }

@@ -52,7 +52,7 @@ class TinyLoRAFamily(Family):
         "projection_seed": "P of module i is drawn with the seed projection_seed + i, by torch's generator on the CPU",
         "save_projection": "whether the file has P; otherwise the base's model_type shows the order of the modules",
         "u": "number of values in a v",
-        "weight_tying": "round(modules * (1 - weight_tying)) groups, at least one",
+        "weight_tying": "the number of groups is round(modules * (1 - weight_tying)), at least 1",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_v_bound": "initial values", "tinylora_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
