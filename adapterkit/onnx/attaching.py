@@ -30,6 +30,7 @@ from .values import Unsayable, Value, computed_over
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.adapter import Target
     from ..core.updates.update import Layer as FormulaLayer
     from ..io.lazy import Leaf
     from .slots import Slots
@@ -192,7 +193,7 @@ def attach(
     stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
     for place in in_order(places_found, building.model.graph):
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
-            _check_experts(place, kind, slots is not None)
+            _check_experts(place, kind, isinstance(slots, RowSlots))
             stacks.setdefault((place.spots[0].node, kind), []).append(place)
             continue
         for spot in place.spots:
@@ -200,31 +201,40 @@ def attach(
         if not place.spots:
             _attach(place, None, building, slots, words)
     for (node, kind), places in stacks.items():
-        _attach_experts(node, kind, places, building)
+        assert not isinstance(slots, RowSlots)  # `_check_experts` raises for these.
+        _attach_experts(node, kind, places, building, slots)
     words.shadows.close()
 
 
-def _check_experts(place: ResolvedTarget, kind: type[Experts], slots: bool) -> None:
-    """Raise an error if added nodes cannot change a node's experts, or could change them only slowly.
+def unchangeable(places: Sequence[ResolvedTarget], by_rows: bool) -> list[Target]:
+    """Return the adapter's targets that are experts which added nodes cannot change."""
+    kind = Experts if by_rows else PackedExperts
+    return [*dict.fromkeys(at.asked for at in places if at.spots and issubclass(at.spots[0].kind, kind))]
+
+
+def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) -> None:
+    """Raise an error if added nodes cannot change a node's experts.
 
     Raises:
-        Unsupported: the experts are packed; or the graph gets slots, so that each call would compute the weights of all
-            experts anew.
+        Unsupported: the experts are packed; or each row of a batch may have another adapter, and the node reads the
+            same weights for all rows.
     """
     node = place.spots[0].node
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
     if issubclass(kind, PackedExperts):
         why = f"{where}, which reads packed weights, so added nodes cannot change them"
-        cure = f"Merge it instead: adapterkit merge {_PACKED}"
+        cure = f"Merge it instead: adapterkit merge {_PACKED}; or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
-    if slots:
-        why = f"{where}, so with slots, each call would compute the weights of all experts anew"
-        cure = "Inject it with --mode constant (mode='constant'), or merge it: adapterkit merge GRAPH A -o OUT"
+    if by_rows:
+        why = f"{where}, which reads the same weights for all rows of a batch"
+        cure = f"Inject it with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     refuse_outputs(place, node.op_type)
 
 
-def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building) -> None:
+def _attach_experts(
+    node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
+) -> None:
     """Change a stack of experts: nodes inserted before the experts' node compute the new stack from all updates."""
     # Targets with the same rows, such as targets of two adapters, are next to each other.
     rounds: list[list[ResolvedTarget]] = []
@@ -240,9 +250,12 @@ def _attach_experts(node: ir.Node, kind: type[Experts], places: Sequence[Resolve
             assert place.target.rows is not None
             seen = Slice(layer, place.target.rows)
             _check(place, layer, layer.bias)
-            given = [_valued(update, layer, place, at, None) for at, update in enumerate(place.updates)]
+            given = [_valued(update, layer, place, at, slots) for at, update in enumerate(place.updates)]
             try:
-                new = [_weighable(update, seen, branch) or _worked_out(update, seen) for update in given]
+                new = _new_weights(given, seen, layer, place, slots)
+            except (AttributeError, TypeError) as error:  # The formula uses an operation that graph values lack.
+                why = f"the formula cannot be written as nodes: {error}"
+                raise Unsupported(why, where=str(place.asked), cure=_CONSTANT) from None
             except AdapterkitError as error:
                 raise error.at(where=str(place.asked)) from None
             parts.append((place, cast("FormulaLayer", seen), new))
@@ -306,21 +319,32 @@ def _attach(
     _insert(layer, y.value, branch)
 
 
+def _new_weights(
+    given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None
+) -> list[Update]:
+    """Return updates from which nodes can compute the layer's new weight and bias.
+
+    Raises:
+        Unsayable: nodes cannot compute the weight from slots.
+    """
+    if slots is None:
+        return [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
+    new = []
+    for position, update in enumerate(given):
+        one = _weighable(update, seen, layer.branch)
+        one = one or slots.factored(place.updates[position], layer, place, position)
+        if one is None:
+            raise Unsayable(f"nodes cannot compute the changed weight of {update.method}")
+        new.append(one)
+    return new
+
+
 def _change_inside(
     given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None, spot: Spot
 ) -> None:
     """Change the weight and bias that a node reads: nodes before this node compute both from the updates."""
     try:
-        if slots is None:
-            new = [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
-        else:
-            new = []
-            for position, update in enumerate(given):
-                one = _weighable(update, seen, layer.branch)
-                one = one or slots.factored(place.updates[position], layer, place, position)
-                if one is None:
-                    raise Unsayable(f"nodes cannot compute the changed weight of {update.method}")
-                new.append(one)
+        new = _new_weights(given, seen, layer, place, slots)
         changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         cure = _CONSTANT if slots is not None else "Merge it instead"
@@ -532,6 +556,8 @@ def _insert(layer: GraphLayer | Ended, new: ir.Value, branch: Branch) -> None:
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             node.graph.remove(node, safe=True)
 
+
+_PARTIAL = "--allow-partial (allow_partial=True)"
 
 _PACKED = "GRAPH A -o OUT --quantized requantize (quantized='requantize'), or with dequantize instead"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"

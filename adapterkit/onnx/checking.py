@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
+from ..errors import CheckFailed, Malformed, NotMergeable, Unsupported, first_line
 from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
@@ -26,7 +27,7 @@ from .resolving import resolve
 from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
-from .slots import fills_of, neutral, sizes_of, slots_of
+from .slots import neutral_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, numbers_in, sizes_beside, trial_inputs_for
 from .unrounded import ROUGH, rounds, unround
 from .widening import as_fed, started, widened, widened_note
@@ -269,9 +270,7 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
 
 def _empty(out: Path) -> Feeds:
     """Return values for slots without defaults. With these values, the graph computes the same as the base."""
-    model = opened(out).model
-    declared = {name: sizes_of(one) for name, one in slots_of(model).items()}
-    return as_fed(neutral(fills_of(model.metadata_props), declared))
+    return as_fed(neutral_of(opened(out).model))
 
 
 def checked_merge(
@@ -306,8 +305,8 @@ def checked_merge(
     # step.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # No nodes can change packed experts, so compare with an injection into their dequantized weights.
-    places = (unpacked if quantized == "dequantize" else experts_as_floats)(places, building)
     try:
+        places = (unpacked if quantized == "dequantize" else experts_as_floats)(places, building)
         attach(places, building)
     except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.
         return _compared(None, out, {}, plain=plain, given=given, known=known)
@@ -384,6 +383,33 @@ def _unrounded(model: bytes | str) -> bytes:
             node.attributes.pop("accuracy_level", None)
     data: bytes = ir.to_proto(model_ir).SerializeToString()
     return data
+
+
+INVALID = re.compile(r"InferenceError|Type Error|INVALID_GRAPH|[Ii]nvalid model")
+"""Matches onnxruntime's errors about graphs that break the rules of ONNX, such as nodes that mix types. It does not
+match errors about what this onnxruntime lacks: a kernel, a custom operator, or support for a newer opset."""
+
+
+def refuse_invalid(source: GraphSource) -> None:
+    """Refuse a graph that onnxruntime cannot load because the graph is invalid: with an adapter, it cannot either.
+
+    Converters to float16 write such graphs, because they miss some tensors in the branches of an If.
+
+    Raises:
+        Malformed: the graph is invalid; the error has onnxruntime's reason.
+    """
+    if _too_large(source) is not None:
+        return
+    try:
+        started(inline(source.model), optimized=False)
+    except Exception as error:  # onnxruntime's errors have no common base class.
+        if INVALID.search(str(error)):
+            why = f"onnxruntime does not load this graph, even without the adapter ({first_line(error)})"
+            cure = (
+                "Export or convert the model again, for example as separate parts instead of one merged decoder; to "
+                "write the file anyway, turn the check off: --no-check (check=False)"
+            )
+            raise Malformed(why, path=source.path, cure=cure) from None
 
 
 def _too_large(source: GraphSource) -> str | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import Unsupported
 from .building import Array, Branch, Building, Dtype, element_type
 from .changes import Fresh, Stored, lazily
 from .layers import GraphLayer, weight_at
@@ -76,15 +77,17 @@ def unknown_layout(node: ir.Node) -> str | None:
 
 
 def _unknown_packing(node: ir.Node) -> str | None:
-    bits = {attribute(node, f"{word}expert_weight_bits", _bits(node)) for word in ("", "fc1_", "fc2_")}
-    if attribute(node, "quant_type", "int") != "int" or not bits <= {4, 8} or len(bits) > 1:
-        return "its weights are neither 4-bit nor 8-bit integers"
+    if attribute(node, "quant_type", "int") != "int" or _bits(node) not in (2, 4, 8):
+        return "its weights are not integers of 2, 4 or 8 bits"
+    if _bits(node, "fc2") != _bits(node):
+        return "its two weights have different numbers of bits, which onnxruntime's CPU kernel does not run"
     if attribute(node, "weights_prepacked", 0) == 1:
         return "its weights are prepacked for one kind of processor"
-    if any(one is not None for one in node.inputs[11:]):
-        return "it has zero points, global scales or separate router weights"
-    if any(not is_constant(_at(node, position)) for position in (3, 6)):
-        return "its scales are not constants"
+    if any(one is not None for one in (*node.inputs[13:14], *node.inputs[15:])):
+        return "it has global scales or scales of activations"
+    zeros = [one for one in node.inputs[11:13] if one is not None]
+    if any(not is_constant(one) for one in (_at(node, 3), _at(node, 6), *zeros)):
+        return "its scales or zero points are not constants"
     return None
 
 
@@ -95,8 +98,8 @@ def _width(node: ir.Node, bias: int) -> int | None:
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
 
 
-def _bits(node: ir.Node) -> int:
-    return int(attribute(node, "expert_weight_bits", 4))
+def _bits(node: ir.Node, weight: str = "fc1") -> int:
+    return int(attribute(node, f"{weight}_expert_weight_bits", attribute(node, "expert_weight_bits", 4)))
 
 
 def _at(node: ir.Node, position: int | None) -> ir.Value | None:
@@ -251,10 +254,15 @@ class SecondExperts(Experts):
 
 
 class PackedExperts(Experts):
-    """The first weights of a `QMoE`, packed along the inputs; each row, or each block of a row, has a scale."""
+    """The first weights of a `QMoE`, packed along the inputs; each row, or each block of a row, has a scale.
+
+    Class attributes:
+        middle: the position of the zero points, which are optional.
+    """
 
     op_type = "QMoE"
     vector = 4
+    middle: ClassVar[int] = 11
 
     @classmethod
     def sizes(cls, node: ir.Node) -> tuple[int, int, int]:
@@ -267,13 +275,32 @@ class PackedExperts(Experts):
         return _weight(node, cls.position + 1)
 
     @classmethod
+    def zeros(cls, node: ir.Node) -> Callable[[], Array | int]:
+        """Return a function that gives the zero points `[experts * out, blocks]`, or one number for all rows."""
+        stored, bits, (experts, out, in_) = _at(node, cls.middle), _bits(node), cls.sizes(node)
+        if stored is None:
+            return lambda: 1 << (bits - 1)
+        copy, size = detached_copy(stored), attribute(node, "block_size", 0)
+
+        def make() -> Array:
+            # With blocks, each row's zero points fill whole bytes. Without blocks, those of an expert's rows do.
+            if size:
+                return split(numbers(copy).reshape(experts * out, -1), bits)[:, : -(-in_ // size)]
+            return split(numbers(copy).reshape(experts, -1), bits)[:, :out].reshape(experts * out, 1)
+
+        return make
+
+    @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         (experts, out, in_), bits = cls.sizes(node), _bits(node)
         packed, scales = detached_copy(cls.operand_of(node)), detached_copy(cls.scales(node))
+        zeros = cls.zeros(node)
         size = attribute(node, "block_size", 0) or in_
 
         def make() -> Array:
-            q = unpacked(numbers(packed).reshape(experts * out, -1), bits).astype(np.float32) - (1 << (bits - 1))
+            q = unpacked(numbers(packed).reshape(experts * out, -1), bits).astype(np.float32)
+            zero = zeros()
+            q -= zero if isinstance(zero, int) else np.repeat(zero, size, axis=1)[:, :in_]
             factors = numbers(scales).reshape(experts * out, -1).astype(np.float32)
             W = q * np.repeat(factors, size, axis=1)[:, :in_]
             return cls.by_matrix(W.reshape(experts, out, in_), node).reshape(experts * out, in_)
@@ -290,7 +317,7 @@ class PackedExperts(Experts):
 class SecondPackedExperts(PackedExperts):
     """The second weights of a `QMoE`."""
 
-    position, vector, first = 5, 7, False
+    position, vector, first, middle = 5, 7, False, 12
 
 
 EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, SecondPackedExperts)
@@ -308,7 +335,8 @@ def layer_of(name: str) -> str | None:
 
 def stem_of(node: ir.Node) -> str | None:
     """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
-    names = [value.name or "" for value in node.inputs[2:] if value is not None]
+    weights = (weight_at(node, at) for at in range(2, len(node.inputs)))
+    names = [value.name or "" for value in weights if value is not None]
     for name in (*names, dotted(node.name or "")):
         match = LAYER.match(name)
         if match is not None:
@@ -383,6 +411,9 @@ def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[Reso
 
 
 def _as_float(node: ir.Node, building: Building) -> ir.Node:
+    if _at(node, 14) is not None:
+        why = f"{node.name or node.outputs[0].name} has separate router weights, which a MoE of floats does not have"
+        raise Unsupported(why, where=node.name, cure="Merge with --quantized requantize (quantized='requantize')")
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
     for kind in (PackedExperts, SecondPackedExperts):
         make, sizes = kind.detached(node), kind.sizes(node)
@@ -425,19 +456,24 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)
-    stored, scales = kind.operand_of(node), kind.scales(node)
-    size = attribute(node, "block_size", 0) or in_
-    blocks, middle = -(-in_ // size), 1 << (bits - 1)
+    stored, scales, zeros = kind.operand_of(node), kind.scales(node), _at(node, kind.middle)
+    block = attribute(node, "block_size", 0)
+    size = block or in_
+    blocks, zero = -(-in_ // size), kind.zeros(node)()
     packed, factors = numbers(stored), numbers(scales)
-    # Pad the last block with zeros, which do not change its scale.
+    # Pad the last block with zeros, which do not change its scale. onnxruntime has no padded blocks with zero points.
     wide = ((0, 0), (0, blocks * size - in_))
-    q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=middle)
-    numbers_found = numbers_in(node, q, middle, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)
+    q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
+    numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)
 
     def put(new: PackedNumbers) -> None:
         arrays = joined_bits(new.q[:, :in_], bits).reshape(packed.shape), new.scale.reshape(factors.shape)
         for at, old, array in zip((kind.position, kind.position + 1), (stored, scales), arrays, strict=True):
             node.replace_input_with(at, replaced(building, fresh, old, array))
+        if zeros is not None and not isinstance(new.zero, int):
+            middle = joined_bits(new.zero if block else new.zero.reshape(experts, out), bits)
+            array = middle.reshape(numbers(zeros).shape).astype(np.uint8)
+            node.replace_input_with(kind.middle, replaced(building, fresh, zeros, array))
 
     def rows(W: Array) -> Array:
         return np.pad(kind.together(W.reshape(experts, out, in_), node).reshape(experts * out, in_), wide)

@@ -333,7 +333,8 @@ def inject_folder(
 
     def change(part: GraphPart, there: Path) -> GraphReport | None:
         adapter = division.of[part.name]
-        return None if adapter is None else inject(part.path, adapter, there, base_weights=base_weights, **options)
+        more = {"base_weights": base_weights, "allow_partial": allow_partial, **options}
+        return None if adapter is None else inject(part.path, adapter, there, **more)
 
     return _written(folder, parts, Path(out), change, inputs, overwrite, made_from, division.warnings)
 

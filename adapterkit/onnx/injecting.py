@@ -20,18 +20,20 @@ from ..io.atomic import write_bytes
 from ..io.lazy import as_lazy
 from ..io.locations import path_text
 from ..naming.binding import renamed
-from .attaching import attach
+from .attaching import attach, unchangeable
 from .building import Building
 from .calls import CallWords
-from .checking import CheckOutcome, checked_injection
+from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
-from .folders import folder_of, inject_folder, left_out, only_graph
+from .experts import Experts
+from .folders import folder_of, inject_folder, left_line, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
+from .routed import remember_family
 from .saturation import clipping
-from .slots import fills_of, neutral, sizes_of, slots_of, write_adapter, write_slot_values
+from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from ..io.strict_json import JsonValue
     from .reading import Base, Model, Source
+    from .resolved import ResolvedTarget
     from .rowwise import RowSlots
     from .slots import Slots
     from .trial_inputs import Feeds
@@ -102,8 +105,9 @@ def inject(
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
             the tensors required inputs, which every runtime can swap; the rank of their LoRA factors is at least 1.
-            With `inputs`, `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs, and
-            `OUT.neutral.safetensors` stores tensors with which the graph computes the base model.
+            With `inputs`, `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs.
+            `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which the graph computes the
+            base model.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a side network (Shadow), the network's architecture is read from the base's `config.json`, or from the
             `config.json` beside the graph.
@@ -127,7 +131,8 @@ def inject(
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support the method of an update.
-        Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
+        Malformed: the file is not a model; its data is missing, too short or outside of its folder; or it is so invalid
+            that onnxruntime does not load it.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
             base differs. No file is left at `out`.
@@ -159,9 +164,18 @@ def inject(
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)
+    if allow_partial and (inside := unchangeable(places, mode == "rows")) and len(inside) < len(rest.updates):
+        rest = rest.replace(updates={target: group for target, group in rest.updates.items() if target not in inside})
+        places = [at for at in places if at.asked not in inside]
+        wrong = (*wrong, *left_line(inside, "added nodes cannot change experts there"))
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
-    attach(places, building, slots, words)
+    try:
+        attach(places, building, slots, words)
+    except Unsupported:
+        if check is not False:  # If the graph mixes types inside a layer, that is the reason to report.
+            refuse_invalid(opened(model))
+        raise
     building.settle()
     keep_original(source)
     target, outcome = Path(path_text(out)), CheckOutcome(None)
@@ -172,6 +186,7 @@ def inject(
         path, beside = place_.path, None
         if slots is not None:
             slots.record()
+            remember_family(source.model, rest, tying.config)
         save(source.model, source, path, building.tensors.values())
         if slots is not None:
             beside = write_adapter(path, rest, path.with_name(f"{path.stem}.onnx_adapter"), base_weights=base)
@@ -182,12 +197,26 @@ def inject(
             alone = any(of_attention(*each) for each in context)
             options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
             outcome = checked_injection(model, rest, base, path, beside, given, **options)
+            if outcome.difference is None:
+                refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
-    note = "; ".join(filter(None, [used, words.note, outcome.note])) or None
+    slow = None if slots is None else _recomputed(places)
+    note = "; ".join(filter(None, [used, words.note, slow, outcome.note])) or None
     return GraphReport(
         target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
         saturation=outcome.saturation, warnings=warnings,
     )  # fmt: skip
+
+
+def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
+    """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
+    nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
+    if not nodes:
+        return None
+    return (
+        f"each call, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
+        f"{'nodes' if len(nodes) > 1 else 'node'} anew; --mode constant (mode='constant') computes them once"
+    )
 
 
 def _beside(out: Path, adapter: Source) -> Path:
@@ -214,12 +243,11 @@ def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
 
 
 def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
-    """Write two files with values for a graph's required inputs: the adapter's, and those that keep the base model."""
+    """Write files for a graph's required inputs: the adapter's tensors, and tensors that keep the base model."""
     write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
-    model = opened(path).model
-    declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
-    feeds = neutral(fills_of(model.metadata_props), declared)
-    write_slot_values(feeds, path.with_name(f"{path.name}.neutral.safetensors"))
+    feeds = neutral_of(opened(path).model)
+    for ending in (".safetensors", ".onnx_adapter"):
+        write_slot_values(feeds, path.with_name(f"{path.name}.neutral{ending}"))
 
 
 def keep_original(source: GraphSource) -> None:

@@ -17,7 +17,7 @@ from ..io.locations import path_text
 from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
-from .checking import CheckOutcome, checked_merge
+from .checking import CheckOutcome, checked_merge, refuse_invalid
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
 from .model_file import GraphSource as Opened
@@ -88,7 +88,8 @@ def merge(
         NotMergeable: an update changes something other than weights.
         Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
             unknown; or the change cannot be attached beside the weight.
-        Malformed: the file is not a model, or a result does not fit its dtype.
+        Malformed: the file is not a model; it is so invalid that onnxruntime does not load it; or a result does not fit
+            its dtype.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what injected adapters compute, or `strict_base` is set and the
             base differs. No file is left at `out`.
@@ -129,6 +130,8 @@ def merge(
             given = None if isinstance(check, bool) else check
             options: dict[str, Any] = {"given": given, "tying": tying, "beside": beside}
             outcome = checked_merge(model, read, factors, base_weights, place.path, quantized, **options)
+            if outcome.difference is None:
+                refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     places = tuple(place for place, _ in folds)
     return GraphReport(

@@ -42,6 +42,9 @@ PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj
          "w2": "down_proj"}  # fmt: skip
 """A map from the names of an expert's weights to the names in a graph, for models that store the weights separately."""
 
+FAMILY = "adapterkit.model_type"
+"""Metadata key of a graph with slots at experts, for the model type."""
+
 Config = Mapping[str, object] | None
 
 
@@ -82,7 +85,7 @@ def by_expert(
     nodes = [node for node in nodes_of(model) if is_routed(node)]
     if not nodes:
         return adapter, {}
-    stacks, family = stacks_of(nodes), _family(adapter, config)
+    stacks, family = stacks_of(nodes), _family(adapter, config, model)
     updates: dict[Target, tuple[Update, ...]] = {}
     whole: dict[Target, Target] = {}
     for target, given in adapter.updates.items():
@@ -186,15 +189,27 @@ OTHERWISE = (
 """The cure for targets inside nodes that cannot be changed."""
 
 
-def _family(adapter: Adapter, config: Config) -> Architecture | None:
-    """Return the family that the base's config names, or else the family that the adapter was trained on."""
+def remember_family(model: ir.Model, adapter: Adapter, config: Config) -> None:
+    """Store the model type in a graph with slots at experts, so that other adapters can be written for these slots."""
+    kind = _type_of(adapter, config, model)
+    if kind is not None and any(is_routed(node) for node in nodes_of(model)):
+        model.metadata_props[FAMILY] = kind
+
+
+def _family(adapter: Adapter, config: Config, model: ir.Model) -> Architecture | None:
+    """Return the family that the base's config, the graph or the adapter names."""
+    kind = _type_of(adapter, config, model)
+    return None if kind is None else architecture_of({"model_type": kind})
+
+
+def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:
+    """Return the first known model type that the base's config, the graph or the adapter names."""
     text = (config or {}).get("text_config")
     named = [(config or {}).get("model_type"), (config or {}).get(GENAI_TYPE)]
     named += [text.get("model_type")] if isinstance(text, Mapping) else []
-    for kind in (*named, *model_types_of(adapter)):
-        known = None if not isinstance(kind, str) else architecture_of({"model_type": TYPES.get(kind, kind)})
-        if known is not None:
-            return known
+    for kind in (*named, model.metadata_props.get(FAMILY), *model_types_of(adapter)):
+        if isinstance(kind, str) and architecture_of({"model_type": TYPES.get(kind, kind)}) is not None:
+            return TYPES.get(kind, kind)
     return None
 
 

@@ -25,6 +25,7 @@ from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
+from .trial_inputs import sizes_beside, windows_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -106,6 +107,9 @@ def kind_of(entry: OrtInput) -> Dtype:
 PAST = "past_key_values."
 """Prefix of the names of a language model's cached keys and values."""
 
+STATE = "past."
+"""Prefix of the names of other states of a language model, such as the last inputs of a convolution."""
+
 MOST_NAMED = 4
 """Largest number of inputs that an error lists."""
 
@@ -160,9 +164,11 @@ class Session:
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self._slots |= {name: entry for name, entry in entries.items() if name in fills}
         declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}
-        self._neutral = {name: _value(array) for name, array in neutral(fills, declared).items()}
+        self._unchanging = neutral(fills, declared)
+        self._neutral = {name: _value(array) for name, array in self._unchanging.items()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+        self._sizes, self._windows = sizes_beside(self._path), windows_beside(self._path)
         self._loaded: dict[str, dict[str, tuple[Array, OrtValue]]] = {}
         self._by_rows = ROWS in metadata
         self._stacks: dict[tuple[str | None, ...], dict[str, OrtValue]] = {}
@@ -223,6 +229,11 @@ class Session:
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
+        # Files for required slots also fill the slots of other targets, with tensors that change nothing. Without
+        # these, adapters of disjoint targets can be used together.
+        same = {key for key, array in self._unchanging.items() if key in feeds and np.array_equal(feeds[key], array)}
+        stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
+        feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
         self._stacks.clear()
 
@@ -304,15 +315,18 @@ class Session:
             all tokens, `[batch, length + new]`.
 
         Raises:
-            UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
-                excludes the last token.
+            UsageError: the model is not a language model with a past, the prompt is empty, a mask is missing or
+                excludes the last token, or padded texts would change the states of convolutions.
             Also the errors of `run`.
         """
-        past = [name for name in self.inputs if name.startswith(PAST)]
+        past = [name for name in self.inputs if name.startswith((PAST, STATE))]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
             cure = "Export a language model with adapterkit export; for other models, call run"
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
         tokens, mask = _prompt(input_ids, attention_mask)
+        if not mask.all() and any(name.startswith(STATE) for name in past):
+            why = "the states of its layers would contain the padding of shorter texts"
+            raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of one length")
         ends = [end] if isinstance(end, int) else list(end)
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
@@ -325,7 +339,7 @@ class Session:
             done |= np.isin(new, ends)
             if done.all():
                 break
-            feeds = {"input_ids": new[:, None]} | {name: outputs[name.replace(PAST, "present.", 1)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: outputs[_new_name(name)] for name in past}
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
@@ -357,22 +371,26 @@ class Session:
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
         """Return defaults for missing inputs of a language model: an empty past, a mask of ones, positions."""
         ids = inputs.get("input_ids")
-        if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
+        if ids is None or np.ndim(ids) != 2 or not any(name.startswith((PAST, STATE)) for name in self.inputs):
             return {}
         batch, length = np.shape(ids)
-        given = [np.shape(array) for name, array in inputs.items() if name.startswith(PAST)]
-        past = given[0][2] if given and len(given[0]) == 4 else 0
+        given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
+        lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
+        if len(lengths) != 1 and given:  # A cache of a window does not show how many tokens came before.
+            return {}
+        past = lengths.pop() if given else 0
         defaults: dict[str, Array] = {}
         for name in missing:
             entry = self._entries[name]
-            shape = entry.shape
-            if (
-                name.startswith(PAST)
-                and not given
-                and len(shape) == 4
-                and all(isinstance(shape[i], int) for i in (1, 3))
-            ):
-                defaults[name] = np.zeros((batch, shape[1], 0, shape[3]), kind_of(entry))
+            if name.startswith(PAST):
+                sizes = self._cache_sizes(entry)
+                if not given and sizes is not None:
+                    window = self._windows.get(name, 0)
+                    defaults[name] = np.zeros((batch, sizes[0], window, sizes[1]), kind_of(entry))
+            elif name.startswith(STATE):
+                state = entry.shape[1:]
+                if not given and all(isinstance(size, int) for size in state):
+                    defaults[name] = np.zeros((batch, *state), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 defaults[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
@@ -380,12 +398,25 @@ class Session:
                 defaults[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return defaults
 
+    def _cache_sizes(self, entry: OrtInput) -> tuple[int, int] | None:
+        """Return the number and the size of the heads of cached keys or values; None if they are unknown."""
+        if len(entry.shape) != 4:
+            return None
+        # onnxruntime-genai's builder leaves the size of heads open, and writes it to its config.
+        known = (self._sizes.get("heads"), self._sizes.get("head_size"))
+        heads, size = (
+            one if isinstance(one, int) else other for one, other in zip(entry.shape[1::2], known, strict=True)
+        )
+        return None if heads is None or size is None else (heads, size)
+
     def _shape(self, name: str) -> str:
         return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
 
     def __repr__(self) -> str:
-        past = sum(name.startswith(PAST) for name in self.inputs)
-        inputs = [name for name in self.inputs if not name.startswith(PAST)] + ([f"{past} of the past"] if past else [])
+        past = sum(name.startswith((PAST, STATE)) for name in self.inputs)
+        inputs = [name for name in self.inputs if not name.startswith((PAST, STATE))] + (
+            [f"{past} of the past"] if past else []
+        )
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
@@ -403,7 +434,7 @@ class Session:
             raise UsageError(
                 "a binding takes one adapter", path=self._path, cure="Call run for a batch with several adapters"
             )
-        for key, value in self._chosen(adapter).items():
+        for key, value in (self._neutral | self._chosen(adapter)).items():
             binding.bind_ortvalue_input(key, value)
         return binding
 
@@ -491,6 +522,11 @@ class Session:
 
     def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
+
+
+def _new_name(name: str) -> str:
+    """Return the name of the output that continues an input of the past."""
+    return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
 
 
 def _only_graph(path: Path) -> Path:

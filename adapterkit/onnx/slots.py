@@ -23,18 +23,21 @@ from ..core.adapter import Adapter, Target
 from ..core.shapes import Axes
 from ..core.updates import OutputUpdate, Update
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, first_line, nearest, places_errors
+from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Building, Dtype, element_type
+from .experts import Experts
 from .heads import in_parts
 from .layers import Conv, GraphLayer, LeftMatMul
-from .model_file import opened
+from .model_file import GraphSource, opened
 from .norms import computes_apart
 from .open_factors import is_worked_out, template, worked_out
-from .reading import loaded
+from .reading import known_config, loaded
 from .resolved import ResolvedTarget
+from .routed import by_expert
 from .values import OpenSize, Value
 
 if TYPE_CHECKING:
@@ -105,9 +108,7 @@ class SlotRecord:
     @classmethod
     def of(cls, place: ResolvedTarget) -> SlotRecord:
         """Return the record of a target, without any slots yet."""
-        return cls(
-            Target(place.asked.path, rows=place.asked.rows), Target(place.target.path, rows=place.target.rows), []
-        )
+        return cls(Target(place.asked.path, rows=place.asked.rows), _target_of(place), [])
 
     def plain(self) -> dict[str, JsonValue]:
         """Return the record as JSON values."""
@@ -206,6 +207,12 @@ def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[ob
         for name, fill in fills.items()
         if name in declared
     }
+
+
+def neutral_of(model: ir.Model) -> dict[str, Array]:
+    """Return tensors for a graph's required slots with which it computes the same as the base."""
+    declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
+    return neutral(fills_of(model.metadata_props), declared)
 
 
 def _target(plain: Any) -> Target:
@@ -362,7 +369,13 @@ class Slots:
 def _stem(place: ResolvedTarget, position: int) -> str:
     """Return the prefix of the names of an update's slots, before a dot and the field's name."""
     one = "" if len(place.updates) == 1 else f".{position}"
-    return f"{place.target}{one}.{place.updates[position].method}"
+    return f"{_target_of(place)}{one}.{place.updates[position].method}"
+
+
+def _target_of(place: ResolvedTarget) -> Target:
+    """Return a target under the graph's name; an expert's name already shows which rows of the stack it has."""
+    within = any(issubclass(spot.kind, Experts) for spot in place.spots)
+    return Target(place.target.path, rows=None if within else place.target.rows)
 
 
 def _neutral(
@@ -495,18 +508,16 @@ def write_adapter(
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
     under the names of the inputs, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
-    file.
+    file. If the slots are required inputs, the file also has a tensor that changes nothing for each slot that the
+    adapter does not fill.
     """
     from ..formats.onnx_adapter import write_slots_record
 
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
     read, feeds, names = _fitted(model, read, base_weights)
-    if str(out).lower().endswith(SAFETENSORS):
-        model_ir = opened(model).model
-        declared = {name: sizes_of(value) for name, value in slots_of(model_ir).items()}
-        return write_slot_values(neutral(fills_of(model_ir.metadata_props), declared) | feeds, out)
-    write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
-    if not all(names):
+    feeds = neutral_of(opened(model).model) | feeds
+    write_slot_values(feeds, out)
+    if str(out).lower().endswith(SAFETENSORS) or not all(names):
         return Path(out)  # Stacks and computed factors are for this graph only, and cannot be read back.
     named = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in named], Path(out))
@@ -521,8 +532,8 @@ def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]
         Malformed: the graph's list of slots is damaged.
     """
     source = opened(model)
-    slots, records = slots_of(source.model), recorded(source.model, source.path)
-    parts, whole = in_parts(adapter, _rows_in(records, slots))
+    records = recorded(source.model, source.path)
+    parts, whole, _ = _as_stored(adapter, source, records, None)
     known = dict.fromkeys((name.path for record in records for name in (record.asked, record.target)), ())
     try:
         missing: Collection[Target] = find_sites(parts, known, partial=True, modules=known).missing
@@ -539,10 +550,13 @@ KIND = {"format": "adapterkit.slots"}
 """Metadata of a safetensors file with tensors for slots."""
 
 
-def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> Path:
-    """Write tensors for slots as a safetensors file."""
-    write_safetensors(out, {name: from_numpy(array) for name, array in feeds.items()}, KIND)
-    return Path(out)
+def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> None:
+    """Write tensors for slots as a safetensors file, or else as an `.onnx_adapter` file."""
+    tensors = {name: from_numpy(array) for name, array in feeds.items()}
+    if str(out).lower().endswith(SAFETENSORS):
+        write_safetensors(out, tensors, KIND)
+    else:
+        write_ort_adapter(out, OrtAdapter(tensors))
 
 
 def _fitted(
@@ -556,7 +570,7 @@ def _fitted(
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
-    adapter, _ = in_parts(adapter, _rows_in(records, slots))
+    adapter, _, experts = _as_stored(adapter, source, records, base)
     fill = _fill_rows if _by_rows(source.model) else _fill
     names = []
     for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True):
@@ -566,8 +580,25 @@ def _fitted(
                 fill(factors, fields, target, slots, feeds)
                 names.append(dict[str, str]())
             else:
-                names.append(fill(update, fields, target, slots, feeds))
+                filled = fill(update, fields, target, slots, feeds)
+                # A graph has other names for experts than the model, so such an update cannot be read back.
+                names.append(dict[str, str]() if target in experts else filled)
     return adapter, feeds, names
+
+
+def _as_stored(
+    adapter: Adapter, source: GraphSource, records: list[SlotRecord], base: Base | None
+) -> tuple[Adapter, dict[Target, Target], Collection[Target]]:
+    """Split an adapter's updates like the graph's layers.
+
+    Returns:
+        the adapter with split updates; a map from each part's target to the target that was split; the targets that are
+        experts in a node.
+    """
+    config = known_config(None if base is None else opened_base(base), source.path)
+    adapter, experts = by_expert(adapter, source.model, config)
+    adapter, whole = in_parts(adapter, _rows_in(records, slots_of(source.model)))
+    return adapter, whole | experts, experts.keys()
 
 
 def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:

@@ -61,6 +61,22 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     return {word: size for word, size in sizes.items() if isinstance(size, int) and 0 < size < 1 << 16}
 
 
+def windows_beside(graph: Path) -> dict[str, int]:
+    """Return the names of caches that keep a window of tokens, each with the window's length.
+
+    In onnxruntime-genai's graphs, such a cache always has this length. Its config lists these layers.
+    """
+    model = _config(graph.parent / "genai_config.json").get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    window = decoder.get("sliding_window") if isinstance(decoder, dict) else None
+    if not isinstance(window, dict):
+        return {}
+    size, layers = window.get("window_size"), window.get("layers")
+    if not isinstance(size, int) or not isinstance(layers, list) or not 0 < size < 1 << 16:
+        return {}
+    return {f"past_key_values.{layer}.{part}": size for layer in layers for part in ("key", "value")}
+
+
 def _config(file: Path) -> dict[str, JsonValue]:
     """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
     try:

@@ -145,6 +145,69 @@ def test_branches_that_return_what_is_computed_from_them(tmp_path):
         ak.onnx.layers(path)
 
 
+def half_converted(wide_name):
+    """A graph as onnxconverter-common leaves a merged decoder: one tensor in a branch stays float32."""
+    wide, half = TensorProto.FLOAT, TensorProto.FLOAT16
+    branches = []
+    for op in ("Neg", "Relu"):
+        inside = [
+            helper.make_node("MatMul", ["x", "w"], [f"{op}/h"], "/0/MatMul"),
+            helper.make_node("Add", [f"{op}/h", "b"], [f"{op}/y"]),
+        ]
+        end = helper.make_tensor_value_info(f"{op}/y", half, None)
+        branches.append(helper.make_graph(inside, op, [], [end]))
+    nodes = [helper.make_node("If", ["c"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1])]
+    sizes = {"x": (half, ["n", 16]), "y": (half, ["n", 8]), "c": (TensorProto.BOOL, [])}
+    x, y, c = (helper.make_tensor_value_info(name, *size) for name, size in sizes.items())
+    held = {"w": np.ones((16, 8), "f2"), "b": np.ones(8, "f2")}
+    held[wide_name] = held[wide_name].astype("f4")
+    tensors = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    made = helper.make_graph(nodes, "g", [x, c], [y], tensors)
+    assert wide == tensors[[*held].index(wide_name)].data_type
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def one(change, **options):
+    return lambda path, out: change(path, ak.Adapter({ak.Target("0"): (lora(),)}), out, **options)
+
+
+CHANGES = {
+    "inject": one(ak.onnx.inject),
+    "slots": one(ak.onnx.inject, mode="slots"),
+    "merge": one(ak.onnx.merge),
+    "merge two": lambda path, out: ak.onnx.merge(path, [ak.Adapter({ak.Target("0"): (lora(),)})] * 2, out),
+}
+
+
+@pytest.mark.parametrize("wide_name", ["w", "b"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_that_onnxruntime_never_loads(change, wide_name, tmp_path):
+    path, out = tmp_path / "bad.onnx", tmp_path / "out.onnx"
+    path.write_bytes(half_converted(wide_name).SerializeToString())
+    with pytest.raises(Exception, match="bound to different types"):
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with pytest.raises(Malformed, match=r"even without the adapter .*bound to different types.*--no-check") as told:
+        CHANGES[change](path, out)
+    assert told.value.path == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.onnx"]
+    one(ak.onnx.merge, check=False)(path, out)
+    assert out.exists()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_with_an_operator_that_only_its_own_runtime_has(change, tmp_path):
+    proto = linear()
+    proto.graph.output[0].name = "z"
+    proto.graph.node.append(helper.make_node("Secret", ["y"], ["z"], domain="their.own"))
+    proto.opset_import.append(helper.make_opsetid("their.own", 1))
+    path = tmp_path / "base.onnx"
+    path.write_bytes(proto.SerializeToString())
+    report = CHANGES[change](path, tmp_path / "out.onnx")
+    assert report.out.exists()
+    assert report.difference is None
+    assert report.note
+
+
 def test_a_group_of_none_does_not_reach_onnxruntime(tmp_path):
     """It divides by it, and ends the process."""
     proto = graphs.built("transpose-groups")[2]

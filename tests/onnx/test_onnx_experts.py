@@ -70,7 +70,27 @@ def packed(W, bits, size):
     return bytes_, scale[..., 0] if size else scale[..., 0, 0], rounded
 
 
-def graph(folder, fused=True, bits=None, size=0, kind=None, **words):
+def joined(q, bits):
+    """Bytes of small numbers, the last axis padded to whole bytes."""
+    per = 8 // bits
+    q = np.pad(q, (*((0, 0),) * (q.ndim - 1), (0, -q.shape[-1] % per))).reshape(*q.shape[:-1], -1, per)
+    return sum(q[..., at].astype("u1") << (bits * at) for at in range(per)).astype("u1")
+
+
+def packed_from_zeros(W, bits, size):
+    """Round `[expert, out, in]` between the smallest and the largest number: bytes, scales, zero points, numbers."""
+    most = (1 << bits) - 1
+    blocks = W.reshape(*W.shape[:2], -1, size or W.shape[2])
+    low, high = (np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0))
+    scale = np.maximum(high - low, 1e-9) / most
+    zero = np.rint(-low / scale)
+    q = np.clip(np.rint(blocks / scale) + zero, 0, most)
+    rounded = ((q - zero) * scale).reshape(W.shape).astype("f4")
+    zeros = joined(zero[..., 0] if size else zero[..., 0, 0], bits)
+    return joined(q.reshape(W.shape), bits), (scale[..., 0] if size else scale[..., 0, 0]).astype("f4"), zeros, rounded
+
+
+def graph(folder, fused=True, bits=None, size=0, kind=None, zeros=False, weighted=False, **words):
     """Write a graph as onnxruntime-genai's builder does; return the numbers that it computes with."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +112,11 @@ def graph(folder, fused=True, bits=None, size=0, kind=None, **words):
     else:
         words |= {"expert_weight_bits": bits, **({"block_size": size} if size else {})}
         for name, stack in (("gate_up_proj", first), ("down_proj", second)):
-            bytes_, scales, rounded = packed(stack, bits, size)
+            if zeros:
+                bytes_, scales, middle, rounded = packed_from_zeros(stack, bits, size)
+                held[f"{STEM}{name}.zeros"] = middle
+            else:
+                bytes_, scales, rounded = packed(stack, bits, size)
             held |= {f"{STEM}{name}.qweight": bytes_, f"{STEM}{name}.scales": scales}
             if name == "down_proj":
                 W["down"] = rounded
@@ -100,11 +124,15 @@ def graph(folder, fused=True, bits=None, size=0, kind=None, **words):
                 parts = rounded.reshape(EXPERTS, INNER, -1, HIDDEN)
                 W |= {part: parts[:, :, at] for at, part in enumerate(("gate", "up") if fused else ("up",))}
         inputs = [f"{name}.{part}" for name in ("gate_up_proj", "down_proj") for part in ("qweight", "scales", "bias")]
+        inputs += ["", "", "", "gate_up_proj.zeros", "down_proj.zeros"] if zeros else []
+        inputs += [""] * (12 - len(inputs)) + ["odds"] if weighted else []
     op = "MoE" if bits is None else "QMoE"
+    inputs = [name if name in ("", "odds") else STEM + name for name in inputs]
     nodes = [
         helper.make_node("MatMul", ["x", router], ["chosen"], name="/model/layers.0/moe/router/MatMul"),
+        *([helper.make_node("Softmax", ["chosen"], ["odds"])] if weighted else []),
         helper.make_node(
-            op, ["x", "chosen", *(STEM + name for name in inputs)], ["y"], name=f"/model/layers.0/moe/{op}",
+            op, ["x", "chosen", *inputs], ["y"], name=f"/model/layers.0/moe/{op}",
             domain="com.microsoft", **words,
         ),
     ]  # fmt: skip
@@ -253,11 +281,11 @@ def test_another_number_of_experts_is_refused(tmp_path):
             change(tmp_path / "base", adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("size", [0, 16])
-@pytest.mark.parametrize("fused", [True, False])
-def test_packed_experts(tmp_path, fused, size, bits):
-    W = graph(tmp_path / "base", fused, bits, size, kind="mixtral")
+@pytest.mark.parametrize(("fused", "zeros"), [(True, False), (True, True), (False, False)])
+def test_packed_experts(tmp_path, fused, zeros, size, bits):
+    W = graph(tmp_path / "base", fused, bits, size, kind="mixtral", zeros=zeros)
     plain = layer(W, X, fused)
     # Block by block, the kernel for 8 bits rounds its inputs, too.
     noise = abs(run(tmp_path / "base", X) - plain).max() / abs(plain).max()
@@ -276,24 +304,51 @@ def test_packed_experts(tmp_path, fused, size, bits):
     assert [node.op_type for node in got.graph.node] == ["MatMul", "QMoE"]
     # Nearest rounding of the changed stack, decoded independently.
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in got.graph.initializer}
-    read = unpacked_stack(held[f"{STEM}down_proj.qweight"], held[f"{STEM}down_proj.scales"], bits, size)
+    read = unpacked_stack(held, "down_proj", bits, size)
     aim = changed(W, adapter)["down"]
-    assert np.linalg.norm(read - aim) < 1.1 * np.linalg.norm(packed(aim.astype("f4"), bits, size)[2] - aim)
+    nearest = (packed_from_zeros if zeros else packed)(aim.astype("f4"), bits, size)[-1]
+    assert np.linalg.norm(read - aim) < 1.1 * np.linalg.norm(nearest - aim)
     others = [0, 1, 2]
     np.testing.assert_allclose(read[others], W["down"][others], atol=1e-6)
     told = layer({**changed(W, adapter), "down": read, **first_of(held, bits, size, fused)}, X, fused)
     np.testing.assert_allclose(run(tmp_path / "again", X), told, atol=(noise * 5 + 1e-5) * abs(told).max())
 
 
-def unpacked_stack(bytes_, scales, bits, size):
+def test_router_weights_of_their_own(tmp_path):
+    W = graph(tmp_path / "base", True, 4, 16, kind="mixtral", weighted=True)
+    plain = layer(W, X, True)
+    np.testing.assert_allclose(run(tmp_path / "base", X), plain, rtol=1e-4, atol=1e-4 * abs(plain).max())
+    adapter = Adapter({Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)})
+    with pytest.raises(Unsupported, match=r"separate router weights.*--quantized requantize"):
+        ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="dequantize")
+    ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize")
+    got = onnx.load(tmp_path / "out" / "model.onnx")
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in got.graph.initializer}
+    told = {**W, **first_of(held, 4, 16, True)}
+    aim = changed(W, adapter)["up"]
+    assert np.linalg.norm(told["up"] - aim) < 1.1 * np.linalg.norm(packed(aim.astype("f4"), 4, 16)[-1] - aim)
+    wanted = layer(told, X, True)
+    np.testing.assert_allclose(run(tmp_path / "out", X), wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+
+
+def split(bytes_, bits, count):
+    """Small numbers from bytes, without padding at the end of the last axis."""
     pairs = np.stack([(bytes_ >> (bits * at)) & ((1 << bits) - 1) for at in range(8 // bits)], -1)
-    q = pairs.reshape(*bytes_.shape[:2], -1).astype("f8") - (1 << (bits - 1))
-    return q * (np.repeat(scales, size, -1) if size else scales[..., None])
+    return pairs.reshape(*bytes_.shape[:-1], -1)[..., :count].astype("f8")
+
+
+def unpacked_stack(held, name, bits, size):
+    bytes_, scales, zeros = (held.get(f"{STEM}{name}.{part}") for part in ("qweight", "scales", "zeros"))
+    q = split(bytes_, bits, bytes_.shape[-1] * 8 // bits)
+    zero = 1 << (bits - 1) if zeros is None else split(zeros, bits, scales.shape[-1])
+    scales = np.repeat(scales, size, -1) if size else scales[..., None]
+    if zeros is not None:
+        zero = np.repeat(zero, size, -1) if size else zero[..., None]
+    return (q - zero) * scales
 
 
 def first_of(held, bits, size, fused):
-    stack = unpacked_stack(held[f"{STEM}gate_up_proj.qweight"], held[f"{STEM}gate_up_proj.scales"], bits, size)
-    parts = stack.reshape(EXPERTS, INNER, -1, HIDDEN)
+    parts = unpacked_stack(held, "gate_up_proj", bits, size).reshape(EXPERTS, INNER, -1, HIDDEN)
     return {part: parts[:, :, at] for at, part in enumerate(("gate", "up") if fused else ("up",))}
 
 
@@ -308,12 +363,92 @@ def test_what_a_packed_node_cannot_take_names_the_way(tmp_path):
         ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize", keep_change="float")
 
 
-@pytest.mark.parametrize("mode", ["slots", "inputs", "rows"])
-def test_slots_of_experts_name_the_way(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"fc2_expert_weight_bits": 8}, "its two weights have different numbers of bits"),
+        ({"quant_type": "fp4"}, "its weights are not integers of 2, 4 or 8 bits"),
+    ],
+)
+def test_packings_that_are_refused(tmp_path, words, why):
+    graph(tmp_path / "base", True, 4, 16, **words)
+    adapter = Adapter({Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)})
+    with pytest.raises(Unsupported, match=why):
+        ak.onnx.merge(tmp_path / "base", adapter, tmp_path / "out", quantized="requantize")
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(4, "constant"), (4, "slots"), (None, "rows")])
+@pytest.mark.parametrize("file", ["", "model.onnx"])
+def test_experts_that_nodes_cannot_change_are_omitted(tmp_path, bits, mode, file):
+    W = graph(tmp_path / "base", bits=bits)
+    router = {Target("model.layers.0.mlp.gate"): (update("lora", EXPERTS, HIDDEN, 40),)}
+    expert_ = {Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)}
+    base, out = tmp_path / "base" / file, tmp_path / "out" / file
+    for folder in ("out", "no") if file else ():
+        (tmp_path / folder).mkdir()
+    with pytest.raises(Unsupported, match=r"omit such targets: --allow-partial \(allow_partial=True\)"):
+        ak.onnx.inject(base, Adapter(router | expert_), out, mode=mode)
+    report = ak.onnx.inject(base, Adapter(router | expert_), out, mode=mode, allow_partial=True)
+    assert any(line.endswith("model.layers.0.mlp.experts.1.up_proj") for line in report.warnings), report.warnings
+    given = {"one": tmp_path / "out" / "model.onnx_adapter"} if mode == "slots" else {"one": Adapter(router)}
+    session = ak.onnx.Session(tmp_path / "out" / "model.onnx", {} if mode == "constant" else given)
+    choice = {"constant": None, "slots": "one", "rows": ["one"] * len(X)}[mode]
+    wanted = layer(changed(W, Adapter(router)), X, True)
+    np.testing.assert_allclose(session.run({"x": X}, choice)["y"], wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+    with pytest.raises(Unsupported, match="omit such targets"):
+        ak.onnx.inject(
+            tmp_path / "base" / file, Adapter(expert_), tmp_path / "no" / file, mode=mode, allow_partial=True
+        )
+
+
+def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
     graph(tmp_path / "base")
     adapter = Adapter({Target("model.layers.0.mlp.experts.1.up_proj"): (update("lora", INNER, HIDDEN, 3),)})
-    with pytest.raises(Unsupported, match=r"each call would compute.*--mode constant \(mode='constant'\)"):
-        ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode=mode)
+    with pytest.raises(Unsupported, match=r"the same weights for all rows.*--mode slots \(mode='slots'\)"):
+        ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode="rows")
+
+
+@pytest.mark.parametrize("mode", ["slots", "inputs"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_slots_of_single_experts_and_the_router(tmp_path, fused, method, mode):
+    W = graph(tmp_path / "base", fused)
+    parts = ["gate_proj", "up_proj", "down_proj"] if fused else ["up_proj", "down_proj"]
+    names = [(number, part) for number in (0, 2, 3) for part in parts if (number, part) != (2, "up_proj")]
+
+    def adapter(seed, chosen):
+        held = {
+            Target(f"model.layers.0.mlp.experts.{number}.{part}"): (update(method, *SHAPES[part], seed + at),)
+            for at, (number, part) in enumerate(chosen)
+        }
+        held[Target("model.layers.0.mlp.gate")] = (update(method, EXPERTS, HIDDEN, seed + 40),)
+        return Adapter(held)
+
+    adapters = {"one": adapter(0, names), "two": adapter(100, names), "few": adapter(200, names[:2])}
+    report = ak.onnx.inject(tmp_path / "base", adapters["one"], tmp_path / "out", mode=mode)
+    assert report.difference is not None, report.note
+    assert "computes the weights of all experts in 1 MoE node anew" in report.note
+    session = ak.onnx.Session(tmp_path / "out", adapters)
+    for name in ("one", None, "few", "two", "one"):
+        wanted = layer(changed(W, adapters[name]) if name else W, X, fused)
+        got = session.run({"x": X}, name)["y"]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
+    np.testing.assert_array_equal(session.run({"x": X})["y"], run(tmp_path / "base", X))
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_slots_of_stacks(tmp_path, kind):
+    W, (adapter, single) = graph(tmp_path / "base", kind=kind), stacks(kind)
+    report = ak.onnx.inject(tmp_path / "base", adapter, tmp_path / "out", mode="slots")
+    assert report.difference is not None, report.note
+    more = adapter.map(lambda leaf: torch.as_tensor(leaf) * 0.5)
+    ak.onnx.write_adapter(tmp_path / "out" / "model.onnx", more, tmp_path / "half.onnx_adapter")
+    given = {"whole": adapter, "file": tmp_path / "out" / "model.onnx_adapter", "half": tmp_path / "half.onnx_adapter"}
+    session = ak.onnx.Session(tmp_path / "out", given)
+    half = single.map(lambda leaf: torch.as_tensor(leaf) * 0.5)
+    for name, one in (("whole", single), ("half", half), ("file", single)):
+        wanted = layer(changed(W, one), X, True)
+        np.testing.assert_allclose(session.run({"x": X}, name)["y"], wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

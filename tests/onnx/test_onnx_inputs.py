@@ -38,6 +38,12 @@ def plain(path, feeds):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
 
 
+def with_loaded(path, file):
+    """The output with an adapter file that onnxruntime reads itself."""
+    tensors = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    return plain(path, {"x": X, **{name: value.numpy() for name, value in tensors.items()}})
+
+
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_required_inputs_are_exchanged_by_any_run_time(model, tmp_path, method):
     ranks = [lora(2, 1), lora(5, 2)]
@@ -51,7 +57,7 @@ def test_required_inputs_are_exchanged_by_any_run_time(model, tmp_path, method):
     assert not names & inputs
     assert {file.name for file in report.files} == {
         "out.onnx", "out.onnx_adapter", "out.onnx_adapter.json", "out.onnx.slots.safetensors",
-        "out.onnx.neutral.safetensors",
+        "out.onnx.neutral.safetensors", "out.onnx.neutral.onnx_adapter",
     }  # fmt: skip
     wanted = [
         before + X @ delta(one).T if method == "lora" else before * one.l.numpy() for one in (first, second)
@@ -116,10 +122,29 @@ def test_an_adapter_at_some_of_the_targets(tmp_path):
     back = METHODS["lora"](A=torch.ones(1, 8), B=torch.ones(16, 1))
     both = Adapter({Target("a"): (lora(2, 1),), Target("b"): (back,)})
     ak.onnx.inject(path, both, tmp_path / "out.onnx", mode="inputs")
-    ak.onnx.write_adapter(tmp_path / "out.onnx", Adapter({Target("a"): (lora(2, 1),)}), tmp_path / "a.safetensors")
+    out, part = tmp_path / "out.onnx", Adapter({Target("a"): (lora(2, 1),)})
+    ak.onnx.write_adapter(out, part, tmp_path / "a.safetensors")
     feeds = load_file(tmp_path / "a.safetensors")
-    wanted = X @ (held["a.weight"] + delta(lora(2, 1)).T) @ held["b.weight"]
-    np.testing.assert_allclose(plain(tmp_path / "out.onnx", {"x": X, **feeds}), wanted, rtol=1e-4, atol=1e-4)
+    changed = held["a.weight"] + delta(lora(2, 1)).T
+    wanted = X @ changed @ held["b.weight"]
+    np.testing.assert_allclose(plain(out, {"x": X, **feeds}), wanted, rtol=1e-4, atol=1e-4)
+    ak.onnx.write_adapter(out, part, tmp_path / "a.onnx_adapter")
+    np.testing.assert_allclose(with_loaded(out, tmp_path / "a.onnx_adapter"), wanted, rtol=1e-4, atol=1e-4)
+    base = X @ held["a.weight"] @ held["b.weight"]
+    np.testing.assert_allclose(with_loaded(out, tmp_path / "out.onnx.neutral.onnx_adapter"), base, rtol=1e-5, atol=1e-5)
+    (read,) = ak.read(tmp_path / "a.onnx_adapter").updates
+    assert str(read) == "a"
+    ak.onnx.write_adapter(out, Adapter({Target("b"): (back,)}), tmp_path / "b.onnx_adapter")
+    session = ak.onnx.Session(out, {name: tmp_path / f"{name}.onnx_adapter" for name in "ab"})
+    np.testing.assert_allclose(session.run({"x": X}, "a")["y"], wanted, rtol=1e-4, atol=1e-4)
+    both_at_once = X @ changed @ (held["b.weight"] + np.ones((8, 16)))
+    np.testing.assert_allclose(session.run({"x": X}, {"a": 1, "b": 1})["y"], both_at_once, rtol=1e-4, atol=1e-4)
+    for adapter, one in ((None, base), ("a", wanted)):
+        binding = session.binding(adapter)
+        binding.bind_cpu_input("x", X)
+        binding.bind_output("y")
+        session.run_bound(binding)
+        np.testing.assert_allclose(binding.copy_outputs_to_cpu()[0], one, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_and_what_a_session_refuses(model, tmp_path):

@@ -1,14 +1,19 @@
-"""Runs the same graphs and adapters in several runtimes: `python tools/foreign/check_runtimes.py DIR PYTHON MODULES`.
+"""Runs the same graphs and adapters in several runtimes: `check_runtimes.py DIR OPENVINO GENAI MODULES`.
 
-PYTHON is the interpreter of an environment with OpenVINO and safetensors. MODULES is a `node_modules` folder with
-onnxruntime-node and onnxruntime-web. The graphs are written to DIR. Each runtime opens each graph once and swaps
-adapters; its outputs are compared with float64 formulas. onnxruntime-web runs in headless Chromium. DIR/runtimes.tsv
-has a row for each case: runtime, graph, adapter, result, difference.
+OPENVINO and GENAI are the interpreters of environments with OpenVINO and with onnxruntime-genai, both with safetensors.
+MODULES is a `node_modules` folder with onnxruntime-node and onnxruntime-web. The graphs are written to DIR. Each
+runtime opens each graph once and swaps adapters. onnxruntime-web runs in headless Chromium.
+
+A small graph with an embedding, linear layers and a convolution gets its adapters from safetensors files; its outputs
+are compared with float64 formulas. A language model, which onnxruntime-genai runs as well, gets its adapters from
+`.onnx_adapter` files; see runtime_decoder.py. DIR/runtimes.tsv has a row for each case: runtime, graph, adapter,
+result, difference.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -27,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
 
+from runtime_decoder import Decoder  # noqa: E402 - beside this file
+from runtime_steps import logits_of  # noqa: E402 - beside this file
 from safetensors.numpy import load_file, save_file  # noqa: E402 - after the path
 
 import adapterkit as ak  # noqa: E402 - this checkout's own
@@ -138,7 +145,7 @@ def cases(home: Path) -> list[dict[str, Any]]:
 
 
 Run = Callable[[Path, list[dict[str, Any]]], list[Any]]
-"""Runs all cases in a runtime; returns the outputs."""
+"""Runs all cases in a runtime; returns the outputs. Cases of the decoder have its tokens."""
 
 
 def by_onnxruntime(home: Path, asked: list[dict[str, Any]]) -> list[Any]:
@@ -151,32 +158,102 @@ def by_onnxruntime(home: Path, asked: list[dict[str, Any]]) -> list[Any]:
         key = case["graph"]
         if key not in sessions:
             sessions[key] = onnxruntime.InferenceSession(str(home / key), providers=["CPUExecutionProvider"])
+        session = sessions[key]
+        if "steps" in case:
+            feeds = {}
+            if case["slots"] is not None:
+                read = onnxruntime.AdapterFormat.read_adapter(str(home / case["slots"])).get_parameters()
+                feeds = {name: value.numpy() for name, value in read.items()}
+            outputs.append(logits_of(partial(_named, session), case, feeds))
+            continue
         feeds = {} if case["slots"] is None else load_file(home / case["slots"])
-        outputs.append(sessions[key].run(None, {"ids": IDS, **feeds})[0].ravel().tolist())
+        outputs.append(session.run(None, {"ids": IDS, **feeds})[0].ravel().tolist())
     return outputs
+
+
+def _named(session: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Return the outputs of onnxruntime by name."""
+    names = [one.name for one in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 OPENVINO = """
 import json, sys
 import openvino
+from runtime_steps import logits_of, read_adapter
 from safetensors.numpy import load_file
 
 core, models, outputs = openvino.Core(), {}, []
 for case in json.load(open("cases.json")):
     if case["graph"] not in models:
-        models[case["graph"]] = core.compile_model(case["graph"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        model = core.read_model(case["graph"])
+        if "steps" in case:
+            # OpenVINO reads an empty cache as one of an empty batch, unless the size of the batch is fixed.
+            fixed = [one for one in model.inputs if ".lora." not in one.any_name and ".ia3." not in one.any_name]
+            model.reshape({one.any_name: [1, *list(one.partial_shape)[1:]] for one in fixed})
+        models[case["graph"]] = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = models[case["graph"]]
+    if "steps" in case:
+        run = lambda feeds: {one.any_name: array for one, array in model(feeds).items()}
+        held = {} if case["slots"] is None else read_adapter(case["slots"])
+        outputs.append(logits_of(run, case, held))
+        continue
     feeds = load_file("ids.safetensors") | ({} if case["slots"] is None else load_file(case["slots"]))
-    outputs.append(models[case["graph"]](feeds)[0].ravel().tolist())
+    outputs.append(model(feeds)[0].ravel().tolist())
 print(json.dumps(outputs))
 """
 
 
 def by_openvino(python: str, home: Path, _: list[dict[str, Any]]) -> list[Any]:
     """Run all cases in OpenVINO, in its own environment."""
-    done = subprocess.run([python, "-c", OPENVINO], cwd=home, capture_output=True, text=True, check=False)
+    return _by_python(python, OPENVINO, home)
+
+
+GENAI = """
+import json
+import numpy as np
+import onnxruntime_genai as og
+
+models, adapters, outputs = {}, {}, []
+for case in json.load(open("cases.json")):
+    if "steps" not in case:
+        outputs.append(None)
+        continue
+    folder = case["graph"].rpartition("/")[0]
+    if folder not in models:
+        models[folder] = og.Model(folder)
+        adapters[folder] = og.Adapters(models[folder])
+    params = og.GeneratorParams(models[folder])
+    params.set_search_options(max_length=32)
+    generator = og.Generator(models[folder], params)
+    if case["slots"] is not None:
+        try:
+            adapters[folder].load(case["slots"], case["slots"])
+        except Exception as error:
+            if "already" not in str(error):
+                raise
+        generator.set_active_adapter(adapters[folder], case["slots"])
+    told = []
+    for tokens in case["steps"]:
+        generator.append_tokens(np.array([tokens], dtype=np.int32))
+        told += np.asarray(generator.get_output("logits"), dtype=np.float32).ravel().tolist()
+    outputs.append(told)
+print(json.dumps(outputs))
+"""
+
+
+def by_genai(python: str, home: Path, _: list[dict[str, Any]]) -> list[Any]:
+    """Run the cases of the decoder in onnxruntime-genai, in its own environment; None for all other cases."""
+    return _by_python(python, GENAI, home)
+
+
+def _by_python(python: str, text: str, home: Path) -> list[Any]:
+    """Run a program in another environment; return what its last line says."""
+    own = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([python, "-c", text], cwd=home, capture_output=True, text=True, check=False, env=own)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    outputs: list[Any] = json.loads(done.stdout)
+    outputs: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return outputs
 
 
@@ -194,10 +271,48 @@ function tensors(ort, buffer) {
   }
   return found;
 }
+function readAdapter(ort, buffer) {
+  const view = new DataView(buffer), u32 = (at) => view.getUint32(at, true);
+  const field = (table, number) => table + view.getUint16(table - view.getInt32(table, true) + 4 + 2 * number, true);
+  const follow = (at) => at + u32(at);
+  const listed = follow(field(follow(0), 3)), found = {};
+  for (let number = 0; number < u32(listed); number++) {
+    const table = follow(listed + 4 + 4 * number);
+    const [name, sizes, numbers] = [0, 1, 3].map((at) => follow(field(table, at)));
+    if (view.getInt32(field(table, 2), true) !== 1) throw new Error("not float32");
+    const shape = Array.from({ length: u32(sizes) }, (_, at) => Number(view.getBigInt64(sizes + 4 + 8 * at, true)));
+    const array = new Float32Array(buffer.slice(numbers + 4, numbers + 4 + u32(numbers)));
+    const key = new TextDecoder().decode(new Uint8Array(buffer, name + 4, u32(name)));
+    found[key] = new ort.Tensor("float32", array, shape);
+  }
+  return found;
+}
+async function logits(ort, session, one, held) {
+  const integers = (numbers) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
+  const count = (stop, start = 0) => Array.from({ length: stop - start }, (_, at) => start + at);
+  let past = {}, seen = 0, told = [];
+  const empty = () => new ort.Tensor("float32", new Float32Array(0), [1, one.heads, 0, one.size]);
+  for (const name of one.past) past[name] = empty();
+  for (const tokens of one.steps) {
+    const feeds = { ...held, ...past, input_ids: integers(tokens) };
+    feeds.position_ids = integers(count(seen + tokens.length, seen));
+    seen += tokens.length;
+    feeds.attention_mask = integers(count(seen).map(() => 1));
+    const found = await session.run(feeds);
+    told = told.concat(Array.from(found.logits.data));
+    for (const name of one.past) past[name] = found[name.replace("past_key_values", "present")];
+  }
+  return told;
+}
 async function outputs(ort, read, cases) {
   const sessions = {}, found = [];
   for (const one of cases) {
     sessions[one.graph] ??= await ort.InferenceSession.create(new Uint8Array(await read(one.graph)));
+    if (one.steps) {
+      const held = one.slots === null ? {} : readAdapter(ort, await read(one.slots));
+      found.push(await logits(ort, sessions[one.graph], one, held));
+      continue;
+    }
     const feeds = tensors(ort, await read("ids.safetensors"));
     if (one.slots !== null) Object.assign(feeds, tensors(ort, await read(one.slots)));
     found.push(Array.from((await sessions[one.graph].run(feeds)).y.data));
@@ -263,13 +378,14 @@ def _served(home: Path) -> Iterator[str]:
 
 def main() -> int:
     """Run the command line; 1 if a case is wrong."""
-    home, python, modules = Path(sys.argv[1]).resolve(), sys.argv[2], Path(sys.argv[3]).resolve()
+    home, openvino, genai, modules = Path(sys.argv[1]).resolve(), *sys.argv[2:4], Path(sys.argv[4]).resolve()
     home.mkdir(parents=True, exist_ok=True)
-    asked = cases(home)
+    asked = [*cases(home), *Decoder(home).cases()]
     plain = [{key: value for key, value in case.items() if key != "wanted"} for case in asked]
     (home / "cases.json").write_text(json.dumps(plain), encoding="utf-8")
     tools: dict[str, Run] = {
-        "onnxruntime": by_onnxruntime, "OpenVINO": partial(by_openvino, python),
+        "onnxruntime": by_onnxruntime, "onnxruntime-genai": partial(by_genai, genai),
+        "OpenVINO": partial(by_openvino, openvino),
         "onnxruntime-node": partial(by_node, modules), "onnxruntime-web": partial(by_web, modules),
     }  # fmt: skip
     rows, wrong = ["runtime\tgraph\tadapter\tresult\tdifference"], 0
@@ -281,6 +397,8 @@ def main() -> int:
             wrong += 1
             continue
         for case, output in zip(asked, outputs, strict=True):
+            if output is None:
+                continue
             wanted = case["wanted"]
             difference = float(abs(np.array(output).reshape(wanted.shape) - wanted).max() / abs(wanted).max())
             wrong += difference > LIMIT

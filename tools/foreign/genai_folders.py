@@ -32,7 +32,12 @@ TYPES = {
     "fp32": ("fp32", ()), "fp16": ("fp16", ()), "int4": ("int4", ()),
     "int4asym": ("int4", ("is_symmetric=false",)),
     "int4kquant": ("int4", ("algo_config=k_quant_mixed",)),
+    "int4apart": ("int4", ("is_symmetric=false", "shared_embeddings=false")),
 }  # fmt: skip
+
+TIED = ("gemma",)
+"""Models whose head shares the embedding's weight. With zero points, onnxruntime does not load the builder's graph of
+them: the embedding reads a tensor of floats as packed numbers. `int4apart` packs the head alone."""
 
 
 def configs() -> dict[str, tuple[Any, list[str]]]:
@@ -124,6 +129,8 @@ def make(folder: Path, chosen: Sequence[str]) -> None:
         for kind, (precision, options) in TYPES.items():
             if name in PARAMETERS and kind != "fp32":  # The dequantized weights of other types are not compared.
                 continue
+            if kind == "int4apart" and name not in TIED:
+                continue
             if (home / kind / "genai_config.json").exists():
                 continue
             words = ["-i", home / "base", "-o", home / kind, "-p", precision, "-c", home / "cache",
@@ -185,7 +192,8 @@ def with_packed(model: Any, folder: Path) -> None:
         words = name.strip("/").split("/")  # model/layers.0/attn/qkv_proj/MatMulNBits
         if words[0] == "lm_head":
             model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(W.copy()))
-            if config.tie_word_embeddings:  # The builder packs both as one tensor.
+            # The builder packs both as one tensor, or the head alone.
+            if config.tie_word_embeddings and folder.name != "int4apart":
                 model.model.embed_tokens.weight = model.lm_head.weight
             continue
         layer = model.model.layers[int(words[1].split(".")[1])]
@@ -203,6 +211,40 @@ def with_packed(model: Any, folder: Path) -> None:
             getattr(block, part).weight.data = torch.from_numpy(rows.copy())
 
 
+def split_norms(graph: Any) -> None:
+    """Compute the norms of queries and keys in nodes before each attention: its CPU kernel does not compute them."""
+    from onnx import helper, numpy_helper
+
+    sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
+    nodes = []
+    for node in graph.node:
+        norms = list(node.input[14:16]) if node.op_type == "GroupQueryAttention" else []
+        if not any(norms):
+            nodes.append(node)
+            continue
+        told = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        for at, norm in enumerate(norms):
+            stem, size = f"{node.name}/norm_{at}", sizes[norm]
+            shapes = {f"{stem}/by_head": [0, 0, -1, size], f"{stem}/whole": [0, 0, -1]}
+            graph.initializer.extend(numpy_helper.from_array(np.array(ints), name) for name, ints in shapes.items())
+            nodes += [
+                helper.make_node("Reshape", [node.input[at], f"{stem}/by_head"], [f"{stem}/heads"]),
+                helper.make_node(
+                    "SimplifiedLayerNormalization", [f"{stem}/heads", norm], [f"{stem}/normed"], axis=-1,
+                    epsilon=told["qk_norm_epsilon"], stash_type=1,
+                ),
+                helper.make_node("Reshape", [f"{stem}/normed", f"{stem}/whole"], [f"{stem}/out"]),
+            ]  # fmt: skip
+            node.input[at] = f"{stem}/out"
+        kept = [each for each in node.attribute if each.name != "qk_norm_epsilon"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        del node.input[14:]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def exact(folder: Path) -> Path:
     """Return a copy that runs on the CPU, and whose packed layers do not round what they read."""
     import onnx
@@ -218,6 +260,7 @@ def exact(folder: Path) -> Path:
         kept = [each for each in node.attribute if each.name != "accuracy_level"]
         del node.attribute[:]
         node.attribute.extend(kept)
+    split_norms(model.graph)
     onnx.save(model, copy / "model.onnx")
     return copy
 
