@@ -18,7 +18,7 @@ from ..errors import TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
 from .modules import same_end
-from .norms import refuse_folded, with_norms
+from .norms import is_scaled, refuse_folded, with_norms
 from .resolved import APART, NEAR, Known, ResolvedTarget, Spot, distance
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     if near and near[0].distance <= NEAR:
         best = f"two are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
     cure = "Is this the base that the graph was exported from?"
+    scaled = next((one.spot.node for one in near if is_scaled(one.spot, W)), None)
+    if scaled is not None:
+        best = f"{scaled.op_type} {scaled.name} stores it with each output channel multiplied by a factor"
+        cure = "Inject into the graph before it is optimized: optimizers fold a scale after a layer into its weight"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 

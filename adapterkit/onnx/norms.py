@@ -151,7 +151,7 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
     guesses = sorted(_guesses(base, spot, W, b, numbers(bias).reshape(-1)), key=lambda guess: guess.distance)
     best = guesses[0] if guesses else None
     if best is None or best.distance > NEAR or (far is not None and far <= best.distance):
-        return _plain(place, far, _scaled(spot, W))
+        return _plain(place, far, is_scaled(spot, stored))
     alike = abs(best.scale - 1).max() <= ALIKE
     if far is not None and far <= NEAR and far < APART * best.distance:
         if alike:
@@ -193,9 +193,14 @@ def _weight_of(spot: Spot) -> Array:
     return _by_channel(spot, weight.swapaxes(0, 1) if spot.kind.turns(spot.node) else weight)
 
 
-def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer's weight is the base's weight with each output channel multiplied by some factor."""
+def is_scaled(spot: Spot, W: Array) -> bool:
+    """Whether a layer's weight equals the base's weight `W` if each output channel is multiplied by some factor."""
+    W = W.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else W
+    if W.shape != spot.shape:
+        return False
     V, rows = _weight_of(spot), _by_channel(spot, W)
+    if rows.shape[1] < 2:  # One number for each channel is a multiple of any other number.
+        return False
     # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))

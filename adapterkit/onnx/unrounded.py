@@ -22,9 +22,12 @@ MICROSOFT = "com.microsoft"
 
 MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat",
-     "Split", "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile"}
+     "Split", "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile", "Resize", "Pad"}
 )  # fmt: skip
-"""Operators that compute the same for integers and for the floats that the integers stand for."""
+"""Operators that compute the same for integers and for the floats that the integers stand for.
+
+The weights of a Resize sum to 1, so zero points and scales pass through it. The value that a Pad adds is dequantized.
+"""
 
 
 ROUGH = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
@@ -45,13 +48,20 @@ class Unknown(Exception):
 
 def unround(model: ir.Model) -> bool:
     """Remove the rounding of activations; return False, with the model unusable, if a node's float form is unknown."""
+    return obstacle(model) is None
+
+
+def obstacle(model: ir.Model) -> str | None:
+    """Remove the rounding of activations, or return the operator and the name of the first node that prevents this."""
     for node in model.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
+    unrounding = _Unrounding(model)
     try:
-        _Unrounding(model).done()
+        unrounding.done()
     except Unknown:
-        return False
-    return True
+        assert unrounding.at is not None
+        return f"{unrounding.at.op_type} {unrounding.at.name or unrounding.at.outputs[0].name}"
+    return None
 
 
 class _Unrounding:
@@ -59,21 +69,32 @@ class _Unrounding:
 
     Args:
         model: the model to change.
+
+    Attributes:
+        floats: rounded value -> the floats that its integers stand for.
+        steps: rounded value -> its scale and its zero point.
+        at: the node that is being converted.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self.building = Building(model)
         self.graph = model.graph
         self.floats: dict[ir.Value, ir.Value] = {}
+        self.steps: dict[ir.Value, tuple[ir.Value | None, ir.Value | None]] = {}
+        self.at: ir.Node | None = None
         self.branch = Branch(self.building, "unrounded")
         self.gone: list[ir.Node] = []
 
     def done(self) -> None:
-        if any(rounds(node) for node in self.graph.all_nodes() if node.graph is not self.graph):
-            raise Unknown
+        for node in self.graph.all_nodes():
+            self.at = node
+            if node.graph is not self.graph and rounds(node):
+                raise Unknown
         for node in list(self.graph):
+            self.at = node
             self._changed(node)
         for node in reversed(self.gone):
+            self.at = node
             if any(out.uses() or out.is_graph_output() for out in node.outputs):
                 raise Unknown
             self.graph.remove(node, safe=True)
@@ -85,6 +106,7 @@ class _Unrounding:
         known = node.domain in ("", "ai.onnx", MICROSOFT)
         if node.op_type == "QuantizeLinear" and known:
             if not is_constant(node.inputs[0]):
+                self.steps[node.outputs[0]] = _at(node, 1), _at(node, 2)
                 self._becomes(node, self._clipped(_given(node, 0), node))
         elif node.op_type == "DynamicQuantizeLinear" and known:
             one = self.building.literal(np.ones((), np.float32))
@@ -98,14 +120,31 @@ class _Unrounding:
             elif node.op_type == "Cast" and known:
                 node.replace_input_with(0, self.floats[_given(node, 0)])
             elif node.op_type in MOVES and known:
+                steps = self.steps.get(_given(node, 0), (None, None))
+                if node.op_type in ("Resize", "Pad"):
+                    self._outside(node, *steps)
                 for position, value in enumerate(node.inputs):
                     if value in self.floats:
                         node.replace_input_with(position, self.floats[value])
                 for out in node.outputs:
                     out.type = None
                     self.floats[out] = out
+                    self.steps[out] = steps
             else:
                 raise Unknown
+
+    def _outside(self, node: ir.Node, scale: ir.Value | None, zero: ir.Value | None) -> None:
+        """Dequantize the number that a Pad puts around a value with a scale and a zero point."""
+        if node.op_type == "Resize":
+            if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":  # It adds a float.
+                raise Unknown
+        elif attribute(node, "mode", "constant") == "constant":
+            given = [_given(node, 2), scale, zero]
+            if scale is None or any(one is not None and not is_constant(one) for one in given):
+                raise Unknown
+            q, step, origin = (0.0 if one is None else float(numbers(one).reshape(())) for one in given)
+            number = (q - origin) * step
+            node.replace_input_with(2, self.building.literal(np.asarray(number, np.float32)))
 
     def _becomes(self, node: ir.Node, value: ir.Value) -> None:
         """Replace a node's first output by a value; insert the nodes that compute the value."""
@@ -180,6 +219,7 @@ class _Unrounding:
             node: the operator.
             at: the position of the output's zero point among the operator's inputs.
         """
+        self.steps[node.outputs[0]] = _at(node, at - 1), _at(node, at)
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
@@ -280,6 +320,10 @@ def _concat(of: _Unrounding, node: ir.Node) -> ir.Value:
     return of.rounded(of.node("Concat", parts, _words(node, "axis")), node, 1)
 
 
+def _where(of: _Unrounding, node: ir.Node) -> ir.Value:
+    return of.rounded(of.node("Where", [_at(node, 0), of.float_of(node, 1), of.float_of(node, 4)]), node, 8)
+
+
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
     """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's scale, which is now 1."""
     W = of.operand(_at(node, 1), None, _at(node, 3))
@@ -330,6 +374,7 @@ FORMS: dict[str, Form] = {
         "AveragePool", "auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"
     ),
     "QLinearConcat": _concat,
+    "QLinearWhere": _where,
     "MatMulInteger": _integer_product,
     "ConvInteger": _integer_convolution,
     "DynamicQuantizeMatMul": _dynamic,

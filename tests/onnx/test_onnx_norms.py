@@ -251,3 +251,41 @@ def test_what_onnxruntime_folds(exported, tmp_path, close):
     base = exported / "Residual.safetensors"
     report = ak.onnx.inject(tmp_path / "session.onnx", adapter, tmp_path / "out.onnx", base_weights=base)
     close(torch.tensor(graphs.run(report.out, X)), wanted, tolerance=1e-5)
+
+
+class Scaled(nn.Module):
+    """As ConvNeXt's blocks: what a layer adds is multiplied by a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+        self.gamma = nn.Parameter(torch.tensor([0.5, -1.5, 0.1]))
+
+    def forward(self, x):
+        return x + self.narrow(torch.relu(self.wide(x))) * self.gamma.reshape(1, -1, 1, 1)
+
+
+def test_a_scale_that_an_optimizer_folded_is_the_reason_of_a_refusal(tmp_path):
+    """onnxruntime stores the product of the weight and the scale, under a name that it makes up."""
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (X,), tmp_path / "plain.onnx", input_names=["x"], **EXPORTS["dynamo"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "session.onnx")
+    onnxruntime.InferenceSession(tmp_path / "plain.onnx", options, providers=["CPUExecutionProvider"])
+    assert not any(node.op_type == "Mul" for node in onnx.load(tmp_path / "session.onnx").graph.node)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    A, B = torch.randn(2, 16, 1, 1), torch.randn(3, 2)
+    adapter = ak.Adapter({ak.Target("narrow"): (ak.METHODS["lora"](A=A, B=B),)})
+    words = {"base_weights": tmp_path / "base.safetensors"}
+    why = r"narrow: .*Conv \S+ stores it with each output channel multiplied by a factor.*before it is optimized"
+    with pytest.raises(TargetNotFound, match=why):
+        ak.onnx.inject(tmp_path / "session.onnx", adapter, tmp_path / "out.onnx", **words)
+    ak.onnx.inject(tmp_path / "plain.onnx", adapter, tmp_path / "out.onnx", **words)
+    with torch.no_grad():
+        model.narrow.weight += (B @ A.flatten(1)).reshape(3, 16, 1, 1)
+        wanted = model(X)
+    torch.testing.assert_close(torch.tensor(graphs.run(tmp_path / "out.onnx", X)), wanted, atol=1e-5, rtol=1e-5)

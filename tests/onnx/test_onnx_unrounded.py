@@ -21,7 +21,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import CheckFailed
 from adapterkit.methods import METHODS
-from adapterkit.onnx.checking import checked_injection
+from adapterkit.onnx.checking import checked_injection, checked_merge
 from adapterkit.onnx.unrounded import unround
 
 BF16 = ml_dtypes.bfloat16
@@ -183,6 +183,44 @@ def test_the_check_finds_a_wrong_change_under_the_rounding(name, made, tmp_path)
         checked_injection(path, loras(0.1), None, out, None, {"x": X})
 
 
+WHY = "because two correct graphs may round differently, and Clip all cannot be computed without rounding"
+
+
+@pytest.fixture
+def unknown(made, tmp_path):
+    """An integer graph with a Clip without bounds, whose float form is unknown."""
+    model = onnx.load(made / "qoperator.onnx")
+    at, quantizer = next((at, node) for at, node in enumerate(model.graph.node) if node.op_type == "QuantizeLinear")
+    out = quantizer.output[0]
+    quantizer.output[0] = "before"
+    model.graph.node.insert(at + 1, helper.make_node("Clip", ["before"], [out], name="all"))
+    onnx.save(model, tmp_path / "unknown.onnx")
+    assert (graphs.run(tmp_path / "unknown.onnx", X) == graphs.run(made / "qoperator.onnx", X)).all()
+    return tmp_path / "unknown.onnx"
+
+
+def test_the_report_names_the_node_whose_rounding_prevents_a_comparison(unknown, made, tmp_path):
+    report = ak.onnx.inject(unknown, loras(), tmp_path / "out.onnx", check={"x": X})
+    written, wanted = onnx.load(tmp_path / "out.onnx"), answered(made, "qoperator", loras())
+    next(node for node in written.graph.node if node.name == "all").op_type = "Identity"
+    onnx.save(written, tmp_path / "known.onnx")
+    assert abs(without_rounding(tmp_path / "known.onnx") - wanted).max() < 1e-5 * abs(wanted).max()
+    assert report.difference is None
+    assert report.note.endswith(f"the graph runs; its outputs were not compared, {WHY}")
+
+
+def test_a_large_difference_is_no_error_where_the_rounding_stays(unknown, made, tmp_path):
+    """Merge another adapter than the check is told. Without the Clip, the check sees that."""
+    for path in (unknown, made / "qoperator.onnx"):
+        ak.onnx.merge(path, loras(), tmp_path / f"merged-{path.name}", quantized="dequantize", check=False)
+    words = {"quantized": "dequantize", "given": {"x": X}}
+    outcome = checked_merge(unknown, [loras(-1)], [1.0], None, tmp_path / "merged-unknown.onnx", **words)
+    assert outcome.difference > 0.03
+    assert outcome.note == f"the difference was not judged, {WHY}"
+    with pytest.raises(CheckFailed, match="from those of a graph that was changed by another method"):
+        checked_merge(made / "qoperator.onnx", [loras(-1)], [1.0], None, tmp_path / "merged-qoperator.onnx", **words)
+
+
 def test_rows_of_an_integer_embedding_stay_what_they_are():
     """A QLinearAdd of two embeddings: no node rounds its inputs."""
     rng = np.random.default_rng(1)
@@ -209,6 +247,77 @@ def test_rows_of_an_integer_embedding_stay_what_they_are():
     got = graphs.run(ir.to_proto(model).SerializeToString(), ids)
     assert abs(wanted).max() > 1.56  # Beyond the range that the operator has.
     np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def quantized_by_hand(nodes, held, shape, out="y", kind=TensorProto.FLOAT):
+    """A graph that rounds `x` to `q`, with a scale `s` and a zero point `z`, and goes on with nodes."""
+    held = {"s": np.float32(0.03), "z": np.uint8(100), "t": np.float32(0.01), **held}
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), *nodes], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(out, kind, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in held.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def own(op, given, out):
+    return helper.make_node(op, given, [out], domain="com.microsoft")
+
+
+MOVED = {
+    "nearest": (
+        [helper.make_node("Resize", ["q", "", "twice"], ["r"], mode="nearest")],
+        lambda x: nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"),
+    ),
+    "linear": (
+        [helper.make_node("Resize", ["q", "", "twice"], ["r"], mode="linear")],
+        lambda x: nn.functional.interpolate(x, scale_factor=2, mode="bilinear"),
+    ),
+    "zeros around": (
+        [helper.make_node("Pad", ["q", "one", "z"], ["r"])],
+        lambda x: nn.functional.pad(x, (1, 1, 1, 1)),
+    ),
+    "a number around": (
+        [helper.make_node("Pad", ["q", "one", "seven"], ["r"])],
+        lambda x: nn.functional.pad(x, (1, 1, 1, 1), value=-93 * 0.03),
+    ),
+    "a mirror": (
+        [helper.make_node("Pad", ["q", "one"], ["r"], mode="reflect")],
+        lambda x: nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"),
+    ),
+    "a number around a product": (
+        [
+            own("QLinearMul", ["q", "s", "z", "five", "t", "z", "s", "w"], "m"),
+            helper.make_node("Reshape", ["m", "shape"], ["n"]),
+            helper.make_node("Pad", ["n", "one", "seven"], ["p"]),
+            own("QLinearMul", ["p", "s", "w", "five", "t", "z", "s", "z"], "r"),
+        ],
+        lambda x: -0.95 * nn.functional.pad(-0.95 * x, (1, 1, 1, 1), value=-113 * 0.03),
+    ),
+    "a choice": (
+        [own("QLinearWhere", ["mask", "q", "s", "z", "five", "t", "z", "s", "z"], "r")],
+        lambda x: torch.where(torch.arange(8) % 2 == 0, x, torch.tensor(-0.95)),
+    ),
+}  # fmt: skip
+"""Nodes that compute `r` from the rounded `q` -> the same in torch."""
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_what_moves_integers_moves_the_floats_that_they_stand_for(what):
+    nodes, told = MOVED[what]
+    held = {
+        "twice": np.array([1, 1, 2, 2], "f4"), "one": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "five": np.uint8(5),
+        "seven": np.uint8(7), "w": np.uint8(120), "shape": np.array([2, 3, 8, 8]), "mask": np.arange(8) % 2 == 0,
+    }  # fmt: skip
+    model = quantized_by_hand([*nodes, helper.make_node("DequantizeLinear", ["r", "s", "z"], ["y"])], held, X.shape)
+    x = np.tanh(X)  # No larger than the range.
+    wanted = told(torch.tensor(x)).numpy()
+    assert 1e-3 < abs(graphs.run(model.SerializeToString(), x) - wanted).max() < 0.1  # As it is, it rounds.
+    changed = ir.from_proto(model)
+    assert unround(changed)
+    np.testing.assert_allclose(graphs.run(ir.to_proto(changed).SerializeToString(), x), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["an unknown operator", "a rounded output"])

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
 MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat", "Split",
-         "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile"}  # fmt: skip
+         "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile", "Resize", "Pad"}  # fmt: skip
 
 PAIRS = {"QLinearMatMul": "MatMul", "QLinearConv": "Conv", "QLinearAdd": "Add", "QLinearMul": "Mul"}
 SINGLES = {"QLinearSigmoid": "Sigmoid", "QLinearLeakyRelu": "LeakyRelu", "QLinearSoftmax": "Softmax",
@@ -50,6 +50,7 @@ class Clipping:
                 self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.same: dict[str, str] = {}
         self.floats: set[str] = set()
+        self.steps: dict[str, tuple[float, int]] = {}
         self.nodes: list[onnx.NodeProto] = []
         for node in graph.node:
             self._changed(node)
@@ -97,6 +98,7 @@ class Clipping:
         low, high = (self.constant(np.float32((end - int(z)) * s)) for end in (ends.min, ends.max))
         self.add("Clip", [x, low, high], out)
         self.floats.add(out)
+        self.steps[out] = s, int(z)
 
     def _changed(self, node: onnx.NodeProto) -> None:
         op, given, out = node.op_type, list(node.input), node.output[0]
@@ -137,6 +139,11 @@ class Clipping:
         else:
             if any(self.name(one) in self.floats for one in given) and op in MOVES:
                 self.floats.update(node.output)
+                step, zero = self.steps.get(self.name(given[0]), (1.0, 0))
+                self.steps.update(dict.fromkeys(node.output, (step, zero)))
+                added = self.constants.get(given[2]) if op == "Pad" and len(given) > 2 else None
+                if added is not None and added.dtype.kind in "iu":
+                    given[2] = self.constant((added.astype("f8").reshape(()) - zero) * step)
             for at, one in enumerate(given):
                 node.input[at] = self.name(one)
             self.nodes.append(node)
@@ -298,14 +305,22 @@ class Adapted(Clipping):
         return x, last, bias
 
 
-def references(path: Path, adapter: Path, weights: Path, out: Path) -> Iterator[tuple[str, Path]]:
-    """Yield graphs of an adapted source, with a name; they differ in what around the changed layers still clips."""
+def references(path: Path, adapter: Path, weights: Path, out: Path, apart: bool) -> Iterator[tuple[str, Path]]:
+    """Yield graphs of an adapted source, with a name; they differ in what around the changed layers still clips.
+
+    Args:
+        path: a statically quantized graph.
+        adapter: a folder of PEFT.
+        weights: the weights of the torch model that the graph was made from.
+        out: where to write each graph.
+        apart: yield the many graphs in which layers whose bias is changed as well, as IA3 does, differ from the others.
+    """
     places = [Place(*one) for one in product((False, True), repeat=4)]
-    for place in places:
-        yield str(place), Adapted(path, adapter, weights, place, place).save(out)
-    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] != "IA3":
-        return
-    for scaled, others in product(places[::-1], places[::-1]):
-        if scaled != others:
-            name = f"{scaled}; without bias {others}"
-            yield name, Adapted(path, adapter, weights, scaled, others).save(out)
+    if not apart:
+        for place in places:
+            yield str(place), Adapted(path, adapter, weights, place, place).save(out)
+    elif json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "IA3":
+        for scaled, others in product(places[::-1], places[::-1]):
+            if scaled != others:
+                name = f"{scaled}; without bias {others}"
+                yield name, Adapted(path, adapter, weights, scaled, others).save(out)
