@@ -20,7 +20,7 @@ from ..errors import Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
-from .layers import Attention, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
+from .layers import Attention, Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
 from .modules import SCOPES, listed, same_end
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent
@@ -38,6 +38,12 @@ PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
 }  # fmt: skip
 """Operators that may be between a layer and an Add of its bias."""
+
+PADDLE = (("w_0", "b_0"), ("_weights", "_offset"))
+"""Ends of the names that PaddlePaddle gives the weight and the bias of a layer."""
+
+BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
+"""Operators whose output has at least as many axes as each input."""
 
 WIDE = 64
 """Largest number of values that are searched for the name of a bias."""
@@ -371,11 +377,14 @@ def _vector(added: _Added, layer: GraphLayer) -> Array | None:
         return None
     # If the vector has more axes than the value that it is added to, the sum has these additional axes.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
-    most = max(2 if not added.passed else 0, -layer.channel, 0 if last.shape is None else len(last.shape))
+    most = max(2 if not added.passed else 0, -layer.channel, _least_axes(last))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
     if not shapes:
         fits = by_channel(vector.shape, layer.outputs, layer.channel) and vector.ndim <= most
         return vector.reshape(-1) if fits else None
+    if isinstance(layer, Conv):
+        axis = _channel_after(shapes, layer)
+        return vector.reshape(-1) if axis is not None and by_channel(vector.shape, layer.outputs, axis) else None
     if layer.channel != -1 or not {node.op_type for node in shapes} <= KEEPS_ORDER:
         return None
     ends = list(vector.shape)
@@ -383,6 +392,52 @@ def _vector(added: _Added, layer: GraphLayer) -> Array | None:
         ends.pop(0)
     fits = vector.ndim <= max(len(ends), most)
     return vector.reshape(-1) if ends and fits and _last_sizes(shapes[-1], len(ends)) == ends else None
+
+
+def _least_axes(value: ir.Value | None, depth: int = 5) -> int:
+    """Return the number of axes of a value, or fewer if the graph does not show it."""
+    if value is None or depth == 0:
+        return 0
+    if value.shape is not None:
+        return len(value.shape)
+    node = value.producer()
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in BROADCAST:
+        return 0
+    return max(_least_axes(one, depth - 1) for one in node.inputs)
+
+
+def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
+    """Return the axis of a convolution's channels after nodes that move whole axes, counted from the last axis.
+
+    Returns:
+        None if a node changes the channels, or its effect is unknown.
+    """
+    rank = 1 - layer.channel
+    axes = list(range(rank))  # The convolution's axes, in the order of the value; -1 for a new axis.
+    for node in nodes:
+        given = [None if one is None or not is_constant(one) else numbers(one) for one in node.inputs[1:]]
+        moved = node.attributes["axes"].as_ints() if "axes" in node.attributes else given[-1] if given else None
+        if node.op_type == "Transpose":
+            order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(axes))[::-1]
+            axes = [axes[at] for at in order]
+        elif node.op_type == "Squeeze" and moved is not None:
+            gone = {int(at) % len(axes) for at in moved}
+            axes = [axis for at, axis in enumerate(axes) if at not in gone]
+        elif node.op_type == "Unsqueeze" and moved is not None:
+            total = len(axes) + len(moved)
+            new, rest = {int(at) % total for at in moved}, iter(axes)
+            axes = [-1 if at in new else next(rest) for at in range(total)]
+        elif node.op_type == "Slice" and 3 <= len(given) <= 4 and all(one is not None for one in given):
+            starts, stops, at, *steps = (one.astype(np.int64).tolist() for one in given if one is not None)
+            cuts = zip(starts, stops, at, *(steps or [[1] * len(at)]), strict=True)
+            whole = (0, layer.outputs, 1)
+            if any(
+                axes[axis] == 1 and (start, min(stop, layer.outputs), step) != whole for start, stop, axis, step in cuts
+            ):
+                return None
+        else:
+            return None
+    return axes.index(1) - len(axes) if 1 in axes else None
 
 
 def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
@@ -444,12 +499,20 @@ def _is_named(value: ir.Value, place: ResolvedTarget) -> bool:
     """Whether a value is a tensor with the name of a target's bias, or is computed from such a tensor."""
     paths = dict.fromkeys((place.target.path, place.asked.path))
     names = [name.removesuffix("_quantized") for name in _names(value)]
-    return any(same_end(name, f"{path}.bias") for name in names for path in paths)
+    biases = [f"{path}.bias" for path in paths]
+    for weight, bias in PADDLE:
+        biases += [f"{path.removesuffix(weight)}{bias}" for path in paths if path.endswith(weight)]
+    return any(same_end(name, bias) for name in names for bias in biases)
 
 
 def _names(value: ir.Value) -> list[str]:
     """Return the names of a value and of the tensors that it is computed from, without the names of nodes' outputs."""
-    return [one.name or "" for one in _behind(value) if one is value or one.producer() is None]
+    return [one.name or "" for one in _behind(value) if one is value or _is_stored(one)]
+
+
+def _is_stored(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is None or node.op_type == "Constant"
 
 
 def _depends(value: ir.Value) -> bool:
@@ -477,7 +540,11 @@ def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
     if all(scopes):
         return scopes[0][0], scopes[1][0]
     names = [node.name or "" for node in (one, other)]
-    return (names[0].rpartition("/")[0], names[1].rpartition("/")[0]) if all("/" in name for name in names) else None
+    if not all("/" in name for name in names):
+        return None
+    first, second = (name.rpartition("/")[0] for name in names)
+    # TensorFlow's names have a scope for each operation of a module, so different scopes do not show different modules.
+    return (first, second) if first == second or all(name.startswith("/") for name in names) else None
 
 
 def _apart(one: ir.Node, other: ir.Node) -> bool:

@@ -440,8 +440,17 @@ class Gemm(GraphLayer):
         if back is None or not _is(folded, "Reshape") or attribute(self.node, "transA", 0):
             return given, end
         whole, out = folded.inputs[0], back.outputs[0]  # type: ignore[union-attr]
-        ranks = [None if one is None or one.shape is None else len(one.shape) for one in (whole, out)]
-        return (whole, out) if None not in ranks and ranks[0] == ranks[1] else (given, end)  # type: ignore[return-value]
+        if whole is None or whole.shape is None or out.shape is None or len(whole.shape) != len(out.shape):
+            return given, end
+        first, second, *_ = self.stored_shape(self.node)
+        ends = (second, first) if self.turns(self.node) else (first, second)
+        before, after = (*whole.shape[:-1], ends[1]), (*out.shape[:-1], ends[0])
+        # A Reshape may also join axes to the layer's channels, such as the heads of torch's MultiheadAttention, or
+        # give the rows other axes.
+        pairs = [*zip(before, whole.shape, strict=True), *zip(after, out.shape, strict=True)]
+        pairs += zip(before[:-1], after[:-1], strict=True)
+        apart = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+        return (given, end) if apart else (whole, out)
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:

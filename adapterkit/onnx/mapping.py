@@ -13,7 +13,7 @@ from .matching import nearest
 from .model_file import opened
 from .modules import same_end
 from .resolved import METHODS, NEAR, Known, Spot, distance
-from .resolving import NUMBERED, by_name, spots_of
+from .resolving import NUMBERED, by_name, plain_call, spots_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -86,7 +86,10 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     for spot in spots:
         method, name = _best(spot)
-        groups.setdefault((name, method, spot.sources), []).append(spot)
+        # A later call of a module has the module's name with a number: `qkv_proj_1`.
+        first = (plain_call(name), method, spot.sources) if name is not None and method == "path" else None
+        key = first if first in groups else (name, method, spot.sources)
+        groups.setdefault(key, []).append(spot)
     return [
         Place(name, tuple(same), method, float(name is not None)) for (name, method, _), same in groups.items()
     ]  # fmt: skip

@@ -194,6 +194,7 @@ def export_pretrained(
         _to_carry(source)
     with quiet():
         torch_model = load_pretrained(source, dtype)
+        _make_traceable(torch_model)
     as_trained = cast("PretrainedModel", torch_model)
     parts = parts_of_model(as_trained, source)
     words = {} if parts else {"model.onnx": words_of(as_trained, source)}
@@ -221,6 +222,13 @@ def export_pretrained(
                 return _whole(reports, scratch, target, carried, adapter)
             carried += write_genai_config(as_trained, scratch / "model.onnx", scratch)
     return moved(reports["model.onnx"], target, carried)
+
+
+def _make_traceable(model: nn.Module) -> None:
+    """Let experts select their weights by index: torch cannot export transformers' default, a grouped product."""
+    choose = getattr(model, "set_experts_implementation", None)  # transformers 4 has one implementation.
+    if choose is not None:
+        choose("batched_mm")
 
 
 def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:

@@ -147,8 +147,10 @@ def _cache_word(model: PretrainedModel) -> str:
 
 def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
+    # T5Gemma reads the attribute `last_hidden_state`; other models also take a tuple.
+    encoded = import_module("transformers.modeling_outputs").BaseModelOutput(last_hidden_state=hidden)
     return model(
-        decoder_input_ids=ids, encoder_outputs=(hidden,), **more, **{_cache_word(model): cache}, use_cache=True,
+        decoder_input_ids=ids, encoder_outputs=encoded, **more, **{_cache_word(model): cache}, use_cache=True,
         return_dict=True,
     ).logits  # fmt: skip
 
@@ -302,7 +304,7 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         pixels = torch.randn(1, *_image_shape(model.config.vision_config), generator=rng).to(kind)
         other = torch.randn(pixels.shape, generator=rng).to(kind)
         _check_parts(model, vision, embedding, decoder, pixels, words)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         why = f"a {type(model).__name__} cannot be called part by part like LLaVA ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     sizes = past_sizes(model, word, source)
@@ -338,7 +340,7 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
 def _check_parts(
     model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
-    words: Sequence[str],
+    decoder_words: Sequence[str],
 ) -> None:  # fmt: skip
     """Check that the parts give the same logits as the whole model, with image features in place of image tokens.
 
@@ -350,10 +352,11 @@ def _check_parts(
     """
     import torch
 
-    mark = next(
-        int(getattr(model.config, word)) for word in ("image_token_id", "image_token_index")
-        if getattr(model.config, word, None) is not None
-    )  # fmt: skip
+    words = ("image_token_id", "image_token_index")
+    marks = [int(getattr(model.config, word)) for word in words if getattr(model.config, word, None) is not None]
+    if not marks:
+        raise ValueError("its config has no image_token_id")
+    mark = marks[0]
     with torch.no_grad(), quiet():
         features = vision(pixels)
         count = features.shape[0] * features.shape[1]
@@ -368,7 +371,7 @@ def _check_parts(
         embedded = embedding(ids.masked_fill(ids == mark, int(around[0, 0]))).clone()
         embedded[ids == mark] = features.reshape(count, -1).to(embedded.dtype)
         given = {"attention_mask": mask, "position_ids": torch.arange(ids.shape[1])[None]}
-        logits, _ = decoder(embedded, *(given[name] for name in words), None)
+        logits, _ = decoder(embedded, *(given[name] for name in decoder_words), None)
     apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
     if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
         raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")

@@ -140,7 +140,7 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    places = [_resolved(site, asked, known, renamed) for site, asked in sites]
+    places = _without_modules([_resolved(site, asked, known, renamed) for site, asked in sites])
     if base is None:
         refuse_folded(places)
     else:
@@ -432,6 +432,24 @@ def by_name(spots: Sequence[Spot]) -> Known:
                 name, (method, _by_node_name(name, at) if method in ("folded_from", "initializer") else at)
             )
     return known
+
+
+def plain_call(name: str) -> str:
+    """Return the name of a module for the name of its later call, without the number of the call."""
+    return _CALL.sub("", f"{name}.weight").removesuffix(".weight")
+
+
+def _without_modules(found: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
+    """Remove nodes that belong to another target of the adapter, whose name looks like a later call of a module.
+
+    If an adapter targets `fc` and `fc_1`, both are modules, even if the exporter stored their equal weights once.
+    """
+    own = {place.target.path: {*place.spots} for place in found if plain_call(place.target.path) != place.target.path}
+    return [
+        replace(place, spots=tuple(spot for spot in place.spots if spot not in others)) if others else place
+        for place in found
+        for others in [{spot for path, spots in own.items() if plain_call(path) == place.target.path for spot in spots}]
+    ]
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:

@@ -78,6 +78,15 @@ RIGHT = {
         [PRODUCT, added("Add", ["0", "u"], "n")], {"u": c}, lambda x, W, _: linear(x, W, None) + c,
         {"q.weight": W, "shift": c},
     ),
+    "scopes of TensorFlow": (
+        [("MatMul", ["x", "q.weight"], "0", "m/q/einsum/Einsum", {}), added("Add", ["0", "u"], "m/q/AddV2")],
+        {"u": b}, linear, None,
+    ),
+    "product of three axes": (
+        [("Mul", ["x", "1"], "x2", "i", {}), ("MatMul", ["x2", "q.weight"], "0", "m", {}),
+         added("Add", ["u", "0"], "n")],
+        {"u": b[None, None], "1": np.ones((1, 1, 1), "f4")}, linear, BASE,
+    ),
     "two vectors": (
         [PRODUCT, ("Add", ["0", "q.bias"], "1", "/q/Add", {}), added("Add", ["1", "c"], "/Add")],
         {"q.bias": b, "c": c}, lambda x, W, b: linear(x, W, b) + c, None,
@@ -111,6 +120,14 @@ CONV = {
         [("Conv", ["x", "q.weight"], "0", "/q/Conv", {}), added("Add", ["0", "q.bias"])],
         {"q.bias": b.reshape(1, -1, 1, 1)}, convolved, None,
     ),
+    "moved": (
+        [("Conv", ["x", "q.weight"], "0", "/q/Conv", {}), ("Slice", ["0", "from", "to", "at"], "1", "/q/Slice", {}),
+         ("Transpose", ["1"], "2", "/q/Transpose", {"perm": [0, 2, 3, 1]}), ("Unsqueeze", ["2", "0th"], "3", "u", {}),
+         ("Squeeze", ["3", "0th"], "4", "s", {}), added("Add", ["4", "q.bias"])],
+        {"q.bias": b, "from": np.array([0, 0]), "to": np.array([3, 2**62]), "at": np.array([2, 1]),
+         "0th": np.array([0])},
+        lambda x, W, b: convolved(x, W, b)[:, :, :3].transpose(0, 2, 3, 1), None,
+    ),
     "other module": (
         [("Conv", ["x", "q.weight"], "0", "/q/Conv", {}), added("Add", ["0", "u"], "/Add")],
         {"u": c.reshape(-1, 1, 1)}, lambda x, W, _: convolved(x, W, None) + c.reshape(-1, 1, 1), None,
@@ -142,6 +159,13 @@ REFUSED = {
     "parts": (X, W, [PRODUCT, ("Split", ["0", "4"], ["1", "2"], "s", {"axis": -1}),
                      ("Add", ["1", "c"], "3", "/q/Add", {}), added("Add", ["2", "d"], "/q/Add_1")],
               {"4": np.array([4, 4]), "c": b[:4], "d": b[4:]}, "Add adds after Split"),
+    "reversed": (
+        IMAGE, KERNEL,
+        [("Conv", ["x", "q.weight"], "0", "/q/Conv", {}), ("Slice", ["0", "s", "e", "a", "d"], "1", "/q/Slice", {}),
+         added("Add", ["1", "q.bias"])],
+        {"q.bias": b.reshape(-1, 1, 1), "s": np.array([-1]), "e": np.array([-(2**62)]), "a": np.array([1]),
+         "d": np.array([-1])}, "Add adds after Slice",
+    ),
     "absolute": (X, W, [PRODUCT, ("Abs", ["q.bias"], "b", "a", {}), added("Add", ["0", "b"])], {"q.bias": b}, "Add"),
     "computed": (X, W, [PRODUCT, *COMPUTED, added("Add", ["0", "b"])],
                  {"q.bias": b, "none": np.float32(0)}, "Add adds"),
@@ -200,6 +224,17 @@ def test_only_the_layers_own_bias_changes(name, method, tmp_path):
         np.testing.assert_allclose(ran(out, x, **feeds), formula(x, new, bias), rtol=1e-4, atol=1e-4)
         if mode == "slots":
             np.testing.assert_array_equal(ran(out, x), ran(path, x))
+
+
+@pytest.mark.parametrize(("weight", "bias"), [("q.w_0", "q.b_0"), ("q_weights", "q_offset")])
+def test_names_of_paddle(weight, bias, tmp_path):
+    """An unnamed Add of a vector with another shape; only the names show that it is the bias."""
+    nodes = [("MatMul", ["x", weight], "0", "m", {}), added("Add", ["0", bias], "n")]
+    path = saved(tmp_path / "base.onnx", X, nodes, {weight: W.T, bias: b[None]})
+    update, new, changed_bias = changed("ia3", W)
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, Adapter({Target(weight): (update,)}), tmp_path / "out.onnx")
+        np.testing.assert_allclose(ran(report.out, X), linear(X, new, changed_bias), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [ak.onnx.inject, ak.onnx.merge])

@@ -131,6 +131,28 @@ def test_causal_models_write_what_peft_writes(family, mode, folders, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == family
 
 
+@pytest.mark.parametrize("mode", ["merged", "attached"])
+def test_experts_compute_as_in_peft(mode, tmp_path):
+    """transformers' default computes experts by a grouped product, which torch cannot export."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        decoder_sparse_step=1,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    words = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks, init_lora_weights=False)
+    changed = peft.get_peft_model(model, words).eval()
+    changed.save_pretrained(tmp_path / "lora")
+    report = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "lora", mode=mode)
+    with torch.no_grad():
+        wanted = changed(PROMPT).logits.numpy()
+    got = ak.onnx.Session(report.out).run({"input_ids": PROMPT.numpy()})["logits"]
+    np.testing.assert_allclose(got, wanted, atol=1e-5 * abs(wanted).max())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     base, first, second = folders(family)

@@ -143,8 +143,22 @@ def test_an_encoder_decoder_with_slots_writes_what_peft_writes(t5):
     assert counts["decoder_model.onnx"] == sum(".decoder." in name for name in modules)
 
 
-def test_a_merged_encoder_decoder_by_the_command(tmp_path):
-    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).eval()
+def bart():
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))
+
+
+def t5gemma():
+    """Layers that see three tokens, and layers that see all; both caches are written token by token."""
+    more = {"head_dim": 4, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+    part = transformers.T5GemmaModuleConfig(**{**TEXT, "num_hidden_layers": 2, **more, "query_pre_attn_scalar": 4})
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
+    return transformers.T5GemmaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", [bart, t5gemma])
+def test_a_merged_encoder_decoder_by_the_command(kind, tmp_path):
+    model = kind().eval()
+    model.generation_config.decoder_start_token_id = BART["decoder_start_token_id"]
     changed = made(model, ["q_proj", "v_proj", "fc1"], tmp_path)
     words = ["export", tmp_path / "base", "--adapter", tmp_path / "lora", "-o", tmp_path / "out"]
     done = run(*words)

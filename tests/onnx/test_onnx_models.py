@@ -1,5 +1,6 @@
 """Adapters in graphs that torch exported: every target found, the graph computes what the injected model does."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -247,3 +248,48 @@ def test_converted_models(folder, tmp_path, close):
         close(torch.tensor(graphs.run(out, x)), torch.tensor(wanted), tolerance=1e-5)
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_heads_that_a_reshape_joins_before_a_layer(length, tmp_path, close):
+    """torch's MultiheadAttention: a Reshape joins the heads to the input of `out_proj`, which becomes a Gemm."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
+    model.forward = lambda x: model["attn"](x[:, :length], x, x)[0]
+    x, path = torch.randn(2, 4, 8), tmp_path / "base.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(path), dynamo=True, external_data=False, verbose=False)
+    update, before = lora(8, 8), model(x)
+    adapter = Adapter({Target("attn.out_proj"): (update,)})
+    with torch.no_grad():
+        model["attn"].out_proj.weight += 0.25 * update.B @ update.A
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, adapter, tmp_path / "out.onnx")
+        assert report.difference is not None
+        close(torch.tensor(graphs.run(report.out, x)), model(x), before)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_numbers_of_calls_and_of_modules(apart, tmp_path, close):
+    """torch's older exporter calls the second call of `fc` `fc_1`, which may also be a module with equal weights."""
+    torch.manual_seed(0)
+    first, path = nn.Linear(8, 8, bias=False), tmp_path / "base.onnx"
+    second = copy.deepcopy(first) if apart else first
+    model = nn.ModuleDict({"fc": first, **({"fc_1": second} if apart else {})}).eval()
+    model.forward = lambda x: second(torch.relu(first(x)))
+    x = torch.randn(2, 3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(path), dynamo=False, opset_version=17)
+    names = [place.target for place in ak.onnx.layers(path)]
+    assert "fc" in names
+    assert apart or names == ["fc"]
+    updates = {name: lora(8, 8, seed=seed) for seed, name in enumerate(dict(model.named_children()))}
+    before = model(x)
+    with torch.no_grad():
+        for name, update in updates.items():
+            model[name].weight += 0.25 * update.B @ update.A
+    adapter = Adapter({Target(name): (update,) for name, update in updates.items()})
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        close(torch.tensor(graphs.run(change(path, adapter, tmp_path / "out.onnx").out, x)), model(x), before)

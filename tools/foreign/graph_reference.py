@@ -161,13 +161,16 @@ class Reference:
         """Return the vector that the node, or an Add after it, adds."""
         if node.op_type in ("Gemm", "Conv", "ConvTranspose"):
             held = known.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-            return None if held is None else held.astype("f8").reshape(-1)
+            if held is not None:
+                return held.astype("f8").reshape(-1)
         after = readers(graph, y)
+        while "Conv" in node.op_type and [one.op_type in ("Slice", "Squeeze") for one in after] == [True]:
+            after = readers(graph, after[0].output[0])
         if node.op_type == "Gather" or [one.op_type for one in after] != ["Add"]:
             return None
-        other = next((name for name in after[0].input if name != y), y)
+        other = next((name for name in after[0].input if known.is_constant(name)), y)
         held = known.value(other) if known.is_constant(other) else None
-        if held is None or held.size != outputs or (held.ndim > 1 and "Conv" not in node.op_type):
+        if held is None or held.size != outputs or (held.shape[-1] != outputs and "Conv" not in node.op_type):
             return None
         return held.astype("f8").reshape(-1)
 
