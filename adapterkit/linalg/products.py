@@ -16,7 +16,7 @@ ROWS = 16
 """The number of rows that one call of OpenBLAS computes. It is small so that the rows stay in a core's cache."""
 
 STRIP = 3 << 14
-"""The number of elements in a strip of A's columns. A strip stays in the cache while it is used for block after block."""
+"""The number of elements in a strip of A's columns. The strip stays in the cache while all blocks of rows use it."""
 
 
 def product(D: N, B: N, A: N) -> None:

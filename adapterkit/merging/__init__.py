@@ -119,8 +119,9 @@ def merge(
 ) -> Report:
     """Merge adapters into a base: `W' = W + sum_i weight_i * (f_i(W) - W)`.
 
-    Each element is rounded from float64 to the dtype of the output. The output becomes visible only when it is complete. To resume an interrupted merge, call the function again with
-    the same arguments; the output then has the same bytes as without the interruption.
+    Each element is rounded from float64 to the dtype of the output. The output becomes visible only when it is
+    complete. To resume an interrupted merge, call the function again with the same arguments; the output then has the
+    same bytes as without the interruption.
 
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
