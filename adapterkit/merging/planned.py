@@ -240,7 +240,7 @@ class Plan:
             computed = [
                 (BUFFERED + _memory_of(output, known), output.name) for output in self.outputs() if not output.copied
             ]
-            # Cache the value, because a mixture of experts has 45,000 outputs; use `object`, because the class is frozen.
+            # Cache the value in `__dict__`, because the dataclass is frozen; a mixture of experts has 45,000 outputs.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._memory_of)
 

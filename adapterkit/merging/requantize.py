@@ -312,7 +312,7 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
-        """Return a matrix to pack instead of M; packing it hardly changes the outputs for the calibration's activations.
+        """Return a matrix to pack instead of M; packing it hardly changes outputs for the calibration's activations.
 
         See `keeping.swept`.
         """
