@@ -29,7 +29,10 @@ def block_size(pairs: int) -> int:
 
 
 def skew(pairs: N) -> N:
-    """Return skew-symmetric matrices `[..., b, b]`; `pairs` `[..., b*(b-1)/2]` has their upper triangles row by row."""
+    """Return skew-symmetric matrices `[..., b, b]` from `pairs`, `[..., b*(b-1)/2]`.
+
+    `pairs` contains the elements above each matrix's diagonal, row by row.
+    """
     xp, b = namespace(pairs), block_size(pairs.shape[-1])
     if b < 2:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
@@ -43,7 +46,10 @@ def skew(pairs: N) -> N:
 
 
 def cayley(Q: N) -> N:
-    """Return `(I - Q) @ inverse(I + Q)` `[..., b, b]`, a rotation if Q is skew-symmetric; -Q gives its transpose."""
+    """Return `(I - Q) @ inverse(I + Q)`, shape `[..., b, b]`.
+
+    If Q is skew-symmetric, the result is a rotation, and the result for -Q is the rotation's transpose.
+    """
     return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
 
 
@@ -82,7 +88,7 @@ def _dependent(R: Numbers) -> Malformed:
 
 
 def _has_values(array: object) -> bool:
-    """Whether Python can read the numbers of an array; not in ONNX graphs, torch traces and functorch transforms."""
+    """Whether Python can read the numbers of an array. False in ONNX graphs, torch traces and functorch transforms."""
     import numpy as np
 
     if isinstance(array, np.ndarray):

@@ -143,7 +143,7 @@ def folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
 
-def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
+def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the name in the public API
     """Return, for each tool, whether it loads a file.
 
     Args:
@@ -160,7 +160,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
 
 
-def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
+def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
     """Replace unusual keys of the source file by the usual keys of the file's format, if the format's tool needs this.
 
     The format `comfyui` also reads files with keys that ComfyUI does not load; for some families of models, fal and
@@ -220,7 +220,7 @@ class _File:
     inside: bool
 
     @classmethod
-    def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the public contract's word
+    def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the name in the public API
         writer = FORMATS[format]()
         file = path
         if path.is_dir():

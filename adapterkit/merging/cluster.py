@@ -234,7 +234,7 @@ A worker runs many tasks of a merge, but plans only once if no input can change.
 
 
 def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
-    """Return the plan of a recipe, made from headers, and the bases to download from; or the result for the last task.
+    """Return the plan of a recipe, made from headers, and the bases to download from; may return the last task's.
 
     Raises:
         Corrupt: the plan differs from the driver's plan.

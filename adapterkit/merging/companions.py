@@ -235,7 +235,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside a folder. A downloaded model with such a link could have any file copied.
+    """Refuse a link to a file outside a folder: with such a link, a downloaded model could have any file copied.
 
     The links in huggingface_hub's cache are allowed: `snapshots/COMMIT/config.json` is a link to `blobs/HASH` of the
     same repository.

@@ -9,7 +9,7 @@ and `swept` call the scheme's packing function to round, so they work for every 
 Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. C is found by gradient ascent, row by row; the
 gradient is the part of the error along V. The shift `C V^T` changes elements by whole quantization steps. So the shift
 adds errors in all other directions, and these errors add up over the layers. Each row gets the shift with the smallest
-error, in which the error along V counts `OFTEN` times as much as in other directions. One of the candidates is the
+squared error; errors along V count `OFTEN` times as much as errors in other directions. One of the candidates is the
 shift 0, which is rounding to the nearest.
 
 `swept` rounds for given activations `X`. It minimizes the error of a layer's outputs, `tr((Q - M) H (Q - M)^T)` with
@@ -40,7 +40,7 @@ WEAK = 1e-3
 """A direction is not kept if its singular value is at most this fraction of the largest singular value."""
 
 OFTEN = 8.0
-"""The weight of the error along the change's directions, relative to the weight 1 of the error in other directions.
+"""The weight of the squared error along the change's directions; the weight in other directions is 1.
 
 Percentage of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4:
 

@@ -117,10 +117,10 @@ def settle_tie(
 
 
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
-    """Refuse to change the decoder's embedding in a base of two models whose decoder's config ties it to the head.
+    """Refuse to change the embedding of a decoder that is part of a larger model, if the decoder ties it to its head.
 
-    TrOCR's published models are an example of a base that consists of an encoder and a decoder model. The output would
-    need a separate head, whose name only the decoder's class knows.
+    In TrOCR's published models, for example, only the decoder's config states this tie. The output would need a
+    separate head, whose name only the decoder's class knows.
 
     Args:
         folds: a map from stored names to planned updates.
@@ -323,7 +323,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Add the scale that the model applies only to a tied head to the planned updates of an untied head."""
+    """Return the planned updates of an untied head, plus the scale that the model applies only if the head is tied."""
     if scale == 1:
         return head
     import numpy as np

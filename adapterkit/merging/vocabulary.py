@@ -278,7 +278,7 @@ class Vocabulary:
         )
 
     def _growing(self, rows: int) -> list[str]:
-        """Return the names of the tensors that grow with a vocabulary of `rows` rows: embeddings, heads and biases."""
+        """Return the names of the embeddings and heads with `rows` rows, and of the heads' biases."""
         tables = [name for name, shape in self.tables.items() if shape[0] == rows]
         biases = [
             name for name, tensor in self.base.tensors.items()
