@@ -1,4 +1,4 @@
-"""Activation functions by name, for the arrays of any library: `ACTIVATIONS["gelu"](x)`.
+"""Activation functions by name: `ACTIVATIONS["gelu"](x)`. They accept arrays of any array library.
 
 The names are taken from configs of transformers and AdapterHub, so several names can refer to the same function.
 """
@@ -57,7 +57,7 @@ def _linear(x: N) -> N:
 
 def _erf(x: N) -> N:
     xp = namespace(x)
-    # Use math.erf element by element if the library has no erf: numpy has none, and scipy is not a dependency.
+    # If the library has no erf, call math.erf for each element: numpy has no erf, and scipy is not a dependency.
     if hasattr(xp, "erf"):
         erf: Callable[[N], N] = xp.erf
         return erf(x)

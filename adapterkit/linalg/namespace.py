@@ -1,7 +1,7 @@
 """The array-API namespace of a formula's arrays: numpy, torch, or the namespace that symbolic values provide.
 
-Formulas use operators first. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...) come from this
-namespace, with the names in https://data-apis.org/array-api/latest/.
+Formulas use Python's operators if possible. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...)
+come from this namespace, with the names in https://data-apis.org/array-api/latest/.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def namespace(array: N | None, *others: object) -> Namespace[N]:
 
 
 def summed(arrays: Iterable[T]) -> T:
-    """Return the sum of one or more arrays, with the arrays' type; the builtin `sum` has the type `array or 0`."""
+    """Return the sum of one or more arrays. For type checkers, the builtin `sum` could also return the integer 0."""
     return cast(T, sum(cast("Iterable[int]", arrays)))
 
 
@@ -235,6 +235,6 @@ def lengths(squares: N) -> N:
 
 
 def constant(array: T) -> T:
-    """Return the array as a constant for training: same numbers, no gradient."""
+    """Return an array with the same numbers and no gradient, so that training treats it as a constant."""
     detach: Callable[[], T] | None = getattr(array, "detach", None)
     return array if detach is None else detach()

@@ -1,7 +1,7 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
-without the earlier ones. So sums over random matrices need only a few matrices in memory, both in numpy and
+without the earlier ones. So a sum over many random matrices needs only a few of them in memory at a time, in numpy and
 in torch.
 """
 
@@ -19,12 +19,15 @@ CHUNK = 1 << 16
 
 
 def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:
-    """Return four words for a counter of four words and a key of two; words are int64 arrays of 32-bit values."""
+    """Return four random words for a counter (four words) and a key (two words).
+
+    A word is an int64 array of values below 2^32.
+    """
     a, b, c, d = counter
     k, m = key
     for _ in range(ROUNDS):
-        # Mask after shifting: the product of two words fills all 64 bits, sign bit included, and the shift copies the
-        # sign bit.
+        # The product of two words may set the sign bit, and the right shift copies the sign bit. So mask after the
+        # shift.
         one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a, b, c, d = (two >> 32 & WORD) ^ b ^ k, two & WORD, (one >> 32 & WORD) ^ d ^ m, one & WORD
         k, m = (k + WEYL[0]) & WORD, (m + WEYL[1]) & WORD
@@ -32,7 +35,7 @@ def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N,
 
 
 def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: object) -> N:
-    """Return vectors `first` to `stop - 1` of each seed, `[stop - first, seeds, count]`, with numbers in [-1, 1).
+    """Return random vectors `first` to `stop - 1` of each seed, shape `[stop - first, seeds, count]`, in [-1, 1).
 
     Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
     seed div 2^32). A word w becomes w / 2^31 - 1, rounded once to the dtype.
@@ -47,17 +50,18 @@ def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: obj
     words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
     drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
     flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
-    # Subtract while the numbers are integers, so that they are rounded only once.
+    # Subtract before the cast to floats, so that the numbers are rounded only once.
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 
 def combine(coefficients: N, seeds: N, stream: int, count: int) -> N:
-    """Return sum over n of coefficients[n] * (vector n of each seed), `[seeds, count]`, in the coefficients' dtype.
+    """Return `sum_n coefficients[n] * vectors[n]`, shape `[seeds, count]`, in the coefficients' dtype.
 
-    The vectors are drawn in small groups. In training, they are drawn again for the gradient, which saves memory.
+    `vectors[n]` contains random vector n of each seed. The vectors are drawn in small groups. In training, they are not
+    stored for the backward pass but drawn again, which saves memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
-    # If there are no coefficients, the result is a sum of no vectors: zeros.
+    # Without coefficients, the result is zero: the loop runs once, for an empty group of vectors.
     return summed(
         _term(coefficients[first : first + step], seeds, stream, first, count) for first in range(0, max(n, 1), step)
     )

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def scattered(values: N, flat: N, shape: tuple[int, ...]) -> N:
-    """Return zeros of `shape`, plus the sums of `values` at the flat C-order positions `flat`."""
+    """Return an array of `shape` with `values` at the flat C-order positions `flat`, and zeros elsewhere.
+
+    Positions may repeat; the values at one position are added up.
+    """
     size = 1
     for axis in shape:
         size *= axis
@@ -41,14 +44,13 @@ def add_at(D: N, rows: N, columns: N, values: N) -> None:
 
 
 def counting(count: int, like: N) -> N:
-    """Return the integers 0 to `count` - 1, on the device of another array."""
+    """Return the integers 0 to `count - 1`, on the device of the array `like`."""
     return namespace(like).arange(count, device=getattr(like, "device", None))
 
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
     """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
-    # Use a slice of `randperm`, as SHiRA in PEFT does. Another way of sampling would give positions other than the
-    # trained positions.
+    # Use a slice of `randperm`, as PEFT does for SHiRA. Another sampler would give other positions than in training.
     import torch
 
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
@@ -59,7 +61,8 @@ def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
 
     Args:
         leaf: the numbers.
-        below: one bound for all numbers, or one for each row of pairs; None means no bound.
+        below: one bound for all numbers, or one bound for each index of the second-last axis; a bound of None allows
+            all numbers that are not negative.
     """
     tensor = as_lazy(leaf)
     if not tensor.nbytes:

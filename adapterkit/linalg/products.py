@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 ROWS = 16
-"""The number of rows in a block: OpenBLAS is faster per element if the product stays in a core's cache."""
+"""The number of rows that one call of OpenBLAS computes. It is small so that the rows stay in a core's cache."""
 
 STRIP = 3 << 14
-"""The number of elements of A in a strip, which stays in the cache from one block of rows to the next."""
+"""The number of elements in a strip of A's columns. The strip stays in the cache while all blocks of rows use it."""
 
 
 def product(D: N, B: N, A: N) -> None:
@@ -32,24 +32,24 @@ def product(D: N, B: N, A: N) -> None:
 
 
 def tucker(core: N, a: N, inputs: N) -> N:
-    """Return sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
+    """Return `sum_ij core[i, j, *k] * a[o, i] * inputs[j, n]` as a matrix `[out, in * k]`, indexed by o and (n, k)."""
     return a @ contracted(core, inputs)
 
 
 def contracted(core: N, inputs: N) -> N:
-    """Return sum_j core[i, j, *k] inputs[j, n] as `[r, in * k]`."""
+    """Return `sum_j core[i, j, *k] * inputs[j, n]` as a matrix `[r, in * k]`, indexed by i and (n, k)."""
     r = len(core)
     inner = (core.reshape((r, r, -1)).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
     return inner.reshape((r, -1))
 
 
 def kron(w1: N, w2: N) -> N:
-    """Return the Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
+    """Return the Kronecker product `[a * b, c * d]` of w1 `[a, c]` and w2 `[b, d]`."""
     return (w1[:, None, :, None] * w2[None, :, None, :]).reshape((len(w1) * len(w2), -1))
 
 
 def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
-    """Return two factors of a matrix: `left` and `right` if passed, else `whole` and an identity matrix."""
+    """Return two factors of a matrix: `left` and `right` if `whole` is None, else `whole` and an identity matrix."""
     if whole is None:
         assert left is not None
         assert right is not None
@@ -64,8 +64,8 @@ def even_split(size: int, factor: int = -1) -> tuple[int, int]:
 
     Args:
         size: the product of the two factors.
-        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to `factor`
-            that is not above the second factor. -1 means no limit.
+        factor: the first factor, if this number divides `size`. Otherwise the first factor is the largest divisor of
+            `size` that exceeds neither `factor` nor the second factor. -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

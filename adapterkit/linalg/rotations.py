@@ -1,4 +1,4 @@
-"""Orthonormal rows, rotations from skew-symmetric matrices, and their products with blocks of a weight.
+"""Make rows orthonormal, make rotations from skew-symmetric matrices, and multiply blocks of a weight by rotations.
 
 Linear algebra runs in float32 or wider, because libraries have no 16-bit solvers.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def block_size(pairs: int) -> int:
-    """Return the b with b * (b - 1) / 2 == `pairs`, or 0 if no integer fits."""
+    """Return the integer b with `b * (b - 1) / 2 == pairs`, or 0 if there is none."""
     if pairs < 0:
         return 0
     b = (1 + math.isqrt(1 + 8 * pairs)) // 2
@@ -29,13 +29,16 @@ def block_size(pairs: int) -> int:
 
 
 def skew(pairs: N) -> N:
-    """Return skew-symmetric matrices `[..., b, b]` from their upper triangles, row by row, `[..., b*(b-1)/2]`."""
+    """Return skew-symmetric matrices `[..., b, b]` from `pairs`, `[..., b*(b-1)/2]`.
+
+    `pairs` contains the elements above each matrix's diagonal, row by row.
+    """
     xp, b = namespace(pairs), block_size(pairs.shape[-1])
     if b < 2:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
-    # Use an index and a mask, not an assignment: values of an ONNX graph support few forms of assignment.
+    # Use an index and a mask instead of an assignment, which does not work for most values of an ONNX graph.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)
@@ -43,7 +46,10 @@ def skew(pairs: N) -> N:
 
 
 def cayley(Q: N) -> N:
-    """Return (I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
+    """Return `(I - Q) @ inverse(I + Q)`, shape `[..., b, b]`.
+
+    If Q is skew-symmetric, the result is a rotation, and the result for -Q is the rotation's transpose.
+    """
     return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
 
 
@@ -66,7 +72,8 @@ def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Check the lengths: rounding may leave a dependent row with a length just above 0, and its direction is then noise.
+    # Rounding may leave a length just above 0 for a row that depends on the others. Refuse such a row, because its
+    # direction is noise.
     if _has_values(R):
         left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
         if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
@@ -81,7 +88,7 @@ def _dependent(R: Numbers) -> Malformed:
 
 
 def _has_values(array: object) -> bool:
-    """Whether Python can read the numbers; it cannot in graphs, traces and transforms."""
+    """Whether Python can read the numbers of an array. False in ONNX graphs, torch traces and functorch transforms."""
     import numpy as np
 
     if isinstance(array, np.ndarray):
@@ -97,11 +104,11 @@ def _has_values(array: object) -> bool:
 
 
 def neumann(Q: N, terms: int, doubled: bool = False) -> N:
-    """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), whose last term counts once.
+    """Approximate `(I + Q) @ inverse(I - Q)` by a truncated Neumann series.
 
-    The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms are
-    treated as four. With `doubled`, the last term counts twice like the others, and three terms are not treated as
-    four.
+    The series is `I` for one term, `I + 2 Q` for two, and `I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1)` for n > 3. For three
+    terms, the series for four is returned. With `doubled`, the last term also has the factor 2, and three terms give
+    `I + 2 Q + 2 Q^2`.
     """
     if doubled:
         # Add 0 * Q, so that the result has the leading axes of Q even if the series has only one term.
@@ -119,7 +126,10 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
 
 
 def shortened(Q: N, square: N, most: float, more: float) -> N:
-    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients also exist at |Q| = 0."""
+    """Multiply Q by `most / (|Q| + more)` if `|Q| + more` exceeds `most`; `square` is `|Q|^2`.
+
+    The gradient is also finite at `|Q| = 0`.
+    """
     # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
@@ -127,28 +137,34 @@ def shortened(Q: N, square: N, most: float, more: float) -> N:
 
 
 def shortened_blocks(Q: N, eps: float) -> N:
-    """Limit the norm of each block of Q to its share of eps, as in COFT."""
+    """Limit the norm of each block of Q `[n, b, b]` to `eps / sqrt(n)`, as in COFT."""
     return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
 
 
 def turned(Q: N, terms: int, doubled: bool) -> N:
-    """Return rotations from skew-symmetric Q: the exact Cayley transform for 0 terms, else `neumann`."""
+    """Return rotations from skew-symmetric Q: exactly with `cayley` for 0 terms, else approximately with `neumann`."""
     return neumann(Q, terms, doubled) if terms else cayley(Q)
 
 
 def turn_columns(X: N, R: N) -> N:
-    """Multiply each block of columns of X `[rows, n * b]` by the transpose of its R in `[n, b, b]` (or `[b, b]`)."""
+    """Multiply each block of b columns of X `[rows, n * b]` from the right by the transpose of a rotation.
+
+    R has one rotation for each block, `[n, b, b]`, or one for all blocks, `[b, b]`.
+    """
     blocks = X.reshape((len(X), -1, R.shape[-1])).swapaxes(0, 1)
     return (blocks @ R.mT).swapaxes(0, 1).reshape(X.shape)
 
 
 def turn_rows(X: N, R: N) -> N:
-    """Multiply each block of rows of X `[n * b, ...]` from the left by the transpose of its R (or of a single R)."""
+    """Multiply each block of b rows of X `[n * b, ...]` from the left by the transpose of a rotation.
+
+    R has one rotation for each block, `[n, b, b]`, or one for all blocks, `[b, b]`.
+    """
     return (R.mT @ X.reshape((-1, R.shape[-1], math.prod(X.shape[1:])))).reshape(X.shape)
 
 
 def identity(like: N) -> N:
-    """Return the identity with the size, dtype and device of square matrices."""
+    """Return one identity matrix `[b, b]` with the dtype and device of the square matrices `like` `[..., b, b]`."""
     return namespace(like).eye(like.shape[-1], **_kind(like))
 
 
@@ -167,7 +183,7 @@ def singular(W: N) -> tuple[N, N, N]:
     decomposition for numpy arrays, too.
 
     Raises:
-        ShapeMismatch: the weight has a kernel.
+        ShapeMismatch: the weight is not a matrix.
     """
     import torch
 
@@ -181,8 +197,8 @@ def singular(W: N) -> tuple[N, N, N]:
 def singular_by_sketch(W: N, r: int, steps: int, seed: int) -> tuple[N, N, N]:
     """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
 
-    The algorithm starts from random numbers. For arrays of any library, torch's CPU generator with `seed` draws these
-    numbers, as in PEFT.
+    The algorithm starts from random numbers. Torch's CPU generator with `seed` draws them, as in PEFT, even if W is not
+    a torch tensor.
     """
     import torch
 
@@ -226,7 +242,7 @@ class _Kind(TypedDict):
 
 
 _ONE_AT_A_TIME = RLock()
-"""All threads share the generator. Without this lock, two workers would take numbers from one sequence."""
+"""All threads share torch's generator. Without this lock, two workers would take numbers from the same sequence."""
 
 
 @contextmanager

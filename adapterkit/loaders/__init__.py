@@ -94,9 +94,10 @@ class Answer:
         tool: the name of the tool's file in `spec/loaders`.
         title: the tool's title, with the version that the data file describes.
         loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
-        why: the reason why the tool does not load all keys; or, if it does, how its result differs from the adapter's.
-        convert: the arguments of `adapterkit convert`; after this conversion, the tool loads all keys. Empty if
-            unknown.
+        why: the reason why the tool does not load all keys. If the tool loads all keys: how it applies a method in a
+            different way, or empty.
+        convert: the arguments of `adapterkit convert` for a conversion after which the tool loads all keys. Empty if no
+            such conversion is known or needed.
     """
 
     tool: str
@@ -142,7 +143,7 @@ def folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
 
-def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
+def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the name in the public API
     """Return, for each tool, whether it loads a file.
 
     Args:
@@ -159,7 +160,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
 
 
-def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
+def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
     """Replace unusual keys of the source file by the usual keys of the file's format, if the format's tool needs this.
 
     The format `comfyui` also reads files with keys that ComfyUI does not load; for some families of models, fal and
@@ -184,13 +185,13 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
-    # Record the families that fit, because the keys, which show the families, are dropped here.
+    # Record the families that fit: the keys show the family, but they are dropped here.
     family_metadata = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), family_metadata | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
-    """Replace the file's keys that the tool ignores, if the tool knows the format's usual keys for the same tensors.
+    """Replace each key that the tool ignores with the format's usual key for the same tensor, if the tool knows it.
 
     Example: ComfyUI loads the factors of a DoRA under several names, but the magnitude only as `dora_scale`.
     """
@@ -219,7 +220,7 @@ class _File:
     inside: bool
 
     @classmethod
-    def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the public contract's word
+    def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the name in the public API
         writer = FORMATS[format]()
         file = path
         if path.is_dir():
@@ -274,7 +275,7 @@ def _whole(files: Files, seen: _File) -> tuple[str, str]:
 
 
 def _profiled(files: Files, adapter: Adapter) -> tuple[str, str]:
-    """Return whether a program with this profile loads the file unchanged, and a reason if it does not."""
+    """Return whether a program with the profile `files.profile` loads the file unchanged, and a reason if not."""
     try:
         fitted, lines = FORMATS[files.format]().fit(adapter, str(files.profile))
     except AdapterkitError as error:
@@ -311,7 +312,7 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
     """List the keys that a tool does not know. If keys differ only in block numbers, only one of the keys is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    # Do not treat these numbers as block numbers, because a component's name may end with a number: `transformer_2`.
+    # Do not treat 1 to 4 as block numbers, because the name of a component may end with one of them: `transformer_2`.
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     supported: dict[str, bool] = {}
@@ -353,7 +354,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """Yield the part of `rest` before the slot, for each slot with which `rest` may end."""
+    """Yield the part of `rest` before a slot, for each slot that `rest` ends with."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -365,9 +366,10 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots, the endings of its keys.
+    """A tool's slots: the texts with which its keys end.
 
-    The slots in `dotted` follow a dot and have up to `words` words; the slots in `others` follow no dot.
+    The slots in `dotted` follow a dot, and have at most `words` parts between dots. The slots in `others` begin with an
+    underscore.
     """
 
     dotted: frozenset[str]
@@ -401,7 +403,7 @@ def _holes(templates: tuple[str, ...]) -> frozenset[str]:
 
 
 def _conversion(tool: Loader, seen: _File) -> str:
-    """Return the arguments of `adapterkit convert` after which the tool loads all keys; empty if there are none."""
+    """Return the arguments of a conversion after which the tool loads all keys; empty if there is none."""
     for name in tool.convert:
         writer = FORMATS[name]()
         if isinstance(writer, ImageFormat):
@@ -415,7 +417,10 @@ def _conversion(tool: Loader, seen: _File) -> str:
 
 
 def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
-    """Return the file that a writer would write, without values; None if the writer refuses the adapter."""
+    """Return the file that a writer would write, without the tensors' values.
+
+    Return None if the writer refuses the adapter or would leave out a part of it.
+    """
     from ..formats._image.writing import encoded
 
     keys: list[str] = []

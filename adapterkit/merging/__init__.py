@@ -64,10 +64,10 @@ def plan(
 ) -> Plan:
     """Plan a merge from the headers of files, without writing anything; `plan(...).record()` is plain data.
 
-    The arguments are those of `merge`.
+    The arguments have the same meaning as for `merge`.
 
     Raises:
-        AdapterkitError: as for `merge`, before anything is written.
+        AdapterkitError: in the cases in which `merge` refuses its inputs before it writes anything.
     """
     from .planning import make_plan
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
@@ -117,10 +117,11 @@ def merge(
     calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Report:
-    """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
+    """Merge adapters into a base: `W' = W + sum_i weight_i * (f_i(W) - W)`.
 
-    The output becomes visible only when it is complete. To resume an interrupted merge, call the function again with
-    the same arguments; the output then has the same bytes as without the interruption.
+    Each element is rounded from float64 to the dtype of the output. The output becomes visible only when it is
+    complete. To resume an interrupted merge, call the function again with the same arguments; the output then has the
+    same bytes as without the interruption.
 
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
@@ -128,23 +129,23 @@ def merge(
         out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
             an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
         weights: one factor per adapter; default: 1.
-        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. With n devices, such as
-            `cuda:0,cuda:1`, each device computes every nth file. The code for devices was tested only with torch's CPU
-            device, not on a GPU.
+        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. With several devices, such as
+            `cuda:0,cuda:1`, the devices compute the files in turn. The code for torch devices was tested only with
+            torch's CPU device, not on a GPU.
         dtype: the dtype to which all floating-point tensors are cast; default: the base's dtypes.
         shard_size: the largest size of an output file in bytes; default: the same files as the base.
-        engine: `local`: threads of this process. `ray`: one task per output file on a Ray cluster. A task downloads
-            inputs from hubs, and uploads its file if `out` is on a hub, with the credentials of its node. Local inputs
-            and outputs must have the same paths on all nodes.
+        engine: `local`: threads of this process. `ray`: one task per output file on a Ray cluster. A task uses the
+            credentials of its node to download inputs from hubs and, if `out` is on a hub, to upload its file. Local
+            inputs and outputs must have the same paths on all nodes.
         address: the address of the Ray cluster; default: the cluster to which this process is connected, or else a new
             local cluster.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
         tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
-            adapter's training tool changed. With PEFT, token rows change both layers, and other updates change only the
-            layer that they name. `untie`: the same layers as with PEFT; the head is written as a separate tensor.
-            `merge`: every update changes both layers. Each kind of update may have its own choice, as in
-            `rows=untie,embedding=merge` or in a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
-            `modules_to_save`), and `embedding` and `head` (all other updates of these layers).
+            adapter's training tool changed. For PEFT, token rows change both layers, and any other update changes only
+            the layer that it names. `untie`: the layers that PEFT changes; the head is written as a separate tensor.
+            `merge`: every update changes both layers. Each kind of update may have its own choice, given as
+            `rows=untie,embedding=merge` or as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
+            `modules_to_save`), `embedding` (other updates of the embedding) and `head` (other updates of the head).
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         overwrite: whether to replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights, and write
@@ -152,15 +153,15 @@ def merge(
             scheme. `original`: merge into the weights `onto`.
         onto: the 16-bit weights from which the quantized base was made.
         keep: `adapter`, only with `requantize`: adjust merged weights before they are rounded, so that rounding does
-            not lose the adapters' change for the inputs to which the adapters respond. This takes about ten times as
-            long, and needs whole weights in memory.
-        calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Weights are rounded so
-            that the outputs of layers for these activations change little; directions to which the adapters respond
-            count more. Far more of the change survives than with `keep` alone. Each weight is quantized up
-            to 200 times.
+            not lose the adapters' effect on the inputs to which the adapters respond. The merge takes about ten times
+            as long as without `keep`, and needs whole weights in memory.
+        calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Rounding then hardly
+            changes the outputs of layers for these activations; directions to which the adapters respond count more.
+            Far more of the adapters' effect survives than with `keep` alone. Each weight is quantized up to 200 times.
         seed: the seed of stochastic rounding; default: round to the nearest. Each random draw depends only on the seed,
             the tensor and the element.
-        memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
+        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries; default:
+            half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies. Never modify such an output
             in place, because that modifies the base.
         tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from, with its vocabulary, added tokens
@@ -168,9 +169,9 @@ def merge(
             differs from the base's, and the base has an embedding for each of its tokens, the adapter's tokenizer is
             copied, and the report contains a warning.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
-            Otherwise the report contains a warning.
-        strict_licence: whether to refuse licences of base and adapters that contradict each other, and model cards
-            without a known licence. Otherwise the report contains a warning about contradictions.
+            If False, the report contains a warning instead.
+        strict_licence: whether to refuse a merge if the licences of base and adapters contradict each other, or if a
+            model card has no known licence. If False, the report only warns about contradictions.
         vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
             embedding and the head, and change the config; a new row that is in no adapter's file becomes the mean of
             the base's rows. `keep`: drop the added tokens. Default: grow if the adapters' files contain all new rows,
@@ -181,15 +182,15 @@ def merge(
             placeholders for numbers. `@FILE` reads rules from a file, one per line. For each target, the first rule
             that matches its name is used; each rule must match a target of one of the adapters. `family:NAME` states
             the `model_type` of a base without a config, if names and shapes fit two families. `rows:by_head` or
-            `rows:by_part` states the order of the rows of fused queries, keys and values in a sharded MiniMax-H3.
-        stream: whether to download the weight files of a base on a hub one after another, verify each, and delete it
-            after its use.
-        options: several of these arguments as one `MergeOptions`; an argument that it contains cannot also be given by
+            `rows:by_part` states how a sharded MiniMax-H3 orders the rows of its fused query, key and value weights.
+        stream: for a base on a hub: whether to download one weight file at a time, verify it, and delete it after use.
+        options: several of these arguments as one `MergeOptions`. An argument that is set there cannot also be given by
             name.
 
     Raises:
-        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or was trained with more tokens (see `vocab`).
-        NotMergeable: a method changes outputs or the context, not weights.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or was trained with more tokens than the base
+            has (see `vocab`).
+        NotMergeable: an adapter's method changes outputs or the context, not weights.
         Unsupported: the base cannot be streamed; or the base is quantized and `quantized` is not given.
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set; or licences
             contradict each other or are unknown, and `strict_licence` is set.
@@ -292,25 +293,26 @@ def verify(
 ) -> Verification:
     """Recompute a merge, and compare every element with the files on disk.
 
-    Without a base, compare the files with the checksums in the merge's record instead. Nothing is written.
+    If no base is given, compare the files with the checksums in the merge's record instead. Nothing is written.
 
     Args:
-        merged: the output of a merge by any tool; if no base is given, of a merge by this library.
+        merged: the output of a merge. Any tool may have written it if a base is given; otherwise only this library.
         base: the base of the merge; after `quantized="original"`, the 16-bit weights `onto`.
         adapters: the adapters.
         weights: one factor per adapter; default: 1.
         allow_partial: as in `merge`.
         progress: a function that is called with (bytes done, total bytes).
         seed: as in `merge`.
-        sample: how many changed and how many unchanged tensors to compare, drawn at random; default: all.
+        sample: the number of changed tensors, and also of unchanged tensors, to draw at random and compare; default:
+            compare all.
         rename: as in `merge`.
-        calibration: the file of activations with which the merge was rounded, if any.
+        calibration: the file of activations that the merge used for rounding, if any.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
-            Otherwise the result contains a warning.
+            If False, the result contains a warning instead.
 
     Returns:
-        The number of compared tensors, and all differences; differences raise no error. If the base's fingerprint
-        differs from the fingerprint in the merge's record or in an adapter, that also counts as a difference.
+        The number of compared tensors, and all differences; a difference raises no error. It is also a difference if
+        the base's fingerprint is not the one in the merge's record or in an adapter.
 
     Raises:
         UsageError: adapters or a sample are given without a base; or the record has no checksums.
@@ -355,9 +357,8 @@ def remainder(
 ) -> Adapter:
     """Return a LoRA that restores what quantization lost in a merge; use the LoRA together with the quantized model.
 
-    For each weight that the adapters change, the LoRA is the best approximation (in the Frobenius norm, of the given
-    rank) of the difference between the exact merge and the stored weight. One weight per processor is in memory, in
-    float32.
+    For each weight that the adapters change, the LoRA approximates the exact merge minus the stored weight. It is the
+    best approximation of the given rank in the Frobenius norm. One weight per processor is in memory, in float32.
 
     Args:
         merged: the output of `merge` with `quantized="requantize"`.
@@ -518,14 +519,14 @@ def _coarse(planned: Plan) -> Iterator[str]:
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return a map from the names that messages use to the licences in the cards of the base and the adapters."""
+    """Return the licences of the base and the adapters, by the names that messages use for base and adapters."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     licences = {name: licence_at(place) for name, place in places.items()}
-    # Also read the metadata of files, in which image models state their licence.
+    # Adapters of image models state their licence in the metadata of their file.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     licences |= {name: licence_called(text) for name, text in stated.items() if text and not licences.get(name)}
     return {name: licence for name, licence in licences.items() if licence}

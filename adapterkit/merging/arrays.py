@@ -58,9 +58,10 @@ class Arrays(Protocol):
         ...
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Return a context for a worker thread with one BLAS thread and without overflow warnings.
+        """Return a context in which a worker thread computes.
 
-        Results are checked later.
+        The context suppresses overflow warnings, because results are checked later. With torch, it also limits the
+        worker to one thread.
         """
         ...
 
@@ -84,7 +85,7 @@ class Workspace:
         return buffer[:count]
 
     def keep(self, count: int, dtype: DType) -> Array:
-        """Return host memory for `count` numbers as a numpy array, which is not reused for blocks."""
+        """Return host memory for `count` numbers as a numpy array; `take` never returns this memory."""
         import numpy as np
 
         nbytes = count * dtype.itemsize
@@ -156,8 +157,8 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # Let the ufunc cast inputs and output in small buffers, so that no float64 copy of the base is written to
-        # memory.
+        # The ufunc casts inputs and output in small buffers. A cast before the call would write a float64 copy of the
+        # base to memory.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
@@ -243,10 +244,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """A context in which torch uses one thread per worker.
-
-    Afterwards, the main thread has its previous number of threads.
-    """
+    """A context in which torch uses one thread per worker; at its end, restore the main thread's number of threads."""
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -256,6 +254,6 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # Restore only the main thread's number: torch keeps one number per thread, and workers end.
+        # torch keeps one number per thread. Restore it only for the main thread, because worker threads end.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `start` to `stop` of a stored tensor with `rows` rows, or of one expert's slice. Offsets are in elements."""
+    """Rows `start` to `stop - 1` of a stored tensor with `rows` rows, or of one expert's slice of the tensor.
+
+    `first` is the offset of the block in the tensor, and `elements` is its size; both count elements.
+    """
 
     expert: int | None
     start: int
@@ -45,7 +48,7 @@ def blocks(output: Output) -> list[Block]:
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
-    # If an update needs all rows of the weight, as a rotation of the outputs does, use one block for the whole tensor.
+    # If an update needs all rows of the weight, such as a rotation of the outputs, use one block for the whole tensor.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
@@ -79,9 +82,12 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """Return which rows of the block the planned update changes; None if it changes none."""
+    """Return the (first row, row after the last) that the planned update changes in a block; None if it changes none.
+
+    Rows are counted from the start of the tensor.
+    """
     if fold.target.rows is None or fold.axis == "in":
-        # Stop at the last row that the adapter was trained on, because it may have been trained on the first rows only.
+        # The adapter may have been trained on fewer rows than the base has; it then changes only the first rows.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
@@ -89,7 +95,7 @@ def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
 
 
 def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
-    """Return a view of the changed part of a block, with the axes `[out, in, *k]` of updates."""
+    """Return a view of the changed part of a block, with the same order of axes as updates: `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]

@@ -1,7 +1,8 @@
-"""Run a merge on a Ray cluster, one task per output file, or simulate it; tasks are idempotent and may run on any node.
+"""Run or simulate a merge on a Ray cluster, with one task per output file.
 
-A task receives only names and options, a few hundred bytes. The task plans the whole merge from headers, and checks
-that its plan has the same digest as the driver's plan. The names determine what a task reads and writes:
+Tasks are idempotent and may run on any node. A task receives only names and options, a few hundred bytes. The task
+plans the whole merge from headers, and checks that its plan has the same digest as the driver's plan. Paths and uris
+determine where a task reads and writes:
 
 * A task downloads inputs from hubs into scratch space on its node. The task downloads only those bytes of the base that
   its file needs.
@@ -12,9 +13,9 @@ that its plan has the same digest as the driver's plan. The names determine what
 So no weight passes through Ray's object store or through the driver.
 
 The simulation forecasts time, transferred bytes and costs of a merge on a cluster without shared disks. It assumes that
-the tasks of a node share its network link equally in each direction, that a worker plans the whole merge before its
-first task, and that each node downloads the adapters once. The simulation ignores limits of the store, and nodes that
-differ or fail.
+the tasks of a node share the node's network link equally, that a worker plans the whole merge before its first task,
+and that each node downloads the adapters once. It assumes that all nodes are equal, that none fails, and that the store
+does not slow down transfers.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class TaskInputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The result of a task, which the driver receives: data about the file that the task wrote.
+    """The data about a written file that a task returns to the driver.
 
     Attributes:
         name: the name of the file.
@@ -120,10 +121,10 @@ def recipe_of(
         adapters: as in `merge`.
         options: as in `merge`.
         device: as in `merge`.
-        placed: whether tasks upload their files to a hub; there is then no stage that all nodes share.
+        placed: whether tasks upload their files to a hub. If so, there is no stage that all nodes share.
 
     Raises:
-        UsageError: an adapter exists only in memory, and there is no shared stage into which it could be written.
+        UsageError: there is no shared stage, and an adapter exists only in memory or a calibration file is given.
     """
     from ..core.adapter import Adapter
 
@@ -233,7 +234,7 @@ A worker runs many tasks of a merge, but plans only once if no input can change.
 
 
 def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
-    """Make the plan of a recipe from headers.
+    """Return the plan of a recipe, made from headers, and the bases to download from; may return the last task's.
 
     Raises:
         Corrupt: the plan differs from the driver's plan.
@@ -313,7 +314,7 @@ def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> Non
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
     """Yield the spans of the base's files that an output file needs.
 
-    The inputs of computed tensors, such as a table with new rows, are not included; they are read later.
+    Inputs of computed tensors, such as an embedding with new rows, are not included; they are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -474,10 +475,10 @@ START = 5.0
 """Seconds from the start of a worker to its first task, for imports and for reading the base's headers."""
 
 TARGET = 1e-4
-"""Additional seconds per target, because every worker plans the whole merge."""
+"""Seconds of planning per target. The driver and every worker plan the whole merge."""
 
 DRIVER = 6.0
-"""Seconds that the driver needs before the first and after the last task, without planning.
+"""Seconds that the driver needs in total before the first and after the last task, not counting the planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """
@@ -491,7 +492,7 @@ class Forecast:
         nodes: the number of nodes.
         seconds: the time from the start of the command to the finished output.
         downloaded, uploaded: the bytes that nodes transfer from and to the store.
-        busy: the fraction of the time in which the nodes' links transfer bytes, in the busier direction.
+        busy: the mean used fraction of the nodes' bandwidth, in the busier direction.
         node_hours: the number of nodes times the hours.
         cost: node_hours times the price; None without a price.
     """
@@ -563,12 +564,12 @@ def simulate(
 
 
 def doubling(most: int) -> list[int]:
-    """Return 1, 2, 4, ... and `most`."""
+    """Return the powers of two below `most`, then `most`."""
     return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
 
 
 def factors_of(plan: Plan) -> Iterator[int]:
-    """Yield the number of bytes of each tensor in the adapters; each tensor is counted once."""
+    """Yield the size in bytes of each update of a plan; an update that changes several outputs is counted once."""
     seen: set[int] = set()
     for output in plan.outputs():
         for planned in output.folds:
@@ -617,9 +618,9 @@ def _simulated(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return the speed of each task's current phase.
+    """Return the speed of each task's current phase: for a transfer, in bytes per second; for a computation, 1.
 
-    For a transfer, this is the task's share of the link in bytes per second; for a phase measured in seconds, 1.
+    The transfers of a node in one direction share its link equally.
     """
     sharing: dict[tuple[int, int | None], int] = {}
     for task in running:

@@ -1,7 +1,7 @@
 """Choose the files that are copied next to merged weights: the base's other files, and a tokenizer. Write a Modelfile.
 
-All files of the tokenizer (vocabulary, added tokens, settings, chat template) come from one folder, the base's or an
-adapter's, because token ids and templates of two folders may disagree.
+All files of the tokenizer (vocabulary, added tokens, settings, chat template) come from the same folder, because the
+token ids and templates of two folders may contradict each other.
 
 A Modelfile is for `ollama create NAME -f FILE`; Ollama does not accept adapters. Ollama reads the chat template and the
 tokenizer from the GGUF file, so the Modelfile needs only `FROM`:
@@ -84,11 +84,11 @@ def companions(
         base: the base as the merge reads it.
         adapters: (name, folder) of each adapter that has a folder.
         chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None means an adapter's tokenizer if it
-            is complete and fits the base.
+            is complete and fits the base, else the base's.
 
     Raises:
-        UsageError: the choice is unknown; or the choice is `adapter`, but no adapter has a complete tokenizer, or
-            several adapters have different tokenizers.
+        UsageError: the choice is unknown; or the choice is `adapter` or a folder, and there is no complete tokenizer,
+            there are several different ones, or the base lacks embeddings for some tokens.
         Malformed: a file of the base is a link to a path outside its folder.
     """
     if chosen is not None and chosen not in CHOICES:
@@ -193,7 +193,7 @@ def _is_token_file(name: str) -> bool:
 
 
 def _beyond(folder: Path, base: Checkpoint) -> int | None:
-    """Return the largest token id in a folder's tokenizer if the base's embedding lacks this row, else None."""
+    """Return the largest token id of a folder's tokenizer if the base's embedding has no row for it, else None."""
     rows = max((t.shape[0] for name, t in base.tensors.items() if is_embedding(name) and t.shape), default=None)
     largest = max((token for name in _NUMBERED for token in _tokens(folder / name)), default=-1)
     return largest if rows is not None and largest >= rows else None
@@ -235,10 +235,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside a folder; otherwise a downloaded model could copy any file of this disk.
+    """Refuse a link to a file outside a folder: with such a link, a downloaded model could have any file copied.
 
-    The cache of huggingface_hub consists of links, which are allowed: `snapshots/COMMIT/config.json` leads to
-    `blobs/HASH` of the same repository.
+    The links in huggingface_hub's cache are allowed: `snapshots/COMMIT/config.json` is a link to `blobs/HASH` of the
+    same repository.
     """
     if not file.is_symlink() and not file.parent.is_symlink():
         return

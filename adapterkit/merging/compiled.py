@@ -70,12 +70,12 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
     if fold.axis == "out":
         return True
     # The tensor is stored as `[in, out]`. Refuse a target with `rows`, because these rows are columns of the tensor.
-    # Refuse a target with a kernel, because the kernel's axes would not be in the rows.
+    # Refuse a target with a kernel, because a row of the tensor would lack the kernel's axes.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
 def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
-    """Whether the only update has weight 1 and scales the rows of the stored tensor to a magnitude, as DoRA does."""
+    """Whether the change is one update with weight 1 that scales the stored tensor's rows to a magnitude, like DoRA."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
     first = updates[0]
@@ -256,8 +256,7 @@ class LowRankSum:
             self._panels = _panels(right, padded, np.float32)
             self._left = np.ascontiguousarray(left, np.float32)
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # Cauchy-Schwarz inequality: sum_k w_k |b_k| |a_k| is at most the product of the norms of b and a, both weighted
-        # by w.
+        # By the Cauchy-Schwarz inequality, `sum_k w_k |b_k| |a_k|` is at most |b| |a|, if both norms are weighted by w.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -291,7 +290,7 @@ class LowRankSum:
 
 
 class NormalizedSum:
-    """A DoRA m * V / |V| (per row, with V = W + left @ right) of a tensor, prepared once for all blocks.
+    """A DoRA of a tensor, prepared once for all blocks: `m * V / |V|` for each row of `V = W + left @ right`.
 
     Args:
         magnitude: float64 m, `[rows]`.
@@ -370,12 +369,12 @@ def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array
 
 
 def _roundings(rank: int) -> Array:
-    """Return, for each product b_k a_k of an element, an upper bound for the number of its float32 roundings.
+    """Return an upper bound for the number of float32 roundings of each product `b_k a_k` in the sum of an element.
 
     Both factors are rounded, and so is the product, unless a fused multiply-add adds it without rounding. Each sum that
-    contains the product is rounded: one for each later product in the same chunk of 16, and one for this chunk and each
-    later chunk. One more rounding covers two small errors: the roundings of numpy's float64 sum, which are 2**-29 times
-    as large, and the squares of all these errors.
+    contains the product is rounded, too. These are one sum for each later product in the same chunk of 16, one sum for
+    this chunk, and one for each later chunk. One more rounding covers two small errors: the float64 roundings of
+    numpy's sum, 2**-29 times as large as float32 roundings, and the squares of all these errors.
     """
     import numpy as np
 
@@ -390,8 +389,8 @@ def _norms(factor: Array) -> Array:
     import numpy as np
 
     norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # Bound rows of tiny numbers by their maximum, because the squares underflow to zero, and a bound of zero would mean
-    # no change.
+    # Compute the bound of a row of tiny numbers from its maximum, because their squares underflow to zero. A bound of
+    # zero would mean that the row does not change the weight.
     tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
     return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
 
@@ -400,8 +399,8 @@ def _upwards(norms: Array, factor: float) -> Array:
     """Return norms times a factor as float32, rounded up; zero stays zero, and other values stay above zero."""
     import numpy as np
 
-    # Add a small number, so that the product of two bounds does not underflow in float32. With a bound of zero, a sum
-    # near zero would look exact.
+    # Add a small number, so that the product of two bounds does not underflow to zero in float32. A bound of zero would
+    # mean that the sum is exact.
     with np.errstate(over="ignore"):
         bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
     return bound

@@ -1,8 +1,8 @@
 """Compute the blocks of a merge in float64, and round once at the end.
 
-Every adapter is applied to the base's weight W, not to the result of other adapters: `W' = W + sum_i weight_i * (f_i(W)
-- W)`. So the order of the adapters does not matter. Within one adapter the order matters: f_i applies all of its
-updates of the tensor, one after another.
+Every adapter is applied to the base's weight W, not to the result of other adapters:
+`W' = W + sum_i weight_i * (f_i(W) - W)`. So the order of the adapters does not matter. The order of the updates within
+one adapter matters: f_i applies all updates of adapter i to the tensor, one after another.
 
 With float64, each element of a 16-bit output differs from the exact result by at most 0.501 units in the last place,
 even if W and the change nearly cancel. With float32, the error could be larger. The bound is above 0.5, because casts
@@ -68,7 +68,7 @@ def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
 
 
 def draws(like: Numbers, first: int, key: Key) -> Numbers:
-    """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
+    """Draw a number in [0, 1) for each element i: Philox word `i mod 4` at counter `i div 4`, divided by 2^32."""
     from array_api_compat import device
 
     # Philox is a function of a counter. So an element gets the same number in any block, on any worker, and in a
@@ -83,13 +83,13 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
 
 def _unit(values: Numbers, dtype: DType) -> Numbers:
-    """Return, for each value, the distance between adjacent numbers of `dtype` near it, an exact power of two."""
+    """Return the distance between the two numbers of `dtype` around each value; it is exactly a power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    # A value divided by its mantissa is exactly a power of two: twice the value of its leading bit. Below the smallest
-    # normal number, the distance is constant.
+    # A value divided by its mantissa (in [0.5, 1)) is exactly the next larger power of two. Below the smallest normal
+    # number, the distance is constant.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -123,7 +123,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
-    # Compute changes of the bias now, so that the weight on which they depend need not stay in memory.
+    # The changes of the bias depend on the weight. Compute them now, so that the weight need not stay in memory.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
         # Use only the rows that the adapter was trained on, which may be the first rows of a vocabulary.
@@ -200,8 +200,8 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
-        # For a single update, let the method compute the norm, because it may not need the product of its factors. A
-        # sum must be computed.
+        # Let a single update compute its norm, because it may not need the product of its factors for this. The sum of
+        # several updates must be computed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
@@ -212,9 +212,9 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all updates are products whose rank is well below the weight's sides.
+    """Whether the weight is one matrix, and all updates are products of rank `THIN` or less.
 
-    One product of joined factors is then fastest.
+    If so, one product of joined factors is faster than a product for each update.
     """
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
@@ -223,11 +223,10 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """Join the low-rank factors of several planned updates into one LoRA, which includes their weights.
+    """Join the low-rank factors of several planned updates into one LoRA, multiplied by the updates' weights.
 
-    The updates must have the same axes.
-
-    The joined factors are in the workspace; the next call overwrites them.
+    All planned updates must have the same `axis`. The joined factors are in the workspace; the next call overwrites
+    them.
     """
     from ..methods.lora import LoRA
 
@@ -252,9 +251,9 @@ Folds = list[tuple["PlannedUpdate", list[Update]]]
 
 
 class _Loaded:
-    """The loaded updates of one output tensor, shared by all workers that compute blocks of it at the same time.
+    """The loaded updates of one output tensor, shared by all workers that compute blocks of the tensor.
 
-    The factors of an embedding of 150,000 rows take 20 MB in float64, which each worker would load again.
+    Without sharing, each worker would load the factors again; for an embedding of 150,000 rows, these are 20 MB.
     """
 
     def __init__(self, output: Output) -> None:
@@ -288,9 +287,9 @@ LARGE = 1e30
 
 
 class BlockMerger:
-    """Applies planned updates to the blocks of one output tensor. Their factors are loaded once, in float64.
+    """Applies planned updates to the blocks of one output tensor. The updates' factors are loaded once, in float64.
 
-    Mergers of the same tensor share the factors as long as one of the mergers exists.
+    All `BlockMerger`s of a tensor share the factors, which stay in memory until the last of these objects is deleted.
 
     Raises:
         Malformed: a factor contains a NaN or an infinity.
@@ -308,16 +307,16 @@ class BlockMerger:
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
-        """Whether a change is provably far below the largest float32; False if a proof would be expensive.
+        """Whether each element of a change is provably far below the largest float32.
 
-        The norm of a low-rank product is an upper bound of each element. Include the weight and the scaling:
-        even a finite alpha, such as 1e308, may be too large.
+        Return False if the proof would be expensive. The norm of a low-rank product is an upper bound for each element.
+        The norm includes the weight and the scaling, because even a finite alpha, such as 1e308, may be too large.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Return {index of a planned update: squared norm of its change}, for changes independent of the base."""
+        """Return {index of a planned update: squared norm of its change} for changes that do not depend on the base."""
         # Cap the square, because a report needs a finite number. Use a multiplication, because `**` raises an error for
         # an overflow.
         largest = sys.float_info.max
@@ -381,7 +380,7 @@ class BlockMerger:
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether the sum of all changes can be added: they cover whole blocks and do not depend on the base."""
+        """Whether the changes can be summed first and then added: all cover whole blocks and do not need the base."""
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
@@ -397,7 +396,7 @@ class BlockMerger:
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
-            # Overwrite the workspace, which contains an earlier block, with the first change; add the others.
+            # The workspace still contains an earlier block. So the first change overwrites it, and others are added.
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
@@ -454,7 +453,7 @@ class BlockMerger:
     def _fold_in_order(
         self, positions: Sequence[int], work: Numbers, original: Numbers, block: Block, *, replace: bool
     ) -> dict[int, float]:
-        """Apply several updates of one adapter to a block, each to the result of the one before."""
+        """Apply several updates of one adapter to a block; each update gets the result of the previous update."""
         norms: dict[int, float] = {}
         changed = original * 1
         for position in positions:
@@ -492,7 +491,7 @@ class BlockMerger:
     def _order(self) -> list[int]:
         """The indices of the planned updates that are not in `_ordered`; updates that are not additive come first.
 
-        The first update with weight 1 replaces the block, which avoids the rounding of W + (new - W).
+        If the first update has weight 1, its result replaces the block. This avoids the rounding of `W + (new - W)`.
         """
         apart = {position for positions in self._ordered for position in positions}
         return sorted(
@@ -516,7 +515,10 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add weight * (new - W) to `view`, or overwrite `view` with `new`; return the squared norm of the change."""
+    """Add `weight * (new - W)` to `view`, and return its squared norm.
+
+    If `replace` is set and the weight is 1, overwrite `view` with `new` instead, which has less rounding.
+    """
     change = new - W
     flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)

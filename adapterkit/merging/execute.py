@@ -1,8 +1,8 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
-A worker's memory does not grow with the model: it contains one input block, a float64 copy of it, and some output
-blocks. With torch, it contains `workers.DEPTH` of each. The files of a base on a hub may be downloaded before their
-first use, and deleted after their last use.
+A worker's memory does not grow with the model. It contains one input block, a float64 copy of this block, and some
+output blocks; with torch, `workers.DEPTH` of each. If the base is on a hub, `streamed_engine` downloads each file
+before its first use, and deletes the file after its last use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def execute(
     Args:
         files: the files of the plan.
         stage: the folder to write them into.
-        devices: one array library per device; with n devices, each one computes every nth file.
+        devices: one array library per device; the devices compute the files in turn.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
         link: whether to write hard links to unchanged files of the base.
@@ -225,7 +225,7 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
     """Return an engine that runs a plan on a streamed base, one output file after another.
 
     Raises:
-        Unsupported: a tensor of the base does not consist of consecutive bytes in one file, such as a quantized weight.
+        Unsupported: a tensor, such as a quantized weight, is not stored as consecutive bytes in one file of the base.
         AdapterkitError: as for `execute`, or a download fails.
     """
 
@@ -263,7 +263,7 @@ def _sources(file: OutputFile) -> set[str]:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
             if tensor.span is None:
-                cure = "Omit --stream (stream=): the whole base is then downloaded first"
+                cure = "Omit --stream (stream=), so that the whole base is downloaded first"
                 raise Unsupported(
                     "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
                 )

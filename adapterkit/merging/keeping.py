@@ -1,24 +1,24 @@
 """Adjust merged weights before quantization, so that the quantized weights keep the adapter's change.
 
-Let W be the base's weight, M the merged weight, and D = M - W the change. Rounding M to the nearest loses D if D is
-smaller than a quantization step. Other roundings keep D, because the elements of a row together can represent D. Let
-V be the right singular vectors of D, the directions of the inputs to which D responds. The searches `kept` and `swept`
-call the scheme's packing function to round, so they work for every scheme.
+Let `W` be the base's weight, `M` the merged weight, and `D = M - W` the change. Rounding M to the nearest loses D if D
+is smaller than a quantization step. Another rounding can keep D, because the elements of a row together can represent
+D. Let `V` be the right singular vectors of D: the directions of the inputs to which D responds. The functions `kept`
+and `swept` call the scheme's packing function to round, so they work for every scheme.
 
-`kept` needs no data. It looks for the quantized matrix Q that is nearest to M, subject to (Q - M) V = 0. With Lagrange
-multipliers C, Q is M + C V^T rounded to the nearest. C is found by gradient ascent, row by row; the gradient is the
-part of the error along V. The shift C V^T changes elements by whole quantization steps. So it adds errors in all other
-directions, and these errors add up over the layers. Each row gets the shift with the smallest error for inputs that
-contain the directions of V `OFTEN` times as often as other directions. The shift 0, which is rounding to the nearest,
-is one of the candidates.
+`kept` needs no data. It looks for the quantized matrix `Q` that is nearest to M, subject to `(Q - M) V = 0`. With
+Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. C is found by gradient ascent, row by row; the
+gradient is the part of the error along V. The shift `C V^T` changes elements by whole quantization steps. So the shift
+adds errors in all other directions, and these errors add up over the layers. Each row gets the shift with the smallest
+squared error; errors along V count `OFTEN` times as much as errors in other directions. One of the candidates is the
+shift 0, which is rounding to the nearest.
 
-`swept` rounds for given activations X. The error to minimize is that of a layer's outputs: tr((Q - M) H (Q - M)^T) with
-H = X^T X. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and uses the inverse
-of H to move the error to the columns that are not rounded yet. Here the scheme packs the whole weight for each block.
-Afterwards, each block is rounded a second time to compensate for the errors of all other blocks; a row is changed only
-if its error decreases. The second round is needed because a scale may change after some of its columns were rounded. H
-is increased in the directions to which the adapter responds. Otherwise the adapter's change would be lost first,
-because it is small relative to the weight.
+`swept` rounds for given activations `X`. It minimizes the error of a layer's outputs, `tr((Q - M) H (Q - M)^T)` with
+`H = X^T X`. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and uses the
+inverse of H to move the error to the columns that are not rounded yet. Here the scheme packs the whole weight for each
+block. Afterwards, each block is rounded a second time to compensate for the errors of all other blocks; a row is
+changed only if its error decreases. The second round is needed because a scale may change after some of its columns
+were rounded. H is increased in the directions to which the adapter responds. Otherwise the adapter's change would be
+lost first, because it is small relative to the weight.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ DIRECTIONS = 64
 """The largest number of directions that are kept for one weight."""
 
 SHARE = 8
-"""The least number of inputs per direction; with fewer inputs, not all directions can be kept."""
+"""At most one direction is kept for this many inputs of a weight; more directions cannot all be kept."""
 
 WEAK = 1e-3
-"""Directions whose singular value is smaller than this fraction of the largest are not kept."""
+"""A direction is not kept if its singular value is at most this fraction of the largest singular value."""
 
 OFTEN = 8.0
-"""Weight of the error along the change's directions, relative to the error in other directions.
+"""The weight of the squared error along the change's directions; the weight in other directions is 1.
 
-The part of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4, in percent:
+Percentage of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4:
 
     factor          1 (nearest)   8    16    32   no limit
     all layers             4     37    63   -81       -277
@@ -58,13 +58,13 @@ ENOUGH = 0.02
 """The search ends when every row's error along the directions is at most this fraction of the row's first error."""
 
 STILL, TURNED = 0.7, -0.2
-"""Thresholds for the ratio of a row's error after a step to the error before.
+"""Thresholds for (a row's error after a step) / (its error before the step).
 
-Above the first number, the error hardly changed; below the second, it changed its sign.
+Above `STILL`, the error hardly changed; below `TURNED`, the error changed its sign.
 """
 
 LONGER, SHORTER = 1.6, 0.6
-"""The factors by which the step is multiplied in these two cases."""
+"""The step is multiplied by `LONGER` if the ratio is above `STILL`, and by `SHORTER` if it is below `TURNED`."""
 
 
 def directions(D: Array, seed: int) -> Array:
@@ -82,13 +82,13 @@ def directions(D: Array, seed: int) -> Array:
 
 
 def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Array:
-    """Return weights to pack instead of the merged weights, so that the packed weights keep the change.
+    """Return adjusted merged weights; after packing, they keep more of the change than the merged weights would.
 
     Args:
         trip: a function that packs weights `[experts, outputs, inputs]` and returns the dequantized result.
         merged: the merged weights, `[experts, outputs, inputs]`, float32.
-        directions: `[experts, k, inputs]`, orthonormal rows for each expert; an expert with fewer than k directions has
-            zero rows.
+        directions: `[experts, k, inputs]`, orthonormal rows for each expert; zero rows pad the directions of an expert
+            to k.
 
     Returns:
         float32, with the shape of `merged`; `merged` itself if no better weights were found.
@@ -119,7 +119,7 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         smallest = np.minimum(smallest, np.linalg.norm(now, axis=2, keepdims=True))
         lost = now
     shifted = _shifted(M, best, Vh)
-    # Check the result: rows may share a scale, so the best shifts of single rows need not be the best together.
+    # Rows may share a scale, so the best shift of each row alone need not be the best for all rows. Check the result.
     error = trip(shifted) - M
     return shifted if _weighed(error, error @ V).sum() < nearest.sum() else merged
 
@@ -153,14 +153,14 @@ BLOCKS = 96
 """The largest number of blocks of a weight; the weight is packed twice for each block."""
 
 DAMPING = 0.01
-"""The fraction of the mean of H's diagonal that is added to the diagonal: texts do not activate all directions."""
+"""This multiple of the mean of H's diagonal is added to the diagonal, because texts do not activate all directions."""
 
 ADAPTER = 10.0
-"""Weight of the directions to which the adapter responds, in units of the mean of H's diagonal."""
+"""The weight in H of the directions to which the adapter responds, as a multiple of the mean of H's diagonal."""
 
 
 def weighting(inputs: Array, directions: Array) -> Array:
-    """Return H `[width, width]`, float64: the mean of x x^T over inputs, plus damping, plus the adapter's directions.
+    """Return H `[width, width]`, float64: the mean of `x x^T` over the inputs x, plus `DAMPING` and `ADAPTER` terms.
 
     Args:
         inputs: activations, `[tokens, width]`, float64.
@@ -175,7 +175,7 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Return weights to pack instead of the merged weights, so that outputs for the activations change less.
+    """Return adjusted merged weights; after packing, the outputs for the activations have a smaller error.
 
     Args:
         trip: a function that packs a weight `[outputs, inputs]` and returns the dequantized result.
@@ -219,7 +219,8 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
     """Round each block again to compensate for the errors of the other blocks; keep only rows whose error decreases.
 
-    The first round cannot know the final errors: if a scale changes later, its elements are rounded again.
+    The first round cannot know the final errors: if a scale changes later, all elements with this scale are rounded
+    again.
     """
     import numpy as np
 

@@ -16,7 +16,7 @@ from .ties import parse_tied
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """The options of a merge as one value, for `plan` and `merge`; it replaces arguments of the same names.
+    """The options of a merge as one value for `plan` and `merge`, instead of the arguments with the same names.
 
     Attributes:
         dtype: the dtype to which all floating-point tensors are cast, such as `"bf16"`; default: the base's dtypes.
@@ -24,13 +24,14 @@ class MergeOptions:
         tied: which layers an update changes if the base ties its head to its embedding; see `merge`.
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         seed: the seed of stochastic rounding; default: round to the nearest.
-        memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
+        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries; default:
+            half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies.
         checksums: whether to compute a sha256 of the bytes while they are written.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`: what to do if an adapter was trained with more tokens than the base has; see `merge`.
-        keep: `adapter` adjusts requantized weights, so that rounding does not lose the adapters' change; see `merge`.
-        calibration: with `keep`, the file of activations that the rounding uses; see `merge`.
+        keep: `adapter` adjusts requantized weights so that rounding does not lose the adapters' effect; see `merge`.
+        calibration: only with `keep`: the file of activations that the rounding uses; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -53,9 +54,9 @@ class MergeOptions:
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
-    """Combine the options of a call, which are in a `MergeOptions` or given by name.
+    """Return the options of a call, which are given as a `MergeOptions` or by name; no option may be given twice.
 
-    Also read rules files and normalise `tied`.
+    Also read files of rename rules, and normalise `tied`.
 
     Raises:
         UsageError: an option is given twice, or `given` is not a `MergeOptions`.
@@ -95,7 +96,7 @@ def most_workers() -> int:
 
 
 def workers_within(memory: int, each: int, tensor: str) -> int:
-    """Return the number of workers: as many as fit into `memory` with `each` bytes, but at most `most_workers()`.
+    """Return the number of workers that fit into `memory` if each needs `each` bytes; at most `most_workers()`.
 
     Raises:
         StorageError: the memory is too small for one worker.

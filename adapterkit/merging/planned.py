@@ -54,7 +54,7 @@ class PackedRun(Protocol):
 
 
 class PackedPart(Protocol):
-    """Quantizes a packed weight again, or several weights in one tensor, and computes all stored tensors."""
+    """A packed weight, or several packed weights in one stored tensor, to be merged and quantized again."""
 
     @property
     def packed(self) -> Packed:
@@ -146,16 +146,16 @@ class Plan:
         config_changes: a map from keys of `config.json` to new values; a value None removes the key.
         dtype: the dtype to which all floating-point tensors are cast, or None.
         seed: the seed for stochastic rounding; None rounds to nearest.
-        memory: the most bytes to use, not counting what the imported libraries take.
+        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries.
         link: whether unchanged files of the base become hard links.
-        origin: the uri of the base if it came from a hub, because the downloaded folder may be deleted before the
-            report is made.
+        origin: the uri of the base if it came from a hub. It is stored here because the downloaded folder may be
+            deleted before the report is made.
         checksums: whether checksums of the written bytes are recorded.
         warnings: a list of sentences.
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
-        licences: a map from the names that messages use to the licences in the cards of base and adapters.
+        licences: the licences of the base and the adapters, by the names that messages use for base and adapters.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
@@ -250,7 +250,7 @@ class Plan:
         The record has no paths and no times, so that equal merges write equal bytes.
 
         Args:
-            digests: whether to include the adapters' digests, for which all tensors of the adapters are read.
+            digests: whether to include the adapters' digests; computing them reads all tensors of the adapters.
         """
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
@@ -267,8 +267,8 @@ class Plan:
         """Return the plan as plain data.
 
         Args:
-            digests: whether to include the digests of the plan and of the adapters, for which all tensors of the
-                adapters are read. Otherwise the digests are null.
+            digests: whether to include the digests of the plan and of the adapters; computing them reads all tensors of
+                the adapters. If False, the digests are null.
         """
         return {
             "base": str(self.base.root), "digest": self.digest if digests else None, "bytes": self.bytes,

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight and the updates of a target; the change of the target's bias depends on this weight.
+    """The weight of a target and its updates, for a change of the target's bias that depends on the weight.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the planned updates of the weight that come from earlier targets of the same adapter.
+        before: the planned updates of the same weight from earlier targets of the same adapter.
         updates: all updates of the target, of weight and bias, in order.
     """
 
@@ -59,7 +59,7 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """The axis of the updates, `in` or `out`, that is the stored tensor's first axis (after experts)."""
+        """Which axis of the updates is the stored tensor's first axis, not counting experts: `in` or `out`."""
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
@@ -72,7 +72,7 @@ class PlannedUpdate:
 
     @property
     def blockable(self) -> bool:
-        """Whether some stored rows can be computed without the other rows."""
+        """Whether a block of stored rows can be computed without the other rows."""
         return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 

@@ -31,12 +31,12 @@ class AdapterSource:
     """One adapter of a merge, bound to the base.
 
     Attributes:
-        name: the name of its file or folder.
+        name: the name of the adapter's file or folder.
         given: the adapter as it was read.
         adapter: the adapter, bound to the base.
         weight: the factor by which its change is multiplied.
         missing: the targets that the base does not have.
-        renamed: the first prefix change with which names were resolved, as (removed prefix, added prefix).
+        renamed: the first change of a prefix that resolved names, as (removed prefix, added prefix); None if none did.
         rules: the rules that mapped the adapter's names to names in the base.
     """
 
@@ -60,7 +60,7 @@ class AdapterSource:
         """Return plain data about the adapter; its base is identified by the name on a hub, never by a local path.
 
         Args:
-            digests: whether to include the digest, for which all tensors are read; otherwise the digest is null.
+            digests: whether to include the digest, which requires reading all tensors; if False, the digest is null.
         """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
@@ -71,7 +71,7 @@ class AdapterSource:
         }  # fmt: skip
 
     def _names(self) -> dict[str, JsonValue]:
-        """Return the rules that changed names; empty if all names in the adapter are names in the base."""
+        """Return the rules that mapped names; empty if all names in the adapter are names in the base."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
@@ -84,7 +84,7 @@ class Bindings:
         base: the base, with rows added if the vocabulary grows.
         sources: the bound adapters.
         folds: a map from output tensors to their planned updates.
-        names: a map from output tensors to the stored tensors of the base from which they are computed.
+        names: a map from each output tensor to the base's stored tensor from which it is computed.
         config_changes: a map from keys of `config.json` to new values.
         warnings: a list of sentences.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
@@ -128,8 +128,7 @@ def folds_by_tensor(
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
-    # Check the rules against the targets of all adapters together, because a rule need not match a target of each
-    # adapter.
+    # Check the rules against the targets of all adapters together, because a rule may be meant for only one adapter.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
     rules = parse_renames(rename, None if allow_partial else paths)
     sources, folds = [], dict[str, list[PlannedUpdate]]()

@@ -42,7 +42,7 @@ def make_plan(
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
-        NotMergeable: a method changes outputs or the context, not weights.
+        NotMergeable: an adapter's method changes outputs or the context, not weights.
         UsageError: it is unknown which layers an update of a tied weight changes (see `tied`); or options contradict
             each other.
         Unsupported: a target's weight has no floating-point dtype.
@@ -86,7 +86,10 @@ def make_plan(
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index of a sharded output: the base's index if it still fits, else a new index; None for one file."""
+    """Return the index of a sharded output: the base's index if it still fits, else a new index.
+
+    Return None if the output is one file and the base has no index.
+    """
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
@@ -173,11 +176,11 @@ def _grouping(
 def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
     """Return a map from the base's files to their tensors, in order.
 
-    Tensors without a file are in the file `otherwise`.
+    A tensor that is not in the base is assigned to the file `otherwise`, or left out if `otherwise` is None.
     """
     members: dict[Path, list[str]] = {file: [] for file in base.files}
-    # Group by the id of the Path object, which all tensors of a file share: hashing a path takes as long as ten lookups
-    # by id, and a mixture of experts has 45,000 tensors.
+    # Group by the id of the Path object, which is the same object for all tensors of a file. Hashing a path takes as
+    # long as ten lookups by id, and a mixture of experts has 45,000 tensors.
     lists: dict[int, list[str]] = {}
     for name in names:
         home = base.home.get(name, otherwise)
@@ -228,7 +231,7 @@ def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoin
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    # Also refuse F8_E8M0: it is a type for scales without a sign and without 0, so it cannot represent a sum.
+    # Also refuse F8_E8M0. This type for scales has no sign and no 0, so it cannot represent a merged weight.
     if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight with dtype {tensor.dtype} cannot take an update", path=base.root, where=name,

@@ -74,7 +74,7 @@ def as_merged(
         onto: the 16-bit weights from which the base was made, for `original`.
         dtype: the type of the matrices in the output, if base and output are GGUF files.
         keep: what rounding must preserve, one of `KEPT`.
-        calibration: the file of activations with which weights are rounded.
+        calibration: the file of activations that the rounding of weights uses.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
@@ -137,7 +137,7 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
     """Return the base as the merge that wrote `merged` must have read it.
 
-    The base is dequantized; if `merged` is quantized, the result is quantized again.
+    A quantized base is dequantized. If `merged` is quantized, the returned base also quantizes merged weights again.
 
     Raises:
         UsageError: the merge was rounded with a calibration file, but no file or a different file is given.
@@ -202,7 +202,7 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json`, which remove the quantization unless the output is quantized again."""
+    """Return the changes of `config.json` that remove the quantization; empty if the output is quantized."""
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")

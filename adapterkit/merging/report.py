@@ -111,8 +111,8 @@ def run_plan(
         started: the time of `time.perf_counter` when the work began.
         overwrite: whether to replace an existing output.
         placed: whether the weight files at `out` are only sketches (sparse files with a header), because the real files
-            are on a hub. Then no disk space is needed, a finished output is recognised even if `overwrite` is set, and
-            the stage is kept after any error.
+            are on a hub. If so, disk space is not checked, a finished output is recognised even if `overwrite` is set,
+            and the stage is kept after any error.
     """
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
@@ -132,8 +132,7 @@ def run_plan(
             # Keep the finished files, so that the same command resumes the merge.
             raise
         except (AdapterkitError, OSError, MemoryError):
-            # Delete the stage after these errors. An interrupt is not among them; the stage then stays for the next
-            # run.
+            # Delete the stage after these errors. After an interrupt, the stage stays, and the next run resumes.
             if not placed:
                 stage.discard()
             raise
@@ -150,7 +149,7 @@ def _decided(plan: Plan) -> str:
 
 
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
-    """Return the report of an earlier run if its output is complete and unchanged; otherwise None."""
+    """Return the report of an earlier run whose output is complete and unchanged, and delete the stage."""
     record = stage.target / REPORT
     previous = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -186,7 +185,7 @@ def _write(
 
 
 def _apart(plan: Plan, norms_found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's norms into the norms of the changes, and the damage from quantizing weights again."""
+    """Split the engine's norms into the changes' norms and the damage that quantizing again caused, by tensor name."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -240,7 +239,7 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
 
 
 def _digest_of(card: Path) -> str | None:
-    """Return the digest of the base's model card, with which a push recognises a copy of this card."""
+    """Return the digest of the base's model card. A push uses the digest to recognise a copy of this card."""
     return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 

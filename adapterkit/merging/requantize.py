@@ -40,7 +40,7 @@ RUN = 1 << 22
 """The number of elements in a run of rows, if rows are packed separately."""
 
 KEPT_BYTES = 64
-"""The number of bytes per element that `keep` needs: float64 for merged, shifted and packed weights and differences."""
+"""Bytes per element that `keep` needs for float64 copies of merged, shifted and packed weights and of differences."""
 
 TEXTS = (
     "--keep adapter (keep='adapter') keeps more of the change if it knows activations: add --calibration builtin, or "
@@ -55,15 +55,15 @@ DRAWN = (
 """The warning for a calibration without texts."""
 
 SQUARE_BYTES = 48
-"""The number of bytes per pair of inputs, if a weight is rounded with activations: six square float64 matrices."""
+"""Rounding with activations needs this number times inputs^2 bytes: six float64 matrices `[inputs, inputs]`."""
 
 NORMS = 4
-"""The number of norms that measure the damage from quantizing; `damage` lists them."""
+"""The number of norms that measure the damage that quantizing causes; `damage` lists them."""
 
 
 @dataclass(frozen=True, eq=False)
 class RepackedRun:
-    """A run of rows of a packed weight that is merged and packed again, or bytes of the weight that are copied.
+    """Rows of a packed weight to merge and pack again, or bytes of a packed weight to copy.
 
     Attributes:
         places: a map from each stored tensor to (offset of the run's first byte, number of bytes); the last run
@@ -86,7 +86,8 @@ class RepackedRun:
         """Merge and pack the rows; pass the bytes of each stored tensor to `write`, in order.
 
         Returns:
-            A map from an index to a squared norm: first one for each planned update, then `NORMS` for the damage.
+            A map from an index to a squared norm. Indices below `count` belong to planned updates, and the next `NORMS`
+            indices to the damage.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -95,7 +96,7 @@ class RepackedRun:
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # The norms that do not depend on the base are those of the whole weight, so count them only in the first run.
+        # `merger.norms()` returns norms for the whole weight, so count them only in the first run.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -125,7 +126,7 @@ class RepackedRun:
 
 
 def damage(merged: Array, old: Array, new: Array) -> Array:
-    """Return the squared norms, over some rows, of new - merged, merged, merged - old, and new - old.
+    """Return the squared norms of `new - merged`, `merged`, `merged - old` and `new - old` over some rows.
 
     Args:
         merged: the merged rows.
@@ -179,7 +180,7 @@ class Repacked:
 
     @property
     def keeps(self) -> bool:
-        """Whether `keep` applies to this weight. Values that are not packed are always rounded to the nearest."""
+        """Whether `keep` applies to this weight. It never applies to values that are cast instead of packed."""
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
@@ -190,7 +191,7 @@ class Repacked:
 
     @property
     def _memory_by_rows(self) -> int:
-        """The memory for the rows of a run before, during and after the merge, and for float64 copies of a block."""
+        """The memory for a group of rows before, during and after its merge, and for float64 copies of a block."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
         group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
@@ -240,14 +241,14 @@ class Repacked:
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
         """Return the packed weight's rows in consecutive blocks, as (first, end)."""
-        # Convert offsets in elements, because a block of a stack counts the rows of one expert, and the rows of a
-        # convolution are longer.
+        # Compute the rows from offsets in elements. A block of a stack counts only the rows of its expert, and a row of
+        # a block includes the kernel.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _memory_whole(self) -> int:
-        """The memory for the stored and the new tensors (twice as much), the merged weight, and temporary arrays."""
+        """The memory for the stored tensors, two copies of the new tensors, the merged weight, and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -256,7 +257,7 @@ class Repacked:
         return 3 * stored + 4 * min(count, MAX_WHOLE) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and squared norms: one per planned update, then `NORMS` of damage.
+        """Return the bytes of every stored tensor, and the squared norms of planned updates, then of the damage.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -279,9 +280,9 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return a function of (start, stop). It returns rows to pack instead of the merged rows, to keep the change.
+        """Return a function (start, stop) -> rows of the adjusted merged weight, which keeps the change when packed.
 
-        See `keeping`.
+        The module `keeping` describes the adjustment.
         """
         import numpy as np
 
@@ -311,9 +312,9 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
-        """Return a matrix to pack instead of M, so that outputs for the calibration's activations change little.
+        """Return a matrix to pack instead of M; packing it hardly changes outputs for the calibration's activations.
 
-        See `sweeping`.
+        See `keeping.swept`.
         """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
@@ -450,7 +451,7 @@ class RepackedStack:
 
 
 class _Merged:
-    """A merged weight in float32; callers can request any of its rows."""
+    """A merged weight in the dtype that packing expects; callers can request any of its rows."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -519,10 +520,10 @@ def repacked(
     """Replace each packed weight with its stored tensors in the tables of a plan.
 
     Returns:
-        four values: a map from output tensors to source tensors; a map from output tensors to planned updates (those
-        of a packed weight belong to its first stored tensor); a map from output tensors to the packed weight that is
-        quantized again; and the names of all stored tensors of packed weights (the dtypes of these tensors do not
-        change).
+        four values: a map from output tensors to source tensors; a map from output tensors to planned updates (the
+        updates of a packed weight are listed at its first stored tensor); a map from output tensors to the packed
+        weights that are quantized again; and the names of all stored tensors of packed weights, which keep their
+        dtypes.
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
@@ -562,7 +563,7 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return warnings about weights without activations, and about activations recorded on random ids.
+    """Return warnings about weights without activations, and about activations that come from random token ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
@@ -602,8 +603,8 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return `error`, relative to the merged weight, and `kept`, the fraction of the change that survived.
 
-    `kept` is the projection of the actual change on the intended change, divided by the norm of the intended change: 1
-    if the whole change survived, 0 if nothing did.
+    `kept` is the length of the actual change along the intended change, divided by the norm of the intended change. It
+    is 1 if the whole change survived, and 0 if nothing did.
     """
     error, merged, change, left = norms
     # R, M, W are the new, the merged and the old weight. From |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, the

@@ -1,8 +1,8 @@
 """Compute a LoRA that restores what quantization lost in a merge, to run together with the quantized model.
 
-Quantizing a merged weight again rounds it as coarsely as the base, which may lose most of a small change. The rounding
+Quantizing a merged weight again may lose most of a change that is small compared to a quantization step. The rounding
 error has a structure like that of the change, so a LoRA of small rank can represent a large part of the error. LQER
-(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does the same for a whole model.
+(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) restores the rounding errors of a whole model in the same way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Manage the stage of a merge: a hidden folder next to the output, in which the output is written and resumed.
+"""Manage the stage of a merge: a hidden folder next to the output, in which a merge writes and can be resumed.
 
 Finished files are in `out/`, their norms and checksums in `norms/`. All other files are unfinished and will be written
 again. `io/staging.py` renames the complete output.
@@ -37,8 +37,8 @@ class StagingDir(Staging):
 
     Args:
         out: the path of the output.
-        digest: the digest of the plan; a stage that was left by another plan is deleted.
-        files: the names of the plan's files; such files are kept if an earlier run finished them.
+        digest: the digest of the plan; a stage that a merge with another plan left behind is deleted.
+        files: the names of the plan's files; files with these names are kept if an earlier run finished them.
         single: whether the output is a single file instead of a folder.
     """
 
@@ -85,7 +85,7 @@ class StagingDir(Staging):
         return finished
 
     def apart(self) -> StagingDir:
-        """Return the same stage with a separate folder for unfinished files, for use by one of several processes."""
+        """Return the same stage with a separate folder for unfinished files, for one of several processes."""
         stage = StagingDir(self.target, self.digest, self.files, single=self.single)
         stage.parts = self.parts / secrets.token_hex(8)
         stage.parts.mkdir()
@@ -132,7 +132,7 @@ class StagingDir(Staging):
         """Flush the whole output to disk, rename it to its path, and remove the stage.
 
         Args:
-            made_from: a digest of everything on which the output depends, by which a later run recognises the output.
+            made_from: a digest of everything on which the output depends; a later run compares this digest.
 
         Raises:
             OSError: the output cannot be renamed; the previous output is restored.

@@ -1,8 +1,8 @@
-"""Decide which layers each update changes if weights are tied, and whether the output keeps a single tensor.
+"""Decide which layers each update changes if the embedding and the head are tied, and whether they stay one tensor.
 
-PEFT (0.21.2) attaches an update only to the module that it names, so an update of a tied embedding does not change the
-head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides these rules, for all
-updates or for some kinds of updates.
+PEFT (0.21.2) attaches an update only to the module that the update names, so an update of a tied embedding does not
+change the head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides PEFT's
+choice, for all updates or for some kinds of updates.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def settle_tie(
 
     Args:
         tie: the base's tie.
-        folds: a map from layer names in the adapters to planned updates. The function replaces these keys with names of
-            output tensors.
+        folds: a map from layer names in the adapters to planned updates. The function replaces the names of tied layers
+            with names of output tensors.
         names: a map from output tensors to stored tensors. The function adds the head if the output gets a separate
             head.
         adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
@@ -103,12 +103,12 @@ def settle_tie(
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, adapter_folds, tie, untied_scale(config), rows)}
-    # Write a separate table for encoder and decoder, because BART's classes without the tie do not load `shared`.
+    # Write separate embeddings for encoder and decoder, because BART's classes without the tie do not load `shared`.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
-    # Write copies of the other tied tensors: transformers ties all tensors of a class or none. Without the tie, BERT's
-    # head loads a separate bias.
+    # Write copies of the other tied tensors, because transformers ties all tensors of a class or none. For example,
+    # BERT's head loads a separate bias without the tie.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -117,10 +117,10 @@ def settle_tie(
 
 
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
-    """Refuse to change an embedding that the decoder's config ties to the head, in an encoder-decoder of two models.
+    """Refuse to change the embedding of a decoder that is part of a larger model, if the decoder ties it to its head.
 
-    TrOCR's published models are an example. The output would need a separate head, whose name only the decoder's class
-    knows.
+    In TrOCR's published models, for example, only the decoder's config states this tie. The output would need a
+    separate head, whose name only the decoder's class knows.
 
     Args:
         folds: a map from stored names to planned updates.
@@ -163,8 +163,8 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
         warnings: a list of sentences; the function adds one for each omitted update.
 
     Returns:
-        A map from each name in `tie.layers` to the planned updates of this layer. The targets of these updates are
-        those of the adapter, even if an update also changes another layer.
+        A map from each name in `tie.layers` to the planned updates of this layer. Each planned update keeps the
+        adapter's target, even under the name of another layer that it also changes.
 
     Raises:
         UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
@@ -195,8 +195,8 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # In T5, encoder and decoder use `shared`. In T5Gemma 2, the encoder uses the decoder's table; PEFT
-                # adapts only the layer that the update names.
+                # In T5, encoder and decoder use `shared`. In T5Gemma 2, the encoder uses the decoder's embedding; there
+                # PEFT adapts only the layer that the update names.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -278,7 +278,7 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice that `extract` recorded, or None; it depends on whether the tuned model had a separate head."""
+    """Return the choice that `extract` recorded, or None; `extract` looks for a separate head in the tuned model."""
     settings = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(settings[0]) if settings and settings[0] in (MERGE, UNTIE) else None
 
@@ -301,15 +301,15 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
     """Return an adapter's planned updates of one layer, without duplicates.
 
     Raises:
-        UsageError: the updates are not additive, so the result would depend on their order.
+        UsageError: several updates are left and some are not additive, so the result would depend on their order.
     """
     kept: list[PlannedUpdate] = []
     for fold in folds:
         if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
-            # Drop the copy of the base's weight that PEFT saves next to the factors of an adapted embedding and of an
-            # adapted head.
+            # PEFT saves a copy of the base's weight next to the factors, once for an adapted embedding and once for an
+            # adapted head. Drop the second copy.
             fold = replace(fold, updates=fold.updates[1:])
         kept.append(fold)
     if len(kept) > 1 and not all(_without_start(fold).additive for fold in kept):
@@ -323,7 +323,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return the planned updates of an untied head, including the scale that the model applies only to a tied head."""
+    """Return the planned updates of an untied head, plus the scale that the model applies only if the head is tied."""
     if scale == 1:
         return head
     import numpy as np

@@ -50,8 +50,8 @@ class TensorDifference:
     Attributes:
         tensor: the name of the tensor.
         why: a description of the difference.
-        elements: the number of wrong elements, if elements could be compared.
-        largest: the largest absolute error of an element.
+        elements: the number of wrong elements; 0 if elements could not be compared.
+        largest: the largest absolute error of an element; 0 if no errors were computed.
     """
 
     tensor: str
@@ -65,7 +65,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class BaseDifference:
-    """A record that names another base: the recorded fingerprint differs from the given base's fingerprint.
+    """A difference between two fingerprints: the recorded fingerprint of the base, and the given base's fingerprint.
 
     Attributes:
         named_by: what contains the fingerprint: the adapter, or the file name of the merge's record.
@@ -92,7 +92,7 @@ class Verification:
         targets: how many of these tensors the adapters change.
         differences: the tensors that differ; if checksums were compared, the files that differ.
         files: the number of files that were compared with their recorded checksums.
-        base: the records that name another base.
+        base: the records with the fingerprint of another base.
         warnings: sentences about differences between the given base and the base that an adapter records.
     """
 
@@ -183,7 +183,7 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
 def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
-    """Return a difference for each record (of the merge or of an adapter) whose base has another fingerprint."""
+    """Return a difference for each record, of the merge or of an adapter, with a fingerprint that `base` lacks."""
     differences, given = [], fingerprint(base)
     record = merge_record(merged)
     recorded = record.get("base_fingerprint")
@@ -197,7 +197,7 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """Draw `sample` changed and `sample` unchanged tensors, different ones in each call; None means all tensors."""
+    """Draw `sample` changed and `sample` unchanged tensors at random, anew in each call; None means all tensors."""
     if sample is None:
         return outputs
     if sample <= 0:
@@ -214,12 +214,12 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return (`tied`, `vocab`), the choices of a merge, from its record or else from its output."""
+    """Return a merge's choices (`tied`, `vocab`); deduce them from its output if it has no record."""
     return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return the merge's choice `tied`, from its record or else from the names in its output."""
+    """Return the merge's choice `tied`; deduce it from the names in the output if it is not recorded."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
@@ -228,7 +228,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return the merge's choice `vocab`, from its record or else from the numbers of rows in its output."""
+    """Return the merge's choice `vocab`; deduce it from the numbers of rows in the output if there is no record."""
     record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")

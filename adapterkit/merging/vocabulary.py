@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""If the adapter lacks at most 1 / `PADDING` of the base's rows, the base's last rows count as padding.
+"""If the adapter lacks at most `1 / PADDING` of the base's rows, the missing rows at the base's end count as padding.
 
 According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
@@ -63,7 +63,7 @@ class _Use:
         adapter: the adapter's name.
         layer: the name of the tensor in the adapter; for a tied head, it differs from the stored name.
         stored: the stored name of the tensor.
-        axis: the axis of the updates, `in` or `out`, that runs over the vocabulary.
+        axis: the axis of the updates whose indices are token ids, `in` or `out`.
         updates: the updates.
         rows: the number of rows of the tensor in training; None if the adapter has only rows of individual tokens.
         tokens: the ids of the tokens for which the adapter has individual rows.
@@ -79,13 +79,13 @@ class _Use:
     tokens: tuple[int, ...]
 
     def given(self, start: int, stop: int) -> set[int]:
-        """Return the row numbers from `start` to `stop` whose values the adapter's file contains."""
+        """Return the row numbers from `start` to `stop - 1` for which the adapter's file contains values."""
         whole = any(isinstance(update, Replacement) and update.changes_weight for update in self.updates)
         given_tokens = set(range(start, min(stop, self.rows or 0))) if whole else set()
         return given_tokens | {token for token in self.tokens if start <= token < stop}
 
     def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
-        """Yield (row number, values) for each row in `given`; the values are those at the start of training."""
+        """Yield (row number, values at the start of training) for each row that `given` returns."""
         wanted = self.given(start, stop)
         for update in self.updates:
             if isinstance(update, Replacement) and update.weight is not None and start < (self.rows or 0):
@@ -109,7 +109,7 @@ class _Use:
 
 
 class Vocabulary:
-    """The vocabularies of a base and of the adapters of one merge.
+    """Compares the numbers of rows in a base with those in a merge's adapters, and adds missing rows to the base.
 
     Args:
         base: the base as the merge reads it.
@@ -131,7 +131,7 @@ class Vocabulary:
     def settle(
         self, position: int, adapter: str, sites: Sequence[Site], shapes: Shapes
     ) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
-        """Compare an adapter's numbers of rows with the base's: cut the adapter's updates, or note which rows it needs.
+        """Compare an adapter's numbers of rows with the base's; cut the adapter's updates, or note the rows to add.
 
         Args:
             position: the adapter's position in the merge.
@@ -198,8 +198,8 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Grow all tables that have the same number of rows, because a separate head needs as many rows as the
-        # embedding.
+        # Grow all embeddings and heads that have the same number of rows, because a separate head needs as many rows as
+        # the embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
                 tensors[name] = self._grow(name, rows, needed)
@@ -278,7 +278,7 @@ class Vocabulary:
         )
 
     def _growing(self, rows: int) -> list[str]:
-        """Return the names of the tensors that grow if the vocabulary has `rows` rows: tables, and biases of heads."""
+        """Return the names of the embeddings and heads with `rows` rows, and of the heads' biases."""
         tables = [name for name, shape in self.tables.items() if shape[0] == rows]
         biases = [
             name for name, tensor in self.base.tensors.items()
@@ -298,7 +298,7 @@ class Vocabulary:
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # Also use the rows of the tied head for the embedding, because a file may contain only the head's rows.
+        # Also use the rows of a tied head for the embedding, because an adapter's file may contain only these rows.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:
@@ -424,7 +424,7 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> 
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """Return the new rows of a tensor in its dtype: rows from the adapters' files, and the mean row for all others."""
+    """Return the bytes of a tensor's new rows: rows from the adapters' files, and the mean row for all others."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)

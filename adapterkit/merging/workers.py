@@ -72,7 +72,7 @@ def create(path: Path, planned: OutputFile) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Allocate the disk blocks of a file, so that a full disk raises an error now. Writing then is a third faster."""
+    """Allocate a file's disk blocks, so that a full disk raises an error now; this makes writing a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
@@ -106,7 +106,7 @@ def jobs_of(file: OpenFile) -> list[Job]:
 def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
     """Return the jobs of one packed weight.
 
-    Its norms are stored under the stored tensor that has the planned updates.
+    The weight's norms are recorded under the name of the stored tensor that has the planned updates.
     """
     named = next((part for part in parts if part.folds), parts[0])
     assert named.part is not None
@@ -243,13 +243,13 @@ def _grown(buffer: bytearray, nbytes: int) -> bytearray:
 
 
 class DevicePipeline:
-    """Keeps several blocks in flight, each in a slot, which is reused after the block was passed to the writer."""
+    """Keeps several blocks in flight, each in its slot. A slot is reused when its block was passed to the writer."""
 
     def __init__(self, arrays: TorchArrays) -> None:
         self.torch, self.device = arrays.torch, arrays.device
         module = self.torch.get_device_module(self.device)
         self.streams: Any = module if hasattr(module, "Stream") else self.torch.cpu
-        # Use blocking copies on a device without streams, because otherwise no order is guaranteed.
+        # On a device without streams, use blocking copies, because without streams only they guarantee the order.
         self.has_streams = self.streams is not self.torch.cpu
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
@@ -319,8 +319,8 @@ class _Slot:
     def _make_room(self, raw: int, result: int) -> None:
         """Enlarge the slot's memory to `raw` bytes of input and `result` bytes of output."""
         pipeline, pinned = self.pipeline, self.pipeline.device.type == "cuda"
-        # Allocate device memory on the stream that first writes it. torch's allocator reuses freed memory in the order
-        # of the allocating stream only, so another stream could still be using it.
+        # Allocate device memory on the stream that first writes to the memory. Torch's allocator orders the reuse of
+        # freed memory only within the allocating stream, so another stream could still be using the memory.
         if len(self.host_raw) < raw:
             self.host_raw = self.torch.empty(raw, dtype=self.torch.uint8, pin_memory=pinned)
             with pipeline.streams.stream(pipeline.up):
@@ -357,7 +357,7 @@ class JobResult:
 
 
 class Worker:
-    """A worker, with open files, a pipeline and a writer."""
+    """Does the jobs of one thread, with separate open files, pipeline and writer."""
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
@@ -417,8 +417,7 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # Count norms that do not depend on the base in one job of the tensor only, because they cover the whole
-            # tensor.
+            # These norms cover the whole tensor, so count them in only one of the tensor's jobs.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:
@@ -436,7 +435,7 @@ class Worker:
         return norms if output.folds else {}, runs
 
     def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:
-        """Write bytes at `offset`, because the stored tensors of a packed weight are not adjacent in the file."""
+        """Write bytes at `offset`; the stored tensors of a packed weight may be anywhere in the file."""
         self.writer.finish()
         self.writer.begin(str(job.file.path), offset)
         written = _Summed(self.writer, self.moved, job.file.summed)
@@ -444,7 +443,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write a run of rows of a packed weight: first the first stored tensor's bytes, then those of the others."""
+        """Write a run of rows of a packed weight: the first stored tensor at once, the others after the computation."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places
@@ -477,7 +476,7 @@ class Worker:
 
 
 class _Summed:
-    """Passes bytes to the writer and also computes their sha256."""
+    """Passes bytes to the writer; if `summed` is set, also computes the bytes' sha256."""
 
     def __init__(self, writer: Writer, moved: Callable[[int], None], summed: bool) -> None:
         self.writer, self.moved = writer, moved

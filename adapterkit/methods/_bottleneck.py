@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
-    """Return the mean of sigmoid(logits) over all axes except rows and channels."""
+    """Return the mean of `sigmoid(logits)` over all axes except the rows (axis 0) and the channels."""
     channel %= logits.ndim
     places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
     shares = sigmoid(logits)
@@ -26,8 +26,8 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     """Multiply keys and values `[1, 2, heads, n, d]` by the gates of each row of x `[batch, m, width]`.
 
-    A gate computes one factor that keys and values share, or a factor for each of them. The result is `[batch, 2,
-    heads, n, d]`.
+    A gate computes one factor for both keys and values, or two separate factors. The result has the shape
+    `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
 

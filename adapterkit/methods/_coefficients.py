@@ -1,4 +1,4 @@
-"""Base class of methods that store a few coefficients of a transform of the change, at random positions."""
+"""Base class of methods that store a few coefficients, at random positions; a transform makes the change from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SEED = 777
 
 
 class Coefficients(Additive):
-    """W' = W + scaling * inverse(F), F[index[0], index[1]] = spectrum and 0 elsewhere; F is `[outputs, inputs]`."""
+    """W' = W + scaling * transform(F); F `[outputs, inputs]` has `spectrum` at `index`, and 0 elsewhere."""
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # Limit the size, because it comes from two numbers in a file: a damaged file could require any amount of
-        # memory.
+        # Limit the size, because two numbers in a file determine it. Without the limit, a damaged file could require
+        # any amount of memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",

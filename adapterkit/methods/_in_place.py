@@ -1,4 +1,4 @@
-"""Base class of methods that replace a part of W with a low-rank product; decompositions of W for these methods."""
+"""Base class of methods that replace a part of W with a low-rank product, and the decompositions that they use."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
 
 
 def svd(W: N) -> tuple[N, N, N]:
-    """Return (U, S, V) with W = (U * S) @ V, thin, S descending; in W's dtype, computed in float32 or wider."""
+    """Return the thin SVD (U, S, V) with `W = (U * S) @ V`, in W's dtype, computed in float32 or wider; S descends."""
     U, S, V = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
     return U, S, V
 
 
 def qr(W: N) -> tuple[N, N]:
-    """Return the thin (Q, R) with W = Q @ R, Q's columns orthonormal; in W's dtype, computed in float32 or wider."""
+    """Return the thin QR decomposition (Q, R) with `W = Q @ R`, in W's dtype, computed in float32 or wider."""
     Q, R = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
     return Q, R
 

@@ -56,7 +56,7 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 class AcrossGroups(OutputUpdate):
-    """A is a convolution over all `inputs` channels, B a convolution in r / share groups. Subclasses use B @ A(x)."""
+    """A is a convolution over all `inputs` channels; B is a 1x1 convolution with `r / share` groups."""
 
     acts_on = "the output, from the channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -100,7 +100,7 @@ class AcrossGroups(OutputUpdate):
         return layer.mix(h, self.across()) * self.scaling
 
     def across(self) -> Tensor:
-        """Return B as the matrix `[out, r]` that mixes all outputs of A; entries between groups are 0."""
+        """Return B as a matrix `[out, r]`; entries that would mix different groups are 0."""
         out, share = self.B.shape
         return block_diagonal(self.B.reshape(self.groups, out // self.groups, share))
 

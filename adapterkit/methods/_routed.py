@@ -25,7 +25,7 @@ class Routed(OutputUpdate):
 
 
 def mixed(x: Tensor, shares: Tensor, A: Tensor, B: Tensor, layer: Layer) -> Tensor:
-    """Return the sum over e of shares[..., e] * B[e] @ A[e] @ x, for A `[experts, r, in]`, B `[experts, out, r]`."""
+    """Return `sum_e shares[..., e] * B[e] @ A[e] @ x`, for A `[experts, r, in]` and B `[experts, out, r]`."""
     experts, r, inputs = A.shape
     h = layer.mix(x, A.reshape(experts * r, inputs))
     h = h.reshape(*h.shape[:-1], experts, r) * shares[..., None]

@@ -2,7 +2,7 @@
 
 The class also covers the adapters of Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247, parallel adapters (He et
 al. 2021, https://arxiv.org/abs/2110.04366), gated adapters (Mao et al. 2021, https://arxiv.org/abs/2110.07577) and
-Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). They differ only in the attributes.
+Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). All these adapters differ only in the fields.
 """
 
 from __future__ import annotations

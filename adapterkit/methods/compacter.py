@@ -1,7 +1,7 @@
 """Compacter: a bottleneck of sums of Kronecker products.  Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647
 
-Parameterised hypercomplex multiplication (Zhang et al. 2021, https://arxiv.org/abs/2102.08597): h @ sum_i kron(rule_i,
-W_i) + bias. Layers may share the rules, and may share the other factors.
+Both linear layers are parameterised hypercomplex multiplications (Zhang et al. 2021, https://arxiv.org/abs/2102.08597):
+`h @ sum_i kron(rule_i, W_i) + bias`. Layers may share the rules, and may share the other factors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Compacter(Narrow):
-    """change(h) = act(h @ D + down_bias) @ U + up_bias, where D and U are sums sum_i kron(rule_i, W_i)."""
+    """change(h) = act(h @ D + down_bias) @ U + up_bias; D and U have the form sum_i kron(rule_i, W_i)."""
 
     paper = "https://arxiv.org/abs/2106.04647"
     forms = (

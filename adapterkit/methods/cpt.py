@@ -2,7 +2,7 @@
 
 Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files store only the sum of the embeddings and the change, so they are read as the method `prompt`.
+PEFT's files store only the changed embeddings, so they are read as the method `prompt`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CPT(ContextUpdate):
     def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         xp = namespace(self.E)
         square = (self.D * self.D).sum(1)
-        # Divide only for tokens beyond the bound: a norm has no derivative at 0.
+        # Compute a norm only for tokens beyond the bound, because a norm has no derivative at 0.
         inside = square <= self.epsilon * self.epsilon
         norm = xp.where(inside, self.epsilon * 0 + 1, square) ** 0.5
         kept: Tensor = xp.where(inside, norm * 0 + 1, self.epsilon / norm)

@@ -2,7 +2,7 @@
 
 DEFT removes a subspace of the outputs from W, and replaces it with Q R. There are two forms. In the first, Q is the
 orthonormal factor of P's QR decomposition, and `right` equals Q. In the second, Q is P, and `right` is relu(P). Without
-R, DEFT only removes the subspace; this method is PaRa.
+R, the update only removes the subspace; this is the method PaRa.
 """
 
 from __future__ import annotations

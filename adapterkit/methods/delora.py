@@ -1,7 +1,7 @@
 """DeLoRA: LoRA with the direction decoupled from the strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
-A row of A and a column of B form a pair. Each of the r pairs is normalised, and `strength` bounds the sum of all pairs.
-Each input is multiplied by `w_norm`, the norm of the weight's column at the start of training.
+Row i of A and column i of B form a pair. Each of the r pairs is normalised, and `strength` bounds the sum of all pairs.
+Each input is multiplied by its entry of `w_norm`, the norm of the input's column of W at the start of training.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Dense difference: W' = W + scaling * D, b' = b + scaling * d.  Every additive method can be converted to it.
+"""Dense difference: W' = W + scaling * D, b' = b + scaling * d.  Every additive method can be converted to `Dense`.
 
-Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
+LyCORIS and kohya files call this `diff`, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and l with W = U diag(l) V^T; a column of U has length 1, or 0 if its l is below 1e-12.
+    """Return U and l with `W = U diag(l) V^T`; each column of U has length 1, or 0 if its entry of l is below 1e-12.
 
     The function computes in float64 for every dtype. With less precision, columns whose length should be 0 would get a
     direction.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1], times the gate of the row, before the attention's keys and values."""
+    """Puts keys P[0, 0] and values P[0, 1], multiplied by the row's gate, before the attention's keys and values."""
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

@@ -1,4 +1,4 @@
-"""A prefix of one attention module: an MLP computes it, and gates that depend on the module's input multiply it.
+"""A prefix of one attention module that an MLP computes, multiplied by gates that depend on the module's input.
 
 AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """

@@ -1,7 +1,7 @@
 """GLoRA as in LyCORIS: W' = W + scaling * (W @ A1 @ A2 + B1 @ B2).  https://arxiv.org/abs/2309.14859
 
-The original GLoRA (https://arxiv.org/abs/2306.07967) multiplies W by its support elementwise. In this method, W is
-multiplied by a low-rank matrix on its inputs, at every kernel position of a convolution.
+The original GLoRA (https://arxiv.org/abs/2306.07967) multiplies W elementwise by its support A. Here, the inputs of W
+are multiplied by the low-rank matrix A1 @ A2; in a convolution, at every kernel position.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
-groups, so the change cannot be merged. For each output, n is the norm of W plus the change over all channels; W counts
-as zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A in
-the shape of W, where B' is B read row by row as `[out / groups, r]`. With one group, both norms equal DoRA's.
+groups, so the change cannot be merged. For each output, n is the norm of W + scaling * B @ A over all channels; W
+counts as zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of
+W + scaling * B' @ A in the shape of W, where B' is B read row by row as `[out / groups, r]`. With one group, both norms
+equal DoRA's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
 
 W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. With `gram_schmidt`, the vectors u
-are first made orthogonal. The chain then is a single reflection, which depends only on the space that they span.
+are first made orthogonal. This makes the chain a single reflection, which depends only on the space that the vectors
+span.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class HRA(WeightUpdate):
-    """Reflects W at one column of `u` at a time or, with `gram_schmidt`, at all at once: W - 2 W @ U @ U^T."""
+    """Reflects W at one column of `u` after another or, with `gram_schmidt`, once: W' = W - 2 W @ U @ U^T."""
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2405.17484"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class IA3(WeightUpdate):
-    """Scales outputs by `l` (weight rows and bias), or inputs by `l_in` (weight columns); exactly one is present."""
+    """Scales outputs (weight rows and bias) by `l`, or inputs (weight columns) by `l_in`; exactly one is present."""
 
     blocks = frozenset({"out", "in"})
     needs_bias = False

@@ -1,4 +1,4 @@
-"""IA3 as in LyCORIS: W' = W * (1 + w), by outputs or inputs.  https://arxiv.org/abs/2309.14859
+"""IA3 as in LyCORIS: W' = W * (1 + w), with one w per output or per input.  https://arxiv.org/abs/2309.14859
 
 The original IA3 (https://arxiv.org/abs/2205.05638) also scales the bias. Here the bias stays unchanged, except in
 LyCORIS's bypass mode (`on_output`). The tensors contain the differences of the scales from 1.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class IA3Weights(WeightUpdate):
-    """W' = W * (1 + w) on rows or W * (1 + w_in) on columns; exactly one is present."""
+    """W' = W * (1 + w) on rows, or W * (1 + w_in) on columns; exactly one of w and w_in is present."""
 
     blocks = frozenset({"out", "in"})
     needs_bias = False

@@ -86,7 +86,7 @@ class LoKr(Additive):
             return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        # Return a dense update, because some rows of a Kronecker product are not a Kronecker product.
+        # Return a dense update, because a block of rows of a Kronecker product may not be a Kronecker product.
         return cast(Self, Dense(D=rows, d=None))
 
     @property

@@ -1,6 +1,6 @@
 """LoRA: W' = W + scaling * B @ A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
-`scaling` is alpha / r in the papers, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
+`scaling` is alpha / r in the paper, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
 https://arxiv.org/abs/2312.03732). In a convolution, A is a convolution with the layer's kernel size, followed by B, a
 1x1 convolution.
 """

@@ -1,6 +1,6 @@
 """MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-MiSS is the successor of Bone. The mini form has a narrower block, which is also repeated over the outputs.
+MiSS is the successor of Bone. The mini form has a narrower block than D, and also repeats it over the outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MiSS(Additive):
-    """W'[o, i] = W[o, i] + block[i mod r, o], or W[o, i] + mini[i mod r, o mod m]; exactly one is present."""
+    """W'[o, i] = W[o, i] + D[i mod r, o] or W[o, i] + mini[i mod r, o mod m]; either D or mini is present."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -44,7 +44,7 @@ class MiSS(Additive):
         return self.map(lambda leaf: times(leaf, weight))
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return one period of the inputs as B, and the repeated identity as A."""
+        """Return the transposed block (repeated over the outputs) as B, and an identity repeated over inputs as A."""
         some = self._any
         B = _repeated(some, 0, len(some), 0, shape[0]).mT
         identity = namespace(some).eye(len(some), dtype=some.dtype, device=getattr(some, "device", None))

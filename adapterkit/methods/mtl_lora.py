@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""The smallest sharpness. Below it, quotients overflow, and shares are 0 or 1 unless weights are equal."""
+"""The smallest sharpness. Smaller values could overflow, and shares would be 0 or 1 unless weights are equal."""
 
 
 class MTLLoRA(LowRank):
@@ -44,8 +44,8 @@ class MTLLoRA(LowRank):
     ) -> Self:
         count = cls.sizes["count"] if count is None else count
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        # Start with pairs of opposite factors, which cancel out. Equal factors, such as zeros, would stay equal, so
-        # that the weights would never be trained.
+        # Start with pairs of opposite factors, which cancel out. Factors that start equal, such as zeros, would stay
+        # equal in training, and so would the weights.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z

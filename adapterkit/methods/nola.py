@@ -1,8 +1,8 @@
 """NOLA: LoRA whose A and B are sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
 W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. The
-specification defines a generator that computes the matrices from seeds, a few at a time. If another generator made the
-matrices, they are stored in `A_bases` and `B_bases`.
+specification defines a random generator that computes the matrices from seeds, so only a few are in memory at a time.
+Matrices from another generator are stored in `A_bases` and `B_bases`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values; r is the length of S. PEFT computes
 T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's decomposition in
-float32. Adapters that adapterkit creates store T. PEFT's training removes the directions of the rest of W from the
-gradients; this does not affect the formula.
+float32. Adapters that adapterkit creates store T. In training, PEFT removes the directions of the other part, W - T,
+from the gradients; this does not affect the formula.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). It also covers prefixes
-that a network computed, if the file stores the network's output, as PEFT's files do.
+The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266), and prefixes that a network
+computed if the file stores the network's output. PEFT's files do so.
 """
 
 from __future__ import annotations

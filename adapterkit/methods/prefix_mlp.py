@@ -1,7 +1,7 @@
-"""Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
+"""Prefix tuning with the MLP that computes the prefix.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-AdapterHub's files contain the network (`wte`, `control_trans`). PEFT's files contain its output, and are read as
-`prefix`.
+AdapterHub's files contain the network (`wte`, `control_trans`). PEFT's files contain the network's output, and are read
+as `prefix`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PrefixMLP(ContextUpdate):
     """Puts keys P[i, 0] and values P[i, 1] before those of layer i; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
 
-    W2 and b2 are the weight and bias of a linear layer; its outputs are ordered as `layers * 2 * heads * d`.
+    W2 and b2 are the weight and bias of a linear layer, whose output axis is split into `layers 2 heads d`.
     """
 
     place = "past"

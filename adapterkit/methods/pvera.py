@@ -1,8 +1,8 @@
-"""PVeRA: VeRA whose d is a distribution.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
+"""PVeRA: VeRA with a distribution over d.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
 
 The first r rows of A and the first r entries of d determine the mean. The other rows and entries determine the
-logarithm of the variance, which training needs to draw samples. This formula uses the mean, like PEFT's merge, and like
-PEFT's forward pass unless sampling is enabled.
+logarithm of the variance, which training needs to draw samples of d. This formula uses the mean, like PEFT's merge and,
+unless sampling is enabled, PEFT's forward pass.
 """
 
 from __future__ import annotations

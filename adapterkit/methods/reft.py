@@ -2,8 +2,8 @@
 
 Wu et al. 2024, https://arxiv.org/abs/2404.03592
 
-In LoReFT, the rows of R are orthonormal (`orthogonality`). In NoReFT and DiReFT they need not be, and DiReFT does not
-subtract R h (`subtract_projection` is false).
+In LoReFT, the rows of R are orthonormal (`orthogonality`). In NoReFT and DiReFT, the rows need not be orthonormal.
+DiReFT also does not subtract R h (`subtract_projection` is false).
 """
 
 from __future__ import annotations

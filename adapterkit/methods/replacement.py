@@ -1,7 +1,7 @@
 """Replacement: W' = weight, b' = bias, for whole parameters that were trained together with an adapter.
 
-The method covers PEFT's `modules_to_save` and `bias="all"`, LN tuning, https://arxiv.org/abs/2312.11420, and BitFit's
-biases, https://arxiv.org/abs/2106.10199
+The method covers PEFT's `modules_to_save` and `bias="all"`, LN tuning (https://arxiv.org/abs/2312.11420), and the
+biases of BitFit (https://arxiv.org/abs/2106.10199).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """RoAd: rotates and scales the outputs in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
 Output i of the first half of a group is paired with output i of the second half, and each pair is multiplied by a 2x2
-matrix. In each row of the matrix, the first angle and scale apply to the output, the second to its partner. In variant
-1, all four entries of the matrix have the same angle and scale. In variant 2, the two entries of a row have the same
-angle and scale. In variant 4, each entry has a separate angle and scale.
+matrix. Each entry has an angle and a scale: in a row, the first angle and scale apply to the output, and the second to
+its partner. In variant 1, all four entries of the matrix have the same angle and scale. In variant 2, the two entries
+of a row have the same angle and scale. In variant 4, each entry has a separate angle and scale.
 """
 
 from __future__ import annotations

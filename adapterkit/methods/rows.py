@@ -1,7 +1,7 @@
 """Token rows: W'[:, index] = values, new embeddings for some tokens.
 
-This is PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
-`values` contains the new rows, not differences. With the axes `[out, in]` of updates, a token of an embedding is an
+PEFT calls this method trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
+`values` contains the new rows, not differences. Updates have the axes `[out, in]`, so a token of an embedding is an
 index on the axis `in`.
 """
 

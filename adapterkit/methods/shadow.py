@@ -3,9 +3,9 @@
 Each block uses the difference between its input and a second hidden state s, which starts as the network's output.
 
 The formula is that of ShadowPEFT in PEFT 0.21. The input x of a block becomes x' = x + alpha * up @ down @ (x - s). The
-block's output y determines the next s: s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two
-layers with a GELU between them. The first s is the small network's output for the same call, widened by `projection`.
-The network is a model of the base's class with few layers.
+block's output y determines the state for the next block: s' = (1 - g) * s + g * t, with t = T(y) and g = sigmoid(G(y)).
+T and G each consist of two linear layers with a GELU between them. The first s is the small network's output for the
+same call, multiplied by `projection` if there is one. The network is a model of the base's class with few layers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Shadow(OutputUpdate):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Return a map from names to shapes of the network's tensors, which are concatenated in `network`."""
+        """The shapes of the network's tensors, by name; `network` contains these tensors one after another."""
         lines = [line.split(" ") for line in self.names.splitlines()]
         if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
             raise Malformed("a line is not a name and a shape", where="names", cure="Write the adapter again")
