@@ -73,7 +73,7 @@ class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """The record of leftovers: data of the source file that only the writer of the same format uses."""
+    """The record of leftovers: data of the source file that no update can express."""
 
     format: str
     data: dict[str, Any]
