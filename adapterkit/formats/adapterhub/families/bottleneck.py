@@ -381,7 +381,7 @@ class BottleneckFamily(AdapterHubFamily):
         "factorized_phm_W": "Compacter: whether each factor is a product of two smaller factors",
         "factorized_phm_rule": "Compacter: whether each rule is a product of two smaller factors",
         "inv_adapter": "`nice`: a coupling block follows the embeddings; `glow`: not supported",
-        "is_parallel": "whether the adapter reads the residual, and the adapter's output is added to the layer's output",
+        "is_parallel": "whether the adapter reads the residual, and its output is added to the layer's output",
         "ln_after": "whether a norm follows the adapter",
         "ln_before": "whether a norm precedes the adapter",
         "mh_adapter": "whether adapters follow the attention",
