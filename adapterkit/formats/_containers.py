@@ -85,7 +85,7 @@ def load(path: Path) -> dict[str, Lazy]:
 
 
 def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) -> None:
-    """Write a state dict atomically: as safetensors if the path has that suffix, otherwise like `torch.save`.
+    """Write a state dict atomically: a safetensors file if `path` ends in `.safetensors`, otherwise a torch file.
 
     Args:
         path: the file.
@@ -110,12 +110,12 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
-            # torch 2.7 ignores an error that occurs when the file is closed. Then the end of the archive is missing.
+            # torch 2.7 ignores errors while it closes the file, so the end of the archive may be missing.
             if not is_zipfile(part):
                 raise RuntimeError("the archive is not complete")
         except RuntimeError as error:
-            # torch's zip writer is C++ and hides the errno. All tensors are in memory, so only the disk can fail:
-            # report a storage error.
+            # torch's zip writer is C++ and hides the errno. All tensors are in memory, so the error must come from the
+            # disk.
             raise unwritten(error, part) from error
     return None
 
@@ -146,14 +146,14 @@ def write_settings(file: Path, settings: Mapping[str, object]) -> None:
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())
 
 
-# Read and write adapter configs in YAML, which are mappings with strings as keys.
+# Read and write YAML configs. A config is a mapping with string keys.
 
 
 LIMIT = strict_yaml.MAX_BYTES
 
 
 def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
-    """Parse a mapping with strings as keys.
+    """Parse a YAML mapping with string keys.
 
     Raises:
         Malformed: the data is not a mapping, is too large, or has YAML features other than plain values.
@@ -167,9 +167,9 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
 
 
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
-    """Return a mapping as YAML, with its keys in order.
+    """Return a mapping as YAML bytes, with the keys in the mapping's order.
 
-    If the source text `read` has the same content, return `read` unchanged.
+    If the YAML text `read` contains an equal mapping, return the bytes of `read` instead.
     """
     import yaml
 

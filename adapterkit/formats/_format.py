@@ -31,7 +31,7 @@ FORMULA = "formula"
 
 
 UNKNOWN = "unknown_fields"
-"""The argument of the lineage's `read` step with the unknown fields that the reader stored in the adapter."""
+"""The argument of the lineage's `read` step that lists the file's unknown fields, which the reader stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Departure:
     Attributes:
         trained: a description of the formula in the tool's forward; readers apply this formula by default.
         formula: a description of the paper's formula; `compat="formula"` selects it.
-        at_layer: for a difference that depends on the adapted layer, a function that returns the update as the tool
-            computes it at a layer. Readers do not know the layer and apply the paper's formula. The engines know the
+        at_layer: a function that returns an update as the tool computes it at a given layer; None if the difference is
+            the same at all layers. Readers do not know the layer and apply the paper's formula. The engines know the
             layer and call this function; see `_trained`.
     """
 
@@ -53,7 +53,7 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """Properties of a layer that change the function that a training tool computes there.
+    """The properties of a layer on which a training tool's forward depends.
 
     Attributes:
         shape: the shape of the layer's weight, `[out, in, *k]`.
@@ -85,7 +85,7 @@ class _Derived(Generic[T]):
 class Format:
     """A file format of adapters. Each subclass has its own module, with the name of the format.
 
-    Detection imports every format's module. So import heavy modules inside the functions that read and write.
+    Detection imports every format's module. So import heavy modules inside `read` and `write`.
 
     Class attributes:
         url: a page that describes the format.
@@ -136,9 +136,9 @@ class Format:
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether `path` has the headers of this format.
+        """Whether the headers of `path` are those of this format.
 
-        An implementation must accept every such file, read no data and raise no error.
+        An implementation must accept every file in the format. It must not read tensor data or raise errors.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 

@@ -1,8 +1,9 @@
 """Check that two groups of updates of one weight compute the same function, without dense matrices.
 
-Additive updates are multiplied with a few fixed random inputs, B @ (A @ x). Other updates are applied to a fixed random
-weight. All computation is in float64. The allowed error is the error of rounding to the element types. Rounding errors
-of single elements are independent, so the total error is the root of a sum of squares.
+Additive updates are applied to a few fixed random inputs; for a LoRA, as `B @ (A @ x)`. If any update is not additive,
+the updates are applied to a fixed random weight. All computation is in float64. The allowed error is that of rounding
+to the stored element types. Rounding errors of single elements are independent, so the total error is the root of a sum
+of squares.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         asked: the updates that were to be written, by target.
         got: the updates that were read back, by target.
         base: the base, for shapes that the updates' tensors do not show.
-        dtypes: the element types that the format supports; empty if it supports all. Writers round other tensors.
+        dtypes: the element types that the format supports; empty if it supports all. Writers round tensors of
+            other types to one of these types.
 
     Raises:
         ShapeMismatch: the updates in `asked` do not fit the base.
@@ -92,7 +94,7 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups have only LoRAs, with equal A and equal scaling * B. False may also mean unknown.
+    """Whether the groups have only LoRAs, with equal A and equal `scaling * B`. False may also mean unknown.
 
     Writers often fold a scaling into B. This check is fast because it multiplies no matrices; the general check with
     random inputs would take ten times as long as the conversion.
@@ -110,7 +112,7 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether scaling * B of two LoRAs is equal, up to rounding. False may also mean unknown.
+    """Whether `scaling * B` of two LoRAs is equal, up to rounding. False may also mean unknown.
 
     The first B, times the quotient of the scalings, is compared with the second B, element by element. Multiplying only
     by the quotient avoids overflow and underflow. Values of at most 32 bits are multiplied in float32, and the rounding
@@ -149,7 +151,8 @@ def _in_order(group: Updates) -> Iterator[Update]:
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
     """Return the relative rounding error of stored values, and the smallest value for which this error bound holds.
 
-    A writer rounds a computed tensor to the tensor's dtype; if the format lacks this dtype, to a dtype of the format.
+    A writer rounds a computed tensor to the tensor's dtype. If the format lacks this dtype, the writer rounds to a
+    dtype that the format has.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -173,7 +176,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WeightAnswers:
-    """The weight that both groups change. Computes each group's outputs for the random inputs."""
+    """Compute the outputs of both groups for the random inputs. Both groups change the same weight."""
 
     asked: Updates
     got: Updates
@@ -200,7 +203,7 @@ class _WeightAnswers:
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
         """Map ("weight" or "bias", number of the expert) to the outputs of a group.
 
-        Targets for rows of one weight share one entry.
+        Targets that change different rows of the weight share one entry.
         """
         answers: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
@@ -232,7 +235,7 @@ class _WeightAnswers:
             yield "bias", self._rounded(changed - b, changed)
 
     def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
-        """Whether biases must be compared: an update of the bias has no effect if the base has no bias."""
+        """Whether to compare biases. If the base has no bias, updates that only transform a bias have no effect."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -241,7 +244,7 @@ class _WeightAnswers:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
     def _sum(self, updates: Sequence[Additive], shape: tuple[int, ...]) -> _Answer:
-        """Compute D @ x of additive updates; low-rank updates are applied factor by factor."""
+        """Compute `D @ x` of additive updates; low-rank updates are applied factor by factor."""
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
@@ -256,7 +259,7 @@ class _WeightAnswers:
         return answer
 
     def _change(self, updates: Sequence[Update], W: Array) -> _Answer:
-        """Compute W' - W for updates that depend on the weight."""
+        """Compute `W' - W` for updates that depend on the weight."""
         new = cast("torch.Tensor", W)
         for update in updates:
             new = update.new_weight(new)
@@ -332,8 +335,8 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"the shape of the {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of values above 1e154 overflow, and infinity times 0 is NaN. Then allow an error relative to the
-        # largest value.
+        # Squares of values above 1e154 overflow, and infinity times 0 is NaN. In this case, allow an error relative to
+        # the largest value.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
@@ -364,9 +367,10 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
 
 
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
-    """Return the virtual tokens of all updates, joined in order, for embeddings and past keys and values.
+    """Return the virtual tokens by place: `embeddings`, `decoder_embeddings` or `past`.
 
-    Return None if the virtual tokens depend on a task or on the input.
+    The tokens of several updates are concatenated in the updates' order. Return None if the updates do not state fixed
+    virtual tokens, for example because the tokens depend on a task.
     """
     import numpy as np
 
@@ -379,7 +383,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
         for place in ("embeddings", "decoder_embeddings", "past"):
             if (each := getattr(values, place)()) is not None:
                 tokens.setdefault(place, []).append(each)
-    # The axis of the tokens is the last axis but one, in embeddings and in past keys and values.
+    # In embeddings and in past keys and values, the second-to-last axis is the axis of the tokens.
     try:
         return {place: np.concatenate(each, axis=-2) for place, each in tokens.items()}
     except ValueError:
@@ -395,7 +399,7 @@ def _near(one: Array, other: Array, unit: float, least: float) -> bool:
 
 
 def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Return the reason why updates with equal methods differ, such as the name of a field; empty if they are equal."""
+    """Return the reason why updates with equal methods differ; empty if they are equal."""
     for one, other in zip(asked, got, strict=True):
         if one.attributes != other.attributes:
             return "an attribute differs"

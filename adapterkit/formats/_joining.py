@@ -1,4 +1,4 @@
-"""Join LoRAs of different rows of a weight into one LoRA of the whole weight. Example: gate and up of a fused weight.
+"""Join LoRAs of different rows of a weight into one LoRA of the weight. Example: LoRAs of gate and up in one weight.
 
 The factors are concatenated, never multiplied. Rows without an update get zeros.
 """
@@ -28,13 +28,13 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def with_joined_rows(
     updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join plain LoRAs of different rows of a weight, for formats in which an update always changes the whole weight.
+    """Join plain LoRAs of different rows of a weight. Some formats can only express updates of a whole weight.
 
     Args:
         updates: the updates by target.
-        base: the base, which shows the number of rows of a weight.
-        sizes: a map from the path of a weight to its number of rows, for weights whose size is known without the base.
-            LoRAs of a weight with an unknown number of rows are not joined.
+        base: the base, which shows the number of rows of each weight.
+        sizes: numbers of rows that are known without the base, by the weight's path. If the number of rows is unknown,
+            the LoRAs are not joined.
 
     Returns:
         the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
@@ -63,7 +63,9 @@ def with_joined_rows(
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join several plain LoRAs of one target. Example: gate and up of a weight that interleaves their rows.
+    """Join plain LoRAs of the same target into one.
+
+    Example: LoRAs of gate and up, in a weight that interleaves the rows of gate and up.
 
     Args:
         updates: the updates by target.
@@ -93,7 +95,7 @@ def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether in each row at most one of the matrices is nonzero, so that adding the matrices rounds nothing."""
+    """Whether in each row at most one of the matrices is nonzero. The sum of such matrices is exact."""
     from ..io.lazy import as_array
 
     writers = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -109,7 +111,7 @@ def _rows_of(target: Target, base: Checkpoint | None) -> int:
 
 
 def _apart(parts: Sequence[Target]) -> bool:
-    """Whether the targets have no common row."""
+    """Whether no row belongs to two of the targets."""
     spans = sorted(target.rows for target in parts if target.rows is not None)
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
@@ -137,7 +139,7 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The joined LoRA has one scaling. So multiply B by the quotient of the scalings, in float32 or wider.
+    # The joined LoRA has only one scaling. So multiply B by the quotient of the scalings, in float32 or float64.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -1,4 +1,4 @@
-"""Shared code of readers and writers of formats: pairs of factors, one alpha for all modules, leftovers, losses."""
+"""Shared code of formats: pairs of factors, one alpha for all modules, stored leftovers, inexpressible updates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Slots = dict[str, Any]
 """The tensors of one module, by field of the update."""
 
 EXACT = 1 << 53
-"""The largest integer up to which floats are exact; integers in JSON and YAML may be larger."""
+"""Floats represent all integers up to this one exactly. Integers in JSON and YAML may be larger."""
 
 LARGEST_RANK = 1 << 31
 
@@ -44,15 +44,15 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Group tensors by module, then by the update's field; the ending of a key determines the field.
+    """Return the tensors by module, then by the update's field. The ending of a key determines the field.
 
     Args:
         tensors: the tensors by key.
-        slots: a map from the ending of a key to the update's field; every module must have the fields A and B.
+        slots: the update's fields, by the ending of keys. Every module must have the fields A and B.
         what: the format's name, for messages.
 
     Raises:
-        Malformed: a key has no known ending, or a module lacks A or B.
+        Malformed: a key has no known ending, a module lacks A or B, or there are no tensors.
         Unsupported: a factor's dtype is not a type of real numbers.
     """
     groups: dict[str, Slots] = {}
@@ -80,7 +80,7 @@ def pair(slots: Slots, scaling: float) -> Pair:
 
 
 def check_factors(where: str, slots: Slots) -> int:
-    """Check the shapes of A, `[rank, in]`, and B, `[out, rank]`, and return the rank.
+    """Return the rank. Check that A has the shape `[rank, in]`, and B the shape `[out, rank]`.
 
     Raises:
         ShapeMismatch: A and B do not have these shapes.
@@ -99,17 +99,19 @@ def expressible(
     methods: tuple[type[Pair], ...] = (LoRA,),
     dtypes: Collection[str] = REAL,
 ) -> tuple[Pairs, list[str]]:
-    """Return the updates that a format with one pair per module can express, and a line for each omitted update.
+    """Return the updates that the format can express, and a line for each omitted update.
+
+    The format stores one pair of factors, A and B, for each module.
 
     Args:
         adapter: the adapter to write.
         format_name: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
-        why: a function that returns the reason why the format cannot express an update; empty if it can. The update
-            already has one of the `methods`.
+        why: a function that returns the reason why the format cannot express an update; empty if it can. It is called
+            only for updates with one of the `methods`.
         methods: the methods that the format supports.
-        dtypes: the dtypes that A and B may have: those that the format's reader accepts (see `grouped`), or those that
-            the writer converts.
+        dtypes: the dtypes that A and B may have. The default is what `grouped` accepts; a writer that converts tensors
+            may accept other dtypes.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
@@ -139,7 +141,7 @@ def expressible(
 
 
 def _kinds(update: Pair) -> set[str]:
-    """Return the names of the factors' dtypes; integer tensors are not factors."""
+    """Return the names of the dtypes of the factors. Integer tensors are not factors."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
@@ -170,7 +172,7 @@ def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
-    """Return the update with its rows in another order, for a weight with reordered rows."""
+    """Return the update with its rows in another order. Use it if a format reorders the rows of a weight."""
     changes = {}
     for name, leaf in update.tensors.items():
         axis = update.tensor_fields()[name].metadata["axes"].index("out")
@@ -180,14 +182,14 @@ def in_row_order(update: Pair, order: Order) -> Pair:
 
 
 def of_rows(update: Pair, start: int, stop: int) -> Pair:
-    """Return an update for some rows of a fused weight, cut from the update of all rows; A stays the same."""
+    """Cut the rows `start:stop` from an update of a fused weight. A stays the same."""
     names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     tensors = update.tensors
     return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """Join updates of consecutive row blocks, with the same A and scaling, into one update of the fused weight."""
+    """Join updates of consecutive row blocks into one update of the fused weight. A and the scaling must be equal."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     names_present = [name for name in names if name in first.tensors]
@@ -198,10 +200,10 @@ def is_finite(value: object, where: str) -> float:
     """Check a number in a file's settings, such as alpha.
 
     Returns:
-        the number as a float, without rounding.
+        the number as a float.
 
     Raises:
-        Malformed: the value is not a number, not finite, or an integer that a float cannot represent exactly.
+        Malformed: the value is not a number, is not finite, or is an integer larger than `EXACT`.
     """
     if type(value) is int and abs(value) <= EXACT:
         return float(value)
@@ -235,7 +237,7 @@ def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"
 
 
-# Choose the single alpha or scaling that a file stores for all modules, and fold all other scalings into B.
+# Choose the single alpha or scaling that a file stores for all modules. Fold scalings that differ from it into B.
 
 
 def of_one_alpha(
@@ -254,7 +256,7 @@ def of_one_alpha(
         why: a function that returns the reason why the format cannot express an update; empty if it can.
         format_name: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
-        first: the alpha in the source file; None if unknown.
+        first: the source file's alpha; None if unknown.
         one_rank: whether all modules must have the same rank.
 
     Raises:
@@ -269,7 +271,7 @@ def of_one_alpha(
 def one_alpha(
     pairs: Mapping[Target, Pair], *, format_name: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the alpha of a file in which every module's scaling is alpha / rank; see `one_number`."""
+    """Choose the alpha of a file in which every module's scaling is `alpha / rank`; see `one_number`."""
     from .peft.patterns import exact_alpha
 
     def rank(update: Pair) -> int:
@@ -283,7 +285,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """Give all updates the largest rank without changing their functions: pad the factors with zeros."""
+    """Pad all updates with zeros to the largest of their ranks. Their functions stay the same."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -298,19 +300,22 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the value, such as an alpha, that determines the scalings of all modules; fold all other scalings into B.
+    """Choose the one value, such as an alpha, from which a tool computes all scalings. Fold other scalings into B.
 
     Args:
         pairs: the updates by target.
-        of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
-        gives: a function that returns the scaling that a value yields for an update.
+        of: a function that returns the value for an update's exact scaling; None if there is no such value.
+        gives: a function that returns the scaling of an update for a given value.
         format_name: the format's name, for messages.
         on_loss: `fold` and `promote` allow folding scalings.
         default: the value to use if `of` returns None for every update.
-        first: the value in the source file; chosen if no other value fits more updates.
+        first: the source file's value. It is chosen unless another value fits more updates.
 
     Raises:
-        Unrepresentable: the updates need different values, and `on_loss` does not allow folding.
+        Unrepresentable: the value does not fit all updates, and `on_loss` does not allow folding.
+
+    Returns:
+        the value, the updates, and one line for each folded scaling.
     """
     count = Counter(number for number in map(of, pairs.values()) if number)
     ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
@@ -326,7 +331,7 @@ def one_number(
 
 
 def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs, list[str]]:
-    """Fold every scaling into B, for a format that stores no scalings; return a line for each folded scaling.
+    """Fold every scaling into B, for formats that store no scalings. Return the updates, and a line for each fold.
 
     Raises:
         Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
@@ -340,7 +345,7 @@ def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """Give an update another scaling without changing its function: multiply B by old / new, and round once."""
+    """Give an update another scaling but the same function: multiply B and the bias by `old / new`, and round once."""
     if update.scaling == scaling:
         return update
     factor = update.scaling / scaling
@@ -349,7 +354,7 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return a float without a fraction as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
+    """Return 16.0 as 16, because tools write 16. Floats with a fraction, or of at least 2**53, stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
@@ -358,14 +363,14 @@ FOLDING = ("fold", "promote")
 
 _ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
 
-# Store file contents that adapter fields cannot express (leftovers) in the adapter, for the same format's writer.
+# Store contents of a file that no field of an adapter can express (leftovers), for the same format's writer.
 
 
 T = TypeVar("T")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty `record`.
+    """Return the leftovers of an adapter that was read from this format. For other adapters, return an empty `record`.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -380,13 +385,13 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
 
 
 class Leftovers(TypedDict, total=False):
-    """The leftovers that every reader stores in the adapter for the writer of the same format: the order of keys."""
+    """The leftovers that readers of all formats may store in the adapter: the order of the file's keys."""
 
     order: list[str]
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:
-    """Return the tensors in the key order of the source file, if this order is known; new tensors come last."""
+    """Return the tensors in the key order of the source file, if known. Tensors with new keys come last."""
     read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
     return {**read, **tensors}
 
@@ -395,7 +400,7 @@ def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, La
 
 
 Loss = tuple["Target", int, str]
-"""A target, the index of an update of this target, and the reason why the format cannot express the update."""
+"""(target, index of the update, reason why the format cannot express the update)."""
 
 
 def all_expressible(
@@ -405,11 +410,11 @@ def all_expressible(
 
     Args:
         updates: the updates to write.
-        find: a function that returns the updates that the format cannot express. It is called again on the remaining
-            updates, until it returns no update.
+        find: a function that returns the updates that the format cannot express. After some updates are omitted, it is
+            called again on the remaining ones, until it returns none.
         format_name: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
-        on_loss: `drop` omits updates that the format cannot express; every other value refuses them.
+        on_loss: `drop` omits updates that the format cannot express. With any other value, they are an error.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.

@@ -1,6 +1,6 @@
-"""Recognise files that users mistake for adapters and that no format reads, so that an error can say what they are.
+"""Recognise files that users mistake for adapters, so that an error can say what these files are.
 
-`spec/other_files.toml` lists such kinds of files: an IP-Adapter, a ControlNet, a file packed for a library.
+No format reads such files. `spec/other_files.toml` lists their kinds, such as IP-Adapters and ControlNets.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: the name of the kind, with its article, such as "an IP-Adapter".
-        keys: regular expressions; a file is of this kind if each expression matches at least one key.
+        keys: regular expressions. A file has this kind if each expression matches at least one key.
         why: the reason why such files are not read.
-        cure: the advice for the user, which the error ends with.
+        cure: the advice for the user at the end of the error.
         sources: where the expressions were taken from.
     """
 
@@ -42,7 +42,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """If the file is of this kind, return a key that matches the first expression; otherwise an empty text."""
+        """Return a key that matches the first expression, if the file has this kind; otherwise an empty string."""
         known = list(names)
         keys_found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return keys_found[0] if all(keys_found) else ""
@@ -71,7 +71,7 @@ def other_file(names: Iterable[str]) -> tuple[OtherFile, str] | None:
     return next(((kind, key) for kind in other_files() if (key := kind.key_of(known))), None)
 
 
-# Recognise adapters whose format or module names are unknown: their keys have the endings of adapters' keys.
+# Recognise adapters whose format or module names are unknown, by the endings of their keys.
 
 
 _ENDINGS = re.compile(
@@ -84,9 +84,9 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
-    """Group a file's tensors by module, then by the ending of their key.
+    """Return a file's tensors by module, then by the ending of their keys.
 
-    The result is empty if any key lacks a known adapter ending, or if `alpha` is the only ending.
+    Return an empty dict if any key has no ending of adapters' keys, or if all keys end in `alpha`.
 
     Args:
         path: a tensor file; for anything else, the result is empty.

@@ -37,10 +37,10 @@ WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most WHOLE bytes are compared completely; larger tensors only at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""The largest size, in bytes, of a computed tensor that is compared with the file: comparing computes it again."""
+"""Computed tensors of more bytes are not compared with the file, because a comparison computes the tensor again."""
 
 MOST_CHOICES = 256
-"""The largest number of subsets of a weight's updates that are tried, to see which updates were omitted."""
+"""The limit for trying all subsets of a weight's updates, if some were omitted; see `_Proof._choices`."""
 
 SPOTS = 32
 """The largest number of tensors that are compared with the bytes on disk; reading each tensor takes 70 us."""
@@ -57,15 +57,15 @@ def prove(
     base: Checkpoint | None,
     files: Mapping[str, Written],
 ) -> None:
-    """Check that the written files contain the adapter, except for the losses that `lines` reports.
+    """Check that the written files contain the adapter, except for omissions and changes that `lines` reports.
 
     Args:
         name: the name of the format.
-        writer: the format, whose `read` is called.
+        writer: the format. Its `read` reads the files back.
         asked: the adapter that was to be written.
         path: the written file or folder.
         lines: the lines that the writer returned; see `Format.write`.
-        base: the base that the writer used, or None; the reader gets the same base.
+        base: the base that the writer used, or None. The reader uses the same base.
         files: the tensors that were written to each file.
 
     Raises:
@@ -82,9 +82,9 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Maybe only the prefix of names differs. Some formats store only a layer's number, and their readers return
-        # either the usual names (`model.layers.0...`) or the base's names. So read again with a base that has the
-        # adapter's names.
+        # Maybe only the prefixes of names differ. Some formats store only a layer's number. Their readers use the
+        # base's names, or without a base the usual names (`model.layers.0...`). So read again, with a stand-in for the
+        # base that has the adapter's names.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -95,7 +95,10 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield possible targets in a report line: each word, and each text before a colon (targets may have spaces)."""
+    """Yield the texts in a report line that may be targets: each word, and each text from the beginning to a colon.
+
+    Targets may contain spaces.
+    """
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
     for count in range(len(ends)):
@@ -111,7 +114,7 @@ def _in_parts(name: str) -> Iterator[str]:
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Read the file back. If reading needs a base and there is none, use a stand-in that has the adapter's names.
+    """Read the file back. If reading needs a base, but none was given, use a stand-in with the adapter's names.
 
     Raises:
         Miswritten: the file cannot be read, although the adapter fits the base.
@@ -183,7 +186,7 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: all words of the lines that report omitted updates; some of the words are targets.
+        left_out: texts from the lines that report omitted updates. Some of these texts are targets.
         changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
         dtypes: the element types that the format supports; empty if it supports all.
     """
@@ -216,7 +219,7 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats store every module of a kind; modules without an update then have zeros.
+            # Some formats store all modules of a kind. If the adapter has no update of a module, the file has zeros.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -252,9 +255,9 @@ class _Proof:
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates to write.
+        """Return the updates to write, as the writer reported them.
 
-        Fields that the writer reported as changed get the values that were read back.
+        If the writer reported a field as changed, the field has the value that was read back.
         """
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
@@ -264,19 +267,23 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the sets of updates that the file may contain: all, or all except some that were reported omitted."""
+        """Return the sets of updates that the file may contain.
+
+        Updates of a target that the writer reported as omitted may be missing.
+        """
         choices: list[Updates] = [asked]
         for target, group in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(group)) for c in combinations(group, size)]
-                # Many omitted rows would give too many subsets. Then try only two: omit none of the rows, or omit all.
+                # Many omitted rows would give too many subsets. In this case, extend only the last one, which omits all
+                # rows so far if each target has one update.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """Return the first target that differs, followed by the method and the field if only one field differs."""
+    """Return the first target that differs. If its methods are equal, add the first field that differs."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -288,7 +295,7 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that rename targets, so that a module has the same name in both adapters.
+    """Return functions that may give the targets of both adapters the same names.
 
     The first function changes nothing.
     """
@@ -297,7 +304,7 @@ def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callabl
 
     ways: list[Callable[[Updates], Updates]] = [dict, in_components]
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))
-    # A file with few modules may fit several families of models. The metadata, the base and the shapes then decide.
+    # The names of few modules may fit several families of models. So also use metadata, base and shapes to choose one.
     inside = denoiser_targets(asked.updates, ())
     stated = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
     for known in dict.fromkeys((names, stated)):
@@ -315,13 +322,13 @@ def _bound(updates: Updates, base: Checkpoint) -> Updates:
 
 
 def _shared(asked: Updates, got: Updates) -> float:
-    """Return the fraction of the adapter's targets that the file has with the same path and layout."""
+    """Return the fraction of the targets in `asked` for which `got` has a target with the same path and layout."""
     ours, theirs = ({(target.path, target.layout) for target in updates} for updates in (asked, got))
     return len(ours & theirs) / len(ours)
 
 
 def _by_path(updates: Updates) -> dict[str, dict[Target, tuple[Update, ...]]]:
-    """Group targets by the path of their weight; several targets with one path change different rows of the weight."""
+    """Group targets by the path of their weight. Targets with the same path change different rows."""
     by_path: dict[str, dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         by_path.setdefault(target.path, {})[target] = each
@@ -352,7 +359,7 @@ def _close(one: object, other: object) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes; of large tensors, only samples are compared."""
+    """Whether two tensors have the same dtype, shape and bytes. For large tensors, compare samples of the bytes."""
     if one is other:
         return True
     if one is None or other is None:
@@ -381,7 +388,7 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     for key, leaf in leaves[:: -(-len(leaves) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # Computing a large tensor once more takes too long.
+            continue  # It takes too long to compute a large tensor again.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count

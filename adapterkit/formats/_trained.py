@@ -1,8 +1,8 @@
-"""Rewrite updates to compute their training tool's forward at a layer, if it depends on the layer's kernel or padding.
+"""Rewrite an update so that it computes what its training tool's forward computes at a given layer.
 
-A file with OFT or LoRA does not show whether a layer is a convolution, or how the layer pads its input. The engines
-know the layer, so they call this module before they compute. Updates stay unchanged if the adapter was not read from a
-tool's file, or was read with `compat="formula"`.
+The forward may depend on the layer's kernel or padding. A file with OFT or LoRA does not show whether a layer is a
+convolution, or how the layer pads its input. The engines know the layer, so they call this module before they compute.
+Updates stay unchanged if the adapter was not read from a tool's file, or was read with `compat="formula"`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def as_trained(
         recipe: the adapter's lineage, which contains the formats of the source files.
         shape: the shape of the layer's weight, `[out, in, *k]`.
         target: the updates' target, for errors.
-        padding: a phrase that says how the layer pads its input; empty if unknown, or for zeros without dilation.
+        padding: a phrase that says how the layer pads its input. Empty if unknown, or if the layer pads with zeros and
+            has no dilation.
 
     Raises:
         Unsupported: no method can compute the same function as the tool at this layer.
@@ -70,11 +71,11 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Apply `as_trained` to the updates of each site, and return the sites; the padding of layers is unknown here.
+    """Return the sites with `as_trained` applied to their updates. The padding of layers is unknown here.
 
     Args:
-        sites: the places in a base where the adapter's updates apply. Sites of stacked weights, or of rows of a weight,
-            stay unchanged.
+        sites: the places in a base where the adapter's updates apply. Sites stay unchanged if they change stacked
+            weights, or only some rows of a weight.
         recipe: the adapter's lineage.
         shapes: the stored shape of each tensor of the base, by name.
 
@@ -93,15 +94,14 @@ def sites_as_trained(
     return result if rules else sites
 
 
-# Compute a convolution's update with zero padding, as in training, for layers that themselves pad otherwise.
+# Compute updates of convolutions with zero padding, as in training, even if the layer pads with other values.
 #
 # PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
-# width of the layer's padding. So their update pads its input with zeros, even if the layer itself pads with other
-# values.
+# width of the layer's padding. So their update always pads its input with zeros.
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return a LoRA, grouped if needed, that pads its input with zeros; None if the update's method cannot do so."""
+    """Return the update with zero padding, for a LoRA with or without groups. For other methods, return None."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 
@@ -110,7 +110,7 @@ def lora_among_zeros(update: Update) -> Update | None:
 
 
 def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
-    """Return the error for an update if no method can compute the same function as the update's trainer.
+    """Return the error for an update whose trainer computes a function that no method can compute.
 
     Args:
         update: the update.

@@ -28,12 +28,12 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""The largest size, in bytes, of a record (the JSON in the metadata key) that is stored in a separate file."""
+"""The largest size in bytes of a record (the JSON in the metadata key) that is stored in a separate file."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
 NUMBER = "(0|[1-9][0-9]{0,3})"
-"""The pattern of a MAJOR or MINOR number, without leading zeros, so that each version is spelled in one way."""
+"""The pattern of a MAJOR or MINOR number. It allows no leading zeros, so that each version has one spelling."""
 
 Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^1\.{NUMBER}$"})]
 Row = Annotated[int, msgspec.Meta(ge=0)]
@@ -48,7 +48,7 @@ class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """The record of an update: `tensors` maps the fields of the update's method to names of tensors in the file."""
+    """The record of an update. `tensors` maps fields of the method to names of tensors in the file."""
 
     target: TargetRecord
     method: Text
@@ -73,7 +73,7 @@ class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """The record of leftovers: data of the source format that adapterkit stores without using them."""
+    """The record of leftovers: data of the source file that no update can express."""
 
     format: str
     data: dict[str, Any]
@@ -155,7 +155,7 @@ def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
 def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
     """Return the record of an adapter, and add the adapter's tensors to `tensors`.
 
-    A tensor used twice is stored once.
+    If several fields have the same tensor, it is stored once.
     """
     names: dict[int, str] = {}
 
@@ -183,8 +183,8 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if its value is the same object as the default. So replace an equal layout with the
-    # default object.
+    # msgspec omits a field only if its value is the default object itself. So replace a layout that is equal to the
+    # default with this object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -207,7 +207,7 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
 def _parse(text: str) -> Record:
     """Parse the record in a metadata value.
 
-    If the record has a newer MINOR version, unknown fields go to `extensions`.
+    If the record has a newer MINOR version, its unknown fields are moved to `extensions`.
     """
     try:
         fields = load_json(text)
@@ -218,7 +218,7 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        # msgspec reports `$.updates[0].tensors[...]`, where `...` stands for a key of a mapping. Remove this ending.
+        # msgspec reports `$.updates[0].tensors[...]`, with `[...]` instead of the key. Remove this ending.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
@@ -240,7 +240,7 @@ def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _check_version(version: object) -> bool:
-    """Whether the version has a MINOR number that is newer than the spec of this release."""
+    """Check that this release can read the version. Return whether its MINOR number is newer than this release's."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
@@ -302,7 +302,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
-    """Check that the method knows all given names, and that no name without a default value is missing."""
+    """Check that `fields` has all given names, and that all fields without a default are given."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

@@ -1,6 +1,7 @@
-"""Black Forest Labs' control LoRA for FLUX: native names, biases `lora_B.bias`, replaced scales of norms, no alpha.
+"""Read and write Black Forest Labs' control LoRA for FLUX.
 
-The LoRA on `img_in` has more input channels than the base. It fits a base whose `img_in` was enlarged with zeros.
+Names are native. LoRAs have a bias, `lora_B.bias`, but no alpha. Scales of norms are replaced. The LoRA of `img_in` has
+more input channels than the base, so it only fits a base whose `img_in` was enlarged with zeros.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NORM = re.compile(r"(?:double_blocks\.\d+\.(?:img|txt)_attn|single_blocks\.\d+)
 
 
 class BflControl(ImageFormat):
-    """FLUX.1 Depth and Canny as LoRA, and similar files."""
+    """Files such as the LoRAs of FLUX.1 Depth and FLUX.1 Canny."""
 
     url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
     description = "Black Forest Labs' control LoRA for FLUX: native names, biases, scales of norms"
@@ -43,7 +44,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = tensor_names(path)
-        # Other models also have a `final_layer`. So check that every name is a name of FLUX.
+        # Other models also have a `final_layer`. So check that FLUX has all names.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -63,9 +64,9 @@ class BflControl(ImageFormat):
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets to the names of the model's authors.
+        """Translate targets to native names.
 
-        In these names, a replaced norm ends in `scale`; in diffusers' names, it ends in `weight`.
+        The native name of a replaced norm ends in `scale`. In diffusers, the parameter is called `weight`.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, group): group for target, group in changed.items()}, losses
@@ -83,12 +84,12 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, group: Iterable[Update]) -> Target:
-    """Return the parameter `scale` of a norm if updates replace the norm; otherwise the unchanged target."""
+    """Return the target of a norm's parameter `scale` if the updates replace the norm; otherwise the target itself."""
     whole = all(update.method == "replacement" for update in group)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:
-    """Whether FLUX has a module with this name; HunyuanVideo's block names have the same beginnings."""
+    """Whether FLUX has a module with this name. A prefix is no proof: names of HunyuanVideo's blocks begin alike."""
     return any(family.name == "flux" for family in families_of(name, "native"))

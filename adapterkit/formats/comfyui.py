@@ -1,8 +1,8 @@
-"""ComfyUI's names: `diffusion_model.` and the dotted path in the model, with every slot that ComfyUI's loader knows.
+"""Read and write files with ComfyUI's names: `diffusion_model.`, the module's dotted path, and a slot.
 
-ai-toolkit, musubi-tuner and others write the same names with `lora_A` and `lora_B`, without alpha. DiffSynth, the
-Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. If a file lacks ComfyUI's prefix, it
-is recognised only if all of its names belong to one known family, because nothing else shows the kind of model.
+ai-toolkit, musubi-tuner and others write the same names with the slots `lora_A` and `lora_B`, without alpha. DiffSynth,
+the Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. A file without ComfyUI's prefix is
+recognised only if one known family has all of its names, because nothing else shows the kind of model.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _OTHER = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""ComfyUI's names for CLIP as the first and second text encoder, if the family is unknown."""
+"""ComfyUI's names for CLIP as the first and as the second text encoder, for adapters of unknown families."""
 
 
 class Comfyui(ImageFormat):
@@ -147,7 +147,7 @@ class Comfyui(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to ComfyUI's naming.
 
-        Also store the possible families for `stem`, which needs them to name text encoders.
+        Also store the possible families. `stem` needs these families to name text encoders.
         """
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
@@ -172,18 +172,19 @@ class Comfyui(ImageFormat):
 
 
 def _apart(update: Update) -> tuple[Update, ...]:
-    """Split a LoRA with a bias into a LoRA and a dense change of the bias, as ComfyUI does with BFL's control LoRAs."""
+    """Split a LoRA with a bias into a LoRA and a dense change of the bias, as ComfyUI splits BFL's control LoRAs."""
     if not isinstance(update, LoRA) or update.bias is None:
         return (update,)
     return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
-    """Reorder rows in DiffSynth's files: from one head after another to all queries, all keys, all values.
+    """Reorder the rows of fused weights in DiffSynth's files.
 
-    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards. All other tools reorder the rows when
-    they load the model. The shapes are the same, so only PEFT's adapter name `default` in the keys identifies
-    DiffSynth's files. This name is removed from the keys, because it would mark the written file as DiffSynth's.
+    The files have all rows of one head (queries, keys, values) before those of the next head. The result has all
+    queries first, then all keys, then all values. DiffSynth trains MiniMax-H3 in the authors' order of rows. All other
+    tools reorder the rows when they load the model. The shapes are the same, so only PEFT's adapter name `default` in
+    the keys identifies DiffSynth's files. This name is removed, because it would mark the written file as DiffSynth's.
 
     Raises:
         Malformed: the rows do not form whole heads.
@@ -208,7 +209,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Reorder rows: from one head after another to all queries, then all keys, then all values."""
+    """Put all queries first, then all keys, then all values. The rows in `leaf` are ordered by head."""
 
     def ordered(array: Array) -> Array:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -223,7 +224,7 @@ def _says_part(stem: str) -> bool:
 
 
 def _rest(stem: str) -> str:
-    """Return a module's name without prefixes (files may repeat a prefix) and without the words of torch's wrappers."""
+    """Return a module's name without prefixes, which files may repeat, and without the names of torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
@@ -232,7 +233,7 @@ def _rest(stem: str) -> str:
 
 
 def _families(names: Collection[str]) -> list[str]:
-    """List the families that have all of these module names; generic families are ignored."""
+    """List the families, except generic ones, that have all of these module names."""
     return [family.name for family in families_of_names(frozenset(names)) if not family.facts.generic]
 
 
@@ -241,7 +242,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
     Args:
         stem: the module's name in the file.
-        part: the component: the model's U-Net or transformer; empty if unknown.
+        part: the component that contains the module, if it is not a text encoder; empty if unknown.
         fitting: the families that fit all names of the file.
     """
     root, rest = rooted(stem)
@@ -269,7 +270,10 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
 @lru_cache(maxsize=64)
 def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Map (text encoder, kind) to (ComfyUI's name, prefix of modules), if all families that fit the targets agree."""
+    """Map (text encoder, kind) to (ComfyUI's name, prefix of modules).
+
+    Omit a text encoder if the families that fit the targets have different values.
+    """
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
     kinds = encoder_kinds(targets)
@@ -288,14 +292,14 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's names for a text encoder and for a module in it; the encoder's name is empty if unknown."""
+    """Return ComfyUI's names for a text encoder and for one of its modules. The first is empty if unknown."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # Return no name for a module that diffusers' model lacks: readers would translate the name to another module.
+        # If the module's prefix is not that of diffusers' model, return no name: readers would find another module.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

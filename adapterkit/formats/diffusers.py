@@ -1,7 +1,7 @@
-"""diffusers: a pipeline's LoRA in one file. A key begins with the component's name; there are three styles of keys.
+"""Read and write diffusers' LoRA files for whole pipelines. A key begins with the name of a component.
 
-Since 0.35, the header may contain PEFT's config of each component as `lora_adapter_metadata`. Without it, every scaling
-is 1.
+diffusers has had three styles of keys. Since 0.35, the header may contain PEFT's config of each component, under the
+key `lora_adapter_metadata`. Without this key, every scaling is 1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SLOTS = {
 }  # fmt: skip
 
 SCALE = "set_weight"
-"""The slot of a norm's scale: FLUX's control LoRAs replace the scales of the norms of queries and keys."""
+"""The slot of a norm's scale. FLUX's control LoRAs replace the scales of the norms for queries and keys."""
 
 _LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
 
@@ -92,7 +92,7 @@ class Diffusers(ImageFormat):
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
     _whole_norms: bool = True
-    """Whether the loader of the adapter's family accepts replaced norms; set by `renamed`."""
+    """Whether diffusers' loader for the adapter's family accepts replaced norms. `renamed` sets this."""
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
         if write:
@@ -102,7 +102,7 @@ class Diffusers(ImageFormat):
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing.
 
-        Torch files have no header for scalings, so alphas of the source file are written.
+        Torch files have no header for scalings. So alphas are written, unless the source file has none.
         """
         if file.suffix not in TORCH_SUFFIXES or len(hints.without_alpha) < len(hints.stems):
             return self.rules
@@ -113,8 +113,8 @@ class Diffusers(ImageFormat):
             keys = tensor_names(self.chosen(path))
         except AdapterkitError:
             return False
-        # Refuse NOLA's checkpoints of GPT-2. GPT-2's modules begin with `transformer`, too, but NOLA's keys have
-        # coefficients.
+        # Refuse NOLA's checkpoints of GPT-2, whose keys also begin with `transformer`. Only NOLA's keys end in
+        # `coefficients`.
         if any(key.endswith(".coefficients") for key in keys):
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot not in ("alpha", SCALE))
@@ -156,7 +156,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Move a separate change of a bias into the LoRA of the same module, as diffusers' own converter does."""
+        """Move separate changes of biases into the LoRAs of the same modules, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -174,7 +174,10 @@ class Diffusers(ImageFormat):
         return super().why_not(target, update, rules)
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename targets to diffusers' naming. Report a loss for a component that mixes LoKr with other methods."""
+        """Rename targets to diffusers' naming.
+
+        If a component has both LoKrs and other low-rank updates, the rarer kind cannot be written.
+        """
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -247,7 +250,10 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Join changes of biases with the LoRAs of the same modules, and give the component's other LoRAs zero biases."""
+    """Move changes of biases into the LoRAs of the same modules.
+
+    In one component, all LoRAs must have a bias, so the others get a bias of zeros.
+    """
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, group in updates.items():
         if len(group) != 2 or not isinstance(group[0], LoRA) or not isinstance(group[1], Dense):
@@ -261,7 +267,7 @@ def _with_biases(updates: Updates) -> Updates:
     for target, group in updates.items():
         alone = group[0] if len(group) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
-            continue  # Keys cannot name experts. A later step refuses the update.
+            continue  # Keys cannot name experts, so a later step refuses updates of experts.
         if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
@@ -274,7 +280,7 @@ def _has_bias(update: Update) -> bool:
 
 @lru_cache(maxsize=4)
 def _settings(text: str) -> dict[str, PeftSettings]:
-    """Parse the header's PEFT settings, and return the settings of each component.
+    """Parse the PEFT configs in the header, and return the settings of each component.
 
     Raises:
         Malformed: the text is not a JSON object of configs.
@@ -301,9 +307,10 @@ def _settings(text: str) -> dict[str, PeftSettings]:
 
 
 def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
-    """Whether the header's configs yield these ranks and scalings.
+    """Whether a reader of the header's configs would get these ranks, scalings and methods.
 
-    Without configs, return whether diffusers' default settings yield them.
+    Without configs, diffusers assumes one rank per component and a scaling of 1. If there are none, return whether this
+    is true.
     """
     if not settings:
         parts: dict[str, set[int]] = {}
@@ -321,7 +328,7 @@ def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, f
 
 
 def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
-    """Create the header's configs. The name of each field has the component as prefix."""
+    """Create the configs for the header. The component is the prefix of each field's name."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
         part, _, name = stem.partition(".")

@@ -1,15 +1,18 @@
-"""Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
+"""Read and write Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
 
-A file stores one rank and, for each adapted layer, its number and the tensors `lora_kernel_a` and `lora_kernel_b`. It
-stores no alpha and no names: Keras uses a scaling of 1, and the base's config shows the order of the layers.
+A file stores one rank for all layers. For each adapted layer, it stores the layer's number, `lora_kernel_a` and
+`lora_kernel_b`. It stores no alpha, because Keras uses a scaling of 1. It stores no names, because the base's model
+type determines the order of the layers.
 
-The kernel of query, key and value has an axis for the heads. Its `lora_kernel_b` is `[rank, dim]`, shared by all heads:
+The kernels of query, key and value have an axis for the heads. Their `lora_kernel_b` is `[rank, dim]`, and all heads
+share it:
 
     change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
 
-The B of a LoRA has separate rows for each head. So the writer puts all different columns of the heads' parts of B into
-`lora_kernel_b`. If there are more than `dim`, `lora_kernel_b` is the identity, and `lora_kernel_a` is the whole change.
-Both ways are exact, and both need a larger rank. For all other layers, A and B are written unchanged.
+The B of a LoRA is `[heads * dim, rank]`, so each head has its own part `[dim, rank]`. The writer makes each different
+column of these parts a row of `lora_kernel_b`. If there are more than `dim` such columns, `lora_kernel_b` is the
+identity, and `lora_kernel_a` is the whole change. Both ways are exact, but may need a larger rank. For all other
+layers, A and B are only transposed, and padded to the file's rank.
 """
 
 from __future__ import annotations
@@ -44,16 +47,16 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-# Provide the numbers, names and kernel axes of layers in Keras Hub's backbones, from spec/keras_hub.toml.
+# Read the numbers, names and kernel axes of the layers in Keras Hub's backbones from spec/keras_hub.toml.
 
 
 class KerasLayer(NamedTuple):
     """A layer of a block.
 
     Attributes:
-        name: its name in Keras Hub, such as `query`.
-        offset: its number, counted from the block's own number.
-        axes: the axes of its kernel, such as `in heads dim`.
+        name: the layer's name in Keras Hub, such as `query`.
+        offset: the layer's number minus the number of the block's first layer.
+        axes: the axes of the layer's kernel, such as `in heads dim`.
     """
 
     name: str
@@ -62,7 +65,7 @@ class KerasLayer(NamedTuple):
 
     @property
     def shares(self) -> bool:
-        """Whether all heads share the layer's B: B has the kernel's last axis, the width of a head."""
+        """Whether all heads share `lora_kernel_b`. This is so if the kernel's last axis is the width of a head."""
         return self.axes.endswith("dim")
 
 
@@ -75,11 +78,11 @@ class _KerasRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class KerasFamily:
-    """The backbones of Keras Hub whose layers have the same order.
+    """A group of Keras Hub's backbones whose layers have the same order.
 
     Attributes:
-        name: the name in spec/keras_hub.toml.
-        record: the entry of the file.
+        name: the group's name in spec/keras_hub.toml.
+        record: the group's entry in this file.
     """
 
     name: str
@@ -87,20 +90,20 @@ class KerasFamily:
 
     @cached_property
     def layers(self) -> Mapping[str, KerasLayer]:
-        """The layers by our name of the module in a block, such as `self_attn.q_proj`."""
+        """The layers of a block, by our names of the modules, such as `self_attn.q_proj`."""
         return {path: KerasLayer(*layer) for path, layer in self.record.modules.items()}
 
     @cached_property
     def table(self) -> NameTable:
-        """A table from our names to the number of the block and the layer's name, as in `{n}.query`."""
+        """A table from our names to texts such as `{n}.query`: the block's number and Keras's name of the layer."""
         return NameTable({f"model.layers.{{n}}.{path}": f"{{n}}.{layer.name}" for path, layer in self.layers.items()})
 
     def number(self, block: int, layer: KerasLayer) -> int:
-        """Return the number of a layer in files."""
+        """Return the number that files use for a layer of a block."""
         return self.record.first + self.record.stride * block + layer.offset
 
     def at(self, number: int) -> tuple[int, str] | None:
-        """Return the block and our module name for a number in a file; None if that layer has no LoRA."""
+        """Return (number of the block, our module name) for a number in a file; None if no layer with LoRA has it."""
         block, offset = divmod(number - self.record.first, self.record.stride)
         path = next((path for path, layer in self.layers.items() if layer.offset == offset), None)
         return None if path is None or block < 0 else (block, path)
@@ -124,20 +127,20 @@ SUFFIX = ".lora.h5"
 RANK, A_KEY, B_KEY = "lora/vars/rank", "lora_kernel_a", "lora_kernel_b"
 
 MODEL_TYPE = "adapterkit_model_type"
-"""The attribute of the file's root with transformers' `model_type`. Keras ignores it; Keras's own files lack it."""
+"""The root attribute in which adapterkit stores transformers' `model_type`. Keras neither writes nor reads it."""
 
 DEFAULT = ("query", "value")
-"""The only layers that `load_lora_weights` adapts by itself. The call fails if a file lacks one of these layers."""
+"""The layers that `load_lora_weights` adapts without a call of `enable_lora`. It fails if a file lacks one of them."""
 
 MOST_ELEMENTS = 1 << 31
-"""The largest number of elements of B that reading a layer may create; a hostile file could state many heads."""
+"""The largest number of elements that the reader creates for a B. A hostile file could state many heads."""
 
 _FACTORS = {"F16", "F32", "F64"}
 _GIVE = "Give the base, with its config.json: --base (base=)"
 
 
 class KerasHubHints(Leftovers, total=False):
-    """The leftovers of a file: its rank, and the model type."""
+    """The leftovers of a file: the rank and the model type."""
 
     rank: int
     model_type: str
@@ -186,24 +189,24 @@ class KerasHub(Format):
             return "its weight is stored as [in, out]" if target.layout != "out *in" else unfit(target, update)
 
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
-        # Convert to float32 or float64 before folding, so that folding does not round to a half-precision type.
+        # Convert factors to float32 or float64 first, so that folding does not round to a half-precision type.
         _check_shapes(pairs, base)
         pairs, folded = of_no_number(_wide(pairs), format_name="Keras Hub", on_loss=on_loss)
         by_layer = _by_layer(pairs, names)
         writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
-        # No notes for an adapter from such a file: the call that loads that file also loads the new file.
+        # If the adapter was read from this format, the same call loads the new file. So the user needs no notes.
         notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
         return lines + folded + notes
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
-    """Return the family and the model type, from the base's config or, without a config, from the file.
+    """Return (family, model type), according to the base's config, or without a config, to the file.
 
     Raises:
         UsageError: neither the base's config nor the file states the model type.
         Unsupported: the order of the layers of this model type is unknown.
-        Malformed: the file is for a family other than the base's.
+        Malformed: the file is for another family than the base's.
     """
     config = None if base is None else base.config
     kind = stored if config is None else str(config.get("model_type", ""))
@@ -224,7 +227,7 @@ def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
 
 
 def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]]]:
-    """Return the file's rank, and the two tensors of each layer by the layer's number.
+    """Return the file's rank, and a dict from the number of a layer to the layer's two tensors.
 
     Raises:
         Malformed: the file has an unknown key, an invalid rank, or a layer with only one tensor.
@@ -281,8 +284,8 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     """Return A and B of a layer.
 
     Raises:
-        ShapeMismatch: the tensors do not have the shapes of this layer, or the base's heads have another number or
-            width.
+        ShapeMismatch: the tensors do not have the shapes of this layer, or do not fit the number or width of the
+            base's heads.
     """
     a, b = slots[A_KEY], slots[B_KEY]
     right = len(a.shape) == len(layer.axes.split()) and len(b.shape) == 2 and rank > 0 and 0 not in (*a.shape, *b.shape)
@@ -324,7 +327,7 @@ def _count(path: str, heads: Heads) -> int:
 
 
 def _wide(pairs: Pairs) -> Pairs:
-    """Convert all factors to one dtype, as Keras's files need: float64 if a factor is float64, otherwise float32."""
+    """Convert all factors to one dtype, because files have one: float64 if any factor is float64, otherwise float32."""
     kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
     kind = "F64" if "F64" in kinds else "F32"
     return {
@@ -334,7 +337,7 @@ def _wide(pairs: Pairs) -> Pairs:
 
 
 def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
-    """Check that updates fit the base's weights: the writer copies their shapes to the same layer of other blocks.
+    """Check that updates fit the base's weights. The writer uses their shapes also for the same layer in other blocks.
 
     Raises:
         ShapeMismatch: an update does not fit.
@@ -352,10 +355,10 @@ def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
 
 
 def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
-    """Map (number of the block, our name of the module in it) to its update.
+    """Return the updates by (number of the block, our name of the module in the block).
 
     Raises:
-        UsageError: two targets are the same module, with different prefixes.
+        UsageError: two targets with different prefixes are the same module.
     """
     by_layer: dict[tuple[int, str], Pair] = {}
     for target, update in pairs.items():
@@ -393,7 +396,7 @@ class _Sizes:
 
 
 class _KerasWriter:
-    """Encodes pairs with scaling 1. Keras Hub adapts a layer in all blocks, so missing pairs become zeros."""
+    """Encode pairs with scaling 1. Keras Hub adapts a layer in all blocks, so missing pairs become zeros."""
 
     def __init__(
         self, family: KerasFamily, by_layer: Mapping[tuple[int, str], Pair], sizes: _Sizes, least: int
@@ -410,7 +413,7 @@ class _KerasWriter:
         self.rank = max(least, *needs)
 
     def tensors(self) -> dict[str, Lazy]:
-        """Return the tensors of the file, in the order of the numbers in the file."""
+        """Return the tensors of the file by key, in the order of the layers' numbers."""
         tensors = {RANK: _integer(self.rank)}
         places = [
             (self.family.number(n, self.family.layers[path]), n, path)
@@ -423,7 +426,7 @@ class _KerasWriter:
         return tensors
 
     def notes(self, rank: int) -> list[str]:
-        """Return lines about the rank, and about the call that loads the file."""
+        """Return lines for the user: how the rank grew, and which call must precede loading, if any."""
         names = [self.family.layers[path].name for path in self.adapted]
         lines = []
         if self.rank > rank:
@@ -443,7 +446,7 @@ class _KerasWriter:
         return max(1, min(len(rows), self.sizes.heads.dim))
 
     def _heads(self, path: str, update: Pair) -> int:
-        """Return the number of heads of a projection, after a check of the pair's shape."""
+        """Return the number of heads of a projection. Check that the rows of B fit these heads."""
         count, heads = _count(path, self.sizes.heads), self.sizes.heads
         if update.B.shape[0] != count * heads.dim:
             why = f"B has {update.B.shape[0]} rows, and the base has {count} heads of width {heads.dim}"
@@ -517,14 +520,14 @@ class _KerasWriter:
 
 
 def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:
-    """Return the different rows that the heads of a B need, and their places.
+    """Return the different rows of `lora_kernel_b` for a B, and where they are used.
 
     Args:
-        B: `[heads * dim, r]`.
+        B: the factor `[heads * dim, r]`.
         count: the number of heads.
 
     Returns:
-        The rows `[n, dim]` that are not zero; and for each use of a row: the head, the row of A, the index of the row.
+        The different rows that are not zero, `[n, dim]`. And for each use of a row, (head, row of A, index of the row).
     """
     import numpy as np
 

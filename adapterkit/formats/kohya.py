@@ -1,4 +1,4 @@
-"""kohya's sd-scripts: LoRA, LoCon and OFT for Stable Diffusion, FLUX and their text encoders, in one file.
+"""Read and write files of kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models and their text encoders.
 
 A key has three parts: a prefix for the pipeline's component, the module's path with underscores for dots, and a slot.
 """
@@ -35,7 +35,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {"oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled"}
-"""A map from the endings of keys to slots. OneTrainer writes `oft_R`; this format only reads it."""
+"""A map from the endings of keys to slots. `oft_R` is OneTrainer's. It is only read, never written."""
 
 _KEY = re.compile(
     r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
@@ -77,22 +77,25 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # The parts of a module, such as q, k and v, may have separate stems, `NAME.0` etc. Resolve only the module's
-        # name.
+        # Parts of a module, such as q, k and v, may have their own stems: `NAME.0`, `NAME.1` and so on. Resolve the
+        # module's name only.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename targets as sd-scripts does: to LDM's names for SDXL, diffusers' for SD 1 and 2, else native names."""
+        """Rename targets to the names that sd-scripts uses.
+
+        They are LDM's names for SDXL, diffusers' names for Stable Diffusion 1 and 2, and native names for other models.
+        """
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # If the targets are modules of a base, keep their names: the reader compares flattened names with the base's.
+        # If all targets are modules of the base, keep their names, because readers compare names with the base's names.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -134,21 +137,21 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""Beginnings of slots that LyCORIS has and sd-scripts does not."""
+"""Prefixes of slots that only LyCORIS has."""
 
 
-# Read kohya's OFT for FLUX. It rotates each part of a fused weight separately; part N has the slot `oft_blocks.N`.
-# Queries, keys and values are parts 0 to 2; in linear1, the MLP is part 3. Other weights have one part. All modules in
-# a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
+# Read kohya's OFT for FLUX. It rotates each part of a fused weight separately. Part N has the slot `oft_blocks.N`:
+# queries, keys and values are parts 0 to 2, and the MLP in linear1 is part 3. Other weights have only part 0. All
+# modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
 
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}
-"""A map from the last word in a fused weight's path to the weight's number of parts."""
+"""The number of parts of a fused weight, by the last part of its path."""
 
 
 def parts(module: ImageModule) -> list[ImageModule]:
-    """Split a module into its parts, each named `MODULE.NUMBER`; return any other module unchanged.
+    """Split a module into its numbered parts, with the names `MODULE.NUMBER`. Return a module without parts unchanged.
 
     Raises:
         Malformed: a part is missing, or the module has both numbered and unnumbered blocks.
@@ -172,7 +175,7 @@ def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
-    """Return the range of rows of each part, by the part's name, for weights with several parts.
+    """Return the range of rows of each part of a fused weight, by the part's name.
 
     Raises:
         ShapeMismatch: the tensor of a part does not have the shape of square blocks.
@@ -193,7 +196,10 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
 
 
 def number_of(target: Target) -> int | None:
-    """Return which part of a weight of FLUX (0, 1, ...) the target's rows are; None for any other target."""
+    """Return the number of the part that the target is in a weight of FLUX; None if it is no such part.
+
+    A weight that is not fused has only part 0.
+    """
     if not of_flux(target):
         return None
     count = _PARTS.get(target.path.rpartition(".")[2], 1)
@@ -212,7 +218,10 @@ def of_flux(target: Target) -> bool:
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Yield targets whose OFT sd-scripts would misread: a part has no update, or blocks or constraints differ."""
+    """Yield (target, reason) for each OFT that sd-scripts would misread.
+
+    Every part of a fused weight needs an update. All updates need the same number of blocks and the same constraint.
+    """
     turned = {t: u for t, group in updates.items() for u in group if isinstance(u, OFT) and u.square is not None}
     numbers: dict[str, set[int | None]] = {}
     for target in turned:

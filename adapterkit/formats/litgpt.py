@@ -1,7 +1,7 @@
-"""litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
+"""Read and write litgpt's LoRA: `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml` in a folder.
 
-A file fuses q, k and v into one weight, in this order. One tensor A and one tensor B contain the pairs of all adapted
-parts.
+litgpt fuses q, k and v into one weight, in this order. The file has one A and one B for this weight, in which the
+factors of all adapted parts are concatenated.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Map our name templates of q, k and v to `WEIGHT.PART`: the name of litgpt's fused weight, and the part's name."""
+    """Return a table from our names of q, k and v to `WEIGHT.PART`: litgpt's fused weight, and the name of the part."""
     return NameTable(
         {hub_path: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, hub_path in litgpt_parts().items()}
     )
 
 
 class LitgptHints(Leftovers, total=False):
-    """The leftovers of a checkpoint: the settings, the model's config, the files' texts, the numbers of heads."""
+    """The leftovers of a checkpoint: settings, model config, the texts of both files, and the numbers of heads."""
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -161,7 +161,7 @@ def _split(
 
 
 class _LitgptWriter:
-    """Encodes pairs of one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
+    """Encode pairs of one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
 
     def __init__(
         self,
@@ -191,15 +191,15 @@ class _LitgptWriter:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         updates_of_parts = [self.updates.get(litgpt_parts()[name].replace("{n}", str(layer))) for name in enabled]
-        # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs. At
-        # least one layer has an update of q, k or v.
+        # Read the input size from an update of q, k or v, which at least one layer has. Other modules may have larger
+        # inputs, such as the last module of the MLP.
         names = {_below(litgpt_parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.updates.items() if _below(path) in names)
         sizes = dict(zip(litgpt_parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, updates_of_parts, strict=True):
             if update is None and not sizes:
-                why = f"layer {layer} has no {name}; the number of zero rows in its place depends on the base's heads"
+                why = f"layer {layer} has no {name}, and the number of zero rows to write depends on the base's heads"
                 raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
@@ -220,7 +220,7 @@ class _LitgptWriter:
 
 
 def _below(hub_path: str) -> str:
-    """Return a module's name without the path of its layer."""
+    """Return a module's name relative to its layer."""
     return hub_path.partition("layers.")[2].partition(".")[2] or hub_path
 
 
@@ -269,7 +269,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the number of layers in the config; if it is too small, the number of the last adapted layer plus 1."""
+    """Return the number of layers in the config, but at least the last adapted layer's number plus 1."""
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -278,7 +278,7 @@ def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
 
 
 def _text(path: Path, *, needed: bool) -> str:
-    """Read the text of a settings file; return an empty text if the file is missing and not `needed`."""
+    """Read the text of a settings file. If the file is missing and not `needed`, return an empty string."""
     if not path.exists():
         if needed:
             cure = "Fetch the file: it states the rank, alpha and the adapted modules"
@@ -291,10 +291,7 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
-    """Write the folder.
-
-    The settings are written last, so that readers reject a folder whose writing was interrupted.
-    """
+    """Write the folder. Write the settings last, so that readers reject an incomplete folder."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

@@ -1,9 +1,9 @@
-"""loralib's checkpoints: a torch file with `lora_A` and `lora_B`; alpha and blocks are in `loralib.json` next to it.
+"""Read and write loralib's checkpoints: a torch file with `lora_A` and `lora_B`, and `loralib.json` next to it.
 
-For an embedding, B A is the transposed change of the weight. A `MergedLinear` has blocks of equal size. It adapts
-some blocks, and stores the pairs of these blocks in one A and one B. The file does not show the number of blocks, or
-which blocks are adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with a larger
-rank.
+The JSON file states alpha and the adapted blocks. For an embedding, `B @ A` is the transposed change of the weight. The
+outputs of a `MergedLinear` consist of blocks of equal size. It adapts some blocks, and stores their pairs in one A and
+one B. The torch file does not show the number of blocks, or which blocks are adapted. A `Conv2d` has separate parts of
+A and B for each row of its kernel, which together equal a LoRA with a larger rank.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Words in the keys of other tools, whose keys end like loralib's."""
+"""Texts in keys of other tools. These keys have the same endings as loralib's."""
 
 
 class LoralibSettings(TypedDict, total=False):
-    """The contents of `loralib.json`: alpha, and for each block of a `MergedLinear` whether the block is adapted."""
+    """The contents of `loralib.json`: alpha, and a list of flags that mark the adapted blocks of a `MergedLinear`."""
 
     alpha: float
     enable_lora: list[bool]
@@ -119,7 +119,7 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair belongs to the only adapted block of a MergedLinear. If not, the pair belongs to a whole weight.
+    """Whether a pair adapts the only adapted block of a MergedLinear. Otherwise the pair adapts a whole weight.
 
     Raises:
         UsageError: the answer depends on the base, and no base is given.
@@ -155,9 +155,9 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """Decode a Conv2d.
+    """Decode a Conv2d whose kernel has the given shape.
 
-    The product B A changes the kernel W, reshaped to a matrix. Each row of the kernel has separate parts of B and A.
+    loralib reshapes `B @ A` to the kernel's shape. Each row of the kernel has separate parts of B and A.
     """
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
@@ -207,9 +207,9 @@ def _spelled(
 def _enabled(
     path: str, group: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """Return for each equal block of a weight's outputs whether a pair adapts it.
+    """Return a list that states for each equal block of a weight's outputs whether a pair adapts the block.
 
-    All weights must have the same blocks.
+    All weights must have the same list.
     """
     size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")

@@ -1,6 +1,6 @@
-"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, full weight differences and LoCon, in one file.
+"""Read and write LyCORIS's files: LoHa, LoKr, OFT, BOFT, GLoRA, IA3, LoCon and full weight differences.
 
-Keys are built like kohya's. A key with the prefix `lycoris_` may belong to any kind of model.
+Keys have the same parts as kohya's. Keys with the prefix `lycoris_` may be for any kind of model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LoRA of Megatron-Bridge and NeMo 2: a torch or safetensors state dict; alpha is in `megatron.json` next to it.
+"""Read and write LoRA of Megatron-Bridge and NeMo 2: a state dict, and `megatron.json` with alpha next to it.
 
-Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for each part. If a checkpoint is distributed over
-ranks, its parts must be gathered first.
+The state dict is a torch or safetensors file. Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for
+each part of the weight. If the processes of a training saved a checkpoint in several files, gather these files first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ._kit import Pair
 
 
-# Convert LoRA in Megatron's layout: one pair A, B for each fused weight or, in canonical LoRA, for each part.
+# Convert LoRA in Megatron's layout: one pair (A, B) for each fused weight, or in canonical LoRA, for each part.
 
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
@@ -58,11 +58,13 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
-    """Return the updates, and the leftovers for the writer: prefix of names, order of keys, whether pairs are fused.
+    """Return the updates, and a dict of leftovers for the writer.
+
+    The leftovers are the prefix of names, the order of keys, and whether pairs are for fused weights.
 
     Raises:
         Malformed: a key belongs to none of these modules.
-        ShapeMismatch: the shapes do not fit the base's numbers of heads.
+        ShapeMismatch: A and B do not fit each other, or B does not fit the parts of the fused weight.
     """
     names_of_base = _BaseNames(base)
     updates: dict[Target, tuple[Pair, ...]] = {}
@@ -101,7 +103,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function that returns the reason why these modules cannot express an update, or an empty text."""
+    """Return a function for `expressible`: it returns why these modules cannot express an update; empty if they can."""
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
@@ -116,9 +118,10 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return the tensors by key, and whether the pairs are fused.
+    """Return the tensors by key, and whether they have one pair for each fused weight.
 
-    Pairs of a fused weight's parts are fused if they share A.
+    This is possible only if all parts of each fused weight have pairs with the same A and scaling. If `fused` is false,
+    each part gets its own pair.
     """
     if LAYER.fullmatch(f"{prefix}0.x") is None:
         why = f"the stored data of the Megatron file is damaged: names begin with {prefix!r}"
@@ -160,7 +163,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether the pairs of a fused weight's parts can be fused into one pair; true if no part has a pair."""
+    """Whether the pairs of a fused weight's parts can be one pair. This is also true if no part has a pair."""
     updates = [slots[weight] for weight in weights if weight in slots]
     if not updates:
         return True
@@ -171,7 +174,7 @@ def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _BaseNames:
-    """Translates module names to the base's names, which may have a prefix; without a base, the names stay the same."""
+    """Translate module names to the base's names, which may have another prefix. Without a base, keep the names."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -193,7 +196,10 @@ class _BaseNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function that returns the base's numbers of heads or, without a base, the numbers in `kept`."""
+    """Return a function that returns the base's numbers of heads, or the numbers in `kept` if there is no base.
+
+    The function raises UsageError if there is neither.
+    """
     from ..naming.heads import heads_of
 
     def heads() -> Heads:
@@ -216,7 +222,7 @@ PREFIX = "decoder.layers."
 
 
 class MegatronHints(Leftovers, total=False):
-    """The leftovers of a checkpoint: the prefix of names, whether pairs are fused, the numbers of heads, and alpha."""
+    """The leftovers: the prefix of names, whether pairs are for fused weights, the numbers of heads, and alpha."""
 
     prefix: str
     fused: bool

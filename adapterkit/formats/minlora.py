@@ -1,6 +1,6 @@
-"""minLoRA's checkpoints: a torch file of parametrizations; alpha is in `minlora.json` next to it.
+"""Read and write minLoRA's checkpoints: a torch file of parametrizations, and `minlora.json` with alpha next to it.
 
-The factors of an embedding are swapped. The A of a convolution has one axis for the inputs and the kernel.
+For an embedding, A and B are swapped. For a convolution, one axis of A contains both the inputs and the kernel.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
-    """Return the pair of a convolution, with A's last axis split into the weight's axes of inputs and kernel."""
+    """Split A's last axis into the axes of inputs and kernel that the base's weight has."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)

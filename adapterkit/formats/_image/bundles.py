@@ -1,7 +1,7 @@
 """Read and write token embeddings in a LoRA file: `bundle_emb.<token>.<slot>`, from OneTrainer and AUTOMATIC1111.
 
-The embeddings are textual inversions, stored together with the LoRAs. ComfyUI ignores such keys and diffusers refuses
-the whole file, so only kohya's and LyCORIS's formats write them.
+The embeddings are textual inversions. ComfyUI ignores keys of this form, and diffusers refuses a file that has one. So
+only the formats of kohya and LyCORIS write embeddings.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
 """A map from OneTrainer's name of a text encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots for the only text encoder of Stable Diffusion 1 and 2; AUTOMATIC1111 writes `string_to_param.*`."""
+"""Slots for models with one text encoder, Stable Diffusion 1 and 2. AUTOMATIC1111 writes `string_to_param.*`."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""A map from OneTrainer's to diffusers' name of a text encoder; some families have other names."""
+"""A map from OneTrainer's name of a text encoder to diffusers' usual name; some families have other names."""
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
@@ -50,8 +50,8 @@ class ImageBundle:
 
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
-        keys: a map from the key that `keyed` would choose for an embedding to the key in the file.
-        shapes: for each tensor that was reshaped to a matrix, a map from its key to its shape in the file.
+        keys: the key of each embedding in the file, by the key that `keyed` would choose for this embedding.
+        shapes: the shapes of one-dimensional embeddings, by key in the file. They are reshaped to one row.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
@@ -63,9 +63,10 @@ class ImageBundle:
             origin: what is known about the naming of the file's modules.
 
         Raises:
-            Unsupported: an embedding is added to the output of a text encoder, as OneTrainer allows, and not to the
-                input.
-            Malformed: an embedding is not a matrix of rows, or a token has two embeddings for one text encoder.
+            Unsupported: an embedding is not an input of a known text encoder. OneTrainer can also add embeddings to a
+                text encoder's output.
+            Malformed: an embedding is neither a vector nor a matrix, or a token has two embeddings for one text
+                encoder.
         """
         self.updates: dict[Target, tuple[Update, ...]] = {}
         self.keys: dict[str, str] = {}
@@ -93,7 +94,7 @@ class ImageBundle:
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
     """Map OneTrainer's name of each text encoder to diffusers' name.
 
-    A text encoder is omitted if the possible families have different diffusers' names for it.
+    Omit a text encoder if its diffusers' name differs between the possible families.
     """
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []

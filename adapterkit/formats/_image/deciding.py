@@ -32,7 +32,7 @@ FAMILY = "adapterkit.family"
 """The metadata key under which writers store the names of the adapter's possible families, for readers."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""For each format that belongs to particular families of models: these families."""
+"""A map from a format to its families, for formats that exist only for particular families of models."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
 """The naming in each format's files. kohya and LyCORIS are absent: they write any naming, with underscores for dots."""
@@ -44,7 +44,7 @@ Wan 2.2 has a second transformer for low noise.
 """
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Optional prefixes of a U-Net's or transformer's names in files of ComfyUI's format."""
+"""Optional prefixes of names in files of ComfyUI's format; the names are modules of a U-Net or a transformer."""
 
 CONTROLNET = "controlnet"
 """The component of a ControlNet. A ControlNet is a copy of the model's first blocks, with the same module names."""
@@ -56,10 +56,10 @@ class Origin:
 
     Attributes:
         naming: `native` (the names of the model's authors), `comfyui` or `diffusers`; empty if unknown.
-        families: the possible families: families with all module names of the base, or families named by the source
-            file.
+        families: the names of the possible families, according to the base, or to the adapter's format or config; empty
+            if unknown.
         inside: whether all targets are modules of the base.
-        unknown: the diffusers class of the base if no known family has this class; otherwise empty.
+        unknown: the class name of the base in diffusers if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
         bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
         of_format: whether `families` follows only from the file's format; see `FAMILIES`.
@@ -78,7 +78,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """Return what an adapter's source files, or the base, show about the naming of the targets."""
+    """Return the naming and the possible families of the targets, as the adapter's source or the base shows them."""
     from .underscores import modules_of
 
     sources = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -108,8 +108,8 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 def _bare(adapter: Adapter, naming: str) -> bool:
     """Whether a file has ComfyUI's format, but none of its module names has a prefix of ComfyUI.
 
-    Without a prefix, the naming is unknown: the names of FLUX's attention in diffusers are also the names of
-    Qwen-Image's attention in ComfyUI.
+    Without a prefix, the naming is unknown. Example: diffusers' names for FLUX's attention are also ComfyUI's names for
+    Qwen-Image's attention.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     prefixes = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -146,7 +146,7 @@ def families_of_class(name: str) -> list[ImageFamily]:
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
-    """List the families that have all of these modules; modules of text encoders are ignored."""
+    """List the families that have all of these modules. Ignore modules of text encoders."""
     split = map(rooted, paths)
     inside = [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in DENOISERS]
     fitting = [family for family in families() if all(path in family for path in inside)]
@@ -180,8 +180,8 @@ def decide(
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     if origin.unknown:
-        # Refuse, because unrelated models share names: BRIA's attention has FLUX's names, but no tool has FLUX's native
-        # names for BRIA.
+        # Refuse, because unrelated models share names: BRIA's attention has FLUX's names in diffusers, but no tool uses
+        # FLUX's native names for BRIA.
         why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
@@ -197,7 +197,9 @@ def decide(
 
 
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
-    """List the families that have all target names in the denoiser (U-Net or transformer) and fit all other evidence.
+    """List the families that have all targets of the denoiser (U-Net or transformer) and fit the other evidence.
+
+    Evidence that no family fits is ignored.
 
     Args:
         updates: all updates; their shapes are evidence.
@@ -207,7 +209,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # The names begin with a component of the pipeline that is not a ControlNet.
+        # A name begins with a component of the pipeline, and such a component is never a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
@@ -219,11 +221,11 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
-        # The caller or the file's writer chose these families. Other evidence only selects among these families.
+        # The caller or the file's writer named these families. Other evidence only selects among them.
         fitting = narrowed(fitting, lambda family: names_family(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     stated = any(names_family(family, origin.metadata) for family in denoisers)
-    # The remaining evidence cannot distinguish a ControlNet from its model, so ControlNets are not removed.
+    # The evidence below cannot distinguish a ControlNet from its model, so it must not remove ControlNets.
     nets = [] if stated or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
@@ -248,7 +250,7 @@ def _narrowed_on(
 
 
 def module_of(path: str) -> str:
-    """Return the module of a target's path. FLUX's replaced norms have the parameter `scale` at the end of the path."""
+    """Return the path of a target's module: a replaced norm of FLUX ends with `.scale`, the name of its parameter."""
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 
@@ -273,8 +275,8 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
 def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
     """Check that the base can belong to the family that is named in a file's metadata.
 
-    The names alone do not prove this: half of a Qwen-Image adapter's names are also FLUX's, with weights of equal
-    shapes.
+    Names and shapes do not show this: half of the modules in a Qwen-Image adapter also exist in FLUX, with weights of
+    equal shapes.
 
     Args:
         paths: the paths of the adapter's modules in the denoiser, without the pipeline's component.
@@ -282,7 +284,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
         metadata: the file's metadata.
 
     Raises:
-        UsageError: the metadata names another family than the base's, and all paths are valid in this other family.
+        UsageError: the metadata names a family that is not the base's, and that family has all paths.
     """
     known = [family for family in families() if all(path in family for path in paths)]
     stated = [family for family in known if names_family(family, metadata)]
@@ -300,7 +302,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
 
 
 def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
-    """Return the families that fit the evidence. If none fits, return all, because then the evidence does not apply."""
+    """Return the families that fit the evidence. If none fits, ignore the evidence and return all."""
     return [family for family in families if fits(family)] or families
 
 
@@ -327,26 +329,27 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks and also fit other U-Nets. So another
-            # U-Net is accepted only if the adapter lacks a kind of blocks.
+            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks, and their names also fit the unlikely
+            # U-Nets. So accept an unlikely U-Net only if the adapter lacks one kind of block.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
         both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
         if not both <= _numbers(paths).keys():
-            # One common kind of blocks proves nothing: FLUX and Bria FIBO have the same number of single blocks.
+            # If the adapter lacks a kind of block that a rival also has, the block numbers prove nothing: FLUX and Bria
+            # FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless a rival
-        # family has exactly this number of blocks. Other selections of blocks prove nothing: a block 7 may be one of
-        # FLUX's blocks, or Bria's last block.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless they are
+        # all blocks of a rival family and not all blocks of this family. Other selections of blocks prove nothing: a
+        # block 7 may be one of FLUX's blocks, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules may belong to a ControlNet, if their names do not begin with a component of the pipeline.
+    """Whether modules whose names do not begin with a component of the pipeline may belong to a ControlNet.
 
     Args:
         paths: the names of the modules.
@@ -360,11 +363,11 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names have consecutive blocks from the first on, at least two, and no block that the family lacks."""
+    """Whether the names have at least two blocks, with consecutive numbers from 0 or 1, and the family has them all."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # The numbers may begin at 0 or 1, because the first block of SDXL's U-Net has no attention.
+    # Numbers may also begin at 1, because the first block of SDXL's U-Net has no attention.
     rows = all(min(indices) < 2 and len(indices) == max(indices) - min(indices) + 1 for indices in numbers.values())
     return rows and all(max(indices) < family.facts.blocks.get(first, 0) for first, indices in numbers.items())
 
@@ -376,7 +379,7 @@ def in_a_row(paths: Iterable[str]) -> bool:
 
 
 def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
-    """Map the first part of names, such as `double_blocks`, to the block numbers that follow."""
+    """Map the first part of each name, such as `double_blocks`, to the block numbers that follow this part."""
     indices: dict[str, set[int]] = {}
     for path in paths:
         first, _, rest = path.partition(".")
@@ -425,7 +428,7 @@ def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
 
 
 def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
-    """Whether the family has enough blocks, and weights with these ratios of outputs to inputs."""
+    """Whether the family has blocks with these numbers, and weights with these ratios of outputs to inputs."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
@@ -435,7 +438,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def names_family(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names this family. If words of several families occur, the longest word decides."""
+    """Whether a file's metadata names this family. If words for several families occur, the longest word decides."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -452,14 +455,14 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names include the last block of each kind in the family's published models, and no later block."""
+    """Whether, for each kind of block in the names, the last block is that of the family's published models."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
-    """Whether the family's published models have weights of these sizes; unlisted sizes are accepted."""
+    """Whether the family's published models have weights of these sizes. Input sizes without an entry are accepted."""
     # Test each size once, because hundreds of modules share a few sizes.
     for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
         if inputs in family.facts.no_inputs:

@@ -1,4 +1,4 @@
-"""Define the data of one module in a file (tensors by slot, the format's rules, updates); load and save the files."""
+"""Define the data of one module in a file: tensors by slot, rules for decoding, updates. Load and save the files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 AGAIN = "Write the file again with the tool that made it"
 
 
-# Read the header's `ss_network_args`: network options that change the forward but are not stored in a tensor.
+# Read `ss_network_args` from the header: network options that change the forward but that no tensor shows.
 #
-# sd-scripts stores the options under this key, as JSON. LyCORIS treats every value except `false` as true.
+# sd-scripts writes the options as JSON. LyCORIS treats every value except `false` as true.
 
 
 FLUX = "networks.lora_flux"
@@ -48,7 +48,7 @@ OPTIONS = {
     ),
     "rs_lora": Departure(
         "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r), and the scaling of "
-        "a LoKr with two full factors is sqrt(r), the cube root of the file's alpha r * sqrt(r)",
+        "a LoKr with two full factors is sqrt(r), the cube root of the file's alpha, which is r * sqrt(r)",
         "GLoRA's scaling is alpha / r, and the scaling of a LoKr with two full factors is 1",
     ),
     "dylora": Departure(
@@ -57,7 +57,7 @@ OPTIONS = {
         "the scaling is alpha / r",
     ),
 }
-"""Options with which the forward of LyCORIS or sd-scripts computes another function than the tensors alone suggest."""
+"""Network options that change the forward of LyCORIS or sd-scripts, although the tensors do not show them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,12 @@ class Arguments:
     """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: whether modules changed the layer's output, including the bias; then DoRA's magnitudes had no effect.
-        rs: whether scalings are alpha / sqrt(r).
-        unit: the number by which a LoRA's alpha / r is multiplied; 0 means 1. For DyLoRA, it is the number of ranks
+        bypass: whether modules changed the layer's output, including the bias. DoRA's magnitudes then had no effect.
+        rs: whether scalings are `alpha / sqrt(r)`.
+        unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.
-        split: whether sd-scripts trained the parts of FLUX's fused weights separately, each with rank r, and saved
-            them as one LoRA.
+        split: whether sd-scripts trained one LoRA for each part of FLUX's fused weights, and saved the LoRAs of a
+            weight as one LoRA.
     """
 
     bypass: bool = False
@@ -87,7 +87,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults if the header is from another network or has no such options."""
+    """Return the options in a header. Return the defaults if the header has none, or is from another network."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()
@@ -137,7 +137,7 @@ class ImageModule:
 
     @property
     def where(self) -> str:
-        """Return the first key of the module, which errors use to name the module."""
+        """Return the module's first key. Errors name the module by this key."""
         return next(iter(self.keys.values()))
 
     def need(self, *slots: str) -> list[Lazy]:
@@ -172,19 +172,20 @@ class ImageModule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules by which a format's tensors are decoded and encoded.
+    """A format's rules for decoding and encoding tensors.
 
     Attributes:
-        alpha_needed: whether the format's trainers write an alpha for every module. The format's tools use the rank
-            instead of a missing or zero alpha.
-        by_formula: whether to follow the paper's formula, where a missing alpha is an error and an alpha of 0 gives a
-            scaling of 0. If false, a missing or zero alpha means the rank, as in the tools' forward.
+        alpha_needed: whether the format's trainers write an alpha for every module. Their forward uses the rank if the
+            alpha is missing or 0. In other formats, a missing alpha gives a scaling of 1, and an alpha of 0 is an error
+            unless `by_formula` is set.
+        by_formula: whether to follow the paper's formula: an alpha of 0 gives a scaling of 0, and a missing alpha is an
+            error if `alpha_needed` is set.
         oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, an alpha of 0 allows
             no rotation.
-        norms: whether the slots `w_norm` and `b_norm` store changes of one-dimensional weights.
-        peft: whether DoRA's magnitude has PEFT's shape, [out] or, for a convolution, [1, out, 1, ...]. If false, the
-            shape is [out, 1, ...].
-        slots: the slots that the format has, or prefixes of slots.
+        norms: whether changes of one-dimensional weights are stored in the slots `w_norm` and `b_norm`.
+        peft: whether DoRA's magnitude has PEFT's shape: `[out]`, or `[1, out, 1, ...]` for a convolution. If false, the
+            shape is `[out, 1, ...]`.
+        slots: names or prefixes of the slots that the format has.
         trained: the network options in the file's header.
     """
 
@@ -216,9 +217,9 @@ class ImageUpdate:
     Attributes:
         update: the decoded update.
         fields: a map from each field of the update to its slot.
-        kept: slots whose original tensors are stored in the adapter, so that the same file can be written again.
-        derived: a map from a slot in `kept` to the field that was computed from the slot's tensor.
-        idle: slots whose tensors have no effect; these tensors are stored, so that the same file can be written again.
+        kept: slots whose original tensors the adapter stores, so that the writer can write the same file again.
+        derived: for each slot in `kept`, the field that was computed from the slot's tensor.
+        idle: slots whose tensors have no effect. The adapter stores these tensors too, for the same reason.
     """
 
     update: Update
@@ -230,7 +231,7 @@ class ImageUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write, with its slot and the update's field that it contains; the field is empty for an alpha."""
+    """A tensor to write, its slot, and the update's field that the tensor contains; an empty field for an alpha."""
 
     slot: str
     leaf: Leaf
@@ -238,7 +239,7 @@ class StoredTensor:
 
 
 def inputs_of(modules: Iterable[ImageModule]) -> set[int]:
-    """Return the numbers of inputs of all modules that have a `down` (LoRA's A)."""
+    """Return the input sizes of all modules that have a `down` (LoRA's A)."""
     downs = (module.tensors["down"].shape for module in modules if "down" in module.tensors)
     return {shape[1] for shape in downs if len(shape) > 1}
 
@@ -250,10 +251,10 @@ TORCH_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
 """Suffixes of torch files."""
 
 NATIVE = "adapterkit"
-"""The metadata key of adapterkit's own files, which these formats do not read."""
+"""The metadata key that marks files in adapterkit's own format. The image formats do not read such files."""
 
 Metadata = list[tuple[str, str]]
-"""Metadata as (key, value) pairs in the file's order, because the writing libraries do not sort the keys."""
+"""Metadata as (key, value) pairs. The pairs keep the file's order, which is not alphabetical."""
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Lazy], Metadata]:

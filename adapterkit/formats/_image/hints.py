@@ -27,14 +27,12 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         metadata: the keys and values of the header, in the header's order.
-        stems: a map from each target to its module's name in the file's keys.
-        keys: a map from the key that the writer would choose to the different key in the file.
-        shapes: the shape of a tensor in the file, by key, if the writer would choose another shape for the same
-            elements.
+        stems: the name of each target's module in the file's keys, by target.
+        keys: keys in the file that differ from the writer's default keys, by default key.
+        shapes: shapes in the file that differ from the writer's default shapes, by key in the file.
         without_alpha: the names of modules that had no alpha.
-        derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from the
-            tensor.
-        idle: a map from the key of a stored tensor that has no effect to the tensor's target.
+        derived: fingerprints of fields that were computed from stored tensors, by the stored tensor's key.
+        idle: the targets of stored tensors that have no effect, by the tensor's key.
         compat: the `compat` with which the caller read the file.
     """
 
@@ -49,7 +47,7 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter, format: str) -> ImageHints:  # noqa: A002 - the public contract's word
-    """Return the stored details if the adapter was read from this format; otherwise empty details.
+    """Return the stored details if the adapter was read from this format. Otherwise return empty details.
 
     Raises:
         Malformed: the stored details are damaged.
@@ -65,7 +63,7 @@ def fingerprint(leaf: Leaf) -> str:
 
 
 Spell = Callable[[str, str], str]
-"""A function from a module's name and a slot to a key."""
+"""A function that returns the key for a module's name and a slot."""
 
 
 class ImageLeftovers:
@@ -122,11 +120,11 @@ class ImageLeftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether the alpha in the source file still yields the update's scaling."""
+    """Whether the source file's alpha (`old`) still gives the update's scaling; `new` is the alpha for this scaling."""
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
     value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # Allow rounding: with sqrt(r), an alpha that is computed from a scaling may differ in the last bits.
+    # Allow rounding errors: with sqrt(r), the alpha that is computed from the scaling may differ in the last bits.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

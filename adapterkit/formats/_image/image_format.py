@@ -1,4 +1,4 @@
-"""Define the base class of image-model formats: how keys are parsed, how scalings work, how modules are named."""
+"""Define the base class of image-model formats, which parses keys, applies scalings and names modules."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as its trainer's forward computes it on a convolution whose padding is not zeros.
+    """Return the update as its trainer's forward computes it on a layer, even if the layer does not pad with zeros.
 
     Raises:
-        Unsupported: no method of adapterkit computes that function.
+        Unsupported: no method of adapterkit computes the same function as the forward.
     """
     if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
         return update
@@ -65,17 +65,17 @@ PADDING = {
         zero_padded,
     )
 }
-"""Trainers add a second convolution to the layer. It has the layer's padding width, but always pads with zeros."""
+"""Trainers add a second convolution, with the same padding width as the layer. It always pads with zeros."""
 
 
 class ImageFormat(Format, ABC):
-    """A format with one tensor file; a subclass defines its keys and the names of its modules.
+    """A format with one tensor file. Subclasses define the file's keys and the names of modules in the keys.
 
     Class attributes:
-        rules: the rules for scalings, and the slots that keys may have.
-        naming: `native` or `diffusers` if all files have this naming; empty if files may have any naming.
+        rules: the rules for decoding and encoding, including the slots that keys may have.
+        naming: the naming that all files have, such as `native` or `diffusers`; empty if files may have any naming.
         bundles: whether files can store token embeddings together with LoRAs.
-        rows: whether a file can adapt some rows of a fused weight without the others.
+        rows: whether a file can adapt only some rows of a fused weight.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
@@ -97,26 +97,26 @@ class ImageFormat(Format, ABC):
 
     @abstractmethod
     def spell(self, stem: str, slot: str) -> str:
-        """Return the key for a module's name and a slot, as the writer spells it."""
+        """Return the key that the writer uses for a module's name and a slot."""
 
     @abstractmethod
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        """Return the target of each module; the keys of the result are the modules' names in the file."""
+        """Return the target of each module, by the module's name in the file."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         """Return the module's name in keys for a target; None if the format cannot name the target."""
         return target.path if target.rows is None else None
 
     def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
-        """Apply a scaling that is stored outside the module's slots, such as in the header, and return the update."""
+        """Apply a scaling that is stored outside the module's slots, such as in the header. Return the new update."""
         return decoded_update
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename targets to this format's naming, except `kept` targets.
+        """Rename all targets except `kept` to this format's naming.
 
-        Also return the targets that cannot be renamed.
+        Return the updates, and (target, reason) for each target that cannot be renamed.
         """
         from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
@@ -141,7 +141,7 @@ class ImageFormat(Format, ABC):
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """Return the metadata to write, and whether it contains the scalings; if it does, no alphas are written."""
+        """Return the metadata to write, and whether the metadata contains the scalings. If true, write no alphas."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -180,14 +180,14 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the component that a module belongs to; in one component, either all LoRAs have a bias or none has."""
+        """Return the component of a module. Either all LoRAs of a component have a bias, or none has."""
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
         """Parse the keys, and group the tensors by module name.
 
         Raises:
-            Malformed: a key belongs to another format, or occurs twice.
+            Malformed: a key belongs to another format, or two keys have the same meaning.
             Unsupported: the file has a token embedding, which this format stores in a separate file.
         """
         grouped: dict[str, dict[str, ImageKey]] = {}
@@ -273,7 +273,7 @@ def decoded(
 
 
 def _unwrapped(target: Target) -> Target:
-    """Remove the words that torch.compile, FSDP and activation checkpointing insert into a target's path."""
+    """Remove the names that torch.compile, FSDP and activation checkpointing insert into a target's path."""
     words = target.path.split(".")
     if WRAPPERS.isdisjoint(words):
         return target
@@ -281,7 +281,7 @@ def _unwrapped(target: Target) -> Target:
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
-    """Add the `family` argument to the metadata.
+    """Return the metadata with `family` as the stated family; unchanged if `family` is None.
 
     Raises:
         UsageError: no family has this name.
@@ -309,7 +309,7 @@ def check_family(adapter: Adapter, family: str) -> None:
 
 
 def _check_shapes(stem: str, decoded_updates: list[ImageUpdate]) -> None:
-    """Check the shapes of all updates before `ImageLeftovers` predicts the shapes that the writer would choose."""
+    """Check the shapes of all updates. `ImageLeftovers` later encodes the updates and needs correct shapes."""
     for each in decoded_updates:
         try:
             each.update.dims()
@@ -321,8 +321,8 @@ def _check_shapes(stem: str, decoded_updates: list[ImageUpdate]) -> None:
 def _check_apart(targets: Mapping[str, Target]) -> None:
     """Check that the file does not contain updates of both a fused weight and the parts of this weight.
 
-    Some trainers of Z-Image write LoRAs for the fused queries, keys and values, and also for the parts. diffusers then
-    ignores the LoRAs of the fused weights, and other tools add both.
+    Some trainers of Z-Image write LoRAs for the fused weight of queries, keys and values, and also for its parts. With
+    such a file, diffusers ignores the LoRAs of the fused weights, and other tools add both.
 
     Raises:
         Malformed: the file changes a module twice.
@@ -350,13 +350,13 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
         seen[target] = stem
 
 
-# Some families' trainers write one alpha for all modules into the header. The code below applies this alpha.
+# Read the alpha in the header: trainers of some families write one alpha for all modules there.
 
 ALPHA = "alpha"
-"""The header's key for alpha; the slot for alpha has the same name."""
+"""The key of alpha in the header, and also the name of the slot for alpha."""
 
 CONFIG = "lora_adapter_metadata"
-"""The header's key for diffusers' config, which contains every scaling."""
+"""The key of diffusers' config in the header. The config contains every scaling."""
 
 
 def _with_alphas(
@@ -364,8 +364,8 @@ def _with_alphas(
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha added to each LoRA, and the metadata without the alpha.
 
-    Most loaders ignore such an alpha, so it is applied only if `header_alpha` is true for all possible families. If the
-    file has alpha tensors or diffusers' config, the header's alpha is ignored.
+    Most loaders ignore an alpha in the header. So apply it only if `header_alpha` is true for all possible families.
+    Ignore it if the file has alpha tensors or diffusers' config.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
     parsed = [key for key in map(image_format.parse, tensors) if key is not None] if value else []
@@ -400,7 +400,7 @@ def _float32(value: float) -> bytes:
     return np.array(value, "<f4").tobytes()
 
 
-# Translate targets to the module names of a given base, which has its own prefix and naming.
+# Translate targets to the module names of a given base. The base may have another prefix and naming than the file.
 
 
 _DENOISERS = ("unet", "transformer")
@@ -410,7 +410,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     """Translate the targets of updates to module names of a base.
 
     Raises:
-        TargetNotFound: the base does not have a target; the error names the nearest module.
+        TargetNotFound: the base lacks a target's module; the error names the most similar module.
     """
     known = set(modules_of(base))
     placed_updates: dict[Target, tuple[Update, ...]] = {}
@@ -431,7 +431,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Return the target with the prefix that its module has in the base; unchanged if the base lacks the module."""
+    """Return the updates with the prefix that the base has for the target's module; unchanged if there is none."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
@@ -452,7 +452,7 @@ def kernel_of(target: Target, base: Checkpoint | None) -> int:
     return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)
 
 
-# In each component of a file, all LoRAs or none must have a bias: loaders have one setting for the whole component.
+# Loaders have one bias setting for a whole component. So in each component, all LoRAs or none must have a bias.
 
 
 def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], str]) -> None:
@@ -469,7 +469,10 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """For each component in which only some LoRAs have a bias, yield the smaller group: with a bias, or without."""
+    """Yield (target, reason) for LoRAs whose bias setting is the rarer one in their component.
+
+    Components in which all LoRAs or none have a bias yield nothing.
+    """
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, group in updates.items():
         for update in group:

@@ -1,6 +1,7 @@
-"""Decode a module's tensors (slots) to updates, with the formulas that kohya, LyCORIS, ComfyUI and diffusers share.
+"""Decode a module's tensors to updates, with the formulas that kohya, LyCORIS, ComfyUI and diffusers share.
 
-spec/formats/lycoris.toml describes the slots. Shapes are read from the tensors, never from metadata.
+A slot is the kind of a tensor; spec/formats/lycoris.toml describes the slots. Shapes are read from the tensors, never
+from metadata.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ def _decoders(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], Ima
 
 
 def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
-    """Return alpha / rank; without `by_formula`, return 1 if the alpha is missing or zero.
+    """Return `alpha / rank`, or 1 if the rules allow a missing or zero alpha. See `Rules`.
 
     Raises:
-        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the rules set neither
-            `by_formula` nor `alpha_needed`.
+        Malformed: the alpha is missing, and the rules set both `by_formula` and `alpha_needed`. Or the alpha is 0, and
+            the rules set neither.
+        ShapeMismatch: the rank is 0.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -110,16 +112,16 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def drawn(rank: int, unit: int) -> int:
-    """Return the factor by which a network option multiplies a LoRA's alpha / r; `unit` is the option's value.
+    """Return the factor by which a network option multiplies a LoRA's `alpha / r`; `unit` is the option's value.
 
-    LyCORIS's DyLoRA has r / unit blocks, and scales by alpha / (number of blocks). sd-scripts' split_qkv for FLUX
-    trains `unit` parts separately, and each part computes alpha / (r / unit).
+    DyLoRA in LyCORIS has `r / unit` blocks, and its scaling is alpha divided by the number of blocks. With split_qkv,
+    sd-scripts trains `unit` parts of a FLUX weight separately, and each part's scaling is `alpha / (r / unit)`.
     """
     return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Compute `down` times the Tucker core `mid` in float32: the convolution kernel that both represent."""
+    """Multiply `down` by the Tucker core `mid`, and return the convolution kernel that they represent, in float32."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
@@ -144,7 +146,7 @@ def _through(module: ImageModule) -> Lazy:
 
 
 LARGEST = 1 << 31
-"""The largest number of elements of a kernel that is computed from a Tucker core."""
+"""The largest number of elements that a kernel from a Tucker core may have."""
 
 
 def _is_dora(module: ImageModule) -> bool:
@@ -165,7 +167,10 @@ def _magnitude(module: ImageModule) -> Lazy:
 
 
 def _normed(module: ImageModule, update: Update) -> ImageUpdate:
-    """Decode the magnitudes of a LoHa, LoKr or LoRA: [out, 1, ...], or [1, in, 1, ...] with wd_on_output=False."""
+    """Decode the magnitudes of a LoHa, LoKr or LoRA.
+
+    Their shape is `[out, 1, ...]`, or `[1, in, 1, ...]` if the adapter was trained with `wd_on_output=False`.
+    """
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
@@ -220,10 +225,10 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha if both factors are full, as LyCORIS does: its files may state any alpha then.
+    # Ignore the alpha if both factors are full, as LyCORIS does. Files of such modules may state any alpha.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora and two full factors, the scaling is sqrt(r). LyCORIS saves alpha = r * sqrt(r), so its cube root is
-    # sqrt(r).
+    # With rs_lora and two full factors, the scaling is `sqrt(r)`. LyCORIS saves `alpha = r * sqrt(r)`, and the cube
+    # root of this alpha is `sqrt(r)`.
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -249,7 +254,7 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT. It rotates blocks of inputs, like PEFT's OFT with the first five terms of a series.
+    """Decode OneTrainer's OFT. It rotates blocks of inputs, like PEFT's OFT with the first five terms of the series.
 
     On convolutions, OneTrainer applies the inverse rotation. The file does not show which layers are convolutions.
     """
@@ -273,7 +278,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
 _CONVOLUTION = re.compile(
     r"conv|(?:down|up)samplers|proj_in$|proj_out$|patch|pos_embed|in_layers|out_layers|(?:^|_)op$"
 )
-"""A pattern for names of modules that are convolutions in at least some models."""
+"""A pattern for names of modules that are convolutions in some models."""
 
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
@@ -298,7 +303,8 @@ def _glora(module: ImageModule, rules: Rules) -> ImageUpdate:
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    # Multiply by sqrt(r): in files of GLoRA, alpha is the user's value; other methods save the value times sqrt(r).
+    # Multiply by `sqrt(r)`: with rs_lora, other methods save the user's alpha times `sqrt(r)`, but GLoRA saves the
+    # user's alpha unchanged.
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return ImageUpdate(update, dict(zip(leaves, slots, strict=True)))
@@ -359,7 +365,7 @@ _DECODERS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpda
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""(prefixes of a method's slots, the function that decodes these slots), in the order in which updates are applied."""
+"""Pairs of (prefixes of a method's slots, function that decodes these slots). Updates are applied in this order."""
 
 
 def _no_dora(module: ImageModule) -> None:
@@ -376,7 +382,7 @@ def _checked(update: LoKr, module: ImageModule) -> None:
 
 
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
-    """Remove a tensor's axes after the first `axes` axes; all removed axes must have size 1."""
+    """Keep a tensor's first `axes` axes, and remove the others, which must have size 1."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
         raise ShapeMismatch(
@@ -392,24 +398,24 @@ def _turned(leaf: Lazy) -> Lazy:
 
 
 def number(value: float) -> Lazy:
-    """Return a number as a scalar tensor: float32 if this is exact, otherwise float64."""
+    """Return a number as a scalar tensor: in float32 if float32 is exact, otherwise in float64."""
     return number_of(float(value).hex())
 
 
 _WITHOUT_ALPHA = 'Read the file without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'
 
-# Encode updates as slots (the tensors of a module in a file), and explain why some updates cannot be encoded.
+# Encode updates as tensors by slot, and explain why some updates cannot be encoded.
 
 
 _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
     BOFTOutputs: "rescale", WeightNorm: "dora", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
-"""A map from each method to one of its slots; a format that has this slot can express the method."""
+"""A map from each method's class to a slot. A format that has this slot can express the method."""
 
 
 LARGEST_RANK = 1e290
-"""The largest scaling that is written; times a rank, it stays below 1e300, the largest alpha that readers accept."""
+"""The largest scaling that is written. Its product with a rank stays below 1e300, the limit of readers for alpha."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
@@ -444,7 +450,7 @@ NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
     """Return the reason why a file cannot express how an update treats the bias; empty if it can.
 
-    The header's `bypass_mode` is one setting for all modules, and decides whether updates change the bias.
+    The header has one `bypass_mode` for all modules. This setting decides whether the updates change the bias.
     """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
@@ -481,7 +487,7 @@ def folded(update: Update, rules: Rules) -> Update:
 
 
 def _unscaled(update: Update, rules: Rules) -> str:
-    """Return the field into which a scaling must be folded because no slot can store it; empty if a slot can."""
+    """Return the field into which the scaling must be folded; empty if a slot can store the scaling."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and rules.peft:
@@ -593,7 +599,7 @@ def _turned_back(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """Omit updates that the format cannot express if they change nothing, and return a line for each omitted update.
+    """Omit inexpressible updates that are all zero. Return the other updates, and one line for each changed target.
 
     LoRAs extracted from Wan contain an all-zero `diff` tensor for every norm.
     """
@@ -609,7 +615,7 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
 
 
 def _is_zero(update: Update) -> bool:
-    """Whether a dense update is known to be zero; False if its values are not computed yet."""
+    """Whether an update is dense and all its values are zero; False if the values are not computed yet."""
     try:
         return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
     except NotComputed:
@@ -617,7 +623,7 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that the format cannot store, if `on_loss` allows it; return a line for each folded scaling."""
+    """Fold scalings that the format cannot store, if `on_loss` allows it. Return one line for each folded scaling."""
     if on_loss not in ("fold", "promote"):
         return updates, []
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Translate targets from one naming to another: rename modules, split fused weights, join parts of fused weights."""
+"""Translate targets from one naming to another: rename modules, split or join updates of fused weights."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def in_naming(
 
     Args:
         updates: the updates by target.
-        naming: the naming to translate to; `kohya` is the naming whose dots sd-scripts replaces with underscores.
+        naming: the naming to translate to. `kohya` means the dotted names that sd-scripts flattens with underscores.
         kept: the targets, as text, that must not be renamed.
         origin: what is known about the naming of the targets.
         fold: whether joining parts with different scalings may fold the scalings into B.
-        fuse: whether a LoKr of a fused weight becomes an update of the fused module that diffusers creates for LoKr. If
-            false, the LoKr is split.
-        rows: whether an update of some rows of a fused weight may stay an update of these rows. If false, zeros are
-            added for the other rows.
+        fuse: whether a LoKr of a fused weight stays one update. Its target is then the fused module that diffusers
+            creates for LoKr. If false, the LoKr is split.
+        rows: whether an update may change only some rows of a fused weight. If false, zeros are added for the other
+            rows.
 
     Returns:
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
     """
-    # Name a norm by its module, not by its scale: only BFL's naming uses the scale, others use the module's weight.
+    # Remove `.scale` from names of norms: only BFL's naming adds this parameter to the name of the module.
     updates = {_module(target, kept): group for target, group in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
@@ -67,8 +67,8 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # If the names fit both namings, assume that they are already in the requested naming, unless `origin` says
-        # otherwise.
+        # If the names fit several namings and `origin` does not state one, assume that the names are already in the
+        # requested naming.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, group in updates.items():
         if target not in targets:
@@ -76,8 +76,8 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in group):
             into.add(target, group, source)
         else:
-            # XLabs adapts only the first three sevenths of linear1. Split such an update into parts, and add zeros for
-            # the rest.
+            # XLabs adapts only three sevenths of linear1. Split such an update into the parts that diffusers has. When
+            # these parts are joined, the rows without an update get zeros.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -87,7 +87,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """Remove `.scale` from a norm's target in BFL's naming, because diffusers' naming ends at the norm's module."""
+    """Remove `.scale` from a norm's target in BFL's naming, so that the target is the norm's module."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target
@@ -95,7 +95,7 @@ def _module(target: Target, kept: Collection[str]) -> Target:
 
 @dataclass
 class _Member:
-    """An update of some rows of a fused weight in the requested naming, and the target from which it came."""
+    """An update of some rows (`run`) of a fused weight. `origin` is the target before the translation."""
 
     origin: Target
     run: Run
@@ -123,10 +123,12 @@ class _Into:
         self.keep(target, group)
 
     def add(self, target: Target, group: tuple[Update, ...], source: str) -> None:
-        """Rename one target, or record its updates as parts of a fused weight that `gather` joins.
+        """Translate one target: rename it, split its updates, or record them as parts of a fused weight.
+
+        `gather` later joins the recorded parts.
 
         Args:
-            target: the target to rename.
+            target: the target to translate.
             group: the target's updates.
             source: the current naming of all targets; empty if the targets have several namings.
         """
@@ -158,13 +160,16 @@ class _Into:
         return self._part(target, group, pieces, root, source)
 
     def _root(self, root: str) -> str:
-        """Return the component as diffusers names it, if the requested naming is diffusers'; otherwise `root`."""
+        """Return the prefix for the component: diffusers' prefix if that naming is requested, otherwise `root`."""
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
 
     def _fused(self, target: Target, group: tuple[Update, ...], source: str) -> str | None:
-        """Return the fused module that diffusers creates for a LoKr: diffusers cannot load a LoKr that was split."""
+        """Return the fused module that diffusers creates for a LoKr; None if there is none.
+
+        diffusers cannot load a LoKr that was split.
+        """
         if (
             not self.fuse
             or self.naming != "diffusers"
@@ -192,7 +197,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # An update of inputs acts on all rows in the same way. So every part has the same update.
+                # An update of inputs acts on all rows in the same way. So every part gets the same update.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
@@ -237,7 +242,7 @@ class _Into:
 
 
 def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
-    """Return the adapted weight's number of outputs divided by its number of inputs; None if a shape is unknown."""
+    """Return the adapted weight's number of outputs divided by its number of inputs; None if either is unknown."""
     for update in group:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
@@ -247,20 +252,23 @@ def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether the module is the same in both namings, except that its rows have another order."""
+    """Whether both namings have this module, but with its rows in different orders."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether `rows` can be the rows of `run`; the size of the fused weight is unknown, so any size is allowed."""
+    """Whether `rows` may be the rows of `run`. The fused weight may have any size, because its size is unknown."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
 
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
-    """Return the rows of each piece, relative to the update's first row; None for a piece that the update lacks."""
+    """Return the rows of each piece, relative to the update's first row; None for pieces outside the update.
+
+    If the pieces do not cover exactly the update's rows, return only None.
+    """
     dims = update.dims()
     out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
@@ -274,7 +282,10 @@ def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tu
 
 
 def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
-    """Put the equal parts of an update's rows into another order; None if the update cannot be split."""
+    """Return the update with its parts in another order. All parts have the same number of rows.
+
+    Return None if the update cannot be split or joined again.
+    """
     out, of = outputs_of(update), pieces[0].here.of
     if out is None or out % of:
         return None
@@ -287,13 +298,13 @@ def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
 
 # Split updates of fused weights into updates of the parts, and join updates of parts.
 #
-# Values are computed only if scalings differ. Otherwise rows are copied, and rows without an update are zero.
+# Rows are copied, and rows without an update get zeros. Values are computed only to fold different scalings.
 
 
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split an update by spans of rows; None if the update's formula cannot be split along outputs.
+    """Return one update for each span of rows; None if the update cannot be split along outputs.
 
-    If a LoRA was joined from LoRAs of the spans, each span uses separate rows of A, and its part gets only these rows.
+    If a LoRA was joined from LoRAs of the spans, each span uses other rows of A. So each part gets only its rows of A.
     For any other LoRA, each part has the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
@@ -312,7 +323,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split an OFT by spans; None if a block crosses the end of a span, or if a constraint couples the blocks."""
+    """Return one OFT for each span; None if a span ends inside a block, or if a constraint couples the blocks."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -325,7 +336,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split a LoKr by spans; None if a span ends inside a block of rows that belongs to one row of w1."""
+    """Return one LoKr for each span; None if a span ends inside a block of rows that share one row of w1."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -349,7 +360,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return each span's range of B's columns if B is block-diagonal without zero blocks; otherwise an empty list."""
+    """Return the range of B's columns that each span uses; empty if B is not block-diagonal, or has a zero block."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -378,24 +389,26 @@ def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedPart:
-    """An update of a run of consecutive rows of a fused weight."""
+    """An update of consecutive rows (`run`) of a fused weight."""
 
     run: Run
     update: Update
 
     @property
     def unit(self) -> int:
-        """Return the number of rows in each of the weight's equal parts; 0 if the rows cannot be divided equally."""
+        """Return the number of rows in one of the weight's equal parts; 0 if the update does not show this number."""
         out = outputs_of(self.update) or 0
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
 def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, str]:
-    """Join updates of row blocks into one update of the fused weight, or return the reason why they cannot be joined.
+    """Join updates of row blocks into one update of the fused weight.
+
+    Return (update, ""), or (None, reason) if the updates cannot be joined.
 
     Args:
         parts: the updates, one for each row block.
-        fold: whether different scalings may be folded into B, with rounding.
+        fold: whether different scalings may be folded into B, which rounds. Powers of two are folded in any case.
     """
     unit, of = parts[0].unit, parts[0].run.of
     if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
@@ -432,7 +445,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 
 
 def _stacked(updates: Sequence[Update]) -> Update | None:
-    """Stack the rows of updates into one update; None if the updates differ in more than these rows."""
+    """Stack the rows of updates into one update; None if the updates differ in anything else."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -440,8 +453,8 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # An update of inputs acts on all rows in the same way. So equal updates of all parts are one update of the
-        # whole.
+        # An update of inputs acts on all rows in the same way. So if all parts have equal updates, one of these updates
+        # is the update of the whole weight.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -501,8 +514,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts with the same A share rows of the joined A. Example: queries, keys and values have one A; the MLP in the
-    # same weight has another.
+    # Parts with the same A share rows of the joined A. Example: a weight in which queries, keys and values have one A,
+    # and the MLP has another.
     ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -532,7 +545,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Copy tensors into a tensor of zeros, with the tensors' dtype, or float32 if the tensors' dtypes differ."""
+    """Copy tensors into a tensor of zeros. The result has their dtype, or float32 if their dtypes differ."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]
@@ -553,7 +566,7 @@ def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Prefix targets with the component as diffusers names it: `x_embedder` becomes `transformer.x_embedder`."""
+    """Prefix targets with diffusers' name of the component: `x_embedder` becomes `transformer.x_embedder`."""
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -576,7 +589,7 @@ def in_parts(
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' names for a module in its authors' naming: several for a fused weight, none if unknown."""
+    """Return diffusers' names for a native module name: several for a fused weight, none for an unknown name."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -585,7 +598,7 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Translate targets of several adapters to one naming; change nothing if all adapters already have the same naming.
+    """Translate the targets of several adapters to one naming, unless all adapters already have the same naming.
 
     Raises:
         UsageError: the adapters are for different families of image models.
@@ -605,10 +618,10 @@ def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
 
 
 def _check_families(adapters: Sequence[Sequence[str]]) -> None:
-    """Check that the module names of every adapter fit a family that also fits the first adapter.
+    """Check that every adapter has a possible family in common with the first adapter.
 
     Raises:
-        UsageError: an adapter fits no family of the first adapter; the error names the families of both adapters.
+        UsageError: an adapter has no such family; the error names the families of both adapters.
     """
     known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
     for place, others in known[1:]:
@@ -622,7 +635,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
 
 
 def _same_naming(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether two sets of families have a common family; generic families count only if a set has no other family."""
+    """Whether two sets of families have a common family. Generic families count only if a set has no other families."""
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]

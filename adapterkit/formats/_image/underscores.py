@@ -1,4 +1,4 @@
-"""Find the modules whose dotted names kohya and LyCORIS flattened: they replaced all dots with underscores.
+"""Find the modules that flattened names stand for: kohya and LyCORIS replace the dots of names with underscores.
 
 Each flattened name is compared with the flattened module names of the base. Without a base, it is compared with the
 tables of known families. A name that fits no module or several modules is an error.
@@ -45,16 +45,16 @@ _PARTS = {
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
-"""A map from the prefix of a flattened name to the pipeline's components that the prefix may mean."""
+"""A map from each prefix of flattened names to the components of the pipeline that the prefix may mean."""
 
 _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
-"""Prefixes of flattened names of modules in the U-Net or the transformer."""
+"""Prefixes of flattened names whose modules are in the U-Net or the transformer."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
 """A map from a prefix to the only family whose trainer writes this prefix."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""A map from a model's name in a file's metadata to the component that is this model's T5."""
+"""The component that is a model's T5, by the model's name in a file's metadata."""
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
@@ -63,10 +63,11 @@ def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], bas
     Args:
         modules: the modules of the file, by stem.
         metadata: the file's metadata.
-        base: the base whose module names are compared, or None.
+        base: the base with which the names are compared, or None to compare them with the known families.
 
     Raises:
-        TargetNotFound: a stem fits no module, or several modules; the error names the nearest module.
+        TargetNotFound: a stem fits no module, or several modules; the error names these modules, or the most similar
+            module.
     """
     known = list(modules)
     walked = None if base is None else _walked(base)
@@ -87,7 +88,7 @@ def _together(
     rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
     of_base: Collection[str] | None, sizes: Collection[int],
 ) -> dict[str, str]:  # fmt: skip
-    """Return the dotted paths of all stems in the denoiser if one family has all of them; otherwise an empty dict.
+    """Return the dotted path of each stem in the denoiser, if one family has all these stems; otherwise an empty dict.
 
     Args:
         rest: a map from each stem that is not resolved yet to (prefix, flattened name).
@@ -97,7 +98,7 @@ def _together(
         sizes: the input sizes of the denoiser's adapted weights.
 
     Raises:
-        TargetNotFound: several families have all stems, and map a stem to different module paths.
+        TargetNotFound: several families have all stems, and these families map a stem to different modules.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -120,12 +121,12 @@ def _together(
     fitting = narrowed(fitting, lambda family: names_family(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
-    # Compare the sizes of inputs: FLUX.2 and HunyuanVideo 1.5 have names of FLUX and HunyuanVideo, but other sizes.
+    # Compare input sizes: FLUX.2 shares names with FLUX, and HunyuanVideo 1.5 with HunyuanVideo, but sizes differ.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # With a base, targets are translated to the base's names later. Then the families only have to agree on the names
-    # in diffusers.
+    # If there is a base, targets are translated to the base's names later. So it suffices that the families have the
+    # same names in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -154,7 +155,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the path of each stem, by the family's first naming that has all stems; empty if no naming has all."""
+    """Return the path of each stem in the first naming of the family that has all stems; empty if none has all."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -173,7 +174,11 @@ def _words(stem: str) -> tuple[str, str]:
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
-    """Return the only module of the base whose flattened name is this stem; empty if there is no such module."""
+    """Return the module of the base whose flattened name is this stem; empty if there is none.
+
+    Raises:
+        TargetNotFound: several modules have this flattened name.
+    """
     here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
     if len(here) > 1:
         raise TargetNotFound(
@@ -203,8 +208,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
-        # Do not try names of language models for LyCORIS's prefix: LyCORIS writes the same names for adapters of plain
-        # LLMs.
+        # LyCORIS writes its prefix also for adapters of plain LLMs. So do not match this prefix with LLM text encoders.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
@@ -212,9 +216,9 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _beside(flat: str) -> list[str]:
-    """Return the path of a module that is a separate component in diffusers, but part of the authors' denoiser.
+    """Return the module's path if diffusers stores the module as a separate component; otherwise an empty list.
 
-    Anima's adapter of its text encoder is such a component.
+    The model's authors store such a module inside the denoiser. Example: Anima's adapter of its text encoder.
     """
     for family in families():
         for part in family.facts.modules:
@@ -225,7 +229,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the component that `lora_te3` means: FLUX's second or SD 3's third text encoder; empty if unknown."""
+    """Return the component that `lora_te3` means: FLUX's second text encoder or SD 3's third; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     stated = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -244,7 +248,10 @@ def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
 
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    """Map each flattened module name of the base, with and without its prefix, to (component, dotted path) pairs."""
+    """Map flattened names to (component, dotted path) pairs, for all modules of the base.
+
+    A module whose path has a prefix is listed twice: with the prefix and without it.
+    """
     places_by_name: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
         root, rest = rooted(path)
@@ -273,13 +280,14 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
-    """Return kohya's flattened name (stem) for a target's path; None if the module is not in an image model.
+    """Return the flattened name (stem) that kohya's or LyCORIS's format uses for a target's path; None if it has none.
 
     Args:
         path: the target's path.
         paths: the paths of all targets in the file.
         tag: the prefix of stems in the U-Net or the transformer.
-        lycoris: whether to return a stem with LyCORIS's prefix for a module that is not in an image model.
+        lycoris: whether to use the prefix `lycoris` for a module outside image models. If false, such a module has no
+            stem.
     """
     component, (_, rest) = component_of(path), rooted(path)
     prefixes = prefixes_of(paths)
@@ -296,14 +304,14 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
 
 
 def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
-    """Map each component to its prefix in keys, if the paths belong to a family with unusual prefixes; else empty."""
+    """Return the prefixes of keys by component, if the paths are of a family with unusual prefixes; otherwise empty."""
     unusual = [family for family in families() if family.facts.prefixes]
     inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
     return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
-    """Return kohya's prefix for a text encoder, with a number if the model has several text encoders."""
+    """Return kohya's prefix for a text encoder. It has a number if the model has several text encoders."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):

@@ -39,7 +39,7 @@ def encoded(
     """Return the tensors and the metadata of the file to write, and one line for each omitted or rewritten update.
 
     Raises:
-        Unrepresentable: the format cannot express an update, and `on_loss` does not allow rewriting or omitting the
+        Unrepresentable: the format cannot express an update, and `on_loss` allows neither rewriting nor omitting this
             update.
     """
     hints = hints_of(adapter, image_format.name())
@@ -73,14 +73,14 @@ def encoded(
 
 
 def _family(updates: Updates, origin: Origin) -> Metadata:
-    """Return a metadata entry with the adapter's possible families, which helps readers of the file."""
+    """Return a metadata entry that names the adapter's possible families, for readers of the file."""
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
 
 
 def _ranks(updates: Updates) -> Metadata:
-    """Return sd-scripts' metadata for the network's rank and alpha; `Dynamic` if the modules' values differ."""
+    """Return sd-scripts' metadata for rank and alpha; the values are `Dynamic` if they differ between modules."""
     each = [update for group in updates.values() for update in group]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
     if not pairs or len(pairs) < len(each):
@@ -104,7 +104,7 @@ def _stored(
 ) -> dict[str, Lazy]:
     """Return the tensors to write for one slot, by key.
 
-    Reuse a tensor of the source file if it still has the same meaning.
+    Reuse the source file's tensor if it still has the same meaning.
     """
     default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
@@ -127,7 +127,7 @@ def _stored(
 def _sources(
     image_format: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """Return the tensors of the source file from which the update's field was computed; empty if there are none."""
+    """Return the source file's tensors from which the reader computed the update's field; empty if it computed none."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (image_format.spell(stem, "down"), image_format.spell(stem, "mid"))]
@@ -155,8 +155,8 @@ def _expressible(
     places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Add targets that could not be renamed, for example because updates of parts cannot be joined: the caller can
-    # convert the updates in `places` to LoRAs, and LoRAs can be joined.
+    # The caller can convert the updates in `places` to LoRAs. So add updates whose targets could not be renamed
+    # because updates of parts cannot be joined: LoRAs can be joined.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -226,7 +226,7 @@ def _losses(
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether the slot is an alpha with equal values; separately trained parts of one module share one alpha."""
+    """Whether both tensors are the same alpha. Separately trained parts of one module share one alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

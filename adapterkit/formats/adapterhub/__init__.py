@@ -1,8 +1,8 @@
 """Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-A key contains the adapter's name, and the path of the base inside the saved model. The tensors and the config's
-sub-dict `config` determine the method. For each value of `architecture`, a class (its family) converts keys to updates
-and back; see spec/formats/adapterhub.toml.
+A key contains the adapter's name, and the path of the base inside the saved model. The config's sub-dict `config` and
+the tensors determine the method. Each value of `architecture` in this sub-dict has a class, its family, which converts
+keys to updates and back. See spec/formats/adapterhub.toml.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 
-# Define the values of `compat`: differences between the adapters library and papers, and ambiguous files.
+# Define the values of `compat`, for differences between the adapters library and papers, and for ambiguous files.
 
 
 DEPARTURES = {
@@ -44,7 +44,7 @@ DEPARTURES = {
 }
 
 REFT = ("noreft", "direft")
-"""The two possible meanings of a ReFT without orthogonality, for which the adapters library writes the same file."""
+"""The two possible meanings of a ReFT without orthogonality. The adapters library writes the same file for both."""
 
 # Load and save an AdapterHub folder: a JSON config, one tensor file, and optional further files.
 
@@ -59,10 +59,10 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""Files that mark a folder as a composition of several adapters, with a phrase for messages."""
+"""Files that mark a folder as a composition of adapters, and what messages call the composition."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys in the configs of PEFT and MLX. These config files have the same name as AdapterHub's."""
+"""Keys that only configs of PEFT and MLX have. Their config files have the same name as AdapterHub's."""
 
 MAX_SNIFF = 16 << 20
 
@@ -75,11 +75,11 @@ class Content:
         config: the contents of `adapter_config.json`.
         tensors: the tensors by key.
         file: the name of the tensor file.
-        interface: the contents of `adapter_interface.json`, which names the modules of a model that the adapters
-            library does not know; None if the file is missing.
-        head: the config of a prediction head that was saved with the adapter, or None.
+        interface: the contents of `adapter_interface.json`, or None if there is no such file. It names the modules of
+            models that the adapters library does not know.
+        head: the config of the prediction head that was saved with the adapter; None if there is no head.
         head_tensors: the head's tensors by key.
-        head_file: the name of the head's tensor file, or None.
+        head_file: the name of the head's tensor file; None if there is no head.
     """
 
     config: Mapping[str, Any]
@@ -92,7 +92,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` is an AdapterHub folder (an adapter, or a composition of adapters), or a file in such a folder."""
+    """Whether `path` is an AdapterHub folder with an adapter or a composition, or a file in such a folder."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -110,7 +110,7 @@ def load(path: Path) -> Content:
     """Load the contents of a folder.
 
     Args:
-        path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
+        path: the folder, its config or its tensor file. A folder's safetensors file takes precedence over `.bin`.
 
     Raises:
         StorageError: the config or the tensor file is missing.
@@ -145,7 +145,7 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted.
+    """Write the folder. Write the config last, so that readers reject an incomplete folder.
 
     Raises:
         StorageError: the folder cannot be created or written.

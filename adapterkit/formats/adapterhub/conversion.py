@@ -40,22 +40,22 @@ from .file import RELEASE, AdapterHubSettings
 
 # Decode a config and tensors into an `Adapter`.
 #
-# Refuse a tensor that belongs to no update, unless it is known to be unused.
+# Refuse tensors that belong to no update, unless they are known to have no effect.
 
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""The prefix that marks the tensors of a prediction head among the tensors in an adapter's leftovers."""
+"""The prefix of a prediction head's tensors in an adapter's leftovers. The adapter's tensors there have no prefix."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers of an AdapterHub folder, from which the writer can write the same folder again.
+    """Details of an AdapterHub folder that an adapter stores, so that the writer can write the same folder again.
 
     Attributes:
         config: the contents of the source config.
         file: the name of the tensor file.
         root: the path of the base inside the saved model, as written in the keys; empty if unknown.
-        keys: a map from the key that the writer would choose to the different key in the file.
+        keys: keys in the file that differ from the writer's default keys, by default key.
         compat: the caller's `compat`.
         interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.
@@ -81,7 +81,7 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Decode. Every tensor must belong to an update, or be yielded as a `KeptKey`, which is only stored.
+# Every tensor must belong to an update, or to a `KeptKey`: such a tensor is only stored.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -116,7 +116,7 @@ def assemble(
 ) -> tuple[Updates, list[AdapterHubKey], AdapterHubSettings]:
     """Return the updates by target, the keys of tensors that are only stored, and the settings.
 
-    `heads` is the number of heads of a prefix's keys and values; None if only the base shows this number.
+    `heads` is the number of heads in the keys and values of prefixes; None to read it from the base.
     """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
@@ -143,7 +143,7 @@ def spell(updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Laz
 
 
 def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
-    """Group the updates by family; updates without a family are omitted."""
+    """Group the updates by family. Omit updates that no family can write."""
     by_family_: dict[type[AdapterHubFamily], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
@@ -163,14 +163,14 @@ def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubK
 
 
 def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:
-    """Map each key that the writer would choose to the key in the file, if the two keys differ."""
+    """Return keys in the file that differ from the writer's default keys, by default key."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
 
 
 def _root(keys: Iterable[AdapterHubKey]) -> str:
-    """Return the path of the base inside the saved model, from a key of a tensor that the whole model shares."""
+    """Return the path of the base inside the saved model, according to the keys of tensors that the model shares."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 
@@ -178,7 +178,7 @@ def _root(keys: Iterable[AdapterHubKey]) -> str:
 ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_parameters")
 
 
-# Parse the config and check its fields, with special rules for old releases.
+# Parse the config, and check its fields. Old releases need special rules.
 
 
 def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> AdapterHubSettings:
@@ -206,7 +206,7 @@ def parts(
 
     Raises:
         Malformed: a field has the wrong type.
-        Unsupported: the architecture is unknown, or an unknown field has a value that is not false.
+        Unsupported: the architecture is unknown, or an unknown field has a value other than false, null, 0 or empty.
     """
     fields = config.get("config")
     if not isinstance(fields, dict):
@@ -248,12 +248,12 @@ _UPGRADE = "Upgrade adapterkit, or remove the field if it is known to be harmles
 
 # Encode an `Adapter` as the contents of a folder, and check that these contents read back as the same adapter.
 #
-# If the source config still describes the adapter, the writer copies this config. Otherwise the writer composes a new
+# If the source file's config still describes the adapter, the writer copies it. Otherwise the writer makes a new
 # config, with the fields that release 1.3 writes.
 
 
 NAME = "adapter"
-"""The name for an adapter that was not read from AdapterHub's format."""
+"""The name that is written for adapters from other formats."""
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
@@ -297,7 +297,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return two dicts of stored tensors that belong to no update: of the adapter's file, and of the head's file."""
+    """Return the stored tensors that belong to no update: those of the adapter's file, and those of the head's file."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
@@ -339,11 +339,11 @@ def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
 
 
-# Check that the folder's contents would be read as the same updates. Only headers are compared, not values.
+# Check that the folder's contents would be read as the same updates. Compare shapes and dtypes, but no values.
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
-    """Whether reading these contents would yield these updates; values are not compared."""
+    """Whether these contents would be read as these updates. The values of tensors are not compared."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
         read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))

@@ -1,4 +1,4 @@
-"""Parse a file's settings and keys, select the keys of one config, compose keys, and list the layers that keys name."""
+"""Parse the settings and keys of AdapterHub files, compose keys for writers, and list the layers that keys may name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ...io.lazy import Leaf
     from ...io.strict_json import JsonValue
 
-# Define the top-level fields of a config, and interpret the release that wrote the config.
+# Define the top-level fields of a config, one of which is the release that wrote the config.
 
 
 LIBRARY = "adapters."
-"""The beginning of `version` in configs of the `adapters` library; adapter-transformers wrote other versions."""
+"""The prefix of `version` in configs of the `adapters` library. In configs of adapter-transformers, it is missing."""
 
 RELEASE = "adapters.1.3.0"
 """The `version` in new configs."""
@@ -38,17 +38,17 @@ UNSCALED_UNTIL = ((1, 1, 0), True)
 """Before this release, the adapters library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""The numbers of a release, and whether the release is final; so `1.1.0.dev0` sorts before `1.1.0`."""
+"""(numbers of a release, whether the release is final). As tuples, `1.1.0.dev0` sorts before `1.1.0`."""
 
 
 class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The top-level fields of a config.
 
     Attributes:
-        name: the adapter's name, which the keys contain.
+        name: the adapter's name, which is a part of every key.
         model_type: the base's `model_type` in transformers.
         model_name: the base's name, such as a repository on the hub.
-        version: the library that wrote the file, and its release, such as `adapters.1.3.0`.
+        version: the library that wrote the file and the library's release, such as `adapters.1.3.0`.
         interface: the contents of `adapter_interface.json`, or None.
     """
 
@@ -60,7 +60,7 @@ class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether training computed LoRA without the scaling alpha / r, as `adapters` did before release 1.1."""
+        """Whether training used LoRA without the scaling `alpha / r`, as in `adapters` before release 1.1."""
         release = _release(self.version)
         return release is not None and release < UNSCALED_UNTIL
 
@@ -95,7 +95,7 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""A map from words in old keys to the words that the adapters library has written since adapter-transformers 2."""
+"""A map from words in keys to today's words. adapter-transformers wrote the other words before release 2."""
 
 _KEY = re.compile(
     rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
@@ -145,11 +145,11 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     return AdapterHubKey(text, match["path"] or "", KINDS[match["kind"]], match["slot"])
 
 
-# Besides the target, a key contains the adapter's name, and the base's path inside the saved model.
+# A key contains the target's path, the adapter's name, and the path of the base inside the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""First parts of paths in a model without a head. In such a model, the base's paths have no prefix."""
+"""Words with which paths begin if the saved model has no head. In such a model, paths have no prefix for the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +171,20 @@ class AdapterHubNaming:
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path that keys have for a tensor that the whole model shares."""
+        """Return the path, in keys, of a tensor that the whole model shares."""
         return ".".join(part for part in (self.root, name) if part)
 
 
 def root_of(paths: Iterable[str]) -> str:
-    """Return the path of the base inside the saved model, judged by the first parts of the targets' paths."""
+    """Return the path of the base inside the saved model: the first part of all targets' paths.
+
+    Return an empty string if the first parts differ, or if the saved model has no head.
+    """
     first = {path.partition(".")[0] for path in paths if path}
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# The part of a file that one config describes. Its family searches this part with the functions below.
+# Describe the part of a file that belongs to one config. The config's family finds updates in this part.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,8 +197,8 @@ class AdapterHubPart:
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        at: the location of this config in the file's config: `config` or, in a union, for example `config.configs[1]`.
-        heads: the number of heads of a prefix's keys and values, if it is known without the base.
+        at: the location of this config in the file's config: `config`, or in a union for example `config.configs[1]`.
+        heads: the number of heads in a prefix's keys and values; None to read it from the base.
     """
 
     settings: AdapterHubSettings
@@ -208,7 +211,7 @@ class AdapterHubPart:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to apply the paper's formula in cases where the adapters library's forward computes another."""
+        """Whether to apply the paper's formula, even if the adapters library's forward computes another formula."""
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
@@ -229,7 +232,7 @@ class AdapterHubPart:
         return groups
 
     def layout(self, path: str) -> str:
-        """Return the layout in which models of the base's type store the weights of linear layers."""
+        """Return the layout in which models of this `model_type` store the weight of the linear layer at `path`."""
         turned = stored_in_out(f".{path}", {"model_type": self.settings.model_type})
         return "in out *k" if turned else "out *in"
 
@@ -245,7 +248,7 @@ class AdapterHubUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptKey:
-    """A key whose tensor does not affect the computed function. It is stored so that the writer can write it again."""
+    """A key whose tensor has no effect. The adapter stores this tensor, so that the writer can write it again."""
 
     key: AdapterHubKey
 
@@ -263,14 +266,14 @@ def joined(leaves: list[Lazy]) -> Lazy:
 
 
 def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
-    """Return the slice `start:stop` of a tensor's first axis; the tensor itself if the slice is the whole axis."""
+    """Return the slice `start:stop` of a tensor's first axis. If this is the whole axis, return the tensor itself."""
     if (start, stop) == (0, leaf.shape[0]):
         return leaf
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Create an update from a method's name and tensors that are not loaded yet."""
+    """Create an update from a method's name, tensors that are not loaded yet, and attributes."""
     return METHODS[method](**leaves, **attributes)
 
 
@@ -288,7 +291,7 @@ def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mappi
 
 
 def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -> None:
-    """Check that the tensors of two keys are equal, because the adapters library saves one tensor under both keys.
+    """Check that the tensors of two keys are equal. The adapters library saves one tensor under both keys.
 
     Raises:
         Malformed: the values differ.
@@ -303,7 +306,7 @@ def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -
 
 AGAIN = "Save the adapter again with the adapters library"
 
-# List the linear layers that the adapters library can adapt, and write configs that select some of them.
+# List the linear layers that the adapters library can adapt, and write configs that select kinds of these layers.
 
 
 Roles = Mapping[str, tuple[str, ...]]
@@ -377,18 +380,19 @@ def model_type_of(base: Checkpoint | None) -> str | None:
 
 
 def role(path: str, model_type: str) -> str | None:
-    """Return the word by which configs select the linear layer at a path.
+    """Return the word by which a config selects the linear layer at a path.
 
-    None if the adapters library does not adapt the layer.
+    Return None if the adapters library does not adapt this layer.
     """
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """Return a `model_type` in which the adapters library can adapt every path; None if there is no such type.
+    """Return the `model_type` if the adapters library supports it, otherwise None.
 
-    If `model_type` is None, try all types. Return None if several types fit, but use different words for the paths.
+    If `model_type` is None, return a type in which the adapters library can adapt every path. If several types fit,
+    they must have the same words for the paths; otherwise return None.
     """
     paths = list(paths)
     if model_type is not None:
@@ -398,9 +402,9 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config for LoRA and similar methods has one rank and one scaling for all layers. It selects layers only by kind
-# (such as `selfattn_lora`), not one by one. The adapters library adapts all layers of the selected kinds. A layer
-# without tensors in the file gets a new adapter, which has no effect.
+# For LoRA and similar methods, a new config has one rank and one scaling for all layers. It selects kinds of layers
+# (with fields such as `selfattn_lora`), not single layers. The adapters library adapts all layers of these kinds. If a
+# layer has no tensors in the file, it gets a new adapter, which has no effect.
 
 
 QKV = ("q", "k", "v")
@@ -435,7 +439,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
         for position, update in enumerate(group):
             why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
             if not why and _formula_key(update) != first:
-                why = "its method, rank or scaling differs from the other updates'; a config states only one of each"
+                why = "its method, rank or scaling differs from the other updates', but a config states each only once"
             if why:
                 yield target, position, why
     yield from _unplaced(updates, base)
@@ -476,7 +480,7 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     """Return the reason why the adapters library cannot express a DoRA; empty if it can.
 
-    The adapters library computes the method `dora_outputs` instead. Both methods are equal if the scaling is 1 and the
+    The adapters library has only the method `dora_outputs`. It computes the same as `dora` if the scaling is 1 and the
     layer has no bias.
     """
     if target.layout != "out *in":
@@ -489,7 +493,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
-    """Replace each DoRA with `dora_outputs`, which the adapters library has, if both compute the same function."""
+    """Replace `dora` with `dora_outputs`, which the adapters library has, if both compute the same function."""
     return {target: tuple(_on_outputs(target, update, base) for update in group) for target, group in updates.items()}
 
 
@@ -500,7 +504,7 @@ def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """Return the words by which a config selects the kinds of all adapted layers."""
+    """Return the words by which a config selects all adapted layers."""
     model_type = base_family(updates, base) or ""
     words: set[str] = set()
     for target in updates:
@@ -511,12 +515,12 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """Return the model type in the base's config; without a base, a type that fits the targets' paths."""
+    """Return the model type in the base's config, or without a base, a type that fits the targets' paths; else None."""
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield targets that a config cannot select. A config selects kinds of modules, not single modules."""
+    """Yield each update whose target a config cannot select, with the reason. Configs select only kinds of modules."""
     family = base_family(updates, base)
     for target, group in updates.items():
         word = role(target.path, family or "")
@@ -540,14 +544,16 @@ def _third(rows: tuple[int, int]) -> bool:
 
 # List where the adapters library puts bottleneck adapters, by `model_type`, and the base's module at each position.
 #
-# The adapters library attaches an adapter to the block whose residual connection the adapter replaces. A target is the
-# module of the base whose output changes. If this module does not add the residual, `residual` and `norm` name the
-# modules that do this.
+# In the adapters library, the adapter is a submodule of the block whose residual connection it replaces. In adapterkit,
+# the target is the module of the base whose output changes. If the target does not add the residual itself, `residual`
+# and `norm` name the modules that show where the residual comes from and which norm follows.
 
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One kind of position for adapters. A path has a common beginning, followed by `module` or by `target`.
+    """One kind of position for adapters.
+
+    The path of the library's module and the path of the target have the same beginning, but different ends.
 
     Attributes:
         models: the values of `model_type` that have this position.
@@ -557,7 +563,7 @@ class SublayerRule:
         residual: the name of a module in the target's parent. Its input is added to the target's output. Empty if the
             target already adds the residual.
         norm: the name of a module in the target's parent. It normalises the sum. Empty if the target already does so.
-        within: a word that must be one of the parts of the common beginning; empty if there is no such condition.
+        within: a word that must be a part of the common beginning of both paths; empty if any beginning is allowed.
     """
 
     models: tuple[str, ...]
@@ -613,17 +619,17 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA_POSITIONS, "embed_tokens"),
     "gpt2": "drop",
 }
-"""The last module of the embeddings: invertible adapters change its output, and prompts are prepended to its output."""
+"""The embeddings' last module, by model_type. Invertible adapters change its output; prompts are prepended to it."""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the target's path, and the rule, for the path of the library's module; None if no rule fits."""
+    """Return (path of the target, rule) for the path of the adapters library's module; None if no rule fits."""
     rule_found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if rule_found is None else (path.removesuffix(rule_found.module) + rule_found.target, rule_found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the path of the adapters library's module, and the rule, for a target's path; None if no rule fits."""
+    """Return (path of the adapters library's module, rule) for the path of a target; None if no rule fits."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
             return path.removesuffix(rule.target) + rule.module, rule

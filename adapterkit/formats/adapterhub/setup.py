@@ -1,4 +1,4 @@
-"""Read and write compositions of adapters (a tree of blocks, a folder for each adapter), and read AdapterFusion."""
+"""Read and write compositions of adapters, and read AdapterFusion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 
-# Read and write compositions of adapters: a tree of blocks in `adapter_setup.json`, and a folder for each adapter.
+# Read and write compositions: `adapter_setup.json` contains a tree of blocks, and each adapter has its own folder.
 
 
 CONFIG = "adapter_setup.json"
@@ -38,7 +38,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""A map from each kind of block to the field that has one number per child; empty if the kind has no such field."""
+"""The field that contains one number per child, by kind of block; empty if the kind has no such field."""
 
 MAX_DEPTH = 32
 
@@ -49,8 +49,8 @@ class Setup:
 
     Attributes:
         kind: one of the keys of `WORDS`.
-        children: names of adapters, and inner blocks, in order.
-        numbers: one number per child: the weights of an `Average`, or the sizes of a split; otherwise empty.
+        children: the children in order; a child is the name of an adapter or another block.
+        numbers: one number per child: the weights of an `Average`, or the sizes of a split. Other kinds have none.
     """
 
     kind: str
@@ -58,12 +58,12 @@ class Setup:
     numbers: tuple[float, ...] = field(default=())
 
     def names(self) -> Iterator[str]:
-        """Yield the names of the adapters in the tree, in order; a name that occurs twice is yielded twice."""
+        """Yield the names of the adapters in the tree, in order. A name may occur several times."""
         for child in self.children:
             yield from [child] if isinstance(child, str) else child.names()
 
     def fusions(self) -> Iterator[str]:
-        """Yield the names of the fusions in the tree, which are also their folders' names."""
+        """Yield the names of the fusions in the tree. A fusion's folder has the same name."""
         if self.kind == "Fuse":
             yield self.fusion
         for child in self.children:
@@ -71,7 +71,7 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """Return the library's name for a fusion: the name of each child's last adapter, joined with commas."""
+        """Return the adapters library's name for a fusion: the last adapter of each child, separated by commas."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
@@ -80,7 +80,7 @@ def read_setup(folder: str | PathLike[str]) -> Setup:
 
     Raises:
         StorageError: the folder has no `adapter_setup.json`.
-        Malformed: the file does not have the form in which the adapters library writes it.
+        Malformed: the contents of `adapter_setup.json` are not a tree of blocks.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -97,14 +97,16 @@ def write_setup(
     folder: str | PathLike[str], setup: Setup, adapters: Mapping[str, Adapter], *,
     fusions: Mapping[str, str | PathLike[str]] | None = None, base: Checkpoint | None = None,
 ) -> None:  # fmt: skip
-    """Write a composition that `load_adapter_setup` can read; `adapter_setup.json` is written last.
+    """Write a composition that the adapters library's `load_adapter_setup` can read.
+
+    `adapter_setup.json` is written last.
 
     Args:
         folder: the folder to write.
         setup: the tree of blocks.
         adapters: the adapters, by their name in the tree.
         fusions: the source folder of each fusion, by the fusion's name; the folders are copied.
-        base: the base, for adapters whose config can only be written with the base.
+        base: the base. The configs of some adapters can only be written with the base.
 
     Raises:
         UsageError: an adapter or a fusion is missing, or the adapters library does not allow such a tree.
@@ -151,7 +153,7 @@ def _block(node: object, at: str, depth: int) -> Setup:
 
 
 def _numbers(node: object, word: str, count: int, at: str) -> tuple[float, ...]:
-    """Parse the numbers of a block, which must have one number per child."""
+    """Parse the numbers of a block. There must be one number per child."""
     if not word:
         return ()
     numbers = node.get(word) if isinstance(node, Mapping) else None
@@ -194,7 +196,7 @@ def _named(adapter: Adapter, name: str) -> Adapter:
 
 _BLOCKS = f"Blocks: {', '.join(WORDS)}; nested at most {MAX_DEPTH} deep"
 
-# Read AdapterFusion: `adapter_fusion_config.json`, and the weights of an attention in each layer.
+# Read AdapterFusion: `adapter_fusion_config.json`, and one attention over the adapters for each layer.
 #
 # Keys are `<module>.adapter_fusion_layer.<names, separated by commas>.<query|key|value>.<weight|bias>`.
 
@@ -206,13 +208,13 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""A map from the end of a key to the field of the fusion that the tensor fills."""
+"""A map from the end of a key to the fusion's field that the tensor fills."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 
 
 class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of the sub-dict `config`; the last four matter only in training."""
+    """The fields of the sub-dict `config`. The last four have an effect only in training."""
 
     key: bool = True
     query: bool = True
@@ -227,7 +229,7 @@ class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """Return the settings of a fusion, and the tensors of each target by field.
+    """Return the settings of a fusion, and its tensors by target and field.
 
     Raises:
         StorageError: a file is missing.

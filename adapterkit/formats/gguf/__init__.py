@@ -2,9 +2,9 @@
 
 Old `ggla` files are only read.
 
-The file has the same module names as the base's GGUF file. A table of the architecture translates the names in both
-directions. If llama.cpp stores the rows of q and k in Meta's order, the reader and the writer need the numbers of heads
-in the base's config.
+The file has the same module names as the base's GGUF file. The names are translated with a table for the architecture.
+If llama.cpp stores the rows of q and k in Meta's order, reader and writer need the numbers of heads in the base's
+config.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode llama.cpp's adapters, GGUF and the older ggla, into an `Adapter`, and encode an `Adapter` as GGUF."""
+"""Decode llama.cpp's adapters (GGUF files, and older `ggla` files), and encode an `Adapter` as a GGUF file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class GgufPlace:
         name: the file's `general.architecture`.
         family: the family of models with this architecture.
         config: the base's config, which has the numbers of heads; None without a base.
-        known: the numbers of heads that the source file or the config has, by `query`, `kv` and `LINEAR_FIELDS`.
+        known: the numbers of heads in the source file or the config. The keys are `query`, `kv`, `rotary` and
+            `LINEAR_FIELDS`.
         experts: the number of experts in a stack; 0 if unknown.
     """
 
@@ -76,7 +77,7 @@ class GgufPlace:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> GgufPlace:
-        """Create the object for writing, from the base's config.
+        """Create the object from the base's config, for writing.
 
         Raises:
             UsageError: the base has no config.
@@ -86,12 +87,12 @@ class GgufPlace:
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return which weights of the base a module of the file contains; None if the family has no such weight."""
+        """Return the weights of the base that are in a module of the file; None if the family has no such weight."""
         place = place_of(self.family, foreign)
         return None if place is None else place[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the order in which the file has the rows of a weight; None if it equals the base's order."""
+        """Return the file's order of a weight's rows; None if the base has the same order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -101,14 +102,14 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Refuse a number of rows other than heads * width in the config, because heads determine the order of rows."""
+        """Check that `rows` is the number of heads (`count`) times their width. Heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
             why = f"the base's config states {count} heads of width {dim}, which do not give {rows} rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the order in which the file has the inputs of a weight; None if it equals the base's order."""
+        """Return the file's order of a weight's inputs; None if the base has the same order."""
         where = self.where(foreign)
         return (
             None
@@ -132,7 +133,7 @@ class GgufPlace:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Map each target to its modules, rows and experts in the file.
+        """Return the modules, rows and experts of each target in the file, by the target's path.
 
         Targets that no file can contain are omitted.
         """
@@ -144,8 +145,8 @@ class GgufPlace:
             return f"its name in GGUF files of the architecture {self.name} is unknown"
         place = self.where(moves[target.path][0].path)
         if place is None:
-            # Nomic: one tensor of the GGUF file combines several weights, and an adapter file cannot say which is
-            # adapted.
+            # Nomic: one tensor of the GGUF file combines several weights, and an adapter cannot name a single one of
+            # them.
             return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
@@ -153,7 +154,7 @@ class GgufPlace:
                 "model"
             )
         if place.rows == "rotary":
-            # Refuse: GLM-4 and GLM-4V have the same architecture in GGUF files, but different orders of rows.
+            # Refuse: GLM-4 and GLM-4V have the same architecture name in GGUF files, but different orders of rows.
             why = "an adapter file does not state which of two orders its rows have"
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
@@ -163,15 +164,15 @@ class GgufPlace:
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
-        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. `placed` refuses rows that
-        # are not whole parts.
+        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. If the rows are not a whole
+        # part, `placed` refuses the update.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """Return the updates under the file's module names; updates of experts are joined into stacks.
+        """Return the updates by the file's module names. Updates of single experts are joined into stacks.
 
         Raises:
-            Unrepresentable: two updates adapt the same tensor of the GGUF model.
+            Unrepresentable: two updates adapt the same tensor of the GGUF model, or an update only some of its rows.
         """
         placed_updates = translated(
             {target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config
@@ -187,7 +188,7 @@ class GgufPlace:
         return {target: given[0] for target, given in placed_updates.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return the tensors A and B of an update by key, with rows and inputs in the file's order."""
+        """Return A and B of an update by key. Rows and inputs have the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -215,13 +216,14 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
     Args:
         file: the file.
-        base: the base; its config has the numbers of heads, which determine the order of rows.
-        outline: accept a file whose order of rows is unknown without a base. Loading such values then raises the error.
+        base: the base. The numbers of heads in its config determine the order of rows.
+        outline: whether to accept a file whose order of rows depends on a missing base. Loading such values raises the
+            error later.
 
     Raises:
-        Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.
+        Malformed, Unsupported: the file is not a LoRA adapter for llama.cpp, or its architecture is unknown.
         TargetNotFound: the family or the base has no weight for a name in the file.
-        UsageError: the order of rows depends on the numbers of heads, and no base provides them.
+        UsageError: the order of rows depends on the numbers of heads, which are unknown without a base.
     """
     name = _text(file, ARCHITECTURE)
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
@@ -253,7 +255,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
 
 def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
-    """Refuse a base that contains the same module name several times, under different prefixes.
+    """Check that the base has each module name of the file only once, and not with two prefixes.
 
     Raises:
         TargetNotFound: a name in the file fits two modules of the base.
@@ -271,7 +273,7 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
     """Find the family of models of an adapter file.
 
-    Some families, such as Granite 4, can only be recognised if the base is given.
+    The file alone does not identify some families, such as Granite 4. The base identifies them.
     """
     with suppress(Unsupported, UsageError):
         architecture, family = name_for(None if base is None else base.config)
@@ -281,7 +283,7 @@ def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Arc
 
 
 def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
-    """Create the update of one tensor, with the file's module name as target, and with rows in the base's order.
+    """Create the update of one module. The target has the file's module name, and the rows have the base's order.
 
     Raises:
         TargetNotFound: the family has no weight for this module name.
@@ -316,7 +318,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update that has the right shapes, but raises `error` when a value is loaded."""
+    """Return an update with the same shapes that raises `error` when its values are loaded."""
 
     def order() -> NoReturn:
         raise error
@@ -327,7 +329,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 def _with_names_of_the_family(
     pairs: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
-    """Rename targets to the family's names, and set the layout in which the family stores each weight."""
+    """Rename targets to the family's names, and set the targets' layouts to those of the family's weights."""
     config = {"model_type": place.family.record.model_types[0]}
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(pairs, moves_of(pairs, place.family, WEIGHT)).items():
@@ -345,12 +347,12 @@ def _text(file: Gguf, key: str) -> str:
     return str(value.value)
 
 
-# Read `ggla` files, the format before GGUF. It supports only Llama, stores A transposed, and has one rank and one alpha
-# for all modules.
+# Read `ggla` files, llama.cpp's adapters before GGUF. They are only for Llama, store A transposed, and have one rank
+# and one alpha for all modules.
 
 
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
-    """Read the adapter in a `ggla` file; `compat` is the tool that wrote the file, or None."""
+    """Read the adapter in a `ggla` file. `compat` names the tool that wrote the file; None if unknown."""
     file = read_ggla(path)
     place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
     pairs: dict[Target, tuple[Pair, ...]] = {}
@@ -374,9 +376,9 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
-    """Return the order in which a `ggla` file has the rows of a weight; None if it equals the base's order.
+    """Return the order of a weight's rows in a `ggla` file; None if the base has the same order.
 
-    llama.cpp's converter kept PEFT's order of rows. llama.cpp's training used the order of the GGUF base.
+    llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
@@ -399,22 +401,22 @@ _OLD = {
 
 
 def _modern(name: str) -> str:
-    """Translate a module name in `ggla` files to the name in GGUF files."""
+    """Translate a module name of `ggla` files to the name in GGUF files."""
     first, _, rest = name.partition(".")
     number, _, module = rest.partition(".")
     return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name
 
 
-# Read and write the tokens that activate an activated LoRA. A file stores them once, for all modules.
+# Read and write the tokens that activate an activated LoRA. A file has one list of tokens for all modules.
 
 
 INVOCATION = "adapter.alora.invocation_tokens"
 LARGEST = (1 << 32) - 1
-"""The largest token id, because the file stores token ids as u32."""
+"""The largest token id in a file. Files store token ids as u32."""
 
 
 def invocation_of(file: Gguf) -> Lazy | None:
-    """Return the activation tokens in a file, as one tensor for all updates; None if the file has no activated LoRA.
+    """Return the activation tokens in a file as a tensor, which all updates share; None if it has no activated LoRA.
 
     Raises:
         Malformed: the value is not a list of tokens, or is empty.
@@ -432,10 +434,10 @@ def invocation_of(file: Gguf) -> Lazy | None:
 
 
 def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
-    """Convert an update to an activated LoRA if the file has activation tokens.
+    """Return the update as an activated LoRA if the file has activation tokens. Otherwise return the update itself.
 
     Raises:
-        Unsupported: the update is of an embedding, which activated LoRA does not support.
+        Unsupported: the target is an embedding or a Conv1D, which an activated LoRA cannot adapt.
     """
     if invocation is None:
         return update
@@ -447,7 +449,7 @@ def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
 
 
 class Invocation:
-    """The activation tokens to write: the tokens of the adapter's first update."""
+    """The activation tokens to write. These are the tokens of the adapter's first update."""
 
     def __init__(self, updates: Iterable[object]) -> None:
         first = next(iter(updates), None)
@@ -457,7 +459,7 @@ class Invocation:
         """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
         tokens = _tokens(update)
         if tokens != self.tokens:
-            return "its invocation differs from the first update's; a file has one invocation for all"
+            return "its invocation differs from the first update's, but a file has one invocation for all updates"
         return (
             "its invocation has token numbers that are not u32"
             if any(not 0 <= n <= LARGEST for n in tokens or ())
@@ -465,7 +467,7 @@ class Invocation:
         )
 
     def values(self) -> dict[str, GgufValue]:
-        """Return the key and the value that store the tokens; empty if there are no tokens."""
+        """Return a dict with the key and value for the tokens; empty if there are no tokens."""
         return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
 
 
@@ -482,7 +484,7 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The leftovers of a GGUF file.
 
-    `values` are the (key, type, value) triples of the file, and `types` are the block types of quantized tensors.
+    `values` contains the file's (key, type, value) triples, and `types` the block type of each quantized tensor.
     """
 
     architecture: str
@@ -528,8 +530,8 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 def _holds(kind: str, tensor: Lazy) -> bool:
     """Whether a quantized block type stores a tensor's values without rounding.
 
-    This is true for values that llama.cpp quantized and that are unchanged since then: each is a multiple of 1/127 of
-    the largest value in its block. Other values would be rounded, so their tensors are written in their own dtype.
+    This is true if llama.cpp quantized the values and they did not change since: each value is a multiple of 1/127 of
+    the largest value in its block. Tensors with other values would be rounded, so they are written in their own dtype.
     """
     import numpy as np
 
@@ -540,7 +542,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the file's names and orders, from the base's config or, without a config, from the source file."""
+    """Return the file's names and orders, according to the base's config, or without a config, to the source file."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
@@ -555,14 +557,14 @@ def _has(family: Architecture, path: str) -> bool:
 
 
 def _rank(update: Pair) -> int:
-    """Return the rank of an update; for a stack of experts, the rank of each expert."""
+    """Return the rank of an update. In a stack, this is the rank of each expert."""
     return int(update.B.shape[-1])
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """Return the f32 alpha for which llama.cpp computes exactly the update's scaling.
+    """Return the float32 alpha from which llama.cpp computes exactly the update's scaling.
 
-    None if there is no such alpha.
+    Return None if there is no such alpha.
     """
     import numpy as np
 

@@ -1,7 +1,8 @@
-"""MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
+"""Read and write MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`.
 
-Module names are those of MLX's models, and mostly equal those in transformers. Factors of linear layers are transposed,
-compared with the papers; factors of stacked experts are not. All modules share one scale.
+The methods are LoRA, DoRA and the replacement of whole parameters. Module names are those of MLX's models. Most of them
+are the same in transformers. A and B of linear layers are the transposes of A and B in the papers. A and B of stacked
+experts are not transposed. All modules share one scale.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder (`path`, or the folder that contains the file `path`) has a config with a field of MLX-LM.
+    """Whether `path` is an MLX-LM folder, or a file in one: the config must have a field that only MLX-LM writes.
 
     PEFT's config has the same file name.
     """
@@ -59,7 +60,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted."""
+    """Write the folder. Write the config last, so that readers reject an incomplete folder."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

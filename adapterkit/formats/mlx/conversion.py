@@ -1,4 +1,4 @@
-"""Translate names between MLX-LM and the hub, decode a folder to an `Adapter`, and encode an `Adapter` as a folder."""
+"""Translate names between MLX-LM and the hub, decode folders, and encode an `Adapter` as a folder."""
 
 from __future__ import annotations
 
@@ -63,34 +63,34 @@ if TYPE_CHECKING:
 
 # Translate names between MLX-LM's models and the models on a hub.
 #
-# Most differences concern experts, whose tensors MLX-LM stacks.
+# Most differences are names of experts, because MLX-LM stacks the experts' tensors.
 #
-# The names are data, the naming `mlx` in spec/architectures. MLX-LM's adapter folders do not name the family of the
-# base. Without a base, all families with the target's name are tried. These families must agree on names of experts;
-# other names stay unchanged if the families disagree.
+# spec/architectures contains MLX-LM's names, as the naming `mlx`. MLX-LM's adapter folders do not state the family of
+# the base. Without a base, all families that have the target's name are tried. If they disagree on names of experts, an
+# error is raised. If they disagree on any other name, the name stays unchanged.
 
 
 NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find where a target's weights are in MLX-LM's model; None if the name is the same as on a hub.
+    """Return where a target's weights are in MLX-LM's model; None if the name stays the same.
 
     Args:
         name: the target's name, in any naming of its family.
         config: the base's config, if known.
-        experts: the number of experts in a stack with this name.
+        experts: the number of experts in the stack, if the target is a stack of experts; otherwise 0.
 
     Raises:
-        UsageError: several families have this name but different names in MLX-LM, and `config` names no family.
+        UsageError: `config` shows no family, and the families with this name have different names for it in MLX-LM.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find the hub's names of the weights (and single experts) in a module of MLX-LM's model.
+    """Return the hub's names of the weights or experts in a module of MLX-LM's model.
 
-    The arguments are those of `to_mlx`.
+    `name` is the module's name in MLX-LM. The other arguments are those of `to_mlx`.
     """
     return _translated(name, config, experts, WEIGHT)
 
@@ -103,15 +103,15 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
         if naming == WEIGHT and not there:
             continue
         same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
-        # Keep the name if the hub's model fuses the same weights as MLX-LM, such as queries, keys and values.
+        # Keep the name if the hub's model has the same fused weight as MLX-LM, for example of queries, keys and values.
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             by_moves.setdefault(moves, each.family)
     if family is None and by_moves and any(_keep(variant) for variant in variants(name)):
         by_moves.setdefault((Move(name),), "other families")
     if len(by_moves) > 1 and any(move.plain for moves in by_moves for move in moves):
-        # Keep the name if families disagree: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
-        # vision-language models than in its other models.
+        # Keep the name if families disagree. Example: in MLX-LM, `model.layers.0.self_attn.q_proj` has another prefix
+        # in vision-language models than in other models.
         return None
     if len(by_moves) > 1:
         why = f"{' and '.join(by_moves.values())} have different names for it: {', '.join(m[0].path for m in by_moves)}"
@@ -120,10 +120,10 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families that have this name and in which MLX-LM's name differs from the hub's.
+    """Return the families that have this name, and in which MLX-LM's name differs from the hub's name.
 
-    When translating to the hub's names, prefer families whose experts are separate on hubs, because only these have
-    names for single experts.
+    If the names are translated to the hub's, prefer families whose experts are separate on hubs. Only these families
+    have names for single experts.
     """
     shapes = [shape_of(variant) for variant in variants(name)]
     architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
@@ -136,11 +136,10 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
-    """Whether MLX-LM's models lack the weight with this name, according to every family that has the name.
+    """Whether MLX-LM's models of all families with this name lack a weight that can be adapted under this name.
 
-    DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. Other
-    examples: the layers in Prism's packs are rotated, and the parts of Muse Spark's fused queries, keys, values and
-    gates have unequal sizes.
+    Example: DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot
+    adapt. Prism's packs rotate the layers. In Muse Spark, the fused queries, keys, values and gates have unequal sizes.
     """
     family = _family(config)
     places = [
@@ -168,16 +167,16 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 
 
 def _common() -> Iterator[Architecture]:
-    """Yield the families of MLX-LM, except those marked `rare`.
+    """Yield the families that MLX-LM has, except those marked `rare`.
 
-    In a rare family, experts have names that other families use for other weights.
+    In a rare family, names of experts are names of other weights in other families.
     """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
 
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
-    """List (family, templates): for each weight that MLX-LM renames, the templates of its name in all namings."""
+    """List (family, templates). The templates are those of all names, in any naming, of weights that MLX-LM renames."""
     entries = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same_place(each, weight)]
@@ -188,7 +187,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """List the templates of all names that, in some family, are the same in MLX-LM and on a hub."""
+    """Return the templates of all names that MLX-LM and hubs share in at least one family."""
     return frozenset(
         _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()
@@ -216,7 +215,7 @@ _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
 class Modules:
-    """Translates MLX's module names to the base's names; without a base, to the names in the hub's checkpoints."""
+    """Translate MLX's module names to the base's names, or without a base, to the names in the hub's checkpoints."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
@@ -229,7 +228,7 @@ class Modules:
                     self.names_of_base.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with experts as the base stores them: each separately, or in stacks.
+        """Return the updates with experts in the form that the base has: separate or stacked.
 
         Raises:
             TargetNotFound, ShapeMismatch: the base does not have one of the experts.
@@ -244,7 +243,7 @@ class Modules:
         return {target: group for target, group in updates.items() if target not in lost} | dict(bound)
 
     def named(self, name: str) -> str:
-        """Return the base's name of a module; without a base, the name in the hub's checkpoint.
+        """Return the base's name for a module, or without a base, the name in the hub's checkpoint.
 
         Raises:
             TargetNotFound: the base does not have the module, or has several modules with this name.
@@ -307,7 +306,7 @@ def _pairs(
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
         elif parts := _parts(name, modules):
-            # Split layers that MLX-LM fuses and hubs store separately, such as queries, keys and values, by rows of B.
+            # MLX-LM fuses some weights that hubs store separately, such as queries, keys and values. Split B by rows.
             for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
                 names[target.path] = target.path
                 yield target, given[0]
@@ -335,7 +334,7 @@ def _target(hub_name: str) -> Target:
 
 
 def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> TargetUpdates:
-    """Yield the updates of stacked experts. Their A `[e, r, in]` and B `[e, out, r]` are not transposed."""
+    """Yield the updates of stacked experts. A is `[e, r, in]` and B is `[e, out, r]`: they are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
@@ -346,7 +345,7 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """Return the names of all experts of a stack in the hub's checkpoints, by the experts' numbers.
+    """Return the names that the experts of a stack have in the hub's checkpoints, in the order of their numbers.
 
     Raises:
         TargetNotFound: no family has this stack.
@@ -359,19 +358,19 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the parts of a layer that MLX-LM fused; empty if the hub's checkpoints have the same fused layer."""
+    """Return the parts of a layer that MLX-LM fuses; empty if the hub's checkpoints have the same fused layer."""
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
 
 def _is_stack(name: str, modules: Modules) -> bool:
-    """Whether a module is a stack of experts. Three axes do not prove this, because convolutions also have three."""
+    """Whether a module is a stack of experts, judged by its name. Factors of convolutions also have three axes."""
     moves = from_mlx(name, modules.config, 1)
     return moves is not None and moves[0].expert is not None
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Rename keys of fused layers, `X.lora_a.0` to `X#0.lora_a`, so that each part becomes a separate pair."""
+    """Rename keys of fused layers from `X.lora_a.0` to `X#0.lora_a`, so that each part becomes a separate pair."""
     changed = {}
     for key, tensor in tensors.items():
         stem, _, last = key.rpartition(".")
@@ -391,7 +390,7 @@ def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
 ) -> TargetUpdates:  # fmt: skip
-    """Yield the update of one part of a fused weight; the rows of the parts follow one another in order."""
+    """Yield the update of one part of a fused weight. The parts are consecutive blocks of rows."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
         raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
@@ -438,7 +437,7 @@ METADATA = {"format": "mlx"}
 
 
 class MlxHints(Leftovers, total=False):
-    """The leftovers of a folder: the config, its text, the tensors' metadata, and a map from our to MLX's names."""
+    """The leftovers of a folder: the config, the config's text, the file's metadata, and MLX's names by our names."""
 
     config: dict[str, Any]
     text: str
@@ -467,7 +466,7 @@ def written(
 def _without_absent(
     adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
 ) -> tuple[Adapter, list[str]]:
-    """Omit targets that MLX-LM's model lacks; return the adapter without them, and a line for each of these targets.
+    """Return the adapter without targets that MLX-LM's model lacks, and a line for each of these targets.
 
     Raises:
         Unrepresentable: `on_loss` is not `drop`, or MLX-LM's model lacks all targets.
@@ -489,11 +488,11 @@ def _without_absent(
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
-    """Stack experts and fuse weights as MLX-LM does; return the new adapter, and a line for each changed rank.
+    """Return the adapter with experts stacked and weights fused as in MLX-LM, and a line for each changed rank.
 
     Raises:
-        UsageError: the possible families of models store experts differently, and no base shows which family is right.
-        Unrepresentable: some experts have no updates, and no base shows the number of experts.
+        UsageError: without a base, several families are possible, and they store the experts differently.
+        Unrepresentable: some experts have no updates, and the number of experts is unknown without a base.
     """
     moves = {}
     for target, updates in adapter.updates.items():
@@ -519,7 +518,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack in which some experts have no update, unless the base shows the number of experts."""
+    """Check that all experts of each stack have updates. With a known number of experts, some may lack updates."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:
@@ -541,9 +540,9 @@ def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
 
 
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Write LoRA or DoRA, whichever has more updates, because a file has only one method.
+    """Return the config, the tensors, and a line for each change.
 
-    Return the config, the tensors, and a line for each change.
+    A file has only one method: LoRA or DoRA, whichever has more updates.
 
     Raises:
         Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow omitting the update.
@@ -575,9 +574,8 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
 def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
     """Pad all updates with zeros to the largest rank, and return a line for each padded update.
 
-    MLX-LM creates all layers with the one rank in the config, and since 0.32 refuses tensors of another rank. If the
-    adapter still has exactly the targets of its source file, ranks stay as they are, because the source config is
-    written unchanged.
+    MLX-LM creates all layers with the rank in the config. Since 0.32, it refuses tensors with another rank. If the
+    source file has the same tensor names, its config is written unchanged, so ranks stay unchanged, too.
     """
     ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
     rank = max(ranks.values(), default=0)
@@ -597,7 +595,7 @@ def _spelled(pairs: Pairs, hints: MlxHints) -> dict[str, Lazy]:
             slices.setdefault(name, []).append((target.rows, update))
         else:
             ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
-            # Transpose the factors. Factors of stacked experts are not transposed: A is [e, r, in], B is [e, out, r].
+            # Transpose A and B, except in stacks of experts: there, A is `[e, r, in]` and B is `[e, out, r]`.
             turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
             tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
     for name, parts in slices.items():
@@ -642,9 +640,9 @@ def _same(hints: MlxHints, pairs: Pairs) -> bool:
 
 
 def _key(name: str) -> str:
-    """Return the module's name in `lora_parameters.keys`: relative to its block.
+    """Return the name, relative to the block, that a module has in `lora_parameters.keys`.
 
-    For an expert, return the name of the expert's stack.
+    An expert has the name of its stack.
     """
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
@@ -677,7 +675,7 @@ def _name(target: Target, hints: MlxHints) -> str:
 
 
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
-    """Return the source config's text if it still has the same contents, because the text keeps the order of keys."""
+    """Return the config as text. If the source text has the same contents, return it, to keep the order of keys."""
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""

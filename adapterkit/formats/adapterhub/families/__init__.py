@@ -1,4 +1,4 @@
-"""The families of AdapterHub's tensors: a family has config fields, and converts keys to updates and back."""
+"""The families of AdapterHub's files, one for each `architecture`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterHubFamily(ABC):
-    """Converts the files with one `architecture`. Each subclass has its own module, with the architecture's name.
+    """Convert files with one `architecture`. Each subclass has its own module, with the architecture's name.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
@@ -49,13 +49,13 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
-        """Translate values that old releases wrote under other names; return the fields with today's values."""
+        """Return the fields with today's names of values. Old releases wrote some values under other names."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Yield the updates of this family in a file, and the keys that are only stored.
+        """Yield the updates of this family in a file, and the keys whose tensors are only stored.
 
         Raises:
             Malformed: the file lacks some of an update's tensors.

@@ -47,7 +47,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""A map from the slots of a Compacter layer to fields; slots and fields are listed without `down_` and `up_`."""
+"""A map from the slots of a Compacter layer to fields. The prefixes `down_` and `up_` are omitted."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -62,7 +62,7 @@ Words = Mapping[str, Any]
 
 
 def separate_slots(words: Words) -> dict[str, str]:
-    """Map slots to fields, for tensors that each adapter has separately."""
+    """Return the fields by slot, for tensors that each adapter has for itself."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
         names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
@@ -81,7 +81,7 @@ def separate_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Map slots to fields, for tensors that all adapters in the model share; one tensor may fill several fields."""
+    """Return the fields by slot, for tensors that all adapters in the model share. A tensor may fill several fields."""
     if not words["phm_layer"]:
         return {}
     slots: dict[str, tuple[str, ...]] = {}
@@ -93,7 +93,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
-    """Return the config fields that say which tensors the updates have; all updates must have the same tensors."""
+    """Return the config fields that state which tensors an adapter has. All updates must have the same tensors."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -115,7 +115,7 @@ def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
 
 
 def _one_rule(updates: Sequence[Update]) -> bool:
-    """Whether the down and up layers of all updates share one `phm_rule`."""
+    """Whether all down and up layers of the updates share one `phm_rule`."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
@@ -137,10 +137,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config states three things: the settings, which all bottleneck adapters share; the kinds of positions that have
-# adapters; and the layers that have no adapters. In every other layer, the adapters library creates an adapter at each
-# position of these kinds, and each of these adapters changes the model. So the updates must cover all these positions.
-# The base must be known, because the base shows the number of layers.
+# A new config states the settings of all bottleneck adapters, the kinds of positions that have adapters, and the layers
+# that have no adapters. In every other layer, the adapters library creates an adapter at each position of these kinds,
+# and each new adapter changes the model. So the updates must cover all these positions. The writer needs the base,
+# because only the base shows the number of layers.
 
 
 FRESH = {
@@ -153,10 +153,10 @@ FRESH = {
     "phm_init_range": 0.0001,
     "stochastic_depth": 0.0,
 }
-"""Config fields for an adapter that was not read from AdapterHub's format."""
+"""Config fields of new folders, for adapters from other formats."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""Attributes of an update that are config fields with the same name."""
+"""Attributes of updates that have the same name as their config field."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -165,12 +165,12 @@ ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 
 def placed(updates: Updates) -> list[tuple[Target, Update]]:
-    """List (target, update) for every adapter inside a block; invertible adapters follow the embeddings instead."""
+    """List (target, update) for every adapter inside a block. An invertible adapter is not inside a block."""
     return [(target, update) for target, group in updates.items() for update in group if update.method != "invertible"]
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group the adapters inside blocks by method and tensor names; a union has a separate config for each group."""
+    """Group the adapters inside blocks by method and tensor names. A union has one config for each group."""
     groups: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         groups.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -211,7 +211,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its method, size or settings differ from the other updates'; a config states only one of each"
+                why = "its method, size or settings differ from the other updates', but a config states each only once"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
                 why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:
@@ -236,7 +236,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
     """Return the layers that lack a kind of adapter that other layers have.
 
-    Encoder layers have no cross-attention, so they need no adapter for it.
+    Encoder layers have no cross-attention, so they may lack its kind of adapter.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
@@ -248,7 +248,7 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
 
 
 def _coupling(updates: Updates) -> dict[str, JsonValue]:
-    """Return the config fields for an invertible adapter; they are None if there is no such adapter."""
+    """Return the config fields for an invertible adapter. Their values are None if there is no such adapter."""
     invertible = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not invertible:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
@@ -266,7 +266,7 @@ def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> 
 
 
 def _form(update: Update) -> tuple[object, ...]:
-    """Return the properties that must be equal in all adapters, because a config stores one value for all adapters.
+    """Return the properties that must be equal in all adapters, because a config states them only once.
 
     Positions and bottleneck sizes may differ.
     """
@@ -276,7 +276,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the names of the bias fields if an update is a Compacter without bias; otherwise an empty tuple."""
+    """Return the names of the bias fields that an update may lack: both in a Compacter without bias, otherwise none."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -300,13 +300,13 @@ def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> s
 
 
 def _sizes(update: Update) -> tuple[int, int]:
-    """Return the hidden size of the block, and the bottleneck size."""
+    """Return (hidden size of the block, bottleneck size)."""
     hidden, inner = (cast(int, update.dims()[name]) for name in ("hidden", "d"))
     return hidden, inner
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return a reduction factor for which the adapters library's formula, int(`hidden` // factor), gives `inner`."""
+    """Return a factor for which `int(hidden // factor)`, the adapters library's formula, is `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -317,7 +317,7 @@ def _rule_size(update: Update) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Return the number of layers: encoder plus decoder, or the encoder only; 0 if unknown."""
+    """Return the number of layers in encoder and decoder, or only in the encoder; 0 if unknown."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -326,7 +326,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer. With a base, the decoder's layers follow the encoder's layers."""
+    """Return the number of a target's layer. With a base, decoder layers are counted after the encoder layers."""
     match = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(match[1]) if match else 0
@@ -342,7 +342,7 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """A map from old names of activations, in configs without a version, to today's names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from slots to fields for the norm before the adapter, which files also store inside `adapter_down`."""
+"""A map from slots to fields for the norm before the adapter. Files store this norm also inside `adapter_down`."""
 
 
 class BottleneckFields(FamilyFields, frozen=True, kw_only=True):
@@ -376,12 +376,12 @@ class BottleneckFamily(AdapterHubFamily):
     methods = frozenset({"bottleneck", "compacter", "invertible"})
     fields = BottleneckFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapter_residual_before_ln": "whether the adapter's own residual is added before its last norm",
+        "adapter_residual_before_ln": "whether the adapter's own residual is added before the adapter's last norm",
         "cross_adapter": "whether adapters follow the cross-attention",
         "factorized_phm_W": "Compacter: whether each factor is a product of two smaller factors",
         "factorized_phm_rule": "Compacter: whether each rule is a product of two smaller factors",
-        "inv_adapter": "nice: a coupling block follows the embeddings; glow: refused",
-        "is_parallel": "whether the adapter reads the residual and is added to the output",
+        "inv_adapter": "`nice`: a coupling block follows the embeddings; `glow`: not supported",
+        "is_parallel": "whether the adapter reads the residual, and its output is added to the layer's output",
         "ln_after": "whether a norm follows the adapter",
         "ln_before": "whether a norm precedes the adapter",
         "mh_adapter": "whether adapters follow the attention",
@@ -391,8 +391,8 @@ class BottleneckFamily(AdapterHubFamily):
         "output_adapter": "whether adapters follow the feed-forward layers",
         "phm_bias": "Compacter: whether layers have a bias",
         "phm_layer": "whether the method is Compacter",
-        "residual_before_ln": "where the adapter's own residual begins: true, false or post_add",
-        "scaling": "factor on the change: a number, learned or channel",
+        "residual_before_ln": "where the adapter's own residual begins: `true`, `false` or `post_add`",
+        "scaling": "the factor that multiplies the change: a number, `learned` or `channel`",
         "shared_W_phm": "Compacter: whether all layers share their factors",
         "shared_phm_rule": "Compacter: whether all layers share one rule",
         "use_gating": "whether a gate multiplies the change",
@@ -404,7 +404,7 @@ class BottleneckFamily(AdapterHubFamily):
         "init_weights_seed": "initial values",
         "inv_adapter_reduction_factor": "a size; the tensors show it",
         "learn_phm": "training only",
-        "leave_out": "which layers have no tensors; the keys show it",
+        "leave_out": "the layers without tensors; the keys show them",
         "phm_c_init": "initial values",
         "phm_dim": "a size; the tensors show it",
         "phm_init_range": "initial values",
@@ -482,7 +482,7 @@ def _check_words(part: AdapterHubPart) -> None:
 def _adapter_tensors(
     part: AdapterHubPart, words: Mapping[str, object], slots: Mapping[str, AdapterHubKey]
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors of one adapter, by field, and the tensors' keys."""
+    """Return the tensors of one adapter by field, and their keys."""
     fields = separate_slots(words)
     tensors = take(part, slots, fields)
     keys = [slots[slot] for slot in fields]
@@ -494,7 +494,7 @@ def _adapter_tensors(
 
 
 def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors that all adapters in the model share, by field, and the tensors' keys."""
+    """Return the shared tensors of all adapters by field, and their keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
@@ -521,8 +521,8 @@ def _attributes(fields: BottleneckFields) -> dict[str, JsonValue]:
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
     """Yield the coupling block after the embeddings.
 
-    The adapters library also runs the inverse block before the head. No module of the base could be the target of this
-    inverse block.
+    The adapters library also runs the inverse of this block before the head. There is no update for the inverse,
+    because no module of the base could be its target.
     """
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")

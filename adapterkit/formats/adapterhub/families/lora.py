@@ -1,8 +1,10 @@
-"""LoRA and methods with LoRA's keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
+"""Read and write LoRA, and other methods with keys like LoRA's.
+
+The tensors are `lora_A` `[r, in]` and `lora_B` `[out, r]`, in IA3 only `lora_B` `[out, 1]`, and DoRA's `m.weight`.
 
 A layer may have queries, keys and values in one weight. `attn_matrices` then lists the adapted thirds of this weight.
-For n adapted thirds, the file has n pairs of factors, concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3 * n,
-r]. Each pair becomes an update of a third of the rows.
+For n adapted thirds, the file has n pairs of factors. They are concatenated to `lora_A` `[r * n, in]` and `lora_B`
+`[out / 3 * n, r]`. Each pair becomes an update of a third of the rows.
 """
 
 from __future__ import annotations
@@ -45,14 +47,14 @@ class LoraFamily(AdapterHubFamily):
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r; the scaling is 1 in files from before adapters 1.1",
-        "attn_matrices": "which of q, k and v are adapted in a fused weight",
-        "composition_mode": "add: LoRA; scale: IA3",
+        "alpha": "`scaling = alpha / r`; in files from before adapters 1.1, the scaling is 1",
+        "attn_matrices": "the adapted parts of a fused weight: some of q, k and v",
+        "composition_mode": "`add` means LoRA; `scale` means IA3",
         "r": "rank",
-        "use_dora": "the method is DoRA",
+        "use_dora": "whether the method is DoRA",
         "use_gating": "whether a gate on the input replaces the scaling",
-        "vera_b": "a float: the method is VeRA",
-        "vera_d": "a float: the method is VeRA",
+        "vera_b": "any number means VeRA",
+        "vera_d": "any number means VeRA",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
@@ -60,7 +62,7 @@ class LoraFamily(AdapterHubFamily):
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
         "intermediate_lora": "which modules have tensors; the keys show it",
-        "leave_out": "which layers have no tensors; the keys show it",
+        "leave_out": "the layers without tensors; the keys show them",
         "output_lora": "which modules have tensors; the keys show it",
         "selfattn_lora": "which modules have tensors; the keys show it",
     }
@@ -131,7 +133,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""For each method, a map from slots other than `lora_A` and `lora_B` to fields."""
+"""The fields of slots other than `lora_A` and `lora_B`, by method and slot."""
 
 
 def _lora(
@@ -217,9 +219,9 @@ def _scaling(part: AdapterHubPart) -> float:
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
-    """Return the adapted thirds of a fused weight, in order: some of 0, 1 and 2.
+    """Return the indices of the adapted thirds of a fused weight: some of 0, 1 and 2, in order.
 
-    Return None if the layer is not fused.
+    Return None if the weight is not fused.
     """
     enabled = [position for position, word in enumerate(QKV) if word in part.method_fields.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
@@ -254,7 +256,7 @@ def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
 
 
 def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
-    """Group the updates by path; updates of one path are in the order of their rows."""
+    """Group the updates by path. Updates with the same path are sorted by their rows."""
     by_path: dict[str, list[tuple[Target, Update]]] = {}
     for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
         by_path.setdefault(target.path, []).extend((target, update) for update in updates[target])

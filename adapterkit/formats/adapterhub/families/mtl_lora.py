@@ -1,4 +1,7 @@
-"""MTL-LoRA: `lora_A` [r, in], `lora_B` [n, out, r], `weights` [n] and `task_specific.values` [r] for one task."""
+"""Read and write MTL-LoRA for one task.
+
+The tensors are `lora_A` `[r, in]`, `lora_B` `[n, out, r]`, `weights` `[n]` and `task_specific.values` `[r]`.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +46,18 @@ class MtlLoraFamily(AdapterHubFamily):
     methods = frozenset({"mtl_lora"})
     fields = MtlFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r",
-        "composition_mode": "add, the only supported value",
-        "n_up_projection": "number of B factors",
+        "alpha": "`scaling = alpha / r`",
+        "composition_mode": "`add`; other values are not supported",
+        "n_up_projection": "the number of B factors",
         "r": "rank",
-        "task_specific_matrix_type": "singular_values: a diagonal; linear: refused",
-        "use_dora": "refused",
-        "use_gating": "refused",
+        "task_specific_matrix_type": "`singular_values`: a diagonal matrix; `linear`: not supported",
+        "use_dora": "not supported",
+        "use_gating": "not supported",
         "weights_sharpness": "temperature of the weights of the B factors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         **LoraFamily.harmless,
-        "attn_matrices": "which modules have tensors; the keys show it",
+        "attn_matrices": "the modules with tensors; the keys show them",
         "vera_b": "MTL-LoRA does not use it",
         "vera_d": "MTL-LoRA does not use it",
     }
@@ -128,7 +131,7 @@ class MtlLoraFamily(AdapterHubFamily):
                     why = (
                         ""
                         if _settings_of(update) == first and not position
-                        else "its sizes or settings differ from the other updates'"
+                        else "its sizes or settings differ from those of the other updates"
                     )
                 if why:
                     yield target, position, f"{update.method}: {why}"

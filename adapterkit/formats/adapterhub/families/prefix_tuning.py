@@ -1,4 +1,4 @@
-"""Prefix tuning: all attention modules of a kind share one network or one tensor with the keys and values."""
+"""Read and write prefix tuning. All attention modules of a kind share one network, or one tensor of keys and values."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""For each model_type, path endings of attention modules. A new folder can store only the prefixes of these modules."""
+"""Path endings of attention modules, by model_type. A new folder can store only prefixes of these modules."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Config fields with the number of layers, by group (see `group_of`), for a base with an encoder and a decoder."""
+"""Config fields that state the number of layers in a base with encoder and decoder, by group (see `group_of`)."""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
@@ -63,8 +63,8 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
     """Return the reason why a group of an encoder-decoder model is incomplete; empty if the group is complete.
 
-    The adapters library cannot omit a layer of such a model. The layers are counted in the base's tensors, because the
-    base's config may omit the number of layers if it is the default.
+    In such a model, the adapters library cannot omit a layer. Layers are counted in the base's tensors, because a
+    config may omit the number of layers if it is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -91,10 +91,10 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Return a reason if an update's method or size differs from the first update's; empty if neither differs."""
+    """Return the reason why a config cannot state both updates: another method or size; empty if both are equal."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its method or size differs from the other updates'; a config states only one of each"
+    return "" if same else "its method or size differs from the other updates', but a config states each only once"
 
 
 def group_of(path: str, model_type: str | None) -> str:
@@ -111,11 +111,10 @@ def layer_of(path: str) -> int:
     return int(match[1]) if match else -1
 
 
-# Prefix tuning: all attention modules of a kind (`encoder_`, `cross_` or `self_prefix`) share one network or flat
-# tensor.
-# The adapters library lists the shared network under every attention module, so a file contains many copies.
-# In adapterkit, each attention module is a target. Its update prepends this module's part of the prefix's keys and
-# values, without positions.
+# All attention modules of a kind (`encoder_prefix`, `cross_prefix` or `self_prefix`) share one network or flat tensor.
+# The adapters library stores the shared tensors also under every attention module, so a file contains many copies.
+# In adapterkit, each attention module is a target, and its update prepends this module's part of the keys and values.
+# The prepended keys have no positions.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -129,7 +128,7 @@ METHODS = {
     (True, True): "gated_prefix",
     (False, True): "gated_prefix_mlp",
 }
-"""The name of the method for each (flat, use_gating)."""
+"""The name of the method, by (flat, use_gating)."""
 NETWORK = {
     "wte.weight": "E",
     "control_trans.0.weight": "W1",
@@ -137,12 +136,12 @@ NETWORK = {
     "control_trans.2.weight": "W2",
     "control_trans.2.bias": "b2",
 }
-"""A map from slots of a group to fields. The last two slots contain the values of all layers."""
+"""A map from a group's slots to fields. The tensors of the last two slots contain the values of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""Fields of the base's config with the number of heads of keys and values; the first existing field is used.
+"""Config fields that state a base's number of heads for keys and values. The first field that exists is used.
 
-For a base with an encoder and a decoder, this is the encoder's number.
+If the base has an encoder and a decoder, this is the number in the encoder.
 """
 
 
@@ -163,12 +162,12 @@ class PrefixTuningFamily(AdapterHubFamily):
     methods = frozenset(METHODS.values())
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
-        "flat": "whether the file has keys and values instead of the network",
-        "leave_out": "layers without prefixes; for these layers, the file has only copies of the whole model's tensors",
+        "flat": "whether the file has keys and values instead of a network that computes them",
+        "leave_out": "layers without prefixes; tensors of these layers in the file are unused copies",
         "non_linearity": "the network's activation: tanh",
-        "prefix_length": "number of virtual tokens",
+        "prefix_length": "the number of virtual tokens",
         "shared_gating": "whether keys and values share one gate",
-        "use_gating": "whether gates, computed from an attention's input, multiply the prefix's keys and values",
+        "use_gating": "whether gates multiply the prefix's keys and values; an attention's input determines its gates",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "bottleneck_size": "a size; the tensors show it",
@@ -323,7 +322,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
 
     Raises:
         Malformed: the file lacks the gate.
-        ShapeMismatch: the gate has more or fewer values than the config requires.
+        ShapeMismatch: the number of gates is not the one that the config states.
     """
     if not part.method_fields.use_gating:
         return {}
@@ -340,7 +339,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
 
 
 def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: AdapterHubKey) -> tuple[int, int]:
-    """Return the number of heads, and the width of one layer's keys over all heads.
+    """Return the number of heads, and the total width of all heads in one layer's keys.
 
     Raises:
         UsageError: neither the file nor a base shows the number of heads.
@@ -361,7 +360,10 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """Return one layer's values, `[1, 2, heads, length, d]`, of the flat tensor `[length, layers, 2, heads, d]`."""
+    """Return one layer's keys and values, `[1, 2, heads, length, d]`.
+
+    `flat` contains those of all layers, as `[length, layers, 2, heads, d]`.
+    """
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)
     return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)
@@ -380,7 +382,7 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
 
 
 def _gates(update: Update) -> int:
-    """Return how many gates an attention module has: 0, one for keys and values together, or 2."""
+    """Return the number of gates of an attention module: 0, 1 (for keys and values together) or 2."""
     return int(update.tensors["gate"].shape[0]) if "gate" in update.tensors else 0
 
 
@@ -389,5 +391,5 @@ def _group(path: str, part: AdapterHubPart) -> str:
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """Return a sort key for paths that orders layers by number, not by text."""
+    """Return a key for sorting paths, so that layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]

@@ -1,4 +1,4 @@
-"""Prompt tuning: `prompt_embedding.weight` [n, dim], prepended to the output of the embeddings."""
+"""Read and write prompt tuning: `prompt_embedding.weight` `[n, dim]` is prepended to the output of the embeddings."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class PromptTuningFamily(AdapterHubFamily):
     methods = frozenset({"prompt"})
     fields = PromptFields
     read: ClassVar[Mapping[str, str]] = {
-        "combine": "prefix: before all tokens; prefix_after_bos: after the first token, refused",
-        "prompt_length": "number of rows",
+        "combine": "`prefix`: the prompt precedes all tokens; `prefix_after_bos`: not supported",
+        "prompt_length": "the number of virtual tokens",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "init_weights_seed": "initial values",
@@ -87,7 +87,7 @@ class PromptTuningFamily(AdapterHubFamily):
                 yield (
                     target,
                     position,
-                    "the prompt precedes the model's input, but the adapters library's prompts follow the embeddings",
+                    "the prompt precedes the model's input, but the adapters library adds prompts after the embeddings",
                 )
             elif update.attributes["used"]:
                 yield target, position, "only some rows of the prompt are used"

@@ -1,4 +1,4 @@
-"""ReFT: `units.0` for the first positions and `units.1` for the last positions, or one unit for both."""
+"""Read and write ReFT. `units.0` changes the first positions and `units.1` the last; or one unit changes both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
-"""A map from the slots of a unit to fields; the fields of the second unit have the prefix `suffix_`."""
+"""A map from a unit's slots to fields. The fields of the second unit also have the prefix `suffix_`."""
 
 
 class ReftFields(FamilyFields, frozen=True, kw_only=True):
@@ -47,12 +47,12 @@ class ReftFamily(AdapterHubFamily):
     methods = frozenset({"reft"})
     fields = ReftFields
     read: ClassVar[Mapping[str, str]] = {
-        "non_linearity": "the activation; null for none",
+        "non_linearity": "the activation; null means none",
         "orthogonality": "whether Householder vectors parametrize the projection",
-        "prefix_positions": "number of changed positions at the beginning",
+        "prefix_positions": "the number of positions at the beginning that are changed",
         "r": "rank",
-        "subtract_projection": "whether the input's projection is subtracted; releases up to 1.3 never write the field",
-        "suffix_positions": "number of changed positions at the end",
+        "subtract_projection": "whether the input's projection is subtracted; releases up to 1.3 do not write this",
+        "suffix_positions": "the number of positions at the end that are changed",
         "tied_weights": "whether one unit changes both the first and the last positions",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -112,14 +112,14 @@ class ReftFamily(AdapterHubFamily):
         for target, group in updates.items():
             for position, update in enumerate(group):
                 if _form(update) != first:
-                    why = "its settings or size differ from the other updates'; a config states only one of each"
+                    why = "its settings or size differ from the other updates', but a config states each only once"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "its source has no bias"
                 elif not update.attributes["subtract_projection"]:
                     why = "it has no subtract_projection (DiReFT), and the adapters library would read it as NoReFT"
                 elif _layer(target.path) is None:
-                    why = "its target is not one of the base's layers"
+                    why = "its target is not a layer of the base"
                 else:
                     why = "the module has a second update" if position else ""
                 if why:
@@ -215,18 +215,19 @@ def _layer(path: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-# torch's orthogonal parametrization of a wide matrix: the rows of Q^T, times signs, where Q = base @ H_1 ... H_r.
-# `original` is [r, n]. Its transpose has the Householder vectors of H_1 ... H_r below the diagonal, without the
-# vectors' first entries, which are 1. The diagonal has the signs. `base` is [n, n].
+# torch's orthogonal parametrization stores a wide matrix `[r, n]` as `original` `[r, n]` and `base` `[n, n]`.
+# The matrix consists of the first r rows of `Q.T` times signs, where `Q = base @ H_1 @ ... @ H_r`. The transpose of
+# `original` has the signs on the diagonal. Below the diagonal, it has the vectors of the Householder reflections
+# `H_1 ... H_r`, without their first entries, which are 1.
 # Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 
 NEAR = 1e-6
-"""The largest accepted difference between two computations of the same matrix in single precision."""
+"""The largest accepted difference between two float32 computations of the same matrix."""
 
 
 def composed(original: Lazy, base: Lazy) -> Lazy:
-    """Compute the parametrized matrix [r, n] in the dtype of `original`."""
+    """Compute the matrix `[r, n]` that `original` and `base` parametrize, in the dtype of `original`."""
 
     def fetch() -> bytes:
         return bytes(_rows(original, base).astype(original.dtype.array).tobytes())
@@ -235,7 +236,7 @@ def composed(original: Lazy, base: Lazy) -> Lazy:
 
 
 def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
-    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as torch would create them."""
+    """Return `original` and `base` for a matrix `[r, n]` with orthonormal rows, as torch would create them."""
     r, n = matrix.shape
 
     def minus_one() -> bytes:
@@ -255,7 +256,7 @@ def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
 
 
 def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
-    """Whether these two tensors, as a parametrization, yield the matrix, up to rounding."""
+    """Whether `original` and `base` parametrize the matrix, up to rounding."""
     import numpy as np
 
     near = np.abs(_rows(original, base) - as_array(matrix).astype(np.float64)) <= NEAR
