@@ -1,6 +1,7 @@
-"""Run a gate: compare the base, the base with adapters, the base with random changes, and the merged model or graph.
+"""Run a gate: compare the outputs of the base, the base with adapters, and the merged model or graph.
 
-The random changes are the null adapter: changes of the same size at the same targets, as a reference for the effect.
+As a reference for the adapters' effect, the base also runs with the null adapter. It has a random change at each target
+of the adapters, of the same size as the adapters' change there.
 """
 
 from __future__ import annotations
@@ -48,23 +49,26 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 RANK = 8
-"""The rank of the random change if the adapter's change has full rank."""
+"""The rank of the random change at a target where an adapter's change is not a low-rank product."""
 
 
 def null_adapter(
     adapters: Sequence[Adapter], base: Checkpoint, *, weights: Sequence[float], seed: int, rename: str | Sequence[str]
 ) -> Adapter:
-    """Return an adapter whose random change at each target has the Frobenius norm of the adapters' summed change.
+    """Return an adapter with a random change at each target.
+
+    The random change has the same Frobenius norm as the sum of the adapters' changes at that target.
 
     Args:
         adapters: the adapters.
-        base: the base of the adapters, with weights that are not quantized.
+        base: the base of the adapters; its weights must not be quantized.
         weights: a factor for each adapter.
         seed: the seed of the random numbers.
         rename: rules for names, as in `adapterkit.merge`.
 
     Raises:
-        NotMergeable: an adapter changes outputs or context, not only weights, so its change has no norm.
+        NotMergeable: an adapter changes more than weights (for example outputs or the context), so its change has no
+            norm.
         AdapterkitError: an adapter does not fit the base.
     """
     import numpy as np
@@ -117,7 +121,7 @@ def _sum(row: Sequence[Delta | None]) -> list[Delta]:
 
 
 def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
-    """Return random factors whose product has the same norm as the sum of the changes."""
+    """Return random factors B and A; `B @ A` has the same Frobenius norm as the sum of the changes."""
     import numpy as np
 
     out, columns = deltas[0].shape
@@ -149,14 +153,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""The factors by which the adapters' change is multiplied to find the factor that a graph contains."""
+"""Factors to try. A graph may contain the adapters' change with a wrong factor; see `_Run._scale`."""
 
 EXACT = 1e-3
-"""A graph contains the tried factor with the smallest divergence, provided that this divergence is at most `EXACT`
-times the largest one."""
+"""The tried factor with the smallest divergence from the graph is the graph's factor, if this divergence is at most
+`EXACT` times the largest divergence."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""A map from each dtype of the computation to its relative rounding step; 0 for float32, because its rounding is
+"""The relative rounding step of each dtype in which the models can run. It is 0 for float32, where rounding is
 negligible."""
 
 
@@ -191,19 +195,19 @@ def gate(
     """Check that adapters change the outputs of a base, and that a merged model or a graph has the same outputs.
 
     Args:
-        base: a folder of a transformers model, an address on a hub, or an open checkpoint.
+        base: the folder of a transformers model, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
-        merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. If its weights are
-            quantized, they are dequantized, and the gate checks which share of each change they contain.
-        onnx: a graph of base and adapters. If the graph has slots, they are filled with the adapters.
+        merged: the merged model: a folder or a GGUF model. A GGUF model runs with the config of `base`. Quantized
+            weights are dequantized, and the gate checks which share of each change they still contain.
+        onnx: a graph of base and adapters. If the graph has slots, the adapters' tensors fill them.
         data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
         weights: the weight of each adapter; 1 each if None.
         device: `auto`, `cpu` or `cuda:N`.
         dtype: the dtype to compute in: `float32`, or a smaller one to save memory.
         texts: the number of texts.
         length: the maximum number of tokens of each text.
-        new_tokens: the number of tokens to generate after the beginning of each of four texts, for the comparison of
-            generated text; 0 to generate none.
+        new_tokens: the number of tokens to generate, to compare generated text. The beginnings of four texts are the
+            prompts. 0 skips this comparison.
         seed: the seed for the choice of texts, for the null adapter and for random inputs.
         null: also run the base with random changes of the same size.
         min_effect: see `gating.result.Thresholds`.
@@ -215,7 +219,7 @@ def gate(
         min_over_null: as `min_effect`.
         tied: which layers an update changes if embedding and head share a weight; as in `adapterkit.merge`.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names.
+        strict_base: refuse the base if its name, config or fingerprint differs from the one that an adapter records.
         vocab: `grow` adds the adapters' new vocabulary rows to the base, as in `adapterkit.merge`.
 
     Returns:
@@ -247,7 +251,7 @@ def gate(
     with inputs_kept():
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
-            load(checkpoint, dtype, "cpu")  # Raise the error for a base that is a GGUF model, without a config.json.
+            load(checkpoint, dtype, "cpu")  # This raises an error: a GGUF base has no config.json.
         check_transformers(checkpoint.folder, "running models")
         loaded = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
@@ -269,7 +273,7 @@ def gate(
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, loaded, factors))
-    if after is not None:  # Measure the merged model last, because this merges the adapters into the base.
+    if after is not None:  # Measure the merged model last: the comparison merges the adapters into the loaded base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -288,7 +292,7 @@ def checked(
         given: the adapters.
         weights: the weights of the adapters; 1 each if None.
         dtype: the dtype of the computation.
-        counts: a map from the name of each number argument to its value and its smallest allowed value.
+        counts: the integer arguments: name -> (value, smallest allowed value).
     """
     if not given:
         raise UsageError("no adapter was given", cure="Pass at least one adapter")
@@ -333,7 +337,7 @@ def _add_null(
 
 
 class _Run:
-    """The outputs of the base with adapters; the other models are compared with these outputs."""
+    """Run the base with adapters, and compare the outputs of the other models with its outputs."""
 
     def __init__(self, adapted: Adapted, inputs: ModelInputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .models import is_causal
@@ -398,10 +402,10 @@ class _Run:
         return effect
 
     def _scale(self, run: Run) -> float | None:
-        """Return the factor of the change in a graph; None if the graph does not match any of the tried factors.
+        """Return the factor with which a graph contains the adapters' change; None if no tried factor matches.
 
-        All factors are tried, because the logits show the factor directly only for small changes, and a graph has no
-        modules to compare.
+        The factor cannot be computed: a graph has no modules to compare, and only for small changes are the logits
+        proportional to the factor. So each factor in `MULTIPLES` is tried.
         """
         from .models import divergence
 
@@ -446,7 +450,7 @@ class _Run:
         stage("comparing the merged model module by module")
         try:
             effect = self._kept(effect, lambda feeds: run_torch(other, feeds, device), looked_at, states)
-        except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit the inputs.
+        except (RuntimeError, IndexError, ValueError) as error:  # The merged model's sizes do not fit the inputs.
             effect = replace(effect, why=first_line(error))
         finally:
             comparison = watched.close()
@@ -495,7 +499,7 @@ def _blocks(states: StateSums) -> tuple[BlockDifference, ...]:
 
 
 class _Mean:
-    """Compute the mean of values that are summed over positions."""
+    """Compute a mean over positions from sums, each of which covers `count` positions."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0

@@ -1,6 +1,6 @@
 """Hubs: pull adapters and models from them, push to them, and read files in place.
 
-Importing this package does not import huggingface_hub; the first use of a name on a hub does.
+Importing this package does not import huggingface_hub. huggingface_hub is imported when a hub is first accessed.
 """
 
 from __future__ import annotations

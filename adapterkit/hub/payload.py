@@ -41,8 +41,8 @@ class CardModel:
     Attributes:
         base: the base's name on its hub, or None.
         revision: the commit of the base, or None.
-        adapters: one record for each merged adapter, from the merge's report; empty if nothing was merged.
-        config: the transformers `config.json`; empty for other models.
+        adapters: the merge report's record of each merged adapter; empty if nothing was merged.
+        config: the content of the transformers `config.json`; empty for other models.
     """
 
     base: str | None = None
@@ -58,7 +58,7 @@ def adapter_card(adapter: Adapter, name: str, source_format: str, place: Uri, li
         adapter: the adapter.
         name: the repository's name, used as the title.
         source_format: the format of the pushed files.
-        place: the uri from which the code in the card loads the adapter.
+        place: the uri that the card's example code loads the adapter from.
         licence: the licence metadata, which the card repeats unchanged.
     """
     base = base_id(adapter)
@@ -87,17 +87,17 @@ def model_card(name: str, place: Uri, model: CardModel, licence: Licence) -> str
 
 
 ADAPTER_COLUMNS = ("name", "methods", "ranks", "weight", "targets", "lineage", "digest")
-"""Columns of the table of merged adapters; all values are from the merge's report."""
+"""Columns of the card's table of merged adapters. All its values come from the merge's report."""
 
 
 def is_generated(card: str) -> bool:
-    """Whether adapterkit generated a card, and nobody has edited it: the checksum in the card matches its text."""
+    """Whether adapterkit generated a card and nobody has edited it: the card ends with a checksum of its text."""
     text = card[: -len(_MARK.format("0" * 64))]
     return card == text + _MARK.format(sha256(text.encode()).hexdigest())
 
 
 def base_id(adapter: Adapter) -> str | None:
-    """Return the base's name on a hub; None for a local path, which must not appear in a public card."""
+    """Return the base's name on a hub. Return None for a local path, because it must not appear in a public card."""
     name = adapter.base.id if adapter.base else None
     return name if is_repo(name) else None
 
@@ -132,7 +132,7 @@ def _model_facts(model: CardModel) -> list[tuple[str, str]]:
 
 
 def _merged(adapter: Mapping[str, Any]) -> list[str]:
-    """Return an adapter's row with the columns `ADAPTER_COLUMNS`; a value that the report lacks is an empty cell."""
+    """Return an adapter's cells in the order of `ADAPTER_COLUMNS`. If the report lacks a value, its cell is empty."""
     lists = {key: _listed(adapter.get(key) or ()) for key in ("methods", "ranks", "lineage")}
     plain = {key: _text(adapter.get(key, "")) for key in ("name", "weight", "targets")}
     cells = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
@@ -140,7 +140,7 @@ def _merged(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table. Rows with only a first cell are omitted; "" if no row is left."""
+    """Return a Markdown table without the rows that are empty after the first cell; "" if no row remains."""
     lines = [f"| {' | '.join(cells)} |" for cells in rows if any(cells[1:])]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
 
@@ -219,7 +219,7 @@ def _text(value: object) -> str:
 
 
 def is_of_the_base(folder: Path) -> bool:
-    """Whether the card in a folder is the base's card, which a merge copied and nobody has edited."""
+    """Whether the card in a folder is an unedited copy of the base's card, which a merge made."""
     card = folder / CARD
     if not card.is_file():
         return False
@@ -247,7 +247,7 @@ def model_at(path: Path) -> CardModel:
 
 
 def record_at(folder: Path) -> Mapping[str, object]:
-    """Return the report that a merge wrote into a folder; empty if it has none."""
+    """Return the report that a merge wrote into a folder; empty if the folder has no report."""
     from ..io.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
@@ -261,7 +261,11 @@ def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
-    """Return the base's name and commit: from its download record, or from the adapters if all name the same base."""
+    """Return the base's name and commit, or None for each that is unknown.
+
+    They come from the merge's report, or, if nothing was merged, from the record of the download. If the report lacks
+    the base's uri, the name is the base that the merged adapters name, if they agree.
+    """
     base_uri = record.get("base_uri")
     if isinstance(base_uri, str):
         uri = parse(base_uri)
@@ -273,12 +277,13 @@ def _base_of(
     return (made_for.pop() if len(made_for) == 1 else None), None
 
 
-# Collect the files of a push: an adapter or model, converted or resharded on request, and a model card.
+# Collect the files of a push: the files of an adapter or a model, and a model card. On request, an adapter is converted
+# and a model is resharded.
 
 
 @dataclass(slots=True)
 class Payload:
-    """The files to push: name in the repository -> a local path, or the text of the generated card."""
+    """The files to push. `files` maps each name in the repository to a local path, or to the generated card's text."""
 
     files: dict[str, Content]
     card_name: str
@@ -302,7 +307,9 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Yield the folder with the files to push, and the files, keyed by name. Converted files are in a temporary folder.
+    """Yield the folder with the files to push, and a map from their names to their paths.
+
+    Converted files are in a temporary folder, which is removed at the end of the block.
 
     Args:
         path: an adapter or a model.
@@ -330,9 +337,9 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
-    """Return the files to push. If they have no card, add a generated card where the hub shows cards.
+    """Return the files to push. If there is no card among them, generate one.
 
-    Hubs that do not show the cards of folders get no card below the top of the repository.
+    No card is generated for a subfolder if the hub shows cards only at the top of a repository.
     """
     # Replace the base's card, which a merge copied, by a generated card.
     chosen = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
@@ -353,8 +360,8 @@ def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
     try:
         return read_range(remote, file, 0, file.size).decode()
     except (RemoteNotFound, ValueError):
-        # The card may not exist: a new branch lists the files of the main branch, and an S3 list may name files that
-        # were never uploaded.
+        # The listed card may not exist. For a new branch, the files of the main branch are listed. On S3, the stored
+        # list may name files that were never uploaded.
         return ""
 
 
@@ -400,7 +407,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
-    # Run a merge without adapters: it copies the tensors unchanged, and writes shards of at most `shard_size` bytes.
+    # A merge without adapters copies the tensors unchanged, into shards of at most `shard_size` bytes.
     plan = make_plan(base, [], MergeOptions(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
@@ -425,7 +432,7 @@ def _check_model(source: Path) -> None:
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """Return a merge's report without checksums, which become wrong when the files are resharded."""
+    """Write a copy of a merge's report without its checksums: resharding changes the files, so they would be wrong."""
     from ..merging.checksums import KEY
 
     record = record_at(source)
@@ -448,4 +455,4 @@ def _card(source: Path, target: Uri, licence: Licence) -> str:
     return adapter_card(read(source, source_format), name, source_format, target, licence)
 
 
-_WHOLE = "Omit --shard-size (shard_size=): no tool reads an adapter in several files"
+_WHOLE = "Omit --shard-size (shard_size=): no tool reads an adapter that is split into several files"

@@ -1,8 +1,8 @@
-"""Pull a repository, or one of its folders or files. The target appears only when all files are complete and verified.
+"""Download a repository, or one of its folders or files. The target appears when all files are complete and verified.
 
-During a pull, files are in `.NAME.pulling` next to the target: incomplete files in `parts/` by digest, complete files
-in `out/` by name. When all files are complete, a rename moves them to the target. A later call continues an interrupted
-pull.
+During a pull, the files are in the folder `.NAME.pulling` next to the target. Incomplete files are in `parts/`, named
+by digest. Complete files are in `out/` under their own names. When all files are complete, `out/` is renamed to the
+target. A later call continues an interrupted pull.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free in addition to the sizes of the files, for folders and the file that records the origin."""
+"""Bytes that must be free in addition to the sizes of the files. Folders and the record of the origin need them."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -43,7 +43,7 @@ class Pulled:
     Attributes:
         uri: the requested uri, pinned to the commit.
         out: the folder that was written.
-        files: name in the folder -> (bytes, digest).
+        files: name in the folder -> (size in bytes, digest).
         fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count.
         dry: True if the pull was a dry run, which writes nothing.
         already: True if the folder already contained the same files, unchanged, from an earlier pull.
@@ -69,7 +69,7 @@ class Pulled:
 
 
 class Stopped(Exception):
-    """Raised in a worker to end its download: another connection failed, or the user interrupted the pull."""
+    """Raised in a worker to end its download, because another worker failed or the user interrupted the pull."""
 
 
 def pull(
@@ -84,9 +84,9 @@ def pull(
 ) -> Pulled:
     """Download a repository, or one of its folders or files, into the folder `dest`.
 
-    Every file is compared with the digest that the hub lists, if any, and is downloaded again if the digest differs.
-    When all files are complete, a rename moves them to `dest`. The same call continues an interrupted pull. A file in
-    the folder records the commit, and `adapterkit.read` adds the commit to the adapter's lineage.
+    If the hub lists a digest of a file, the downloaded bytes are compared with the digest, and downloaded again if it
+    differs. When all files are complete, a rename moves them to `dest`. To continue an interrupted pull, make the same
+    call again. The commit is recorded in a file in `dest`; `adapterkit.read` adds it to the adapter's lineage.
 
     Args:
         uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
@@ -94,13 +94,13 @@ def pull(
         include: patterns such as `*.safetensors`; only files whose name matches a pattern are downloaded.
         overwrite: replace the content of `dest`.
         dry_run: list the files, and write nothing.
-        progress: a function that is called with (bytes done, total bytes) in the calling thread.
+        progress: a function that is called as `progress(bytes_done, bytes_in_total)`, in the calling thread.
         token: a token; if absent, the token that the hub's own tools use.
 
     Raises:
         NetworkError: the repository, revision or file does not exist, access is denied, or the hub is not reachable.
-        Malformed: the repository has file names that would lead outside the folder.
-        Corrupt: the bytes do not have the listed digest, even after several downloads.
+        Malformed: the name of a file in the repository would lead outside the folder.
+        Corrupt: the bytes do not have the digest that the hub lists, even after several downloads.
         StorageError: the disk is full, writing is not permitted, or `dest` has other content.
     """
     remote = remote_at(uri if isinstance(uri, Uri) else parse(path_text(uri)), token)
@@ -166,7 +166,7 @@ def bring(
 
 
 class _Transfer:
-    """Download files over several connections; if one connection fails, all stop.
+    """Download files over several connections. If one connection fails, all of them stop.
 
     The calling thread reports the progress.
     """
@@ -176,7 +176,7 @@ class _Transfer:
     ) -> None:
         self.remote, self.stage, self.progress = remote, stage, progress
         self.names: dict[str, list[str]] = {}
-        # Download files with equal content once, and copy them.
+        # If several files have equal content, download one of them and copy it.
         for name, file in wanted.items():
             self.names.setdefault(file.digest, []).append(name)
         self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
@@ -216,7 +216,8 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
-            # Do not count a partial file that is longer than the file: it is wrong, and will be downloaded again.
+            # Do not count the bytes of a partial file that is longer than the listed size: it is wrong, and will be
+            # downloaded again.
             self.present_bytes += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -224,8 +225,8 @@ class _Transfer:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part, copy)
         first.parent.mkdir(parents=True, exist_ok=True)
-        # Rename last: if the process is killed before the rename, the next run still finds the fully downloaded file
-        # under its temporary name.
+        # Rename last. If the process is killed before the rename, the next run finds the complete file under its
+        # temporary name.
         os.replace(part, first)
 
     def _count(self, change: int) -> None:
@@ -248,7 +249,8 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write the plan atomically: half a plan would differ from the next run's plan, so that run would delete `out`.
+        # Write the plan atomically. After a crash, half a plan would differ from the plan of the next run, and so the
+        # next run would delete `out`.
 
         write_bytes(plan, names_text.encode())
 
@@ -259,7 +261,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     needed = sum(file.size for file in wanted.values()) - present + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
-        cure = "Free some space, write elsewhere, or fetch less with --include"
+        cure = "Free some space, write to another disk, or fetch fewer files with --include"
         raise StorageError(f"the pull needs {needed:,} bytes more, but {free:,} are free", path=stage.parent, cure=cure)
 
 

@@ -1,4 +1,4 @@
-"""Push an adapter or a model to a hub in one commit; build outputs for a hub in a local folder first."""
+"""Push an adapter or a model to a hub in one commit. Commands that write to a hub first build the output locally."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class Pushed:
     """The result of a push, or of a dry run.
 
     Attributes:
-        uri: the uri of the push, pinned to the new commit; not pinned if nothing was written.
-        commit: the new commit; None if nothing was written.
+        uri: the uri that was pushed to. After a push it is pinned to `commit`.
+        commit: the commit with the pushed files; None after a dry run.
         created: True if the repository was (or would be) created.
-        added, replaced, unchanged, removed: names of files in the repository. Files are removed only on hubs where a
-            push replaces the whole artifact.
+        added, replaced, unchanged, removed: the names of the files in the repository to which this happened (or would
+            happen). Files are removed only on hubs where a push replaces the whole artifact.
         card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
         dry: True if the push was a dry run, which writes nothing.
-        warnings: one sentence for each requirement in the licence of the base or an adapter that the card's licence
-            lacks, and for each contradiction between these licences.
+        warnings: one sentence for each problem with the licences. Either the card's licence lacks a requirement of the
+            licence of the base or an adapter, or two of these licences contradict each other.
     """
 
     uri: str
@@ -96,40 +96,41 @@ def push(
 ) -> Pushed:
     """Push an adapter, or a folder of weights, in one commit.
 
-    If somebody else pushes at the same time, the push fails instead of mixing both pushes. A missing repository or
-    branch is created.
+    If somebody else pushes at the same time, the push fails, so two pushes cannot mix. A missing repository or branch
+    is created.
 
-    A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md are
-    replaced: the base's card, which a merge copied into its output, and a generated card on the hub, if this push
-    replaces the files that the card describes.
+    A model card is generated if neither the local folder nor the hub has a README.md. A generated card also replaces an
+    existing README.md in two cases: the local one is a copy of the base's card, which a merge made; or the one on the
+    hub was generated, and this push replaces the files that it describes.
 
     Args:
         path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
         uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or a uri of another hub.
         format: convert the adapter to this format; if absent, push its files unchanged.
-        base: the base, if writing that format needs it.
+        base: the adapter's base; some formats need it for the conversion.
         on_loss: as for `adapterkit.write`.
-        shard_size: largest weight file of a model, in bytes; larger files are split during the push. If absent, the
+        shard_size: the largest weight file of a model, in bytes; larger files are split for the push. If absent, the
             files are pushed unchanged.
         private: create a missing repository as private.
         tag: set this tag on the commit.
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
-            `license_name` and `license_link`. If absent, the licence of the card at `path`.
-        strict_licence: raise an error in three cases: the licence of the base or an adapter has a requirement that the
-            card's licence lacks; two of these licences contradict each other; or one of them is unknown. If False, the
-            first two cases give a warning.
+            `license_name` and `license_link`. If absent, the licence in the card at `path` is used, or else that in the
+            card on the hub.
+        strict_licence: raise an error in three cases: the card's licence lacks a requirement of the licence of the base
+            or an adapter; two of these licences contradict each other; or one of them is unknown. If False, the first
+            two cases give a warning.
         overwrite: replace existing files that have other content. If False, such files are an error.
         dry_run: compare the files with the hub, and write nothing.
         token: a token; if absent, the token that the hub's own tools use.
 
     Raises:
         NetworkError: access is denied, somebody else pushed, or the hub is not reachable.
-        StorageError: the hub has files with these names and other content.
+        StorageError: the hub has files with the same names but other content, and `overwrite` is not set.
         UnknownFormat: `path` is neither an adapter nor a base.
         UsageError: `shard_size` is set, but `path` is an adapter, which cannot be split.
         Corrupt: after the push, the hub does not list the pushed files with their digests.
-        CheckFailed: `strict_licence` is set, and one of its conditions is not met.
+        CheckFailed: `strict_licence` is set, and one of its three cases occurs.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -150,7 +151,7 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files have already been uploaded; `folder` has only the headers of these files.
+    """Push an output whose weight files have already been uploaded. `folder` has only the headers of the weight files.
 
     Args:
         folder: the output; the model card is generated from the headers of the weight files.
@@ -171,16 +172,16 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
 
 
 OUTPUT = "what is pushed"
-"""The name for the pushed output itself in the list of parts whose licences are checked."""
+"""The name of the pushed output in the list of parts whose licences are checked."""
 
 
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return an output's parts, the licence in its card, and sentences about licences that do not fit together.
+    """Return the parts of an output with their licences, the output's own licence, and one sentence a problem.
 
-    A merged model contains a copy of the base's card until the push replaces it. So if no other licence is set, the
-    licence of the base is used.
+    The folder of a merged model contains a copy of the base's card, which the push replaces. So if no licence is
+    passed, the licence of the base is used.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -191,7 +192,7 @@ def _licences(
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:
-    """Make a commit if a file changes, and set the tag."""
+    """Make a commit if any file changes, and set the tag."""
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
@@ -205,10 +206,10 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 
 
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
-    """Return the result that a push will have: the files to add, to replace, to keep and to remove.
+    """Compare the files of a push with those on the hub; return which ones it will add, replace, keep and remove.
 
-    An existing card is kept, because a person may have edited it. A generated card is replaced if the push replaces the
-    files that the card describes.
+    A card on the hub is kept, because a person may have edited it. But an unedited generated card is replaced if the
+    push replaces the files that the card describes.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -242,11 +243,11 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
 
 
 def begun(name: str, kind: str) -> tuple[Remote, Path]:
-    """Return a hub that can be written to, and the local folder of an output that will be pushed to it.
+    """Return the target on a hub, and the local folder in which an output for this target is built.
 
     Args:
         name: the uri of the output.
-        kind: the name of the output's parent folder, which is in the cache. The name of the output's folder is
+        kind: the name of the folder in the cache that contains the output's folder. The name of the output's folder is
             computed from the uri, so that the same command finds the folder of an interrupted run.
 
     Raises:
@@ -255,7 +256,7 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # List the files on the hub now, so that a hub error appears before hours of work.
+    # List the files on the hub now, so that an error of the hub appears before hours of work, not after.
     _ = remote.there()
     folder = cache_folder() / kind / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
@@ -272,9 +273,9 @@ def outgoing(
     sources: Sequence[str | PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> Iterator[Path]:
-    """Yield a local path to write to; push its content when the block ends without an error.
+    """Yield a local path to write to; if the block ends without an error, push the content of this path.
 
-    After an error, the folder is kept, and the same command continues its work in this folder.
+    After an error, the local folder is kept. The same command continues its work there.
 
     Args:
         name: the uri to push to.
@@ -293,8 +294,8 @@ def outgoing(
         pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
-            # Remove the folder: the hub holds other content, and continuing from this folder would raise the same error
-            # again.
+            # Remove the folder: the hub has other content, and a run that continued from this folder would raise the
+            # same error.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
@@ -308,19 +309,19 @@ def _licence(sources: Sequence[Path]) -> Licence:
     return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
 
 
-# Write to a hub from many machines: each machine uploads whole weight files, and one process makes them visible.
+# Write to a hub from many machines. Each machine uploads whole weight files. At the end, one process (the driver) makes
+# all of them visible.
 #
-# The process that makes the files visible does not have the weights. It builds the output in a local folder, in which
-# each weight file is replaced by a sketch: a sparse file with the real header. For each uploaded weight file, a small
-# file next to the folder records the hub's answer. With these records, the same command can resume after the process
-# was killed.
+# The driver does not have the weights. It builds the output in a local folder, with a sketch in place of each weight
+# file: a sparse file with the real header. For each uploaded weight file, a small file next to this folder records the
+# `Placed` that the upload returned. If the driver is killed, the same command uses these records to continue.
 
 
 SKETCHED = (".safetensors", ".gguf")
 
 
 class IncrementalPush:
-    """An output whose weight files are uploaded to a hub one by one, before the output becomes visible.
+    """An output whose weight files are uploaded to a hub one by one; at the end, all of them become visible together.
 
     Attributes:
         path: the local folder with the sketches and all other files.
@@ -333,7 +334,7 @@ class IncrementalPush:
         self.notes = folder / "placed"
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target on the hub for weight files with these names, before tasks upload the files.
+        """Claim the target on the hub. Call this before tasks upload weight files, whose names are `names`.
 
         Raises:
             StorageError: the hub already has files there, and `overwrite` is not set.
@@ -342,8 +343,8 @@ class IncrementalPush:
         there = self.remote.there() or {}
         met = sorted(there if self.remote.whole else {self._inside(name) for name in names} & there.keys())
         if met and not self.overwrite:
-            # Check for existing files now. On hubs without commits, tasks replace existing files, and the check at the
-            # end would be too late.
+            # Check for existing files now, not only in `push`: on a hub without commits, each upload replaces the
+            # existing file at once.
             shown = ", ".join(met[:5]) + (", ..." if len(met) > 5 else "")
             cure = "Write to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
             raise StorageError(f"the hub already has these files: {shown}", path=self.uri, cure=cure)
@@ -366,12 +367,12 @@ class IncrementalPush:
             self._note(name).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Remove the finished local folder if the hub no longer has its files, so that the merge runs again."""
+        """If the hub has lost an uploaded file, remove the finished local folder, so that the merge runs again."""
         if self.path.exists() and not all(self.holds(name) for name in self._sketches()):
             shutil.rmtree(self.path)
 
     def push(self) -> bool:
-        """Make the output visible; return whether anything changed at the hub.
+        """Make the output visible; return whether any file on the hub changed.
 
         Raises:
             Corrupt: the hub no longer has an uploaded file.
@@ -408,9 +409,10 @@ class IncrementalPush:
 def placing(
     name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
 ) -> Iterator[IncrementalPush]:
-    """Yield an output whose weight files are uploaded one by one; make the output visible when the block ends.
+    """Yield an output whose weight files are uploaded one by one; when the block ends, make the output visible.
 
-    The local folder with the sketches is kept, so that the same command recognises the finished output.
+    The local folder with the sketches is kept. With it, a second run of the same command sees that the output is
+    finished.
 
     Args:
         name: the uri.
@@ -432,7 +434,7 @@ def placing(
 
 
 def put(uri: str, name: str, file: Path) -> Placed:
-    """Upload one weight file of an output; another process makes the output visible.
+    """Upload one weight file of an output. It becomes visible later, when another process pushes the output.
 
     Args:
         uri: the output's uri.

@@ -1,4 +1,4 @@
-"""Read from a hub: whole files through a cache, headers in byte ranges, or one weight file at a time."""
+"""Read from a hub in one of three ways: whole files through a cache, only byte ranges, or one weight file at a time."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from .remote import Remote, RemoteFile, Uri
 from .transfer import cache_folder, fetch, locked, read_range, scratch, turn
 
 OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
-"""Weights in other formats; they are not downloaded if the repository has safetensors files."""
+"""Suffixes of weights in other formats. Such files are not downloaded if the uri also has safetensors files."""
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""Files that are downloaded together with a single weight file, which cannot be read as a model without its config."""
+"""If a uri names a single weight file, these files next to it are downloaded too: the weights need their config."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
-"""Seconds for which the commit of a branch is remembered, so that a command sees the same commit at each access."""
+"""How long the commit of a branch is remembered, in seconds, so that all accesses in a command see the same commit."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
 def fetched(name: str) -> Path:
-    """Return a local path of an adapter or a model on a hub; if the cache lacks it, download and verify it.
+    """Return the local path of an adapter or a model on a hub. If it is not in the cache, download and verify it.
 
-    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and has a folder for each commit. If a
-    folder on the hub has safetensors files, weights in other formats are not downloaded. If a folder has weights, the
-    weights in its subfolders are not downloaded. In offline mode, the last known commit of a branch is used.
+    The cache is the folder `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. It has a subfolder for each
+    commit. If the uri has safetensors files, weights in other formats are not downloaded. If it has weights at its top
+    level, the weights in subfolders are not downloaded. In offline mode, a branch means its last known commit.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -62,9 +62,9 @@ def fetched(name: str) -> Path:
     commit = _commit(uri)
     folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
-    # Check for the origin file only: `bring` renames the complete folder into place, so all other files exist too.
+    # If the record of the origin exists, all files exist: `bring` renames the folder into place when it is complete.
     if not (folder / NOTE).is_file():
-        # Lock the folder: tasks of a cluster that start together on one machine need the same adapter.
+        # Lock the folder: several tasks of a cluster may start on this machine together, and need the same adapter.
         with _turn(folder):
             if not (folder / NOTE).is_file():
                 remote = remote_of(uri)
@@ -98,7 +98,7 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """Return the files whose name starts with the name of an ONNX graph; they may contain its external data."""
+    """Return the files that may contain the external data of an ONNX graph: their name starts with the graph's name."""
     if graph.suffix != ".onnx":
         return {}
     near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
@@ -109,8 +109,9 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 def headers(name: str) -> Iterator[Path]:
     """Yield a local folder or file with real headers but sparse data, for code that reads only headers.
 
-    JSON files are downloaded whole and verified. The headers of safetensors files, and any data that is read later, are
-    fetched by range requests, which cannot be verified. Repositories without safetensors files are downloaded whole.
+    JSON files are downloaded whole and verified. The headers of safetensors files are fetched by range requests. If the
+    block reads tensor data, the data is also fetched by range requests. Ranges cannot be verified. A repository without
+    safetensors files is downloaded whole.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -143,10 +144,10 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
 
 
 def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
-    """Write a sparse file with the real header of a remote file; its data is fetched from the hub on each read.
+    """Write a sparse file with the real header of a remote file. Each read of its data fetches the data from the hub.
 
-    The modification time of the sparse file is computed from the remote file's digest. A plan identifies its inputs by
-    size and time, so it can be resumed only if the remote file is unchanged.
+    The modification time of the sparse file is computed from the remote file's digest. A merge plan identifies its
+    inputs by size and modification time. So a merge can be resumed only if the remote file is unchanged.
 
     Returns:
         The first bytes of the file: the header, and any data that came in the same request.
@@ -178,12 +179,12 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """Return the repository at its current commit; the commit is looked up at most once a minute."""
+    """Return the repository of a uri with its commit resolved. The hub is asked for a commit at most once a minute."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
         remote = remote_at(uri)
-        # Resolve the commit before caching the remote, so that a failure is not cached.
+        # Resolve the commit first: if this fails, the remote is not cached.
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote
@@ -212,17 +213,19 @@ def _commit(uri: Uri) -> str:
 def _cache(uri: Uri) -> Path:
     """Return the cache folder of a repository.
 
-    For schemes other than `hf`, a digest is added: replacing `:` and `/` can make different names equal.
+    For schemes other than `hf`, the folder's name ends with a digest, because replacing `:` and `/` can make different
+    names equal.
     """
     folder_name = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
     apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
     return cache_folder() / "hub" / (folder_name + apart)
 
 
-# Stream a base from a hub: fetch the headers first; download and verify each weight file when it is needed.
+# Stream a base from a hub: fetch only the headers of all weight files, then download and verify each file when it is
+# needed.
 
 
-NOT_STREAMED = "Omit --stream (stream=): the base is then fetched whole first"
+NOT_STREAMED = "Omit --stream (stream=), so that the whole base is downloaded first"
 
 
 class Shards:
@@ -247,7 +250,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
-        # Write the sparse files again, which is fast. From an interrupted run, keep only the downloads in `parts`.
+        # Keep the downloads of an interrupted run, which are in `parts`. Write the sparse files again, which is fast.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -264,7 +267,7 @@ class Shards:
         """Download weight files that are still sparse; reuse bytes that were fetched together with the header.
 
         Raises:
-            Corrupt: the bytes do not have the listed digest, or their header differs from the header fetched before.
+            Corrupt: the bytes do not have the listed digest, or the header differs from the one that was fetched first.
             NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:
@@ -279,12 +282,12 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
-            # The plan was made from a header that a range request fetched, without verification. Compare this header
-            # with the header of the verified file.
+            # The plan was made from the sparse file's header, which was fetched by a range request and could not be
+            # verified. Compare this header with that of the verified file.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header
-            # Keep the sparse file's times: plans and resumed merges identify their inputs by size and time.
+            # Keep the sparse file's modification time: plans and resumed merges identify their inputs by size and time.
             stamp = os.stat(path)
             os.utime(part, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
             os.replace(part, path)
@@ -308,9 +311,9 @@ class Shards:
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """Yield a base on a hub for the duration of a merge; its weight files are in a hidden folder next to `out`.
+    """Yield a base on a hub for the duration of a merge. Its weight files are in a hidden folder next to `out`.
 
-    If an interrupted run began to download a shard, that download is continued.
+    If an interrupted run left a partly downloaded weight file, its download is continued.
 
     Raises:
         UsageError: `name` is a local path.
@@ -329,7 +332,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # Remove the folder: nothing was downloaded.
+                if not shards.begun:  # Nothing was downloaded that a later run could use.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
@@ -345,7 +348,8 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# Read a base on a hub in byte ranges: a temporary folder has sparse files, and their bytes are downloaded when needed.
+# Read a base on a hub in byte ranges. The weight files are sparse files in a temporary folder. Their bytes are
+# downloaded when they are needed.
 #
 # A task on a cluster needs only a few of hundreds of weight files, or only parts of these files. If a task needs almost
 # all bytes of a file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs
@@ -356,8 +360,8 @@ WHOLE = 0.9
 """If a task needs at least this share of a file's bytes, the whole file is downloaded, because it can be verified."""
 
 AHEAD = 8 << 20
-"""The smallest number of bytes per request. Packed weights are read in many small consecutive pieces, so one request
-serves many of them."""
+"""The size of a request, in bytes. Longer ranges are split into several requests. `RangedFile.read` fetches at least
+this many bytes at once, because packed weights are read in many small consecutive pieces."""
 
 Run = tuple[int, int]
 """The offset of a range's first byte, and the offset after its last byte."""
@@ -390,7 +394,7 @@ class RangedFile:
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
-        """Return the bytes of a range; if bytes are missing, download them, and some bytes after the range."""
+        """Return the bytes of a range. If some are missing, download them, together with bytes after the range."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
             if missing := gaps(self.present, [(begin, end)]):
@@ -451,13 +455,13 @@ class RangedFile:
         self._keep_time()
 
     def _keep_time(self) -> None:
-        # Restore the file's time, which `outline` derived from the digest: a plan identifies its inputs by size and
-        # time.
+        # Restore the modification time that `outline` computed from the digest, because a merge plan identifies its
+        # inputs by size and time.
         os.utime(self.path, ns=(self.stamp, self.stamp))
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Return the ranges in order; adjacent and overlapping ranges are joined."""
+    """Sort ranges, and join adjacent and overlapping ones."""
     result: list[Run] = []
     for begin, end in sorted(runs):
         if result and begin <= result[-1][1]:
@@ -468,7 +472,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(present: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that have not been downloaded yet."""
+    """Return the parts of the wanted ranges that are not in `present`, the ranges that have been downloaded."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in present:
@@ -486,7 +490,7 @@ class Ranged:
     """A base whose weight files are downloaded in byte ranges.
 
     Attributes:
-        path: the local folder, or the single file, with all headers.
+        path: the local folder or single file; all headers are complete.
         uri: the base's uri, pinned to its commit.
     """
 
@@ -513,7 +517,7 @@ class Ranged:
             self.path = folder / inside
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download ranges of the weight files, so that the local files can be read directly.
+        """Download ranges of the weight files, so that these ranges can be read from the local files.
 
         Raises:
             Corrupt: a file that was downloaded whole does not have the listed digest.
@@ -536,14 +540,14 @@ class Ranged:
             file.drop()
 
     def close(self) -> None:
-        """Unregister the files."""
+        """Stop reading the sparse files through the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 
 
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
-    """Yield a base on a hub that is read in byte ranges; its temporary folder is removed at the end of the block.
+    """Yield a base on a hub that is read in byte ranges. At the end of the block, its temporary folder is removed.
 
     Args:
         name: the uri.

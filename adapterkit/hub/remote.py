@@ -1,6 +1,7 @@
 """The interface of a hub: list the files of a commit, read their bytes, and push.
 
-A place on a hub is a uri, `scheme://...` or `org/repo`; uris and the names of files on hubs are checked here.
+A location on a hub is a uri: `scheme://...` or `org/repo`. This module parses uris, and checks the file names that hubs
+list.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
     """Check that a name is a plain relative path on every system.
 
     Raises:
-        AdapterkitError: (of the given `kind`) the name leads outside the folder, is absolute, names a drive or a
+        AdapterkitError: (an instance of `kind`) the name leads outside the folder, is absolute, names a drive or a
             device, or is too long.
     """
     fault = _fault(name)
@@ -83,7 +84,7 @@ class Uri:
 
     Attributes:
         repo: the repository's name on its hub, e.g. `org/name`.
-        revision: a branch, tag or commit; None for the hub's default. In a uri, a slash in the revision is `%2F`.
+        revision: a branch, tag or commit; None for the hub's default. In the text of a uri, its slashes are `%2F`.
         path: a file or folder inside the repository; empty for the whole repository.
         scheme: the hub's scheme.
     """
@@ -172,8 +173,8 @@ class RemoteFile:
     Attributes:
         path: the path inside the repository.
         size: the size in bytes.
-        digest: `sha256:...` or `md5:...` of the content, or `git:...`, git's sha1 of a small file. If the hub lists no
-            digest, `unknown:...` with a hash of values that change with the content.
+        digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git computes for a small file. If
+            the hub lists no digest, it is `unknown:...`, a hash of other values that change with the content.
     """
 
     path: str
@@ -198,10 +199,10 @@ class Remote(ABC):
     """The syntax of uris on this hub, for error messages."""
 
     whole: ClassVar[bool] = False
-    """True if a push replaces the whole artifact, so that older files are removed."""
+    """True if a push replaces the whole artifact. It then removes all files that are not in the push."""
 
     cards_below: ClassVar[bool] = False
-    """True if each folder has its own model card."""
+    """True if each folder of a repository can have its own model card."""
 
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         self.uri, self.token = uri, token
@@ -228,10 +229,10 @@ class Remote(ABC):
     def opened(
         self, file: RemoteFile, start: int, end: int | None
     ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """Open the bytes of a file from `start` to before `end`; if `end` is None, to the end of the file.
+        """Open a file for reading from byte `start` up to but not including byte `end` (None: the end of the file).
 
         Returns:
-            The offset of the first byte, and the bytes. The offset is below `start` if the hub ignores ranges.
+            The offset of the first byte, and the bytes in chunks. If the hub ignores ranges, the offset is 0.
         """
 
     @abstractmethod
@@ -240,7 +241,7 @@ class Remote(ABC):
 
     @abstractmethod
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error, without secrets, if an exception is a network or hub failure; otherwise None."""
+        """Return the typed error, without secrets, for a network or hub failure; None for any other exception."""
 
     @cached_property
     def files(self) -> tuple[RemoteFile, ...]:
@@ -264,7 +265,7 @@ class Remote(ABC):
         return tuple(collected)
 
     def below(self, path: str) -> tuple[RemoteFile, ...]:
-        """Return the files of a folder of the repository, or a single file.
+        """Return the files in a folder of the repository, including its subfolders; or the single file at `path`.
 
         Raises:
             RemoteNotFound: the path does not exist.
@@ -279,7 +280,7 @@ class Remote(ABC):
         """Run a request, with retries for temporary failures.
 
         Raises:
-            NetworkError: the request still failed after all retries, or a retry is useless.
+            NetworkError: the request failed after all retries, or with an error for which a retry is useless.
         """
         try:
             return retrying(act, self.passing)
@@ -294,7 +295,7 @@ class Remote(ABC):
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files that exist at the target of a push, keyed by path; None if the repository is missing.
+        """Return the files that exist now at the target of a push, keyed by path; None if the repository is missing.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -322,8 +323,8 @@ class Remote(ABC):
 
         Args:
             files: all files of the push, keyed by path.
-            changed: the files that the hub lacks or has with other content.
-            digests: the digests of all files.
+            changed: the paths of the files that the hub lacks, or has with other content.
+            digests: the digests of all files, keyed by path.
             message: the commit message.
             private: create a missing repository as private.
 
@@ -334,7 +335,7 @@ class Remote(ABC):
         raise AssertionError("a hub that accepts pushes overrides this method")
 
     def begin(self) -> None:
-        """Prepare for `place`: claim the target or create the repository. A missing permission is an error here.
+        """Prepare for `place`: claim the target or create the repository. If a permission is missing, this fails.
 
         Raises:
             NetworkError: access is denied, another push is running, or the hub is not reachable.
@@ -346,7 +347,7 @@ class Remote(ABC):
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
     def place(self, path: str, file: Path, digests: Digests) -> Placed:
-        """Upload one file. A later `send` with the returned `Placed`, from any process, makes the file visible.
+        """Upload one file. It becomes visible when any process passes the returned `Placed` to `send`.
 
         Args:
             path: the path inside the repository.
@@ -388,6 +389,6 @@ NOT_REACHED = "Check the connection, then run the same command again: it continu
 
 
 def unreachable(place: str, host: str, error: Exception) -> NetworkError:
-    """Return the error for a failed connection. It shows only the exception's type: the text may contain secrets."""
+    """Return the error for a failed connection. An exception's text may contain secrets, so only its type is shown."""
     why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
     return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

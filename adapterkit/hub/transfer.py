@@ -1,6 +1,6 @@
-"""Download one file into a partial file that any later process can continue; verify the file by its digest.
+"""Download one file into a partial file, so that any later process can continue; verify the file by its digest.
 
-The local folders for hub files are here too: the cache, scratch folders, and locks on folders that a command writes to.
+This module also manages the local folders for files from hubs: the cache, scratch folders, and locks on folders.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _has_locks() -> bool:
 def _lock(file: BinaryIO, *, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     if not _has_locks():
-        # Return True on Windows, which has no flock. There, renaming a folder with open files fails, which protects the
-        # folder.
+        # Windows has no flock, so return True. The folder is protected in another way: Windows refuses to rename a
+        # folder with open files.
         return True
     import fcntl
 
@@ -121,13 +121,13 @@ HASHED_AT_ONCE = 1 << 20
 
 
 def digests(file: Path) -> tuple[int, str, str]:
-    """Return a file's size in bytes, its `sha256:...` and its `git:...`; the file is read once.
+    """Return a file's size in bytes, its `sha256:...` digest and its `git:...` digest; the file is read once.
 
     Raises:
         StorageError: the file cannot be read.
     """
-    # Compute both digests: hubs list large (LFS) files by sha256, and small files by git's hash of a header and the
-    # content.
+    # Compute both digests. Hubs list the sha256 of a large (LFS) file. For a small file, they list git's digest, which
+    # is the sha1 of a short header and the content.
     try:
         size = file.stat().st_size
         whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -151,8 +151,8 @@ def digests_of(content: Content) -> Digests:
 
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
-    """Return a hash object for the algorithm of a digest; None for `unknown:...`, which does not hash the content."""
-    # Declare that sha1 and md5 are not used for security: otherwise Python in FIPS mode refuses them.
+    """Return a hash object for a digest's algorithm; None for `unknown:...`, which is not a digest of the content."""
+    # Declare that sha1 and md5 are not used for security, because Python in FIPS mode refuses them otherwise.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -180,35 +180,36 @@ def check_listed(there: Remote, digests: Mapping[str, Digests]) -> None:
     for name, (size, *names) in digests.items():
         file = listed.get(name)
         if file is None or file.size != size or file.digest not in names:
-            cure = "A file changed here during the push, or the hub damaged it: push again with --overwrite (in Python "
-            cure += "overwrite=True)"
+            cure = "The local file changed during the push, or the hub damaged it: push again with --overwrite "
+            cure += "(in Python overwrite=True)"
             raise Corrupt("the hub does not list the pushed file", path=str(there.uri), where=name, cure=cure)
 
 
-# Download one file into a partial file that any later process can continue; verify it when complete.
+# Download one file into a partial file, so that any later process can continue; verify the complete file.
 
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
-"""The largest total size, in bytes, of range requests in progress; a killed process loses at most these bytes.
+"""The largest total size of the range requests in progress, in bytes. A killed process loses at most these bytes.
 
-A single open-ended response would fill the buffers at both ends and in the network, and their size is not limited.
+With one request for the whole rest of a file, it could lose more: all bytes in the buffers of both machines and of the
+network, and the size of these buffers is not limited.
 """
 
 ANEW = 3
-"""The number of times that a file is downloaded again from its start if its digest is wrong."""
+"""How often a file is downloaded at most, if its digest is wrong each time."""
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
-    """Download a file into `part`, after the bytes that `part` already has; then verify it and sync it to disk.
+    """Download the bytes of a file that `part` does not have yet, then verify `part` and sync it to disk.
 
     Args:
         remote: the repository.
         file: the file to download.
-        part: the partial file; existing bytes are hashed, and not downloaded again.
-        count: called with the number of new bytes, or with a negative number if bytes must be downloaded again. It may
-            raise an error to stop the download.
-        asked: the number of bytes in one request. The next request is made when these bytes are in the file.
+        part: the partial file. The bytes that it already has are only hashed, not downloaded again.
+        count: a function that is called with the number of new bytes, or with a negative number if that many bytes must
+            be downloaded again. It may raise an error to stop the download.
+        asked: the number of bytes in one request. The next request is made when all of them are in the file.
 
     Raises:
         Corrupt: the bytes do not have the listed digest, even after several downloads.
@@ -259,7 +260,7 @@ class _Fetching:
     def into(self, part: Path) -> bool:
         """Download the missing bytes; return whether the complete file has the listed digest."""
         try:
-            # Open in append mode: every write then goes to the end of the file, even after `_replay` has read from it.
+            # In append mode, every write goes to the end of the file, even after `_replay` has read from its start.
             with open(part, "a+b") as target:
                 self._replay(target)
                 self._rest(target)
@@ -269,7 +270,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run downloaded; if these are more than the whole file has, delete them."""
+        """Hash the bytes that an earlier run downloaded. If they are more than the size of the file, delete them."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -277,19 +278,19 @@ class _Fetching:
             self._lock(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Each megabyte resets the count of failed attempts, to allow bad connections."""
+        """Download the remaining bytes. Each new megabyte resets the count of failed attempts, for bad connections."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
-            # Only a megabyte counts as progress: a server that sends a few bytes per attempt must not keep this loop
-            # running forever.
+            # Less than a megabyte does not count as progress. Otherwise a server that sends a few bytes per attempt
+            # could keep this loop running forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
 
     def _piece(self, target: BinaryIO, end: int) -> Passing:
-        """Append the bytes of one request; return the failure that ended it early."""
+        """Append the bytes of one request. Return the failure to report if bytes are missing."""
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
                 _written(target, chunk)
@@ -325,7 +326,7 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip the bytes before `start`."""
+    """Yield the bytes of a file from `start` to `end`. If the hub ignores the range, skip the bytes before `start`."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the requested range")
@@ -341,4 +342,4 @@ def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[
 
 
 _AGAIN = "Run the same command again: it continues where it stopped"
-_DAMAGED = "The hub or a proxy in between damages it: try another network, or tell the repository's owner"
+_DAMAGED = "The hub, or a proxy on the way, damages the file: try another network, or tell the repository's owner"

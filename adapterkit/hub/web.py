@@ -1,4 +1,4 @@
-"""The HTTP client for all hubs: it checks redirects, sends secrets to one origin only, and limits replies."""
+"""The HTTP client for all hubs: it checks redirects, sends secrets to one origin only, and limits reply sizes."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Passing(Exception):
 
 
 def retrying(act: Callable[[], T], passing_of: Callable[[Exception], Passing | None]) -> T:
-    """Run `act` until it returns, at most `ATTEMPTS` times.
+    """Return the result of `act`; after a temporary failure, call it again, at most `ATTEMPTS` times in all.
 
     Args:
         act: the request; running it twice must be harmless.
-        passing_of: a function that classifies an exception; it returns None if a retry is useless.
+        passing_of: a function that returns a `Passing` for a temporary failure, and None if a retry is useless.
 
     Raises:
         Exception: the error of the last attempt.
@@ -74,7 +74,7 @@ def retrying(act: Callable[[], T], passing_of: Callable[[Exception], Passing | N
 
 
 def pause(attempt: int, asked: float | None) -> bool:
-    """Wait before the next attempt and return True; if the hub asks for too long a wait, return False at once."""
+    """Wait before the next attempt and return True. If the hub asks for a wait over the limit, return False at once."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
     # Add a random delay, so that parallel connections do not retry at the same time.
@@ -106,13 +106,13 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_ERROR_BODY = 64 << 10
-"""The maximum number of bytes to read from the body of an error; hubs explain a refusal in a few hundred bytes."""
+"""The maximum number of bytes to read of an error's body. Hubs explain an error in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
-"""The largest document to read from a hub, in bytes: a manifest, a list of files, a token; not an error or a file.
+"""The largest document to read from a hub, in bytes. Documents are manifests, lists of files and tokens.
 
-The largest documents in practice are pages of a repository's file list: 1,000 entries of about 1 KB. The pages of S3
-have a similar size.
+Errors have the lower limit `MAX_ERROR_BODY`. Files have no limit. The largest documents in practice are pages of a
+repository's file list, with 1,000 entries of about 1 KB. The pages of S3 have a similar size.
 """
 
 
@@ -140,17 +140,17 @@ def answered(
         content: the request body.
 
     Raises:
-        Passing: the hub is busy.
-        NetworkError: a redirect is unsafe, or there are too many.
+        Passing: the hub answered with a status in `PASSING`.
+        NetworkError: a redirect is unsafe, or there are too many redirects.
     """
     from huggingface_hub.utils import get_session, httpx
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # After a redirect to another origin, send no secrets, even if a later redirect leads back to the first
-        # origin: the other server may have chosen that url.
+        # After a redirect to another origin, send no secrets, even if a later redirect leads back to the first origin:
+        # the url of that later redirect was chosen by the other server.
         at_home = at_home and origin(url) == home
-        # Request no compression: then ranges and digests refer to the stored bytes, and a small reply cannot expand.
+        # Request uncompressed replies, so that ranges and digests refer to the stored bytes, and no reply can expand.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
         # Follow redirects here, one by one, so that each redirect is checked and only the first origin gets the
         # secrets.
@@ -172,7 +172,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
     All code that keeps a body in memory must use this function: a server may send forever, and `Response.read` has no
-    limit. `answered` requests no compression, so decoding cannot make the body larger.
+    limit. `answered` requests uncompressed replies, so decoding cannot make the body larger.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -187,7 +187,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
 
 
 def error_body_of(response: httpx2.Response) -> bytes:
-    """Read the beginning of an error's body, at most `MAX_ERROR_BODY` bytes."""
+    """Return the beginning of an error's body, at most `MAX_ERROR_BODY` bytes."""
     body = bytearray()
     for chunk in response.iter_raw(MAX_ERROR_BODY):
         body += chunk
@@ -201,8 +201,10 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
     """Limit replies and protect the token in the requests that huggingface_hub makes inside the block.
 
     Pushes use huggingface_hub's functions, which have two weaknesses. They read replies of any length. They send the
-    token to any upload url in a reply, even if the reply came from another server after a redirect. The whole process
-    shares huggingface_hub's client, so downloads (`GET` outside of `/api/`) are not limited.
+    token to any upload url in a reply, even if the reply came from another server after a redirect.
+
+    The limits are hooks of huggingface_hub's client, which the whole process shares. Other threads may be downloading
+    large files with it, so `GET` requests outside of `/api/` are not limited.
     """
     from huggingface_hub.utils import get_session, httpx
 
@@ -256,38 +258,38 @@ def begins_at(response: httpx2.Response) -> int:
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    # If the header is invalid, return -1, which is not a valid offset: callers then refuse the response.
+    # If the header is invalid, return -1. It is not a valid offset, so callers refuse the response.
     return int(first) if first.isdigit() else -1
 
 
 def range_header(start: int, end: int | None) -> dict[str, str]:
-    """Return the header that requests the bytes from `start` to before `end`; if `end` is None, all further bytes."""
+    """Return the header to request bytes `start` up to but not including `end` (None: the end of the file)."""
     if not start and end is None:
         return {}
     return {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a connection failure; False if offline mode refused the connection."""
+    """Whether an exception is a connection failure. It is False if offline mode prevented the request."""
     from huggingface_hub.utils import httpx
 
     return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
 
 
 def is_offline(error: Exception) -> bool:
-    """Whether a request was not made because offline mode is on."""
+    """Whether an exception says that offline mode prevented a request."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return isinstance(error, OfflineModeIsEnabled)
 
 
 def offline(place: str) -> NetworkError:
-    """Return the error for a request that offline mode forbids."""
+    """Return the error for a request that offline mode prevented."""
     return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or pass a local path")
 
 
 def redacted(text: str, token: str | None) -> str:
-    """Return a text from a server, without the token that the server received, and without secrets in urls."""
+    """Return a server's text with tokens and secrets in urls removed; `token` is the token that the server received."""
     if token:
         text = text.replace(token, "<token>")
     # Also remove any text that looks like a token: a server may quote the request's header in its message.
@@ -295,7 +297,7 @@ def redacted(text: str, token: str | None) -> str:
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return scheme, host and port of a url; secrets are sent to another url only if all three are equal."""
+    """Return the scheme, host and port of a url; its secrets are sent to another url only if all three are equal."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
@@ -323,11 +325,11 @@ MAX_ANSWER = 1 << 20
 """Largest reply to a token request, in bytes; tokens with many scopes take about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""The names of Docker Hub: users, credential stores and the network protocol each use a different name."""
+"""Three names of Docker Hub: one in users' uris, one in credential stores, and one for requests."""
 
 
 def is_near(host: str) -> bool:
-    """Whether a registry is on this machine. Like other tools, adapterkit uses plain HTTP for a local registry."""
+    """Whether a host is this machine. Like other tools, adapterkit uses plain HTTP for a local registry."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -342,7 +344,7 @@ class Admission:
         host: the registry's host name, with a port if it has one.
         url: the url of the repository.
         place: the uri for error messages.
-        token: `user:password` or a bearer token; if absent, the credentials that other tools stored are used.
+        token: `user:password` or a bearer token. If absent, the credentials that other tools have stored are used.
     """
 
     def __init__(self, host: str, url: str, place: str, token: str | None) -> None:
@@ -374,7 +376,7 @@ class Admission:
 
     def _token(self, challenge: Mapping[str, str]) -> str:
         realm = urlsplit(challenge["realm"])
-        # The realm is a url that receives the password. Only a local registry may use a local realm with plain HTTP.
+        # The password is sent to this url. Plain HTTP is allowed only if both the registry and the url are local.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
             why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")
@@ -399,7 +401,7 @@ def _token_in(body: bytes, place: str) -> str:
 
 
 def _left(host: str) -> Iterator[str]:
-    """Yield the credentials that other tools stored for a registry."""
+    """Yield the credentials that other tools have stored for a registry."""
     hosts = DOCKER_HUB if host in DOCKER_HUB else {host}
     for file in _files():
         entries = _read(file).get("auths")

@@ -1,7 +1,7 @@
-"""Split, join, transpose and scale lazy tensors, as format conversions require.
+"""Split, join, transpose and scale lazy tensors, for conversions between formats.
 
-All functions except `times` and `widened` only move numbers, so a conversion followed by its inverse restores the
-bytes. The source tensors are read only when a result is fetched.
+Only `times` and `widened` change numbers; all other functions move them. So a conversion followed by its inverse
+restores the bytes. The source tensors are read only when a result is fetched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""A tensor of up to this many bytes is read whole even if few parts are needed: three small reads take longer."""
+"""A tensor of up to this many bytes is read whole, even if only parts are needed: three small reads would take longer
+than one read of this size."""
 
 REAL = ("F64", "F32", "F16", "BF16")
 """Element types that all formats of language models support."""
@@ -41,8 +42,8 @@ REAL = ("F64", "F32", "F16", "BF16")
 def turned(leaf: Lazy) -> Lazy:
     """Return a tensor with its last two axes swapped; a second swap returns the original object.
 
-    A writer that stores a factor transposed reads its file back to check it. The reader swaps the axes again and gets
-    the original object, so the comparison needs no second transpose.
+    This makes it cheap to check a file with transposed factors: the reader swaps the axes again and gets the original
+    object, so the comparison needs no second transpose.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
@@ -66,12 +67,12 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's numbers come from a file, unchanged or transposed, and not from a computation."""
+    """Whether a tensor's numbers are read from a file, perhaps transposed, and not computed."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of some runs of elements of a tensor; None if reading the whole tensor takes no longer.
+    """Return the bytes of the given runs of a tensor's elements; None if reading the whole tensor is as fast.
 
     Args:
         leaf: the tensor.
@@ -84,7 +85,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    # A run of a transposed matrix needs only a few rows. Make only these rows contiguous.
+    # A run of elements lies in a few rows of the transposed matrix. Make only these rows contiguous.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     rows = []
@@ -101,7 +102,7 @@ def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
 
 
 def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Lazy:
-    """Slice a tensor along an axis: every `step`-th position from `start` up to but not including `stop`.
+    """Slice a tensor along an axis: take every `step`-th position from `start` up to but not including `stop`.
 
     Raises:
         DoesNotFit: the tensor does not have these positions.
@@ -117,7 +118,7 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
 
 
 def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
-    """Spread a tensor along an axis: put it at every `step`-th position from `start`, and zeros elsewhere.
+    """Spread a tensor along an axis: put its positions at every `step`-th position from `start`, and zeros elsewhere.
 
     The axis of the result has length `size`.
     """
@@ -134,15 +135,15 @@ def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
 
 
 def item(leaf: Lazy, index: int) -> Lazy:
-    """Return item `index` of a tensor stacked along its first axis; reads only that item from a file."""
+    """Return item `index` along the first axis of a tensor; only this item is read from the file."""
     return run(leaf, index * math.prod(leaf.shape[1:]), leaf.shape[1:])
 
 
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
-    """Return consecutive elements of a tensor in C order, from element `first`, as a tensor of shape `shape`.
+    """Return consecutive elements of a tensor, from element `first` in C order, as a tensor of shape `shape`.
 
-    Only these elements are read from the file. Some files store many factors in one array; reading the whole array for
-    each factor would take long.
+    Only these elements are read from the file. Some files store many factors in one array, and reading the whole array
+    for each factor would take long.
     """
     count = math.prod(shape)
     span = None
@@ -154,7 +155,7 @@ def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
-    """Concatenate tensors along an axis, in the narrowest dtype that can hold all numbers exactly."""
+    """Concatenate tensors along an axis. The result has the narrowest dtype that can hold all numbers exactly."""
     alike = same_type(leaves)
     shape = list(alike[0].shape)
     shape[axis] = sum(leaf.shape[axis] for leaf in alike)
@@ -173,7 +174,7 @@ def stacked(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def overlaid(leaves: Sequence[Lazy]) -> Lazy:
-    """Merge tensors of the same shape into one. At each position, at most one tensor may be nonzero."""
+    """Merge tensors of the same shape into one. At each position, at most one of the tensors may be nonzero."""
     alike = same_type(leaves)
 
     def fetch() -> memoryview:
@@ -182,7 +183,7 @@ def overlaid(leaves: Sequence[Lazy]) -> Lazy:
         whole = alike[0].numpy().copy()
         for leaf in alike[1:]:
             values = leaf.numpy()
-            # Compare as numbers: the bits of -0.0 are not zero.
+            # Compare the numbers, not their bits: the bits of -0.0 are not zero.
             np.copyto(whole, values, where=as_array(leaf) != 0)
         return bytes_of(whole)
 
@@ -190,7 +191,7 @@ def overlaid(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
-    """Return a block-diagonal matrix with the given matrices as its blocks."""
+    """Return the block-diagonal matrix whose blocks are the given matrices."""
     alike = same_type(leaves)
     shape = (sum(leaf.shape[0] for leaf in alike), sum(leaf.shape[1] for leaf in alike))
 
@@ -224,10 +225,10 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 
 
 def times(tensor: Leaf, factor: float) -> Lazy:
-    """Multiply a tensor by a number, in float64 and with one rounding to the tensor's dtype.
+    """Multiply a tensor by a number in float64, and round once to the tensor's dtype.
 
-    Fetching the result raises `Malformed` if a finite number overflows the dtype. Fetching also raises if all products
-    are below the dtype's smallest normal number: they would lose digits or become zero.
+    Fetching the result raises `Malformed` in two cases: a finite number overflows the dtype; or all products are below
+    the dtype's smallest normal number, and so would lose digits or become zero.
     """
     cure = "Write a format that stores the scaling separately, such as adapterkit's own"
     leaf = as_lazy(tensor)
@@ -239,7 +240,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
         with np.errstate(over="ignore", under="ignore"):
             exact = as_array(leaf).astype("f8") * factor
             rounded = exact.astype(leaf.dtype.array)
-        # Accept a NaN or infinity that is already in the source: this multiplication did not cause it.
+        # Accept a NaN or infinity if the source has one: the multiplication did not cause it.
         place = first_in(rounded.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
             why = f"a scaling of {factor:g} moves the number at {list(place)} out of the range of {leaf.dtype}"
@@ -255,7 +256,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:
-    """Convert a tensor to another dtype; the conversion is exact if the new dtype is wider."""
+    """Convert a tensor to the dtype `name`. The conversion is exact if this dtype is wider."""
     if leaf.dtype.name == name:
         return leaf
     dtype = DTYPES[name]
@@ -267,14 +268,13 @@ def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # Use F32 for a mix of BF16 and F16: F32 can represent all numbers of both types, but F16 and BF16 cannot represent
-    # each other's numbers.
+    # A mix of BF16 and F16 becomes F32, because neither BF16 nor F16 can represent all numbers of the other.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors have equal bytes. If both have the same span in the same file, no data is read."""
+    """Whether two tensors have equal bytes. If both are the same span of the same file, no data is read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

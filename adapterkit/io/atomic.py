@@ -1,4 +1,4 @@
-"""Write files atomically: they appear complete or not at all. Keep their source tensors while a writer checks them."""
+"""Write files atomically: a file appears complete or not at all. Remember its source tensors while it is checked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file next to `path`. If the block succeeds, sync the file and rename it to `path`.
 
-    After an error in the block, the temporary file is removed. Its name is computed from `path`, so the next writer
-    reuses a file that a killed process left. Two writers of the same path wait for each other. The file's mode follows
-    the umask, as for any new file.
+    If the block raises an error, the temporary file is removed. A killed process leaves its temporary file; the next
+    writer of `path` reuses it, because its name is computed from `path`. Two writers of the same path wait for each
+    other. The file's mode follows the umask, as for any new file.
 
     Raises:
         StorageError: the folder is not writable, or the disk is full.
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def part_of(path: Path) -> Path:
-    """Return the path of the temporary file that `replacing` uses."""
+    """Return the path of the temporary file that `replacing` uses for `path`."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -65,7 +65,7 @@ def _alone(part: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # Open the path again: the previous holder of the lock has renamed or removed the opened file.
+            pass  # The previous holder of the lock has renamed or removed the opened file, so open the path again.
         except BaseException:
             file.close()
             raise
@@ -84,7 +84,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that renames inside it survive a crash. On Windows, this is impossible: do nothing."""
+    """Sync a folder to disk, so that renames inside it survive a crash. Do nothing on Windows, which cannot do this."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -109,12 +109,11 @@ def lock(handle: int, *, wait: bool = False) -> bool:
     return True
 
 
-# Remember the source tensors of a written file, while the writer checks its output.
+# Remember the source tensors of a written file while the writer checks the file.
 #
-# A writer reads each file back after writing it. If the tensors were only moved, a full comparison is not needed. The
-# header is read from the disk, and a sample of bytes is compared with the disk. All other reads return the source
-# tensors from memory: some files are written around the page cache, so reading a tensor from the disk would take 70
-# us.
+# After writing a file, a writer reads it back. Tensors that were only moved need no full comparison: the header is read
+# from the disk, and a sample of bytes is compared with the disk. All other reads return the source tensors, because
+# reading a tensor from the disk would take 70 us if the file was written around the page cache.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +122,7 @@ class Written:
 
     Attributes:
         sources: the source tensors, by tensor name in the file.
-        read: a function that returns the tensors in the file as lazy tensors, which read from the disk.
+        read: a function that takes the file's path, and returns its tensors as lazy tensors, which read from the disk.
     """
 
     sources: Mapping[str, Lazy]
@@ -143,7 +142,7 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Remember the source tensors of all files that are written in the block; reading a file then returns its sources.
+    """Remember the source tensors of all files that are written in the block; reading such a file returns its sources.
 
     Yields:
         A map from the path of each written file to its `Written`.
@@ -166,12 +165,15 @@ def remember(
 
 
 def sources_of(path: str) -> Mapping[str, Lazy]:
-    """Return the source tensors of a written file by name; empty if they are not remembered."""
+    """Return the source tensors of a written file, keyed by name; empty if they are not remembered."""
     written = (_WRITTEN.get() or {}).get(path)
     return {} if written is None else written.sources
 
 
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
-    """Return the source tensor of an entry; None if it is not remembered, or differs from the header."""
+    """Return the source tensor of an entry in a written file.
+
+    The result is None if the source tensor is not remembered, or if its dtype or size differs from the file's header.
+    """
     source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

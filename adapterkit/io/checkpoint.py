@@ -1,4 +1,4 @@
-"""Open the weights of a base, in one or several files, as a mapping of lazy tensors; compute their fingerprint."""
+"""Open the weights of a base as a mapping of lazy tensors; compute the fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 LONGEST_NAME = 255
-"""The longest file name in bytes on common file systems. For a longer name, `stat` would raise an OSError."""
+"""The longest file name in bytes on common file systems. `stat` raises an OSError for a longer name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -40,11 +40,11 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: lazy tensors by name, in the order of the files and in each file's order.
-        files: the weight files, in order; `home` maps each tensor to one of them.
-        home: the weight file of each tensor, by the tensor's name.
+        tensors: the lazy tensors, keyed by name. They have the order of `files`, and within a file the file's order.
+        files: the weight files, in order.
+        home: the weight file of each tensor, keyed by the tensor's name.
         metadata: the safetensors metadata of each weight file; empty for torch files.
-        config: the model's `config.json`, if one is next to the weights.
+        config: the content of the model's `config.json`, if this file is next to the weights; otherwise None.
         index: the parsed index file of a sharded checkpoint; None for a single file.
     """
 
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file; read only headers.
+    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin` or `.pt` file. Only headers are read.
 
     Raises:
         StorageError: the path does not exist, or cannot be read.
@@ -122,7 +122,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
         if path.name == "config.json" and b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # Raise an error for lone surrogates.
+            json.dumps(value, ensure_ascii=False).encode()  # This raises an error for a lone surrogate.
     except (ValueError, RecursionError) as error:
         raise Malformed(
             f"the file is not valid JSON ({error})", path=path, cure="Write or fetch the file again"
@@ -136,8 +136,7 @@ def contained(folder: Path, name: str) -> Path:
     """Return `folder / name` for a name from an untrusted file.
 
     Raises:
-        Malformed: the name is absolute, leaves the folder, is longer than file systems allow, or is not a plain
-            relative path.
+        Malformed: the name is not a plain relative path, leads outside the folder, or is too long for a file system.
     """
     pure = PurePosixPath(name)
     strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
@@ -152,7 +151,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a string from JSON can be a file name: it must be short enough, and have no lone surrogates."""
+    """Whether a string from JSON can be a file name: it is short enough, and has no lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -188,7 +187,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
-    """Return all files of a GGUF model, given one of them; most models are a single file."""
+    """Return all files of a GGUF model, in order; `file` is one of them. Most models have a single file."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
     if match is None:
         return (file,)
@@ -203,7 +202,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
     index = read_json(path, strict=True)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        why = "the index has no weight_map from tensor names to file names"
+        why = "the index has no valid weight_map, a map from tensor names to file names"
         raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
     if not isinstance(index.get("metadata"), dict | None):
         why = f"metadata is {shown(index['metadata'])}, not an object"
@@ -220,7 +219,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
 def _read_files(
     files: Sequence[Path],
 ) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
-    """Read the headers of several files: tensors by name, the file of each tensor, and the metadata of each file.
+    """Read the headers of several files. Return the tensors by name, each tensor's file, and each file's metadata.
 
     Raises:
         Malformed: two files have a tensor of the same name.
@@ -254,7 +253,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whether a file begins like safetensors: eight bytes of length, then JSON. The file may have any extension."""
+    """Whether a file begins like a safetensors file: an 8-byte length, then JSON. The extension does not matter."""
     try:
         with open_input(file) as opened_file:
             return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
@@ -269,8 +268,8 @@ def raw(span: Span) -> Lazy:
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
-    # Check each file name once: an index of a mixture of experts lists 45,000 tensors in 163 files, and a check takes
-    # 15 us.
+    # Check each file name once, not for each tensor: a check takes 15 us, and the index of a mixture of experts lists
+    # 45,000 tensors in 163 files.
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
@@ -282,32 +281,31 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
         raise Malformed(why, path=path, where=extra, cure="Rebuild the index")
 
 
-# Fingerprints: a short hash of a base's weights, which is so fast that every merge computes it.
+# A fingerprint is a short hash of a base's weights. It is computed so fast that every merge computes it.
 #
 # The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. It does not depend on file
-# names and sharding. A changed base gets another fingerprint in these cases:
+# names and sharding. If a base changes, its fingerprint changes:
 #
-# - Always, if a name, a shape or a dtype changed, or if any element changed in a tensor that is small enough to be read
-#   whole.
-# - Always, if a run of elements changed that is at least 1/63 of its tensor, e.g. an attention head or an MLP block,
-#   because 64 blocks are read, evenly spaced from the first element to the last.
-# - Almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
-#   elements changed, and n elements are read, the probability of the same fingerprint is (1 - p) ** n. For 10 billion
-#   bfloat16 parameters n is about 16 million. If one in a million elements changed, the probability is 1e-7.
-# - Seldom, if only a few elements or one row of a large table changed. Only a hash of all bytes detects such changes.
+# - always, if a name, a shape or a dtype changed, or any element of a tensor that is small enough to be read whole;
+# - always, if the change covers a run of at least 1/63 of a tensor's elements, such as an attention head or an MLP
+#   block. The reason: 64 blocks are read, evenly spaced from the first element to the last;
+# - almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
+#   elements changed, and n elements are read, the fingerprint stays the same with probability `(1 - p) ** n`. For 10
+#   billion bfloat16 parameters, n is about 16 million. If one in a million elements changed, the probability is 1e-7;
+# - seldom, if only a few elements or one row of a large table changed. Only a hash of all bytes detects such changes.
 
 
 PREFIX = "sampled-2-sha256:"
-"""The prefix of a fingerprint, with the version of the sampling. Different versions are never compared."""
+"""The prefix of a fingerprint. It names the version of the sampling; different versions are never compared."""
 
 SAMPLE = 16 << 20
-"""About this many bytes are read from all tensors together. Reading and hashing takes about 100 ms for any model."""
+"""About this many bytes are read from all tensors together. Reading and hashing them takes about 100 ms."""
 
 LEAST, MOST = 256, 256 << 10
-"""The smallest and the largest number of bytes that are read from one tensor."""
+"""Limits for the number of bytes that are read from one tensor. A smaller tensor is read whole."""
 
 BLOCKS = 64
-"""The number of blocks that are read from a tensor, if the tensor is not read whole."""
+"""The number of blocks that are read from a tensor that is not read whole."""
 
 
 @files_kept_open()
@@ -325,8 +323,8 @@ def fingerprint(base: Checkpoint) -> str:
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
             if tensor.span is None and tensor.part is None:
-                # The tensor is not one run of a file, so each partial read would compute the whole tensor. Compute it
-                # once.
+                # The tensor's bytes are not one run of a file, so each partial read would compute the whole tensor.
+                # Compute it once.
                 whole = bytes(tensor.fetch())
                 tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
             for start, count in _places(tensor, share):
@@ -338,7 +336,7 @@ SHAPES_PREFIX = "shapes-1-sha256:"
 
 
 def shapes_digest(base: Checkpoint) -> str:
-    """Return a digest of a base's tensor names and shapes, which is equal for all bases of the same architecture.
+    """Return a digest of a base's tensor names and shapes. It is equal for all bases of the same architecture.
 
     The digest omits dtypes: a copy of a base in another dtype has the same architecture, although its weights differ.
     """
@@ -353,7 +351,7 @@ def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
 
 
 def _places(tensor: Lazy, share: int) -> list[tuple[int, int]]:
-    """Return the runs of elements to read, each as (first element, count), evenly spaced over the whole tensor."""
+    """Return the runs of elements to read, each as (first element, count). They are evenly spaced over the tensor."""
     elements, size = math.prod(tensor.shape), max(tensor.dtype.itemsize, 1)
     if elements * size <= share:
         return [(0, elements)] if elements else []

@@ -1,6 +1,6 @@
-"""Tensors that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
+"""Tensors that are computed when they are read: scaled, summed or joined.
 
-Joining tensors of the same dtype keeps all bits.
+They are computed in float64 and rounded once. Joined tensors of the same dtype are not rounded: all bits are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load(leaf: Leaf) -> Array:
-    """Read a tensor as a numpy array: floating-point numbers in float64, integers unchanged.
+    """Read a tensor as a numpy array. Floating-point numbers become float64; integers keep their dtype.
 
     Raises:
         Malformed: the tensor contains a NaN or an infinity.
@@ -37,7 +37,7 @@ def load(leaf: Leaf) -> Array:
 
 
 def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> Lazy:
-    """Return a lazy tensor that calls `make` for its numbers at each read."""
+    """Return a lazy tensor that calls `make` at each read, and rounds the result to `dtype`."""
 
     def fetch() -> Buffer:
         return _bytes_of(rounded(make(), dtype))
@@ -52,10 +52,10 @@ def rounded_lazy(values: Array, dtype: DType) -> Lazy:
 
 
 def rounded(values: Array, dtype: DType) -> Array:
-    """Round numbers to `dtype`, in C order.
+    """Return the numbers rounded to `dtype`, as an array in C order.
 
     Raises:
-        Malformed: a number is not finite or overflows the dtype.
+        Malformed: a number is not finite, or overflows the dtype.
     """
     import numpy as np
 
@@ -67,14 +67,14 @@ def rounded(values: Array, dtype: DType) -> Array:
 
 
 def times(leaf: Leaf, factor: float) -> Leaf:
-    """Multiply a tensor by a number. The result has the tensor's dtype if the product stays exact, else float32."""
+    """Multiply a tensor by a number. The result has the tensor's dtype if all products stay exact, else float32."""
     if factor == 1:
         return leaf
     return computed(leaf.shape, _exact_type(as_lazy(leaf).dtype, factor), lambda: load(leaf) * factor)
 
 
 def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None = None) -> Leaf:
-    """Return sum_i factors[i] * leaves[i] in float32 or float64; the default shape is the shape of the first tensor."""
+    """Return the sum of `factors[i] * leaves[i]` in float32 or float64. The default shape is the first tensor's."""
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])
     shape = tuple(leaves[0].shape) if shape is None else shape
@@ -108,10 +108,10 @@ def wide(leaves: Sequence[Leaf]) -> DType:
 
 
 def _exact_type(dtype: DType, factor: float) -> DType:
-    """Return the tensor's dtype if this dtype can hold the product exactly, else float32.
+    """Return the dtype of a product: the tensor's dtype if it can hold the product exactly, else float32.
 
-    A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has float32's exponent
-    range. In F16 the result may be inexact, because the exponent range is narrow.
+    A change of sign is always exact. Multiplying by another power of two is exact in BF16, which has the exponent range
+    of float32. In F16 it may be inexact, because F16's exponent range is narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")
@@ -125,10 +125,10 @@ def _concatenated(
     dtype: np.dtype[np.generic] | str,
     axis: int,
 ) -> Array:
-    """Concatenate parts; copy each part right after it is read, while it is still in the CPU cache."""
+    """Concatenate parts. Each part is copied right after it is read, while it is still in the CPU cache."""
     import numpy as np
 
-    # Allocate the result once: np.concatenate would need a second copy of all parts.
+    # Allocate the result first and read the parts into it: np.concatenate would need all parts in memory as well.
     joined, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]
@@ -143,27 +143,29 @@ def _bytes_of(array: Array) -> memoryview:
 
 
 def _checked(leaf: Lazy) -> Array:
-    """Read the numbers in the dtype in which they are stored, and check that all numbers are finite."""
+    """Read the numbers in the dtype in which they are stored, and check that all of them are finite."""
     values = leaf.numpy()
     check_finite(leaf, values=values)
     return values
 
 
-# Keep computed tensors until they are written: the first ones in memory, all others in a temporary file.
+# Keep computed tensors until they are written: in memory up to a limit, and otherwise in a temporary file.
 #
-# Combining eight adapters with 224 targets of 4096 x 4096 can take a gigabyte, because the ranks add up. The output
-# can be written only after all targets have been computed, because the last target may still raise an error.
+# The output can be written only after all targets have been computed, because the last target may still raise an error.
+# Until then, combining eight adapters with 224 targets of `4096 x 4096` can take a gigabyte, because the ranks add up.
 
 
 IN_MEMORY = 64 << 20
-"""The largest number of bytes of tensors in memory; further tensors go to the temporary file."""
+"""The largest total size of the tensors in memory, in bytes; further tensors go to the temporary file."""
 
 
 class Spool:
-    """Keep tensors in memory and in a temporary file, which is removed with its last tensor. Threads may share a spool.
+    """Keep tensors in memory and in a temporary file. Threads may share a spool.
+
+    The temporary file is removed when the last tensor is deleted.
 
     Args:
-        memory: the largest number of bytes of tensors in memory.
+        memory: the largest total size of the tensors in memory, in bytes.
     """
 
     def __init__(self, memory: int = IN_MEMORY) -> None:
@@ -187,7 +189,7 @@ class Spool:
                 start = self._append(kept)
             except OSError as error:
                 raise storage_error(error, Path(tempfile.gettempdir())) from None
-        # Copy what the lazy tensor needs from the array, so that the lazy tensor does not keep the array in memory.
+        # Store the shape and size separately, so that the lazy tensor does not keep the array in memory.
         shape, count = tuple(kept.shape), kept.nbytes
         return Lazy(shape, dtype, lambda: self._read(start, count))
 

@@ -1,4 +1,4 @@
-"""Write files in parallel with the computation, bypassing the page cache; copy byte ranges inside the kernel."""
+"""Write files in another thread, bypassing the page cache, while tensors are computed; copy bytes inside the kernel."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# With these errors, the kernel or the file system refuses to copy; the caller then reads and writes the bytes.
+# Errors with which the kernel or the file system refuses to copy. After such an error, the caller must read and write
+# the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
 def copy_by_kernel(
     source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
 ) -> int:
-    """Copy `nbytes` bytes between two open files inside the kernel, which shares disk blocks if possible.
+    """Copy `nbytes` bytes between two open files inside the kernel. If possible, the files share the disk blocks.
 
     The bytes from offset `start` of the source go to offset `at` of the target.
 
@@ -49,14 +50,14 @@ def copy_by_kernel(
 
 
 class OpenFiles:
-    """A cache of a limited number of open files: a base with hundreds of shards must not use up all file handles."""
+    """A cache of open files. Its size is limited, so that a base of hundreds of shards does not use up file handles."""
 
     def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
         self.limit, self.opener = limit, opener
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
-        """Return the open, unbuffered file for a path; if too many are open, first close the least recently used."""
+        """Return the open, unbuffered file for a path. If too many are open, close the least recently used one."""
         file = self._files.pop((path, mode), None)
         if file is None:
             while len(self._files) >= self.limit:
@@ -71,10 +72,10 @@ class OpenFiles:
 
 
 class WriteBehind:
-    """Make the kernel write each range of a file to disk at once, and then remove its pages from the page cache.
+    """Make the kernel write each range of a file to disk soon, and then remove its pages from the page cache.
 
-    Without this class, the kernel would start to write at the final flush. The kernel also reuses the removed pages,
-    which is faster than mapping new memory, and files of other programs stay in the page cache.
+    This has three advantages. The kernel writes to disk during the computation, and not only at the final flush. It
+    reuses the removed pages, which is faster than mapping new memory. Files of other programs stay in the page cache.
 
     Args:
         lag: the number of most recent ranges whose pages stay in the cache.
@@ -88,7 +89,8 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
-        # Advise twice: the first call starts to write dirty pages to disk, and a later call removes the clean pages.
+        # Advise twice for each range: the first call starts to write its dirty pages to disk, and a later call removes
+        # the pages, which are clean by then.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
@@ -119,17 +121,19 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
-# Write files in parallel with the computation, bypassing the page cache: the disk reads whole pages of user memory.
+# Write files in another thread, while the caller computes. The writes bypass the page cache: the disk reads whole pages
+# of this process's memory.
 #
 # With the page cache, the kernel would copy every byte into new pages and evict these pages later. That takes half as
 # much processor time as a merge's arithmetic. The kernel would also evict files that other programs still read.
 
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Offsets, lengths and addresses of direct writes are multiples of this; no common disk needs a larger alignment."""
+"""Direct writes have offsets, lengths and addresses that are multiples of this many bytes. No common disk needs a
+larger alignment."""
 
 PIECE = 4 << 20
-"""The number of bytes in a write to the disk."""
+"""The size of one write to the disk, in bytes."""
 
 DEPTH = 2
 """The number of pieces that may wait for the disk while the next piece is filled."""
@@ -138,7 +142,7 @@ BUFFERED = (DEPTH + 1) * PIECE
 """The memory that a writer uses, in bytes; it does not depend on the size of the output."""
 
 BUFFER = 512 << 10
-"""Bytes are copied in steps of this size, so that they stay in a core's cache between reading and writing."""
+"""Bytes are copied in steps of this size, so that each step stays in a core's cache between reading and writing."""
 
 Moved = Callable[[int], None]
 
@@ -147,8 +151,7 @@ Moved = Callable[[int], None]
 class _Piece:
     """A piece of memory with bytes for a file.
 
-    The bytes from `start` to `end` of the memory will be written. The file offset of `memory[0]` is `at`, a page
-    boundary.
+    The bytes `memory[start:end]` will be written. `memory[0]` belongs at file offset `at`, which is a page boundary.
     """
 
     memory: memoryview
@@ -159,7 +162,7 @@ class _Piece:
 
 
 class Writer:
-    """Write runs of bytes into existing files: the caller's thread fills memory, and another thread writes to disk."""
+    """Write runs of bytes into existing files. The caller's thread fills memory; another thread writes it to disk."""
 
     def __init__(self) -> None:
         self.plain, self.direct, self.behind = OpenFiles(), OpenFiles(opener=self._past_the_cache), WriteBehind()
@@ -172,8 +175,8 @@ class Writer:
 
     def begin(self, path: str, offset: int) -> None:
         """Start a run of bytes at offset `offset` of a file."""
-        # Direct writes need aligned offsets. So the memory starts at the page boundary below, and the bytes of that
-        # page before `offset` are not written.
+        # Direct writes need aligned offsets. So the memory starts at the last page boundary up to `offset`. The bytes
+        # between this boundary and `offset` are not written.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
@@ -191,21 +194,21 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Declare that the caller has filled the next `nbytes` bytes of the memory from `room`."""
+        """Declare that the caller has filled the first `nbytes` bytes of the memory that `room` returned."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
-        """Copy the next bytes from other memory."""
+        """Write the next bytes by copying them from `data`."""
         for start in range(0, len(data), BUFFER):
             piece = data[start : start + BUFFER]
             self.room(len(piece))[:] = piece
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Copy the next bytes from an open, unbuffered file; disk blocks are shared if the file system supports this.
+        """Write the next bytes by copying them from an open, unbuffered file. If possible, disk blocks are shared.
 
-        The kernel is asked to copy only if source and target have the same offset within a page. Otherwise the kernel
-        would copy page by page, which is slower than reading and writing long runs of pages.
+        The kernel copies only if source and target have the same offset within a page. Otherwise it would copy page by
+        page, which is slower than reading and writing long runs of pages.
 
         Args:
             source: the file.
@@ -240,13 +243,14 @@ class Writer:
         self.pool.shutdown()
         self.plain.close()
         self.direct.close()
-        # `direct` refers to this object, so Python's collector would free the memory much later.
+        # Release the memory now. `direct` refers to this object, so Python would free the memory only when its garbage
+        # collector runs.
         self.sent.clear()
         self.idle.clear()
         self.filling = _Piece(memoryview(b""))
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
-        """Wait for pending writes of the other thread, then copy in the kernel; return the number of copied bytes."""
+        """After all pending writes, copy in the kernel; return the number of copied bytes."""
         path, at = self.filling.path, self.filling.at + self.filling.end
         if self.filling.end > self.filling.start:
             self.finish()
@@ -262,7 +266,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Pass the bytes before `stop` to the writing thread; move the rest, less than a page, to a new piece."""
+        """Pass the bytes before `stop` to the writing thread, and move the rest (less than a page) to a new piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -284,7 +288,7 @@ class Writer:
             self.idle.append(memory)
 
     def _grow(self, nbytes: int) -> None:
-        """Replace the piece by a larger one with room for `nbytes`. First write pending pieces, to limit the memory."""
+        """Enlarge the current piece to `nbytes`. First wait for all pending pieces, to limit the memory."""
         if nbytes > len(self.filling.memory):
             while self.sent:
                 self._settle()
@@ -293,8 +297,9 @@ class Writer:
             self.filling.memory = larger
 
     def _write(self, piece: _Piece, stop: int) -> None:
-        """Write a piece: whole pages directly, partial pages at either end through the page cache."""
-        # Fail if an earlier piece failed: `finish` waits only for the last piece, and would not see the earlier error.
+        """Write a piece: whole pages directly, and partial pages at its ends through the page cache."""
+        # If an earlier piece failed, raise its error again: the caller waits only for the last piece of a run, and
+        # would not see it.
         if self.failure is not None:
             raise self.failure
         first = min(-(-piece.start // PAGE) * PAGE, stop)
@@ -335,15 +340,15 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    """Return new memory that starts at a page boundary, which direct writes require; a bytearray may start anywhere."""
+    """Return new memory that starts at a page boundary, as direct writes require. (A bytearray may start anywhere.)"""
     length = -(-nbytes // PAGE) * PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, length))
-    # Ask for pages of 2 MB. For a direct write, the kernel pins and maps each page, and a request to the disk has a
-    # limited number of page ranges. With pages of 4 kB, writes reach 2.6 GB/s and take 40 ms of processor time per GB;
-    # with pages of 2 MB, they reach 3.6 GB/s and take 10 ms. The map must be private, because shared maps get such
-    # pages on few systems.
+    # Ask for pages of 2 MB. For a direct write, the kernel pins and maps each page, and a request to the disk can have
+    # only a limited number of page ranges. With pages of 4 kB, writes reach 2.6 GB/s and take 40 ms of processor time
+    # per GB. With pages of 2 MB, they reach 3.6 GB/s and take 10 ms per GB. The map is private, because shared maps get
+    # large pages on few systems only.
     pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # The kernel may have been built without such pages.
+    with suppress(OSError):  # The kernel may have been built without large pages.
         pages.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(pages)

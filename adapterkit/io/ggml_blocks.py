@@ -1,7 +1,7 @@
 """Encode and decode ggml's block types.
 
-Like gguf-py, the formulas follow the bits and the order of operations of ggml-quants.c, so the same bytes give the same
-float32 numbers.
+Decoding uses the bit layouts and the order of operations of ggml-quants.c, as gguf-py does. So it gives the same
+float32 numbers as they do.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -20,7 +20,7 @@ BLOCKS = {
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
 }  # fmt: skip
-"""For each type: ggml's number for the type, the elements per block, and the bytes per block."""
+"""For each block type: ggml's number for the type, the number of elements per block, and the bytes per block."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
@@ -41,7 +41,7 @@ def decoded(kind: str, data: Buffer | Array) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Encode an array of numbers as blocks of a type; the count must be a multiple of the block's elements."""
+    """Encode an array of numbers as blocks of a type. The count must be a multiple of the number of block elements."""
     import numpy as np
 
     number, count, size = BLOCKS[kind]
@@ -63,9 +63,9 @@ def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return the fields of a block as bytes, in this order: scale, minimum, fifth bits, quantized numbers.
+    """Return the fields of the blocks as bytes, in this order: scale, minimum, fifth bits, quantized numbers.
 
-    Some types have no minimum or no fifth bits.
+    Only some types have a minimum or fifth bits.
     """
     import numpy as np
 
@@ -87,7 +87,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
         scale = _largest(blocks) / np.float32(-(1 << bits - 1))
         q = blocks * _inverse(scale)
         q += np.float32((1 << bits - 1) + 0.5)
-        # No floor is needed: the conversion to uint8 truncates, as in C.
+        # The numbers need no floor, because the conversion to uint8 truncates them, as in C.
     whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
@@ -95,11 +95,11 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Return the number of largest magnitude in each block, with its sign; in a tie, the first, as in ggml."""
+    """Return the number of largest magnitude in each block, with its sign. In a tie, return the first, as ggml does."""
     import numpy as np
 
-    # Use argmax over magnitudes only for blocks with a tie. For all other blocks, comparing the extremes is twice as
-    # fast.
+    # Use argmax over the magnitudes only for blocks with a tie. For all other blocks, compare the largest and smallest
+    # number, which is twice as fast.
     most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
     largest = np.where(most > -least, most, least)
     twins = (most == -least)[:, 0]
@@ -145,7 +145,10 @@ def _plain(kind: str, blocks: Array) -> Array:
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
-    """Unpack integers from bytes: `run` bytes contain `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, etc."""
+    """Unpack small integers from bytes.
+
+    Each run of `run` bytes has `run` integers at bit `shifts[0]`, then `run` integers at bit `shifts[1]`, and so on.
+    """
     import numpy as np
 
     split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
@@ -164,7 +167,7 @@ def _q2(blocks: Array) -> Array:
 def _q3(blocks: Array) -> Array:
     import numpy as np
 
-    # A set bit of the mask means that 4 is NOT subtracted.
+    # The first 32 bytes are a mask. If a bit is set, 4 is NOT subtracted from the number.
     missing = 1 - _pairs(blocks[:, :32], tuple(range(8)), 32, 1).astype(np.int32)
     q = _pairs(blocks[:, 32:96], (0, 2, 4, 6), 32, 3).astype(np.int32) - 4 * missing
     low, high = _pairs(blocks[:, 96:104], (0, 4), 8, 15), _pairs(blocks[:, 104:108], (0, 2, 4, 6), 4, 3)
@@ -183,9 +186,9 @@ def _q5(blocks: Array) -> Array:
 
 
 def _scales_and_minima(blocks: Array, q: Array) -> Array:
-    """Decode the scales and minima of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima per block.
+    """Decode blocks of Q4_K or Q5_K with the quantized numbers `q`. A block has eight 6-bit scales and 6-bit minima.
 
-    The bytes of the first four scales and minima also contain the two high bits of the last four scales and minima.
+    The bytes of the first four scales and minima also contain the two high bits of the last four.
     """
     import numpy as np
 
@@ -207,22 +210,22 @@ def _q6(blocks: Array) -> Array:
 
 _K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
 
-# Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32 numbers. Each run has a scale, also quantized.
+# Encode ggml's k-quants. A block has 256 numbers, in runs of 16 or 32 numbers. Each run has a scale, and the scales are
+# quantized too.
 #
-# The layout is ggml's. For each run, a few scales are tried near the scale at which the largest number of the run just
-# fits, and the scale with the least squared error is chosen. The scales are quantized, and then the numbers are
-# rounded with the quantized scales. llama.cpp minimizes a weighted error, so its bytes differ; the error is about the
-# same.
+# The layout is ggml's. For each run, several scales are tried, near the scale at which the largest number of the run
+# just fits. The scale with the least squared error is chosen. Then the scales are quantized, and the quantized scales
+# are used to round the numbers. llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
 # Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""The scales to try for a run. Each is given by the distance, in steps, between the run's largest number and the end of
-the quantized range."""
+"""The scales to try for a run. Each scale is given as the distance by which the run's largest number exceeds the
+quantized range, in quantization steps."""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
-    """Encode float32 blocks `[n, 256]`; return the fields of the layout as bytes, in their order."""
+    """Encode float32 blocks `[n, 256]`; return the fields of the blocks as bytes, in the order of the layout."""
     return _FIELDS[kind](blocks)
 
 
@@ -273,7 +276,7 @@ _FIELDS: dict[str, Callable[[Array], list[Array]]] = {
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Return the bytes of the fields that precede the numbers in Q4_K and Q5_K, and the quantized numbers."""
+    """Encode blocks as Q4_K or Q5_K; return the fields that precede the numbers as bytes, and the quantized numbers."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -294,7 +297,7 @@ def _columns(blocks: Array, size: int) -> Array:
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return the best scale for each run, by squared error; quantized numbers are from -most to most - 1."""
+    """Return the scale with the least squared error for each run. Quantized numbers are from `-most` to `most - 1`."""
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -307,14 +310,17 @@ def _around_zero(x: Array, most: int) -> Array:
         xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
         fitted = divided_by(xq, qq)
         gain = fitted * xq
-        # The best scale minimises sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2, so it has the
-        # largest gain: (sum x q)^2 / sum q^2.
+        # For given q, the best scale has the squared error `sum x^2 - (sum x q)^2 / sum q^2`. So the error is least if
+        # the gain `(sum x q)^2 / sum q^2` is largest.
         scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
     return scale
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """Return the best scale and negated minimum for each run, by squared error; quantized numbers are 0 to `most`."""
+    """Return the scale and the negated minimum with the least squared error for each run.
+
+    Quantized numbers are from 0 to `most`.
+    """
     import numpy as np
 
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
@@ -331,7 +337,9 @@ def _with_least(x: Array, most: int) -> tuple[Array, Array]:
 
 
 def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
-    """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin, and the error minus sum x^2.
+    """Fit `x = slope * q - begin` with `begin >= 0` by least squares.
+
+    Return `slope`, `begin`, and the squared error without the constant term `sum x^2`.
 
     Args:
         size: the number of values x in a run.
@@ -344,7 +352,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
     slope = divided_by(size * xq - total * s, size * qq - s * s)
     begin = (slope * s - total) / size
-    # The stored minimum is never positive. If the fit has a positive minimum, fit a line through zero instead.
+    # The minimum of a run, `-begin`, cannot be stored if it is positive. In that case, fit a line through zero instead.
     slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
     return (
         slope,
@@ -354,7 +362,10 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
-    """Quantize non-negative values; return the unit of each block `[n, 1]`, and the values as multiples of the unit."""
+    """Quantize non-negative values `[n, values per block]` to multiples of one unit per block.
+
+    Return the units `[n, 1]`, and the multiples, which are from 0 to `most`.
+    """
     import numpy as np
 
     unit = _stored(values.max(1, keepdims=True) / np.float32(most))
@@ -362,7 +373,7 @@ def _whole(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _signed(values: Array, most: int) -> tuple[Array, Array]:
-    """Like `_whole` for values of either sign, with multiples from -most to most - 1."""
+    """Do the same as `_whole` for values of either sign. The multiples are from `-most` to `most - 1`."""
     import numpy as np
 
     largest = np.take_along_axis(values, np.abs(values).argmax(1, keepdims=True), 1)
@@ -371,7 +382,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """Quantize columns with their scales; return the quantized numbers minus `low` as blocks of bytes."""
+    """Quantize columns with their scales; return the quantized numbers minus `low` as bytes `[blocks, 256]`."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
@@ -385,14 +396,17 @@ def _flat(values: Array) -> Array:
 
 
 def divided_by(values: object, by: Array) -> Array:
-    """Return values / by; the quotient is 0 if `by` is 0."""
+    """Return `values / by`, or 0 for each element of `by` that is 0."""
     import numpy as np
 
     return np.asarray(np.where(by == 0, np.float32(0), values / np.where(by == 0, np.float32(1), by)))
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack small integers into bytes: `run` bytes get `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, ..."""
+    """Pack small integers into bytes, as the inverse of `_pairs`.
+
+    Each run of `run` bytes gets `run` integers at bit `shifts[0]`, then `run` integers at bit `shifts[1]`, and so on.
+    """
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

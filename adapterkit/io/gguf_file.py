@@ -1,4 +1,4 @@
-"""Read and write GGUF files, and read `ggla` files. Headers are read first, tensors later. All sizes are checked."""
+"""Read and write GGUF files, and read `ggla` files. Headers are read at once, tensors on demand; sizes are checked."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SCALARS = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""A map from GGUF's numbers for types of metadata values to (type name, `struct` code)."""
+"""A map from GGUF's number for the type of a metadata value to (type name, `struct` code)."""
 
 STRING, ARRAY = 8, 9
 VALUE_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
 VALUE_NAMES = {number: name for name, number in VALUE_NUMBERS.items()}
 
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
-"""A map from ggml's numbers for unquantized tensor types to element types."""
+"""A map from ggml's number for an unquantized tensor type to the name of the element type."""
 
 Q8_0 = 8
 TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
@@ -54,7 +54,7 @@ class GgufValue:
 
 
 def numbers(data: bytes, code: str) -> Array:
-    """Return little-endian bytes as a read-only numpy array; a list would need a Python object for each number."""
+    """Return little-endian bytes as a read-only numpy array. (A list would need a Python object for each number.)"""
     import numpy as np
 
     return np.frombuffer(data, np.dtype(code))
@@ -103,24 +103,24 @@ MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
 MAX_DEPTH = 4
 MAX_LISTED = 1 << 20
-"""A longer numeric array becomes a numpy array instead of a list: 250 MB of numbers took 4 GB as a list."""
+"""A numeric array with more items becomes a numpy array instead of a list: as a list, 250 MB of numbers took 4 GB."""
 
 MAX_ITEMS = 1 << 22
-"""The largest number of strings in all arrays together.
+"""The largest number of strings and nested arrays in all arrays together.
 
 The largest vocabularies have 262,144 tokens and about as many merges.
 """
 
 
 class Reader:
-    """Read the header of a file from its start, but never beyond the file's end and never over `MAX_HEADER` bytes."""
+    """Read the header of a file from its start. Refuse to read beyond the file's end or after `MAX_HEADER` bytes."""
 
     def __init__(self, file: BinaryIO, path: str, size: int) -> None:
         self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
-            why = f"{what} needs {count} bytes, but only {self.size - self.at} are left in the file"
+            why = f"{what} needs {count} bytes, but the file has only {self.size - self.at} more"
             raise self.damaged(why)
         if self.at + count > MAX_HEADER:
             raise self.damaged(f"the header is longer than {MAX_HEADER} bytes")
@@ -147,7 +147,7 @@ class Reader:
 
 
 def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str, int]]:
-    """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
+    """Return the key-values, the number of tensors, the version, and the byte offset of each key's value."""
     if reader.take(4, "the magic number") != GGUF:
         raise reader.damaged("this is not a GGUF file")
     version = reader.number("<I", "a version")
@@ -188,8 +188,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
         if length > MAX_LISTED:
             return GgufValue(f"[{name}]", numbers(data, code))
         return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
-    # Check the count before creating a list with that many items. A string or array takes at least 8 bytes, for its
-    # length.
+    # Check the number of items before creating a list. Each string or array takes at least 8 bytes, for its length.
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"{key!r} is an array of {length} items, more than the file could hold")
     reader.items += length
@@ -206,8 +205,9 @@ def read_entries(
     """Read the table of tensors.
 
     Returns:
-        a map from each tensor's name to (shape, type, offset of the data); a map from each tensor's name to the offset
-        of the type field in the header; the offset at which the data begins; the alignment.
+        Four values. The first maps each tensor's name to (shape, type number, offset of its bytes in the data). The
+        second maps each tensor's name to the offset of its type field in the header. The third is the offset in the
+        file at which the data begins, and the fourth is the alignment.
     """
     alignment = alignment_of(values)
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -223,7 +223,7 @@ def read_entries(
         places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
         entries[name] = (sizes[::-1], number, offset)
-        # GGUF lists the fastest axis first, numpy lists it last.
+        # The shape is reversed, because GGUF lists the fastest axis first and numpy lists it last.
     return entries, places, up(reader.at, alignment), alignment
 
 
@@ -261,13 +261,13 @@ def check_apart(reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gguf:
-    """The content of a file.
+    """The content of a GGUF file.
 
     Attributes:
         values: the metadata values by key, in the file's order.
-        tensors: the tensors by name, in the file's order, with axes in numpy's order; Q8_0 tensors appear as F32.
+        tensors: the tensors by name, in the file's order. Their axes have numpy's order. Q8_0 tensors appear as F32.
         types: the name of each tensor's type in the file, by the tensor's name.
-        version: the version of the container.
+        version: the GGUF version.
     """
 
     values: Mapping[str, GgufValue]
@@ -284,7 +284,7 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
         tensors: False to stop after the key-values.
 
     Raises:
-        Malformed: the data of a tensor lies outside the file, or a size exceeds the size of the file.
+        Malformed: the data of a tensor lies outside the file, or the header states a size that exceeds the file's size.
         Unsupported: the version or byte order is unknown, or a quantization other than Q8_0 is used.
         StorageError: the file cannot be read.
     """
@@ -331,7 +331,7 @@ def _tensor(
     return Lazy(shape, dtype, None, span)
 
 
-# GGUF model files with tensors of any type: find the tensors in the file, and write the header again with other types.
+# GGUF model files with tensors of any type: find the tensors in the file, and make a header for other tensor types.
 
 
 FILE_TYPE = "general.file_type"
@@ -340,7 +340,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""A map from the most frequent type in a file to llama.cpp's number for `general.file_type`."""
+"""A map from the most frequent tensor type in a file to the number that llama.cpp stores as `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -349,13 +349,13 @@ class GgufFields:
 
     Attributes:
         values: the metadata values by key.
-        types: the names of the tensors' types, by tensor name, in the file's order.
-        shapes: the shapes of the tensors, by tensor name, with axes in numpy's order.
-        spans: the location of each tensor's bytes, including the padding before the next tensor, by tensor name.
+        types: tensor name -> name of the tensor's type, in the file's order.
+        shapes: tensor name -> shape, with axes in numpy's order.
+        spans: tensor name -> location of the tensor's bytes, including the padding before the next tensor.
         alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: by tensor name, the offset of the type field in the header. The next field is the data offset.
-        places: by key, the offset of the value in the header.
+        entries: tensor name -> offset of the tensor's type field in the header. The next field is the data offset.
+        places: key -> offset of the key's value in the header.
     """
 
     values: Mapping[str, GgufValue]
@@ -368,8 +368,11 @@ class GgufFields:
     places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """Return the header with other tensor types, matching data offsets, and a matching `general.file_type`."""
-        # Change only these fields of the original bytes, so that the other key-values stay the same.
+        """Return the header for other tensor types `kinds` (tensor name -> type name).
+
+        The data offsets and `general.file_type` match these types. A tensor that is not in `kinds` keeps its type.
+        """
+        # Change only these fields of the original bytes, so that all other key-values stay the same.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -383,7 +386,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the type that most numbers in the file's matrices have."""
+        """Return the type with the most numbers, counting only tensors with more than one axis."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -444,13 +447,13 @@ def _type_name(reader: Reader, name: str, number: int) -> str:
 def write_gguf(
     path: str | os.PathLike[str], values: Mapping[str, GgufValue], tensors: Mapping[str, Lazy], types: Mapping[str, str]
 ) -> None:
-    """Write a GGUF file of version 3 atomically; the bytes are the same as those that gguf-py writes.
+    """Write a GGUF file of version 3 atomically. gguf-py would write the same bytes.
 
     Args:
         path: the file.
         values: the key-values.
         tensors: the tensors by name.
-        types: a map from the name of each tensor to quantize to `Q8_0`; all other tensors keep their element type.
+        types: tensor name -> `Q8_0`, for each tensor to quantize. All other tensors keep their element type.
 
     Raises:
         Unsupported: GGUF has no such element type.
@@ -509,7 +512,7 @@ def _plain(kind: str, value: Any) -> bytes:
     return _string(value) if kind == "string" else struct.pack(SCALARS[VALUE_NUMBERS[kind]][1], value)
 
 
-# Read `ggla` files, the format of llama.cpp's LoRA adapters before GGUF. Every size is checked.
+# Read `ggla` files, llama.cpp's format of LoRA adapters before it used GGUF. Every size is checked.
 #
 # Format: convert-lora-to-ggml.py, part of llama.cpp until 2024.
 
@@ -519,7 +522,7 @@ GGLA_TYPES = {0: "F32", 1: "F16"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ggla:
-    """The content of a file: rank, alpha, and the tensors by name, with axes in numpy's order."""
+    """The content of a `ggla` file: rank, alpha, and the tensors by name. Their axes have numpy's order."""
 
     rank: int
     alpha: int
@@ -527,7 +530,7 @@ class Ggla:
 
 
 def read_ggla(path: str | os.PathLike[str]) -> Ggla:
-    """Read the headers of all tensors.
+    """Read a `ggla` file: the headers of all tensors at once, their data on demand.
 
     Raises:
         Malformed: a size is out of range, or tensor data lies outside the file.

@@ -1,4 +1,4 @@
-"""Read and write HDF5 files of plain tensors, as Keras writes weights: no filters, no links, no other files.
+"""Read and write HDF5 files of plain tensors, such as the weights that Keras saves.
 
 Only the headers are read with h5py. The data of a tensor is one run of bytes in the file, and is read without h5py. All
 features of HDF5 that lead to other files or expand data are refused: soft and external links, external storage, virtual
@@ -32,7 +32,7 @@ _KINDS = {DTYPES[name].numpy: DTYPES[name] for name in ("F16", "F32", "F64", "I3
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file starts like an HDF5 file. Needs no h5py."""
+    """Whether a file starts like an HDF5 file. This does not need h5py."""
     try:
         with open_input(path) as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -48,8 +48,8 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
         attribute: the name of a text attribute of the file's root.
 
     Returns:
-        The tensors by their path in the file, such as `lora/9/vars/lora_kernel_a`; and the text of the attribute, empty
-        if the file does not have it.
+        The tensors, keyed by their path in the file, such as `lora/9/vars/lora_kernel_a`. The text of the attribute;
+        empty if the file does not have this attribute.
 
     Raises:
         Malformed: the path is not a regular file.
@@ -75,12 +75,12 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
 
 
 def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all tensors with their paths; follow only hard links, and visit no group twice."""
+    """Yield all tensors with their paths. Refuse links other than hard links, and a group that has two names."""
     waiting, seen, count = [("", root)], set[int](), 0
     while waiting:
         where, group = waiting.pop()
         address = h5py.h5o.get_info(group.id).addr
-        if address in seen:  # Hard links can form a cycle.
+        if address in seen:  # Such hard links could form a cycle.
             raise Unsupported("this group has two names", where=where, cure=_AGAIN)
         seen.add(address)
         for name in group:
@@ -118,7 +118,7 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
 
 
 def _text(root: Any, name: str) -> str:
-    """Return a text attribute of the root; empty if it is absent.
+    """Return a text attribute of the root group; empty if the attribute is absent.
 
     Raises:
         Malformed: the attribute is not a short text of fixed length.
@@ -137,7 +137,7 @@ def write_hdf5(path: Path, tensors: Mapping[str, Lazy], attributes: Mapping[str,
     Args:
         path: the file.
         tensors: the tensors by their path in the file; groups are created as needed.
-        attributes: ASCII texts, stored at the root.
+        attributes: ASCII texts to store as attributes of the root group, keyed by name.
 
     Raises:
         Unsupported: h5py is not installed.

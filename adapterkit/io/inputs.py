@@ -1,4 +1,4 @@
-"""Open untrusted files: only regular files, documents only up to a size limit; recognise types by magic bytes."""
+"""Open untrusted files, if they are regular files; limit the size of documents; recognise types by magic bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 MAX_DOCUMENT = 64 << 20
-"""The largest JSON document in bytes. The largest in practice, an index of 100,000 tensors, takes about 10 MB."""
+"""The largest JSON document in bytes. In practice the largest is an index of 100,000 tensors, with about 10 MB."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -26,8 +26,8 @@ _KINDS = {
 def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading in binary mode.
 
-    A pipe would block forever, a device such as /dev/zero has no end, and opening some devices changes their state. So
-    `stat` checks the file type before the file is opened. Links are followed.
+    The file type is checked with `stat` before the file is opened. Otherwise, opening a pipe would block forever, and
+    opening some devices changes their state. A device such as /dev/zero has no end. Links are followed.
 
     Raises:
         Malformed: the path is a pipe, a socket or a device.
@@ -36,7 +36,7 @@ def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     _check_regular(os.stat(path).st_mode, path)
 
     def opener(name: str, flags: int) -> int:
-        # Set O_NONBLOCK: a pipe may have replaced the file after the check, and opening it would block.
+        # Set O_NONBLOCK: after the check, a pipe may have replaced the file, and opening the pipe would block.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", buffering, opener=opener)  # noqa: SIM115 - returned open
@@ -52,12 +52,12 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     """Read a whole regular file of at most `limit` bytes.
 
     Raises:
-        Malformed: the file is longer, or is not a regular file.
+        Malformed: the file has more than `limit` bytes, or is not a regular file.
         StorageError: the file cannot be read.
     """
     try:
         with open_input(path) as file:
-            # Do not rely on the size from `stat`: a file may grow, and for files in /proc the size is 0.
+            # Do not rely on the size from `stat`: a file may grow, and files in /proc have the size 0.
             data = file.read(limit + 1)
     except OSError as error:
         raise storage_error(error, path) from error
@@ -79,7 +79,7 @@ def _check_regular(mode: int, path: Path) -> None:
 
 @contextmanager
 def inputs_kept() -> Iterator[None]:
-    """Cache the results of `kept` inside the block: to detect a format, many modules read the same header."""
+    """Cache the results of `kept` inside the block, because many modules read the same header to detect a format."""
     token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
@@ -88,7 +88,7 @@ def inputs_kept() -> Iterator[None]:
 
 
 def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Return `read(*args)`. Inside `inputs_kept`, cache the result or the error for each `what` and file."""
+    """Return `read(*args)`. Inside `inputs_kept`, cache the result or the error for each pair of `what` and file."""
     known = _KEPT.get()
     if known is None:
         return read(*args)
@@ -96,7 +96,7 @@ def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
     if key not in known:
         try:
             known[key] = (read(*args), None)
-        # Cache errors, too: several format modules ask for the same damaged header.
+        # Cache errors too, because several format modules ask for the same damaged header.
         except Exception as error:
             known[key] = (None, error)
     value, failure = known[key]
@@ -122,7 +122,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def is_ggla(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like an adapter of llama.cpp before GGUF; never raises an error."""
+    """Whether a file begins like a `ggla` file, llama.cpp's adapter format before GGUF; never raises an error."""
     return has_mark(path, GGLA)
 
 
@@ -132,7 +132,7 @@ def is_npy(path: str | os.PathLike[str]) -> bool:
 
 
 def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
-    """Whether a file has these bytes at an offset; never raises an error."""
+    """Whether a file has the bytes `mark` at the offset `at`; never raises an error."""
     try:
         with open_input(path) as file:
             return file.read(at + len(mark))[at:] == mark

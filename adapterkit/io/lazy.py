@@ -1,4 +1,4 @@
-"""Lazy tensors: their shape and dtype are known before their bytes are read. Also element types, and checks for NaN."""
+"""Lazy tensors, whose shape and dtype are known before their bytes are read; element types; checks for NaN."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class DType:
     Attributes:
         name: the safetensors name, e.g. `BF16`.
         itemsize: bytes per element.
-        numpy: the little-endian numpy dtype for the stored bits; an unsigned integer if numpy lacks the type.
+        numpy: the little-endian numpy dtype for the stored bits. If numpy lacks the type, it is an unsigned integer.
         torch: the name of the dtype in `torch`.
-        floating: True for real and complex numbers, for which arithmetic and casts make sense.
+        floating: True for floating-point and complex numbers. Only for these do arithmetic and casts make sense.
     """
 
     name: str
@@ -80,7 +80,7 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""A map from safetensors names to `DType`. The safetensors library sorts a file's tensors by dtype, in this order."""
+"""A map from safetensors names to `DType`. Its order is the one by which the safetensors library sorts dtypes."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """A map from names of torch dtypes (`bfloat16`) to `DType`."""
@@ -90,12 +90,12 @@ _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": 
 
 
 def dtype_named(name: str) -> DType | None:
-    """Return the element type with a name such as `BF16`, `bfloat16`, `torch.bfloat16` or `bf16`, or None."""
+    """Return the element type for a name such as `BF16`, `bfloat16`, `torch.bfloat16` or `bf16`; None if unknown."""
     word = name.strip().lower().removeprefix("torch.")
     return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
 
 
-# Lazy tensors: shape and dtype are known, bytes are read at each access. They have no cache and no operators.
+# Lazy tensors know their shape and dtype, and read their bytes at each access. They have no cache and no operators.
 #
 # A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on
 # `Lazy` and does not import torch.
@@ -106,10 +106,10 @@ Shape = tuple[int, ...]
 
 
 class Span(NamedTuple):
-    """The location of a tensor's data in a file, in C order, little-endian.
+    """The location of a tensor's data in a file. The data is in C order and little-endian.
 
-    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of the
-    time of creating a frozen dataclass, and the garbage collector does not track such tuples.
+    This is a tuple and not a frozen dataclass, because adapters of mixture-of-experts models have 10^5 spans. Creating
+    a tuple takes a third of the time, and the garbage collector does not track it.
     """
 
     path: str
@@ -118,15 +118,15 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Paths of local sparse files whose data is elsewhere, such as on a hub, with functions that fetch a span's bytes."""
+"""Local sparse files whose data is elsewhere, such as on a hub: path -> function that fetches the bytes of a span."""
 
 
 @contextmanager
 def files_kept_open() -> Iterator[None]:
-    """Keep files open inside the block, in this thread, so that `read_span` opens each file only once.
+    """Keep files open in the block, for this thread, so that `read_span` need not open a file for each span.
 
-    Opening and checking a file takes 20 us, as long as reading 50 kB. An adapter of 45,000 targets has 135,000 spans.
-    The files are closed at the end of the block, so a file that is replaced later is opened again.
+    Opening and checking a file takes 20 us, as long as reading 50 kB, and an adapter of 45,000 targets has 135,000
+    spans. The files are closed at the end of the block, so a file that is replaced later is opened again.
     """
     if _OPEN.get() is not None:
         yield
@@ -147,17 +147,18 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The largest number of tensors that `fetch_once` caches: parts of a packed weight that every run of rows reads."""
+"""The largest number of tensors that `fetch_once` caches. They are parts of a packed weight, such as its scales, that
+are needed to read any of its rows."""
 
 MOST_OPEN = 16
 """The largest number of files that stay open.
 
-A base can have hundreds of files, and a deleted file uses disk space while it is open.
+A base can have hundreds of files, and a deleted file still takes disk space while it is open.
 """
 
 
 def read_span(span: Span) -> bytearray:
-    """Read the bytes of a span. The file is opened and closed at each call, except inside `files_kept_open`.
+    """Read the bytes of a span. Each call opens and closes the file, except inside `files_kept_open`.
 
     Raises:
         StorageError: the file cannot be read.
@@ -196,7 +197,7 @@ def fetch_once(tensor: Lazy) -> Buffer:
 
 
 def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
-    """Return the open file for a path; if too many files are open, first close the file that was opened first."""
+    """Return the open file for a path. If too many files are open, close the one that was opened first."""
     file = files.get(path)
     if file is None:
         if len(files) >= MOST_OPEN:
@@ -207,11 +208,10 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     """Read bytes from an offset of a file into `data`; return the number of bytes read."""
-    # Read in a loop: an unbuffered read may return fewer bytes than requested, on Linux at most 2 GB. It returns 0 at
-    # the end of the file.
+    # An unbuffered read may return fewer bytes than requested (on Linux at most 2 GB), and 0 at the end of the file.
     file.seek(offset)
     done = file.readinto(data)
-    # The common case is one call; only short reads need the loop.
+    # One call is usually enough; only after a short read is the loop needed.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):
@@ -220,14 +220,14 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
 
 
 class NotComputed(Exception):
-    """Raised when code reads a tensor that has only a shape and a dtype, for example in the outline of a result."""
+    """Raised when code reads a tensor that has a shape and a dtype but no numbers, as in the outline of a result."""
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
     """Raised if a tensor cannot have a requested shape, or lacks requested positions.
 
-    This error is also a ValueError, like the errors of numpy and torch, so callers can catch all these errors with one
-    `except`. If no caller catches it, the user sees a typed error of adapterkit.
+    This error is also a ValueError. numpy and torch raise a ValueError in such cases, so one `except` in a caller
+    catches all of them. If no caller catches it, the user sees a typed error of adapterkit.
     """
 
 
@@ -243,7 +243,8 @@ class Lazy:
         dtype: its element type.
         source: a function that returns the bytes in C order, little-endian; None to read the bytes from `span`.
         span: the location of the bytes, if they are one run in one file. A writer can copy such a run in the kernel.
-        part: a function that returns the bytes of a run of elements (first, count), if this is faster than `source`.
+        part: a function `part(first, count)` that returns the bytes of a run of elements; None if this would not be
+            faster than `source`.
     """
 
     shape: Shape
@@ -270,14 +271,14 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file from which the bytes are read, even if they are then transposed; None if unknown."""
+        """The file from which the bytes are read, even if they are transposed after reading; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
         return leaf.file if isinstance(leaf, Lazy) else None
 
     def read(self, first: int, count: int) -> Buffer:
-        """Return the bytes of `count` elements in C order, from element `first`; read only these bytes if possible."""
+        """Return the bytes of `count` elements from element `first`, in C order. If possible, read only these bytes."""
         size = self.dtype.itemsize
         if self.part is not None:
             return self.part(first, count)
@@ -300,19 +301,19 @@ class Lazy:
         self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
-        # Copy read-only buffers: frombuffer warns for them, and refuses empty buffers.
+        # Copy a read-only buffer, because frombuffer warns about it. frombuffer also refuses empty buffers.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
 
     def _check_axes(self) -> None:
-        """Refuse a shape that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
+        """Refuse a shape that no array can have. A file may state `[0, 2**62, 2**62]`, because this takes no bytes."""
         if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
             why = f"arrays cannot have the shape {list(self.shape)}"
             raise Unsupported(why, path=self.file, cure="Remove this tensor: it has no elements")
 
     def map(self, f: Callable[[Array], Array], shape: Shape) -> Lazy:
-        """Return a tensor with the result of `f`, which reshapes, transposes or slices the array to the given shape."""
+        """Return a tensor that applies `f` at each read; `f` reshapes, transposes or slices the array to `shape`."""
 
         def fetch() -> Buffer:
             return bytes_of(f(self.numpy()))
@@ -334,7 +335,7 @@ if TYPE_CHECKING:
 
 
 def as_lazy(leaf: Leaf) -> Lazy:
-    """Return a `Lazy` unchanged; wrap a torch tensor in a `Lazy` that copies the values to the CPU at each read."""
+    """Return a `Lazy` unchanged. Wrap a torch tensor in a `Lazy`, which copies the values to the CPU at each read."""
     if isinstance(leaf, Lazy):
         return leaf
 
@@ -349,16 +350,16 @@ def as_lazy(leaf: Leaf) -> Lazy:
 
 
 def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a lazy or torch tensor as a torch tensor on `device`; with `dtype`, cast floating-point numbers."""
+    """Return a lazy or torch tensor as a torch tensor on `device`. If `dtype` is given, cast floating-point numbers."""
     value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return a lazy or torch tensor in the dtype for formulas: real numbers in `dtype`, integers in int64.
+    """Return a lazy or torch tensor in the dtype for formulas: floating-point numbers in `dtype`, integers in int64.
 
-    A file may store positions and seeds in any integer dtype. Sums and products of positions overflow small dtypes, and
-    torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
+    A file may store positions and seeds in any integer dtype. Sums and products of positions would overflow small
+    dtypes, and torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
     """
     value = as_torch(leaf, device, dtype)
     return value if value.is_floating_point() else value.long()
@@ -371,7 +372,7 @@ def as_array(leaf: Leaf) -> Array:
 
 
 def bytes_of(array: Array) -> memoryview:
-    """Return the bytes of an array in C order; copies only if the array is not contiguous."""
+    """Return the bytes of an array in C order. They are copied only if the array is not contiguous."""
     import numpy as np
 
     return np.ascontiguousarray(array).reshape(-1).view("u1").data
@@ -383,9 +384,9 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Wrap an array of numpy or ml_dtypes in a `Lazy`. `dtype` names the type of the bits, such as `BF16` in uint16."""
+    """Wrap an array in a `Lazy`. If its items are the bits of a type that numpy lacks, `dtype` names it (`BF16`)."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
-    # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
+    # View the bits of numbers from ml_dtypes. A cast to the storage dtype would convert the numbers to integers.
     is_native = kind.numpy[1] == "u" and array.dtype.name == kind.torch
     numbers = array.view(kind.numpy) if is_native else array
     return Lazy(array.shape, kind, lambda: numbers.astype(kind.numpy, copy=False).tobytes())
@@ -396,7 +397,7 @@ def _kind(dtype: np.dtype[np.generic]) -> DType:
     return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
-# Read and create tensors with a single element without numpy, because an adapter file may have thousands of them.
+# Read and create tensors with a single element. This does not use numpy, because a file may have thousands of them.
 
 
 _CODES = {
@@ -418,7 +419,7 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """Return a tensor with a number from the text of `float.hex`: float32 if this is exact, else float64."""
+    """Return a tensor with the number that `float.hex` wrote as `text`: float32 if this is exact, otherwise float64."""
     value = float.fromhex(text)
     code = "F32" if _single(value) else "F64"
     data = struct.pack(_CODES[code], value)
@@ -433,7 +434,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors. Tensors with a single element are read immediately; adjacent tensors share one read."""
+    """Return the tensors. Runs of adjacent tensors with a single element each are read now, with one read per run."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     by_span = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -475,7 +476,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""A map from each type that numpy lacks to (mask, value): in a NaN or an infinity, the masked bits have this value.
+"""For each type that numpy lacks: (mask, value). In a NaN or an infinity, `bits & mask` equals `value`.
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
@@ -488,7 +489,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
     Args:
         leaf: the tensor; an integer tensor is always accepted.
         where: the tensor's name, for the message.
-        values: the tensor's numbers in the storage dtype, if they are already read.
+        values: the tensor's numbers in the storage dtype, if they have been read already.
 
     Raises:
         Malformed: the tensor contains a NaN or an infinity. The message names the position and the file.

@@ -1,4 +1,4 @@
-"""Resolve a path or uri to a local path. Existing local paths take precedence; the hub package resolves the rest."""
+"""Resolve a path or uri to a local path. An existing local path takes precedence; the hub package resolves uris."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ _PLAIN = re.compile(
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
-"""Suffixes of local files: `runs/best.safetensors` is never taken for a repository, even if the file is missing."""
+"""Suffixes of files. A name such as `runs/best.safetensors` is never taken for a repository, even if no such file
+exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The hub repository of downloaded files; a pulled folder records the repository in a JSON file.
+    """The hub repository from which files were downloaded. A pulled folder has this record in a JSON file.
 
     Attributes:
         uri: the uri, pinned to the commit.
-        repo: the repository's name: `org/name`, or with a scheme for hubs other than Hugging Face.
+        repo: the repository's name, such as `org/name`. For hubs other than Hugging Face, it begins with the scheme.
         commit: the full hash of the commit.
     """
 
@@ -88,14 +89,14 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     siblings: list[str] = []
     with suppress(OSError):
         siblings = sorted(entry.name for entry in path.parent.iterdir())
-    # Compare only the last part of each path: all paths in the same long folder would look similar.
+    # Compare only the last part of each path: in a folder with a long path, all whole paths would look similar.
     folder = "" if path.parent == Path() else os.path.join(path.parent, "")
     cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
 
 
 def check_named(*names: str | os.PathLike[str] | None) -> None:
-    """Check that each name exists locally or belongs to a hub, before slow work such as an import begins.
+    """Check that each name exists locally or refers to a hub. Call this before slow work, such as an import.
 
     Raises:
         StorageError: a local name does not exist.
@@ -106,9 +107,9 @@ def check_named(*names: str | os.PathLike[str] | None) -> None:
 
 
 def path_text(name: str | os.PathLike[str]) -> str:
-    """Return the text of a path or uri: a leading `~` becomes the user's home, `file:///a/b` becomes `/a/b`.
+    """Return the text of a path or uri. A leading `~` becomes the user's home, and `file:///a/b` becomes `/a/b`.
 
-    If a file has exactly the given name, the name is returned unchanged.
+    If a file with exactly the given name exists, the name is returned unchanged.
 
     Raises:
         UsageError: the name is neither text nor a path, or it names the home of a user who does not exist.
@@ -137,7 +138,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, in which model cards name bases."""
+    """Whether a name has the form `org/repo`, with which model cards name bases."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 
@@ -159,7 +160,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether a hub with this scheme exists. For an unknown scheme, `a://b` is an error; `a:/b` may be a local path."""
+    """Whether there is a hub for a scheme. If not, `a://b` (`strict`) is an error, but `a:/b` may be a local path."""
     try:
         hub().hub_of(scheme)
     except UsageError as error:
@@ -172,7 +173,7 @@ def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
 def local(name: str | os.PathLike[str]) -> Path:
     """Return the local path of a name.
 
-    `FOLDER#name` is the subfolder `name`, unless a path with exactly this name exists.
+    `FOLDER#name` means the subfolder `name` of `FOLDER`, unless a path with exactly this text exists.
 
     Args:
         name: a local name; it need not exist.
@@ -189,7 +190,7 @@ def _member(text: str) -> Path | None:
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """Return the local path of a name; files on a hub are first downloaded into a cache and verified.
+    """Return the local path of a name. If the name refers to a hub, download the files into a cache and verify them.
 
     Raises:
         UsageError: the scheme is unknown, or the name is invalid on its hub.
@@ -202,7 +203,7 @@ def located(name: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a local path for code that reads only headers; from a hub, only headers are downloaded.
+    """Yield a local path for code that reads only headers. If the name refers to a hub, only headers are downloaded.
 
     Raises:
         AdapterkitError: as for `located`. Errors in the block show the uri instead of the temporary path.
@@ -217,7 +218,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[RangedBase]:
-    """Yield a base on a hub; only the bytes that are read are downloaded, into a temporary folder.
+    """Yield a base on a hub. Only the bytes that the block reads are downloaded, into a temporary folder.
 
     Args:
         name: the uri.
@@ -245,7 +246,7 @@ def _shown_as(text: str, path: Path) -> Iterator[None]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether an output is on a hub: its name must have a scheme, because `org/repo` is a local path for outputs.
+    """Whether the name of an output refers to a hub. It must have a scheme: as an output, `org/repo` is a local path.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -260,15 +261,15 @@ def outgoing(
     sources: Sequence[str | os.PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> AbstractContextManager[Path]:
-    """Return a context with a local path to write to; if the block succeeds, its content is pushed to a hub.
+    """Return a context manager that yields a local path to write to. If the block succeeds, the content is pushed.
 
     The path is computed from the name, so a later run finds the files of an interrupted run.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the adapters and the base. If all their model cards name the same licence, the output's card names it
-            too.
+        sources: the adapters and the base. If all their model cards name the same licence, the output's card names this
+            licence too.
         unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
@@ -278,7 +279,7 @@ def outgoing(
 
 
 def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
-    """Return a context with a base on a hub whose weight files are downloaded one by one; see `hub.streaming`.
+    """Return a context manager that yields a base on a hub; its weight files are downloaded one by one. See `hub`.
 
     Raises:
         AdapterkitError: as for `located`, or the base cannot be streamed.
@@ -298,7 +299,7 @@ def pinned(name: str | os.PathLike[str]) -> str:
 def placing(
     name: str | os.PathLike[str], *, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
 ) -> AbstractContextManager[PlacedOutput]:
-    """Return a context with an output on a hub to which the tasks of a cluster upload weight files; see `hub.placing`.
+    """Return a context manager that yields an output on a hub; the tasks of a cluster upload its weight files.
 
     Raises:
         AdapterkitError: as for `outgoing`.

@@ -1,4 +1,4 @@
-"""Read and write `.npy` and `.npz` files; arrays are read lazily. Nothing is unpickled, and every size is checked.
+"""Read and write `.npy` and `.npz` files. Arrays are read lazily. Nothing is unpickled, and every size is checked.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -25,9 +25,9 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive may expand to `UNPACKED` bytes or to `EXPANDED` times its size, whichever is more.
+"""An archive may expand to `UNPACKED` bytes, or to `EXPANDED` times its size if that is more.
 
-Without a limit, 1 MB could become 1 GB.
+Without a limit, an archive of 1 MB could expand to 1 GB.
 """
 
 BY_NUMPY: dict[str, DType] = {}
@@ -35,7 +35,7 @@ for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""A map from numpy's `descr` to element types. TensorRT-LLM saves bfloat16 as `|V2`, two bytes without a type."""
+"""A map from numpy's `descr` to element types. `|V2` means two bytes without a type; TensorRT-LLM saves bfloat16 so."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 
@@ -56,7 +56,7 @@ def read_npy(path: Path) -> Lazy:
         raise storage_error(error, path) from error
     span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
     if start + span.nbytes != size:
-        why = f"an array {list(shape)} of {dtype} does not take the {size - start} bytes that the file has"
+        why = f"an array {list(shape)} of {dtype} does not take the {size - start} bytes that follow the header"
         raise _damaged(str(path), why)
     return Lazy(shape, dtype, None, span)
 
@@ -72,7 +72,8 @@ def read_npz(path: Path) -> dict[str, Lazy]:
     """Return the arrays in a `.npz` archive by name; each array is read when it is fetched.
 
     Raises:
-        Malformed, Unsupported, StorageError: as for `read_npy`; also for entries that are not arrays.
+        Malformed: as for `read_npy`; or an entry is not an array.
+        Unsupported, StorageError: as for `read_npy`.
     """
     tensors: dict[str, Lazy] = {}
     try:
@@ -86,7 +87,7 @@ def read_npz(path: Path) -> dict[str, Lazy]:
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
                     raise _damaged(str(path), "the entry is not an array, or its name occurs twice", info.filename)
                 tensors[name] = _member(archive, info, path)
-    # `zipfile` raises NotImplementedError for an unknown compression or version of an archive.
+    # `zipfile` raises NotImplementedError if it does not know the compression or the version of the archive.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise _damaged(str(path), f"the file is not an archive of arrays ({str(error)[:80]})") from None
     except OSError as error:
@@ -95,7 +96,7 @@ def read_npz(path: Path) -> dict[str, Lazy]:
 
 
 def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write an archive atomically, like `numpy.savez`, with one array in memory at a time."""
+    """Write an archive like that of `numpy.savez`, atomically and with one array in memory at a time."""
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors.items():
             # Use a fixed date, so that the same arrays give the same bytes.
@@ -121,7 +122,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
 
     def fetch() -> bytes:
         try:
-            # Open the archive for each array, so that no file stays open between fetches.
+            # Open the archive again at each fetch, so that no file stays open between fetches.
             with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
                 file.read(start)
                 return file.read(size)
@@ -141,7 +142,7 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
     if count > MAX_HEADER:
         raise _damaged(path, f"the header claims {count} bytes")
     try:
-        # The format defines the header as a Python literal. Its length is limited above, and literal_eval runs no code.
+        # The format defines the header as a Python literal. literal_eval runs no code, and the length is limited above.
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
@@ -164,7 +165,7 @@ def _head(tensor: Lazy) -> bytes:
     if descr is None:
         raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
-    # numpy pads the header so that the data starts at a multiple of 64 bytes, for aligned memory maps.
+    # Pad the header as numpy does: the data starts at a multiple of 64 bytes, so that memory maps are aligned.
     room = -(len(text) + 11) % 64
     return NPY + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
 

@@ -30,7 +30,7 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""A map from ONNX's numbers for element types to type names."""
+"""A map from ONNX's number for an element type to the type's name."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
 """A map from the `struct` codes of flatbuffer integers to their sizes in bytes."""
@@ -39,19 +39,19 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""The largest number of axes of a tensor. Safetensors files have the same limit, so their tensors can be written."""
+"""The largest number of axes of a tensor. Safetensors files have the same limit, so any of their tensors fits."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""The size of a page in bytes, and the number of pages in memory: the file is read page by page."""
+"""The file is read in pages: the size of a page in bytes, and the number of pages that are kept in memory."""
 
 LARGEST = (1 << 31) - 1
-"""The largest flatbuffer in bytes, because its offsets have 31 bits."""
+"""The largest flatbuffer in bytes. Flatbuffer offsets have 31 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrtAdapter:
-    """The content of a file: tensors by name in the file's order, and two version numbers chosen by the user."""
+    """The content of a file: the tensors by name in the file's order, and two version numbers that the user chose."""
 
     tensors: Mapping[str, Lazy]
     adapter_version: int = 1
@@ -64,7 +64,7 @@ def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
-    """Read everything except the tensors' numbers.
+    """Read a file. The numbers of the tensors are read later, when they are fetched.
 
     Raises:
         Malformed: an offset or size leads outside the file, or a tensor's bytes do not match its shape.
@@ -95,7 +95,7 @@ def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None
     """Write a file atomically, with one tensor in memory at a time.
 
     Raises:
-        Unsupported: ONNX has no such element type, or the file would exceed a flatbuffer's limit.
+        Unsupported: ONNX lacks an element type, or the file would exceed the size limit of a flatbuffer.
     """
     plan = _Plan(adapter)
     with replacing(Path(path)) as file:
@@ -113,16 +113,16 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 @dataclass(frozen=True, slots=True)
 class _FlatTable:
-    """A flatbuffer table: its offset in the file, and the offset of each field from the table; 0 for absent fields."""
+    """A flatbuffer table: its offset in the file, and each field's offset from the table, or 0 if it is absent."""
 
     at: int
     fields: tuple[int, ...]
 
 
 class _Buffer:
-    """Read bytes and integers at any offset of a file, but never beyond its end.
+    """Read bytes and integers at any offset of a file. Refuse to read beyond its end.
 
-    The last few pages are cached, because the reader alternates between tables and data.
+    The last few pages are cached, because reading alternates between tables and data.
     """
 
     def __init__(self, path: str) -> None:
@@ -143,7 +143,7 @@ class _Buffer:
 
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:
-            why = f"{count} bytes from this position extend beyond the end of the file, which has {self.size} bytes"
+            why = f"the {count} bytes at this offset extend beyond the end of the file, which has {self.size} bytes"
             raise self.damaged(why, at)
         page, start = divmod(at, PAGE)
         if start + count > PAGE:
@@ -173,7 +173,7 @@ class _Buffer:
 
     def table(self, at: int) -> _FlatTable:
         where = at - self.number("<i", at)
-        # Tables usually share one list of field offsets (vtable), so check each list only once.
+        # Several tables usually share a list of field offsets (a vtable), so check each list only once.
         if where in self.fields:
             return _FlatTable(at, self.fields[where])
         size = self.number("<H", where)
@@ -262,7 +262,7 @@ class _Plan:
             self._parameter(table, fields, name, tensor)
 
     def _place(self, size: int, alignment: int, before: int = 0) -> int:
-        """Reserve `size` bytes, and return their offset, chosen so that offset + `before` is aligned."""
+        """Reserve `size` bytes and return their offset. The offset plus `before` is a multiple of `alignment`."""
         start = -(-(self.at + before) // alignment) * alignment - before
         self.at = start + size
         if self.at > LARGEST:
@@ -287,7 +287,7 @@ class _Plan:
         self.numbers.append((data + 4, tensor))
 
     def pieces(self) -> Iterator[tuple[int, Buffer]]:
-        """Yield (offset, bytes) in file order; each tensor is fetched just before it is yielded."""
+        """Yield (offset, bytes) pairs in file order. Each tensor is fetched just before its bytes are yielded."""
         order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
         order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]
         order.sort(key=lambda piece: piece[:2])

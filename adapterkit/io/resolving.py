@@ -1,8 +1,8 @@
 """The interface through which other packages call the hub package without importing it.
 
-Functions that take a path also take a uri, such as `hf://org/repo`. The packages that define these functions cannot
-import the hub package, because the hub package imports them. So `adapterkit/__init__.py` installs a function that
-returns the hub package, and these packages call this function.
+Functions that take a path also take a uri, such as `hf://org/repo`. But the packages that define these functions cannot
+import the hub package, because the hub package imports them. So `adapterkit/__init__.py` passes to `install` a function
+that returns the hub package, and the other packages get the hub package from `hub`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 
 class StreamedBase(Protocol):
-    """A base on a hub whose weight files are downloaded one by one when they are needed."""
+    """A base on a hub. Its weight files are downloaded one by one, when they are needed."""
 
     @property
     def path(self) -> Path:
-        """The local folder, or the single file, with all headers."""
+        """The local folder or single file. Its headers are complete from the start."""
         ...
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download the weight files that are not present."""
+        """Download those of the weight files that have not been downloaded yet."""
 
     def drop(self, paths: Iterable[str]) -> None:
         """Free the disk space of weight files."""
 
 
 class RangedBase(Protocol):
-    """A base on a hub; only the bytes that are read are downloaded."""
+    """A base on a hub. Only the bytes that are read are downloaded."""
 
     @property
     def path(self) -> Path:
-        """The local folder, or the single file, with all headers."""
+        """The local folder or single file. Its headers are complete from the start."""
         ...
 
     @property
@@ -47,14 +47,14 @@ class RangedBase(Protocol):
         ...
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download ranges of the weight files, so that the local files can be read directly."""
+        """Download ranges of the weight files, so that these ranges can be read from the local files."""
 
     def drop(self) -> None:
         """Free the disk space of all downloaded ranges."""
 
 
 class PlacedOutput(Protocol):
-    """An output on a hub; other processes upload its weight files, each as soon as it is complete."""
+    """An output on a hub. Other processes upload its weight files, each file as soon as it is complete."""
 
     @property
     def path(self) -> Path:
@@ -67,7 +67,7 @@ class PlacedOutput(Protocol):
         ...
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target on the hub for weight files with these names."""
+        """Claim the target on the hub. The names are those of the weight files that will be uploaded."""
 
     def took(self, name: str, placed: object) -> None:
         """Record on disk that a weight file was uploaded."""
@@ -95,7 +95,7 @@ class Hub(Protocol):
         ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
-        """Return a context with a local path for reading headers."""
+        """Return a context manager that yields a local path for reading headers."""
         ...
 
     def outgoing(
@@ -105,7 +105,7 @@ class Hub(Protocol):
         sources: Sequence[str | os.PathLike[str]] = (),
         unchanged: Callable[[], object] = ...,
     ) -> AbstractContextManager[Path]:
-        """Return a context with a local path to write to; its content is pushed to a hub at the end of the block."""
+        """Return a context manager that yields a local path to write to; at the end, its content is pushed to a hub."""
         ...
 
     def pinned(self, name: str) -> str:
@@ -113,25 +113,25 @@ class Hub(Protocol):
         ...
 
     def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
-        """Return a context with a base; only the bytes that are read are downloaded."""
+        """Return a context manager that yields a base. Only the bytes that are read are downloaded."""
         ...
 
     def placing(
         self, name: str, overwrite: bool = False, unchanged: Callable[[], object] = ...
     ) -> AbstractContextManager[PlacedOutput]:
-        """Return a context with an output on a hub to which other processes upload the weight files."""
+        """Return a context manager that yields an output on a hub. Other processes upload its weight files."""
         ...
 
     def put(self, uri: str, name: str, file: Path) -> object:
-        """Upload one file of a `PlacedOutput`; return the value for the argument of `PlacedOutput.took`."""
+        """Upload one file of a `PlacedOutput`; return the value to pass to `PlacedOutput.took` as `placed`."""
         ...
 
     def scratch(self) -> AbstractContextManager[Path]:
-        """Return a context with an empty folder."""
+        """Return a context manager that yields an empty folder and removes it at the end."""
         ...
 
     def streamed(self, name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
-        """Return a context with a base whose weight files are downloaded one by one."""
+        """Return a context manager that yields a base. Its weight files are downloaded one by one."""
         ...
 
 
@@ -139,13 +139,13 @@ _load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
-    """Set the function that returns the hub package; it may import the package, because it is only called for uris."""
+    """Set the function that returns the hub package. It is called only for uris, so it may import the package then."""
     global _load
     _load = load
 
 
 def hub() -> Hub:
     """Call the function that `install` set, and return the hub package."""
-    # `adapterkit/__init__.py` installs the hub, and Python runs that file before any other module of the package.
+    # `adapterkit/__init__.py` calls `install`, and Python runs this file before any other module of the package.
     assert _load is not None
     return _load()

@@ -1,4 +1,4 @@
-"""Read and write safetensors files without loading all their tensors into memory."""
+"""Read and write safetensors files without loading all of their tensors into memory."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 SMALL = 1 << 20
-"""Computed tensors are collected up to this many bytes before they are written."""
+"""Small computed tensors are collected in memory and written together, up to this many bytes."""
 
 AHEAD = 16 << 20
-"""Computed tensors of up to this many bytes are computed while the previous tensor is written."""
+"""A tensor of up to this many bytes is computed while the previous tensor is written."""
 
 
 def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
-    """Write tensors one after the other into a file. At most one large tensor, or a few small tensors, are in memory.
+    """Write tensors one after the other into a file. At any time, one large or a few small tensors are in memory.
 
     Args:
         file: the path of an existing file.
         start: the byte offset of the first tensor.
-        tensors: (name, tensor) pairs; the names are for messages.
-        path: the final path of the file, for messages.
+        tensors: (name, tensor) pairs. The names are used only in error messages.
+        path: the final path of the file. It is used only in error messages.
 
     Raises:
         StorageError: a source file cannot be read.
@@ -63,10 +63,11 @@ class _Begun:
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
-        # Fetch the bytes if the file is sparse and its data is elsewhere: copying the span would copy zeros.
+        # Copy the span only if the file has the data. In a sparse file whose data is elsewhere, the span has zeros, so
+        # the bytes must be fetched.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
-        # Start larger tensors only when they are written, so that memory holds only one of them.
+        # Compute a larger tensor only when it is written, so that only one such tensor is in memory.
         if self.span is None and tensor.nbytes <= AHEAD:
             self.early = pool.submit(tensor.fetch)
 
@@ -75,7 +76,7 @@ class _Begun:
 
 
 def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Iterator[_Begun]:
-    """Yield the tensors in order; start to compute the next tensor before each yield, while the caller writes."""
+    """Yield the tensors in order. While the caller writes a tensor, the next one is already being computed."""
     last: _Begun | None = None
     for name, tensor in tensors:
         following = _Begun(name, tensor, pool)
@@ -87,7 +88,7 @@ def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Ite
 
 
 def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
-    """Yield spans of source files and buffers of computed bytes, in file order; adjacent spans are merged."""
+    """Yield spans of source files and buffers of computed bytes, in output order. Adjacent spans are merged."""
     span: Span | None = None
     buffer = bytearray()
     for tensor in tensors:
@@ -134,17 +135,17 @@ def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
 _CHANGED = "It changed while in use; read it again"
 
 
-# Read and write safetensors files without loading all their tensors into memory.
+# Read and write safetensors files without loading all of their tensors into memory.
 #
-# Before the reader reads any data, it compares the lengths, offsets, shapes and dtypes in the header with each other,
-# and with the size of the file. Format: https://huggingface.co/docs/safetensors (format section).
+# Before any data is read, the lengths, offsets, shapes and dtypes in the header are compared with each other, and with
+# the size of the file. Format: https://huggingface.co/docs/safetensors (format section).
 
 
 MAX_HEADER = 100_000_000
-"""Longest header that the safetensors format allows: 100 MB."""
+"""The longest header that the safetensors format allows, in bytes."""
 
 MAX_AXES = 64
-"""The largest number of axes of a tensor, which is torch's own limit."""
+"""The largest number of axes of a tensor. torch has the same limit."""
 
 ALIGNMENT = 8
 
@@ -161,7 +162,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of a file: the entries of tensors in file order, and the metadata."""
+    """The checked header of a file: the entries of its tensors in file order, and its metadata."""
 
     path: str
     entries: Mapping[str, Entry]
@@ -173,7 +174,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the safetensors file at `path`.
 
     Raises:
-        Malformed: the file has no valid header, or the header contradicts itself or the file's size.
+        Malformed: the header is not valid, or it contradicts itself or the size of the file.
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
@@ -215,7 +216,7 @@ def handles(header: Header) -> dict[str, Lazy]:
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
-    """Return the header bytes, with length prefix and padding, for tensors packed in the given order.
+    """Return the header of a file, with length prefix and padding. Its tensors follow in the given order, without gaps.
 
     Raises:
         Malformed: a name or the metadata cannot be encoded as UTF-8.
@@ -237,10 +238,10 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: the header first, then the tensors. For the memory use, see `append`.
+    """Write a file atomically: the header first, then the tensors. See `append` for the memory that this takes.
 
-    The tensors have the same order as in files of the safetensors library: widest dtype first, then by name. So the
-    same tensors always give the same bytes, and the library writes the same bytes.
+    The tensors have the same order as in files of the safetensors library: by dtype, widest first, and then by name. So
+    the same tensors always give the same bytes, and the library would write the same bytes.
     """
     rank = {dtype: -position for position, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype.name], name.encode()))
@@ -259,8 +260,8 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
-            # Report that the file is text. Otherwise the error would state a length above 10^18, from the first eight
-            # bytes of the text.
+            # Report that the file is text. Otherwise, the first eight characters would be taken for a length, and the
+            # error would state a length above 10^18.
             cure = "Pass the folder, or its weight file"
             if prefix.startswith(b"version "):
                 cure = "It is a pointer of Git LFS: fetch the file itself with 'git lfs pull'"
@@ -272,7 +273,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 
 
 def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
-    """Parse the header; also return whether all its values are strings or non-negative integers; see `load_table`."""
+    """Parse the header. Also return whether all values in it are strings or non-negative integers; see `load_table`."""
     try:
         fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -284,7 +285,7 @@ def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
 
 def _metadata(value: object, path: str) -> dict[str, str]:
     if value is None:
-        # Accept null: MLX writes it if a file has no metadata.
+        # Accept null: MLX writes null if a file has no metadata.
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise Malformed("metadata must map strings to strings", path=path, where="__metadata__", cure=_REWRITE)
@@ -295,11 +296,11 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     """Check all entries of a header.
 
     Args:
-        fields: by tensor name, the dtype, shape and offsets as in the file.
-        start: the offset of the file's data.
+        fields: tensor name -> the dtype, shape and offsets as in the file.
+        start: the offset at which the file's data begins.
         path: the file, for errors.
-        regular: True if all values in the header are strings or non-negative integers. Then dtype and shape are checked
-            once for each pair: tens of thousands of tensors share a few dozen shapes.
+        regular: True if all values in the header are strings or non-negative integers. If so, each pair of dtype and
+            shape is checked only once, because tens of thousands of tensors share a few dozen shapes.
     """
     entries = []
     forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
@@ -346,7 +347,7 @@ def _entry(name: str, spec: object, start: int, path: str) -> Entry:
 def _sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
-    # Compare types instead of using isinstance: JSON's true and false are integers in Python.
+    # Compare types instead of using isinstance: in Python, JSON's true and false are instances of int.
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
@@ -358,7 +359,7 @@ def _position(entry: Entry) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
-    # Refuse gaps, as the format requires: bytes in a gap could make the file valid in a second format.
+    # Refuse gaps, as the format requires: with bytes in a gap, a file could also be a valid file of another format.
     end = start
     for entry in entries:
         if entry.offset != end:

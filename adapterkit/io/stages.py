@@ -1,7 +1,7 @@
-"""Report progress: `stage` reports that a step begins, `detail` gives a reason for a result.
+"""Report progress: `stage` reports that a step begins, and `detail` explains a result.
 
-Both functions write to the standard logger `adapterkit`: `stage` at the level INFO, `detail` at DEBUG. The library
-installs no handler. The command line shows a step that takes over two seconds; with -v, it shows all steps.
+Both functions write to the logger `adapterkit` of the standard library: `stage` at the level INFO, `detail` at DEBUG.
+The library installs no handler. The command line shows steps that take over two seconds; with -v, it shows all steps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ LOGGER = "adapterkit"
 
 
 class _Steps:
-    """The progress of some work: the number of all steps, the number of steps that have begun, and the last text."""
+    """The progress of some work: the total number of steps, the number that have begun, and the last step's text."""
 
     def __init__(self, total: int) -> None:
         self.total, self.begun, self.last = total, 0, ""
 
     def numbered(self, text: str) -> str:
-        """Return the text of a step with its number. A text that repeats the last text gets the same number."""
+        """Return the text of a step with its number. If the text equals the last text, the number stays the same."""
         if text != self.last:
             self.begun, self.last = min(self.begun + 1, self.total), text
         return f"step {self.begun} of {self.total}, {text}"
@@ -32,9 +32,10 @@ _steps: ContextVar[_Steps | None] = ContextVar("steps", default=None)
 
 @contextmanager
 def steps(total: int) -> Iterator[None]:
-    """Add numbers to the steps that are reported in the block, such as `step 2 of 5`.
+    """Add a number such as `step 2 of 5` to each step that is reported in the block.
 
-    Steps of a nested block count as steps of the outer block, and the nested block's own total is ignored.
+    If blocks are nested, the steps of the inner block count as steps of the outer block, and the inner block's total is
+    ignored.
 
     Args:
         total: the number of steps.
@@ -62,5 +63,5 @@ def detail(text: str) -> None:
 
 def _log(level: int, text: str) -> None:
     logging = sys.modules.get("logging")
-    if logging is not None:  # Without logging, no handler exists; importing it takes 5 ms.
+    if logging is not None:  # If nobody imported logging, no handler exists. Importing it takes 5 ms.
         logging.getLogger(LOGGER).log(level, "%s", text)

@@ -1,19 +1,19 @@
-"""Write an output in a hidden folder, rename it to its target, and store a record of its inputs with it.
+"""Write an output in a hidden folder, store a record of its inputs with it, and rename it to its target.
 
 With the record, a second run of the same command recognizes that its output is already complete.
 
 A record has a digest of everything that determines the output (inputs, options, versions), and a fingerprint of every
-written file. It is stored as an extended attribute of the output, `user.adapterkit`. So the record does not add a file
-to a folder that other tools read, and is not uploaded with the folder. It also moves to the target with the output, in
-the same rename. On file systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file
-next to the output. If a record is lost, for example because the output was copied, a second run does not recognize the
-output.
+written file. It is stored as the extended attribute `user.adapterkit` of the output. This has three advantages. No file
+is added to a folder that other tools read. The record is not uploaded with the folder. And it moves to the target in
+the same rename as the output. On file systems without extended attributes (NFS before 4.2, FAT, Windows), the record is
+a hidden file next to the output. If the record is lost, for example because the output was copied, a second run does
+not recognize the output.
 
 The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file, the fingerprint consists of the
-size, the modification time and a hash of the first MiB, which contains the header in most formats. Reading a model of
-100 GB again would take minutes, and a file with the same header, size and time in nanoseconds is almost certainly
-unchanged. The fingerprint omits the inode number, because network and overlay file systems change the number at a
-mount, and a restarted container must recognize its output.
+size, the modification time and a hash of the first MiB, which contains the header in most formats. The reason is that
+reading a model of 100 GB again would take minutes, and a file with the same header, size and time in nanoseconds is
+almost certainly unchanged. The fingerprint omits the inode number. Network and overlay file systems change this number
+at each mount, but a restarted container must recognize its output.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .atomic import lock, part_of, sync_folder, write_bytes
 ATTRIBUTE = "user.adapterkit"
 
 WHOLE = 16 << 20
-"""The fingerprint of a file of up to this many bytes is a hash of the whole content."""
+"""If a file has at most this many bytes, its fingerprint is a hash of the whole content."""
 
 HEAD = 1 << 20
-"""The number of bytes at the start of a larger file that are hashed."""
+"""If a file is larger, this many bytes at its start are hashed."""
 
 LARGEST = 1 << 20
 """The largest record in bytes."""
@@ -60,7 +60,7 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return a digest of plain data; pass everything that determines an output."""
+    """Return a digest of plain data. For the digest in a record, pass everything that determines the output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -69,7 +69,7 @@ def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
 
     Args:
         made_from: the digest of everything that determined the output.
-        files: the written files, by their name relative to the output's folder.
+        files: the written files, keyed by their path relative to the folder that contains the output.
     """
     journal = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
     return zlib.compress(json.dumps(journal, sort_keys=True).encode())
@@ -80,8 +80,8 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
 
     Args:
         record: the record.
-        output: the file or folder, in the stage or at the target.
-        beside: the path of the hidden file to write if the file system has no extended attributes.
+        output: the output's file or folder, in the stage or at the target.
+        beside: the path of the hidden file for the record, if the file system has no extended attributes.
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
@@ -100,7 +100,7 @@ def has_record(target: Path, beside: Path) -> bool:
 
 
 def is_finished(target: Path, beside: Path, made_from: str) -> bool:
-    """Whether an output has a record with this digest, and all its files are unchanged."""
+    """Whether an output has a record with the digest `made_from`, and all its files are unchanged."""
     if not os.path.lexists(target):
         return False
     try:
@@ -130,11 +130,11 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
 #
 # Every command and function that writes an output uses `Staging`, which gives four guarantees:
 #
-# * Nothing at the target changes until the new output is complete and synced to disk. After a full disk, a signal or an
-#   error in a writer, the old output is unchanged.
+# * Nothing at the target changes until the new output is complete and synced to disk. If the disk is full, a signal
+#   arrives or a writer raises an error, the old output is unchanged.
 # * A process that is killed between two renames leaves a journal in the stage. The next run with the same target reads
-#   the journal, and undoes or finishes the renames. It finds the stage, because the name of the stage is computed from
-#   the name of the target.
+#   the journal. It undoes the renames if some of them are missing, and keeps their result otherwise. It finds the
+#   stage, because the stage's name is computed from the target's name.
 # * A lock in the stage ensures that only one process writes to a target.
 # * Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them.
 
@@ -145,10 +145,11 @@ WRITING = "writing"
 """Default suffix of a stage's name."""
 
 STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
-"""Names of the stages and the record inside a target folder that cannot be renamed."""
+"""Names of stages and the record. If a target folder cannot be renamed, they are inside the folder."""
 
 LONGEST = 200
-"""The stage's name contains at most this many bytes of the target's name: file systems allow names of 255 bytes."""
+"""If the target's name has more bytes than this, the stage's name has a digest instead: file systems allow only names
+of 255 bytes."""
 
 Move = tuple[Path, Path]
 """The path of a file in the stage, and its destination."""
@@ -159,13 +160,13 @@ class Staging:
 
     Args:
         target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
-        suffix: the end of the hidden folder's name, which differs between kinds of work, such as merging and pulling.
-        noun: a word for the other process in the error that another process holds the lock.
+        suffix: the end of the hidden folder's name. Each kind of work, such as merging or pulling, has its own suffix.
+        noun: the word for another process in the error that another process is writing here.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
         self.target, self.noun = settled(target), noun
-        # Build inside the target if it cannot be renamed: it is a mount point, or its parent folder is read-only.
+        # If the target cannot be renamed (it is a mount point, or its parent folder is read-only), build inside it.
         self.inside = self.target.is_dir() and not _can_rename(self.target)
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
@@ -176,7 +177,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the stage for this process; undo renames that a killed run did not finish.
+        """Lock the stage for this process. First undo the renames of a killed run that did not finish them.
 
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
@@ -185,7 +186,7 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # Refuse the link: clearing the linked folder could delete a user's files.
+            if self.folder.is_symlink():  # Refuse a link, because clearing the folder could delete a user's files.
                 raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
             with self._open_lock() as lock:
                 self._hold(lock.fileno())
@@ -201,12 +202,12 @@ class Staging:
         return has_record(self.target, self.record)
 
     def is_finished(self, made_from: str) -> bool:
-        """Whether the target has a record with this digest, and was not changed after the record was written."""
+        """Whether the target has a record with the digest `made_from`, and has not changed since."""
         return is_finished(self.target, self.record, made_from)
 
     @property
     def is_published(self) -> bool:
-        """Whether an earlier run moved all files to the target, so that only the cleanup of its stage remains."""
+        """Whether an earlier run has moved all files to the target, and only the cleanup of its stage remains."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
@@ -216,11 +217,12 @@ class Staging:
         """Move staged files to their destinations: all of them or none.
 
         Args:
-            moves: (staged path, destination) pairs, the main file last. The old main file is moved away first, and the
-                new main file arrives last, so nobody reads the main file of one output with the files of another.
-            gone: further files of the old output to remove.
+            moves: (staged path, destination) pairs. The main file or folder is last. The old main file is moved away
+                first and the new one arrives last, so that nobody reads the main file of one output with the files of
+                another.
+            gone: further files of the old output, which are removed.
             durable: True if the staged files are already synced to disk.
-            record: the digest of everything that determines the output. It is stored with the main file or folder.
+            record: the record of the output, from `record_of`. It is stored with the main file or folder.
 
         Raises:
             OSError: a rename failed, and the old output was restored.
@@ -229,11 +231,11 @@ class Staging:
             _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
-            old = []  # One rename replaces the old file by the new file, so readers always find one of the two.
+            old = []  # One rename replaces the old file by the new one, so readers always find one of the two files.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
             # Attach the record before the renames. If the process is killed after the last rename, the output has its
-            # record. If the process is killed before, the record lists files that do not exist, and is ignored.
+            # record. If the process is killed earlier, the record is ignored, because it lists files that do not exist.
             attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
@@ -251,26 +253,26 @@ class Staging:
             raise
 
     def set_aside(self) -> None:
-        """Copy the target file into the stage for `recover`, before the output is written into the target file."""
+        """Keep the target file in the stage before the target is overwritten, so that `recover` can restore it."""
         kept = self.folder / "before"
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # Name the lock file in the journal: it never moves, so `recover` always finds the work unfinished.
+        # Name the lock file in the journal as a file to move. It never moves, so `recover` always sees unfinished work.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
-        """Accept an output that was written into the target file, and remove the copy of the old file."""
+        """Accept the output that was written after `set_aside`: `recover` no longer restores the old file."""
         if made_from is not None:
             written = {str(file.relative_to(self.place)): file for file in files}
             attach(record_of(made_from, written), self.target, self.record)
         self._journal.unlink()
 
     def recover(self) -> None:
-        """Undo the renames of a killed run if they are unfinished; keep their result if they are finished.
+        """If a killed run did not finish its renames, undo them. If it finished them, keep the result.
 
         Raises:
-            StorageError: the old output cannot be moved back, and stays in the stage.
+            StorageError: the old output cannot be moved back. It stays in the stage.
         """
         moves = self._journaled()
         if not moves or self.is_published:
@@ -284,19 +286,19 @@ class Staging:
                     os.replace(kept, path)
             self._journal.unlink()
         except OSError as error:
-            why = f"the previous output lies in {self._replaced} and cannot be moved back ({error.strerror})"
+            why = f"the previous output is in {self._replaced} and cannot be moved back ({error.strerror})"
             cure = "Move it back yourself, then run the same command again"
             raise StorageError(why, path=self.target, cure=cure) from error
 
     def discard(self, keep: Collection[str] = ()) -> None:
-        """Remove the stage; first move back an old output that was moved away.
+        """Remove the stage. If the old output was moved away and not replaced, first move it back.
 
         Args:
-            keep: names in the stage to remove last; a later run reads its progress from these files.
+            keep: names in the stage to remove last, because a later run reads from these files how far this run got.
         """
         try:
             self._remove(keep)
-        except KeyboardInterrupt:  # The user interrupted the cleanup: finish the cleanup, then raise the interrupt.
+        except KeyboardInterrupt:  # The user interrupted the cleanup. Finish it before raising the interrupt again.
             self._remove(keep)
             raise
 
@@ -311,7 +313,7 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _kept(self, path: Path, old: Sequence[Path]) -> Path:
-        """Return the path at which a part of the old output is kept until the new output is in place."""
+        """Return the path in the stage at which a file or folder of the old output is kept during the renames."""
         return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
 
     def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
@@ -324,7 +326,7 @@ class Staging:
     def _journaled(self, key: str = "moves") -> list[Move]:
         try:
             moves = json.loads(self._journal.read_bytes())[key]
-        except (OSError, ValueError, TypeError, KeyError):  # Without a journal, no rename had started.
+        except (OSError, ValueError, TypeError, KeyError):  # If there is no journal, no rename was started.
             return []
         return [(self.folder / inside, self.place / end) for inside, end in moves]
 
@@ -342,8 +344,7 @@ class Staging:
         except FileNotFoundError:
             same = False
         if not same:
-            # The previous holder finished and removed the lock file after this process had opened it, so this lock
-            # protects nothing.
+            # After this process opened the lock file, the previous holder removed it. So this lock protects nothing.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -363,19 +364,20 @@ def staged(
     """Yield a path to write to; when the block ends, the written output replaces `target`.
 
     The path has the target's name. Files that are written next to the path are moved next to the target. If `target` is
-    a folder, the path is an empty folder. After an error, all written files are removed and the target is unchanged.
+    an existing folder, the path is an empty folder. After an error, all written files are removed and the target is
+    unchanged.
 
-    An old folder may have files that the new output lacks. Old and new files of an output must not mix, but a README, a
-    tokenizer or notes must not be lost. So `owns` lists name patterns of the files that belong to an output. Old files
-    that match a pattern are removed, and all other files are kept.
+    An existing folder may have files that the new output lacks. Old and new files of an output must not mix, but a
+    README, a tokenizer or notes must not be lost. So `owns` lists name patterns for the files that belong to an output.
+    Old files that match a pattern are removed, and all other old files are kept.
 
     Args:
         target: a file or a folder.
         overwrite: replace an existing `target`.
-        owns: name patterns of files in a folder that belong to the output; None means all files.
-        inputs: the files that the output is made from; they are never replaced.
-        made_from: a digest of everything that determines the output. If a later run has the same digest, the output is
-            already complete.
+        owns: name patterns for the files in a folder that belong to the output; None means all files.
+        inputs: the files that the output is made from. They are never replaced.
+        made_from: a digest of everything that determines the output. It is stored in the record of the output, so that
+            a later run with the same digest sees that the output is complete.
 
     Raises:
         StorageError: the target exists, or is not a file or folder; another process is writing there; the disk is full.
@@ -414,7 +416,7 @@ def staged(
 
 
 def take_over(target: Path, suffix: str = WRITING) -> None:
-    """Undo the unfinished renames of a killed run at a target, and remove its stage; do nothing without a stage.
+    """Undo the unfinished renames of a killed run at a target, and remove its stage. If there is no stage, do nothing.
 
     Raises:
         StorageError: another process is writing there.
@@ -426,17 +428,17 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the typed error for a failed write to `path` by a library that hides the OSError."""
+    """Return the typed error for a failed write to `path`. For a library that raises its own error, not an OSError."""
     free = shutil.disk_usage(path.parent).free
     why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists.
+    """Refuse a target that exists, unless it is an empty folder or `overwrite` is set.
 
     Raises:
-        StorageError: the target is neither a file nor a folder, or it exists and `overwrite` is not set.
+        StorageError: the target exists and is neither a file nor a folder; or it exists, and `overwrite` is not set.
     """
     try:
         mode = os.stat(target).st_mode
@@ -453,12 +455,12 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return the target's real path for a rename, with links to folders and `.` resolved."""
+    """Return the path to which an output for `target` is renamed. Links to folders and `.` are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """Return the name of the hidden folder for `name`: always the same, and short enough for any file system."""
+    """Return the hidden name for a target's name. It is always the same, and short enough for any file system."""
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{suffix}"
@@ -480,22 +482,22 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(*folders: Path) -> None:
-    """Remove folders that were created for a failed output, if they are empty, innermost first."""
+    """Remove the given folders if they are empty. The innermost folder comes first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _outside(stage: Staging, path: str | None) -> str:
-    """Replace a path in the stage with the path that the file will have at the target, for messages."""
+    """For error messages, return the path at the target that corresponds to a path in the stage."""
     return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace an input file, even if the target has another name for the file, such as a link.
+    """Refuse to replace an input file. The input is recognized even if the output's path is another name for it.
 
     Raises:
-        UsageError: a file is both replaced and read.
+        UsageError: an output would replace a file that is also an input.
     """
     read = {identity: file for file in inputs if (identity := _identity(file)) is not None}
     for path in replaced if read else ():
@@ -506,12 +508,12 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces: files that match `owns`, or have the name of a new file.
+    """Yield the files at a target that an output replaces. They match `owns`, or have the path of a new file.
 
     Args:
         target: the target, which may not exist.
         owns: as for `staged`.
-        new: the new output, if it exists already.
+        new: the new output, if it has been written already.
     """
     if not target.is_dir():
         yield target
@@ -524,7 +526,7 @@ def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = N
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether a path is another path or is inside it. Inodes are compared, so links and mounts are recognized."""
+    """Whether `inner` is `outer` or is inside `outer`. Inodes are compared, so links and mounts are recognized."""
     there = _identity(outer)
     if there is None:
         return inner.resolve() == outer.resolve()
@@ -543,7 +545,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _planned(
     stage: Staging, path: Path, owns: Collection[str] | None, overwrite: bool
 ) -> tuple[list[Move], list[Path]]:
-    """Return the destinations of the staged files, and the other files of the old output to remove."""
+    """Return the moves of the staged files, and the files of the old output that must be removed as well."""
     target = stage.target
     if path.is_dir() and target.exists() and not target.is_dir():
         raise StorageError(
@@ -568,9 +570,11 @@ def _planned(
 
 
 def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to replace a file next to the target if the contents differ: the old file may belong to another output.
+    """Check whether `file` may be moved to `end`, next to the target.
 
-    Several formats store a number such as alpha in a file with a fixed name next to their tensors.
+    An old file there may belong to another output: several formats store a number such as alpha in a file with a fixed
+    name next to their tensors. So an old file with other contents is replaced only if `overwrite` is set and the target
+    exists.
     """
     if not _exists(end) or (end.is_file() and end.read_bytes() == file.read_bytes()):
         return
@@ -582,7 +586,7 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Add the old files that do not match `owns` to the new folder, as hard links, without copying."""
+    """Add the old files that do not match `owns` to the new folder. They are hard links, so nothing is copied."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():
@@ -601,7 +605,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def link(source: str, target: str) -> str:
-    """Create a hard link, or a copy if the file system has no hard links; symbolic links are recreated."""
+    """Create a hard link, or a copy if a hard link is impossible. If the source is a symbolic link, create the same."""
     if os.path.islink(source):
         os.symlink(os.readlink(source), target)
         return target

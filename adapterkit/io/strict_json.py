@@ -1,4 +1,4 @@
-"""Parse JSON from untrusted files; refuse documents that two parsers could interpret differently."""
+"""Parse JSON from untrusted files. Refuse documents that different parsers could interpret in different ways."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 MAX_QUOTES = 1 << 23
 """The largest number of quotation marks in a document.
 
-A header has ten quotation marks per tensor, so 800,000 tensors are allowed, 8 times as many as in the largest known
-model.
+A header has ten quotation marks per tensor. So it may have 800,000 tensors, 8 times as many as the largest known model.
 """
 
 MAX_CONTAINERS = 1 << 21
-"""The largest number of objects and lists in a document; the entry of a tensor has three."""
+"""The largest number of objects and lists in a document. The entry of a tensor in a header has three."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
@@ -37,7 +36,7 @@ def load_json(text: str) -> Any:
     Raises:
         ValueError: the text is not JSON; an object repeats a key; the text contains a NaN, an infinity, a number too
             large for a float, or half of a surrogate pair; or it has too many values or levels (`check_size`).
-        RecursionError: the nesting exceeds the limit of Python's own parser.
+        RecursionError: the nesting exceeds the limit of Python's JSON parser.
     """
     check_size(text.encode("utf-8", "surrogatepass"))
     return _load(text, _unique)
@@ -46,8 +45,8 @@ def load_json(text: str) -> Any:
 def load_table(text: str) -> tuple[Any, bool]:
     """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
-    The value is the same as from `load_json`, but takes a third of the time. The characters outside of strings show
-    whether all values are strings or non-negative integers. If they are, the values need no individual checks.
+    This returns the same value as `load_json` in a third of the time. The characters outside of strings show whether
+    all values are strings or non-negative integers. If so, the values need no individual checks.
 
     Args:
         text: the JSON text.
@@ -63,27 +62,28 @@ def load_table(text: str) -> tuple[Any, bool]:
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    # Compare the number of colons with the number of parsed keys: the parser keeps only one of two equal keys.
+    # Compare the number of colons with the number of parsed keys. They differ if a key is repeated, because the parser
+    # keeps only one of two equal keys.
     fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # The numbers differ: a key occurs twice, or the text is not a table. Parse the text again, with all checks.
+        # A key occurs twice, or objects are nested more deeply than in a table. Parse the text again, with all checks.
         return _load(text, _unique), False
     return value, regular
 
 
 def _load(text: str, hook: Callable[[list[tuple[str, JsonValue]]], dict[str, JsonValue]] | None) -> Any:
     value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse, parse_float=_finite)
-    # Only an escape can produce a lone surrogate, so most documents skip this check.
+    # Raise an error for a lone surrogate. Only an escape can produce one, so most documents skip this check.
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def check_size(data: bytes) -> bytes:
-    """Check a JSON document before parsing: refuse more values or levels than real documents have.
+    """Check a JSON document before it is parsed. Refuse more values or levels than real documents have.
 
-    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of such text took 5 GB. The depth is limited
-    because code that walks through the values recurses at each level.
+    The number of values is limited because three bytes of text (`{},`) become an object of 64 bytes or more; 93 MB of
+    such text took 5 GB. The depth is limited because code that walks through the values recurses at each level.
 
     Returns:
         The document without its strings.
@@ -93,21 +93,21 @@ def check_size(data: bytes) -> bytes:
     """
     if data.count(b'"') > MAX_QUOTES:
         raise ValueError(f"there are more than {MAX_QUOTES:,} quotation marks")
-    # Let an unterminated string extend to the end of the text: otherwise, each quote would start a search to the end,
-    # which takes quadratic time.
+    # The pattern lets an unterminated string extend to the end of the text. Otherwise, each quotation mark would start
+    # a search to the end, which takes quadratic time in all.
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"there are more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    # Replace both kinds of brackets by one kind, so that each run of the loop removes one level. The parser refuses
-    # brackets of different kinds.
+    # Replace both kinds of brackets by one kind, so that each run of the loop removes one level. It does not matter
+    # here whether the kinds match: the parser checks this.
     brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")
         if len(shorter) == len(brackets):
             break
         brackets = shorter
-    # The loop has removed all balanced brackets, unless they are nested too deeply. The parser refuses unbalanced
-    # brackets.
+    # The loop has removed all balanced brackets, unless they are nested too deeply. If the remaining brackets are
+    # unbalanced, the parser will refuse them.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
         raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} levels deep")
     return bare

@@ -1,4 +1,4 @@
-"""Parse YAML from untrusted files: only plain values, with limits on time and memory."""
+"""Parse YAML from untrusted files. Only plain values are allowed, and time and memory are limited."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_BYTES = 256 << 10
-"""Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
+"""The largest document, in bytes. NeMo configs have about 10 KB, and PyYAML parses about 200 KB per second."""
 
 MAX_NODES = 20_000
 """The largest number of values in a document; PyYAML takes minutes for hundreds of thousands of values."""
@@ -25,9 +25,9 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
     """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
     The function refuses aliases, because a few aliases can expand to gigabytes. It also refuses tags, repeated keys,
-    numbers that are not finite or have more than 40 digits, and lone surrogates. adapterkit's own format stores such
-    documents as JSON, which cannot express these values. Dates stay strings. YAML 1.1's numbers with colons (`1:30`)
-    also stay strings, because PyYAML parses them in quadratic time.
+    numbers that are not finite or have more than 40 digits, and lone surrogates: adapterkit's own format stores the
+    values as JSON, which cannot express these. Dates stay strings. YAML 1.1's numbers with colons (`1:30`) also stay
+    strings, because PyYAML parses them in quadratic time.
 
     Args:
         data: the document in UTF-8.
@@ -70,7 +70,7 @@ def _loader() -> type[yaml.SafeLoader]:
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
                 raise _fault("aliases are not supported", event)
-            # Refuse a tag that names a type. Accept a bare `!`, which means text.
+            # Refuse a tag that names a type. Accept the tag `!`, which means text.
             if event.tag not in (None, "!"):
                 raise _fault(f"the tag {event.tag!r} is not supported", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
@@ -96,7 +96,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_scalar(self, node: Any) -> Any:
             text = super().construct_scalar(node)
-            text.encode()  # Raise an error for a lone surrogate.
+            text.encode()  # This raises an error for a lone surrogate.
             return text
 
         def construct_yaml_int(self, node: Any) -> int:

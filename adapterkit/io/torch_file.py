@@ -1,6 +1,6 @@
 """Read state dicts from torch's `.bin`, `.pt` and `.pth` files, without torch and without running code from the files.
 
-There are two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
+`torch.save` writes one of two containers: a zip archive (since torch 1.6), or a sequence of pickles (before).
 
 The module `torch_pickle` interprets the pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 
 
 LIMIT = 32 << 20
-"""The largest pickle or archive directory in bytes, enough for about 100,000 tensors."""
+"""The largest pickle or archive directory, in bytes. It is enough for about 100,000 tensors."""
 
 
 MAX_ENTRIES = 1 << 17
-"""The largest number of entries of an archive, one per tensor; the largest models have about 100,000."""
+"""The largest number of entries in an archive. It has about one per tensor; the largest models have about 100,000."""
 
 _ENTRY = 128
-"""The assumed size of a directory entry in bytes, mostly the name; torch's entries have 60 to 80 bytes."""
+"""The assumed size of an entry in the directory, in bytes. The entries that torch writes have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""The number of bytes at the end of an archive that are searched for its directory; a comment takes up to 64 KiB."""
+"""The number of bytes at the end of an archive in which its directory record is searched. A comment of up to 64 KiB may
+follow the record."""
 
 
 class Capped(io.BufferedReader):
-    """A file that refuses huge reads: `zipfile` reads as many bytes as the (possibly forged) archive states."""
+    """A file that refuses huge reads. It is for `zipfile`, which reads as many bytes as an archive states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LIMIT:
@@ -58,7 +59,7 @@ class Capped(io.BufferedReader):
 
 
 Contents = tuple[object, dict[str, int]]
-"""The unpickled value, and for each storage key the offset of the storage's bytes in the file."""
+"""The unpickled value, and a map from each storage's key to the offset of the storage's bytes in the file."""
 
 
 def is_archive(file: Capped) -> bool:
@@ -74,8 +75,8 @@ def read_zip(file: Capped, size: int) -> Contents:
     """Return the content of an archive of torch 1.6 or later.
 
     Raises:
-        Malformed: the archive violates the rules of the container.
-        Unsupported: data is compressed or big-endian, or the pickle uses an opcode or global that no state dict needs.
+        Malformed: the archive is not as `torch.save` writes it.
+        Unsupported: data is compressed or big-endian, or the pickle has an opcode or global that no state dict needs.
     """
     entries = _distinct(_entries(file))
     roots = _roots(entries)
@@ -104,13 +105,13 @@ def _entries(file: Capped) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    # `zipfile` raises NotImplementedError for an unknown compression or version of an archive.
+    # `zipfile` raises NotImplementedError if it does not know the compression or the version of the archive.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error) as error:
         raise damaged(f"the zip archive is broken: {short(str(error))}", "directory") from error
 
 
 def _check_directory(file: Capped) -> None:
-    """Check the number of entries in an archive, because `zipfile` creates an object of 600 bytes for each entry.
+    """Check the number of entries in an archive before `zipfile` creates an object of 600 bytes for each of them.
 
     Raises:
         Malformed: the archive has no directory at its end.
@@ -126,13 +127,13 @@ def _check_directory(file: Capped) -> None:
     wide = tail.rfind(b"PK\6\6", 0, at)
     if wide >= 0 and len(tail) - wide >= 56:
         count, length = struct.unpack_from("<QQ", tail, wide + 32)
-    # Limit the directory's length too: the count can be forged, but each entry takes at least 46 bytes.
+    # Limit the directory's length too, because the stated number of entries can be forged.
     if max(count, length // _ENTRY) > MAX_ENTRIES:
         raise refused(f"the archive has {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
 
 
 def _distinct(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Return entries by name; refuse duplicate names, and names that lead outside the archive."""
+    """Return the entries, keyed by name. Refuse duplicate names, and names that lead outside the archive."""
     for name in (info.orig_filename for info in infos):
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
             raise damaged(f"an entry named {short(name)} leads outside the archive", "directory")
@@ -155,7 +156,7 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
-    """Return the offset of an entry's bytes, which follow the entry's local header; the header states its length."""
+    """Return the offset of an entry's bytes. They follow the entry's local header, whose length varies."""
     where = short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise refused("an entry is compressed or encrypted, which torch.save never does", where)
@@ -178,8 +179,8 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
-    """Return the content of a file of torch before 1.6, a sequence of pickles; raise the same errors as `read_zip`."""
-    # Read as many bytes as the pickles may take: the pickles come first, and their length is not stated.
+    """Return the content of a file from torch before 1.6: a sequence of pickles. The errors are those of `read_zip`."""
+    # The pickles come first, and their length is not stated. So read as many bytes as the pickles may have.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
@@ -195,32 +196,32 @@ def read_legacy(file: Capped, size: int) -> Contents:
 
 
 def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict[str, int]:
-    """Return the offsets of consecutive storages, each preceded by an int64 count of elements."""
+    """Return the offset of each storage. The storages are consecutive; each follows its number of elements (int64)."""
     places = {}
     for storage in storages:
         count = int.from_bytes(file.at(offset, 8), "little")
         places[storage.key] = offset + 8
         offset += 8 + storage.nbytes
         if count != storage.numel or offset > size:
-            why = f"the storage claims {storage.numel} elements, its count says {count}, and the file has {size} bytes"
+            why = f"the pickle states {storage.numel} elements and the data {count}, in a file of {size} bytes"
             raise damaged(why, storage.where)
     if offset != size:
         raise damaged(f"{size - offset} bytes follow the last storage", f"byte {offset}")
     return places
 
 
-# Convert the unpickled values of a torch file to a checked state dict of lazy tensors, or to nested dicts and values.
+# Convert the unpickled value of a torch file: to a checked state dict of lazy tensors, or to nested dicts and lists.
 
 
 Places = Mapping[str, int]
-"""A map from the keys of storages to the offsets of their bytes in the file."""
+"""A map from the key of each storage to the offset of its bytes in the file."""
 
 _DEEPEST = 8
 """The largest number of levels of nested dicts and lists."""
 _VALUES = 1 << 20
-"""The largest number of values in a pickle: ten for each of the 100,000 tensors of the largest files."""
+"""The largest number of values in a pickle. The largest files have 100,000 tensors, so this allows ten per tensor."""
 _EXPANDED = 256 << 20
-"""The largest number of bytes that all tensors with overlapping elements may take together when they are copied."""
+"""The largest total size of a file's tensors with overlapping elements, in bytes, after they are copied."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
@@ -234,11 +235,11 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
 
 
 def nested(path: str, value: object, places: Places) -> object:
-    """Return nested dicts and values of a pickle, with each torch tensor replaced by a lazy tensor.
+    """Return the value of a pickle, which may consist of nested dicts, lists and tuples. Each tensor becomes lazy.
 
     Raises:
         Malformed: there are too many values or levels. A pickle can repeat a value by a reference, so a few hundred
-            bytes can describe billions of values. Each repetition is counted.
+            bytes can describe billions of values. So each repetition is counted.
     """
     left = [_VALUES]
 
@@ -290,7 +291,7 @@ def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])
-        why = f"tensors whose elements overlap would take {sum(expanded.values())} bytes, more than {_EXPANDED}"
+        why = f"tensors with overlapping elements would take {sum(expanded.values())} bytes, more than {_EXPANDED}"
         raise Malformed(
             why, where=f"entry {short(largest)}", cure="Save them with `.clone()`, or before expanding them"
         )
@@ -316,20 +317,20 @@ def _gather(span: Span, view: View) -> bytes:
 
 # Read state dicts from torch's `.bin`, `.pt` and `.pth` files, without torch and without running code from the files.
 #
-# The two containers of `torch.save`, and the functions that turn their values into tensors, are above.
+# The code above reads the two containers of `torch.save`, and turns their values into tensors.
 
 
 T = TypeVar("T")
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""The value of the first pickle in a file before torch 1.6."""
+"""The value of the first pickle in a file from torch before 1.6."""
 
 HEAD = 64
-"""The number of bytes at the start of a file that identify its container."""
+"""The number of bytes that are read from the start of a file to identify its container."""
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `torch.save` wrote `path`, judging by the first bytes and, for an archive, by its directory.
+    """Whether `torch.save` wrote a file. This is judged by its first bytes and, for an archive, by its directory.
 
     Raises:
         StorageError: the file cannot be read.
@@ -349,19 +350,19 @@ def _is_torch_file(path: Path) -> bool:
 
 
 def read_torch_file(path: Path) -> dict[str, Lazy]:
-    """Return the tensors of a saved state dict, by name in the file's order; no tensor data is read yet.
+    """Return the tensors of a saved state dict, keyed by name, in the file's order. No tensor data is read yet.
 
-    If the only entry of the dict is `state_dict`, `model` or `model_state_dict`, this entry is the state dict. A
-    module's `_metadata` is dropped, because it contains versions of code. If several tensors share a storage, all are
-    returned. A contiguous tensor has a `span`; for any other tensor, `fetch` collects the elements. The file is closed
-    between fetches.
+    If the only entry of the saved dict is `state_dict`, `model` or `model_state_dict`, this entry is the state dict. A
+    module's `_metadata` is dropped, because it contains versions of code. If several tensors share a storage, all of
+    them are returned. A contiguous tensor has a `span`. For any other tensor, `fetch` collects the elements. The file
+    is closed between fetches.
 
     Raises:
-        Malformed: the file violates the rules of its container, a view extends beyond its storage, or an entry is not
-            a tensor.
-        Unsupported: the pickle uses a global or an opcode that no state dict needs, or data is compressed or
+        Malformed: the file is not as `torch.save` writes it, a tensor extends beyond its storage, or an entry is not a
+            tensor.
+        Unsupported: the pickle has a global or an opcode that no state dict needs, or data is compressed or
             big-endian.
-        StorageError: the file cannot be read. `fetch` also raises this error, and `Corrupt` if the file has shrunk.
+        StorageError: the file cannot be read. `fetch` can also raise this error, or `Corrupt` if the file has shrunk.
     """
 
     def read() -> dict[str, Lazy]:
@@ -371,7 +372,7 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
 
 def read_torch_value(path: Path) -> object:
-    """Return a saved value that is not only a state dict: nested dicts and values that contain lazy tensors.
+    """Return a saved value that need not be a state dict: nested dicts, lists and values, with lazy tensors.
 
     Raises:
         Malformed: as for `read_torch_file`, but entries need not be tensors.

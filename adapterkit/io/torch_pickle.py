@@ -1,6 +1,6 @@
-"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it runs no code of the file.
+"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict. It runs no code from the file.
 
-This file also defines the values that the pickle may contain, and the few functions that create these values.
+This module also defines the types of the values that a pickle may contain, and the functions that create them.
 
 Format: torch/_utils.py (`_rebuild_*`).
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 _DIMENSIONS = 32
-"""The largest number of axes of a numpy 1 array."""
+"""The largest number of axes of an array in numpy 1."""
 _CONVERT = "Convert the file to safetensors with the tool that wrote it, if you trust it"
 _DAMAGED = "The file is damaged, cut short or of another type; fetch it again or convert it to safetensors"
-ALONE = "Save the state dict alone: a dict of names to tensors, with no other entries"
+ALONE = "Save only the state dict: a dict from names to tensors, with no other entries"
 
 
 def damaged(why: str, where: str | None = None) -> Malformed:
-    """Return a `Malformed` error: the file violates the rules of its container."""
+    """Return a `Malformed` error: the file is not as `torch.save` writes it."""
     return Malformed(why, where=where, cure=_DAMAGED)
 
 
@@ -43,25 +43,25 @@ def refused(why: str, where: str | None = None) -> Unsupported:
 
 
 def short(text: str) -> str:
-    """Shorten and escape a text from a file, so that it fits on one line of a message."""
+    """Shorten and escape a text from a file, so that the text fits on one line of a message."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")
 
 
 def kind_of(value: object) -> str:
-    """Return a name for the type of a value, for a message."""
+    """Return the name of a value's type, for a message."""
     return {View: "tensor", Storage: "storage", Global: "global"}.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a global in a pickle, as `module name`. The global itself is never loaded."""
+    """The name of a global in a pickle, in the form `module name`. The global itself is never imported."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage of torch: a run of elements in the file, with the key of the storage in the container."""
+    """A torch storage: a run of elements in the file. The container identifies it by `key`."""
 
     key: str
     dtype: DType
@@ -78,7 +78,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A strided tensor: element [i, j, ...] is number `offset + i * stride[0] + j * stride[1] + ...` of its storage."""
+    """A strided tensor. Element `[i, j, ...]` is element `offset + i*stride[0] + j*stride[1] + ...` of `storage`."""
 
     storage: Storage
     dtype: DType
@@ -88,7 +88,7 @@ class View:
 
     @property
     def extent(self) -> int:
-        """The number of elements of the storage from the tensor's first to its last element, inclusive."""
+        """The number of elements in the storage from the first to the last element of the tensor, both included."""
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
 
     @property
@@ -110,7 +110,7 @@ _DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
 
 
 def counts(value: object) -> bool:
-    """Whether a value is a tuple of sizes for at most as many axes as a tensor can have."""
+    """Whether a value is a tuple of sizes, and has at most as many of them as a tensor can have axes."""
     return (
         type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     )
@@ -119,7 +119,7 @@ def counts(value: object) -> bool:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: object = None, metadata: object = None
 ) -> View:
-    """Return the tensor that torch's `_rebuild_tensor` and `_rebuild_tensor_v2` would return, as a `View`."""
+    """Return a `View` of the tensor that torch's `_rebuild_tensor` and `_rebuild_tensor_v2` would return."""
     if hooks or metadata:
         raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
@@ -146,7 +146,7 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
-    # Use `n or 1` to limit the other axes of an empty tensor too: numpy computes sizes in 64 bits.
+    # numpy computes sizes in 64 bits. With `n or 1`, the other axes of an empty tensor are limited too.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
         raise damaged(f"no tensor can have the shape {shape} and the strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:
@@ -166,7 +166,7 @@ def _ordered() -> dict[str, JsonValue]:
 
 
 def _set(items: object = ()) -> object:
-    """Return a set as a list, because values are never hashed. DeepSpeed saves a set of module names."""
+    """Return a list in place of a set, so that values are never hashed. DeepSpeed saves a set of module names."""
     if type(items) is list:
         return list(items)
     if items != ():
@@ -176,7 +176,7 @@ def _set(items: object = ()) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A placeholder for a value that is never used, such as numpy's random state that was saved with the weights."""
+    """A placeholder for a value that is never used, such as a state of numpy's random numbers next to the weights."""
 
 
 def _opaque(*_: object) -> Opaque:
@@ -197,20 +197,20 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
-"""The functions that the opcode REDUCE may call. All are defined in this file, and none of them calls an argument."""
+"""The functions that the opcode REDUCE may call. All are defined in this module. None of them calls its arguments."""
 KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 
-# A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it runs no code of the file.
+# A pickle interpreter for the few opcodes that `torch.save` writes for a state dict. It runs no code from the file.
 #
 # `pickle.Unpickler` is not used, because its opcodes can hang or kill a process even if every global is refused. A memo
-# index of 2**31 allocates gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, and a key of a million nested
-# tuples overflows the C stack. This interpreter needs time and memory in proportion to the pickle's length, and refuses
+# index of 2**31 allocates gigabytes. A dict key of sixty nested pairs takes 2**60 hashes. A key of a million nested
+# tuples overflows the C stack. This interpreter needs time and memory in proportion to the pickle's length. It refuses
 # any opcode or global that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
 
 
 _LENGTH = 1 << 22
-"""The largest number of opcodes in a pickle; a tensor takes 30 opcodes."""
+"""The largest number of opcodes in a pickle. A tensor takes 30 opcodes."""
 
 
 class Machine:
@@ -221,7 +221,7 @@ class Machine:
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: io.BytesIO) -> object:
-        """Run one pickle from the current position of the stream to its STOP opcode, and return its value."""
+        """Run one pickle, from the current position of the stream to the opcode STOP. Return the pickle's value."""
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -241,7 +241,7 @@ class Machine:
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:
-        """Run one opcode and return its name. The argument is decoded only if the opcode is allowed."""
+        """Run one opcode and return its name. Its argument is decoded only if the opcode is allowed."""
         code = stream.read(1)
         if code not in _OPCODES:
             raise ValueError(f"{code!r} is not an opcode" if code else "it ends without a STOP")
@@ -286,7 +286,8 @@ class Machine:
         self.top(list).extend(items)
 
     def update(self, items: Sequence[object]) -> None:
-        # Refuse other keys: large integers can be chosen to collide by the million, and tuples can take long to hash.
+        # Refuse other keys. A file could choose millions of large integers whose hashes collide, and tuples that take
+        # long to hash.
         if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
             raise Malformed("a dict key is neither text nor a small integer", cure=ALONE)
         self.top(dict).update(zip(items[::2], items[1::2], strict=True))
@@ -319,7 +320,8 @@ class Machine:
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
         match pid if type(pid) is tuple else ():
-            # Accept a sixth item: files before torch 1.6 have view metadata there, always None since torch 0.4.
+            # Accept a sixth item. Files from torch before 1.6 have one, the metadata of a view. Since torch 0.4 it is
+            # always None.
             case ("storage", Global(name=kind), str(key), str(), numel, *view) if (
                 kind in STORAGE_TYPES and counts((numel,)) and view in ([], [None])
             ):
@@ -332,7 +334,10 @@ class Machine:
 
 
 def _global_name(stream: io.BytesIO) -> str:
-    """Read the argument of the opcode GLOBAL, `module name`. pickletools would interpret its backslashes, and warn."""
+    """Read the argument of the opcode GLOBAL in the form `module name`.
+
+    The reader in pickletools is not used, because it interprets backslashes, and warns about them.
+    """
     module, name = stream.readline(), stream.readline()
     if not name.endswith(b"\n"):
         raise ValueError("a name has no end")

@@ -15,7 +15,7 @@ from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFoun
 from ..remote import Address, Remote, RemoteFile, Uri, address, check_name, scheme_of
 from ..web import Passing
 
-# Hubs without commits, such as S3: a digest of the file list is used as the commit.
+# Hubs without commits, such as S3. A digest of the file list takes the place of the commit.
 
 
 class Listing(Remote):
@@ -38,17 +38,18 @@ class Listing(Remote):
 
 
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
-    """Return a file for which the hub lists no digest; `signs` are values that change with the content."""
+    """Describe a file for which the hub lists no digest; `signs` are values that change with the content."""
     text = json.dumps([path, size, *map(str, signs)])
     return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
 
 
-# Read from any location that fsspec supports. fsspec lists no digests, so only sizes are checked; writing is refused.
+# Read from any location that fsspec supports. fsspec lists no digests, so only sizes are checked. Pushes are refused.
 
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
-"""Schemes that are not read through fsspec: they have a separate module, or they wrap another location."""
+"""Schemes that fsspec knows, but that are not read through it. Local paths and `hf` have code of their own; the other
+schemes wrap another location."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 """Hosts of the Hugging Face hub's web pages; users copy urls of these pages from a browser."""
@@ -65,14 +66,14 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The fsspec file system, and the path of the uri's bucket, host or other container in this file system."""
+        """The fsspec file system, and the path in it of the uri's container, such as a bucket or a host."""
         import fsspec
 
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
             repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
             cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
             raise UsageError(
-                "this is a web page of the Hugging Face hub, not an address of files", path=str(self.uri), cure=cure
+                "this is a web page of the Hugging Face hub, not a uri of files", path=str(self.uri), cure=cure
             )
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
@@ -83,8 +84,8 @@ class Filesystem(Listing):
     def listed(self) -> list[RemoteFile]:
         system, root = self._opened
         place = f"{root}/{self.uri.path}" if self.uri.path else root
-        # For a single file, `find` returns only the file. List its siblings too, because configs are next to the
-        # weights.
+        # If the uri names a file, `find` returns only this file. List its folder too, because the config is a separate
+        # file next to the weights.
         details = self.call(lambda: system.find(place, detail=True))
         if len(details) == 1 and place in {str(name).rstrip("/") for name in details}:
             details = self.call(
@@ -145,7 +146,7 @@ HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remo
 
 
 def hub_of(scheme: str) -> type[Remote]:
-    """Return the hub class of a scheme; if only fsspec knows the scheme, return a class that reads through fsspec.
+    """Return the hub class of a scheme. If adapterkit has none but fsspec knows the scheme, it reads through fsspec.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -175,7 +176,8 @@ def parse(text: str) -> Uri:
     named = hub_of(scheme or "hf").named
     uri = named(rest.removesuffix("/"))
     place, mark, member = rest.rpartition("#")
-    # `NAME#member` means the subfolder `member`. Only in an `Address`, the text after `#` is a digest of the folder.
+    # `NAME#member` means the subfolder `member`. An `Address` is different: the text after its `#` is a digest of the
+    # file list.
     if mark and not isinstance(uri, Address):
         check_name(member, UsageError)
         uri = named(place.removesuffix("/"))

@@ -105,10 +105,10 @@ class HuggingFace(Remote):
         return f"{self.endpoint}/api/models/{self.uri.repo}"
 
     def _json(self, url: str) -> tuple[Any, str | None]:
-        """Return the JSON document at a url of the hub, and the url of the next page, or None.
+        """Return the JSON document at a url of the hub, and the url of the next page (None on the last page).
 
-        huggingface_hub's functions are not used, for two reasons. They read replies of any length. And they send the
-        token to the url of the next page, which any server after a redirect can choose.
+        huggingface_hub's functions are not used, for two reasons. They read replies of any length. They also send the
+        token to the url of the next page, even if the reply with this url came from another server after a redirect.
 
         Raises:
             HfHubHTTPError: the hub refuses the request.
@@ -121,7 +121,7 @@ class HuggingFace(Remote):
 
     @contextmanager
     def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Yield the open reply to a request; the token is sent only to the endpoint, never after a redirect.
+        """Yield the open reply to a request. The token is sent only to the endpoint, never after a redirect.
 
         Raises:
             HfHubHTTPError: the hub refuses the request.
@@ -150,7 +150,7 @@ class HuggingFace(Remote):
     def _file(self, entry: Any) -> RemoteFile:
         path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
         digest = f"git:{entry.get('oid')}"
-        # For a large file, `oid` is the digest of git's pointer; `lfs` has the size and digest of the content.
+        # For a large file, `oid` is the digest of git's pointer file. The size and digest of the content are in `lfs`.
         if lfs is not None:
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
         valid = isinstance(path, str) and type(size) is int and size >= 0
@@ -250,7 +250,7 @@ class HuggingFace(Remote):
         head_of(self)
 
     def place(self, path: str, file: Path, digests: Digests) -> Placed:
-        # Upload even small files with LFS: only LFS files can be committed later by their sha256.
+        # Upload even small files with LFS: a later commit can refer to a file by its sha256 only if it is an LFS file.
         def act() -> None:
             operation = _addition(path, str(file))
             self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
@@ -267,7 +267,7 @@ class HuggingFace(Remote):
 
         def act() -> bool:
             known, _, _ = post_lfs_batch_info([info], self.token, "model", self.uri.repo, endpoint=self.endpoint)
-            # The hub returns an upload url only for bytes that it does not have.
+            # The hub returns an upload url only if it does not have the bytes yet.
             return bool(known) and not any("upload" in (each.get("actions") or {}) for each in known)
 
         return self.call(act)
@@ -301,31 +301,32 @@ def _is_folder(entry: object) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the original error of a failed upload, which huggingface_hub wraps in a `RuntimeError`."""
+    """Return the original error of a failed upload: huggingface_hub wraps it in a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
 
 def _bare(endpoint: str) -> str:
-    """Return an endpoint without a user name and password."""
+    """Return an endpoint url with any user name and password removed."""
     return re.sub(r"//[^/@]*@", "//", endpoint)
 
 
 _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After", "X-Request-Id")
-"""Response headers that give the reason of a refusal; huggingface_hub reads the same headers."""
+"""Response headers that explain a refusal; huggingface_hub reads the same headers."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it continues where it stopped"
 _NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
 
 
-# Push one commit on top of a known parent: nobody can see half of a push, and no other push is overwritten.
+# Push one commit on top of a known parent commit. So nobody can see half of a push, and a push cannot overwrite another
+# one.
 
 
 def send(
     remote: HuggingFace, contents: Mapping[str, Content], digests: Mapping[str, Digests], message: str, private: bool
 ) -> str:
-    """Create the repository and branch if needed, and make one commit; return its hash."""
+    """Create the repository and branch if needed, make one commit, and return the commit's hash."""
     from huggingface_hub import CommitOperationAdd
 
     uri, api = remote.uri, remote.api
@@ -351,7 +352,7 @@ def send(
 
 
 def head_of(remote: HuggingFace) -> str:
-    """Return the commit to build on; create a missing branch from the main branch."""
+    """Return the parent for the new commit; create a missing branch from the main branch."""
     uri, hub = remote.uri, type(remote)
     try:
         return hub(uri, remote.token).commit
@@ -367,8 +368,8 @@ def head_of(remote: HuggingFace) -> str:
 def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: Callable[[], str]) -> str:
     """Make the commit only once, even if the hub's reply is lost.
 
-    The hub may have made the commit before the connection broke. If the branch is no longer at `head` and already
-    contains the pushed files, return the new commit instead of raising an error.
+    The hub may have made the commit before the connection broke. So after an error, if the branch has moved on from
+    `head` and contains the pushed files, return its commit instead of raising the error.
     """
     try:
         return remote.call(act)
@@ -395,7 +396,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file with LFS, so huggingface_hub does not ask the hub for the mode."""
+    """Return a commit operation that adds a file. It sets LFS, so huggingface_hub need not ask the hub for the mode."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
@@ -421,7 +422,7 @@ def _content(content: Path | bytes) -> str | bytes:
 def _uploading(endpoint: str) -> Iterator[None]:
     """Silence huggingface_hub's logs and progress bars, and turn xet off for hubs other than Hugging Face's own.
 
-    Other servers do not support the xet protocol. If the environment disables xet, xet stays off.
+    Other servers do not support the xet protocol. If the environment has turned xet off, it stays off.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging

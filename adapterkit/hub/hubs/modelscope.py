@@ -1,6 +1,6 @@
 """ModelScope: `modelscope://org/repo[@revision][/path]`, read with the small client package modelscope-hub.
 
-The client's environment variables apply (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified against the
+The client's environment variables MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT apply. Files are verified against the
 sha256 that the hub lists.
 """
 
@@ -81,9 +81,9 @@ class ModelScope(Listing):
 def _guard(client: Any, place: str) -> None:
     """Send the token only to the hub's own origin, and limit the size of all replies except files.
 
-    The client also sends the token as a cookie for the host. By default, a cookie is valid for every port and scheme of
-    a host, so after a redirect the cookie could go to another port, or be sent without encryption. (The client drops
-    the `Authorization` header on such redirects.)
+    The client sends the token in the `Authorization` header, which it drops on redirects to another origin. It also
+    sends the token in a cookie. By default, a cookie is valid for every port and scheme of a host. So after a redirect,
+    the cookie could go to another port, or be sent without encryption.
     """
     home = urlsplit(client._endpoint)
 
@@ -99,7 +99,7 @@ def _guard(client: Any, place: str) -> None:
     for session in (client._session, client._read_session):
         session.hooks["response"].append(bounded)
         for cookie in session.cookies:
-            # http.cookiejar assumes port 80 for a url without a port, even for https.
+            # For a url without a port, http.cookiejar assumes port 80, even if the scheme is https.
             cookie.port, cookie.port_specified, cookie.secure = str(home.port or 80), True, home.scheme == "https"
 
 

@@ -74,17 +74,17 @@ DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 
 FILE_PATH = "org.cncf.model.filepath"
 NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
-"""Annotations with the file name of a layer; oras writes and reads the last of these."""
+"""Annotations that can contain the file name of a layer. oras writes and reads the last one."""
 
 FOLDER = "io.deis.oras.content.unpack"
-"""The annotation of oras for a layer that is an archive of a folder."""
+"""The annotation with which oras marks a layer as an archive of a folder."""
 
 CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
 DOCUMENTS = (".md",)
 
 
 def artifact(repo: str, tag: str, digests: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
-    """Return the config and the manifest of an artifact with these files. The same files give the same bytes."""
+    """Return the bytes of the config and of the manifest of an artifact. The same arguments give the same bytes."""
     names = sorted(digests)
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
@@ -106,7 +106,7 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
 
     Raises:
         Malformed: the bytes are not a manifest.
-        Unsupported: the bytes are an index of several manifests, and the uri does not name one of them.
+        Unsupported: the bytes are an index, which lists several manifests; the uri must name one of these.
     """
     try:
         manifest = load_json(body.decode())
@@ -195,7 +195,7 @@ MAX_MANIFEST = 4 << 20
 """Largest manifest that registries must accept, in bytes (OCI distribution specification)."""
 
 TRIES = 3
-"""The number of times that a manifest is fetched if its bytes do not match the digest."""
+"""How often a manifest is fetched at most, until its bytes match the digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +244,8 @@ class Distribution(Remote):
             digest = digests_of(body)[1]
             if promised in ("", digest):
                 return digest, parsed(body, str(self.uri))
-        why = f"the manifest does not have the promised digest {promised}"
-        raise Corrupt(why, path=str(self.uri), cure="The registry or a proxy in between damages it")
+        why = f"the manifest does not have the expected digest {promised}"
+        raise Corrupt(why, path=str(self.uri), cure="The registry, or a proxy on the way, damages the manifest")
 
     def _manifest(self) -> tuple[bytes, str]:
         revision = self.uri.revision or LATEST
@@ -268,7 +268,7 @@ class Distribution(Remote):
     def asked(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, content: bytes | None = None
     ) -> Iterator[httpx2.Response]:
-        """Yield the open response to a request; if the registry asks for authentication, authenticate and try again.
+        """Yield the open response to a request. If the registry asks for authentication, authenticate and try again.
 
         Raises:
             Refused: the registry refuses the request.
@@ -277,8 +277,9 @@ class Distribution(Remote):
         for attempt in range(2):
             secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
-                # Answer a challenge only from the registry itself. After a redirect, another server answers, and its
-                # challenge would name its own realm. containerd sent the password there (CVE-2020-15157).
+                # Answer a challenge only from the registry itself. After a redirect, the challenge may come from
+                # another server, and could name a realm of that server, which would receive the password. containerd
+                # had this vulnerability (CVE-2020-15157).
                 is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
                 if response.status_code == 401 and is_registry and attempt == 0 and self.admission.ask(challenge):
@@ -340,8 +341,8 @@ class Distribution(Remote):
             raise UsageError("a push cannot set who can see an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a push needs a tag, not a digest", path=str(self.uri), cure="Use a tag instead")
-        # Compare the tag before and after the upload. A push by somebody else at the last moment is not noticed,
-        # because registries have no conditional PUT.
+        # Compare the tag before and after the upload. A push by somebody else between this check and the PUT is not
+        # noticed: registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
@@ -388,22 +389,24 @@ class Distribution(Remote):
         there._set(tag, body)
 
 
-# Upload blobs to a registry in chunks; skip blobs that it already has. A lost chunk is sent again, not the whole blob.
+# Upload blobs to a registry in chunks; skip blobs that the registry already has. If a chunk is lost, only this chunk is
+# sent again.
 #
 # Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
 #
-# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
-# many bytes it received; this may be a part of a chunk. Docker's registry 2.8 puts a signed byte count into its upload
-# urls. If it received more bytes (half a chunk, or a chunk whose reply was lost), it refuses to continue. Then the
-# blob is sent again from its start.
+# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry for
+# the number of bytes that it has received; the last chunk may be incomplete. Docker's registry 2.8 puts a signed byte
+# count into its upload urls. If the registry has received more bytes than this count (half a chunk, or a chunk whose
+# reply was lost), it refuses to continue, and the blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
 LONGEST = 256 << 20
-"""The largest chunk that is kept in memory. Some registries require chunks of a minimum size."""
+"""The largest chunk, in bytes; a chunk is kept in memory. Some registries require a minimum size, which may be larger
+than `UPLOAD_CHUNK`."""
 
 ANEW = 6
-"""The number of times that an upload starts again after the registry lost or damaged the blob."""
+"""How often a blob is uploaded at most, if the registry loses or damages it."""
 
 
 def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
@@ -432,12 +435,13 @@ class _Upload:
 
     Attributes:
         location: the upload's current url; None if the upload has not been started.
-        at: the number of bytes that the registry has; None if this number is unknown, so that the registry is asked.
+        at: the number of bytes that the registry has; None if the registry must be asked for this number.
     """
 
     def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
-        # Save the url in one file for each repository and blob, so that any process that pushes the same blob finds it.
+        # The url is saved in a file whose name is computed from the repository and the blob, so that any process that
+        # pushes this blob finds the file.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None
@@ -479,7 +483,7 @@ class _Upload:
         if chunk:
             location = _patch(self.remote, location, at, chunk)
         self.location, self.at = location, at + len(chunk)
-        # Save the url only for blobs of several chunks: a single chunk is simply sent again.
+        # Save the url only for blobs of several chunks. A blob of one chunk is simply sent again.
         if self.size > self.chunk:
             _keep(self.note, location)
 
@@ -510,7 +514,7 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url, and the smallest size in bytes of any chunk but the last."""
+    """Start an upload; return its url, and the minimum chunk size in bytes, which does not apply to the last chunk."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
@@ -520,7 +524,8 @@ def _upload_state(remote: Distribution, location: str) -> tuple[str, int]:
     """Return an upload's current url, and the number of bytes that the registry has."""
     with remote.asked("GET", location) as response:
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
-        # The range's end is inclusive. Registries answer "0-0" for an empty upload, so 0 means no bytes, not one.
+        # The end of the range is inclusive. But registries answer "0-0" for an empty upload, so the end 0 means that
+        # no bytes were received, not one.
         received = int(match[1]) + 1 if match and match[1] != "0" else 0
         return _location(remote, location, response), received
 
@@ -539,8 +544,8 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
                 pass
         except Refused as error:
-            # An earlier attempt may have succeeded although its reply was lost: then the upload is gone (404) and the
-            # blob exists.
+            # If the reply to an earlier, successful attempt was lost, the upload no longer exists (404), but the blob
+            # does.
             if error.status != 404 or not _has(remote, digest):
                 raise
 
@@ -551,7 +556,7 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
-    """Return the url for the next request of an upload, which the registry chooses.
+    """Return the url that the registry chose for the next request of an upload.
 
     Raises:
         NetworkError: the registry switches from https to http.
@@ -580,7 +585,7 @@ def _read(content: Path | bytes, at: int, nbytes: int) -> bytes:
 def _keep(note: Path, location: str) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        # Only the user may read the file, because an upload url can carry a signature that allows writing.
+        # Only the user may read the file: an upload url can contain a signature that allows anyone to write.
         descriptor = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(location)
@@ -598,8 +603,8 @@ def _noted(note: Path, remote: Distribution) -> str | None:
 
 def _explained(remote: Distribution, error: Exception, digest: str) -> Exception:
     if getattr(error, "code", "") == "DIGEST_INVALID":
-        cure = "A file changed here while it was pushed, or a proxy in between damages it: push again"
+        cure = "A local file changed during the push, or a proxy on the way damages it: push again"
         return Corrupt(
-            "the registry received other bytes than were sent", path=str(remote.uri), where=digest, cure=cure
+            "the registry received bytes that differ from the file", path=str(remote.uri), where=digest, cure=cure
         )
     return remote.failure(error) or error

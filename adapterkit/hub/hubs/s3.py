@@ -100,10 +100,11 @@ class Bucket:
             return body_of(response, self.place), response.headers.get("ETag")
 
     def page(self, query: Mapping[str, str]) -> bytes:
-        """Return the response to a query about the bucket, such as a listing.
+        """Return the body of the response to a query about the bucket, such as a listing.
 
-        obstore signs only urls of objects, and appends the object's key to the endpoint. So this function uses an
-        endpoint that ends with the query and `x-id=`. The appended key becomes the value of `x-id`, which S3 ignores.
+        obstore can sign only the url of an object, which it forms by appending the object's key to the endpoint. So
+        this function passes an endpoint that ends with the query and `x-id=`. The appended key becomes the value of the
+        parameter `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -132,12 +133,13 @@ class Bucket:
             yield response
 
 
-# For anonymous access, sign a url with these dummy keys, then remove the signature: obstore has no unsigned urls.
+# obstore cannot return unsigned urls. For anonymous access, sign the url with these dummy keys, then remove the
+# signature.
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
 def _options() -> dict[str, Any]:
-    """Return the store's options: the same timeouts as for all hubs; plain HTTP only for a server on this machine."""
+    """Return the options for obstore: how it retries, and plain HTTP only for a server on this machine."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
     waits = {"init_backoff": timedelta(seconds=web.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
@@ -168,7 +170,7 @@ class Listed:
 def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: bool) -> Iterator[Listed]:
     """Yield the objects of a folder.
 
-    Empty objects whose key ends with a slash are skipped: consoles create them to show a folder.
+    Empty objects whose key ends with a slash are skipped: web consoles create such objects to show an empty folder.
 
     Args:
         asked: a function that returns the bucket's response to a query.
@@ -238,7 +240,7 @@ def _name(element: Element) -> str:
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""Files of more bytes than this are uploaded in parts."""
+"""Files larger than this are uploaded in parts; in bytes."""
 
 
 class S3(Listing):
@@ -294,7 +296,7 @@ class S3(Listing):
         ]
 
     def _objects_here(self) -> Iterator[RemoteFile]:
-        """Yield the objects in the folder of the uri; if the uri names a file, the objects in the file's folder."""
+        """Yield the objects in the folder of the uri. If the uri names a file, yield the objects next to this file."""
         path, place = self.uri.path, str(self.uri)
         entries = objects(self._listing, path, place, deep=True)
         first = next(entries, None)
@@ -317,7 +319,7 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing remote files, keyed by path; after an interrupted push, the files from before it."""
+        """Return the existing remote files, keyed by path. After an interrupted push, return those from before it."""
         if self._claimed is not None:
             # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
@@ -347,8 +349,8 @@ class S3(Listing):
     def begin(self) -> None:
         super().begin()
         self._met = self.there()
-        # Keep the ETag of the list: if another program pushes before `send`, `send` cannot write the list with this
-        # ETag.
+        # Keep the ETag of the list. `send` replaces the list only if it still has this ETag, so it fails if another
+        # program has pushed in the meantime.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
     def kept(self) -> str:
@@ -383,7 +385,7 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         current = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if current and self._list is not None else None
-        # Add a random name, so that two pushes of the same files write different lists.
+        # Add a random value, so that two pushes of the same files write different lists.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:
@@ -398,7 +400,7 @@ class S3(Listing):
                 lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
-            # Read the list back: the write may have succeeded although its reply was lost.
+            # Read the list back: perhaps the write succeeded and only the reply was lost.
             there, written = self._there(key)
             if there != data:
                 raise error from None
@@ -411,13 +413,13 @@ class S3(Listing):
             return None, None
 
     def passing(self, error: Exception) -> Passing | None:
-        # Treat obstore's errors as final, because obstore has already retried its own requests.
+        # An error from obstore is final, because obstore has already retried the request.
         if isinstance(error, Passing):
             return error
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error for an obstore error. Use only its type: its message has urls, keys and signatures."""
+        """Return the typed error for an obstore error. Its text is omitted: it may have urls, keys and signatures."""
         place, kind = str(self.uri), type(error).__name__
         if is_offline(error):
             return offline(place)
@@ -441,7 +443,7 @@ class S3(Listing):
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status of a refusal, which is only in the message of obstore's error."""
+    """Return the HTTP status of a refused request. obstore's errors have the status only in their text."""
     if isinstance(error, Refused):
         return error.status
     match = re.search(r"non-2xx status code: (\d{3})", str(error))
