@@ -108,7 +108,7 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2, whose shapes LyCORIS's rule determines.
+    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2. LyCORIS's rule determines the shapes.
 
     Divide D into blocks of the shape of w2, and make each block a row of a matrix. w1 and w2 are the first singular
     vectors of this matrix: Van Loan and Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is

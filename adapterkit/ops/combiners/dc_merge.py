@@ -62,7 +62,7 @@ class DCMerge(Scaled, Spectral):
         return np.asarray(self.scale * U @ (merged * same_owner) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Return singular values with the same sum that are equal, or decrease linearly."""
+        """Replace singular values by equal or linearly decreasing numbers with the same sum."""
         import numpy as np
 
         if not len(S):

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for the largest."""
+    """DARE and TIES; p rises from `density - epsilon` at a row's smallest entry to `density + epsilon` at the largest.
+    """
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"

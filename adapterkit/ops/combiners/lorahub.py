@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LoraHub(Learned):
-    """(sum_t w_t B_t)(sum_t w_t A_t); with apart=False sum_t w_t B_t A_t."""
+    """(sum_t w_t B_t)(sum_t w_t A_t); with `apart=False`, the result is sum_t w_t B_t A_t."""
 
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
@@ -42,8 +42,8 @@ class LoraHub(Learned):
         for _ in range(self.steps - 1):
             tried = np.clip(best + step * random.standard_normal(trial.count), -self.bound, self.bound)
             cost = self._cost(trial, tried)
-            # The one-fifth rule: if more than one child in five is better than its parent, the step grows, otherwise it
-            # shrinks.
+            # The one-fifth rule: if more than one child in five is better than its parent, the step grows. Otherwise
+            # the step shrinks.
             step *= 1.5 if cost < least else 1.5**-0.25
             if cost < least:
                 best, least = tried, cost

@@ -86,7 +86,7 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return the functions `wanted` of `Blocks.select` for three searches per change.
+        """Return the functions to pass to `Blocks.select` as `wanted`: three searches per change.
 
         The searches find the quantile 1 - ratio among positive scores, the same quantile among negative scores, and the
         maximum.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""A task's change in a direction counts as rounding noise below this fraction of the whole change."""
+"""A task's change in a direction counts as rounding noise if it is below this fraction of the task's whole change."""
 
 
 class SVC(PlugIn):
@@ -37,7 +37,7 @@ class SVC(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only collects statistics for the combiner `then`; its result is ignored.
+        # This run only collects statistics for the combiner `then`. The result of this run is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])
