@@ -98,9 +98,9 @@ class Evaluation:
     def outline(self) -> dict[Target, tuple[Update, ...]]:
         """Return updates with the methods, shapes and dtypes of the result, without computing it.
 
-        The tensors cannot be read.
+        The tensors of these updates cannot be read.
 
-        Ranks are upper bounds.
+        The ranks of the updates are upper bounds.
         """
         return blank({place.target: self._outline_at(place) for place in self.aligned})
 

@@ -193,8 +193,7 @@ class FormulaContext:
         return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw numbers in [0, 1) for present adapter t. Each number depends only on the adapter's key and on its own
-        index.
+        """Draw numbers in [0, 1) for present adapter t. Each depends only on the adapter's key and on its own index.
 
         An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32. The key of
         Philox is the result of `key`.
@@ -217,7 +216,6 @@ class FormulaContext:
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)
 
     def key(self, t: int) -> int:
-        """Return the 64-bit key of Philox for present adapter t, a hash of seed, target, part and the adapter's index.
-        """
+        """Return Philox's 64-bit key for present adapter t: a hash of seed, target, part and adapter index."""
         words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")

@@ -35,7 +35,7 @@ def ahead(
 ) -> Iterator[Iterator[Result]]:
     """Yield an iterator over the results of `work`, in the order of the items.
 
-    Worker threads compute them in advance.
+    Worker threads compute the results in advance.
 
     Args:
         work: a function that computes the result of an item. Its errors are raised when the iterator reaches the

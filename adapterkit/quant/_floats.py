@@ -109,7 +109,7 @@ class ScaledFloat8(Rowwise):
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
         """Quantize a run of rows: return q and scales.
 
-        A scale is the block's largest magnitude / the largest 8-bit float.
+        A scale is the block's largest magnitude, divided by the largest 8-bit float.
         """
         import ml_dtypes
         import numpy as np

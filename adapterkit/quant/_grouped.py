@@ -74,7 +74,7 @@ class Grouped(Packed):
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
         """Convert q, zero points and scales of some rows to their stored forms.
 
-        Omit zero points that are not stored.
+        Omit the zero points if the format does not store them.
         """
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Grouped(Packed):
         return q, *chosen[1:]
 
     def _fixed_zero(self) -> int | None:
-        """Return the zero point of all groups if it is the same, as in symmetric quantization; else None."""
+        """Return the zero point that all groups have, as in symmetric quantization; None if zero points differ."""
         zeros = self.zeros(0, self.shape[0])
         if isinstance(zeros, int):
             return zeros

@@ -132,8 +132,7 @@ class Entrywise(Combiner):
         """
 
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
-        """Add the changes of a tensor to `at.census`, for formulas that need statistics of whole adapters.
-        """
+        """Add the changes of a tensor to `at.census`, for formulas that need statistics of whole adapters."""
 
     def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
         """Yield (slice of rows, result in these rows), block by block."""

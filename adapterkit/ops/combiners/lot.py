@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """The least-squares solution over the inputs. If all changes have low-rank factors, so has the result.
-    """
+    """The least-squares solution over the inputs. It has low-rank factors if all changes have."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"

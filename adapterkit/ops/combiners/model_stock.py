@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point nearest to the centre of fine-tuned weights, on the line from the base to the mean of the changes.
-    """
+    """The point nearest to the centre of fine-tuned weights, on the line between the base and the mean change."""
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
