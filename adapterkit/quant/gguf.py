@@ -50,7 +50,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 class GgufModel(Scheme):
     """A GGUF model in one file, or in several files named `-00001-of-0000N.gguf`.
 
-    `general.architecture` determines names and row order.
+    The key `general.architecture` determines the names of the weights and the order of their rows.
 
     Image and video models from ComfyUI-GGUF and stable-diffusion.cpp have the names and row orders of the original
     safetensors files. stable-diffusion.cpp does not write the architecture.
@@ -375,7 +375,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight that is stored in rows of 256 values because its rows do not fill blocks: a small convolution."""
+    """A weight stored in rows of 256 values because its own rows do not fill whole blocks: a small convolution."""
 
     tensor: _Tensor
 
@@ -416,7 +416,7 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base, set to write all matrices in another type; vectors and routers keep their types.
+    """Return the base, configured to write all matrices in another type; vectors and routers keep their types.
 
     Raises:
         UsageError: the type is unknown.
@@ -445,7 +445,7 @@ def _retyped(weight: Packed, kind: str) -> Packed:
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """Return the base, set to write each tensor in the type that it has in `merged`."""
+    """Return the base, configured to write each tensor in the type that the tensor has in `merged`."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -507,7 +507,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return the rows with the ascending numbers `wanted`, as float32 [rows, width]."""
+        """Return the rows whose numbers `wanted` lists in ascending order, as float32 `[rows, width]`."""
         import numpy as np
 
         if not self.turned:

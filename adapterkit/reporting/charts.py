@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .measuring import Effect, Measurements, Relation
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
-"""The colours of adapters. Most colour-blind readers can distinguish them; the contrast is 3 on white and black."""
+"""The colours of adapters. Most colour-blind readers can distinguish them; the contrast is at least 2.2 on white, and 4.5 on black."""
 
 FLAGGED, PLAIN = "#e4572e", "#8a94a6"
 
@@ -157,7 +157,7 @@ def _norms(measured: Measurements) -> Iterator[Chart]:
 
         spec = _map(measured, effects, lambda e: e.norm, _root_sum, label, "norm", domain=(0.0, largest), root=True)
         caption = "Frobenius norm of the change at each target. Dark is small. Layers run from top to bottom."
-        yield Chart(f"norms{end}", "Where it changes the model", f"Norm of the changes{of}", caption, spec)
+        yield Chart(f"norms{end}", "Where the adapters change the model", f"Norm of the changes{of}", caption, spec)
 
 
 def _root_sum(values: Sequence[float]) -> float:
@@ -253,9 +253,10 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
         }  # fmt: skip
         caption = (
             f"One line per target, for up to {LINES} targets. If a line drops right after its first point, the change "
-            f"has one direction; it is flagged if this direction has more than {percent(SPIKE)} of the squared norm."
+            f"has one main direction. The target is flagged if this direction has more than {percent(SPIKE)} of the "
+            "squared norm."
         )
-        yield Chart(f"spectra{end}", "How it changes it", f"Singular values{of}", caption, spec)
+        yield Chart(f"spectra{end}", "How the adapters change the model", f"Singular values{of}", caption, spec)
 
 
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
@@ -317,10 +318,10 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
         "layer": [points, stored],
     }  # fmt: skip
     caption = (
-        "Each point is a target, at the exponential of the entropy of its singular values. The vertical line is the "
-        "stored rank. If the points are far left of the line, a smaller rank is enough."
+        "Each point is the effective rank of a target: the exponential of the entropy of the singular values. The "
+        "vertical line is the stored rank. If the points are far left of the line, a smaller rank is enough."
     )
-    yield Chart("ranks", "How it changes it", "Effective rank against rank", caption, spec)
+    yield Chart("ranks", "How the adapters change the model", "Effective rank against rank", caption, spec)
 
 
 def _colour(measured: Measurements) -> dict[str, JsonValue]:
@@ -369,10 +370,10 @@ def _values(measured: Measurements) -> Iterator[Chart]:
         "layer": [bar(0, 6, 1, 0.9), bar(1, 5, width // 2, 0.45), bar(2, 4, width, 0.9)],
     }  # fmt: skip
     caption = (
-        "Thick: the middle half of the elements; medium: 90 %; thin: 98 %. Mean over the layers, from a block of up to "
-        "25,600 elements per target."
+        "The thick bar contains the middle half of the elements, the medium bar 90 %, and the thin bar 98 %. The ends "
+        "of the bars are means over the layers, measured in a block of up to 25,600 elements per target."
     )
-    yield Chart("values", "How it changes it", "Values of the elements", caption, spec)
+    yield Chart("values", "How the adapters change the model", "Values of the elements", caption, spec)
 
 
 def _base(measured: Measurements) -> Iterator[Chart]:
@@ -400,7 +401,7 @@ def _base(measured: Measurements) -> Iterator[Chart]:
             caption = (
                 "The number of intruders among the first ten singular vectors of the tuned weight: vectors whose "
                 "cosine with each singular vector of the base is under 0.6. Intruders are associated with forgetting. "
-                "Computed for the largest changes, if the decomposition is fast."
+                "Only the largest changes are checked, because decompositions are slow."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
@@ -411,10 +412,11 @@ def _likeness(measured: Measurements) -> Iterator[Chart]:
         return
     for name, title, caption, value, domain, scheme in (
         ("cosine", "Cosine between the adapters",
-         "1: the same change; 0: unrelated; -1: each undoes the other. Over all targets.",
+         "1: the same direction; 0: unrelated; -1: each undoes the other. Computed over all targets together.",
          measured.cosine, (-1.0, 1.0), "redblue"),
         ("overlap", "Subspace overlap",
-         "Share of one adapter's input directions that lies in the other's, 0 to 1; mean over the common targets.",
+         "How much of the smaller space of input directions lies in the larger space, from 0 to 1. Mean over the "
+         "targets that both adapters change.",
          lambda a, b: measured.mean(a, b, "overlap_in"), (0.0, 1.0), "viridis"),
     ):  # fmt: skip
         values = []

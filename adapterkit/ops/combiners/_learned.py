@@ -196,9 +196,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without the product of the factors; G is `[out, in * k]`, or `[e, out, in * k]` for stacked
-    experts.
-    """
+    """Return <D, G> without computing D; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 RESCALE = (
-    "what is rescaled: the merged change to the mean norm, each damped change to its norm before damping, or nothing"
+    "what is rescaled: the merged change to the mean norm (merged), each damped change to its norm before damping "
+    "(each), or nothing (none)"
 )
 
 
