@@ -1,7 +1,7 @@
 """Combine several adapters into one with a method in `COMBINERS`.
 
-The arguments are checked and resolved, and then the combiner's formula is evaluated at all targets; dense results are
-computed when they are read.
+First, the arguments are checked and resolved. Then the combiner's formula is evaluated at all targets. Dense results
+are not computed until they are read.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Evaluation:
         small = max(sizes, default=0.0) < kind.smallest_subnormal
         if bound and not small:
             return  # Most results return here, without loading the changes again.
-        # Use an upper bound of the entries, which needs no product of factors, to prove that all entries are too small.
+        # To prove that all entries are too small, use an upper bound of the entries: it needs no product of factors.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return

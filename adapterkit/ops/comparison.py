@@ -280,9 +280,9 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
     Args:
         one: the first change.
         other: the second change.
-        narrow: whether the factors have at most 32 bits. Products are then computed in float32, in half the time. Only
-            elements that are pure rounding noise can get a wrong sign, and the resulting shares equal those of float64
-            to within 1e-6.
+        narrow: whether the factors have at most 32 bits. If so, products are computed in float32, in half the time.
+            Only elements that are pure rounding noise can get a wrong sign, and the resulting shares equal those of
+            float64 to within 1e-6.
     """
     import numpy as np
 

@@ -137,8 +137,8 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
-                # The vote uses the thresholds, which have been computed before. One thread runs the vote; the others
-                # wait for the result.
+                # The vote uses thresholds that are already computed. One thread runs the vote; the others wait for the
+                # result.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)

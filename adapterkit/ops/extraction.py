@@ -202,9 +202,9 @@ def extract(
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless it has new tokens.
         method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the rows'
-            directions. `loha`: a Hadamard product of two products of this rank, which is closer to the change than a
-            LoRA. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the largest
-            entries, as many as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
+            directions. `loha`: a Hadamard product of two products of this rank; it is closer to the change than a LoRA
+            of this rank. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the
+            largest entries, as many as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
             float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs

@@ -229,7 +229,7 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
 
 
 def _rank(adapter: Adapter) -> int:
-    """Return the largest rank in an adapter's PEFT config, which is the rank that PEFT allocates."""
+    """Return the rank that PEFT allocates for an adapter: the largest rank in the adapter's config."""
     config = _config(adapter)
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]

@@ -184,7 +184,7 @@ def _by_gram(D: Array) -> Decomposition:
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
     # Compute singular values as norms of projections instead of from eigenvalues, because small eigenvalues are
-    # rounding noise. The product of the three factors then equals D up to rounding.
+    # rounding noise. With projections, the product of the three factors equals D up to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")

@@ -252,7 +252,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the original graph, which `onnx.inject` recorded when it added an adapter."""
+    """Return the sha256 of the graph without adapters. `onnx.inject` recorded it when adding an adapter."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL

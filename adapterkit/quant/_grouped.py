@@ -1,8 +1,8 @@
 """Read and write integers in groups of columns: w = (q - zero) * scale, with one zero and scale per row and group.
 
-When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale: the base's
-scale, which the tool that quantized the base may have optimized, and a new scale from the group's smallest and largest
-value. The scale with the smaller squared error is used.
+When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale. The first is
+the base's scale, because the tool that quantized the base may have optimized it. The second is a new scale, computed
+from the group's smallest and largest value. The scale with the smaller squared error is used.
 """
 
 from __future__ import annotations

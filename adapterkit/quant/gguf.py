@@ -74,7 +74,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the family's model type, which is used to resolve adapters' names."""
+        """Return a config with the family's model type, as needed to resolve adapters' names."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -148,8 +148,8 @@ class _Contents:
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
-        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, which no target
-        matches.
+        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, and no target
+        matches such a name.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -294,7 +294,7 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # Read up to four times as many rows as needed in one read, which is faster than one read per run of rows.
+        # One read of up to four times as many rows as needed is faster than one read per run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
@@ -496,7 +496,7 @@ class GgufPiece:
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
         places: for each row of the tensor, its row in the weight; if `turned` is set, head by head.
-        turned: True if each head's matrix is transposed, which llama.cpp needs for the keys in MLA.
+        turned: True if each head's matrix is transposed, because llama.cpp needs this for the keys in MLA.
     """
 
     member: str

@@ -1,8 +1,8 @@
 """Charts: Vega-Lite specifications of the measurements, and the same charts as SVG and PNG.
 
 vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
-only the drawings, and no chart library. The library would add 0.9 MB of script, which mail readers, notebooks on hubs
-and pages with a strict content security policy do not run. Text is drawn in `currentColor`, so that a drawing suits
+only the drawings, and no chart library. The library would add 0.9 MB of script. Mail readers, notebooks on hubs, and
+pages with a strict content security policy do not run scripts. Text is drawn in `currentColor`, so that a drawing suits
 both light and dark pages.
 """
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .measuring import Effect, Measurements, Relation
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
-"""The colours of adapters. Most colour-blind readers can distinguish them; the contrast is at least 2.2 on white, and 4.5 on black."""
+"""The colours of adapters. Most colour-blind readers can distinguish them. The contrast is at
+least 2.2 on white, and 4.5 on black."""
 
 FLAGGED, PLAIN = "#e4572e", "#8a94a6"
 
@@ -415,8 +416,7 @@ def _likeness(measured: Measurements) -> Iterator[Chart]:
          "1: the same direction; 0: unrelated; -1: each undoes the other. Computed over all targets together.",
          measured.cosine, (-1.0, 1.0), "redblue"),
         ("overlap", "Subspace overlap",
-         "How much of the smaller space of input directions lies in the larger space, from 0 to 1. Mean over the "
-         "targets that both adapters change.",
+         "How much of the smaller input space lies in the larger input space, 0 to 1; mean over common targets.",
          lambda a, b: measured.mean(a, b, "overlap_in"), (0.0, 1.0), "viridis"),
     ):  # fmt: skip
         values = []
@@ -466,7 +466,7 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         )  # fmt: skip
         caption = (
             "Share of the elements that two adapters move in opposite directions; with several pairs of adapters, the "
-            "largest share. For unrelated changes, the share is one half, which is white. Red means conflict."
+            "largest share. For unrelated changes, the share is one half (white). Red means conflict."
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:

@@ -1,4 +1,4 @@
-"""Base classes of entrywise combiners, which drop entries, elect signs, and sum the entries with the elected sign."""
+"""Base classes of entrywise combiners. These drop entries, elect signs, and sum entries with the elected sign."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 The result has rank r. The bases come from a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI). For this
 decomposition, each core is scaled to the norm `beta |D_t| + (1 - beta) mean |D|`. He et al. 2026,
-https://arxiv.org/abs/2606.03723; TIES trims each core separately, and beta, rounds and tolerance are as in
-https://github.com/ZhengbaoHe/compress-then-merge, whose README sets TIES's density to 0.25 and scales the result by
-0.75.
+https://arxiv.org/abs/2606.03723; the defaults of beta, iterations and tolerance, and the separate trimming of each core
+by TIES, are from https://github.com/ZhengbaoHe/compress-then-merge. Its README sets TIES's density to 0.25 and scales
+the result by 0.75.
 """
 
 from __future__ import annotations
