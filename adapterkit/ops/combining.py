@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The value of `rank` that cuts only results without low-rank factors; it cuts these to the inputs' largest rank."""
+"""The value of `rank` that cuts only results without low-rank factors, to the largest rank of the inputs."""
 
 
 SAMPLED = 16

@@ -311,8 +311,8 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     deltas = []
     for delta in (one, other):
-        # Divide A by a power of two near its largest magnitude, and multiply B by it, so that neither factor underflows
-        # in float32.
+        # Divide A by a power of two near A's largest magnitude, and multiply B by the same power, so that neither
+        # factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         deltas.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))

@@ -455,6 +455,7 @@ def _left_out(S: Array, norm: float) -> list[float]:
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # Set a difference of squares to zero if it is only rounding noise; In this case, S contains all singular values.
+    # Set a difference of squares to zero if the difference is only rounding noise. In this case, S contains all
+    # singular values.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

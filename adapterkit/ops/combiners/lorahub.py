@@ -28,9 +28,7 @@ class LoraHub(Learned):
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
 
-    apart: bool = parameter(
-        True, "sum A and B separately, so that the result contains products of two adapters' factors"
-    )
+    apart: bool = parameter(True, "sum A and B separately, which adds products of two adapters' factors")
     steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
     penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)
