@@ -247,7 +247,7 @@ class Evaluation:
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read.
 
-        All differences together are as large as the model.
+        Computing all differences at once would need as much memory as the model.
         """
         from ..io.computed import computed, rounded
 
@@ -538,7 +538,7 @@ def combine(
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`: use that tool's method names and defaults.
         data: a function that provides samples or scores, for methods that need them; see `COMBINERS[name].data`.
-            `TextData` makes the function from texts.
+            `TextData` creates such a function from texts.
         each: parameters that apply to one adapter only, one mapping per adapter, such as `[{"density": 0.5}, {}]`.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters. The first rule that matches a target's

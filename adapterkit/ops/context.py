@@ -162,8 +162,8 @@ class FormulaContext:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
         present: indices of the adapters that change this weight or bias, in the list of all adapters.
-        part: the part of the target: `weight` or `bias`, followed by the number of a stacked expert, such as `weight
-        3`.
+        part: the part of the target: `weight` or `bias`. For stacked experts, the expert's number follows, such as
+            `weight 3`.
         seed: the seed of all random numbers.
         overrides: parameters that apply to one adapter only, by index in the list of all adapters.
         scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.

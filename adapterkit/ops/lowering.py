@@ -44,7 +44,7 @@ U = TypeVar("U", bound=Update)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
-    """A change of one weight: D = B @ A + rest, all float64.
+    """A change of one weight, `D = B @ A + rest`, in float64.
 
     Attributes:
         B: `[out, r]`. Each update with low-rank factors adds to r at most the length of the weight's smaller side.
@@ -79,7 +79,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """The change that one adapter makes to one target, a weighted sum of additive updates.
+    """The change that one adapter makes to one target: the sum of additive updates, multiplied by `weight`.
 
     The methods read the tensors when they are called.
 
@@ -316,9 +316,9 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Resolve updates whose change of the bias depends on the weight.
+    """Compute the changes of the bias that depend on the weight.
 
-    Each update's formula gets the weight as the earlier updates leave it.
+    Each update's formula gets the weight that the earlier updates have changed.
     """
     import numpy as np
 

@@ -53,7 +53,7 @@ DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswa
 """
 
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
-"""A map from mergekit's switches to the methods that use them; other methods ignore them (mergekit 0.1.5)."""
+"""A map from mergekit's switches to the methods that use them; other methods ignore the switches (mergekit 0.1.5)."""
 
 ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",

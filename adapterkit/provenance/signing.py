@@ -4,7 +4,8 @@ The signature is a Sigstore bundle, so `model_signing verify` can check it. The 
 with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
 
 The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
-covers the names of base and adapters, and the weights of the adapters. No message shows the content of a key.
+covers the names of base and adapters, and the weights with which the adapters were merged. No message shows the content
+of a key.
 """
 
 from __future__ import annotations

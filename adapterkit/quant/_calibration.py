@@ -42,7 +42,7 @@ class Calibration:
         digest: the sha256 of the file.
         made_from: the base, adapters and texts of the run, as `adapterkit.gating.calibrate` recorded them.
         tensors: a map from a target to the values of its input, `[tokens, width]`. Only the first of several targets
-        with the same input is a key.
+            with the same input is a key.
         shared: a map from each target to the key of its input in `tensors`.
         drawn: whether the model read random ids instead of texts.
     """

@@ -96,7 +96,7 @@ ZERO_SIGNS = ("+", "majority")
 ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign of most entries (majority)"
 DENOMINATOR = (
     "the divisor: the number of adapters with the elected sign, or the sum of their weights; "
-    "if none has this sign, all adapters count"
+    "if no adapter has this sign, all adapters count"
 )
 DENSITY = "share of the entries to keep"
 SCALE = "factor of the result, lambda"

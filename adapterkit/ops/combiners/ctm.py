@@ -95,7 +95,7 @@ PRODUCTS = 24
 """
 
 PAUSE = 8
-"""The number of matrices that are decomposed without trying the iteration, after the iteration has failed for one."""
+"""If the iteration fails, this many matrices are decomposed fully: the current matrix and the next ones."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:

@@ -20,7 +20,7 @@ class ModelStock(Mixture):
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "count a negative mean cosine as 0, so that the result equals the base")
+    clamp: bool = parameter(True, "use 0 instead of a negative mean cosine, so that the result is the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPACES = (
     "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) "
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}) "
     "for the task's number and every path in spaces.paths"
 )
 

@@ -32,7 +32,9 @@ class RobustMerge(Pairwise):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
-    quantile: float = parameter(0.8, "quantile of a task's scales to which smaller scales are raised", least=0, most=1)
+    quantile: float = parameter(
+        0.8, "smaller scales of a task are raised to this quantile of its scales", least=0, most=1
+    )
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:

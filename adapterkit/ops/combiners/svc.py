@@ -1,4 +1,4 @@
-"""Singular value calibration: scale down those singular values of a merged change to which several tasks contribute.
+"""Singular value calibration: in a merged change, scale down the singular values to which several tasks contribute.
 
 D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by T /
 sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks have no common directions, alpha = 1
