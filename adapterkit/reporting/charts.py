@@ -402,7 +402,7 @@ def _base(measured: Measurements) -> Iterator[Chart]:
             caption = (
                 "The number of intruders among the first ten singular vectors of the tuned weight: vectors whose "
                 "cosine with each singular vector of the base is under 0.6. Intruders are associated with forgetting. "
-                "Only the largest changes are checked, because decompositions are slow."
+                "The largest changes are checked first, within a limit on the work of decompositions."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
