@@ -1,7 +1,7 @@
 """Combine several adapters into one with a method in `COMBINERS`.
 
-The arguments are checked and resolved, and then the combiner's formula is evaluated at all targets; dense results are
-computed when they are read.
+First, the arguments are checked and resolved. Then the combiner's formula is evaluated at all targets. Dense results
+are not computed until they are read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The value of `rank` that cuts only results without low-rank factors; it cuts these to the inputs' largest rank."""
+"""The value of `rank` that cuts only results without low-rank factors, to the largest rank of the inputs."""
 
 
 SAMPLED = 16
@@ -60,8 +60,8 @@ class Evaluation:
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
-        notes: a sentence for each target whose result is too small for its dtype, or is zero although some change is
-            not.
+        notes: a sentence for each target whose result is too small for its dtype, or is zero although one of the
+            changes is not zero.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Evaluation:
     def outline(self) -> dict[Target, tuple[Update, ...]]:
         """Return updates with the methods, shapes and dtypes of the result, without computing it.
 
-        The tensors cannot be read.
+        The tensors of these updates cannot be read.
 
-        Ranks are upper bounds.
+        The ranks of the updates are upper bounds.
         """
         return blank({place.target: self._outline_at(place) for place in self.aligned})
 
@@ -113,8 +113,8 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        # If the result may lack low-rank factors, outline it as dense. A format without dense updates then refuses it
-        # at once, and the user can set `rank="fit"`, which does not change results that have low-rank factors.
+        # If the result may lack low-rank factors, outline it as dense. A format without dense updates refuses such an
+        # outline at once. The user can then set `rank="fit"`, which does not change results that have low-rank factors.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
@@ -126,7 +126,7 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return the adapters' factors if joining the scaled updates yields the result; None if it must be computed."""
+        """Return one multiplier per adapter if joining the multiplied updates yields the result, else None."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
@@ -218,7 +218,7 @@ class Evaluation:
         return (update,), cut
 
     def _look(self, place: AlignedPlace, changes: Sequence[Change | None], deltas: Sequence[Delta] | None) -> None:
-        """Add a note if a result is zero, or becomes zero in its dtype, although the changes are not."""
+        """Add a note if a result is zero, or becomes zero in its dtype, although the changes are not zero."""
         import numpy as np
 
         kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
@@ -227,7 +227,7 @@ class Evaluation:
         small = max(sizes, default=0.0) < kind.smallest_subnormal
         if bound and not small:
             return  # Most results return here, without loading the changes again.
-        # Use an upper bound of the entries, which needs no product of factors, to prove that all entries are too small.
+        # To prove that all entries are too small, use an upper bound of the entries: it needs no product of factors.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -247,7 +247,7 @@ class Evaluation:
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read.
 
-        All differences together are as large as the model.
+        Computing all differences at once would need as much memory as the model.
         """
         from ..io.computed import computed, rounded
 
@@ -312,7 +312,7 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return the combined change, cut to the requested rank; its norm before the cut; and the norm of the error."""
+        """Return (combined change cut to the requested rank, norm before the cut, norm of the error)."""
         from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
@@ -488,14 +488,14 @@ def _approximation(parts: Decomposition, norm: float, lost: float) -> tuple[Delt
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A; if their rank is larger than the weight's smaller side, cut it without loss."""
+    """Return B and A. A rank above the weight's smaller side is reduced to that side, without any error."""
     from .lowrank import svd
 
     return (delta.B, delta.A) if delta.rank <= min(delta.shape) else balanced(*svd(delta))
 
 
 def _scaling(updates: Sequence[Update]) -> float | None:
-    """Return the scaling of an adapter's only update at a target; None if there are several, or it has no scaling."""
+    """Return the scaling of an adapter's only update at a target; None if there are several updates, or no scaling."""
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None
 
 
@@ -531,14 +531,14 @@ def combine(
             if none matches, the weight is 1.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
         rank: the rank to which the result is cut at each target. The cut is the best approximation of this rank; for
-            large matrices without low-rank factors, it is nearly the best. `"fit"` cuts only results without low-rank
-            factors, to the largest rank of the inputs. Every result is then a LoRA; results with low-rank factors keep
-            the sum of the ranks.
+            large matrices without low-rank factors, the cut is only nearly the best. `"fit"` cuts only results without
+            low-rank factors, to the largest rank of the inputs. With `"fit"`, every result is a LoRA, and results with
+            low-rank factors keep the sum of the ranks.
         dtype: the dtype of computed results; default: float64 if any tensor is float64, else float32.
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`: use that tool's method names and defaults.
         data: a function that provides samples or scores, for methods that need them; see `COMBINERS[name].data`.
-            `TextData` makes the function from texts.
+            `TextData` creates such a function from texts.
         each: parameters that apply to one adapter only, one mapping per adapter, such as `[{"density": 0.5}, {}]`.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters. The first rule that matches a target's
@@ -559,8 +559,8 @@ def combine(
 
     Returns:
         the combined adapter: LoRA updates if the method works on factors, else dense differences that are computed when
-        they are read. If a target's result is zero although its changes are not, or is too small for its dtype, the
-        last step of the lineage lists the target in `warnings`.
+        they are read. If a target's result is zero although its changes are not zero, or is too small for its dtype,
+        the last step of the lineage lists the target in `warnings`.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
@@ -644,7 +644,7 @@ def check_rank(rank: object, aligned: Sequence[AlignedPlace]) -> None:
     """Check that at least one weight is large enough for the rank.
 
     Raises:
-        UsageError: no weight can have the rank, and it is neither None nor `FIT`.
+        UsageError: the rank is neither None, nor `FIT`, nor a number that a weight's rank can be.
     """
     if rank is None or rank == FIT:
         return

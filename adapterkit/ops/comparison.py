@@ -46,15 +46,15 @@ class Likeness:
         relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
         norm_a: Frobenius norm of the first change, of weight and bias.
         norm_b: Frobenius norm of the second change.
-        effective_rank_a: exponential of the entropy of the singular values of the first weight's change (Roy and
-            Vetterli 2007); the mean over stacked experts.
-        effective_rank_b: the effective rank of the second weight's change.
+        effective_rank_a: exponential of the entropy of the singular values of the first change of the weight (Roy and
+            Vetterli 2007). For stacked experts, this is the mean over the experts.
+        effective_rank_b: the effective rank of the second change of the weight.
         cosine: cosine of the angle between the two changes, where weight and bias together are one vector.
-        overlap_out: how much of the smaller output space lies in the larger output space, from 0 to 1; the mean over
-            stacked experts.
+        overlap_out: how much of the smaller output space lies in the larger output space, from 0 to 1. For stacked
+            experts, this is the mean over the experts.
         overlap_in: the same for the input spaces.
         sign_conflict: among the weight's elements that both adapters change, the share with different signs.
-        interference: the share of the changes that cancels when both are added: 1 - sum|a + b| / (sum|a| + sum|b|).
+        interference: the share of the changes that cancels when both are added: `1 - sum|a + b| / (sum|a| + sum|b|)`.
     """
 
     target: str
@@ -225,7 +225,7 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
     narrow = wide([leaf for update in place.all_updates for leaf in update.tensors.values()]).name == "F32"
     weights = [_weight(pair, signs, narrow) for pair in side_by_side(changes)]
     totals = [math.fsum(each[i] for each in weights) + extra for i, extra in enumerate(_of_biases(biases))]
-    # Set the squared distance to zero for equal bytes, because it may be rounding noise.
+    # If all bytes are equal, set the squared distance to zero, because the computed distance may be rounding noise.
     if bits:
         totals[3] = 0.0
     for i, value in enumerate(totals):
@@ -280,8 +280,9 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
     Args:
         one: the first change.
         other: the second change.
-        narrow: whether the factors have at most 32 bits. Products are then computed in float32, in half the time. Only
-            elements that are pure rounding noise can get a wrong sign, and the resulting shares agree to 1e-6.
+        narrow: whether the factors have at most 32 bits. If so, products are computed in float32, in half the time.
+            Only elements that are pure rounding noise can get a wrong sign, and the resulting shares equal those of
+            float64 to within 1e-6.
     """
     import numpy as np
 
@@ -310,8 +311,8 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     deltas = []
     for delta in (one, other):
-        # Divide A by a power of two near its largest magnitude, and multiply B by it, so that neither factor underflows
-        # in float32.
+        # Divide A by a power of two near A's largest magnitude, and multiply B by the same power, so that neither
+        # factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         deltas.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))

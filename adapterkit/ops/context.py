@@ -25,7 +25,7 @@ class Census:
     """Statistics of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether formulas currently run only to collect statistics; their results are then ignored.
+        counting: whether formulas currently run only to collect statistics. If so, their results are ignored.
         partial: whether samples come only from some targets.
         majority: the elected sign that is more frequent over all targets, 1 or -1; computed when it is first used.
     """
@@ -137,8 +137,8 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
-                # The vote uses the thresholds, which have been computed before. One thread runs the vote; the others
-                # wait for the result.
+                # The vote uses thresholds that are already computed. One thread runs the vote; the others wait for the
+                # result.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)
@@ -162,7 +162,8 @@ class FormulaContext:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
         present: indices of the adapters that change this weight or bias, in the list of all adapters.
-        part: the part of the target: `weight` or `bias`, then the number of a stacked expert, as in `weight 3`.
+        part: the part of the target: `weight` or `bias`. For stacked experts, the expert's number follows, such as
+            `weight 3`.
         seed: the seed of all random numbers.
         overrides: parameters that apply to one adapter only, by index in the list of all adapters.
         scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.
@@ -192,7 +193,7 @@ class FormulaContext:
         return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and index.
+        """Draw numbers in [0, 1) for present adapter t. Each depends only on the adapter's key and on its own index.
 
         An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32. The key of
         Philox is the result of `key`.
@@ -215,6 +216,6 @@ class FormulaContext:
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)
 
     def key(self, t: int) -> int:
-        """Return the 64-bit key of Philox for present adapter t, a hash of seed, target, part and index."""
+        """Return Philox's 64-bit key for present adapter t: a hash of seed, target, part and adapter index."""
         words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")

@@ -22,7 +22,7 @@ CACHED = 1 << 15
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
-    """Return tuned - base in float32, which is almost always exact for 16-bit weights.
+    """Return `tuned - base` in float32. For 16-bit weights, this is almost always exact.
 
     Args:
         name: the name of the weight, for messages.
@@ -50,7 +50,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
 
 
 def left(D: Array, B: Array, A: Array) -> float:
-    """Return the Frobenius norm of D - B @ A, computed in blocks of rows."""
+    """Return the Frobenius norm of `D - B @ A`, computed in blocks of rows."""
     step = max(1, 8 * CACHED // max(D.shape[1], 1))
     B, A = B.astype(D.dtype), A.astype(D.dtype)
     return math.hypot(*(frobenius(D[i : i + step] - B[i : i + step] @ A) for i in range(0, len(D), step)))
@@ -76,7 +76,7 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """Return the number of rows of the base's table; the tuned table may have more.
 
     Raises:
-        ShapeMismatch: the shapes differ in more than additional rows of the tuned table.
+        ShapeMismatch: the shapes differ, and not only because the tuned table has additional rows.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):

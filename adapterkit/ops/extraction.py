@@ -108,7 +108,7 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2, whose shapes LyCORIS's rule determines.
+    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2. LyCORIS's rule determines the shapes.
 
     Divide D into blocks of the shape of w2, and make each block a row of a matrix. w1 and w2 are the first singular
     vectors of this matrix: Van Loan and Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is
@@ -184,9 +184,9 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is stored at full rank. A merge then restores the tuned weights;
-    the result is exact if their dtype has at most 32 bits. An energy of 1 or an error of 0 stores every matrix at full
-    rank.
+    A matrix whose smaller side is at most the rank is stored at full rank. Merging such a matrix restores the tuned
+    weight, exactly if the weight's dtype has at most 32 bits. An energy of 1 or an error of 0 stores every matrix at
+    full rank.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -195,15 +195,16 @@ def extract(
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest Frobenius error relative to each change's norm.
         scope: `target`: apply the criterion to each matrix separately. `all`: keep the largest singular values among
-            all matrices; energy and error then apply to the whole model, and rank is the mean rank. `all` is only for
-            the method `lora`. It needs all factors in memory, and matrices with small changes may get no update.
+            all matrices. In this case, energy and error apply to the whole model, and rank is the mean rank. `all` is
+            only for the method `lora`. It needs all factors in memory, and matrices with small changes may get no
+            update.
         targets: globs of the dotted paths to extract; empty for all. Other weights count as unchanged.
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless it has new tokens.
-        method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the direction.
-            `loha`: a Hadamard product of two products of this rank, which is closer to the change than a LoRA. `lokr`:
-            the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the largest entries, as many
-            as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
+        method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the rows'
+            directions. `loha`: a Hadamard product of two products of this rank; it is closer to the change than a LoRA
+            of this rank. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the
+            largest entries, as many as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
             float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
@@ -211,7 +212,7 @@ def extract(
         report: a function that is called with a `Cut` for each changed target.
         progress: a function that is called with (bytes of finished tuned weights, total bytes).
         rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. Without rules,
-            names of another version of transformers and similar names are mapped if that is unambiguous.
+            names from other versions of transformers, and similar names, are mapped if only one name fits.
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
@@ -219,7 +220,8 @@ def extract(
 
     Raises:
         CheckFailed: the tuned weights were merged from another base, and `strict_base` is set.
-        UsageError: not exactly one of rank, energy and error is given; its value is out of range; or no weight changed.
+        UsageError: none or several of rank, energy and error are given; the given value is out of range; or no weight
+        changed.
         Unsupported: the method is unknown, or it cannot express a convolution or stacked experts.
         TargetNotFound: one model has a weight that the other lacks.
         ShapeMismatch: a weight has another shape, apart from rows of new tokens.
@@ -285,15 +287,17 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """In scope `all`, a map from `_key` to each weight's cut decomposition. In scope `target`, None."""
+    """With scope `all`, a map from the key of a weight (see `_key`) to its cut decomposition; with scope `target`,
+    None.
+    """
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """A map from the name of the base's tied head to the stored embedding; the tuned model may store both."""
+        """A map from the name of the base's tied head to the name of its embedding; the tuned model may store both."""
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return arguments for the lineage that state whether a change of a tied embedding also changes the head.
+        """Return lineage arguments that state whether a change of a tied embedding also changes the head.
 
         The result is empty if no weights are tied.
 
@@ -577,7 +581,7 @@ def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
 def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
     """Return the metadata in the headers of the tuned model's files as an argument of a lineage step.
 
-    Empty if there is none.
+    The result is empty if the headers contain no metadata.
     """
     pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
     metadata = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))

@@ -44,10 +44,10 @@ U = TypeVar("U", bound=Update)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
-    """A change of one weight: D = B @ A + rest, all float64.
+    """A change of one weight, `D = B @ A + rest`, in float64.
 
     Attributes:
-        B: `[out, r]`. Each update with low-rank factors adds at most the weight's smaller side to r.
+        B: `[out, r]`. Each update with low-rank factors adds to r at most the length of the weight's smaller side.
         A: `[r, in * k]`.
         rest: `[out, in * k]`, or None if D = B @ A.
     """
@@ -66,7 +66,7 @@ class Delta:
         return len(self.A)
 
     def dense(self) -> Array:
-        """Return D `[out, in * k]`. Callers must not modify it, because without factors it is the array `rest`."""
+        """Return D `[out, in * k]`. Callers must not modify D, because D may be the array `rest` itself."""
         # Skip the product if its inner size is 0: filling it with zeros took a twentieth of the time of `knots_ties`.
         if self.rest is not None and not self.rank:
             return self.rest
@@ -79,7 +79,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """The change that one adapter makes to one target, a weighted sum of additive updates.
+    """The change that one adapter makes to one target: the sum of additive updates, multiplied by `weight`.
 
     The methods read the tensors when they are called.
 
@@ -316,9 +316,9 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Resolve updates whose change of the bias depends on the weight.
+    """Compute the changes of the bias that depend on the weight.
 
-    Each update's formula gets the weight as the earlier updates leave it.
+    Each update's formula gets the weight that the earlier updates have changed.
     """
     import numpy as np
 
@@ -399,7 +399,7 @@ def dense(
 
 
 def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
-    """Return B = U sqrt(S) and A = sqrt(S) Vh."""
+    """Return `B = U sqrt(S)` and `A = sqrt(S) Vh`."""
     root = S**0.5
     return U * root, root[:, None] * Vh
 
@@ -456,13 +456,13 @@ def _filled(array: Array, rank: int, axis: int) -> Array:
 
 
 def unread(leaf: Leaf) -> Lazy:
-    """Return a placeholder with the tensor's shape and dtype, which cannot be read."""
+    """Return a placeholder with the tensor's shape and dtype. Reading the placeholder fails."""
     known = as_lazy(leaf)
     return unknown(known.shape, known.dtype)
 
 
 def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
-    """Return a placeholder for a tensor that is not computed yet; it cannot be read."""
+    """Return a placeholder for a tensor that is not computed yet. Reading the placeholder raises `NotComputed`."""
 
     def fetch() -> Buffer:
         raise NotComputed
@@ -489,7 +489,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     """
     try:
         write(outline)
-    # The writer accepted the outline: it tried to read a tensor.
+    # The writer has accepted the outline, because it checks all updates before it reads the first tensor.
     except NotComputed:
         return
     except Unrepresentable as error:

@@ -22,13 +22,14 @@ TALL = 4
 """Matrices with at least this many rows per column are orthonormalized with their Gram matrix instead of QR."""
 
 INDEPENDENT = 1e-11
-"""The largest allowed distance between the second Gram matrix and the identity.
+"""The largest allowed difference between the Gram matrix of the second round and the identity.
 
-It allows condition numbers up to 200.
+This limit allows condition numbers up to 200.
 """
 
 CONDITION = 1e3
-"""The largest condition number (in the Frobenius norm) for which one Cholesky decomposition computes R to 1e-11."""
+"""The largest condition number (in the Frobenius norm) for which one Cholesky decomposition computes R to within 1e-11.
+"""
 
 TINY_SQUARE = 1e-200
 """Squared column norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
@@ -91,7 +92,7 @@ def images(deltas: Sequence[Delta], R: Array) -> Array:
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
-    """Return the cores, `[p, q]` each, without bases; they suffice for norms, angles and singular values."""
+    """Return the cores, `[p, q]` each, without bases; cores suffice to compute norms, angles and singular values."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
@@ -139,7 +140,7 @@ def triangle(X: Array) -> Array:
 def _cholesky(X: Array) -> tuple[Array, Array] | None:
     """Return (L, norms of the columns), where L L^T is the Gram matrix of the normalized columns.
 
-    None if QR is better.
+    Return None if the caller should use QR instead.
     """
     import numpy as np
 

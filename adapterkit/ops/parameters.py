@@ -72,7 +72,7 @@ def plain(setting: Setting, where: str) -> Setting:
     """Check a setting's type and return it as plain data.
 
     Raises:
-        UsageError: the setting has another type.
+        UsageError: the type is not one that a `Setting` may have.
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
@@ -203,8 +203,8 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
     """Return the rank to which PEFT cuts a combination, and the factor by which it multiplies the result.
 
     `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. But if
-    the first adapter's config has `use_rslora`, the scaling is alpha / sqrt(rank), and PEFT's result is sqrt(rank)
-    times as large (PEFT 0.21.2). adapterkit applies the same factor, to reproduce PEFT's result.
+    the first adapter's config has `use_rslora`, the scaling is alpha / sqrt(rank). In this case, PEFT's result is
+    sqrt(rank) times the intended result (PEFT 0.21.2). adapterkit applies the same factor, to reproduce PEFT's result.
 
     Args:
         name: the combination type.
@@ -229,7 +229,7 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
 
 
 def _rank(adapter: Adapter) -> int:
-    """Return the largest rank in an adapter's PEFT config, which is the rank that PEFT allocates."""
+    """Return the rank that PEFT allocates for an adapter: the largest rank in the adapter's config."""
     config = _config(adapter)
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]

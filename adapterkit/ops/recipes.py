@@ -49,16 +49,18 @@ _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
 DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswap"}
-"""mergekit's methods that combine differences from the base; a listed model that is the base then changes nothing."""
+"""mergekit's methods that combine differences from the base; with these, listing the base as a model changes nothing.
+"""
 
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
-"""A map from mergekit's switches to the methods that use them; other methods ignore them (mergekit 0.1.5)."""
+"""A map from mergekit's switches to the methods that use them; other methods ignore the switches (mergekit 0.1.5)."""
 
 ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are not parameters of a method; recipes use other keys, or none, for these."""
+"""Arguments of `combine` that are not parameters of a method. Recipes have other keys, or no keys, for these arguments.
+"""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """A map from mergekit's parameters to values that are accepted because they have no effect on the result."""
@@ -306,7 +308,7 @@ def _named_base(
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
-            cure = "Remove the base from models, and divide the other weights by the sum of all, the base included"
+            cure = "Remove the base from models, and divide their weights by the sum of all weights, including the base"
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
         # Drop the base from the models: these methods combine differences from the base, and the base's own difference
         # is zero.

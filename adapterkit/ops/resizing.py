@@ -100,8 +100,9 @@ def resize(
         sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
         sv_fro: kohya's rule: the least share of the Frobenius norm to keep.
         scope: `target`: apply the criterion to each target separately. `all`: keep the largest singular values of the
-            whole adapter. `rank` is then the mean rank, and targets without any kept singular value are dropped.
-        base: the base, to resolve names, and for shapes that the adapter does not contain.
+            whole adapter. In this case, `rank` is the mean rank, and targets without any kept singular value are
+            dropped.
+        base: the base, which is used to resolve names, and to read shapes that the adapter does not contain.
         dtype: the dtype of the new factors; default: float64 if any factor is float64, else float32.
         report: a function that is called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
@@ -109,7 +110,7 @@ def resize(
 
     Raises:
         CheckFailed: the base differs from the base that the adapter records, and `strict_base` is set.
-        UsageError: not exactly one criterion is given; its value is out of range; or the rank is larger than the
+        UsageError: no criterion or too many criteria are given; a value is out of range; or the rank is larger than the
             smaller side of every weight.
     """
     stage("decomposing the updates")
@@ -328,7 +329,7 @@ def _size(S: Array) -> float:
 
 
 def seed_of(name: str) -> int:
-    """Return a seed for one target's random vectors, which does not depend on the order of the targets."""
+    """Return a seed for one target's random vectors. The seed does not depend on the order of the targets."""
     import zlib
 
     return zlib.crc32(name.encode())

@@ -45,7 +45,8 @@ EXACT = 1e-6
 """A relative error below this number counts as zero; a low-rank change with rounding noise has such an error."""
 
 DEPENDENT = 1e-9
-"""Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue are too close to rounding noise."""
+"""Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue are too close to rounding noise to use.
+"""
 
 TESTS = 8
 POWERS = 24
@@ -121,7 +122,10 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Approximate a matrix too large for memory, like `approximated`; `rows` is called six times for its blocks."""
+    """Approximate a matrix that is too large for memory; see `approximated`.
+
+    Each call of `rows` yields all blocks of the matrix. `rows` is called six times.
+    """
     import numpy as np
 
     m, n = shape
@@ -154,7 +158,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of the part that S, the kept singular values, omits; call `measure` if the formula is inexact."""
+    """Return the norm of the change without the kept singular values S; call `measure` if the formula is inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -180,7 +184,7 @@ def _by_gram(D: Array) -> Decomposition:
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
     # Compute singular values as norms of projections instead of from eigenvalues, because small eigenvalues are
-    # rounding noise. The product of the three factors then equals D up to rounding.
+    # rounding noise. With projections, the product of the three factors equals D up to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
@@ -200,7 +204,7 @@ def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> t
 
 
 def _basis(block: Array) -> Array:
-    """Return orthonormal columns with the same span, computed from the Gram matrix (Stathopoulos and Wu 2002)."""
+    """Return orthonormal columns with the span of `block`, using the Gram matrix (Stathopoulos and Wu 2002)."""
     import numpy as np
 
     # The Gram matrix is much faster than QR, but inexact if columns are nearly dependent. The eigenvalues show whether
@@ -280,7 +284,7 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 class Criterion:
     """A criterion for how many singular values to keep. If no field is set, all are kept.
 
-    Only one field may be set, except that `rank` may be set with one of kohya's rules; it is then an upper limit.
+    Only one field may be set, except that `rank` may be set together with one of kohya's rules, as an upper limit.
 
     Attributes:
         rank: the number of singular values to keep.
@@ -291,7 +295,8 @@ class Criterion:
         sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
         sv_fro: kohya's rule: the least share of the Frobenius norm to keep; `energy` is its square.
         scope: `target`: apply the criterion to each weight separately. `all`: keep the largest singular values among
-            all weights; `rank` is then the mean rank, and energy, error and frobenius apply to the whole adapter.
+            all weights; in this case, `rank` is the mean rank, and energy, error and frobenius apply to the whole
+            adapter.
     """
 
     rank: int | None = None
@@ -307,7 +312,7 @@ class Criterion:
         """Check the values.
 
         Raises:
-            UsageError: not exactly one criterion is given, or it is out of range.
+            UsageError: no criterion or too many criteria are given, or a value is out of range.
         """
         given = self.record()
         chosen = [name for name in given if name != "rank" or not self._by_values]
@@ -380,7 +385,7 @@ class Criterion:
         Scope `target` keeps at least one singular value of each weight; scope `all` keeps at least one in total.
 
         Args:
-            spectra: the singular values of each weight, or only the largest ones, largest first.
+            spectra: the singular values of each weight, largest first. The smallest ones may be missing.
             norms: Frobenius norms of the weights' changes.
         """
         if self.scope == "target":
@@ -415,7 +420,7 @@ class Criterion:
         return enough[0] if enough else len(S) + beyond
 
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
-        """Return how many singular values kohya keeps, at least 1.
+        """Return how many singular values kohya's rule keeps, at least 1.
 
         If the number depends on values that S lacks, return len(S) + `beyond`.
 
@@ -450,6 +455,7 @@ def _left_out(S: Array, norm: float) -> list[float]:
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # Set a difference of squares to zero if it is only rounding noise; S then contains all singular values.
+    # Set a difference of squares to zero if the difference is only rounding noise. In this case, S contains all
+    # singular values.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

@@ -47,7 +47,7 @@ from .signing import files_of, statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
-"""The environment variable with the document's time, in seconds since 1970; a standard of reproducible builds."""
+"""The environment variable with the document's time, in seconds since 1970, as is standard for reproducible builds."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -103,7 +103,7 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     Returns:
         A CycloneDX 1.6 document: the model with the SHA-256 of every file, the licences, base and adapters as
-        ancestors, and a model card with the values in the files.
+        ancestors, and a model card with values read from the files.
 
     Raises:
         StorageError: the path does not exist or cannot be read.
@@ -172,8 +172,8 @@ def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
     """Return the parts whose licences apply: base and adapters of a merge, or the adapter or model at the path."""
     parts = parts_of(statement.get("made_from") or {})
     if statement.get("kind") == "merged" and parts:
-        # A merge copies the base's model card. A card with a licence that differs from the base's was written for the
-        # merged model.
+        # A merge copies the base's model card. If the card's licence differs from the base's, the card was written for
+        # the merged model.
         licence_here = licence_at(root)
         return (
             parts

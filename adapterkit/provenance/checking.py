@@ -1,4 +1,4 @@
-"""Check that the expected signer made a signature, and that no file was changed, added or removed since.
+"""Check that the expected signer made a signature, and that no file was changed, added or removed after signing.
 
 A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload of the
 file. In the rest of the file, most tools ignore unknown keys and unused bits of base64. They therefore accept several
@@ -235,8 +235,8 @@ def check_signature(
     Raises:
         Corrupt: a file was changed, added or removed, or the signature was changed or made with another key.
         StorageError: a path does not exist or cannot be read.
-        UsageError: not exactly one of `key`, `trust` and `identity` is set, or the signature is of another kind.
-        Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
+        UsageError: none or several of `key`, `trust` and `identity` are set, or the signature needs another of these.
+        Malformed, Unsupported: the key is invalid or of an unsupported kind, or `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
@@ -316,7 +316,8 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     serialization = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = serialization if isinstance(serialization, Mapping) else {}
     hashing = model_signing("hashing").Config()
-    # Convert the name of the digest, which model-signing writes, to the name of the algorithm, which it expects.
+    # model-signing writes the name of the digest, but expects the name of the algorithm. Convert the first to the
+    # second.
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
     # Follow links to files: the caches of hubs consist of links, and the content of the files is compared.
     names = {"hashing_algorithm": algorithm, "allow_symlinks": True}

@@ -4,7 +4,8 @@ The signature is a Sigstore bundle, so `model_signing verify` can check it. The 
 with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
 
 The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
-covers the names of base and adapters, and the weights of the adapters. No message shows the content of a key.
+covers the names of base and adapters, and the weights with which the adapters were merged. No message shows the content
+of a key.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def signer(
 
     Raises:
         Malformed: the key or a certificate is invalid, or the password is wrong.
-        Unsupported: the key is of another kind, or model-signing is not installed.
+        Unsupported: the curve of the key is not in `CURVES`, or model-signing is not installed.
         UsageError: the password of an encrypted key is missing.
     """
     config = model_signing("signing").Config()
@@ -107,7 +108,7 @@ def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str
 
     Raises:
         Malformed: the file does not contain a public key or a certificate.
-        Unsupported: the key is of another kind, or model-signing is not installed.
+        Unsupported: the curve of the key is not in `CURVES`, or model-signing is not installed.
     """
     config = model_signing("verifying").Config()
     if key is not None:
@@ -187,11 +188,11 @@ _EXACT = 1 << 53
 """Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
 
 _OF_FILES = ("written", "norms")
-"""Parts of a merge's record that the statement omits, because they describe bytes, which the signed digests cover."""
+"""Parts of a merge's record that the statement omits: they describe bytes that the signed digests already cover."""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return the facts about their origin that the files at `path` record, as plain JSON.
+    """Return, as plain JSON, the facts that the files at `path` record about their origin.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -220,7 +221,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Also sign a file that cannot be read here, because reading it may only require an option, such as alpha.
+        # Sign the file even if it cannot be read here, because reading it may only require an option, such as alpha.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -252,7 +253,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the original graph, which `onnx.inject` recorded when it added an adapter."""
+    """Return the sha256 of the graph without adapters. `onnx.inject` recorded it when adding an adapter."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL
@@ -302,7 +303,7 @@ class Signed:
         out: the signature file.
         files: the number of signed files.
         statement: the signed statement of the lineage.
-        not_covered: existing files that are not signed: files of git and of downloads.
+        not_covered: existing files that are not signed: git's files, and records of downloads.
     """
 
     path: str
@@ -340,7 +341,8 @@ def sign(
         out: the signature file; `PATH.sig` if None.
         key: a private key of the elliptic curve P-256, P-384 or P-521, in PEM form.
         password: the password of an encrypted key.
-        certificate: the certificate of the key, in PEM form; a verifier then needs to trust only its issuer.
+        certificate: the certificate of the key, in PEM form. With a certificate, a verifier needs to trust only the
+        issuer.
         chain: the certificates between `certificate` and the trusted root.
         sigstore: sign with an OpenID Connect identity instead of a key. This needs a network, and writes the identity
             to a public log.
@@ -355,8 +357,8 @@ def sign(
         StorageError: `path` does not exist, or `out` exists.
         UsageError: neither or both of `key` and `sigstore` are set, the password of an encrypted key is missing, or the
             folder has no files.
-        Malformed, Unsupported: the key is invalid or of another kind, a file's name is not UTF-8, or `model-signing` is
-            not installed.
+        Malformed, Unsupported: the key is invalid or of an unsupported kind, a file's name is not UTF-8, or
+            `model-signing` is not installed.
         NetworkError: sigstore cannot be reached, or refuses to sign.
 
     Example:

@@ -68,7 +68,7 @@ class Packed(ABC):
 
     @property
     def written(self) -> Lazy:
-        """The stored tensor as it will be written, if the weight `changes`; only the tensor's size is known.
+        """The stored tensor as it will be written, if `changes` is true; only the tensor's size is known.
 
         Raises:
             Unsupported: the scheme has only one type.
@@ -125,7 +125,7 @@ class Packed(ABC):
 
 
 class Rowwise(Packed):
-    """A packed weight of which a run of rows can be merged, packed and written without the other rows."""
+    """A packed weight whose rows can be merged, packed and written in runs, without the other rows."""
 
     @property
     @abstractmethod
@@ -134,21 +134,21 @@ class Rowwise(Packed):
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether a run may begin at this row: all earlier rows precede it in each stored tensor that changes."""
+        """Whether a run may begin at this row: each stored tensor that changes stores all earlier rows before it."""
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
         """Return the offset of a row's first byte in each stored tensor that changes, as it will be written.
 
         Args:
-            row: the number of the row; `closed` is true for it.
+            row: the number of the row; `closed(row)` must be true.
         """
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
         """Quantize rows from `start` on; return their bytes in each stored tensor that changes.
 
-        `closed` must be true for the first row and for the row after the last.
+        `closed` must be true for the first row, and for the row that follows the last row.
 
         Args:
             start: the number of the first row.
@@ -214,7 +214,7 @@ QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """Return the dtype to dequantize to: the scale's or else the model's, if it has 16 bits; otherwise bfloat16."""
+    """Return the dtype to dequantize to: the first 16-bit dtype of the scale's and the model's, else bfloat16."""
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}
@@ -227,7 +227,7 @@ def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -
 
     Raises:
         Malformed: the tensor is missing.
-        ShapeMismatch: the tensor has another dtype.
+        ShapeMismatch: the tensor's dtype is not in `dtypes`.
     """
     tensor = base.tensors.get(name)
     if tensor is None:
@@ -306,7 +306,7 @@ def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def divided(values: Array, scale: Array | float) -> Array:
-    """Return values / scale, and 0 where the scale is 0."""
+    """Return `values / scale`, and 0 for elements whose scale is 0."""
     import numpy as np
 
     wide = np.broadcast_to(np.asarray(scale, np.float32), values.shape)
@@ -381,7 +381,7 @@ class Dequantized(Checkpoint):
         stored: the quantized base.
         packs: True if merged weights will be quantized again.
         keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None to round to
-            the nearest.
+            the nearest value.
         calibration: the recorded inputs of the targets, used to round the weights; None to round without inputs.
     """
 
@@ -452,7 +452,7 @@ ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
 
 
 def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
-    """Return the base with all weights dequantized when they are read.
+    """Return the base as a checkpoint whose weights are dequantized when they are read.
 
     Args:
         base: a quantized base.

@@ -41,7 +41,8 @@ class Calibration:
         path: the file.
         digest: the sha256 of the file.
         made_from: the base, adapters and texts of the run, as `adapterkit.gating.calibrate` recorded them.
-        tensors: a map from the first target with an input to the values of this input, `[tokens, width]`.
+        tensors: a map from a target to the values of its input, `[tokens, width]`. Only the first of several targets
+            with the same input is a key.
         shared: a map from each target to the key of its input in `tensors`.
         drawn: whether the model read random ids instead of texts.
     """
@@ -54,7 +55,7 @@ class Calibration:
     drawn: bool = False
 
     def width(self, path: str) -> int | None:
-        """Return the number of inputs of a target; None if the file does not have the target."""
+        """Return the number of input features of a target; None if the file does not have the target."""
         tensor = self.tensors.get(self.shared.get(path, path))
         return None if tensor is None else tensor.shape[1]
 

@@ -1,4 +1,4 @@
-"""Read and write weights of 8-bit and 4-bit floats, which several schemes use."""
+"""Read and write weights of 8-bit and 4-bit floats. Several schemes use this module."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from . import Array, Merged
 
 
-# Read and write weights of 8-bit floats with one scale per tensor, row or block, which several schemes use.
+# Read and write weights of 8-bit floats with one scale per tensor, row or block.
 
 
 DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -61,7 +61,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # Look the values up in a table of 256 values, which takes a third of the time of a cast.
+        # A lookup in a table of 256 values takes a third of the time of a cast.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -109,7 +109,7 @@ class ScaledFloat8(Rowwise):
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
         """Quantize a run of rows: return q and scales.
 
-        A scale is the block's largest magnitude / the largest 8-bit float.
+        A scale is the block's largest magnitude, divided by the largest 8-bit float.
         """
         import ml_dtypes
         import numpy as np

@@ -1,8 +1,8 @@
 """Read and write integers in groups of columns: w = (q - zero) * scale, with one zero and scale per row and group.
 
-When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale: the base's
-scale, which the tool that quantized the base may have optimized, and a new scale from the group's smallest and largest
-value. The scale with the smaller squared error is used.
+When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale. The first is
+the base's scale, because the tool that quantized the base may have optimized it. The second is a new scale, computed
+from the group's smallest and largest value. The scale with the smaller squared error is used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Grouped(Packed):
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
         """Convert q, zero points and scales of some rows to their stored forms.
 
-        Omit zero points that are not stored.
+        Omit the zero points if the format does not store them.
         """
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Grouped(Packed):
         return q, *chosen[1:]
 
     def _fixed_zero(self) -> int | None:
-        """Return the zero point of all groups if it is the same, as in symmetric quantization; else None."""
+        """Return the zero point that all groups have, as in symmetric quantization; None if zero points differ."""
         zeros = self.zeros(0, self.shape[0])
         if isinstance(zeros, int):
             return zeros

@@ -179,7 +179,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 
 
 def _weights(base: Checkpoint, key: str) -> JsonValue:
-    """Return the value of a property of weights that all groups in the config share."""
+    """Return a property of the weights from the config, where it must be the same in all groups of layers."""
     groups = settings(base).get("config_groups")
     values_seen = []
     for group in groups.values() if isinstance(groups, dict) else ():

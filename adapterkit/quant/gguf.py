@@ -50,7 +50,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 class GgufModel(Scheme):
     """A GGUF model in one file, or in several files named `-00001-of-0000N.gguf`.
 
-    `general.architecture` determines names and row order.
+    The key `general.architecture` determines the names of the weights and the order of their rows.
 
     Image and video models from ComfyUI-GGUF and stable-diffusion.cpp have the names and row orders of the original
     safetensors files. stable-diffusion.cpp does not write the architecture.
@@ -74,7 +74,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the family's model type, which is used to resolve adapters' names."""
+        """Return a config with the family's model type, as needed to resolve adapters' names."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -148,8 +148,8 @@ class _Contents:
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
-        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, which no target
-        matches.
+        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, and no target
+        matches such a name.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -294,7 +294,7 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # Read up to four times as many rows as needed in one read, which is faster than one read per run of rows.
+        # One read of up to four times as many rows as needed is faster than one read per run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
@@ -375,7 +375,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight that is stored in rows of 256 values because its rows do not fill blocks: a small convolution."""
+    """A weight stored in rows of 256 values because its own rows do not fill whole blocks: a small convolution."""
 
     tensor: _Tensor
 
@@ -416,7 +416,7 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base, set to write all matrices in another type; vectors and routers keep their types.
+    """Return the base, configured to write all matrices in another type; vectors and routers keep their types.
 
     Raises:
         UsageError: the type is unknown.
@@ -445,7 +445,7 @@ def _retyped(weight: Packed, kind: str) -> Packed:
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """Return the base, set to write each tensor in the type that it has in `merged`."""
+    """Return the base, configured to write each tensor in the type that the tensor has in `merged`."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -496,7 +496,7 @@ class GgufPiece:
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
         places: for each row of the tensor, its row in the weight; if `turned` is set, head by head.
-        turned: True if each head's matrix is transposed, which llama.cpp needs for the keys in MLA.
+        turned: True if each head's matrix is transposed, because llama.cpp needs this for the keys in MLA.
     """
 
     member: str
@@ -507,7 +507,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return the rows with the ascending numbers `wanted`, as float32 [rows, width]."""
+        """Return the rows whose numbers `wanted` lists in ascending order, as float32 `[rows, width]`."""
         import numpy as np
 
         if not self.turned:

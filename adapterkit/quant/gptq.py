@@ -1,7 +1,7 @@
 """GPTQ, as in AutoGPTQ and GPTQModel: w[out, in] = (q - (zero + 1)) * scale, per group of inputs.
 
-Frantar et al. 2022, arXiv:2210.17323. The older format stores zero points minus 1; format 2 stores the zero points, so
-its formula has no + 1.
+Frantar et al. 2022, arXiv:2210.17323. The older format stores zero points minus 1; format 2 stores the zero points
+themselves, so its formula contains `zero` instead of `zero + 1`.
 """
 
 from __future__ import annotations

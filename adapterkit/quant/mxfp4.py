@@ -1,8 +1,8 @@
 """MXFP4, for gpt-oss's experts: w = e2m1 * 2^(scale - 127), with one scale per 32 values.
 
 In OCP Microscaling Formats 1.0, a block's scale is a quarter of the largest power of two that does not exceed the
-block's largest magnitude. A merge doubles this scale if the error is then smaller. Values are packed along the inputs;
-the unpacked experts are `[e, in, out]`.
+block's largest magnitude. A merge doubles this scale if this makes the error smaller. Values are packed along the
+inputs; the unpacked experts are `[e, in, out]`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUP = 32
 
 
 class Mxfp4(Scheme):
-    """`<weight>_blocks` `[e, out, in/32, 16]`, the first value of a byte in its low half; and `<weight>_scales`."""
+    """`<weight>_blocks` `[e, out, in/32, 16]`, with a byte's first value in the low half, and `<weight>_scales`."""
 
     url = "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf"
     description = "MXFP4: experts of 4-bit floats with powers of two as scales (gpt-oss)"

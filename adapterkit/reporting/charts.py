@@ -1,8 +1,8 @@
 """Charts: Vega-Lite specifications of the measurements, and the same charts as SVG and PNG.
 
 vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
-only the drawings, and no chart library. The library would add 0.9 MB of script, which mail readers, notebooks on hubs
-and pages with a strict content security policy do not run. Text is drawn in `currentColor`, so that a drawing suits
+only the drawings, and no chart library. The library would add 0.9 MB of script. Mail readers, notebooks on hubs, and
+pages with a strict content security policy do not run scripts. Text is drawn in `currentColor`, so that a drawing suits
 both light and dark pages.
 """
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .measuring import Effect, Measurements, Relation
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
-"""The colours of adapters. Most colour-blind readers can distinguish them; the contrast is 3 on white and black."""
+"""The colours of adapters. Most colour-blind readers can distinguish them. The contrast is at
+least 2.2 on white, and 4.5 on black."""
 
 FLAGGED, PLAIN = "#e4572e", "#8a94a6"
 
@@ -157,7 +158,7 @@ def _norms(measured: Measurements) -> Iterator[Chart]:
 
         spec = _map(measured, effects, lambda e: e.norm, _root_sum, label, "norm", domain=(0.0, largest), root=True)
         caption = "Frobenius norm of the change at each target. Dark is small. Layers run from top to bottom."
-        yield Chart(f"norms{end}", "Where it changes the model", f"Norm of the changes{of}", caption, spec)
+        yield Chart(f"norms{end}", "Where the adapters change the model", f"Norm of the changes{of}", caption, spec)
 
 
 def _root_sum(values: Sequence[float]) -> float:
@@ -253,9 +254,10 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
         }  # fmt: skip
         caption = (
             f"One line per target, for up to {LINES} targets. If a line drops right after its first point, the change "
-            f"has one direction; it is flagged if this direction has more than {percent(SPIKE)} of the squared norm."
+            f"has one main direction. The target is flagged if this direction has more than {percent(SPIKE)} of the "
+            "squared norm."
         )
-        yield Chart(f"spectra{end}", "How it changes it", f"Singular values{of}", caption, spec)
+        yield Chart(f"spectra{end}", "How the adapters change the model", f"Singular values{of}", caption, spec)
 
 
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
@@ -317,10 +319,10 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
         "layer": [points, stored],
     }  # fmt: skip
     caption = (
-        "Each point is a target, at the exponential of the entropy of its singular values. The vertical line is the "
-        "stored rank. If the points are far left of the line, a smaller rank is enough."
+        "Each point is the effective rank of a target: the exponential of the entropy of the singular values. The "
+        "vertical line is the stored rank. If the points are far left of the line, a smaller rank is enough."
     )
-    yield Chart("ranks", "How it changes it", "Effective rank against rank", caption, spec)
+    yield Chart("ranks", "How the adapters change the model", "Effective rank against rank", caption, spec)
 
 
 def _colour(measured: Measurements) -> dict[str, JsonValue]:
@@ -369,10 +371,10 @@ def _values(measured: Measurements) -> Iterator[Chart]:
         "layer": [bar(0, 6, 1, 0.9), bar(1, 5, width // 2, 0.45), bar(2, 4, width, 0.9)],
     }  # fmt: skip
     caption = (
-        "Thick: the middle half of the elements; medium: 90 %; thin: 98 %. Mean over the layers, from a block of up to "
-        "25,600 elements per target."
+        "The thick bar contains the middle half of the elements, the medium bar 90 %, and the thin bar 98 %. The ends "
+        "of the bars are means over the layers, measured in a block of up to 25,600 elements per target."
     )
-    yield Chart("values", "How it changes it", "Values of the elements", caption, spec)
+    yield Chart("values", "How the adapters change the model", "Values of the elements", caption, spec)
 
 
 def _base(measured: Measurements) -> Iterator[Chart]:
@@ -400,7 +402,7 @@ def _base(measured: Measurements) -> Iterator[Chart]:
             caption = (
                 "The number of intruders among the first ten singular vectors of the tuned weight: vectors whose "
                 "cosine with each singular vector of the base is under 0.6. Intruders are associated with forgetting. "
-                "Computed for the largest changes, if the decomposition is fast."
+                "The largest changes are checked first, within a limit on the work of decompositions."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
@@ -411,10 +413,10 @@ def _likeness(measured: Measurements) -> Iterator[Chart]:
         return
     for name, title, caption, value, domain, scheme in (
         ("cosine", "Cosine between the adapters",
-         "1: the same change; 0: unrelated; -1: each undoes the other. Over all targets.",
+         "1: the same direction; 0: unrelated; -1: each undoes the other. Computed over all targets together.",
          measured.cosine, (-1.0, 1.0), "redblue"),
         ("overlap", "Subspace overlap",
-         "Share of one adapter's input directions that lies in the other's, 0 to 1; mean over the common targets.",
+         "How much of the smaller input space lies in the larger input space, 0 to 1; mean over common targets.",
          lambda a, b: measured.mean(a, b, "overlap_in"), (0.0, 1.0), "viridis"),
     ):  # fmt: skip
         values = []
@@ -464,7 +466,7 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         )  # fmt: skip
         caption = (
             "Share of the elements that two adapters move in opposite directions; with several pairs of adapters, the "
-            "largest share. For unrelated changes, the share is one half, which is white. Red means conflict."
+            "largest share. For unrelated changes, the share is one half (white). Red means conflict."
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:

@@ -1,4 +1,4 @@
-"""Base classes of entrywise combiners, which drop entries, elect signs, and sum the entries with the elected sign."""
+"""Base classes of entrywise combiners. These drop entries, elect signs, and sum entries with the elected sign."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 # Drop entries of changes at random, in place, in a compiled loop. `by_numpy` below does the same with numpy.
 #
-# With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time is spent on
-# sorting rows and drawing numbers, each with several steps over whole arrays. The compiled loop does all steps row by
-# row, and its results equal numpy's bit by bit.
+# With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time goes into sorting
+# rows and drawing numbers, and numpy needs several passes over whole arrays for both. The compiled loop does all steps
+# row by row, and its results equal numpy's bit by bit.
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Chance:
     """The probability that an entry of one change is kept.
 
     Attributes:
-        least: the probability of the smallest entry of a row; of every entry if `spread` is 0.
-        spread: the difference between the probabilities of the largest and the smallest entry of a row.
+        least: the probability for the smallest entry of a row. If `spread` is 0, every entry has this probability.
+        spread: the probability for the largest entry of a row, minus `least`.
     """
 
     least: float
@@ -47,11 +47,12 @@ def compiled_drop(
 
     Args:
         chances: the probabilities for each change; None for a change whose entries are all kept.
-        at: the context of the formula, which draws the random numbers.
+        at: the context of the formula; it draws the random numbers.
         inverse: whether kept entries are divided by their probability.
 
     Returns:
-        a function of (changes `[T, rows, columns]`, slice of these rows), which modifies and returns the changes.
+        a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It modifies the
+        changes and returns them.
     """
     library = loops()
     if library is None:
@@ -95,7 +96,7 @@ ZERO_SIGNS = ("+", "majority")
 ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign of most entries (majority)"
 DENOMINATOR = (
     "the divisor: the number of adapters with the elected sign, or the sum of their weights; "
-    "if none has this sign, all adapters count"
+    "if no adapter has this sign, all adapters count"
 )
 DENSITY = "share of the entries to keep"
 SCALE = "factor of the result, lambda"
@@ -126,12 +127,12 @@ class Entrywise(Combiner):
             at: the context of the formula.
 
         Returns:
-            a function of (changes `[T, rows, columns]`, slice of these rows). It may modify the changes. It is called
-            block by block, in order.
+            a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It may modify the
+            changes. It is called once per block, from the first block to the last.
         """
 
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
-        """Add the changes of a tensor to `at.census`; only for formulas that need statistics of whole adapters."""
+        """Add the changes of a tensor to `at.census`, for formulas that need statistics of whole adapters."""
 
     def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
         """Yield (slice of rows, result in these rows), block by block."""
@@ -174,12 +175,13 @@ class Sparse(Entrywise):
         """Return a function that selects the entries to keep.
 
         Returns:
-            a function of (changes `[T, rows, columns]`, slice of these rows). It returns a mask with the shape of the
-            changes (None keeps all entries), and the probability that an entry is kept (1 if the choice is not random).
+            a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It returns a mask
+            with the shape of the changes (None keeps all entries), and the probability that an entry is kept (1 if the
+            mask is not random).
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return each change's probabilities if entries are dropped at random; None for other masks."""
+        """Return the probabilities for each change, or None if the mask is not random."""
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -332,8 +334,8 @@ def ranks(sizes: Array) -> Array:
     import numpy as np
 
     rows, columns = sizes.shape
-    # Positive doubles and their bits, read as integers, have the same order. With the column number in the lowest bits,
-    # sorting the integers also yields the permutation, in a third of an argsort's time.
+    # Positive doubles keep their order if their bits are read as integers. With the column number in the lowest bits,
+    # sorting the integers also yields the permutation, in a third of the time that argsort takes.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)

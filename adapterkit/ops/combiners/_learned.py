@@ -1,4 +1,4 @@
-"""Base class and optimisers of methods that learn coefficients from a loss, which the caller computes."""
+"""Base class and optimisers of methods that learn coefficients. The caller computes the loss."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class WeightTrial:
         targets: all targets, in the order of the result.
         count: the number of adapters, T.
         seed: the seed of random steps.
-        combined: a function from coefficients `[T]` of each target to the combined adapter.
+        combined: a function that takes the coefficients `[T]` of each target, and returns the combined adapter.
         score: a function from an adapter to the caller's loss.
-        products: a function of (target, gradient `[out, in, *k]`). It returns the inner product of the gradient with
-            each part that has a coefficient, `[T]`.
+        products: a function of (target, gradient `[out, in, *k]`). It returns one number per coefficient, `[T]`: the
+            inner product of the gradient with the part that the coefficient multiplies.
         changes: a function from a target to the adapters' changes; a change is None if the adapter lacks the target.
         depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
             layers.
         each: parameters that apply to one adapter only, one mapping per adapter.
-        wanted: a description of the caller's score, for errors.
+        wanted: a description of the score function that the caller must pass, for error texts.
     """
 
     targets: Sequence[Target]
@@ -102,8 +102,8 @@ class Learned(Combiner):
     """A combiner that first learns the coefficients of a sum from the caller's loss.
 
     Attributes:
-        by_part: whether each coefficient multiplies a part of a change, such as a direction; `matrix` must then use
-            `at.learned`. Otherwise a coefficient multiplies an adapter's whole change.
+        by_part: whether each coefficient multiplies a part of a change, such as a direction. In this case, `matrix`
+            must use `at.learned`. Otherwise a coefficient multiplies an adapter's whole change.
     """
 
     data: ClassVar[str | None] = SCORE
@@ -196,7 +196,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without multiplying factors; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
+    """Return <D, G> without computing D; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0

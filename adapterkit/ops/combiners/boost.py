@@ -2,9 +2,9 @@
 
 k is the smallest number for which S_1 + .. + S_k reaches the share beta of the sum of all singular values. All singular
 values after S_k are set to S_k. Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, most
-of the change lies in few directions. beta = 0.01 as in the authors' code. Singular values of 0 stay 0, so that the
-result of low-rank changes has a low rank. The authors work on full matrices and raise all singular values of the
-weight.
+of the change lies in few directions. The default beta, 0.01, is from the authors' code. Singular values of 0 stay 0, so
+that the result of low-rank changes has a low rank. The authors work on full matrices and raise all singular values of
+the weight.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SubspaceBoosting(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only collects statistics for the combiner `then`; its result is ignored.
+        # This run only collects statistics for the combiner `then`. The result of this run is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

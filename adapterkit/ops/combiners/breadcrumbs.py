@@ -26,7 +26,7 @@ SCOPE = "where the shares are counted: in each tensor, as in the paper, or in ea
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest entries, then keeps the density n largest others."""
+    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest of n entries, and keeps the next density n entries."""
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
@@ -34,7 +34,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries that are dropped as the largest", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries to drop, the largest entries", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
@@ -73,8 +73,8 @@ class _Between:
         import numpy as np
 
         size = blocks.size
-        # Convert an index counted from the smallest to the k of the k-th largest. If no entry is kept, k is the number
-        # of entries.
+        # Convert an index, counted from the smallest magnitude, to a k that means the k-th largest magnitude. If no
+        # entry is kept, k is the number of entries.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans

@@ -28,7 +28,7 @@ class CART(Spectral):
     title = "Centred arithmetic with reduced-rank task vectors (CART)"
     paper = "https://arxiv.org/abs/2412.12153"
 
-    share: float = parameter(0.12, "share of the directions of each task's difference to keep", least=0, most=1)
+    share: float = parameter(0.12, "share of the directions of each task's difference that is kept", least=0, most=1)
     over: str = parameter("core", OVER, among=("core", "weight"))
     scale: float = parameter(2.0, "factor of the tasks' differences from the mean")
 

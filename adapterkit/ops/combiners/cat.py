@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CAT(Learned):
-    """sum_t softmax(z)_t D_t with learned logits z, which are equal at the start."""
+    """sum_t softmax(z)_t D_t. The logits z are learned, and initially equal."""
 
     title = "Learned concatenation (CAT, LoRA Soups)"
     paper = "https://arxiv.org/abs/2410.13025"

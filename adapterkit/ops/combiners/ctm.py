@@ -1,10 +1,10 @@
 """Compress, then merge: find one pair of bases of rank r for all tasks, and apply another method to the r x r cores.
 
 The result has rank r. The bases come from a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI). For this
-decomposition, each core is scaled to the norm beta |D_t| + (1 - beta) mean |D|. He et al. 2026,
-https://arxiv.org/abs/2606.03723; TIES trims each core separately, and beta, rounds and tolerance are as in
-https://github.com/ZhengbaoHe/compress-then-merge, whose README sets TIES's density to 0.25 and scales the result by
-0.75.
+decomposition, each core is scaled to the norm `beta |D_t| + (1 - beta) mean |D|`. He et al. 2026,
+https://arxiv.org/abs/2606.03723; the defaults of beta, iterations and tolerance, and the separate trimming of each core
+by TIES, are from https://github.com/ZhengbaoHe/compress-then-merge. Its README sets TIES's density to 0.25 and scales
+the result by 0.75.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CtM(PlugIn):
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
         # A round needs only the spans of the previous round's vectors. The combiner named by `then` needs the vectors
-        # themselves, so they are computed once, after the last round.
+        # themselves, so the vectors are computed once, after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):
@@ -79,22 +79,23 @@ class CtM(PlugIn):
 
 
 WIDE = 7
-"""Matrices with fewer columns than this factor times the rank are decomposed fully, which is then faster."""
+"""A matrix with fewer columns than this factor times the rank is decomposed fully, because that is faster."""
 
 SETTLED = 1e-10
 """The iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
-"""Vectors are orthonormalized again before products make their lengths differ by more than this factor."""
+"""Vectors are orthonormalized again before repeated products could make their lengths differ by more than this factor.
+"""
 
 PRODUCTS = 24
-"""The largest number of products with a matrix.
+"""The largest number of products that the iteration computes with one matrix.
 
 50 products take as long as the decomposition of a matrix with 128 columns.
 """
 
 PAUSE = 8
-"""After the iteration has failed for a matrix, it is not tried for this many of the next matrices."""
+"""If the iteration fails, this many matrices are decomposed fully: the current matrix and the next ones."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:

@@ -1,8 +1,8 @@
 """DARE: drop entries at random, scale up the other entries to keep the expected value; then use task arithmetic.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with a tenth of the entries. For
-merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is also the default
-here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
+are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries. The default
+here is the same.
 """
 
 from __future__ import annotations

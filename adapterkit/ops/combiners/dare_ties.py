@@ -1,8 +1,8 @@
 """DARE and TIES: drop entries at random, scale up the other entries, elect signs, and average the entries that agree.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with a tenth of the entries. For
-merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is also the default
-here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
+are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries. The default
+here is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ._entrywise import Chance, Mask
 
 
-TRIM = "share of a tensor's entries to keep after the random drop, the largest entries; MergeLM keeps 0.2"
+TRIM = "share of a tensor's entries, the largest ones, to keep after the random drop; MergeLM keeps 0.2"
 
 
 class DareTIES(Sparse):

@@ -2,8 +2,8 @@
 
 The first r singular values of task t are replaced by values with the same sum: all equal (average), or linearly
 decreasing (linear). The bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In these bases, each task keeps
-its largest entries, signs are elected, and entries with the elected sign are averaged. Each row and each column then
-belongs to one task; entries whose row and column belong to different tasks are dropped. Zhang et al. 2026,
+its largest entries, signs are elected, and entries with the elected sign are averaged. In these bases, each row and
+each column belongs to one task. Entries whose row and column belong to different tasks are dropped. Zhang et al. 2026,
 https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The default share of kept entries, 0.001, is
 the authors' value for vision models and for LLaVA (r = 16, the rank of their LoRA).
 """
@@ -62,7 +62,7 @@ class DCMerge(Scaled, Spectral):
         return np.asarray(self.scale * U @ (merged * same_owner) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Return singular values with the same sum that are equal, or decrease linearly."""
+        """Replace singular values by equal or linearly decreasing numbers with the same sum."""
         import numpy as np
 
         if not len(S):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for the largest."""
+    """DARE and TIES; p is `density - epsilon` at a row's smallest entry and `density + epsilon` at the largest."""
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"

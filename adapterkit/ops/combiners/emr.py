@@ -1,4 +1,4 @@
-"""EMR: elect one change from all changes; for a given task, mask and scale the elected change.
+"""EMR: compute one elected change from all changes; for a given task, mask and scale the elected change.
 
 An entry of the elected change has the sign of the sum, and the largest magnitude of the entries with that sign. The
 result for task t consists of the elected entries that have the sign of task t's own change, times lambda_t. lambda_t is
@@ -76,7 +76,7 @@ class EMR(Entrywise):
 
 
 def _elected(changes: Array) -> Array:
-    """Return, for each entry, the largest value with the sign of the sum."""
+    """Return, for each entry, the value with the largest magnitude among those with the sign of the sum."""
     import numpy as np
 
     sign = np.where(changes.sum(0) > 0, 1.0, -1.0)

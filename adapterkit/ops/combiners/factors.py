@@ -1,4 +1,6 @@
-"""Combine all A and all B separately with another combiner, so that the result contains products B_s A_t of two tasks.
+"""Combine all A with another combiner, and all B with the same combiner.
+
+The result also contains products B_s A_t of factors from two tasks.
 
 PEFT combines factors in this way for `linear`, `ties`, `dare_*` and `magnitude_prune`:
 https://huggingface.co/docs/peft/developer_guides/model_merging. With c_t = w_t * scaling_t, the weight of A_t is

@@ -1,7 +1,7 @@
 """Iso-C: set all singular values of the sum of the changes to their mean.
 
-Marczak et al. 2025, https://arxiv.org/abs/2502.04959; https://arxiv.org/abs/2509.17786 applies it in the space that the
-adapters span.
+Marczak et al. 2025, https://arxiv.org/abs/2502.04959; https://arxiv.org/abs/2509.17786 applies Iso-C in the space that
+the adapters span.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "directions that the mean counts: those that the adapters span (core), or all directions of the weight (weight)"
+OVER = "directions over which the mean is taken: those that the adapters span (core), or all of the weight (weight)"
 
 
 class IsoC(Scaled, Spectral):

@@ -1,8 +1,8 @@
 """Iso-CTS: join directions of the sum and of each task, orthonormalize them, and give all of them one singular value.
 
 The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its own
-change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R =
-0.8 as in https://github.com/danielm1405/iso-merging.
+change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; the
+default k / R, 0.8, is from https://github.com/danielm1405/iso-merging.
 """
 
 from __future__ import annotations

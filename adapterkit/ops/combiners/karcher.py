@@ -39,7 +39,7 @@ class Karcher(Mixture):
         w = shares(weights)
         parts = valid * w / ((valid * w).sum() or 1.0)
         mean = _unit(parts, cosines, self.tolerance)
-        # Start at one of the points if their sum is zero, because the sum then has no direction.
+        # If the sum of the points is zero, start at one of the points, because a zero sum has no direction.
         if mean is None:
             mean = np.eye(len(w))[int(valid.argmax())]
         for _ in range(self.iterations):

@@ -3,8 +3,8 @@
 Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers contain general
 features and should change less. Targets outside numbered layers are scaled by alpha. For T tasks, the authors choose
 beta (at most 1) on validation data. Their alpha is the norm of the sum of the changes, divided by T times the norm of
-the merged change; after task arithmetic, alpha is 1 / T. For a single task, they use beta = 1 - alpha, which is the
-default here.
+the merged change; after task arithmetic, alpha is 1 / T. For a single task, they use beta = 1 - alpha. This is the
+default here for any number of tasks.
 """
 
 from __future__ import annotations

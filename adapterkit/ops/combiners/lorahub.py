@@ -1,8 +1,8 @@
 """LoraHub: search for one weight per adapter on a few examples, without gradients; sum all A and all B separately.
 
 Minimise loss(w) + penalty * mean|w| over w in [-bound, bound], by an evolution strategy with one parent and one child.
-The step grows if the child is better. Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are from
-https://github.com/sail-sg/lorahub, which searches with nevergrad.
+The step grows if the child is better. Huang et al. 2023, https://arxiv.org/abs/2307.13269; the default bound and
+penalty are from https://github.com/sail-sg/lorahub. That code searches with nevergrad.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class LoraHub(Learned):
-    """(sum_t w_t B_t)(sum_t w_t A_t); with apart=False sum_t w_t B_t A_t."""
+    """(sum_t w_t B_t)(sum_t w_t A_t); with `apart=False`, the result is sum_t w_t B_t A_t."""
 
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
 
-    apart: bool = parameter(True, "sum A and B separately; the result then contains products of two adapters' factors")
+    apart: bool = parameter(True, "sum A and B separately, which adds products of two adapters' factors")
     steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
     penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)
@@ -42,8 +42,8 @@ class LoraHub(Learned):
         for _ in range(self.steps - 1):
             tried = np.clip(best + step * random.standard_normal(trial.count), -self.bound, self.bound)
             cost = self._cost(trial, tried)
-            # The one-fifth rule: if more than one child in five is better than its parent, the step grows, otherwise it
-            # shrinks.
+            # The one-fifth rule: if more than one child in five is better than its parent, the step grows. Otherwise
+            # the step shrinks.
             step *= 1.5 if cost < least else 1.5**-0.25
             if cost < least:
                 best, least = tried, cost

@@ -1,4 +1,4 @@
-"""LOT: compute by a pseudoinverse the change whose outputs on each task's inputs are nearest to that task's outputs.
+"""LOT: compute the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t. Sun et al. 2025, https://arxiv.org/abs/2505.23859,
 equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the factor for off-diagonal entries. In
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """The least-squares solution over the inputs. If all changes have low-rank factors, the result has them, too."""
+    """The least-squares solution over the inputs. It has low-rank factors if all changes have."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"

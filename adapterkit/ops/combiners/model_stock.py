@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point between the base and the mean of the changes that is nearest to the centre of fine-tuned weights."""
+    """The point nearest to the centre of fine-tuned weights, on the line between the base and the mean change."""
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "replace a negative mean cosine by 0; the result is then the base")
+    clamp: bool = parameter(True, "use 0 instead of a negative mean cosine, so that the result is the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

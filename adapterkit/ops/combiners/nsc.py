@@ -1,4 +1,4 @@
-"""NSC: learn the weights of a sum of adapters so that little of each task's input is in the null space of its adapter.
+"""NSC: learn the weights of a sum of adapters so that little of a task's input lies in its adapter's null space.
 
 Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter uses an input z only as A z, so it ignores the part of z
 in the null space of A. The length of this part, divided by the length of z, is sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPACES = (
     "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) "
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}) "
     "for the task's number and every path in spaces.paths"
 )
 
@@ -60,7 +60,7 @@ class NSC(Learned):
 
 
 class Spaces:
-    """For each adapter, the space of the inputs that it uses. The rows of its A span this space.
+    """The input spaces of the adapters. The rows of an adapter's A span the space of the inputs that the adapter uses.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.

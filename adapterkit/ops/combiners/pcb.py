@@ -86,7 +86,7 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return the functions `wanted` of `Blocks.select` for three searches per change.
+        """Return the functions to pass to `Blocks.select` as `wanted`: three searches per change.
 
         The searches find the quantile 1 - ratio among positive scores, the same quantile among negative scores, and the
         maximum.
@@ -109,7 +109,7 @@ class PCB(Entrywise):
 
 
 def _ends(count: int) -> list[Wanted]:
-    """Return the ranks of both quantiles of magnitudes, counted from the largest."""
+    """Return functions that compute the rank of the lower and of the upper quantile, counted from the largest."""
     low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
     high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
     return [*[low] * count, *[high] * count]

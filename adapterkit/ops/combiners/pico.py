@@ -3,7 +3,7 @@
 [B_1 .. B_T] = U S V^T; a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2); B_t <- (I + U diag(a - 1) U^T) B_t; the result is
 scaled to the mean Frobenius norm of the changes. Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The Python class
 in https://github.com/yixuantt/Pico rescales the merged change in the same way. The command in that repository merges
-nothing; it rescales each change to its norm before damping.
+nothing; it rescales each damped change to the norm that the change had before damping.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 RESCALE = (
-    "what is rescaled: the merged change to the mean norm, each damped change to its norm before damping, or nothing"
+    "what is rescaled: the merged change to the mean norm (merged), each damped change to its norm before damping "
+    "(each), or nothing (none)"
 )
 
 

@@ -1,11 +1,10 @@
 """Reinforced agent merging plus (RAM+): scale up the entries that only one task changed.
 
-The ratios rho_t are computed for each tensor separately.
-
 Entries that only task t changed are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that both
 task t and other tasks changed, divided by the number of entries that only task t changed. Yuan et al. 2026,
-https://arxiv.org/abs/2601.13572. The default r and alpha are from https://github.com/xiangchi-yuan/mrl, which counts
-over the whole model. This module counts in each tensor, like mergekit, whose defaults for r and alpha are 0.1 and 0.2.
+https://arxiv.org/abs/2601.13572. The default r and alpha are from https://github.com/xiangchi-yuan/mrl. That code
+counts entries over the whole model. This module and mergekit count in each tensor; mergekit's defaults for r and alpha
+are 0.1 and 0.2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RegMean: find the change whose outputs on each task's inputs are nearest to that task's outputs, in closed form.
+"""RegMean: compute, in closed form, the change whose outputs on each task's inputs are nearest to that task's outputs.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, whose off-diagonal entries are multiplied by alpha. Jin
 et al. 2022, https://arxiv.org/abs/2212.09849
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], the target's inputs"
 CUT = 1e-12
-"""Eigenvalues of the summed inner products below this share of the largest count as zero."""
+"""Eigenvalues of the summed inner products count as zero if they are below this share of the largest eigenvalue."""
 
 ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """The least-squares solution over all tasks; low-rank if all changes are, because D_t G_t is B_t (A_t G_t)."""
+    """The least-squares solution over all tasks.
+
+    If all changes are low-rank, the result is low-rank, because D_t G_t is B_t (A_t G_t).
+    """
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"

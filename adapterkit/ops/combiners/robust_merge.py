@@ -1,4 +1,4 @@
-"""RobustMerge: drop small entries of A and B, scale up each column of B to make up for the loss, and sum A and B apart.
+"""RobustMerge: drop small entries of A and B, scale up each column of B to compensate, and sum A and B separately.
 
 A = c sum_t A_t'; B = c sum_t B_t' diag(s_t). For each row, s_t is the ratio |A_t|_1 / |A_t'|_1, normalised over the
 tasks. A ratio below a quantile of its task's ratios is first replaced by this quantile. Zeng et al. 2025,
@@ -32,7 +32,9 @@ class RobustMerge(Pairwise):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
-    quantile: float = parameter(0.8, "quantile of a task's scales to which smaller scales are raised", least=0, most=1)
+    quantile: float = parameter(
+        0.8, "smaller scales of a task are raised to this quantile of its scales", least=0, most=1
+    )
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
@@ -52,6 +54,7 @@ class RobustMerge(Pairwise):
     def _pruned(self, X: Array, t: int, at: FormulaContext) -> Array:
         density = at.each(self, "density")[t]
         if self.kept == "reference" and density < 1:
-            # The authors keep all entries from the int((1 - p) n)-th smallest on, which are ceil(p n) + 1 entries.
+            # The authors keep the entry at position `int((1 - p) n)`, counted from the smallest, and all larger
+            # entries. These are `ceil(p n) + 1` entries.
             return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
         return X * largest(X, count_of(density, X.size, self.kept))

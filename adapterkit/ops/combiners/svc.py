@@ -1,4 +1,4 @@
-"""Singular value calibration: scale down those singular values of a merged change to which several tasks contribute.
+"""Singular value calibration: in a merged change, scale down the singular values to which several tasks contribute.
 
 D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by T /
 sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks have no common directions, alpha = 1
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""A task's change in a direction counts as rounding noise below this fraction of the whole change."""
+"""A task's change in a direction counts as rounding noise if it is below this fraction of the task's whole change."""
 
 
 class SVC(PlugIn):
@@ -37,7 +37,7 @@ class SVC(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only collects statistics for the combiner `then`; its result is ignored.
+        # This run only collects statistics for the combiner `then`. The result of this run is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

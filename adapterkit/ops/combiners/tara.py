@@ -3,8 +3,8 @@
 Jeong et al. 2026, https://arxiv.org/abs/2603.26299. The directions are either the rank-one products b_j a_j of each
 adapter (`factors`, the paper's Variant A), or the singular directions of all changes, concatenated (`shared`, Variant
 B). All coefficients are initially `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - s_t) / alpha)), where
-l_t is the entropy of the combination on task t, and s_t that of adapter t alone; p_t = 1 / T by default. The default
-start, steps and rate are the values for eight tasks in https://github.com/wooseong97/TARA-Merge.
+l_t is the entropy of the combination on task t, and s_t is the entropy of adapter t alone. By default, p_t is 1 / T.
+The default start, steps and rate are the values for eight tasks in https://github.com/wooseong97/TARA-Merge.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TARA(Learned):
     directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
     start: float = parameter(3.2, "sum of the initial coefficients over the tasks")
     preference: float | None = parameter(None, "weight of a task; default: 1 / T", kind=float, least=0)
-    alpha: float = parameter(1.0, "smoothness of the loss: near 0, it is the loss of the worst task", least=0)
+    alpha: float = parameter(1.0, "smoothness of the loss; near 0, only the worst task counts", least=0)
     steps: int = parameter(250, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
     decay: float = parameter(0.01, "weight decay of AdamW", least=0)

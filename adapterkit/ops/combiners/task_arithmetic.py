@@ -20,7 +20,7 @@ class TaskArithmetic(Mixture):
     compat: ClassVar = {"mergekit": {}, "peft": {}}
 
     scale: float = parameter(1.0, SCALE)
-    normalize: bool = parameter(False, "divide by the sum of the weights, unless it is zero: a mean")
+    normalize: bool = parameter(False, "divide by the sum of the weights (a mean), unless this sum is zero")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         return self.scale * weights / (self._total(weights) or 1.0)

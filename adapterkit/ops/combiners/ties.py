@@ -82,7 +82,7 @@ class TIES(Sparse):
             least = thresholds(blocks, densities, self.kept)
         else:
             # Lower the threshold slightly. A plug-in may round differently in the pass that only collects statistics
-            # (KnOTS skips its bases there), and the entry that set the threshold must still pass it.
+            # (KnOTS skips its bases there), but the entry that set the threshold must still be kept.
             limits = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(limits)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

@@ -1,7 +1,7 @@
 """TSV-M: concatenate the singular vectors of all tasks, make them orthonormal, and keep the singular values.
 
 U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T. Gargiulo et al. 2024,
-https://arxiv.org/abs/2412.00081. For a weight of m x n, each of T tasks keeps its first int(min(m, n) / T) singular
+https://arxiv.org/abs/2412.00081. For a weight of m x n, each of T tasks keeps its first `int(min(m, n) / T)` singular
 vectors, as in https://github.com/AntoAndGar/task_singular_vectors.
 """
 

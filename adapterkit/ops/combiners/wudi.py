@@ -27,7 +27,7 @@ SOLVER = "exact: the minimum in closed form; adam: the authors' steps of Adam to
 
 
 class WUDI(Scaled, Spectral):
-    """The change with the least interference that is nearest to the sum of the changes."""
+    """Among the changes with the least interference, the change nearest to the sum of the changes."""
 
     title = "Least interference (WUDI)"
     paper = "https://arxiv.org/abs/2503.08099"
