@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
-"""A number after one of these words is an expert's number. Pictures show sums over experts: 256 columns would not fit."""
+"""A number after one of these words is an expert's. Pictures show sums over experts: 256 columns would not fit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

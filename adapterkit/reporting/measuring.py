@@ -4,8 +4,8 @@ The product `B @ A` of two low-rank factors is never computed. QR of the factors
 `U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of these factors.
 
 Signs and values of single elements are measured in a block: the elements at `SIDE` rows and `SIDE` columns that are
-evenly spread over the weight. The block is small enough to be computed as a dense matrix. A share that is estimated from
-its 25,600 elements has an error of 0.3 percentage points.
+evenly spread over the weight. The block is so small that it can be computed as a dense matrix. A share that is estimated
+from its 25,600 elements has an error of 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ singular vectors of the base's weight: the absolute cosine with each of them is 
 arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Limit for the work of the search for intruders: the sum of `2 * smaller_side**2 * larger_side` over the weights. It is
-enough for 15 weights of 576 x 576, and takes 3 s. The weights with the largest relative changes come first. The verdict
-states the number of checked weights."""
+"""Limit for the work of finding intruders: the sum of `2 * smaller_side**2 * larger_side` over the checked weights. The
+limit allows 15 weights of 576 x 576, which take 3 s. The weights with the largest relative changes come first. The
+verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
 """This much decomposition work counts as one step of progress. All other work for a target counts as one step too."""
@@ -231,7 +231,10 @@ class Measurements:
         return self._norms[adapter]
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Return the cosine of two adapters over all targets. None without a common target, or if one changes nothing."""
+        """Return the cosine of two adapters over all targets.
+
+        None if they have no common target, or if one of them changes nothing.
+        """
         return self._cosines.get((min(first, second), max(first, second)))
 
     def mean(self, first: int, second: int, name: str) -> float | None:

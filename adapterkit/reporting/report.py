@@ -2,8 +2,8 @@
 
 The page is one HTML file that does not load any other file. It is complete even without scripts: the drawings are SVG,
 and the table is plain HTML. The script `page.js` adds search, sorting, tooltips on the drawings, and a switch between
-light and dark. All text from files is escaped, so a name in an adapter cannot add markup to the page. A content security
-policy in the page's head forbids the browser to load anything.
+light and dark. All text from files is escaped, so a name in an adapter cannot add markup to the page. A content
+security policy in the page's head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return HTML for a notebook: verdicts and drawings. It has no scripts or style sheets, which affect other cells."""
+    """Return HTML for a notebook: verdicts and drawings. It omits scripts and style sheets: these affect other cells."""
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
@@ -490,8 +490,9 @@ def _formats(all_facts: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>These formats can store the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
-        f"also checks the names of modules and the other limits of a format.</p>{table}"
+        "<p>These formats can store the methods of each adapter, for its kind of model. "
+        "<code>adapterkit convert</code> also checks the names of modules and the other limits of a format.</p>"
+        f"{table}"
     )
 
 

@@ -53,8 +53,8 @@ CONFLICT = 0.6
 the share is 0.5."""
 
 LOST = 0.5
-"""A sum of two changes loses too much if more than this share of the absolute values cancels. Two unrelated changes lose
-0.29."""
+"""A sum of two changes loses too much if more than this share of the absolute values cancels. Two unrelated changes
+lose 0.29."""
 
 LOUDER = 4.0
 """If one adapter's norm is more than this many times another's, the smaller one hardly matters in a plain sum."""
@@ -459,7 +459,7 @@ def _same(findings: Findings) -> Details:
             yield f"{both} are the same adapter: their cosine is {cosine:.4f} and their norms are equal.", None, None
         else:
             name, against = findings.facts[a].name, findings.facts[b].name
-            yield f"{name} equals {ratio:.3g} * {against}: the two adapters differ only in scale.", None, None
+            yield f"{name} is {ratio:.3g} times as large as {against}: they differ only in scale.", None, None
 
 
 def _opposed(findings: Findings) -> Details:
