@@ -4,8 +4,8 @@ The product `B @ A` of two low-rank factors is never computed. QR of the factors
 `U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of these factors.
 
 Signs and values of single elements are measured in a block: the elements at `SIDE` rows and `SIDE` columns that are
-evenly spread over the weight. The block is so small that it can be computed as a dense matrix. A share that is estimated
-from its 25,600 elements has an error of 0.3 percentage points.
+evenly spread over the weight. The block is so small that it can be computed as a dense matrix. If a share is estimated
+from its 25,600 elements, the error is 0.3 percentage points.
 """
 
 from __future__ import annotations

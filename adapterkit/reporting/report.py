@@ -224,7 +224,10 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return HTML for a notebook: verdicts and drawings. It omits scripts and style sheets: these affect other cells."""
+    """Return HTML with the verdicts and drawings for a notebook.
+
+    It has no scripts or style sheets, because they would affect other cells.
+    """
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
