@@ -105,7 +105,7 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the side network on the meta device. Each call passes the update's tensors to it.
+    """Return the side network with its parameters on the meta device. Each call passes the update's tensors to it.
 
     Raises:
         Unsupported: no such network can be built for this model.
