@@ -78,7 +78,10 @@ class FactorStack:
         self.buffers_read: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
-        """Whether the stack is up to date: for these adapters and weights, for the dtype and device of `like`."""
+        """Whether the stack still holds the current values of these adapters, in the dtype and on the device of `like`.
+
+        For 16-bit layers, the stack's dtype is that of `_dtype_of(like)`.
+        """
         if self.leaves is None or switches != self.switches:
             return False
         if self.A.dtype != _dtype_of(like) or self.A.device != like.device:
