@@ -1,7 +1,7 @@
-"""Rows and columns for pictures: find the layer and the module of each target, only from the names.
+"""Rows and columns for pictures: derive the layer and the module of each target from its name alone.
 
-A number in a name counts layers if it varies between targets whose names are otherwise equal. So `ff.net.0` is part of
-a module's name if every layer has a `net.0`, and `layers.0` is a layer if another target is in `layers.1`.
+A number in a name is a layer number if it varies between targets whose names are otherwise equal. `layers.0` is a layer
+if another target is in `layers.1`. If the only `net` in the names is `net.0`, it is a part of the module's name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
-"""A number after one of these words counts experts. Pictures show sums over experts: 256 columns would not fit."""
+"""A number after one of these words is an expert's. Pictures show sums over experts: 256 columns would not fit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,9 +19,9 @@ class Cell:
     """A target's row and column in a picture.
 
     Attributes:
-        order: a key for sorting, so that layer 2 comes before layer 10.
-        layer: the name of the row: `11`, or the whole path if layers have different parents; empty for targets outside
-            all layers.
+        order: a key that sorts layer 2 before layer 10.
+        layer: the name of the row: `11`, or the layer's whole path if layers have different parents. Empty for targets
+            outside all layers.
         module: the name of the column, such as `self_attn.q_proj`, with `*` in place of an expert's number.
     """
 
@@ -45,8 +45,8 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
         paths: dotted paths of targets, in the names of one model.
     """
     split = {path: tuple(_NUMBER.split(path)) for path in dict.fromkeys(paths)}
-    # Process all paths with the same text between the numbers at once: a large mixture of experts has 45,000 paths, but
-    # only a dozen such texts.
+    # Group the paths that differ only in their numbers: a large mixture of experts has 45,000 paths, but only a dozen
+    # groups.
     numbers: dict[tuple[str, ...], list[set[str]]] = {}
     for parts in split.values():
         values = numbers.setdefault(parts[::2], [set() for _ in parts[1::2]])
@@ -66,13 +66,13 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
 
 
 def natural(text: str) -> tuple[str | int, ...]:
-    """Return a key for sorting names, which compares numbers in names as numbers."""
+    """Return a key for sorting names. The key compares the numbers in names by value: 2 before 10."""
     parts = re.split(r"(\d+)", text)
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
 
 
 ORDER = ("qkv", "q", "k", "v", "kv", "o", "out", "attn", "dense", "gate", "w1", "up", "w3", "down", "w2", "fc1", "fc2")
-"""Parts of module names, in the order in which a block computes the modules."""
+"""Parts of module names, in the order in which a block runs the modules."""
 
 
 def reading_order(module: str) -> tuple[str | int, ...]:
@@ -92,10 +92,10 @@ def _word_before(text: str) -> str:
 
 
 def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
-    """Return the words, such as `layers`, after which a number counts layers.
+    """Return the words, such as `layers`, that come before layer numbers.
 
     Args:
-        numbers: the text around the numbers of similar paths -> the values of each number.
+        numbers: the texts around the numbers in a group of paths -> the set of values at each number's position.
     """
     places = [
         (shape, at, values)
@@ -103,18 +103,19 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
         for at, values in enumerate(columns)
         if shape[at]
         and _word_before(shape[at]) not in EXPERTS
-        # Skip a number at the end, an index in a Sequential: `blocks.3.mlp.0` and `blocks.3.mlp.2` are in one layer.
+        # Skip a number at the end of a path. It is an index in a Sequential: `blocks.3.mlp.0` and `blocks.3.mlp.2` are
+        # in the same layer.
         and not (at > 0 and shape[at + 1] == "")
     ]
     several = {_word_before(shape[at]) for shape, at, values in places if len(values) > 1}
-    # If the adapter has a single layer, the first number in each name counts layers, whatever the number is.
+    # If no number varies, the adapter has a single layer: the first number in each name is the layer number.
     return several or {_word_before(shape[at]) for shape, at, _ in places if at == 0}
 
 
 def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
-    """Divide similar paths into layer and module: return the index of the division, and the indices of expert numbers.
+    """Return the index of the part at which the module's name starts, and the indices of the expert numbers.
 
-    An index refers to the parts of a path, which are alternately text and numbers.
+    The parts of a path are alternately text and numbers.
     """
     words = [_word_before(text) for text in shape[:-1]]
     stop = 2 + 2 * max((at for at, word in enumerate(words) if word and word in counted), default=-1)
@@ -122,7 +123,7 @@ def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
 
 
 def _divided(parts: Sequence[str], stop: int, experts: Sequence[int]) -> tuple[str, str]:
-    """Return the layer (the path up to the last layer number), and the module, with `*` for an expert's number."""
+    """Return the layer (the path up to the last layer number) and the module. `*` replaces an expert's number."""
     rest = [*parts]
     for at in experts:
         rest[at] = "*"
@@ -135,7 +136,7 @@ def _parent(layer: str) -> str:
 
 
 def _short(modules: set[str]) -> dict[str, str]:
-    """Return a short name for each module: the last part of its name, if no other module ends in this part."""
+    """Return a short name for each module: the last part of its name, if that part is unique and not a number."""
     shortened = {}
     ends = [module.rpartition(".")[2] for module in modules]
     for module in modules:

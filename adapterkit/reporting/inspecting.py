@@ -1,7 +1,7 @@
 """Describe an adapter, a base or a graph as plain data.
 
-Only headers are read, unless the change of each layer is measured. `facts_of` collects the facts that a report shows:
-methods, base, size, origin, and the formats and tools that can use the adapter.
+Only file headers are read, unless the caller asks for the change of each layer. `facts_of` collects the facts that a
+report shows: methods, base, size, origin, and the formats and tools that can use the adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WAYS = {
     "dense": "stores it as a weight difference; needs the base",
     "nearest": "stores the nearest LoRA, and reports the error",
 }
-"""The ways in which a format can store an adapter -> their descriptions, the best way first."""
+"""How a format can store an adapter -> a description. The best way comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +50,16 @@ class Facts:
         methods: method -> number of updates.
         ranks: rank -> number of updates; updates without a rank are omitted.
         targets: the number of targets.
-        parameters: the number of parameters; a tensor that updates share counts once.
-        bytes: the size of the adapter's tensors.
+        parameters: the number of parameters. A tensor that several updates share counts once.
+        bytes: the size of the adapter's tensors in bytes.
         dtypes: dtype -> number of tensors.
         licence: the identifier of the licence in the model card next to the adapter, or None.
         triggers: the trigger words.
         lineage: the steps that produced the adapter, as plain data.
-        formats: format -> the way in which this format can store the adapter, a key of `WAYS`. Formats that cannot
-            store the adapter are omitted.
-        loaders: for each known tool, a record with `title`, `loads` (yes, part or no: whether the tool loads the file
-            unchanged) and `why`. Only for files of image models.
+        formats: format -> how this format can store the adapter (a key of `WAYS`). Formats that cannot store the
+            adapter are omitted.
+        loaders: a record for each known tool, with `title`, `loads` and `why`. `loads` says whether the tool can load
+            the unconverted file: yes, part or no. Empty unless the adapter is for an image model.
     """
 
     name: str
@@ -89,7 +89,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
     Args:
         adapter: the adapter.
         name: its name in the report.
-        path: the path from which the adapter was read; a model card at this path states the licence.
+        path: the path from which the adapter was read. The licence is read from the model card at this path.
     """
     from ..core.licence_terms import licence_at
 
@@ -124,12 +124,15 @@ def _image_loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:
-    """Return, for each format, the way in which it can store the adapter, judged by methods and kind of model."""
+    """Return how each format can store the adapter (a key of `WAYS`); omit formats that cannot.
+
+    Only the adapter's methods and the kind of model (image or language) are checked.
+    """
     from ..formats import FORMATS
     from ..methods import METHODS
     from ..naming.image import component_of, shape
 
-    # All blocks have modules of the same names, so checking one block is enough.
+    # All blocks have modules with the same names, so check only one path of those that differ in numbers.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()
     kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]
@@ -143,7 +146,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
 
 
 def way(entry: type[Format], method: type[Update]) -> str | None:
-    """Return the way in which a format can store a method, a key of `WAYS`; None if the format cannot store it."""
+    """Return how a format can store updates of a method (a key of `WAYS`); None if the format cannot store them."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"
     if method.kind not in ("additive", "weight") or "lora" not in entry.methods:
@@ -160,7 +163,7 @@ class Inspection:
     Attributes:
         kind: `adapter`, `base` or `graph`.
         path: the path of the file or folder.
-        data: the whole description as plain data, as `adapterkit inspect --json` prints it.
+        data: the whole description as plain data; `adapterkit inspect --json` prints it.
     """
 
     kind: str
@@ -173,7 +176,7 @@ class Inspection:
 
     @property
     def totals(self) -> Mapping[str, JsonValue]:
-        """The counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
+        """The totals. For an adapter: `targets`, `updates`, `parameters`, `bytes`, `methods` and `dtypes`."""
         totals: Mapping[str, JsonValue] = self.data.get("totals", {})
         return totals
 
@@ -217,7 +220,7 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
 
 
 def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, object]:
-    """Return the layers of all graphs in a folder, each with the name of its graph."""
+    """Return the layers of all ONNX graphs in a folder. Each layer's record names its graph."""
     from ..onnx import layers
     from ..onnx.folders import parts_of
 
@@ -238,7 +241,10 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
 
 
 def graph_file(src: str) -> str | None:
-    """Return the ONNX file at a path: the path itself, or the only graph in a folder without weights; else None."""
+    """Return the path of an ONNX file: `src` itself, or the only graph in the folder `src`.
+
+    Return None for anything else, such as a folder with weights.
+    """
     if src.lower().endswith(".onnx"):
         return src
     try:
@@ -251,7 +257,10 @@ def graph_file(src: str) -> str | None:
 
 
 def graph_folder(src: str) -> str | None:
-    """Return the path of a folder of graphs, from optimum or onnxruntime-genai; None for anything else."""
+    """Return `src` if it is a folder with graphs and without weights; None for anything else.
+
+    optimum and onnxruntime-genai write such folders.
+    """
     try:
         names = [name for name in os.listdir(src) if not name.startswith(".")]
         inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
@@ -277,8 +286,8 @@ def inspected(
         src: the path or address of an adapter or a base.
         format: the adapter's format; detected from its headers if absent.
         base: the base of an adapter.
-        compat: the formula to apply instead of the training tool's; see `adapterkit.read`.
-        layers: measure the change of each layer.
+        compat: `formula` to apply the paper's formula instead of the training tool's; see `adapterkit.read`.
+        layers: whether to measure the change of each layer.
         rename: rules for names in the base.
         base_weights: weights of a graph's base.
         reading: further arguments of `read`.
@@ -309,7 +318,8 @@ def inspected(
             name = format or detect(path)
             adapter = read(path, name, base, compat=compat, **reading)
         except (TargetNotFound, UnknownFormat, UsageError) as error:
-            # Describe a file without alpha as far as possible, but raise an error for an option that does not fit.
+            # Describe the modules of a file that cannot be read, such as one without alpha. But if the caller passed
+            # further options, a UsageError may be about them, so raise it.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
             needs_base = base is not None or layers or reading
@@ -333,13 +343,15 @@ def inspected(
 
 
 def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
-    """Return format and targets of an adapter that cannot be read without a base; None for any other error.
+    """Return the format of an adapter that cannot be read without its base, and an adapter with its targets.
+
+    Return None if `error` has another cause.
 
     Args:
         path: the file or folder.
         name: the adapter's format; detected if absent.
-        compat: the formula to apply instead of the training tool's; if it is given, the result is None.
-        error: the error from reading the adapter.
+        compat: the caller's `compat` argument; if it is not None, the result is None.
+        error: the error that was raised when the adapter was read.
     """
     from ..errors import AdapterkitError
     from ..formats import detect, outline
@@ -361,7 +373,7 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 
 def _licence(path: Path) -> dict[str, JsonValue]:
-    """Return the licence in the model card, and its requirements for derived works, except for notices."""
+    """Return the licence that the model card names, and what this licence requires of derived works besides notices."""
     from ..core.licence_terms import choices, is_expression, licence_at, spdx_expression_of, spdx_of, terms_of
 
     licence = licence_at(path)
@@ -374,7 +386,7 @@ def _licence(path: Path) -> dict[str, JsonValue]:
 def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
-    """Return the norms of the changes: one record per layer, in the order of layers."""
+    """Return one record per layer with the norms of its changes, in the order of layers."""
     from ..io.checkpoint import opened
     from .measuring import measure
 
@@ -412,14 +424,14 @@ def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: 
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether any format recognises `path`. True for a missing path, so that the caller reads it and gets the error."""
+    """Whether any format recognises `path`. True for a missing path, so that reading it raises the error."""
     from ..formats import recognised
 
     return not path.exists() or bool(recognised(path))
 
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
-    """Return an adapter's updates, lineage and totals as plain data; a shared tensor counts once in the totals."""
+    """Return an adapter's updates, lineage and totals as plain data. A shared tensor counts once in the totals."""
     from ..core.metadata import metadata_of
     from ..formats import unknown_fields
 
@@ -441,11 +453,11 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
 
 
 _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
-"""Formats of image models. For adapters in other formats, the families of image models are not tried."""
+"""Formats of image models. An adapter in another format is not compared with the families of image models."""
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Return a record for each tool: whether the tool loads the file unchanged."""
+    """Return a record for each tool, which says whether the tool can load the file without conversion."""
     from dataclasses import asdict
 
     from ..loaders import loaders_of
@@ -468,7 +480,7 @@ def _families(adapter: Adapter) -> list[str]:
 
 
 def _without_alpha(adapter: Adapter) -> int:
-    """Return the number of modules in the file that lack alpha; 0 if the scaling does not depend on alpha."""
+    """Return the number of modules that have no alpha in the file; 0 if the format's scaling does not use alpha."""
     foreign = adapter.foreign
     if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
         return len(adapter.updates)
@@ -481,7 +493,7 @@ def _without_alpha(adapter: Adapter) -> int:
 def _unresolved_record(
     modules: Mapping[str, Mapping[str, Lazy | Entry]], src: str, error: Exception
 ) -> dict[str, JsonValue]:
-    """Return the record of an adapter that cannot be read: the base is missing, or the format is unknown."""
+    """Return the record of an adapter that cannot be read, for example because its base is missing."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
@@ -491,7 +503,10 @@ def _unresolved_record(
 
 
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
-    """Return an update as plain data. Updates of the same form differ only in the name: `shared` caches the rest."""
+    """Return an update as plain data.
+
+    Records of updates with equal layouts, rows and forms differ only in the target's name. `shared` caches the rest.
+    """
     form = target.layout, target.rows, update.form
     if form not in shared:
         from ..io.lazy import dtype_of
@@ -538,9 +553,10 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
 
 
 def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return a record for each tensor of a base, and values about the model from the header of a GGUF file.
+    """Return a record for each tensor of a base, and facts about the model.
 
-    A lazy tensor of a quantized GGUF weight is only bytes, so its shape and type are read from the header.
+    The facts come from the headers of GGUF files, except the names of possible model families. A lazy tensor of a
+    quantized GGUF weight has only bytes, so the weight's shape and type are also read from the header.
     """
     from ..io.gguf_file import read_model
     from ..io.inputs import is_gguf
@@ -563,7 +579,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the scheme of a quantized base, and the number of parameters before quantization."""
+    """Return the quantization scheme of a base, and its number of parameters before quantization."""
     from ..errors import AdapterkitError
     from ..quant import dequantized, is_quantized
 
@@ -578,7 +594,7 @@ def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
-    """Return the image and video families that a base may belong to; empty if the base names another model."""
+    """Return the image and video families to which a base may belong; empty if the base names a different model."""
     from ..formats._image.deciding import families_in
     from ..naming.architectures import of_gguf
     from ..naming.image import families
@@ -591,11 +607,11 @@ def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
 
 
 _DENOISER = 8_000
-"""A base with more tensors than this is not an image model: no published image model has so many, even with all its
-parts."""
+"""A base with more tensors than this is not an image model: no published image model has so many tensors, not even a
+whole pipeline."""
 
 _GGUF = {"architecture": "general.architecture", "name": "general.name"}
-"""Field of the record -> key in the header of a GGUF file."""
+"""Key in a base's record -> key in the header of a GGUF file."""
 
 
 def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -603,7 +619,7 @@ def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
-    """Count the tensors with the same shape and element type."""
+    """Return the number of tensors for each (shape, dtype)."""
     from collections import Counter
 
     from ..io.lazy import dtype_of
@@ -612,7 +628,7 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
 
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
-    """Return the total numbers of elements and bytes for the result of `_counted`."""
+    """Return the total numbers of elements and bytes of the tensors that `_counted` counted."""
     from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]

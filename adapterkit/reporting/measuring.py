@@ -1,10 +1,11 @@
-"""Compute the numbers of a report. Each number is a field with a definition.
+"""Compute the numbers of a report. The field of each number defines it.
 
-The product B @ A of two low-rank factors is never formed. QR of the factors and a decomposition of the small core give
-U S V^T. Norms, inner products and subspaces of several adapters are computed from small products of these factors.
-Signs and values of single elements are measured in a block: the elements at `SIDE` rows and columns that are evenly
-spread over the weight. The block is small enough to form. A share that is estimated from its 25,600 elements has an
-error of 0.3 percentage points.
+The product `B @ A` of two low-rank factors is never computed. QR of the factors and an SVD of the small core give
+`U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of these factors.
+
+Signs and values of single elements are measured in a block: the elements at `SIDE` rows and `SIDE` columns that are
+evenly spread over the weight. The block is so small that it can be computed as a dense matrix. If a share is estimated
+from its 25,600 elements, the error is 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -36,55 +37,59 @@ if TYPE_CHECKING:
     from ..ops.lowering import Change, Delta, Weights
 
 SIDE = 160
-"""The number of rows and columns of the block of elements that is measured."""
+"""The number of rows, and of columns, in the measured block."""
 
 SHOWN = 64
 """The number of singular values that are stored for a target."""
 
 LARGEST_EXACT = 1024
-"""A dense change is decomposed only if its smaller side is at most this: a larger one takes over a second."""
+"""A dense change is decomposed only if its smaller side is at most this. A larger decomposition takes over a second."""
 
 EXPERTS = 8
-"""Elements and base weights are measured for this many experts of a stack; norms and ranks for all experts."""
+"""In a stack of experts, elements and base weights are measured only for this many experts; norms and ranks for all."""
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-"""The quantiles of the elements' values that are stored."""
+"""The stored quantiles of the elements' values."""
 
 INTRUDING, INTRUDER_COSINE = 10, 0.6
-"""The first ten singular vectors of a tuned weight are checked. A vector is an intruder if its cosine with each
-singular vector of the base is lower than 0.6 (Shuttleworth et al. 2024, arXiv:2410.21228)."""
+"""The first ten left singular vectors of a tuned weight are checked. A vector is an intruder if it is unlike all
+singular vectors of the base's weight: the absolute cosine with each of them is below 0.6 (Shuttleworth et al. 2024,
+arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Limit for the work of finding intruders: the sum of (smaller side squared x larger side) over all decomposed weights.
-This work takes 3 s, and is enough for 15 weights of 576 x 576. The weights with the largest changes come first, and the
+"""Limit for the work of finding intruders: the sum of `2 * smaller_side**2 * larger_side` over the checked weights. The
+limit allows 15 weights of 576 x 576, which take 3 s. The weights with the largest relative changes come first. The
 verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""This much work of decompositions counts as one step of progress; all other work for a target also counts as one."""
+"""This much decomposition work counts as one step of progress. All other work for a target counts as one step too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The change that one adapter makes at one target. A number that was not measured is None.
+    """The change that one adapter makes at one target. Numbers that were not measured are None.
 
     Attributes:
         adapter: the index of the adapter.
         target: the target, as a dotted path with the rows of a slice.
         method: the methods of the target's updates, joined by ` + `.
         shape: the shape of the weight, `[out, in, *k]`.
-        rank: the inner size of the stored factors; None for a dense change.
+        rank: the rank of the stored factors; None for a dense change.
         scaling: the scaling of a LoRA; None for other methods.
-        norm: the Frobenius norm of the change of the weight; for stacked experts, of the whole stack.
-        bias_norm: the norm of the change of the bias.
-        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, those of the expert that
-            changes most.
-        effective_rank: exponential of the entropy of the singular values (Roy and Vetterli 2007), mean over experts.
-        rank_99: the number of singular values with 99 % of the squared norm; for stacked experts, the largest number.
-        quantiles: values of the change at `QUANTILES`, in the measured block.
-        peak: the largest element of the measured block, relative to the root mean square of the block.
-        relative: `norm` relative to the norm of the base's weight.
+        norm: the Frobenius norm of the weight's change; for stacked experts, the norm of the whole stack's change.
+        bias_norm: the norm of the bias's change.
+        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, those of the expert with the
+            largest change.
+        effective_rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007); for stacked
+            experts, the mean over the experts.
+        rank_99: the number of singular values that have 99 % of the squared norm; for stacked experts, the largest such
+            number.
+        quantiles: the quantiles `QUANTILES` of the change's elements, in the measured block.
+        peak: the largest absolute value in the measured block, divided by the root mean square of the block.
+        relative: `norm` divided by the norm of the base's weight.
         intruders: the number of intruders among the first ten singular vectors of the tuned weight.
-        why: the reason why the change was not measured, in words; `code` is the error's code.
+        why: the reason why the change was not measured.
+        code: the code of the error behind `why`.
     """
 
     adapter: int
@@ -121,14 +126,14 @@ class Relation:
         first: the index of one adapter.
         second: the index of the other adapter.
         target: the target.
-        product: the sum of the products of the elements of both changes.
+        product: the inner product of the two changes: the sum of `first * second` over all elements.
         cosine: the cosine of the angle between the changes as vectors; None if one of them is zero.
-        overlap_out: the share of the smaller output subspace that lies in the larger output subspace, 0 to 1.
-        overlap_in: the share of the smaller input subspace that lies in the larger input subspace, 0 to 1.
-        sign_conflict: the share of elements with opposite signs, among the elements of the block that both adapters
-            change; 0.5 for unrelated changes.
-        interference: the share of the absolute values in the block that cancels when both changes are added; 0.29 for
-            two unrelated changes of equal size.
+        overlap_out: how much of the smaller output subspace lies in the larger one, from 0 to 1.
+        overlap_in: how much of the smaller input subspace lies in the larger one, from 0 to 1.
+        sign_conflict: among the block's elements that both adapters change, the share with opposite signs. Unrelated
+            changes have 0.5.
+        interference: the share of the absolute values in the block that cancels when both changes are added. Two
+            unrelated changes of equal size have 0.29.
     """
 
     first: int
@@ -144,15 +149,16 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class MergedShare:
-    """The part of the changes at one target that a merged model contains.
+    """How much of the adapters' change at one target a merged model contains.
 
     Attributes:
         target: the target.
-        kept: the part of the change that the merged weight contains, measured along the change: 1 is the whole change,
-            0 no change.
-        error: the norm of (merged weight - exact sum), relative to the norm of the change.
-        rounded: the value of `kept` for a perfect merge, which rounds the exact sum once to the merged model's dtype; 1
-            for dtypes over 16 bits.
+        kept: the part of the change that the merged weight contains, measured along the direction of the change. 1 is
+            the whole change; 0 is nothing.
+        error: the norm of `merged - exact`, divided by the norm of the change. `exact` is the base's weight plus the
+            change.
+        rounded: the value that `kept` would have after a perfect merge, which rounds the exact sum once to the merged
+            model's dtype. 1 for dtypes with more than 16 bits.
         dtype: the dtype of the merged weight, such as `BF16`.
     """
 
@@ -172,10 +178,11 @@ class Measurements:
         cells: target -> the row and the column of the target in the pictures.
         effects: one entry per adapter and target.
         relations: one entry per target and pair of adapters that both change the target's weight.
-        together: target -> the share of the absolute values that cancels when all changes are added.
+        together: target -> the share of the block's absolute values that cancels when all changes are added.
         merged: one entry per target, if a merged model was passed.
-        bases: sentences about adapters whose files name a base other than `base`.
-        base_why: the reason why the adapters do not fit `base`, which is then not used; None if they fit.
+        bases: sentences about adapters whose files name a base other than the given base.
+        base_why: the reason why the adapters do not fit the given base; None if they fit. A base that does not fit is
+            not used.
     """
 
     names: tuple[str, ...]
@@ -224,11 +231,14 @@ class Measurements:
         return self._norms[adapter]
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Return the cosine of two adapters over all targets; None if they share no target, or one changes nothing."""
+        """Return the cosine of two adapters over all targets.
+
+        None if they have no common target, or if one of them changes nothing.
+        """
         return self._cosines.get((min(first, second), max(first, second)))
 
     def mean(self, first: int, second: int, name: str) -> float | None:
-        """Return the mean of a field of `Relation` over the common targets of two adapters."""
+        """Return the mean of the `Relation` field `name` over the common targets of two adapters; None if unknown."""
         pairs = self._pairs.get((min(first, second), max(first, second)), [])
         known = [value for each in pairs if (value := getattr(each, name)) is not None]
         return math.fsum(known) / len(known) if known else None
@@ -277,12 +287,12 @@ def measure(
     Args:
         adapters: the adapters.
         names: one name per adapter.
-        base: the base of the adapters, not quantized, or the result of `quant.dequantized`. If the adapters do not fit,
-            the base is not used, and `base_why` states the reason.
+        base: the base of the adapters. If it is quantized, pass the result of `quant.dequantized`. If the adapters do
+            not fit the base, it is not used, and `Measurements.base_why` states the reason.
         merged: the model into which the adapters were merged; needs `base`.
         weights: the weights of the adapters in the merge; 1 each if None.
         rename: rules for names; see `adapterkit.ops.compare`.
-        progress: a function that is called with (units done, total units) of work.
+        progress: a function that is called with the units of work that are done, and the total units.
 
     Raises:
         AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
@@ -301,7 +311,7 @@ def measure(
             raise
         base_why, base, merged = str(error), None, None
         read, aligned = places(adapters, disjoint=True, rename=rename)
-    # Use one BLAS thread: the factors are so small that a second thread gains nothing, and its busy waiting slows other
+    # Use one BLAS thread: the factors are so small that a second thread saves no time, and its busy waiting slows other
     # programs.
     with files_kept_open(), one_blas_thread():
         return _Measuring(names, aligned, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(
@@ -326,8 +336,8 @@ class _Measuring:
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
         places = len(self.aligned)
-        # Guess the work of the decompositions for the progress bar, because this work is known only after all changes
-        # are measured.
+        # The work of the decompositions is known only after all changes are measured. Until then, the progress bar uses
+        # the largest possible work.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
         for at, place in enumerate(self.aligned):
             self._at(place)
@@ -382,7 +392,7 @@ class _Measuring:
             self.merged.append(after.merged(target))
 
     def _change(self, place: AlignedPlace, adapter: int, updates: tuple[Update, ...]) -> Change | None:
-        """Return the change that an adapter adds. If the change cannot be computed, record the reason; return None."""
+        """Return an adapter's change at a place. If it cannot be computed, record the reason and return None."""
         try:
             alone = lowered(AlignedPlace(place.target, (updates,), place.base))
             (change,) = alone.changes()
@@ -442,7 +452,10 @@ def _methods(updates: Sequence[Update]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MeasuredPart:
-    """An adapter's change of a weight: U `[out, r]`, S `[r]`, V `[in * k, r]` with orthonormal U and V, or dense."""
+    """An adapter's change of a weight, as an SVD: U `[out, r]`, S `[r]`, V `[in * k, r]`; U and V are orthonormal.
+
+    A change without factors is also kept in `dense`. If it is too large for a decomposition, U, S and V are None.
+    """
 
     delta: Delta
     U: Array | None
@@ -478,7 +491,7 @@ class _MeasuredPart:
         return float((values * values).sum())
 
     def block(self) -> Array:
-        """The elements of the change at `SIDE` rows and columns, which are evenly spread."""
+        """The measured block: the elements at up to `SIDE` evenly spread rows and columns of the change."""
         rows, columns = (spread(size) for size in self.shape)
         B, A, rest = self.delta.B[rows], self.delta.A[:, columns], self.delta.rest
         product: Array = B @ A
@@ -486,14 +499,14 @@ class _MeasuredPart:
 
 
 def spread(size: int) -> Array:
-    """Return at most `SIDE` evenly spread positions on an axis of length `size`."""
+    """Return at most `SIDE` indices that are evenly spread over an axis of length `size`."""
     import numpy as np
 
     return np.unique(np.linspace(0, size - 1, min(size, SIDE)).round().astype(int))
 
 
 class _Sum:
-    """Sums over the experts of a target, for one adapter."""
+    """Collect the numbers of one adapter at one target; a stack of experts adds one part per expert."""
 
     def __init__(self) -> None:
         self.square, self.base, self.largest = 0.0, 0.0, -1.0
@@ -535,7 +548,7 @@ class _Sum:
 
 
 def rank_of(S: Array, share: float) -> int:
-    """Return the smallest number of singular values with at least this share of the squared norm."""
+    """Return how many of the largest singular values are needed for at least this share of the squared norm."""
     import numpy as np
 
     if not len(S):
@@ -556,7 +569,7 @@ def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
 
 
 class _PairSum:
-    """Sums over the experts of a target, for two adapters."""
+    """Collect the numbers of two adapters at one target; a stack of experts adds one part per expert."""
 
     def __init__(self) -> None:
         self.product, self.first, self.second = 0.0, 0.0, 0.0
@@ -626,7 +639,7 @@ class _Lost:
 
 
 class _MergedSum:
-    """Sums over the experts of a target, to compare a merged weight with the changes."""
+    """Compare the merged weight of one target with the changes; a stack of experts adds one part per expert."""
 
     def __init__(self) -> None:
         self.change, self.along, self.error, self.rounded, self.dtype = 0.0, 0.0, 0.0, 0.0, ""
@@ -637,8 +650,8 @@ class _MergedSum:
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
-        # Compute the change that a perfect merge keeps: it rounds each sum once, so small changes of large weights
-        # vanish.
+        # Compute the change that is left after a perfect merge. Such a merge rounds each sum once, so small changes of
+        # large weights vanish.
         narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
         self.rounded += float((asked * narrow).sum())
 
@@ -648,7 +661,11 @@ class _MergedSum:
 
 
 def _to_decompose(effects: Sequence[Effect], aligned: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
-    """Return the targets with the largest changes, up to `INTRUDER_BUDGET`, each with its cost in `INTRUDER_UNIT`."""
+    """Return the effects to check for intruders, each with its cost in units of `INTRUDER_UNIT`.
+
+    Effects with the largest relative norms come first, up to the total cost `INTRUDER_BUDGET`. Stacked experts and
+    effects without a relative norm are not checked.
+    """
     stacked = {str(place.target) for place in aligned if place.target.stacked}
     chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
     for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
@@ -665,7 +682,7 @@ def _to_decompose(effects: Sequence[Effect], aligned: Sequence[AlignedPlace]) ->
 def _intruders(
     chosen: Sequence[tuple[Effect, int]], aligned: Sequence[AlignedPlace], base: Weights
 ) -> Iterator[int]:  # fmt: skip
-    """Yield the number of intruders for each of the chosen targets."""
+    """Yield the number of intruders for each chosen effect."""
     by_name = {str(place.target): place for place in aligned}
     directions: dict[str, Array] = {}
     for effect, _ in chosen:
@@ -680,7 +697,10 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first left singular vectors, from the smaller Gram matrix, in 1/6 of a full decomposition's time."""
+    """Return the first `count` left singular vectors, computed from the smaller Gram matrix.
+
+    This takes 1/6 of the time of a full SVD.
+    """
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)

@@ -1,9 +1,9 @@
 """Create a report about adapters, show it in notebooks, and write it as a page and as pictures.
 
-The page is one HTML file that does not load any other file. It is complete without scripts: the drawings are SVG, the
-table is an HTML table. `page.js` adds search, sorting, tooltips on the drawings and the switch between light and dark.
-All text from files is escaped, so a name in an adapter cannot add markup to the page. A content security policy in the
-page's head forbids the browser to load anything.
+The page is one HTML file that does not load any other file. It is complete even without scripts: the drawings are SVG,
+and the table is plain HTML. The script `page.js` adds search, sorting, tooltips on the drawings, and a switch between
+light and dark. All text from files is escaped, so a name in an adapter cannot add markup to the page. A content
+security policy in the page's head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
 RESULTS = {True: "holds", False: "fails", None: "undecided"}
 
 MOST_MODULES = 40
-"""The largest number of modules to show for a model; modules with a fault come first. Both groups are in the order in
-which the model runs them."""
+"""The largest number of modules to show for a model. Modules with a fault come first, then the others; both groups are
+in the order in which the model runs them."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
-    """The fields of a gate's record that the page shows."""
+    """The part of a gate's record that the page shows."""
 
     outcome: str
     base: str
@@ -68,12 +68,12 @@ class GateFigures(msgspec.Struct, frozen=True):
 
 
 def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
-    """Return the figures of a gate from its result, its record, or a file with the record.
+    """Return the figures of a gate. `source` is the gate's result, its record, or the path of a file with the record.
 
     Raises:
-        Malformed: the file is not JSON, or not the record of a gate.
+        Malformed: the file is not JSON, or the record is not one of a gate.
         StorageError: the file cannot be read.
-        UsageError: `source` is something else.
+        UsageError: `source` is neither a result, nor a record, nor a path.
     """
     path = None
     record: Any = source
@@ -145,7 +145,7 @@ def _modules(kept: KeptEffect) -> list[str]:
         (part.module, part.scale, part.error, part.fault or ("rounding alone" if part.rounded else ""))
         for part in several
     ]
-    names = ("module", "part of the change", "error relative to it", "fault")
+    names = ("module", "part of the change", "error relative to the change", "fault")
     return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(lead + more)}</p>", _gate_table("Modules", names, rows)]
 
 
@@ -171,13 +171,13 @@ def _gate_cell(value: Cell) -> str:
 
 
 MOST_ROWS = 2000
-"""The most rows in the table of targets, because 45,000 rows would make a page of 10 MB. The table shows the largest
-changes; the record has all rows."""
+"""The largest number of rows in the table of targets: 45,000 rows would make a page of 10 MB. The table shows the rows
+with the largest changes. The report's record has all rows."""
 
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
 HIDDEN = ("metadata", "of", "base_fingerprint")
-"""Arguments of lineage steps that the page omits: another part shows them, or they are too long for a line."""
+"""Arguments of lineage steps that the page omits: it shows them elsewhere, or they are too long for a line."""
 
 
 def page(report: AdapterReport) -> str:
@@ -224,7 +224,10 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return HTML for a notebook: verdicts and drawings, without scripts and styles that would affect other cells."""
+    """Return HTML with the verdicts and drawings for a notebook.
+
+    It has no scripts or style sheets, because they would affect other cells.
+    """
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
@@ -364,13 +367,13 @@ COLUMNS: Mapping[str, Any] = {
     "kept": lambda each, report: report.kept.get(each.target),
     "note": lambda each, _: each.why,
 }
-"""Heading of a column -> function that returns the value of a cell. Columns without any value are omitted."""
+"""Heading of a column -> function that returns the column's value in a row. Columns that are all empty are omitted."""
 
 SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _TableRows:
-    """The data of a row, which the functions in `COLUMNS` read."""
+    """Data about the whole report for the functions in `COLUMNS`."""
 
     def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts
@@ -437,7 +440,7 @@ def _lineage(all_facts: Sequence[Facts]) -> str:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
-    """Return the steps of a lineage as nested lists, the newest step first; below each step is the step before it."""
+    """Return a lineage as nested lists. The newest step is the outermost; each step contains the step before it."""
     if not steps:
         return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
     *before, last = steps
@@ -486,12 +489,13 @@ def _formats(all_facts: Sequence[Facts]) -> str:
     )  # fmt: skip
     if tools:
         head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
-        table += "<p>Whether each tool can load the file as it is, without conversion.</p>" + _scrolled(
+        table += "<p>The next table shows whether each tool can load the file without conversion.</p>" + _scrolled(
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>Formats that can store the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
-        f"also checks names of modules and the other limits of a format.</p>{table}"
+        "<p>These formats can store the methods of each adapter, for its kind of model. "
+        "<code>adapterkit convert</code> also checks the names of modules and the other limits of a format.</p>"
+        f"{table}"
     )
 
 
@@ -504,12 +508,12 @@ class AdapterReport:
     """A report about adapters. Notebooks display it.
 
     Attributes:
-        facts: the values from the headers, one entry per adapter.
+        facts: the facts from the file headers, one entry per adapter.
         measured: all measured numbers.
         verdicts: sentences about the numbers, faults first.
         base: the name of the base, or None.
         merged: the name of the merged model, or None.
-        seconds: the duration of the measurements.
+        seconds: the duration of the measurements in seconds.
         gate: the figures of a gate, or None.
     """
 
@@ -523,7 +527,7 @@ class AdapterReport:
 
     @cached_property
     def charts(self) -> list[Chart]:
-        """The pictures, as Vega-Lite specifications; `html` and `figures` draw them."""
+        """The pictures, as Vega-Lite specifications. `html` and `figures` draw them."""
         return charts(self.measured)
 
     def record(self) -> dict[str, JsonValue]:
@@ -547,14 +551,14 @@ class AdapterReport:
         """Write the report as one HTML file, atomically.
 
         Args:
-            out: the file.
-            overwrite: replace an existing file.
-            made_from: a digest of everything that determines the page. The digest is stored with the page, so that a
-                later run can skip the work; see `io.staging`.
+            out: the path of the file to write.
+            overwrite: whether to replace an existing file.
+            made_from: a digest of everything that determines the page. It is stored with the page, so that a later run
+                with the same digest can skip the work; see `io.staging`.
 
         Raises:
             StorageError: `out` exists, or cannot be written.
-            UsageError: the name of `out` has the suffix of a file type other than HTML.
+            UsageError: the suffix of `out` is neither `.html` nor `.htm` nor empty.
             Unsupported: the package that draws charts is not installed.
         """
         from ..io.staging import check_free, staged
@@ -572,7 +576,7 @@ class AdapterReport:
         return path
 
     def figures(self, folder: str | PathLike[str]) -> list[Path]:
-        """Write every chart as PNG and SVG into a folder; return the files. Existing files are replaced.
+        """Write every chart as PNG and SVG into a folder, and return the paths. Existing files are replaced.
 
         Raises:
             StorageError: the folder is not writable.
@@ -619,8 +623,8 @@ def build_page(
         base: the base of the adapters.
         merged: the model into which the adapters were merged; needs `base`.
         rename: rules for names of targets.
-        progress: a function that is called with (units done, total units) of work.
-        gate: the figures of a gate, shown in a separate section.
+        progress: a function that is called with the units of work that are done, and the total units.
+        gate: the figures of a gate; the page shows them in a separate section.
 
     Raises:
         AdapterkitError: as for `measuring.measure`.
@@ -642,14 +646,17 @@ def build_page(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """Return the checkpoint with its quantized weights dequantized."""
+    """Return the checkpoint; if it is quantized, its weights are dequantized."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base
 
 
 def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
-    """Return the weights of the adapters in a merge, from the record that the merge wrote."""
+    """Return the adapters' weights in a merge, from the merged model's merge record.
+
+    None if the record does not have a weight for each of `count` adapters.
+    """
     if merged is None:
         return None
     from ..naming.binding.fitting import merge_record

@@ -1,7 +1,7 @@
-"""Verdicts: plain sentences about the measurements. Each rule is one entry of `RULES`: a code, a level and a function.
+"""Verdicts: plain sentences about the measurements. Each entry of `RULES` has a code, a level and a function.
 
-Thresholds are constants in this file. A rule yields one sentence per fault. For each rule, at most `MOST` sentences are
-shown, followed by the number of further sentences. A clean adapter gets only sentences of level `note`.
+Thresholds are constants in this file. A rule yields one sentence per finding. A report shows at most `MOST` sentences
+per rule, and then the number of further sentences. A clean adapter gets only sentences of level `note`.
 """
 
 from __future__ import annotations
@@ -21,55 +21,57 @@ if TYPE_CHECKING:
 LEVELS = ("fault", "warning", "note")
 
 MOST = 5
-"""The most sentences that are shown for a rule."""
+"""The largest number of sentences to show for a rule."""
 
 MIN_SHARE = 0.25
-"""A sentence names a target, layer or module only if the named thing has at least this share of an adapter's squared
-norm; `TIMES` is a further condition."""
+"""A target gets the verdict that it dominates if it has at least this share of the adapter's squared norm, and also
+fulfils the condition of `TIMES`."""
 
 TIMES = 4
-"""A sentence names a target, layer or module only if the share of the named thing is at least this many times the
-average share."""
+"""A target gets the verdict that it dominates only if its share is at least this many times the average share. Targets
+and modules are compared only if the adapter has at least twice this many targets."""
 
 SCALED = 3.0
-"""A layer is out of scale if the ratio of its norms to those of its neighbours is above this, or below the inverse."""
+"""A layer is out of scale if its norms are more than this many times its neighbours' norms, or less than 1 / this."""
 
 DEAD = 1e-6
-"""A target is dead if its norm, relative to the median of the same module in all layers, is below this."""
+"""A target is dead if its norm is at most this many times the median norm of the same module over all layers. A layer
+is dead if its norm is at most this many times the median norm of all layers."""
 
 SPIKE = 0.9
-"""A change of rank 4 or more is a rank-1 spike if one singular value has more than this share of the squared norm."""
+"""A change of rank 4 or more is a rank-1 spike if one singular value has more than this share of its squared norm."""
 
 WIDE = 0.35
-"""The rank is mostly unused if the effective rank, relative to the stored rank, is below this."""
+"""An adapter's rank is mostly unused if the median of (effective rank / stored rank) over its targets is below this."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Limits of the cosine of two changes. Below the first limit, the changes oppose each other. Above the second limit,
-the changes are similar. Above the third limit, they are equal except for a factor."""
+"""Limits for the cosine of two changes. At or below the first limit, the changes oppose each other. From the second
+limit on, they are similar. From the third limit on, they are equal except for a factor."""
 
 CONFLICT = 0.6
 """Two adapters conflict if they move more than this share of elements in opposite directions. For unrelated adapters,
 the share is 0.5."""
 
 LOST = 0.5
-"""A sum loses too much if more than this share of the absolute values cancels. Two unrelated changes lose 0.29, eight
-unrelated changes at most 0.65."""
+"""A sum of two changes loses too much if more than this share of the absolute values cancels. Two unrelated changes
+lose 0.29."""
 
 LOUDER = 4.0
-"""If the ratio of two adapters' norms is above this, the smaller adapter hardly matters in a plain sum."""
+"""If one adapter's norm is more than this many times another's, the smaller one hardly matters in a plain sum."""
 
 LARGE = 0.5
-"""If the norm of a change, relative to the norm of the base's weight, is above this, the weight is mostly replaced."""
+"""A change is too large if its norm is more than this many times the norm of the base's weight."""
 
 PEAK = 40.0
-"""An element is an outlier if it is more than this many times the root mean square."""
+"""An element of a change is an outlier if it is more than this many times the change's root mean square."""
 
 SCALING = (1 / 64, 64.0)
-"""The smallest and largest plausible scaling of a LoRA; with another scaling, the file's alpha is most likely wrong."""
+"""The smallest and largest plausible scaling of a LoRA. Outside these bounds, the file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Limits for a merged model. If it contains less of a change than the first limit, the change counts as partly lost; if
-less than the second limit, the change counts as not merged. The third limit is for the error relative to the change."""
+"""Limits for a merged model. The first two are for the part of a change that the merged model contains: below the first
+limit the change counts as partly lost, below the second as not merged. The third limit is for the error of a merged
+weight, divided by the norm of the change: above it, the rounding error is larger than the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,10 @@ class Findings:
     facts: Sequence[Facts]
 
     def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
-        """Yield index, name and measured effects of each adapter; the name is empty if the report has one adapter."""
+        """Yield each adapter's index, the start of a sentence about it (`name: `), and its measured effects.
+
+        The start is empty if the report has only one adapter.
+        """
         alone = len(self.facts) == 1
         for at, facts in enumerate(self.facts):
             yield at, "" if alone else f"{facts.name}: ", self.measured.of(at)
@@ -267,9 +272,9 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
-    """Return the ratio of a layer's norms to those of neighbouring layers; None if only some targets stand out.
+    """Return how many times its neighbours' norms a layer's norms are; None if the layer is not out of scale.
 
-    A layer is out of scale only if all of its targets stand out.
+    A layer is out of scale only if all of its targets are, in the same direction.
     """
     order = [*layers]
     at = order.index(layer)
@@ -376,7 +381,7 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for layers that lack a target, although nearly all similar layers have this target."""
+    """Yield a sentence for each module that a few layers lack, although all other layers of their kind have it."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
@@ -436,7 +441,7 @@ def _no_intruders(findings: Findings) -> Details:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """Return a phrase with the number of decomposed targets, and with the number of all targets if that is larger."""
+    """Return a phrase with the number of examined targets; if there are more targets, it also has their number."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
     return many if len(looked) == len(effects) else f"the {many} examined (of {len(effects):,}, largest changes first)"
 
@@ -454,7 +459,7 @@ def _same(findings: Findings) -> Details:
             yield f"{both} are the same adapter: their cosine is {cosine:.4f} and their norms are equal.", None, None
         else:
             name, against = findings.facts[a].name, findings.facts[b].name
-            yield f"{name} is {against} times {ratio:.3g}: only their scale differs.", None, None
+            yield f"{name} is {ratio:.3g} times as large as {against}: they differ only in scale.", None, None
 
 
 def _opposed(findings: Findings) -> Details:
@@ -465,7 +470,7 @@ def _opposed(findings: Findings) -> Details:
 
 
 def _conflicts(findings: Findings) -> Details:
-    """Yield a sentence for each target where two adapters oppose each other, although their total changes do not."""
+    """Yield a sentence for each target at which two adapters conflict, unless the adapters as a whole conflict."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -481,7 +486,7 @@ def _conflicts(findings: Findings) -> Details:
 def _interfering(findings: Findings) -> Details:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
-        # Name only targets with a loss far above 0.29, the loss of two unrelated changes of equal size.
+        # Two unrelated changes of equal size lose 0.29, so report only targets with a much larger loss.
         worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
         for share, target in worst:
             text = f"A plain sum loses {percent(share)} of the absolute changes at {findings.title(target)}."
@@ -507,9 +512,9 @@ def _alike(findings: Findings) -> Details:
 
 
 def _sharing(findings: Findings) -> Details:
-    """Yield a sentence for each pair of adapters that uses the same subspace for different changes.
+    """Yield a sentence for each pair of adapters that make different changes in the same subspace.
 
-    Each of these adapters overwrites what the other one learned.
+    In a sum, each adapter of such a pair overwrites what the other one learned.
     """
     measured = findings.measured
     for a, b, both in findings.pairs():
@@ -526,7 +531,7 @@ def _sharing(findings: Findings) -> Details:
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether the ranks of most changes are so large that any two changes of these weights overlap."""
+    """Whether most changes have so large a rank that any other change of the same weights would overlap them."""
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 
@@ -568,20 +573,20 @@ def _merged(findings: Findings) -> Details:
 
 
 def _is_rounding(share: MergedShare) -> bool:
-    """Whether rounding to the merged model's dtype explains the part of the change that the merged model lacks."""
+    """Whether the merged model lacks a part of the change only because of rounding to its dtype."""
     return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
 
 
 def _merged_narrow(findings: Findings) -> Details:
-    """Yield a sentence if rounding to the merged model's dtype removes changes that are small next to the weights."""
+    """Yield a sentence if a part of the change is lost because the merged model's dtype rounds too coarsely."""
     rounded = [each for each in findings.measured.merged if _is_rounding(each)]
     if rounded:
         least = min(rounded, key=lambda each: each.kept)
         text = (
             f"Rounding to {least.dtype} loses a part of the change at {len(rounded):,} of "
-            f"{len(findings.measured.merged):,} targets: {percent(least.kept)} of it is left at "
-            f"{findings.title(least.target)}. The merge itself is right; merge with --dtype fp32 (dtype='fp32') to "
-            "keep all of it, or with fp16, which rounds eight times finer than bf16."
+            f"{len(findings.measured.merged):,} targets: at {findings.title(least.target)}, {percent(least.kept)} of "
+            "the change is left. The merge itself is right. To keep the whole change, merge with --dtype fp32 "
+            "(dtype='fp32'); fp16 keeps more than bf16, because it rounds eight times finer."
         )
         yield text, None, least.target
 
@@ -593,7 +598,7 @@ def _merged_noise(findings: Findings) -> Details:
         worst = max(noisy, key=lambda each: each.error)
         count, total = len(noisy), len(findings.measured.merged)
         text = f"At {count:,} of {total:,} targets, the rounding of the merged weights is larger than the change"
-        yield f"{text}: at {findings.title(worst.target)}, {worst.error:.2g} times as large.", None, worst.target
+        yield f"{text}: at {findings.title(worst.target)}, it is {worst.error:.2g} times as large.", None, worst.target
 
 
 def _merged_well(findings: Findings) -> Details:
@@ -666,4 +671,4 @@ RULES = (
     VerdictRule("independent", "note", _independent),
     VerdictRule("merged-well", "note", _merged_well),
 )
-"""All rules. Within each level, sentences are shown in this order."""
+"""All rules. Within a level, a report shows the rules' sentences in this order."""

@@ -1,8 +1,8 @@
-"""Scan an untrusted adapter for signs of an attack. Each finding is evidence with a severity, not proof.
+"""Scan an untrusted adapter for signs of an attack. A finding is evidence, not proof.
 
-A file without findings is not proven harmless, and a finding does not prove intent. Each finding has evidence, a
-location, and the reason why it matters. Nothing in the files is executed or imported; pickles are read as lists of
-opcodes.
+A finding does not prove an attack, and a file without findings may still be harmful. Each finding has a severity, the
+evidence, a location, and the reason why it matters. Nothing in the files is executed or imported. Pickles are never
+loaded; only their opcodes are read.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
     """Scan an untrusted adapter for signs of an attack; nothing in it is executed.
 
     Args:
-        source: a file, a folder, or an address on a hub, whose files are downloaded first.
-        base: the base, to compare the norms of the changes with the norms of its weights; None skips this rule.
+        source: a file, a folder, or an address on a hub. Files on a hub are downloaded first.
+        base: the base. The norm of each change is compared with the norm of the base's weight. None skips the
+            comparison.
 
     Returns:
-        The findings, the most severe first. Findings are evidence, not proof. A scan without findings proves nothing.
+        The findings, the most severe first. They are evidence, not proof. An adapter without findings may still be
+        harmful.
 
     Raises:
         StorageError: the source or the base does not exist or cannot be read.
@@ -69,7 +71,7 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
 
 def _adapters(root: Path, files: list[Path], unread: list[str]) -> list[Path]:
-    """Return the adapter at a path, or the adapters in its subfolders."""
+    """Return the path of the adapter at `root`, or the paths of the adapters in its subfolders."""
     if _recognised(root):
         return [root]
     folders = dict.fromkeys(file.parent for file in files if file.name.endswith(WEIGHTS) and file.parent != root)
@@ -88,7 +90,7 @@ def _recognised(path: Path) -> bool:
 def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> list[Finding]:
     """Return findings about the targets and values of an adapter.
 
-    An adapter that cannot be read is added to `unread`, because other tools may be able to read it.
+    An adapter that cannot be read gets a line in `unread`: other tools may be able to read it, so the user must know.
     """
     try:
         adapter = read(root, base=checkpoint)
@@ -101,7 +103,7 @@ def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> li
 
 
 def _files(root: Path, unread: list[str]) -> list[Path]:
-    """Return at most `MOST_FILES` files. Links to folders are not followed, and git's own files are left out."""
+    """Return at most `MOST_FILES` files. Links to folders are not followed, and git's own files are omitted."""
     if not root.is_dir():
         return [root]
     files: list[Path] = []
@@ -119,29 +121,31 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
 
 
 FEW_EXPERTS = 0.1
-"""A finding is reported if an adapter changes at most this share of a layer's experts."""
+"""Report an adapter that changes at most this share of the experts, or only one expert, in only one layer."""
 
 SPIKE, SPIKE_RANK = 0.995, 4
-"""A change of rank 4 or more is suspicious if one direction has more than this share of its energy (squared norm)."""
+"""A change of rank 4 or more is dominated by one direction if that direction has more than this share of the change's
+energy (squared norm)."""
 
 STRONGER = 5.0
-"""A change is suspicious if its norm is this many times the median norm of the same module in other layers."""
+"""A change dominated by one direction is reported if its norm is more than this many times the median norm of the same
+module over all layers, or if few other changes are dominated by one direction."""
 
 MOST_OF_ALL = 0.8
-"""A target is reported if it has more than this share of the energy of all targets."""
+"""A target is reported if it has more than this share of the total energy of all targets."""
 
 ENOUGH = 8
-"""Targets or experts are compared with each other only if there are at least this many."""
+"""Experts are compared with each other only if there are at least this many; targets likewise."""
 
 FOREIGN = 0.005
-"""A tensor counts as trained in 16 bits if at most this share of its numbers needs more bits. The numbers that need
-more bits are reported."""
+"""If at most this share of a float32 tensor's numbers are not exact in 16 bits, the tensor was probably trained in 16
+bits. The few other numbers were probably changed later, so they are reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def in_adapter(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Yield findings in the targets and values of an adapter. This reads all values."""
+    """Yield findings in the targets and values of an adapter. This function reads all tensors."""
     yield from _targets(adapter, file)
     finite = True
     for target, update in adapter:
@@ -196,7 +200,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # Exact in bfloat16. Do not test float16, which lacks small numbers.
+        return  # All numbers are exact in bfloat16. Skip float16: it cannot represent small numbers of such tensors.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):
@@ -206,7 +210,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
 
 
 def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Yield findings about spectra and norms of changes; changes that need the base are listed as unread."""
+    """Yield findings about the spectra and norms of changes. `unread` gets a line for each change without a result."""
     from ..ops.alignment import places
     from ..ops.lowrank import svd
 
@@ -247,11 +251,11 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         others = sorted(kinds[_NUMBER.sub(".#", name)])
         median = others[len(others) // 2]
         strong = len(others) >= 3 and norms[name] > STRONGER * median
-        # Report changes with a dominant direction only if at most a quarter of all changes have one.
+        # If at most a quarter of all changes have a dominant direction, report also those that are not strong.
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
             evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"
-            yield Finding("spike", file, name, f"{evidence}, the median of the same module is {median:.3g}")
+            yield Finding("spike", file, name, f"{evidence}, the median norm of the same module is {median:.3g}")
     energy = {name: norm * norm for name, norm in norms.items()}
     whole = math.fsum(energy.values())
     for name, each in energy.items():

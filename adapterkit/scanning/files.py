@@ -1,7 +1,8 @@
-"""Find suspicious files: by their names and first bytes, by functions that pickles would call, and by their configs.
+"""Find suspicious files: check their names, first bytes, pickles, configs and chat templates.
 
-Pickles are read, but never loaded: in plain files, in archives, in arrays of objects, and compressed. Configs are
-searched for code that they name, and chat templates for access to more than their data.
+The scan searches pickles for functions that they would call. It reads the opcodes of pickles, but never loads them. It
+finds pickles in plain files, archives, compressed files and NumPy arrays of objects. Configs are searched for code that
+they name. Chat templates are searched for access to anything but the data that they are given.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from jinja2 import nodes
 
 MOST = 20
-"""The largest number of reported findings of one rule in one file: a pickle may contain thousands of calls."""
+"""The largest number of findings to report for one rule in one file: a pickle may contain thousands of calls."""
 
 LARGEST = 32 << 20
-"""The maximum number of bytes to scan for pickles in a file, or in an entry of an archive."""
+"""The largest number of bytes to scan for pickles in one file or in one archive entry."""
 
 _LARGEST_SUM = 256 << 20
 _DEEPEST = 4
@@ -49,13 +50,14 @@ CODE = frozenset({
     ".bash", ".bat", ".cmd", ".ps1", ".vbs", ".js", ".mjs", ".cjs", ".node", ".wasm", ".ipynb", ".cu", ".cuh", ".cpp",
     ".cxx", ".cc", ".ptx", ".jar", ".class", ".whl", ".egg", ".lua", ".rb",
 })  # fmt: skip
-"""Suffixes of files that a program may run."""
+"""Suffixes of files with code that a program may run."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".dat", ".data")
-"""Suffixes of files that programs unpickle; pickles of protocols 0 and 1 cannot be recognised by their first bytes."""
+"""Suffixes of files that programs unpickle. The suffix is needed because the first bytes do not identify pickles of
+protocols 0 and 1."""
 
 _STORAGE = re.compile(r"(?:.*/)?data/\d+")
-"""Matches the entries of torch's archives that contain the bytes of a tensor; no program unpickles these entries."""
+"""Matches archive entries in which torch stores the bytes of a tensor. No program unpickles these entries."""
 
 _GLOBAL = re.compile(r"[^\W\d][\w.]* [^\W\d][\w.<>]*")
 _ASCII = bytes(range(128)) + b"?" * 128
@@ -69,9 +71,10 @@ _Stream = IO[bytes] | io.BufferedIOBase
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether these are the first bytes of a pickle of protocol 2 or later.
+    """Whether `head` contains the first bytes of a pickle of protocol 2 or later.
 
-    The length of a safetensors header may begin with the same bytes; the header itself begins with `{`.
+    A safetensors file may begin with the same bytes, because it begins with the length of its header. But the header
+    after the length begins with `{`.
     """
     if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
         return False
@@ -79,7 +82,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def _header_size(head: bytes) -> int:
-    """Return the number of bytes before the values in a .npy file."""
+    """Return the number of bytes before the data in a .npy file."""
     wide = 2 if head[6:7] == b"\x01" else 4
     return min(8 + wide + int.from_bytes(head[8 : 8 + wide], "little"), LARGEST)
 
@@ -96,7 +99,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield a finding for each global that a file's pickles import, except the globals that a state dict needs.
+    """Yield a finding for each global that a file's pickles import. Globals that a state dict needs are ignored.
 
     Args:
         name: the file's name in findings.
@@ -109,14 +112,14 @@ def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
 
 @dataclass
 class _Reader:
-    """Scan one file and the archives in it. `left` is the number of bytes that may still be decompressed."""
+    """Scan one file, and the archives in it. `left` is the number of bytes that may still be decompressed."""
 
     name: str
     unread: list[str]
     left: int = field(default=_LARGEST_SUM)
 
     def part(self, place: str, called: str, stream: _Stream, depth: int = 0) -> Iterator[Finding]:
-        """Yield the findings in a file or in an entry of an archive."""
+        """Yield the findings in a file or in an archive entry."""
         head = stream.read(512)
         suffix = PurePosixPath(called).suffix.lower()
         compressed = head.startswith(_COMPRESSED)
@@ -127,7 +130,7 @@ class _Reader:
             self.skip(place, f"archives nested more than {_DEEPEST} deep")
             return
         if self.left <= 0:
-            self.skip(place, f"the limit of {_LARGEST_SUM:,} scanned bytes of this archive is reached")
+            self.skip(place, f"this archive has more than the {_LARGEST_SUM:,} bytes that may be scanned")
             return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
@@ -158,7 +161,7 @@ class _Reader:
             self.skip(place, f"this archive cannot be read: {error}")
 
     def skip(self, place: str, why: str) -> None:
-        """Note that a part was not scanned."""
+        """Add a line to `unread`: this part was not scanned."""
         self.unread.append(f"{self.name}{f' ({place})' if place else ''}: {why}")
 
     def zip(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
@@ -187,26 +190,26 @@ class _Reader:
                     yield from self.link(where, entry.linkname)
                 inside = archive.extractfile(entry) if entry.isreg() else None
                 if inside is not None:
-                    # torch.load reads entries of these names as pickles.
+                    # torch.load unpickles the entries with these names, which have no suffix.
                     called = "storages.pkl" if entry.name in ("pickle", "storages", "tensors") else entry.name
                     yield from self.part(where, called, inside, depth + 1)
 
     def link(self, where: str, target: str) -> Iterator[Finding]:
-        """Yield a finding if a link of an archive may leave the folder into which the archive is unpacked."""
+        """Yield a finding if a link in an archive may point out of the folder into which the archive is unpacked."""
         if target.startswith("/") or ".." in PurePosixPath(target).parts:
             yield Finding("link", self.name, where, f"it points to {shown(target)}")
 
     def entry(self, where: str, named: str) -> Iterator[Finding]:
-        """Yield findings for the name of an entry of an archive."""
+        """Yield findings about the name of an archive entry."""
         if named.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", named):
             yield Finding(
-                "hidden-file", self.name, where, "its name leaves the folder into which the archive is unpacked"
+                "hidden-file", self.name, where, "its path leads out of the folder into which the archive is unpacked"
             )
         if PurePosixPath(where).suffix.lower() in CODE:
-            yield Finding("code-file", self.name, where, "a file of code in the archive")
+            yield Finding("code-file", self.name, where, "the archive contains a code file")
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the findings in a .npy file; in an array of objects, a pickle follows the header."""
+        """Yield the findings in a .npy file: if its array contains Python objects, a pickle follows the header."""
         end = _header_size(data)
         if b"|O" in data[:end]:
             yield from self.calls(place, data[end:], cut)
@@ -214,22 +217,22 @@ class _Reader:
     def calls(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield a finding for each global that the pickles in `data` import.
 
-        pickletools decodes text as ASCII, but unpicklers also accept other bytes, so the bytes of protocols 0 and 1 are
-        scanned a second time without the bytes outside ASCII.
+        pickletools fails on text outside ASCII, but unpicklers accept it. Pickles of protocols 0 and 1 contain text, so
+        the data is scanned a second time without the bytes outside ASCII.
         """
         yield from self.globals_of(place, data, cut)
         if data[:1] != b"\x80" and not data.isascii():
             yield from self.globals_of(place, data.translate(_ASCII), cut)
 
     def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield a finding for each global that successive pickles import."""
+        """Yield a finding for each global that is imported by one of the pickles that follow each other in `data`."""
         stream, count, start = io.BytesIO(data), 0, 0
         while (start := stream.tell()) < len(data) and count < MOST:
             marked = is_pickle(data[start : start + 16])
             try:
                 for asked, position in _globals(stream):
-                    # Without a pickle's first bytes, the data may be no pickle. Report only plausible names then: data
-                    # that is no pickle rarely contains one.
+                    # Data that does not begin like a pickle may be something else. From such data, report only globals
+                    # with plausible names, because random bytes rarely contain one.
                     if asked in KNOWN or not (marked or _GLOBAL.fullmatch(asked)):
                         continue
                     count += 1
@@ -238,7 +241,7 @@ class _Reader:
                     if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-                # In files of torch before 1.6, the bytes after the last pickle are data.
+                # An error after the last pickle is normal: files of torch before 1.6 have tensor data there.
                 if marked:
                     why = f"a pickle of more than {LARGEST:,} bytes" if cut else f"it cannot be parsed: {error}"
                     yield Finding("pickle-call", self.name, f"{place} byte {start}".strip(), shown(why))
@@ -248,7 +251,7 @@ class _Reader:
 
 
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
-    """Yield each global that one pickle imports, as `module name`, with its position."""
+    """Yield (`module name`, byte position) for each global that a pickle imports."""
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]
     for opcode, argument, position in pickletools.genops(stream):
@@ -272,13 +275,13 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
         elif kind in ("GET", "BINGET", "LONG_BINGET"):
             pushed.append(memo.get(number))
         elif kind not in ("PROTO", "FRAME"):
-            # After any other opcode, the value on the stack is not known here.
+            # Any other opcode pushes a value that this scan does not know, unless its argument is a string.
             pushed.append(argument if isinstance(argument, str) and opcode.stack_after else None)
         del pushed[:-2]
 
 
 def appended_archive(file: Path) -> bool:
-    """Whether a zip archive follows the content of a file that is not a zip archive itself."""
+    """Whether a file ends with a zip archive that has entries. Callers pass only files that do not begin with one."""
     with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -298,16 +301,16 @@ _TRUSTED_PARENTS = (
 )
 _ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
 _COMPUTING = ("join", "format", "replace", "reverse")
-"""Filters and methods that make a name from pieces."""
+"""Jinja filters and methods of strings that can build a name from pieces."""
 
 _BY_ATTRIBUTE = ("map", "selectattr", "rejectattr", "groupby", "sort", "sum", "min", "max", "unique")
-"""Filters of Jinja that take the name of an attribute."""
+"""Jinja filters with a parameter for the name of an attribute."""
 
 LARGEST_TEXT = 32 << 20
 
 
 def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield the findings in a JSON file or in a file of a chat template.
+    """Yield the findings in a JSON file or in a chat template's file.
 
     Args:
         name: the file's name in findings.
@@ -336,7 +339,7 @@ def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
         unread.append(f"{name}: it is not valid JSON: {error}")
         return
     for key in twice[:MOST]:
-        yield Finding("other-content", name, shown(key), "the key occurs twice, and programs read different values")
+        yield Finding("other-content", name, shown(key), "the key occurs twice, so programs may read different values")
     if file.name == "modules.json" and isinstance(document, list):
         yield from _modules(name, document)
     yield from _config(name, "", document, 0)
@@ -368,10 +371,10 @@ def _config(name: str, where: str, value: object, depth: int) -> Iterator[Findin
             elif key == "auto_mapping" and isinstance(entry, Mapping):
                 parent = entry.get("parent_library")
                 if isinstance(parent, str) and not f"{parent}.".startswith(_TRUSTED_PARENTS):
-                    # peft.auto imports the module with this name.
+                    # `peft.auto` imports the module that this key names.
                     yield Finding("code-in-config", name, place, f"parent_library: {shown(parent)}")
             elif key == "megatron_core" and isinstance(entry, str) and not f"{entry}.".startswith("megatron."):
-                # peft.tuners.lora.tp_layer imports the module with this name.
+                # `peft.tuners.lora.tp_layer` imports the module that this key names.
                 yield Finding("code-in-config", name, place, f"{key}: {shown(entry)}")
             elif key == "chat_template":
                 yield from _templates(name, place, entry, depth)
@@ -405,7 +408,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
     try:
         tree = environment.parse(text)
     except (TemplateSyntaxError, RecursionError):
-        # Remove the `generation` block, which transformers adds to Jinja's syntax, and parse again.
+        # Remove the tags of `generation` blocks and parse again. transformers adds these tags to Jinja's syntax.
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
         except (TemplateSyntaxError, RecursionError) as error:
@@ -419,7 +422,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
         if isinstance(key, str) and key.startswith("__"):
             yield Finding("template", name, where, f"it reads the entry {key}")
         elif _is_computed(item.arg):
-            yield Finding("template", name, where, "it reads an entry whose name it computes")
+            yield Finding("template", name, where, "it reads an entry with a computed name")
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, str) and "__" in constant.value:
             yield Finding("template", name, where, f"it contains the text {shown(constant.value)}")
@@ -427,11 +430,11 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
         yield Finding("template", name, where, f"it loads another template ({type(reached).__name__.lower()})")
     for filtered in tree.find_all(nodes.Filter):
         if filtered.name == "attr":
-            yield Finding("template", name, where, "it uses the filter attr")
+            yield Finding("template", name, where, "it uses the filter `attr`")
         elif filtered.name in _BY_ATTRIBUTE and any(
             _is_computed(each) for each in (*filtered.args, *(pair.value for pair in filtered.kwargs))
         ):
-            yield Finding("template", name, where, "it reads an attribute whose name it computes")
+            yield Finding("template", name, where, "it reads an attribute with a computed name")
     for reference in tree.find_all(nodes.Name):
         if reference.name in ("lipsum", "cycler", "joiner", "self", "config", "request"):
             yield Finding("template", name, where, f"it uses the object {reference.name}")
@@ -440,7 +443,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
 
 
 def _is_computed(node: nodes.Expr) -> bool:
-    """Whether an expression puts a name together from pieces."""
+    """Whether an expression builds a name from pieces."""
     from jinja2 import nodes
 
     def is_text(part: nodes.Node) -> bool:
@@ -459,7 +462,7 @@ def _is_computed(node: nodes.Expr) -> bool:
 
 
 PLAIN_HIDDEN = frozenset({".gitattributes", ".gitignore", ".cache", ".huggingface", ".adapterkit"})
-"""Names of harmless hidden files, which hubs, git and adapterkit write."""
+"""Names of harmless hidden files and folders that hubs, git and adapterkit write."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 _PROGRAMS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
@@ -468,7 +471,7 @@ _BIDI = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\
 
 
 def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Finding]:
-    """Yield findings in all files of a folder, or in one file."""
+    """Yield findings in `files`: the files of the folder `root`, or the single file `root`."""
     folder = root if root.is_dir() else root.parent
     for file in files:
         name = file.relative_to(folder).as_posix()
@@ -496,12 +499,12 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a link leads to a file in the folder, or in the hub client's cache that contains the folder."""
+    """Whether a link leads to a file in `folder`, or in the huggingface_hub cache of which `folder` is a part."""
     try:
         target, top = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # The link leads back to itself.
+    except (OSError, RuntimeError):  # The link is a loop.
         return False
-    # Allow links to the folder `blobs`: huggingface_hub's snapshots are links to the blobs of the same repository.
+    # Allow links to the folder `blobs`: in huggingface_hub's cache, the files of a snapshot are links to it.
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")
     )
@@ -520,13 +523,13 @@ def _name(name: str) -> Iterator[Finding]:
         yield Finding("code-file", name, "", f"a {suffixes[-1]} file")
     weights = [suffix for suffix in suffixes[:-1] if suffix.lower() in WEIGHTS]
     if weights and suffixes[-1].lower() not in (*WEIGHTS, ".json", ".lora"):
-        yield Finding("hidden-file", name, "", f"it looks like a {weights[-1]} file and is a {suffixes[-1]} file")
+        yield Finding("hidden-file", name, "", f"it looks like a {weights[-1]} file, but is a {suffixes[-1]} file")
     if re.search(r"\s{3,}|\s$", name):
         yield Finding("hidden-file", name, "", "white space hides the end of the name")
 
 
 def confusable(text: str) -> str:
-    """Return the reason why people may misread a text; "" if they cannot."""
+    """Return the reason why people may misread a text, or "" if there is none."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"
@@ -539,7 +542,7 @@ def confusable(text: str) -> str:
 
 
 def _as_ascii(char: str) -> bool:
-    """Whether a letter, space, punctuation mark or symbol outside ASCII looks like an ASCII character."""
+    """Whether a non-ASCII character (a letter, space, punctuation mark or symbol) looks like an ASCII character."""
     if char.isascii() or unicodedata.category(char)[0] not in "LPZS" or unicodedata.category(char) == "So":
         return False
     return char in _SLASHES or unicodedata.normalize("NFKC", char).isascii()
@@ -575,7 +578,10 @@ def _content(name: str, head: bytes) -> Iterator[Finding]:
 
 
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
-    """Yield a finding for two weight files with the same stem but different content: tools may load either file."""
+    """Yield a finding for each pair of weight files with the same stem but different content.
+
+    Tools may load either file.
+    """
     from ..io import safetensors
     from ..io.torch_file import read_torch_file
 

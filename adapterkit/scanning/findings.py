@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
-"""The severities, lowest first. By default, a scan fails with a finding of `medium` severity or higher."""
+"""The severities, lowest first. By default, a scan fails if a finding has severity `medium` or higher."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -20,10 +20,10 @@ class ScanRule:
     """One kind of finding.
 
     Attributes:
-        name: the stable name, which is the `ruleId` in SARIF.
+        name: the stable name; in SARIF, it is the `ruleId`.
         severity: one of `SEVERITIES`.
         title: a short description.
-        why: a sentence with the reason why the finding matters.
+        why: a sentence that says why such a finding matters.
     """
 
     name: str
@@ -39,7 +39,7 @@ _EVERY = (
         "a pickle that calls a function",
         "Loading the file with pickle, or with torch.load without weights_only, runs that function.",
     ),
-    ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code next to the weights."),
+    ScanRule("code-file", "high", "a code file", "With trust_remote_code, loaders run code files next to the weights."),
     ScanRule(
         "code-in-config", "high", "a config that names code", "A loader imports and runs the class named in the config."
     ),
@@ -63,29 +63,29 @@ _EVERY = (
         "other-content",
         "high",
         "a file that is not what its name says",
-        "Some loaders go by the name and some by the content, so two tools can read it differently.",
+        "Some loaders rely on the name, others on the content, so two tools can read the file differently.",
     ),
     ScanRule(
         "second-weights",
         "medium",
-        "two files of weights that differ",
+        "two weight files that differ",
         "Two tools can load two different adapters from the same folder.",
     ),
     ScanRule(
-        "link", "high", "a link that leaves the folder", "A program that follows it reads another file of this machine."
+        "link", "high", "a link that leaves the folder", "A program that follows the link reads a file outside of it."
     ),
-    ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them over whole weights."),
+    ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them to all numbers of a weight."),
     ScanRule(
         "foreign-bits",
         "medium",
         "a few numbers that need more bits than the training dtype",
-        "Most numbers of the tensor are exact in 16 bits, a few are not: these few were changed after training.",
+        "Most numbers of the tensor are exact in 16 bits. The few others were probably changed after training.",
     ),
     ScanRule(
         "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
     ),
-    ScanRule("head", "low", "a change of the output layer", "It can favour some tokens in any context."),
-    ScanRule("router", "low", "a change of a router of experts", "It can send chosen inputs to a chosen expert."),
+    ScanRule("head", "low", "a change of the output layer", "The change can favour some tokens in any context."),
+    ScanRule("router", "low", "a change of an expert router", "The change can send chosen inputs to a chosen expert."),
     ScanRule("single-expert", "low", "a change of few experts", "Inputs routed to these experts trigger the change."),
     ScanRule(
         "spike",
@@ -97,10 +97,10 @@ _EVERY = (
         "outlier",
         "medium",
         "one target with most of the change",
-        "Training spreads a change over all layers; an edit changes one.",
+        "Training spreads changes over all layers; a manual edit changes one layer.",
     ),
     ScanRule(
-        "norm", "medium", "a change as large as the weight", "It replaces the base's behaviour instead of adapting it."
+        "norm", "medium", "a change as large as the weight", "It replaces the base's behaviour: it does not adapt it."
     ),
 )
 
@@ -116,7 +116,7 @@ class Finding:
         rule: the name of the rule.
         file: the file, relative to the scanned folder.
         where: the location in the file: a key, a target or a byte offset; empty for the whole file.
-        evidence: a quote or a measured value.
+        evidence: a quotation from the file, or a measured value.
     """
 
     rule: str
@@ -145,7 +145,7 @@ class Scan:
         source: the scanned file, folder or address.
         findings: the findings, the most severe first.
         files: the number of scanned files.
-        unread: files, and parts of files, that could not be scanned, each with the reason.
+        unread: one line for each file, or part of a file, that could not be scanned, with the reason.
     """
 
     source: str

@@ -1,15 +1,15 @@
-"""Search for the weights, method and parameters with which a combination of adapters has the best score on your data.
+"""Search for the best combination of adapters: the method, weights and parameters with the lowest loss on your data.
 
-Each trial combines the adapters and scores the result, attached to a live base; no merged model is written. Every trial
-is saved to a file, so that an interrupted search can continue.
+Each trial combines the adapters, attaches the result to a base in memory, and computes its loss. No merged model is
+written. Trials can be saved to a file, so that an interrupted search can continue.
 
-Known combinations come first: the equal sum, each adapter alone, every method with all weights 1, and the caller's
-start combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
+The first trials are fixed: the sum with equal weights, each adapter alone, every method with all weights 1, and the
+caller's start combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
 
-TPE was chosen by measurement, on eight problems whose optimum is known. Each problem has two adapters, three methods
-and a density. After 50 trials, six of the eight results had an error of at most 2 percent of the optimal change's
-squared norm; the largest error was at most 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but
-does not leave the first good method. It missed three of the eight optima by 5 to 26 percent.
+TPE was chosen after measurements on eight problems with known optima. Each problem has two adapters, three methods and
+a density. After 50 trials, six of the eight results had an error of at most 2 percent of the optimal change's squared
+norm. No error was above 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave the
+first good method. It missed three of the eight optima by 5 to 26 percent.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -51,7 +51,7 @@ __all__ = ["METHODS", "Search", "TextData", "Trial", "search"]
 
 
 Combination: TypeAlias = tuple[str, Sequence[float], Mapping[str, float | str]]
-"""A method, one weight per adapter, and parameters of the method."""
+"""A method, one weight per adapter, and the method's parameters."""
 
 Start: TypeAlias = Combination | str | PathLike[str]
 """A combination, the name of a method (with all weights 1), or the path of a recipe."""
@@ -63,14 +63,14 @@ def combinations(
     """Convert the start combinations to (method, weights, parameters).
 
     Args:
-        start: the start combinations that the caller gave.
+        start: the caller's start combinations.
         names: the names of the adapters; a recipe must name the same adapters, in any order.
         seed: the seed of the search.
-        rank: the rank of the search.
+        rank: the search's `rank` argument.
         base: the path of the base, or None.
 
     Raises:
-        UsageError: a name is neither a method nor a file, or a recipe has settings that a trial cannot repeat.
+        UsageError: a name is neither a method nor a file, or a recipe has a setting that a search cannot use.
         Malformed: a file is not a recipe.
     """
     if isinstance(start, (str, PathLike)):
@@ -91,7 +91,7 @@ def combinations(
 
 
 def _given(given: Sequence[object]) -> Combination:
-    """Return a combination from a sequence of a method, weights and parameters.
+    """Check that `given` is (method, weights, parameters), and return it as a combination.
 
     Raises:
         UsageError: the sequence does not have this form.
@@ -104,7 +104,7 @@ def _given(given: Sequence[object]) -> Combination:
 
 
 def is_method(name: str) -> bool:
-    """Whether a name is the name of a combiner, or two combiner names joined, as in `knots_ties`."""
+    """Whether a name is a combiner's name, or the joined names of two combiners, such as `knots_ties`."""
     return resolved(name, None)[0] in COMBINERS
 
 
@@ -150,7 +150,7 @@ def _same_path(one: str, other: str | None) -> bool:
 
 
 METHODS = ("linear", "ties", "tsv", "knots_ties")
-"""The methods to try by default. They are fast and different, and need neither data nor the base's weights."""
+"""The methods to try by default. They are fast, unlike each other, and need neither data nor the base's weights."""
 
 DENSITY = (0.05, 1.0)
 """The bounds of the parameter `density`, for methods that have it."""
@@ -159,7 +159,7 @@ MOST = 1.5
 """The largest weight to try."""
 
 COUNT, LENGTH = 64, 256
-"""The largest number of texts, and of tokens per text; a trial with a small model then takes seconds."""
+"""The largest number of texts, and of tokens per text. With these limits, a trial with a small model takes seconds."""
 
 
 def search(
@@ -181,39 +181,39 @@ def search(
 ) -> Search:
     """Find the method, weights and parameters whose combination has the lowest loss.
 
-    Each trial combines the adapters and scores the result, attached to the base; no merged model is written.
+    Each trial combines the adapters and computes the loss of the result. No merged model is written.
 
     Args:
         adapters: adapters or their paths, of any additive methods.
-        data: a file of texts, one per line, or JSON Lines with a field `text`. The loss is then the mean loss per token
-            of the base with the combination attached. `data` may also be a function that gets the combined adapter and
-            returns a loss.
-        base: a folder with a transformers language model, which is required for texts. With a function, it is optional:
-            names are resolved against the base, and some methods need its weights.
+        data: a file of texts (one per line, or JSON Lines with a field `text`), or a function that takes the combined
+            adapter and returns a loss. For texts, the loss is the mean loss per token of the base with the combined
+            adapter attached.
+        base: a folder with a transformers language model. Texts require it. With a function, it is optional: names are
+            resolved against the base, and some methods need its weights.
         methods: the methods to choose from; default: `METHODS` and the methods in `start`.
-        budget: the number of trials, including those of earlier runs in `trials`.
+        budget: the total number of trials, including trials of earlier runs that `trials` contains.
         tune: further parameters to search: parameter -> (lowest value, highest value), such as `{"scale": (0.2, 2)}`.
             The parameter `density` is always searched.
         most: the largest weight to try; the smallest weight is 0.
-        rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
-            adapters.
-        start: combinations to try first, such as the best rows of a table. The result is at least as good as these
-            combinations. A combination is (method, weights, parameters), the name of a method (with all weights 1), or
-            the path of a recipe that names the same adapters. If `methods` is given, it must contain their methods.
+        rank: the rank to which combined adapters without low-rank factors are reduced: a number, or `fit` for the
+            largest rank of the adapters.
+        start: combinations to try first. The result is at least as good as these combinations. A combination is
+            (method, weights, parameters), the name of a method (with all weights 1), or the path of a recipe that names
+            the same adapters. If `methods` is given, it must contain the methods of these combinations.
         seed: the seed of the search, and of methods that use random numbers.
-        trials: the path of a file in which the trials are saved. The same search continues from this file, and repeats
-            no trial.
-        overwrite: whether to start again if the file belongs to another search.
-        device: the device on which texts are scored: `auto`, `cpu` or `cuda:N`.
-        progress: a function that is called with (trials made, budget).
+        trials: the path of a file in which the trials are saved. If it has trials of the same search, the search
+            continues after them. None saves no trials.
+        overwrite: whether to replace the file if it belongs to another search.
+        device: the device on which the base runs the texts: `auto`, `cpu` or `cuda:N`.
+        progress: a function that is called with the number of completed trials and the budget.
 
     Returns:
         All trials, the best trial, and its recipe.
 
     Raises:
-        UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
-            parameter is unknown, a method needs its own `data`, a recipe names other adapters or has settings that a
-            trial cannot repeat, texts are given without a base, or no trial could be scored.
+        UsageError: there are fewer than two adapters, the budget is smaller than the number of fixed first trials, a
+            method or parameter is unknown, a method learns from data, a recipe names other adapters or has a setting
+            that a search cannot use, texts are given without a base, or no trial has a loss.
         Malformed: a file in `start` is not a recipe.
         Unsupported: Optuna is not installed.
 
@@ -234,7 +234,8 @@ def search(
         cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
-    # Check the rank now. The first trial is a sum, which is never cut; errors in later trials do not end the search.
+    # Check the rank now, because no trial would raise the error: the first trial is a sum, whose rank is never reduced,
+    # and errors in later trials do not end the search.
     check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
@@ -267,7 +268,7 @@ def _called(source: Source, at: int) -> str:
 
 
 def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:
-    """Check that every method works with these adapters, without data."""
+    """Check that every method can combine `count` adapters without data, and return the methods without duplicates."""
     for name in methods:
         cls = COMBINERS[resolved(name, None, count)[0]]
         least, largest = cls.takes
@@ -285,7 +286,7 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
 
 
 def _identity(data: object) -> str | None:
-    """Return a digest of the texts; None for a function, which is assumed to be the same when a search continues."""
+    """Return a digest of the texts. None for a function, because a continued search cannot compare functions."""
     if callable(data):
         return None
     from ..io.inputs import read_input
@@ -305,8 +306,8 @@ def _tried(
         combined = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
         loss = float(score(combined))
     except AdapterkitError as error:
-        # Raise an error in the first trial, because all other trials would fail in the same way. After an error in a
-        # later trial, continue the search.
+        # If the first trial fails, raise the error: the other trials would probably fail in the same way. If a later
+        # trial fails, continue the search.
         if number == 0:
             raise
         refused = str(error)
@@ -318,16 +319,17 @@ def _tried(
 
 
 class Space:
-    """The combinations among which a search chooses: method, a weight for each adapter, parameters of the methods.
+    """The combinations that a search can try: a method, a weight for each adapter, and the method's parameters.
 
     Args:
-        methods: combiners.
+        methods: the names of combiners.
         count: the number of adapters.
         most: the largest weight.
-        tune: a map from further parameters to bounds.
+        tune: further parameters to search: parameter -> (lowest value, highest value).
 
     Raises:
-        UsageError: no method has such a parameter, or bounds do not form an interval.
+        UsageError: no method has one of these parameters, a lowest value is not below the highest, or `most` is too
+            small.
     """
 
     def __init__(
@@ -356,9 +358,9 @@ class Space:
             )
 
     def _holders(self, method: str) -> dict[str, type[Combiner]]:
-        """Return a map from a method's parameters to the combiners that have them.
+        """Return parameter -> combiner for all parameters of a method.
 
-        `knots_ties` consists of two combiners.
+        A joined method such as `knots_ties` has the parameters of two combiners.
         """
         name, values = resolved(method, None, self.count)
         holders = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
@@ -366,14 +368,14 @@ class Space:
         return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | holders if then else holders
 
     def known(self) -> list[Trial]:
-        """Return the combinations with which every search begins."""
+        """Return the first trials of every search; `started` returns the caller's."""
         equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
         units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
         return first + [Trial(0, method, ones) for method in self.methods]
 
     def started(self, start: Sequence[Combination]) -> list[Trial]:
-        """Return the caller's first combinations.
+        """Return the trials of the caller's start combinations.
 
         Raises:
             UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or the
@@ -395,12 +397,12 @@ class Space:
         return trials
 
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
-        """Return the combination that the sampler proposes after these trials."""
+        """Return the next trial, which the sampler proposes based on the earlier trials."""
         with _optuna() as optuna:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials whose method is not in `methods`; such methods are tried only at the start.
+            # Skip trials with a method outside `methods`, such as the first sums: the sampler cannot propose it.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -410,8 +412,8 @@ class Space:
         return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
-        # Set every parameter in every trial, because the sampler models only parameters that all trials have. Use the
-        # default if the trial's method lacks the parameter, or the trial did not set it.
+        # Set every parameter in every trial, because the sampler models only parameters that all trials have. If the
+        # trial did not set a parameter, use its default.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
@@ -430,7 +432,7 @@ class Space:
 
 
 def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
-    """Return a function that computes the loss of an adapter on texts: the mean in nats over all predicted tokens.
+    """Return a function that computes an adapter's loss on texts: the mean over all predicted tokens, in nats.
 
     Raises:
         UsageError: no base is given, the model does not predict tokens, or the file contains no texts.
@@ -453,7 +455,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
 
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Yield the module Optuna, without its log and its warning that samplers are experimental."""
+    """Yield the module `optuna`; silence its log, and its warning that samplers are experimental."""
     try:
         import optuna
     except ImportError:

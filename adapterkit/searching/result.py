@@ -1,6 +1,6 @@
 """The result of a search: all trials, the best trial, and a recipe that repeats the best trial.
 
-A `Journal` saves the trials in a JSON Lines file, whose first line describes the search.
+A `Journal` saves the trials in a JSON Lines file. Its first line describes the search.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shown_parameters(parameters: Mapping[str, float | str], digits: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One combination of the adapters, and its score.
+    """One combination of the adapters, and its loss.
 
     Attributes:
         number: the number of the trial, from 0.
@@ -36,7 +36,7 @@ class Trial:
         weights: one weight per adapter.
         parameters: the parameters of the method that differ from their defaults.
         loss: the loss (lower is better); None if the trial failed.
-        refused: the error that left the trial without a loss.
+        refused: the reason why the trial has no loss; None if it has one.
     """
 
     number: int
@@ -69,8 +69,8 @@ class Search:
         trials: all trials, in order.
         base: the name of the base, or None.
         seed: the seed of the search, and of methods that use random numbers.
-        rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
-            adapters.
+        rank: the rank to which combined adapters without low-rank factors are reduced: a number, or `fit` for the
+            largest rank of the adapters.
         resumed: the number of trials that were read from an earlier run.
     """
 
@@ -83,7 +83,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss; the first of several trials with equal loss."""
+        """The trial with the lowest loss. If several trials have this loss, the first of them."""
         return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
     @property
@@ -97,7 +97,7 @@ class Search:
         return tuple(losses)
 
     def arguments(self) -> dict[str, JsonValue]:
-        """Return the keyword arguments of `combine` that repeat the best trial."""
+        """Return the keyword arguments with which `combine` repeats the best trial."""
         best = self.best
         return {
             "method": best.method, "weights": list(best.weights), "seed": self.seed, "rank": self.rank,
@@ -145,13 +145,15 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """A file of trials. It reads the trials of an earlier run, and appends each new trial with a single write.
+    """The trials of a search, and the file in which they are saved.
+
+    The trials of an earlier run are read from the file. Each new trial is appended with a single write.
 
     Args:
-        path: the file; None keeps trials only in memory.
-        searched: everything on which the trials depend, such as adapters, data, methods and seed. The first line of the
-            file must have the same values.
-        overwrite: whether to start again if the file belongs to another search.
+        path: the file; None keeps the trials only in memory.
+        searched: everything on which the trials depend, such as adapters, data, methods and seed. If the first line of
+            the file has other values, the file belongs to another search.
+        overwrite: whether to replace the file if it belongs to another search.
 
     Raises:
         UsageError: the file belongs to another search.
@@ -172,7 +174,7 @@ class Journal:
                 raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop an incomplete last line: the run was killed while writing it. Its trial is repeated.
+        # Drop an incomplete last line: the earlier run was killed while it wrote this line. Its trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:

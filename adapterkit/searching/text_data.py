@@ -1,6 +1,6 @@
-"""Run texts through a live base to compute the data of combiners: losses, gradients, and inputs of targets.
+"""Run texts through a base in memory to compute data for combiners: losses, gradients, and inputs of targets.
 
-`Combiner.learns` names the method of `TextData` that a combiner needs.
+`Combiner.learns` is the name of the `TextData` method that computes a combiner's data.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Tensor, Tensor], Tensor]
 
 TEXTS, LENGTH = 16, 64
-"""Default number of texts for each adapter, and largest number of tokens in each text."""
+"""The default number of texts for each adapter, and the default limit for the number of tokens per text."""
 
 
 class LiveBase:
@@ -63,7 +63,7 @@ class LiveBase:
         self.model: Any = load(self.checkpoint, "float32", self.device).requires_grad_(False)
 
     def feeds(self, data: Text, count: int, length: int, seed: int) -> tuple[Feed, ...]:
-        """Return the tokens of a file of texts, one entry for each text.
+        """Return the model inputs for a file of texts, one entry per text.
 
         Raises:
             UsageError: the file contains no texts.
@@ -82,12 +82,12 @@ class LiveBase:
         return inputs_here.feeds
 
     def check_predicts(self) -> None:
-        """Refuse a model that does not predict the next token of a text, because texts then have no loss.
+        """Check that the model predicts the next token of a text. Without predictions, texts have no loss.
 
         Raises:
-            UsageError: it is such a model.
+            UsageError: the model does not predict next tokens.
         """
-        # An output layer is not enough: masked language models have one, but they see the token that they predict.
+        # An output layer alone proves nothing: masked language models have one, but they see the token to predict.
         predicts = self.model.can_generate() and self.model.get_output_embeddings() is not None
         if not predicts or self.model.config.is_encoder_decoder:
             why = "the model does not predict the next token of a text, so texts have no loss"
@@ -95,7 +95,7 @@ class LiveBase:
 
     @contextmanager
     def attached(self, *adapters: Adapter) -> Iterator[list[Handle]]:
-        """Attach adapters during the body."""
+        """Attach adapters while the body of the `with` statement runs; yield their handles."""
         from ..torch.inject import inject
 
         handles: list[Handle] = []
@@ -108,12 +108,12 @@ class LiveBase:
                 handle.remove()
 
     def logits(self, feed: Feed) -> tuple[Tensor, Tensor]:
-        """Return the logits of each token but the last, `[tokens - 1, vocabulary]`, and the tokens that follow."""
+        """Return the logits at all tokens but the last, `[tokens - 1, vocabulary]`, and the ids of the next tokens."""
         ids = feed["input_ids"].to(self.device)
         return self.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]
 
     def mean(self, feeds: Sequence[Feed], loss: Loss) -> float:
-        """Return the mean loss over all predicted tokens; `loss` returns the sum of the losses over one text."""
+        """Return the mean loss over all predicted tokens. The function `loss` returns the sum over one text."""
         import torch
 
         with torch.no_grad():
@@ -121,16 +121,16 @@ class LiveBase:
 
 
 class TextData:
-    """Losses, gradients and inputs of targets on texts, for combiners that learn from data.
+    """Compute losses, gradients, and inputs of targets on texts, for combiners that learn from data.
 
     Args:
-        base: a folder with a transformers model and its tokenizer; it is loaded once, in float32.
+        base: a folder with a transformers model and its tokenizer. The model is loaded once, in float32.
         adapters: the adapters to combine, or their paths.
-        data: a file of texts (one per line, or JSON Lines with a field `text`), `builtin`, or a list with one of these
-            for each adapter, in the same order.
+        data: a file of texts (one per line, or JSON Lines with a field `text`), or `builtin` for adapterkit's own
+            texts. Or a list of these, with one entry for each adapter, in the same order.
         rename: rules for names, as in `combine`.
-        texts: the number of texts for each adapter; they are chosen by `seed`.
-        length: the maximum number of tokens of each text.
+        texts: the number of texts for each adapter. `seed` determines which texts of a file are used.
+        length: the largest number of tokens per text.
         seed: the seed for the choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
 
@@ -188,27 +188,29 @@ class TextData:
         return cast("Callable[..., Any]", getattr(self, cls.learns))
 
     def loss(self, adapter: Adapter) -> float:
-        """Return the mean loss of all predicted tokens, in nats, of the base with the adapter attached."""
+        """Return the loss of the base with the adapter attached: the mean over all predicted tokens, in nats."""
         with self.base.attached(adapter):
             loss = self.base.mean(self.distinct, cross_entropy)
         detail(f"loss {loss:.6g}")
         return loss
 
     def loss_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
-        """Return the mean loss of all predicted tokens, and its gradient with respect to each target's weight."""
+        """Return the mean loss over all predicted tokens, and its gradient with respect to each target's weight."""
         return self._descended(adapter, cross_entropy)
 
     def entropy_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
-        """Return the mean entropy of the predictions in nats, and its gradient with respect to each target's weight."""
+        """Return the predictions' mean entropy in nats, and its gradient with respect to each target's weight."""
         return self._descended(adapter, entropy)
 
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
-        """Combine all tasks' mean entropies into one loss; return it and its gradients for the targets' weights.
+        """Return a loss made of all tasks' mean entropies, and its gradient with respect to each target's weight.
+
+        Each adapter has one task: its own texts.
 
         Args:
             adapter: the combined adapter.
-            together: a function of two lists: the combination's entropies on the tasks, and the entropy of each
-                adapter alone on its own texts.
+            together: a function that returns the loss. Its arguments are two lists with one entropy per task: that of
+                the combined adapter, and that of the task's own adapter alone.
         """
         import torch
 
@@ -218,8 +220,9 @@ class TextData:
                 with self.base.attached(task_adapter):
                     self._alone.append(self.base.mean(feeds, entropy))
         with self.base.attached(adapter), self._slopes() as gradients:
-            # The tasks' graphs would not fit into memory together. So compute the entropies first, then the derivative
-            # of `together` with respect to each entropy, and then the gradients of one text at a time.
+            # The autograd graphs of all texts would not fit into memory together. So first compute the entropies
+            # without graphs, then the derivative of `together` with respect to each entropy, and then the gradients
+            # text by text.
             means = [
                 torch.tensor(self.base.mean(feeds, entropy), dtype=torch.double, requires_grad=True)
                 for feeds in self.tasks
@@ -244,7 +247,8 @@ class TextData:
                     inputs = {(task, path): z for path, z in seen.items() if (task, path) in spaces.reads}
                     if not inputs:
                         continue
-                    # `spaces.loss` is a mean over this text's tokens and inputs; weight it by their share of the total.
+                    # `spaces.loss` is a mean over this text's tokens and targets. Weight it by the text's share of the
+                    # task's tokens and by the share of the targets that ran.
                     share = feed["input_ids"].numel() / tokens * len(inputs) / len(spaces.reads)
                     loss = share * spaces.loss(inputs)
                     loss.backward()
@@ -274,10 +278,10 @@ class TextData:
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
         """Return the inputs of a target on one adapter's texts, `[tokens, in]`.
 
-        The targets that are merged so far have the merged change; all others have the change of this adapter.
+        During this run, targets in `merged` have the merged change. All other targets have this adapter's change.
 
         Raises:
-            Unsupported: the target does not run on the texts as a layer with one input.
+            Unsupported: the target does not run on the texts, or is an expert that the model in memory stacks.
         """
         import torch
 
@@ -291,7 +295,7 @@ class TextData:
         with self.base.attached(*adapters), self._inputs([path], last=True) as seen, torch.no_grad():
             for feed in self.tasks[position]:
                 seen.clear()
-                with suppress(_Reached):  # The rest of the model would not change these inputs.
+                with suppress(_Reached):  # The run ends here: the rest of the model does not affect these inputs.
                     self._run(feed)
                 if path not in seen:
                     raise Unsupported("the target does not run on the texts", where=path, cure=_FUNCTION)
@@ -319,10 +323,10 @@ class TextData:
 
     @contextmanager
     def _slopes(self) -> Iterator[Callable[[], Gradients]]:
-        """Turn on gradients for the weights of all targets; yield a function that returns {target: gradient}.
+        """Turn on gradients for the weights of all targets, and yield a function that returns {target: gradient}.
 
         Raises:
-            Unsupported: the model in memory stacks experts that the files store one by one.
+            Unsupported: the model in memory stacks experts, but the base's files store them one by one.
         """
         from ..naming.binding import view
         from ..torch.forward_hook import hooks_of
@@ -349,10 +353,12 @@ class TextData:
 
     @contextmanager
     def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Collect the inputs of targets in the yielded dict; with `last`, end the run when the first input is known.
+        """Yield a dict that collects the inputs of targets: target -> input.
+
+        With `last`, the model's run ends with the exception `_Reached` as soon as the dict has an input.
 
         Raises:
-            Unsupported: the model in memory stacks experts that the files store one by one.
+            Unsupported: the model in memory stacks experts, but the base's files store them one by one.
         """
         from ..torch.forward_hook import hooks_of
 
@@ -379,14 +385,14 @@ class TextData:
 
 
 class _Reached(Exception):
-    """Ends a run of the model when the wanted input is known."""
+    """Raised to end a run of the model as soon as the requested input is known."""
 
 
 _OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
-"""Methods of `TextData` that need no predictions, only a model that reads text."""
+"""Methods of `TextData` that also work with models that read text but do not predict the next token."""
 
 _STACKED = (
-    "the model in memory stacks experts that the files store one by one, so texts give no data for single experts"
+    "the model in memory stacks experts that its files store one by one, so texts give no data for single experts"
 )
 
 _WITHOUT = "Choose a method without --data, or lorahub; 'adapterkit list combine' shows all"
@@ -395,7 +401,7 @@ _FUNCTION = "Call combine or search in Python, with your own function as data="
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the cross-entropy of the predictions of the next tokens, summed over a text."""
+    """Return the cross-entropy of the next-token predictions, summed over a text."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
@@ -408,7 +414,7 @@ def entropy(logits: Tensor, _: Tensor) -> Tensor:
 
 
 def _predicted(feeds: Sequence[Feed]) -> int:
-    """Return the number of tokens that have a prediction: all but the first of each text."""
+    """Return the number of predicted tokens: all tokens except the first of each text."""
     return sum(feed["input_ids"].shape[1] - 1 for feed in feeds)
 
 
@@ -418,5 +424,5 @@ def _logged(loss: float) -> float:
 
 
 def _module_of(target: str) -> str:
-    """Return the path of a target's module, without the rows that the target may be limited to."""
+    """Return the path of a target's module. A target limited to some rows is written `path[rows]`; remove the rows."""
     return target.partition("[")[0]

@@ -1,16 +1,15 @@
 """Tests for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
 
-In a test module of the package, subclass the tests for the kind of addition and name the addition. pytest then collects
-the subclass:
+Subclass one of these classes in a test module of the package, and name the addition. pytest then runs its tests:
 
     from adapterkit.testing import FormatTests
 
     class TestAcme(FormatTests):
         format = "acme"
 
-The docstring of each class lists what the package must provide. The tests compare the results of the addition with data
-from another source: a float64 formula, the shapes of the original adapter, or the bytes of a file before a write. The
-tests need pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
+The docstring of each class lists what the package must provide. The tests compare the results of the addition with
+independent data: a float64 formula, the shapes of the original adapter, or the bytes of a file before a write. The
+tests need pytest (`pip install adapterkit[test]`). Merging and live models are tested only if torch is installed.
 
 The entry points:
 

@@ -1,7 +1,4 @@
-"""Tests that a method and a combiner must pass, and the random updates that all tests of this package use.
-
-The shapes of the updates come from the shape strings of the method.
-"""
+"""Tests that every method and every combiner must pass, and random updates for all tests of this package."""
 
 from __future__ import annotations
 
@@ -29,16 +26,16 @@ if TYPE_CHECKING:
 
 
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
-    """Return an update of a linear layer with random numbers in all trained tensors.
+    """Return an update of a linear layer, with random numbers in all trained tensors.
 
-    The method's `initial` creates the update. Then random numbers are added to its trained tensors, because a new
-    update changes nothing.
+    The method's `initial` creates the update. A new update changes nothing, so random numbers are added to its trained
+    tensors.
 
     Args:
         method: the name of the method.
         out: the number of the layer's outputs.
         inputs: the number of the layer's inputs.
-        rank: the rank of factors.
+        rank: the rank of the update's factors.
         seed: the seed of the random numbers.
         attributes: values of the method's attributes.
 
@@ -46,7 +43,7 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
         The update, with tensors in float32 on the CPU.
 
     Raises:
-        Unsupported: the method has no `initial`; tests of such a method must provide an update.
+        Unsupported: the method has no `initial`. Tests of such a method must create an update themselves.
     """
     import torch
 
@@ -69,7 +66,7 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
 
 
 def adapter_of(update: Update, *paths: str) -> Adapter:
-    """Return an adapter with the same update at each of the targets."""
+    """Return an adapter with the same update at each target path."""
     return Adapter({Target(path): (update,) for path in paths})
 
 
@@ -104,10 +101,10 @@ class MethodTests:
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Array) -> Array:
-        """Return the change W' - W that `update()` makes to a weight W, in float64 numpy.
+        """Return the change `W' - W` that `update()` makes to a weight `W`, in float64 numpy.
 
-        A subclass may implement the paper's formula here, without using the method's class. Then the method's class is
-        compared with this formula.
+        A subclass may implement the paper's formula here, without using the method's class. If it does, a test compares
+        the class with this formula.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 
@@ -228,18 +225,20 @@ def _wide(leaf: Leaf) -> Leaf:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""The factor that makes weight changes small: a power of two, which does not affect rounding."""
+"""The factor that makes weight changes small. It is a power of two, so multiplying by it does not round."""
 
 SAME = 1e-6
-"""Results count as equal if their difference, relative to the largest entry, is at most this."""
+"""Results count as equal if no entry differs by more than this times the largest entry."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
-    """Return the properties of the input that affect the result although the weight changes stay the same.
+    """Return the properties in `GUISES` on which a combiner's result depends.
+
+    The weight changes that are combined stay the same, except that `size` scales them. Its result is scaled back.
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters. A property is returned if it affects the result of any set.
+        draws: the number of random sets of adapters to try. A property is returned if it affects the result of any set.
         options: further arguments of `adapterkit.combine`.
     """
     dependences_found = set()
@@ -255,11 +254,14 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return a bound on the result's rank: `one's` (the rank of one adapter), the `sum` of the ranks, or `more`."""
+    """Return a bound on the result's rank: `one's` (the rank of one adapter), `sum` (of all adapters' ranks) or `more`.
+
+    `more` means that there is no such bound.
+    """
     import numpy as np
 
     given = _adapters(name, 0)
-    # Also use density 1: with lower densities, a small matrix can have a low rank by chance, unlike a large matrix.
+    # Also try density 1: at lower densities, these small matrices can have a low rank by chance; large ones cannot.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
     rank = max(int(np.linalg.matrix_rank(change)) for change in changes)
@@ -267,7 +269,7 @@ def rank_of_result(name: str, **options: Any) -> str:
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
-    """Return an adapter with the same weight changes, but with other factors."""
+    """Return an adapter with the same weight change, but different factors."""
     import numpy as np
 
     R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
@@ -282,11 +284,12 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""Property -> a function that returns adapters and a seed that differ only in this property; `size` scales changes."""
+"""Property -> a function of (adapters, other seed) that returns adapters and a seed. These differ from the given
+adapters and the seed 0 only in this property. `size` scales the weight changes; other properties keep them."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
-    """Return random LoRAs in float64: three, or the number that the combiner needs."""
+    """Return random LoRAs in float64: three, or the largest number that the combiner accepts."""
     import numpy as np
 
     adapters_made = []
@@ -298,7 +301,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return the weight change of an adapter in float64; if the update has factors, multiply the factors in float64."""
+    """Return an adapter's weight change in float64. The product of factors is computed in float64."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]
@@ -346,7 +349,7 @@ class CombinerTests:
             weights: one weight per adapter.
 
         Returns:
-            The change `[out, in]`. If a subclass defines this method, the combiner is compared with it.
+            The change `[out, in]`. If a subclass defines this method, a test compares the combiner with it.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 

@@ -1,4 +1,4 @@
-"""Tests that a format, a quantization scheme and a hub must pass."""
+"""Tests that every format, every quantization scheme and every hub must pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""Methods for a test of refusals: every known format lacks at least one of these methods."""
+"""Methods for the test that a format refuses a method: every known format lacks at least one of these."""
 
 
 class FormatTests:
@@ -37,9 +37,9 @@ class FormatTests:
 
     Attributes:
         format: the name of the format.
-        targets: linear layers of a base that the format can name: path -> (outputs, inputs).
-        file: the name for a file or folder in the format; if empty, `Format.file` or `adapter`.
-        on_loss: the argument `on_loss` of `write` for a scaling that the format cannot store.
+        targets: linear layers of a base whose names the format can store: path -> (outputs, inputs).
+        file: the name of the file or folder to write. If it is empty, the name is `Format.file` or `adapter`.
+        on_loss: the `on_loss` argument for `write`, for formats that cannot store every scaling.
         needs_base: True if the format's files can only be read with the base. The base is always passed to `write`.
     """
 
@@ -61,7 +61,7 @@ class FormatTests:
             cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
 
     def base(self, folder: Path) -> Path | None:
-        """Write a base with weights of all targets into `folder`; by default, the base is a Llama."""
+        """Write a base with weights for all targets into `folder`, and return its path. By default, it is a Llama."""
         import numpy as np
 
         from ..io import safetensors
@@ -70,7 +70,7 @@ class FormatTests:
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(5)
         tensors = {f"{path}.weight": from_numpy(rng.normal(size=s).astype("f4")) for path, s in self.targets.items()}
-        # Add biases: methods that change a bias refuse layers without one.
+        # Add biases, because methods that change a bias refuse layers without a bias.
         tensors |= {f"{path}.bias": from_numpy(rng.normal(size=s[:1]).astype("f4")) for path, s in self.targets.items()}
         safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -79,9 +79,9 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """Return an adapter with one update of a method at every target, with different numbers at each target.
+        """Return an adapter with one update of a method at every target. The numbers differ between targets.
 
-        None if the method has no `initial`.
+        None if no such update can be made, for example because the method has no `initial`.
         """
         cls: Any = METHODS[method]
         if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
@@ -109,7 +109,7 @@ class FormatTests:
             assert inspect.getdoc(getattr(cls, name)), f"{name} has no docstring"
 
     def test_what_it_writes_is_detected_and_read_as_the_same_function(self, tmp_path: Path) -> None:
-        """Write and read each method that the format supports, at every target, with a scaling of 0.375."""
+        """For each method of the format, write and read an adapter with a scaling of 0.375 at every target."""
         base = self.base(tmp_path / "base")
         tried = 0
         for method in sorted(FORMATS[self.format].methods):
@@ -129,7 +129,7 @@ class FormatTests:
         assert tried, "none of its methods could be written at these targets: set `targets`"
 
     def test_a_scaling_is_not_lost(self, tmp_path: Path) -> None:
-        """After a round trip, a LoRA with scaling 3 still changes the weight three times as much as with scaling 1."""
+        """After a write and a read, a LoRA with scaling 3 changes the weight three times as much as with scaling 1."""
         import numpy as np
 
         base = self.base(tmp_path / "base")
@@ -192,7 +192,7 @@ class FormatTests:
             assert self.format not in recognised(tmp_path / "native.safetensors")
 
     def test_a_damaged_file_is_a_typed_error(self, tmp_path: Path) -> None:
-        """Cut each file of an adapter short; reading it must succeed or raise a typed error."""
+        """Truncate each file of an adapter. Reading the adapter must succeed or raise an AdapterkitError."""
         base = self.base(tmp_path / "base")
         path = self._place(tmp_path / "out")
         adapter = self.adapter(self._some_method())
@@ -209,7 +209,7 @@ class FormatTests:
         read(path, self.format, base).check_values()
 
     def _read(self, path: Path, base: Path | None) -> Adapter:
-        """Read an adapter; pass the base if the format or the adapter needs the base."""
+        """Read an adapter. Pass the base if the adapter cannot be read without it."""
         try:
             return read(path, self.format, base if self.needs_base else None)
         except UsageError:
@@ -226,7 +226,7 @@ class FormatTests:
         return next(name for name in sorted(methods) if self.adapter(name) is not None)
 
     def _bottleneck(self) -> Adapter:
-        """Return an adapter with an update that does not change a weight, which most formats do not support."""
+        """Return an adapter with an update that changes no weight. Most formats cannot store such an update."""
         import torch
 
         cls: Any = METHODS["bottleneck"]
@@ -255,11 +255,11 @@ class SchemeTests:
     scheme: ClassVar[str] = ""
 
     def base(self, folder: Path) -> dict[str, Array]:
-        """Write a base that is quantized with this scheme into `folder`, and return its dequantized weights.
+        """Quantize a base with this scheme, write the base into `folder`, and return its dequantized weights.
 
         Returns:
-            The name of each quantized weight -> a numpy array `[out, in]` with the dequantized values, as the
-            scheme's library computes them.
+            The name of each quantized weight -> a numpy array `[out, in]` with the values that the scheme's own library
+            dequantizes.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 
@@ -290,7 +290,7 @@ class SchemeTests:
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
     def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
-        """Compare whole weights and blocks of rows, because a merge reads weights in blocks of rows."""
+        """Compare whole weights, and blocks of rows, because a merge reads blocks of rows."""
         import numpy as np
 
         base, numbers = packed
@@ -320,7 +320,7 @@ class SchemeTests:
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
     def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
-        """Remove each tensor of a quantized weight in turn; reading must skip the weight or raise a typed error."""
+        """Remove one tensor of a quantized weight at a time. Reading must skip the weight or raise a typed error."""
         from dataclasses import replace
 
         base, numbers = packed

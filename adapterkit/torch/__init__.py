@@ -1,6 +1,6 @@
-"""Adapters in live torch models: `inject` attaches an adapter, `create` makes one, `route` picks one for each row.
+"""Adapters in live torch models: `inject` attaches an adapter, `create` makes a new one, `route` picks one per row.
 
-`compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the B of a LoRA.
+`compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the matrix `B` of a LoRA.
 `TrainerCallback` makes transformers' Trainer save and resume an adapter.
 
 This package is `adapterkit.torch`; `import torch` inside it imports PyTorch.

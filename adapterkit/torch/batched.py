@@ -1,17 +1,17 @@
-"""Run many adapters in one batch: run the base layer once, gather each row's factors, and add two batched products.
+"""Run many adapters in one batch: run the base layer once, then add each row's change, computed by batched products.
 
 This module runs additive updates that reduce to a pair of low-rank factors (`Additive.thin`). All other updates run
 once for each group of rows, in routing.py. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
 (https://arxiv.org/abs/2311.03285) use the same idea.
 
-One tensor, the stack, holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one
-slot of the stack. The last slot is zeros, for rows without an adapter. Another tensor (`Route.table`) holds the slot
-number of each row, so torch.compile sees the same graph for all routings.
+The stack holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot of the
+stack. The last slot is zeros, for rows without an adapter. A separate tensor, `Route.table`, holds the adapter of each
+row, so torch.compile sees the same graph for all routings.
 
 The stack of frozen adapters is kept between forwards, so their factors are in memory twice. Before each use, the
-stack's source tensors are checked for changes: their identity, their address and torch's count of in-place changes. The
+adapters' own tensors are checked for changes: their identity, their address and torch's count of in-place changes. The
 check misses only writes through `tensor.data` into a buffer of a frozen adapter. The factors of trained adapters are
-stacked in each forward.
+stacked anew in each forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
 the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
@@ -50,13 +50,13 @@ class FactorStack:
     """The factors of several adapters at one layer.
 
     Attributes:
-        switches: the on/off switches of the adapters, in the order of the slots. The last slot, of zeros, has no
+        switches: the on/off switches of the adapters, in the order of the slots. The last slot has only zeros and no
             switch.
         A: `[slots, r, in * k]`, padded with zeros to the highest rank r.
         B: `[slots, r, out]`, multiplied by the adapters' weights and scalings.
         bias: `[slots, out]`, or None if no adapter changes the bias.
         ranks: `[slots]`, the rank of each slot, at most r.
-        leaves: the tensors that the stack was made from, or None if the stack must not be kept.
+        leaves: the adapters' tensors from which the stack was made; None if the stack must not be kept.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FactorStack:
         self.weights = [switch.weight for switch in self.switches]
         self.A, self.B, self.bias, self.ranks, self.leaves = A, B, bias, ranks, leaves
         self.all_A, self.all_B = A[:-1], B[:-1]
-        # `_side_by_side` reads the factors of all adapters in this form: `[in * k, slots * r]` and `[slots * r, out]`.
+        # `_side_by_side` needs the factors of all adapters joined: `[in * k, adapters * r]` and `[adapters * r, out]`.
         self.joined_A, self.joined_B = self.all_A.flatten(0, 1).mT, self.all_B.flatten(0, 1)
         self.tensors: list[Tensor] = [leaf.tensor for leaf in leaves or ()]
         self.versions = [tensor._version for tensor in self.tensors] if leaves else []
@@ -78,7 +78,10 @@ class FactorStack:
         self.buffers_read: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
-        """Whether the stack belongs to these adapters and its source tensors have not changed."""
+        """Whether the stack still holds the current values of these adapters, in the dtype and on the device of `like`.
+
+        For 16-bit layers, the stack's dtype is that of `_dtype_of(like)`.
+        """
         if self.leaves is None or switches != self.switches:
             return False
         if self.A.dtype != _dtype_of(like) or self.A.device != like.device:
@@ -91,9 +94,8 @@ class FactorStack:
         return self.is_unchanged()
 
     def is_unchanged(self) -> bool:
-        """Whether the model still holds the stack's source tensors, and no code has written into them."""
-        # With 50 adapters this compares 300 values in each layer and forward, so whole lists are compared, not single
-        # values.
+        """Whether the modules still hold the tensors from which the stack was made, and no code has changed them."""
+        # With 50 adapters, this compares 300 values per layer and forward. Comparing whole lists is faster than a loop.
         tensors = self.tensors
         return (
             self._is_current()
@@ -102,7 +104,7 @@ class FactorStack:
         )
 
     def _is_current(self) -> bool:
-        """Whether the modules still hold the stack's source tensors."""
+        """Whether the modules still hold the tensors from which the stack was made."""
         # Copy the buffers: another thread may attach an adapter, and the dictionary must not change during the loop.
         buffers = None if self.home is None else list(self.home._buffers.values())
         # Fast path: one module holds all tensors, and its buffers are the same as at the last check.
@@ -116,7 +118,7 @@ class FactorStack:
 
 
 class KeptStacks:
-    """The stack and the plan that a hook keeps between forwards; copies and pickles of a model start without them."""
+    """The stack and the plan that a hook keeps between forwards. Copies and pickles of a model start without them."""
 
     def __init__(self) -> None:
         self.stack: FactorStack | None = None
@@ -134,8 +136,8 @@ class KeptStacks:
 def _dtype_of(like: Tensor) -> torch.dtype:
     """Return the dtype for the stack of a layer whose weight has the dtype of `like`.
 
-    Compiled code keeps a 16-bit dtype, because compilers fuse the products. Without a compiler, the products are
-    computed in float32.
+    Compiled code keeps a 16-bit dtype, because compilers fuse the products. Other code computes the products of 16-bit
+    layers in float32.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
@@ -143,7 +145,7 @@ def _dtype_of(like: Tensor) -> torch.dtype:
 def rank_of(part: Part, layer: TorchLayer) -> int:
     """Return the rank of a part's factors at a layer, or 0 if the part has no low-rank factors there.
 
-    The rank is also 0 if multiplying by the factors costs more than the layer itself, as for some LoHa.
+    Also return 0 if multiplying by the factors costs more than the layer itself. This happens with some LoHa adapters.
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
@@ -157,15 +159,15 @@ def rank_of(part: Part, layer: TorchLayer) -> int:
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
-    If the formula reads no tensor values, the result is cached for this form of update and this shape: a model has
-    thousands of layers, but few shapes.
+    A model has thousands of layers, but few shapes. So the result is cached by the update's form and the shape, unless
+    the formula reads values of tensors.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
         try:
             pair = update.map(lambda leaf: live_tensor(leaf).to("meta")).pair(shape)
-        # torch raises one of these errors when a formula reads a value of a meta tensor, as NOLA's formula reads its
-        # seeds.
+        # A meta tensor has no values, so torch raises one of these errors if the formula reads a value. NOLA's formula
+        # reads its seeds.
         except (RuntimeError, NotImplementedError, TypeError):
             pair = update.pair(shape)
             return None if pair is None else int(pair[0].shape[1])
@@ -183,22 +185,22 @@ MOST_RANKS = 4096
 def add_by_row(
     layer: TorchLayer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks
 ) -> Tensor:
-    """Run a layer once, and add to each row the change by that row's adapter.
+    """Run a layer once, and add to each row of its output the change that this row's adapter makes.
 
     Args:
         layer: the layer.
         parts: the parts of all adapters with low-rank factors at the layer.
         route: the adapter of each row.
-        scope: the scope that shows which adapters are on.
+        scope: the scope that determines which adapters are on.
         x: the layer's input.
-        kept: the store in which the hook keeps its stack.
+        kept: the hook's cache for the stack.
 
     Raises:
-        ShapeMismatch: x does not have as many rows as the route.
+        ShapeMismatch: x has a different number of rows than the route, or not the layer's number of features.
     """
     compiling = torch.compiler.is_compiling()
-    # torch.jit.trace runs twice and compares the graphs: a stack kept from the first run would be missing in the
-    # second.
+    # torch.jit.trace runs the code twice and compares the two graphs. If the first run kept a stack, the second graph
+    # would lack the operations that make the stack.
     tracing = torch._C._get_tracing_state() is not None
     if layer.flat and x.shape[-1:] != layer.shape[1:]:
         why = f"the input has shape {list(x.shape)}, but the layer reads {layer.shape[1]} features"
@@ -206,7 +208,7 @@ def add_by_row(
     like = layer.sample
     stack = None if compiling or tracing else kept.stack
     if stack is None or not stack.is_current(tuple([part.switch for part in parts]), like):
-        # Compiled code stacks every adapter, so that its graph does not depend on the adapters that a route names.
+        # Compiled code stacks all adapters, so that its graph does not depend on the route.
         if not compiling and not all(map(_is_frozen, parts)):
             parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
         stack = _stacked(layer, parts, like, keep=not compiling and not tracing)
@@ -228,7 +230,7 @@ def add_by_row(
 def add_to_rows(
     layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Run a layer that is a matrix product, and add to each row the change from the row's slot of a stack.
+    """Run a layer that is a matrix product, and add to each row of its output the change from the row's slot.
 
     Args:
         layer: the layer.
@@ -236,7 +238,7 @@ def add_to_rows(
         places: the slots of the route's rows.
         route: the adapter of each row.
         x: the layer's input.
-        kept: a store for a `RowPlan`, which the next forward uses if the layer is an `nn.Linear` that supports one.
+        kept: a cache for a `RowPlan`; None if the layer's module does not support one. The next forward uses the plan.
     """
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
@@ -256,7 +258,8 @@ def add_to_rows(
 
 
 WIDE = 64
-"""The highest sum of ranks at which multiplying all rows by all factors costs less than sorting the rows."""
+"""The largest joined rank (adapters * highest rank) at which multiplying all rows by all factors costs less than
+grouping the rows by adapter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,12 +267,13 @@ class Places:
     """The slots of a stack that a route's rows use.
 
     Attributes:
-        token: the value of `SETTINGS.token`, read before the adapters' switches.
-        active: the value of `Scope.active` at that moment.
+        token: the value of `SETTINGS.token`, which was read before the adapters' switches were.
+        active: the value of `Scope.active` when the places were computed.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
-        padded: `[used * most]`, the rows of each used slot; `most` is the highest number of rows in a slot. A slot
-            with fewer rows repeats its first row. None if `padded` would be all rows in order.
+        padded: `[used * most]`, the rows of each used slot, one slot after the other; `most` is the largest number of
+            rows of any slot. The first row of a slot with fewer rows is repeated. None if `padded` would be all rows in
+            order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.
@@ -288,7 +292,7 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Return the places of a route's rows in a stack of these adapters.
+    """Return the slots that a route's rows use in a stack of the adapters with these switches.
 
     Layers with the same adapters share the result.
     """
@@ -337,10 +341,10 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 
 
 class RowPlan:
-    """A cached plan for the forward of an `nn.Linear` that has few frozen adapters and one token in each row.
+    """A cached choice of `_side_by_side` for an `nn.Linear` that has few frozen adapters, with one token in each row.
 
-    In a model of width 256, choosing among the functions below takes 25 % of such a forward. A plan caches the choice,
-    and only checks what may have changed: settings, tensors, and the state of torch.
+    In a model of width 256, choosing among the functions below takes 25 % of the time of such a forward. With a plan,
+    the forward only checks whether settings, tensors, or the state of torch have changed.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
@@ -351,7 +355,7 @@ class RowPlan:
         self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
 
     def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return the layer's output, or None if the plan no longer applies or was made for another route."""
+        """Return the layer's output; None if the plan does not apply to this call."""
         places = route.plans.get(self.place)
         token, parameters = SETTINGS.token, self.module._parameters
         if (
@@ -383,9 +387,9 @@ def _is_frozen(part: Part) -> bool:
 
 
 def _stacked(layer: TorchLayer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
-    """Stack the factors of parts in order; pad them with zeros to the highest rank."""
+    """Stack the factors of parts in order, and pad them with zeros to the highest rank."""
     leaves = _leaves(parts) if keep else None
-    # Stack outside of inference mode: a later training forward could not use tensors made in inference mode.
+    # Leave inference mode to make a stack that is kept: training forwards cannot use tensors made in inference mode.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():
         like = like.new_empty(0, dtype=_dtype_of(like))
         pairs = [_pair(layer, part, like) for part in parts]
@@ -398,12 +402,12 @@ def _stacked(layer: TorchLayer, parts: Sequence[Part], like: Tensor, keep: bool)
         bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
-        # Tensors made under a torch mode (FakeTensorMode) have no values for later forwards, so do not keep them.
+        # Do not keep tensors that were made in a mode such as FakeTensorMode: they have no values for later forwards.
         return FactorStack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
-    """Return the tensors of parts, or None if a tensor needs a gradient or may change unnoticed."""
+    """Return the tensors of parts; None if a tensor needs a gradient, or if changes of a tensor cannot be detected."""
     leaves = [leaf for part in parts for fields in part.bound.leaves for leaf in fields.values()]
     for leaf in leaves:
         tensor = leaf.module._buffers.get(leaf.name)
@@ -413,7 +417,10 @@ def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
 
 
 def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return B `[out, r]`, A `[r, in * k]` and the factor of their product, with the device and dtype of `like`."""
+    """Return B `[out, r]`, A `[r, in * k]` and a scalar s. The update is `s * B @ A`.
+
+    The tensors have the device and dtype of `like`.
+    """
     factors = update.factors(layer.shape)
     assert factors is not None
     B, A, weight = factors
@@ -423,7 +430,7 @@ def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tenso
 
 
 def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias; B^T and the bias include the part's weight."""
+    """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias. B^T and the bias are scaled by the part's weight."""
     all_A, all_B, bias = [], [], None
     for update in part.updates:
         assert isinstance(update, Additive)
@@ -438,9 +445,9 @@ def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
-    """Apply each adapter to its rows by two batched products, without copying factors.
+    """Apply each adapter to its rows by two batched products, with one copy of the factors per adapter.
 
-    This is best for few tokens in each row.
+    This is best for few tokens per row.
     """
     y: Tensor = layer(x)
     if not places.count:
@@ -454,7 +461,7 @@ def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route
     if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         wide = is_wide(x) and A.dtype == torch.float32
         A, B, some = (A, B, some.float()) if wide else (A.to(x.dtype), B.to(x.dtype), some)
-    # On a CPU, A x^T takes half the time of x A^T (torch 2.13 with MKL, two rows for each of 50 adapters).
+    # On a CPU, `A @ x^T` takes half the time of `x @ A^T` (torch 2.13 with MKL, 50 adapters with two rows each).
     h = torch.bmm(A, some.reshape(A.shape[0], -1, x.shape[-1]).mT).mT
     change = torch.bmm(h, B)
     if bias is not None:
@@ -470,9 +477,9 @@ def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route
 
 
 def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
+    """Apply all adapters' factors as one pair, whose rank is `adapters * r`. A mask selects each row's factors.
 
-    For few adapters this takes three operations instead of five.
+    With few adapters, this takes three operations instead of the five of `_grouped`.
     """
     y: Tensor = layer(x)
     rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
@@ -494,7 +501,7 @@ def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tens
 
 
 def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Multiply each row of x by the factors of its slot, in two batched products."""
+    """Run the layer, and add to each row of its output the products of the row with its slot's factors."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
     flat_x = rows_of_x.reshape(len(index), -1, x.shape[-1])
@@ -507,10 +514,10 @@ def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route
 
 
 def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair (its rank is the sum of all ranks); a mask selects each row's factors.
+    """Apply all adapters' factors as one pair, whose rank is `adapters * r`. A mask selects each row's factors.
 
-    Convolutions and embeddings need this function, because they are not matrix products. The additional work is small,
-    because A is small compared with the layer's output.
+    Convolutions and embeddings need this function, because they are not matrix products. The unused products cost
+    little, because A is small compared with the layer's output.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]
@@ -531,7 +538,7 @@ def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, 
 def add_gathered(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor, fresh: bool = False
 ) -> Tensor:
-    """Return y[i] + (x[i] A[index[i]]^T) B[index[i]] for each row i.
+    """Return `y[i] + (x[i] @ A[index[i]]^T) @ B[index[i]]` for each row i.
 
     Args:
         y: `[rows, tokens, out]`.
@@ -540,7 +547,7 @@ def add_gathered(
         B: `[slots, r, out]`, padded with zeros to the highest rank.
         index: `[rows]`, the slot of each row.
         ranks: `[slots]`, the rank of each slot, at most r; 0 for slots that change nothing.
-        fresh: whether no other code holds y, so that the sum may overwrite y.
+        fresh: whether the sum may overwrite y, because no other code holds y.
     """
     if takes_kernel(y, x, A, B):
         from .kernels import add_by_kernel
@@ -550,7 +557,7 @@ def add_gathered(
 
 
 def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = False) -> Tensor:
-    """Return y + (x A^T) B using torch's batched products; A is `[rows, r, in]` and B is `[rows, r, out]`."""
+    """Return `y + (x @ A^T) @ B`, using torch's batched products. A is `[rows, r, in]` and B is `[rows, r, out]`."""
     if is_wide(y) and A.dtype == torch.float32:
         change = torch.bmm(torch.bmm(x.float(), A.mT), B).to(y.dtype)
         return y.add_(change) if fresh else y + change

@@ -1,24 +1,23 @@
-"""Detect a forward that computes with a module's weight but never calls the module, so that its adapter does not act.
+"""Detect code that bypasses an adapter: it computes with the weight of the adapter's module without calling the module.
 
-Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains, Unsloth's decoding
-reads the weights of all projections, and kernels from a hub read the weights of a whole MLP. PEFT does not detect such
-a bypass.
+Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains. Unsloth's decoding
+reads the weights of all projections. Kernels from a hub read the weights of a whole MLP. PEFT does not detect this.
 
-A forward does not declare which weights it will read, and each call may read other weights (training or decoding, with
-or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads: the attribute
-`module.weight` is looked up as `_parameters["weight"]`. If a weight was read while the model ran, but the module was
-not called before the model's forward ended, the adapter was bypassed. Calls of the module itself are not slowed down,
-because the hook reads the weight with `dict.get`, which does not record.
+A forward does not declare which weights it will read, and each call may read different weights (training or decoding,
+with or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads: Python
+looks up the attribute `module.weight` as `_parameters["weight"]`. The adapter was bypassed if a forward of the model
+read the weight, but did not call the module. Calls of the module itself are not slowed down, because the hook reads the
+weight with `dict.get`, which does not record.
 
-If another tool replaces a block's forward after the injection, the new forward may use earlier copies of the weights,
-and then no read is recorded. So the next call of such a block is watched: if this call runs none of the modules with an
-adapter, a warning says so. The bypass is not an error, because it may be intended (an ablation).
+Another tool may replace the forward of a block after the injection. The new forward may use earlier copies of the
+weights, so no read is recorded. Therefore the next call of the block is watched. A warning is given if this call runs
+none of the modules with an adapter. It is not an error, because the bypass may be intended (an ablation).
 
-Compiled code reads parameters without any dictionary, and its graph does not record the module of a weight. So the
-compiler is watched while it traces: if it traces a call of a block, but no call of a module with an adapter inside the
-block, a warning says so, unless that module ran before. This is not an error, because the block may compute the same
-result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of the same
-structure is not traced again: to check such a model, run it once without `torch.compile`.
+Compiled code reads parameters without any dictionary, and its graph does not record which module a weight belongs to.
+So the compiler is watched while it traces. A warning is given if it traces a call of a block, but no call of a module
+with an adapter inside the block, unless that module ran before. It is not an error, because the block may compute the
+same result in another way. The check has gaps: code with graph breaks is traced in pieces, and code that torch reuses
+from a model of the same structure is not traced again. To check such a model, run it once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -42,34 +41,34 @@ if TYPE_CHECKING:
     from .forward_hook import ForwardHook
     from .parts import Part
 
-# Find the forward of a module inside the hooks of other tools.
+# Find a module's own forward inside the hooks of other tools.
 #
 # accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
-# forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
-# read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
-# or 8-bit values (diffusers' layerwise casting).
+# forward, and releases the weights again. An adapter must run inside this wrapper. Outside of it, formulas would read
+# weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk) or
+# 8-bit values (diffusers' layerwise casting).
 #
-# accelerate keeps the inner forward in an attribute of the module; diffusers keeps it in a reference that its first
-# hook calls.
+# accelerate keeps the inner forward in an attribute of the module. diffusers keeps it in a reference object, which its
+# first hook calls.
 
 
 Slot = tuple[object, str]
-"""(object, attribute) that holds a forward: the module itself, or one of diffusers' references."""
+"""(object, attribute name): the attribute holds a forward. The object is the module or a reference of diffusers."""
 
 
 def inner_slot(module: nn.Module) -> Slot:
-    """Return the slot of a module's innermost forward, which all hooks of accelerate and diffusers wrap."""
+    """Return the slot of a module's innermost forward: all hooks of accelerate and diffusers wrap this forward."""
     slots = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         slots.append((module, "_old_forward"))
-    # If both tools have hooks, one tool's hooks wrap the forward of the other tool: find the module's own forward.
+    # If both tools have hooks, one of these slots may hold the other tool's wrapper. Prefer the module's own forward.
     bound_slots = (slot for slot in slots if getattr(value_in(slot), "__self__", None) is module)
     return next(bound_slots, slots[0] if slots else (module, "forward"))
 
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
-    """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
-    # Skip wrappers: functools.update_wrapper copies all attributes, so a wrapper has the `__self__` of a method.
+    """Return the slot whose forward is a method of `owner`; None if other tools wrapped or removed this forward."""
+    # Skip wrappers: functools.update_wrapper copies attributes, so a wrapper has the `__self__` of the wrapped method.
     plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 
@@ -81,13 +80,13 @@ def value_in(slot: Slot) -> object:
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
-    """Yield the slots where a module's forward may be: its own, and those to which other tools move the forward."""
+    """Yield all slots that may hold a module's forward: `forward`, and the slots to which other tools move it."""
     yield from ((module, "forward"), (module, "_old_forward"))
     yield from _references(module)
 
 
 def _references(module: nn.Module) -> list[Slot]:
-    """Return the slots of the forwards that a module's diffusers hooks call, the innermost first."""
+    """Return the slots of the forwards that diffusers' hooks of a module call, the innermost first."""
     registry = module.__dict__.get("_diffusers_hook")
     references = getattr(registry, "_fn_refs", ())
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
@@ -96,15 +95,15 @@ def _references(module: nn.Module) -> list[Slot]:
 # Detect a forward that another tool put on a module and that bypasses the module's adapter.
 #
 # A tool that patches `module.forward` (accelerate, diffusers, loggers) usually calls the previous forward. But trainers
-# with an fp8 base install a forward that computes with the weight itself, so the adapter would silently not act.
-# Inspecting the module does not show which case applies; a call shows it.
+# with an fp8 base install a forward that computes with the weight itself, so the adapter would silently not act. Only a
+# call of the module shows whether its new forward calls the previous one.
 
 
 class ForwardProbe:
-    """At the module's next call, check whether another tool's forward calls the hook that this forward replaced.
+    """Check at a module's next call whether another tool's forward still calls the module's hook.
 
     Args:
-        hook: the hook.
+        hook: the hook, whose forward the other tool replaced.
         standing: the other tool's forward.
     """
 
@@ -146,7 +145,10 @@ class ForwardProbe:
 
 
 def probe_forward(module: nn.Module) -> None:
-    """Check, at a module's next call, whether a new forward still reaches the adapter; check each forward once."""
+    """If another tool replaced a module's forward, check at the next call whether the new forward runs the adapter.
+
+    Each new forward is checked once.
+    """
     hook: ForwardHook = module.__dict__[HOOK]
     standing = module.__dict__.get("forward")
     if getattr(standing, "__self__", None) is not hook and standing is not hook.known and hook.probe is None:
@@ -161,7 +163,10 @@ PARAMETERS = "_parameters"
 
 
 class Hook(Protocol):
-    """A forward hook at a module with adapters: its number of calls, and whether compiled code has ever called it."""
+    """The part of a `ForwardHook` that this file uses.
+
+    `calls` is the hook's number of calls. `traced` says whether compiled code has ever called it.
+    """
 
     module: nn.Module
     parts: list[Part]
@@ -191,11 +196,11 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
 def watch_reads(hook: Hook) -> None:
     """Record reads of the parameters that a module's adapters change.
 
-    Embeddings are not watched, because other code reads their rows all the time: functional heads compute with
-    `embedding.weight`, in PEFT's models too, and an adapter of the embedding is not meant to change such a head.
+    Embeddings are not watched, because other code often reads their weights. Functional heads compute with
+    `embedding.weight`, and an adapter of the embedding is not meant to change such a head (nor does it in PEFT).
     """
     attributes = hook.module.__dict__
-    # Do not replace a dictionary of DeepSpeed's ZeRO, which loads parameters on access.
+    # Do not replace other dictionaries: that of DeepSpeed's ZeRO loads parameters on access.
     if type(attributes[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
     if type(attributes[PARAMETERS]) is dict:
@@ -213,9 +218,9 @@ def unwatch_reads(hook: Hook) -> None:
 
 
 class Calls:
-    """Record the reads and calls of modules with adapters during one forward of a model, in one thread.
+    """Record reads of weights, and calls of modules with adapters, during one forward of a model in one thread.
 
-    Calls by other threads do not count: they compute other inputs, so they are not part of this forward.
+    Calls in other threads do not count, because they belong to other forwards.
 
     Args:
         hooks: the hooks at those modules.
@@ -228,7 +233,7 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before or only its dtype or shape is read."""
+        """Record a read of a parameter, unless its module was called before, or the reader does not use its values."""
         if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)
@@ -243,12 +248,13 @@ class Calls:
         """Check that every module whose weight was read was also called.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
-        the weights of its projections to a torch function. PEFT trains such models although their adapter does not act,
-        so a live model only warns.
+        the weights of its projections to a torch function. PEFT trains such models although their adapter does not act.
+        So if the model's own code bypassed a module, this method only warns.
 
         Args:
-            is_own: a function of (hook, name) that returns whether `name` is a method of a parent of the hook's module.
-            warned: the ids of hooks that a warning has named; hooks that this call warns about are added.
+            is_own: a function of (hook, name) that returns whether a module around the hook's module has a method
+                `name`.
+            warned: the ids of hooks that were named in warnings. This method skips them, and adds new ones.
 
         Raises:
             Unsupported: a module was not called, and another tool's function read its weight.
@@ -267,7 +273,7 @@ class Calls:
 
 
 class _LocalCalls(threading.local):
-    """The innermost forward of a watched model in the current thread."""
+    """The record of the innermost watched forward in the current thread."""
 
     calls: Calls | None = None
 
@@ -281,7 +287,7 @@ def begin_calls(hooks: Collection[Hook]) -> None:
 
 
 def note_call(hook: Hook) -> None:
-    """Record that the module of a hook was called, in this thread's watched forwards."""
+    """Record a call of the hook's module in all watched forwards that are running in this thread."""
     calls = _LOCAL.calls
     while calls is not None:
         calls.called.add(hook)
@@ -293,15 +299,15 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 
     Args:
         hooks: the hooks of the model.
-        failed: whether the forward raised an exception.
+        failed: whether the forward raised an exception; if so, nothing is checked.
         is_own: see `Calls.check`.
         warned: see `Calls.check`.
 
     Raises:
-        Unsupported: a module's weight was read, and the module was not called.
+        Unsupported: another tool's function read a module's weight, and the module was not called.
     """
     calls = _LOCAL.calls
-    while calls is not None and calls.hooks is not hooks:  # A forward inside this one raised an error.
+    while calls is not None and calls.hooks is not hooks:  # Skip records of inner forwards that raised an error.
         calls = calls.outer
     if calls is None:
         return
@@ -313,8 +319,8 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 def _reader(frame: FrameType | None) -> str | None:
     """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
 
-    The result is also None for torch, which moves and gathers parameters, and for accelerate, which loads parameters of
-    modules that may never be called.
+    Also return None for functions of torch and accelerate. torch moves and gathers parameters; accelerate loads the
+    parameters of modules that may never be called.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
@@ -331,7 +337,7 @@ _MOVERS = ("torch", "accelerate", __name__.split(".")[0])
 
 @cache
 def _asks_only(code: CodeType, at: int) -> bool:
-    """Whether the instruction after an offset only reads a property of the tensor, or compares the tensor with None."""
+    """Whether the bytecode after offset `at` only reads a property of the tensor, or compares the tensor with None."""
     behind = next((each for each in dis.get_instructions(code) if each.offset > at), None)
     if behind is None:
         return False
@@ -344,15 +350,16 @@ _FACTS = frozenset(
     ("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "is_meta", "requires_grad",
      "is_floating_point", "element_size", "itemsize", "get_device")
 )  # fmt: skip
-"""Attributes of a tensor that do not depend on its values: T5 reads `self.wo.weight.dtype` before it calls `wo`."""
+"""Attributes of a tensor that do not depend on its values. T5, for example, reads `self.wo.weight.dtype` before it
+calls `wo`."""
 
 
 def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], warned: set[int]) -> None:
     """Warn about modules with adapters that compiled code does not call.
 
     Args:
-        around: the blocks that the code calls, each with the modules that it should call.
-        warned: the ids of hooks that a warning has named; hooks that this call warns about are added.
+        around: the blocks that the code calls, each with the modules that the block should call.
+        warned: the ids of hooks that were named in warnings. This function adds new ones.
     """
     for block, modules in around:
         hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]
@@ -368,7 +375,7 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], wa
 
 
 class BypassBlock:
-    """A module whose forward runs modules with adapters, and the forward that it had at the last look.
+    """A module that contains modules with adapters. It stores the module's forward, to notice a replacement.
 
     Args:
         module: the module.
@@ -396,7 +403,7 @@ class BypassBlock:
 
 
 class _BlockProbe:
-    """Check at a block's next call whether its new forward calls a module with an adapter.
+    """Check at a block's next call whether its new forward calls any module with an adapter.
 
     Args:
         block: the block.

@@ -1,8 +1,8 @@
-"""Keep a model call's arguments for formulas: token ids, the tasks of rows, and hidden states without the adapter.
+"""Keep inputs for formulas during a model call: token ids, the rows' tasks, and hidden states without the adapter.
 
-A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call ends. In
-training, it keeps the arguments until the next call, because checkpointed blocks run again in the backward pass. An
-argument for which the model's forward has no parameter is not passed to the model.
+A recorder belongs to the model into which an adapter was injected. It keeps the inputs until the call ends. In
+training, it keeps them until the next call, because checkpointed blocks run again in the backward pass. Arguments that
+only formulas need, and that the model's forward does not accept, are not passed to the model.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .scopes import Scope, Switch, switched
 if TYPE_CHECKING:
     from ..methods.shadow import Shadow
 
-# The side network of Shadow: its state during a call, and the network itself.
+# The side network of the method Shadow, and its state during a call.
 #
-# The network has the class and config of the model's own body, except for fewer layers and other sizes, and gets the
-# same inputs as the model. The network is not a module of the model: one tensor of the adapter holds all of its
-# weights.
+# The network has the class and config of the model's own body, but fewer layers and other sizes. It gets the same
+# inputs as the model. It is not a module of the model: one tensor of the adapter holds all weights of the network.
 
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""`LAYERS` to `INNERS`: names in transformers' configs for the numbers of layers and heads, and for two widths."""
+"""The constants from `LAYERS` to `INNERS` list names in transformers' configs for the numbers of layers and heads, and
+for two widths."""
 
 
 class ShadowState:
-    """The state that each block passes to the next, from the network's output to the result of the last block."""
+    """The state that each block passes to the next. It starts as the side network's output."""
 
     def __init__(
         self, model: nn.Module, words: Mapping[str, object], cached: bool, networks: dict[Hashable, nn.Module]
@@ -52,7 +52,7 @@ class ShadowState:
         self.value = before if isinstance(before, Tensor) else None
 
     def state(self, update: Shadow) -> Tensor:
-        """Return the state that the previous block left; at the first block, the network's output.
+        """Return the state that the previous block passed on. At the first block, return the network's output.
 
         Raises:
             Unsupported: the network would not see the same tokens as the model, or blocks would run twice.
@@ -80,10 +80,10 @@ class ShadowState:
 
 
 class Standing(nn.Module):
-    """The network and its values, as a separate module that takes its inputs by position and returns the state.
+    """The side network with its weights, as a module that takes its inputs by position and returns the first state.
 
     Args:
-        model: the base, or a model like it without values.
+        model: the base, or a model of its structure on the meta device.
         update: one block's update, with its tensors in the dtype to compute in.
         words: the names of the network's inputs.
     """
@@ -94,7 +94,7 @@ class Standing(nn.Module):
         given = tensors_of(update)
         for path, module in self.network.named_modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None:  # An embedding that is shared with the base is never read.
+                if parameter is not None:  # The update lacks embeddings that it shares with the base; they are unused.
                     value = given.get(f"{path}.{name}" if path else name, parameter.new_zeros(1, 1, device="cpu"))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -105,7 +105,7 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the network without values; each call passes the tensors in.
+    """Return the side network with its parameters on the meta device. Each call passes the update's tensors to it.
 
     Raises:
         Unsupported: no such network can be built for this model.
@@ -119,7 +119,7 @@ def network_of(model: nn.Module, update: Shadow) -> nn.Module:
             setattr(config, next((name for name in names if hasattr(config, name)), names[0]), size)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[min(i, len(config.layer_types) - 1)] for i in range(update.layers)]
-    with torch.random.fork_rng(devices=[]):  # The network's initial values are drawn and then discarded.
+    with torch.random.fork_rng(devices=[]):  # Do not let the unused random initial values change torch's random state.
         network: nn.Module = type(body)(config)
     _check_parts(network, update)
     network.to(update.network.device)
@@ -156,7 +156,7 @@ def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping
 
 
 def tensors_of(update: Shadow) -> dict[str, Tensor]:
-    """Return the network's tensors, keyed by name."""
+    """Return the side network's tensors, keyed by name."""
     sizes = [prod(shape) for shape in update.parts.values()]
     network: Any = update.network
     pieces = zip(update.parts.items(), network.split(sizes), strict=True)
@@ -185,7 +185,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 EMBEDDINGS = "embed_tokens.weight"
-"""The name of the embeddings; a network that uses the base's embeddings has no tensor of this name."""
+"""The name of the embeddings' weight. A side network that uses the base's embeddings has no tensor of this name."""
 
 
 # The recorder.
@@ -194,7 +194,7 @@ EMBEDDINGS = "embed_tokens.weight"
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
 SHADOW: Final = "shadow"
-"""The names of inputs that are computed from the call's arguments; see `OutputUpdate`."""
+"""`TOKENS` to `SHADOW`: names of inputs that are computed from the call's arguments; see `OutputUpdate`."""
 
 
 class KeyValueCache(Protocol):
@@ -204,9 +204,9 @@ class KeyValueCache(Protocol):
 
 
 class Recording(threading.local):
-    """The arguments of one thread's call, and the thread's Shadow networks.
+    """One thread's inputs of the call in progress, and the thread's side networks.
 
-    Threads cannot share the networks, because functional_call replaces their parameters during a call.
+    Threads cannot share side networks, because functional_call replaces a network's parameters during a call.
     """
 
     def __init__(self) -> None:
@@ -221,7 +221,7 @@ class Recording(threading.local):
 
 
 class CallRecorder:
-    """Keep the inputs that one adapter's updates ask for, until the call ends."""
+    """Keep the inputs that one adapter's updates ask for; see the module's docstring for how long."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
@@ -229,7 +229,7 @@ class CallRecorder:
         self.seen: Any = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy starts without the token ids of caches, because these ids belong to the original's calls in progress.
+        # A copy starts without recorded inputs, because these belong to calls of the original.
         return {**self.__dict__, "seen": None, "last": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -239,13 +239,13 @@ class CallRecorder:
         """Return the inputs of the call in progress."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # In a backward pass, return the last call's inputs: a checkpointed block is run again during the pass (on
-            # CUDA, in another thread).
+            # In a backward pass, return the last call's inputs: the pass runs checkpointed blocks again (on CUDA, in
+            # another thread).
             words = self.last
         return dict(words)
 
     def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
-        """Keep the call arguments that the updates ask for."""
+        """Keep or compute the inputs that the updates ask for. `words` are the call's arguments, keyed by name."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
             heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))
@@ -261,7 +261,7 @@ class CallRecorder:
             self.last = heard
 
     def remember(self, cache: KeyValueCache | None) -> None:
-        """Keep the token ids for later calls that continue with the cache."""
+        """Keep the call's token ids for later calls that continue with the same cache."""
         if cache is not None and TOKENS in self.recording.words:
             self.seen[cache] = self.recording.words[TOKENS]
 
@@ -276,7 +276,7 @@ class CallRecorder:
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the call inputs that an update needs, and its optional inputs if the model's forward takes them."""
+    """Return the names of an update's required inputs, and of its optional inputs that the model's forward accepts."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
@@ -288,8 +288,8 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    Arguments that only the updates ask for are not passed on, unless `passes` is set: then the model's context updates
-    read them.
+    Arguments that the updates ask for, and that the model's forward does not accept, are passed on only if `passes` is
+    set. It is set if the model's context updates read these arguments.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)

@@ -1,23 +1,24 @@
 """Let every framework save and load a trained adapter through `model.state_dict()` and `model.load_state_dict()`.
 
 Trainer, Accelerate, Lightning, torch.distributed.checkpoint and plain loops save the model's state dict and load it
-again; none of them calls a handle. So `handle.checkpoint` chooses the content of that state dict:
+again. None of them calls a method of a handle. So the attribute `handle.checkpoint` chooses the content of the state
+dict:
 
-* `base`, the default: the base's tensors under the base's own keys, as if nothing were attached.
+* `base`, the default: the base's tensors under their own keys, as if no adapter were attached.
 * `adapter`: only the tensors of this adapter, so that a checkpoint is as small as the adapter.
 * `all`: the tensors of the base and of the adapter.
 
-A state dict with an adapter's tensors is loaded into the attached adapter of the same name, for any value of
-`handle.checkpoint`. The state dict includes the adapter's buffers (random projections, PiSSA's initial part): they may
-depend on data, and a resumed run must compute with the same buffers. If the state dict has no tensor of the base, the
-base keeps its values and strict loading passes.
+For any value of `handle.checkpoint`, an adapter's tensors in a state dict are loaded into the attached adapter of the
+same name. An adapter's tensors include its buffers (random projections, PiSSA's initial part): they may depend on data,
+and a resumed run must compute with the same buffers. If the state dict has no tensor of the base, the base keeps its
+values, and strict loading raises no error.
 
-Two readers in torch need more tensors than `handle.checkpoint` chooses, and do not identify themselves. The hooks
-recognise them by their frames on the stack:
+Two readers in torch need more tensors than `handle.checkpoint` chooses. The hooks recognise these readers by their
+frames on the stack, because nothing else identifies them:
 
-* `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict and fails if one is
+* `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict, and fails if one is
   missing. So the state dict for this reader also contains the trained tensors.
-* `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict
+* `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict,
   and fails if one is missing. So the state dict for this reader also contains the frozen parameters.
 
 The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
@@ -42,14 +43,14 @@ if TYPE_CHECKING:
     from .watch import Watch
 
 CHOICES = ("base", "adapter", "all")
-"""The choices for the content of the model's state dict."""
+"""The values of `handle.checkpoint`."""
 
 HANDLES = "_adapterkit_handles"
-"""The attribute of a model that lists the handles of its adapters, so that copies of the model keep them."""
+"""The attribute of a model that lists the handles of its adapters. Copies of the model keep this list."""
 
 
 class Saved(Protocol):
-    """The part of a handle that state dicts need: its name and choice, its tensors, and the watch over its hooks."""
+    """The part of a handle that this module uses: `name`, `checkpoint`, its tensors, and the watch over its hooks."""
 
     @property
     def name(self) -> str: ...
@@ -60,7 +61,7 @@ class Saved(Protocol):
 
 
 def watch_state(model: nn.Module) -> None:
-    """Register the state dict hooks with a model, once."""
+    """Register the state dict hooks with a model, unless they are registered."""
     if _save not in model._state_dict_hooks.values():
         hooked: Any = model
         hooked.register_state_dict_post_hook(_save)
@@ -95,14 +96,15 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
 
 
 def _frozen(model: nn.Module) -> Iterator[str]:
-    """Return the names of the base's frozen parameters, which `ignore_frozen_params` removes."""
+    """Return the names of the base's frozen parameters. `ignore_frozen_params` removes these."""
     return (name for name, p in model.named_parameters() if not p.requires_grad and not is_leaf_name(name))
 
 
 def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
     """Whether torch.distributed.checkpoint is reading the state dict without its frozen parameters.
 
-    Such a state dict contains neither a frozen base nor an adapter whose `checkpoint` is `base`. A warning says so.
+    The saved file then contains neither a frozen base nor an adapter whose `checkpoint` is `base`; this function warns
+    about such adapters.
     """
     reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
     if reader is None or not getattr(reader.f_locals.get("info"), "ignore_frozen_params", False):
@@ -118,7 +120,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """Return the frame of a running function of this name in this module; None if the function is not running."""
+    """Return the frame of a running function, given the names of its module and itself; None if it is not running."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
@@ -132,7 +134,7 @@ def _load(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy an adapter's tensors from a state dict, if it has any, and report wrong keys in the same way as torch."""
+    """Copy the adapters' tensors from a state dict, if it has any. Wrong keys and shapes are added to `errors`."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])
@@ -164,10 +166,10 @@ def _load(
 
 
 def _warn_of_base(handles: Iterable[Saved]) -> None:
-    """Warn, once for each adapter, that a state dict without its tensors leaves a trained adapter unchanged.
+    """Warn if a loaded state dict lacks a trained adapter, which therefore keeps its values; once for each adapter.
 
-    A Trainer that resumes, or goes back to its best checkpoint, loads the state dict it saved. If `checkpoint` is
-    `base`, that state dict contains only the base.
+    A Trainer that resumes, or goes back to its best checkpoint, loads the state dict that it saved. If
+    `handle.checkpoint` is `base`, that state dict contains only the base.
     """
     for handle in handles:
         if handle.checkpoint != "base" or id(handle) in _WARNED:
@@ -184,14 +186,11 @@ def _warn_of_base(handles: Iterable[Saved]) -> None:
 
 
 _WARNED: set[int] = set()
-"""The ids of the handles that a warning has named."""
+"""The ids of the handles that were named in warnings."""
 
 
 def _keep_base(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Add the base's own tensors to a state dict that has none of them.
-
-    Loading that state dict then leaves the base unchanged.
-    """
+    """Add the base's current tensors to a state dict that has none of them, so that loading it keeps the base."""
     hooks = module._state_dict_hooks
     kept = dict(hooks)
     for key in [key for key, hook in hooks.items() if hook is _save]:
@@ -212,5 +211,5 @@ def _key(paths: dict[int, str], leaf: Leaf) -> str:
 
 
 def _adapter(key: str) -> str:
-    """Return the adapter's name in a key: `model.layer.adapterkit:NAME:model/layer/lora/A`."""
+    """Return the adapter's name in a key: NAME in `model.layer.adapterkit:NAME:model/layer/lora/A`."""
     return key.rpartition(".")[2].split(":", 2)[1]

@@ -1,7 +1,8 @@
-"""Combine several adapters in one model, in AdapterHub's composition blocks (https://docs.adapterhub.ml).
+"""Combine several adapters in one model with AdapterHub's composition blocks (https://docs.adapterhub.ml).
 
-`stack`, `average`, `split` and `fuse` combine several adapters into one, which can be injected, weighted, switched and
-trained like any other; blocks nest. `batch_split` and `parallel` route rows through adapters that are already attached.
+`stack`, `average`, `split` and `fuse` combine several adapters into one. The result can be injected, weighted, switched
+and trained like any other adapter, and can be combined again. `batch_split` and `parallel` route rows through adapters
+that are already attached.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """Return an adapter that applies adapters in sequence: each sees the layer as the earlier adapters change it.
+    """Return an adapter that applies adapters in sequence: each one acts on the layer that the earlier ones changed.
 
-    At one target, changes of weights are added, and virtual tokens are concatenated.
+    At a shared target, changes of weights are added, and virtual tokens are concatenated.
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
@@ -50,18 +51,19 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter that computes, at each layer, the weighted mean of the layer's outputs with each adapter.
+    """Return an adapter that computes, at each layer, the weighted mean of the outputs that the adapters give alone.
 
-    The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
-    target, the output of the unchanged layer is used for this adapter.
+    If the adapters act before the layer's residual and norm, the mean is taken there. If an adapter has no update at a
+    target, it contributes the output of the unchanged layer.
 
     Args:
         adapters: adapters with additive and output updates.
-        weights: one weight for each adapter, not normalised; equal weights with the sum 1 if not given.
+        weights: one weight for each adapter; they are not normalised. If not given, the weights are equal and their sum
+            is 1.
 
     Raises:
         UsageError: the number of weights is not the number of adapters.
-        Unsupported: raised by `inject`, for updates of other kinds.
+        Unsupported: an adapter adds context. For other kinds of updates, `inject` raises this error.
     """
     count = len(_some(adapters))
     shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
@@ -71,11 +73,11 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
 
 
 def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
-    """Return an adapter that splits the tokens: the first adapter changes the first `sizes[0]` tokens, and so on.
+    """Return an adapter that splits the tokens: the first adapter acts on the first `sizes[0]` tokens, and so on.
 
     Raises:
         UsageError: the number of sizes is not the number of adapters.
-        ShapeMismatch: raised by a call whose number of tokens is not the sum of the sizes.
+        ShapeMismatch: raised by a call of the model if the number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
         raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one for each")
@@ -83,15 +85,15 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
-    """Return the AdapterFusion of adapters: at each layer, an attention over the outputs of their bottlenecks.
+    """Return the AdapterFusion of adapters: at each layer, it computes an attention over their bottlenecks' outputs.
 
     Args:
         adapters: the adapters, in the order in which the fusion was trained.
-        fusion: a fusion folder of AdapterHub, with the weights of the attentions.
+        fusion: a folder in which AdapterHub saved the weights of the attentions.
 
     Raises:
         TargetNotFound: the fusion has no weights for one of the adapters' targets.
-        Unsupported: raised by `inject`, if an update is not a sequential bottleneck.
+        Unsupported: raised by `inject` if an update is not a sequential bottleneck.
     """
     settings, weights = read_fusion(fusion)
 
@@ -113,10 +115,10 @@ def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
 
     Args:
         folder: the folder with `adapter_setup.json` and one subfolder for each adapter and fusion.
-        base: the base model, for adapters that cannot be read without it; see `ak.read`.
+        base: the base model; only needed for adapters that cannot be read without it. See `ak.read`.
 
     Raises:
-        Unsupported: a block routes rows (BatchSplit, Parallel). Such a block belongs to a call, not to an adapter.
+        Unsupported: a block routes rows (BatchSplit, Parallel), so it cannot be a part of one adapter.
     """
     return _loaded(read_setup(folder), Path(folder), base)
 
@@ -140,16 +142,16 @@ def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
-    """Inside the `with`, send the first `sizes[0]` rows through the adapter `names[0]`, and so on; see `route`."""
+    """Within the `with` block, route the first `sizes[0]` rows to the adapter `names[0]`, and so on; see `route`."""
     if len(sizes) != len(names):
         raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one for each")
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
 def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., object]:
-    """Return a function that runs the model on its input repeated once for each adapter.
+    """Return a function that runs the model with each adapter on the same input, in one batch.
 
-    The output has all rows of the first adapter, then all rows of the next.
+    The output contains all rows from the first adapter, then all rows from the next adapter, and so on.
 
     Args:
         model: the model, with the adapters attached.
@@ -177,7 +179,7 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., obj
 def _blocks(
     name: str, adapters: Sequence[Adapter], block_of: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
-    """Return an adapter with one block at each target of any of the given adapters."""
+    """Return an adapter with one block at each target that at least one of the given adapters has."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:
@@ -213,11 +215,11 @@ def _alike(path: str, other: str) -> bool:
 
 
 Child = Update | None
-"""An adapter's update at the target; None if the adapter has no update there, so that the layer stays unchanged."""
+"""An adapter's update at the target; None if the adapter has no update there and leaves the layer unchanged."""
 
 
 class ComposedBlock(OutputUpdate):
-    """A block of several updates; each subclass defines in `joined` how it combines their outputs."""
+    """A block of several updates. Each subclass defines how to combine their outputs, in `joined`."""
 
     children: tuple[Child, ...] = ()
 
@@ -241,7 +243,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # Use the last child's attributes: `check` refuses children whose residual and norm are in different places.
+        # Any child's attributes would do: `check` refuses children that name different residuals or norms.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -306,7 +308,7 @@ class ComposedBlock(OutputUpdate):
             child.check_against(shape)
 
     def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
-        """Return the layer's output with a child applied, before the residual and norm if the block acts there."""
+        """Return the layer's output with a child applied; without residual and norm if the block acts before them."""
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
         y: Tensor = cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
@@ -319,12 +321,12 @@ class ComposedBlock(OutputUpdate):
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        """Return the block's output, combined from the layer's outputs with each child."""
+        """Return the block's output: combine the outputs that the layer has with each child."""
         raise AssertionError("each block defines it")
 
 
 class Chain(ComposedBlock):
-    """Apply the children in sequence: each sees the layer as the earlier children change it."""
+    """Apply the children in sequence: each one acts on the layer that the earlier ones changed."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.updates import Composed
@@ -336,7 +338,7 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """Take the weighted sum of the layer's outputs with each child."""
+    """Compute a weighted sum of the outputs that the layer has with each child."""
 
     weights: tuple[float, ...] = ()
 
@@ -346,7 +348,7 @@ class Average(ComposedBlock):
 
 
 class SplitBlock(ComposedBlock):
-    """Apply each child to its own range of token positions, one range after the other."""
+    """Apply each child to its own range of token positions. The ranges follow each other."""
 
     lengths: tuple[int, ...] = ()
 
@@ -363,7 +365,7 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # Blocks and formulas of outputs never read the weight, which `Positions` does not have.
+            # `Positions` has no weight, but blocks and formulas of outputs never read it.
             values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)
@@ -371,10 +373,10 @@ class SplitBlock(ComposedBlock):
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: h' = residual + attention over the outputs of the layer's bottlenecks; the layer gives the query.
+    """AdapterFusion: `h' = residual + attention`. The attention's query comes from the layer.
 
-    Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are None if the config does not
-    use them.
+    The attention's values are the outputs of the layer's bottlenecks (Pfeiffer et al. 2021,
+    https://arxiv.org/abs/2005.00247). `query`, `key` and `values` are None if the config does not use them.
     """
 
     query: Any = tensor("hidden hidden", optional=True)
@@ -410,7 +412,7 @@ class Fuse(ComposedBlock):
 
 
 class Positions:
-    """A view of a layer at some positions of its input, with the interface that `OutputUpdate` uses."""
+    """A layer restricted to some positions of its input. It has the interface that `OutputUpdate` uses."""
 
     def __init__(self, layer: Layer, x: Tensor, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions

@@ -1,15 +1,16 @@
-"""Run context updates in live models: virtual tokens, prefixes of keys and values, prompts to attend to, new tokens.
+"""Run context updates in live models: virtual tokens, prefixes of keys and values, attention prompts, and new tokens.
 
-For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must take a cache of past keys and values.
-transformers' models take both. Callers use the model as before, with token ids or embeddings, including through
-`generate()`. The output covers the input with the virtual tokens added: their logits come first. The virtual tokens are
-added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
-arguments only for their own tokens. This module extends masks by ones, labels by -100 and token types by 0, and shifts
-positions by the number of virtual tokens. A prefix of a single attention (see below) does not consist of tokens of the
-model, so it shifts no positions.
+For virtual tokens, the model's forward must accept `inputs_embeds`. For prefixes, it must accept a cache of past keys
+and values. transformers' models accept both. Callers use the model as before, with token ids or embeddings, including
+through `generate()`. The output also covers the virtual tokens: their logits come first. Virtual tokens are added if a
+call has no cache or an empty cache. Later calls find them in the cache.
 
-The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
-before all of them. `task_ids=` in a call picks the tasks of multitask prompts.
+Callers pass arguments only for their own tokens. This module extends masks by ones, labels by -100 and token types by
+0, and shifts positions by the number of virtual tokens. A prefix of a single attention (see below) shifts no positions,
+because it does not consist of tokens of the model.
+
+The virtual tokens of several adapters are in the order in which the adapters were attached. Prefixes come before all
+virtual tokens. `task_ids=` in a call chooses the tasks of multitask prompts.
 """
 
 from __future__ import annotations
@@ -48,25 +49,25 @@ if TYPE_CHECKING:
 
 # Prefixes of single attentions, in any model family: keys and values in front of those that the attention computes.
 #
-# transformers' attentions pass queries, keys and values to a function that their config names. While an attention with
-# a prefix runs, its config names another function, which puts the prefix in front and calls the original function. The
-# cache never contains the prefix, and positions are counted without it.
+# transformers' attention modules pass queries, keys and values to a function that their config names. While an
+# attention with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front and calls the
+# original function. The cache never contains the prefix, and positions are counted without it.
 
 
 NAME = "adapterkit_prefix"
-"""The name, in a config, of the function that puts prefixes first."""
+"""The name under which configs refer to `_attend`, the function that puts prefixes in front."""
 
 KNOWN = ("eager", "sdpa")
-"""The original attention functions that can be called with a prefix."""
+"""The names of transformers' attention functions that `_attend` can call with a prefix."""
 
 _EXCHANGING = threading.Lock()
 """Lock held while the config of an attention is replaced."""
 
 
 class PrefixState(threading.local):
-    """The prefix `[batch, 2, heads, n, d]` of an attention in one thread.
+    """The prefix of an attention in one thread.
 
-    `biased` is the attention with T5's table of relative positions.
+    `past` is the prefix `[batch, 2, heads, n, d]`. `biased` is the attention that has T5's table of relative positions.
     """
 
     def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
@@ -82,7 +83,10 @@ class AttentionConfig(Protocol):
 
 
 class Prefixed:
-    """The config of an attention that some threads run with prefixes; other threads see the original config."""
+    """Replace an attention's config while some threads run the attention with a prefix.
+
+    Other threads see the values of the original config.
+    """
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config, self.prefix, self.users = config, PrefixState(), 0
@@ -100,11 +104,11 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention's forward with the prefixes of updates; the first update's prefix comes first.
+    """Run an attention's forward with the prefixes of updates. The first update's prefix comes first.
 
     Raises:
-        Unsupported: the attention is computed by a function that cannot take a prefix.
-        ShapeMismatch: a prefix has another number of heads than the keys, or heads of another width.
+        Unsupported: the attention uses a function that cannot take a prefix.
+        ShapeMismatch: the number of heads, or their width, differs between a prefix and the keys.
     """
     x = words["hidden_states"]
     assert isinstance(x, Tensor)
@@ -143,7 +147,7 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: object
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the config's original function, with the prefix added to keys and values, and the mask extended."""
+    """Put the prefix in front of keys and values, extend the mask, and call the config's original function."""
     prefixed: Any = module.config
     past: Tensor = prefixed.prefix.past
     past_sizes, key_sizes = ((each.shape[-3], each.shape[-1]) for each in (past, key))
@@ -172,7 +176,7 @@ def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tenso
 def _mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, words: Mapping[str, object]
 ) -> Tensor | None:
-    """Return the mask of the keys without the prefix; if sdpa would build a causal mask from shapes, build it here."""
+    """Return the mask for the keys without the prefix. If sdpa would build a causal mask itself, build it here."""
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
@@ -189,7 +193,7 @@ def _mask(
 
 
 def _padded(mask: Tensor | None, n: int) -> Tensor | None:
-    """Return a mask with n more positions in front, which all queries can see."""
+    """Return a mask with n more positions in front. All queries can see these positions."""
     if mask is None:
         return None
     shape = (*mask.shape[:-1], n)
@@ -198,10 +202,10 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
-    """Return T5's bias of relative positions for the longer keys.
+    """Return T5's bias of relative positions for the keys with the prefix in front.
 
-    As in AdapterHub's library, keys are counted from the start of the prefix, but queries are not. The bias of the
-    prefix is 0 if there is no table, as in attention to an encoder.
+    As in AdapterHub's library, the prefix shifts the positions of keys, but not those of queries. Attention to an
+    encoder has no table of relative positions; the bias of the prefix is then 0.
     """
     count, total = bias.shape[2:]
     if biased is None:
@@ -220,7 +224,7 @@ def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
 
 
 CACHES = {"cache", "past_key_values"}
-"""The names of the argument for past keys and values: `cache` since transformers 5.24, `past_key_values` before."""
+"""Names of the argument for past keys and values: `cache` since transformers 5.24, `past_key_values` before that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,12 +235,12 @@ class ContextPart:
         switch: the switch of the adapter.
         target: the target.
         bound: the updates.
-        encoder: whether the module is the encoder of the target, which is an encoder-decoder model.
-        masks: whether the module is the model around the target, which is an embedding. Then only the model's mask is
-            extended.
-        biased: another attention, if this attention uses that attention's table of relative positions.
-        tokens: the number of tokens in the embedding when the adapter was attached; new tokens are numbered after
-        these.
+        encoder: whether the target is an encoder-decoder model and the module is its encoder.
+        masks: whether the target is an embedding and the module is the model around it. If so, this part only extends
+            the model's mask.
+        biased: if the module is an attention that uses another attention's table of relative positions: that attention.
+        tokens: if the module is an embedding: its number of tokens when the adapter was attached. The ids of new tokens
+            start at this number.
     """
 
     switch: Switch
@@ -258,7 +262,7 @@ def surround(
     module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., object],
     args: Sequence[object], kwargs: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run the module's forward with the parts' context added; `names` are the parameter names of its forward."""
+    """Run the module's forward with the parts' context added. `names` are the names of the forward's parameters."""
     words: Words = {**dict(zip(names, args, strict=False)), **kwargs}
     updates = [update for part in parts for update in part.updates]
     place = updates[0].place
@@ -282,11 +286,13 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Find the modules that a part is attached to; virtual tokens for an encoder-decoder also go to its encoder.
+    """Return the modules to attach to for a part, each with its own copy of the part.
+
+    Virtual tokens of an encoder-decoder model are also attached to its encoder.
 
     Raises:
-        ShapeMismatch: the update was made for other sizes than the model's.
-        Unsupported: the module does not take such context.
+        ShapeMismatch: the update's sizes differ from the model's.
+        Unsupported: the module does not support such context.
     """
     owner = _owner(model, part)
     if owner is not None:
@@ -303,14 +309,20 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """Return the module that takes past keys and values: in a classifier, this is the inner model."""
+    """Return the module that accepts the updates' context: the module itself, or a classifier's inner model.
+
+    It is the inner model if the updates add past keys and values, and the classifier itself does not accept these.
+    """
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
     return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
 
 
 def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
-    """Return the model around embeddings that virtual tokens follow, or None if the target is itself a model."""
+    """Return the model around the target, if the target is an embedding whose output virtual tokens follow.
+
+    Return None for all other targets and updates.
+    """
     path, _, name = part.target.path.rpartition(".")
     module: Any = model.get_submodule(part.target.path)
     if part.updates[0].place != "embeddings" or hasattr(module, "get_input_embeddings"):
@@ -324,9 +336,9 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Attach tokens that follow a model's embeddings.
+    """Return the modules to attach to for tokens that follow an embedding's output.
 
-    If no other module embeds the model's input, the tokens go in front of the input.
+    If the embedding is the model's own input embedding, the tokens go in front of the model's input instead.
     """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:
@@ -356,10 +368,10 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object]
 
 
 def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
-    """Check that an embedding has not grown: transformers' resize_token_embeddings adds rows in place.
+    """Check that an embedding still has its number of rows: transformers' resize_token_embeddings changes it in place.
 
     Raises:
-        ShapeMismatch: the number of rows changed, so the ids of the new tokens now belong to the embedding's own rows.
+        ShapeMismatch: the number of rows changed, so the ids of the adapter's new tokens are no longer right.
     """
     rows, part = len(cast("Tensor", module.weight)), parts[0]
     if part.tokens is not None and rows != part.tokens:
@@ -371,7 +383,7 @@ def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
 def _with_tokens(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], ids: Tensor, words: Words
 ) -> Tensor:
-    """Run an embedding with the rows of new tokens added."""
+    """Run an embedding with the rows of the adapter's new tokens added."""
     table: Any = module.weight
     more = torch.cat(present([update.vocabulary() for update in updates])).to(table)
     new = ids >= len(table)
@@ -384,7 +396,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with its prefixes; if it has prompts, add the attention over the prompts to its output."""
+    """Run an attention with its prefixes. If it has prompts, add the attention over these prompts to its output."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward
@@ -453,7 +465,7 @@ def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
 
 
 def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
-    """Return the width of a model's embeddings after checking that the model takes the update."""
+    """Check that a model supports the update, and return the width of the model's embeddings."""
     names = inspect.signature(module.forward).parameters
     needed = {"inputs_embeds"} if update.place == "embeddings" else CACHES
     if not needed & set(names):
@@ -479,10 +491,10 @@ Words = dict[str, object]
 
 
 def check_tasks(updates: Sequence[Update], tasks: object) -> None:
-    """Check the task ids of a call, because index -1 would select the last task.
+    """Check the task ids of a call. Without this check, the id -1 would select the last task.
 
     Raises:
-        UsageError: an update has no task with one of these numbers.
+        UsageError: an update does not have a task with one of these ids.
     """
     if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
         return
@@ -502,7 +514,7 @@ class ContextCall:
     Attributes:
         module: the model.
         updates: the updates, in the order in which they were attached.
-        words: the arguments of the call; `run` changes them.
+        words: the arguments of the call, keyed by name; `run` changes this dict.
         names: the parameter names of the model's forward.
     """
 
@@ -539,8 +551,8 @@ class ContextCall:
         out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
             raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
-        # Return no cache if the caller did not want one: the caller would continue with the cache and repeat its
-        # tokens.
+        # If the caller asked for no cache, return none. Otherwise the caller would continue with the cache, and would
+        # pass tokens again that it already contains.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out
@@ -584,7 +596,7 @@ class ContextCall:
                 words[name] = torch.cat((given.new_full((len(given), self.front), value), given), 1)
 
     def _fill(self) -> None:
-        """Put the prefix into the cache of the call."""
+        """Put the prefix into the call's cache; create a cache if the call has none."""
         cache: Any = self.words.get(self.cache_word)
         cache = _new_cache(self.pair) if cache is None else cache
         if getattr(cache, "is_compileable", False):
@@ -600,10 +612,10 @@ class ContextCall:
         self.words[self.cache_word] = cache
 
     def _met(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the call's embeddings, or of the embeddings that its token ids will get.
+        """Return the device and dtype of the input embeddings in this call.
 
-        The weight itself does not show them: between two forwards it may be on the meta device (accelerate's
-        offloading) or in 8 bits (diffusers' layerwise casting).
+        They may differ from those of the embedding's weight: between two forwards, the weight may be on the meta device
+        (accelerate's offloading) or in 8 bits (diffusers' layerwise casting).
         """
         embeds: Any = self.words.get(f"{self.argument_prefix}inputs_embeds")
         if embeds is not None:
@@ -625,7 +637,7 @@ class ContextCall:
         self.words[name] = moved
 
     def _extend_encoder_mask(self) -> None:
-        """Extend the mask of the encoder's output by the virtual tokens that the encoder adds itself."""
+        """Extend the mask for the encoder's output by the virtual tokens that the encoder's own hook adds."""
         hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
         given: Any = next((each for each in tokens if each is not None), None)
@@ -640,7 +652,7 @@ class ContextCall:
 
 
 def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Words) -> Words:
-    """Return the arguments of an encoder with virtual tokens in front of its input."""
+    """Return the arguments for an encoder, with virtual tokens in front of its input."""
     fronts = present([update.embeddings() for update in updates])
     given = words.get("inputs_embeds") if words.get("input_ids") is None else words.get("input_ids")
     if given is None:
@@ -667,7 +679,7 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, prefix: s
 
 
 def extended(mask: object, extra: int, total: int) -> object:
-    """Return a mask extended by ones for `extra` virtual tokens, unless it covers all `total` tokens already."""
+    """Extend a mask by ones for `extra` virtual tokens. Return it unchanged if it already covers all `total` tokens."""
     if mask is None or not extra:
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 2:

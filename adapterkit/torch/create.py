@@ -1,4 +1,4 @@
-"""Create new adapters for a live model, to be trained through `inject`."""
+"""Create new adapters for a live model. To train such an adapter, pass it to `inject`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 Choice = str | re.Pattern[str] | type[nn.Module]
-"""One choice of targets: a glob, "re:" with a regular expression, a compiled one, a module class, or "all-linear"."""
+"""One choice of targets: a glob, "re:" with a regular expression, a compiled expression, a class, or "all-linear"."""
 
 
 def create(
@@ -50,53 +50,54 @@ def create(
     data: Iterable[object] | None = None, rho: float = 2.0, dropout: float = 0.0, seed: int = 0,
     layout: str | None = None, **attributes: object,
 ) -> Adapter:  # fmt: skip
-    """Return a new adapter, to be trained through `inject(model, adapter, trainable=True)`.
+    """Return a new adapter. To train it, call `inject(model, adapter, trainable=True)`.
 
-    With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
-    initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT overwrites the base; here the adapter stores
-    the subtracted part as an additional update, `residual`, which is not trained. So a file of the adapter fits the
-    unchanged base, and `handle.remove()` restores the base. Formats that support only LoRA store both updates
-    with `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a
-    full matrix.
+    New `lora` and `dora` adapters have the same numbers as PEFT's after `torch.manual_seed(seed)`.
+
+    No initialiser changes the model. PiSSA, OLoRA, CorDA and LoftQ start from a base from which a part was subtracted.
+    PEFT overwrites the base with the result. Here the adapter stores the subtracted part in an additional update,
+    `residual`, which is not trained. So the adapter's file fits the unchanged base, and `handle.remove()` restores the
+    base. A format that supports only LoRA can store both updates as one LoRA of twice the rank, with
+    `on_loss="promote"`. This is not possible for LoftQ, because it subtracts a full matrix.
 
     Args:
-        model: the model that the adapter is for. Target names omit wrappers (`torch.compile`, DDP, PEFT).
+        model: the model for which the adapter is made. Target names omit wrappers (`torch.compile`, DDP, PEFT).
         method: the method's name.
-        targets: one or several choices, each of which must match something. A glob matches the whole dotted name, or
-            the part after any dot, of parameters and of modules with a weight (of all modules, for a method that
-            changes outputs). A regular expression must match the whole name. "all-linear" matches every linear layer
-            (and GPT-2's Conv1D) except the output head. The head is the result of `get_output_embeddings()` of a
-            transformers model; in its classifiers, the head is the module `score` or `classifier`. Methods that add
-            context ignore `targets`. The exception is adaption prompts, which act on all attentions unless globs
-            choose some.
-        exclude: choices that are removed from the targets, each of which must match something.
-        layers: the numbers of the blocks to adapt; a block's number is the first number in a name. All blocks if not
-            given.
-        rank: the inner size, for methods that have one; the number of virtual tokens, for methods that add context.
-        alpha: scaling times rank. If not given, the scaling is `scaling=`, or 1.
-        rank_pattern: a map from regular expressions to the ranks of the targets that match. An expression must match
-            the whole name, or its end after a dot. The first match counts.
-        alpha_pattern: a map from regular expressions to alphas, matched as in `rank_pattern`.
-        use_rslora: divide alpha by the square root of the rank.
+        targets: one or several choices. Each choice must match something. Choices match names of parameters and of
+            modules with a weight; for a method that changes outputs, names of all modules. A glob must match the whole
+            dotted name, or the part after any dot. A regular expression must match the whole name. "all-linear" matches
+            every linear layer (and GPT-2's Conv1D) except the output head. In a transformers model, the head is the
+            result of `get_output_embeddings()`; in a classifier, it is the module `score` or `classifier`. Methods that
+            add context ignore `targets`, except adaption prompts: these act on all attentions, or on those that globs
+            match.
+        exclude: choices to remove from the targets. Each choice must match something.
+        layers: the numbers of the blocks to adapt. A block's number is the first number in a name. If not given, all
+            blocks are adapted.
+        rank: the rank, for methods that have one. For methods that add context, the number of virtual tokens.
+        alpha: `scaling * rank`. If not given, the scaling is `scaling=`, or 1.
+        rank_pattern: regular expression -> rank, for targets that need another rank. An expression must match the whole
+            name, or its end after a dot. The first match counts.
+        alpha_pattern: regular expression -> alpha. Expressions are matched as in `rank_pattern`.
+        use_rslora: whether to divide alpha by the square root of the rank instead of by the rank.
         init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
             steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
             `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and, with `data`, `corda` (`corda_kpm` for its other
             mode) and `eva`.
-        data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
-            positional arguments, any other value as the only argument.
-        rho: for `eva`, which redistributes ranks according to explained variance: a layer gets at most `rho` times its
-            own rank. 1 leaves all ranks equal.
+        data: batches for `corda` and `eva`. A mapping is passed to the model as keyword arguments, a list or tuple as
+            positional arguments, and any other value as the only argument.
+        rho: for `eva`, which gives more rank to layers with more explained variance: a layer gets at most `rho` times
+            its own rank. 1 leaves the ranks unchanged.
         dropout: in training, the probability that an input element of the change is set to 0, as in PEFT's
             `lora_dropout`. For LoHa and LoKr, the probability that a row of the change is set to 0 (`rank_dropout`);
             for OFT and BOFT, the share of blocks that do not rotate.
         seed: the seed of the random numbers.
-        layout: the axis order of targets that are parameters, if neither the model's family nor its number of experts
-            determines it; one of `LAYOUTS`.
-        attributes: the method's other settings, and sizes of axes that the weight does not determine.
+        layout: the axis order of targets that are parameters; one of `LAYOUTS`. It is needed only if the order does not
+            follow from the model's family or its number of experts.
+        attributes: the method's other settings, and the sizes of axes that do not follow from the weight.
 
     Raises:
         TargetNotFound: no target matches.
-        Unsupported: the method is unknown or has no initial value, or a layer does not support it.
+        Unsupported: the method is unknown, new updates of it cannot be made, or a layer does not support it.
         UsageError: arguments contradict each other, the method lacks an attribute, a rank is below 1, a regular
             expression is invalid, data is missing, or the layout of a parameter is unknown.
     """
@@ -145,16 +146,16 @@ def create(
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
     arguments: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
     name = _loaded_from(model)
-    base = None if name is None else BaseRef(name)  # PEFT's config names the base the same way.
+    base = None if name is None else BaseRef(name)  # PEFT's config uses the same name for the base.
     adapter = Adapter(updates, base).map(_copied).step("create", method=method, **arguments, **_stored_base(model))
     adapter.validate()
     return adapter
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that the model's config names as its source; {} if the files are gone.
+    """Return the fingerprint of the files from which the model was loaded; {} if these files are not on this computer.
 
-    The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
+    The weights in memory cannot be used instead: they may be cast, quantized, on other devices or under other names.
     """
     name = _loaded_from(model)
     if name is None:
@@ -167,7 +168,7 @@ def _stored_base(model: nn.Module) -> dict[str, str]:
 
 
 def _loaded_from(model: nn.Module) -> str | None:
-    """Return the repository or folder that a model was loaded from, according to its config."""
+    """Return the repository or folder that a model's config names as its source."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return name if isinstance(name, str) and name else None
@@ -211,7 +212,7 @@ class _Size:
 
 
 def _by_pattern(patterns: Mapping[str, Value] | None, name: str, otherwise: Value) -> Value:
-    """Return the value of the first pattern that matches the end of a name, as in PEFT."""
+    """Return the value of the first pattern that matches the end of a name, as in PEFT; or `otherwise`."""
     for pattern, value in (patterns or {}).items():
         if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
             return value
@@ -232,10 +233,10 @@ def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[obje
 
 
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
-    """Redistribute ranks as EVA does: directions that explain more of their layer's variance get a rank first.
+    """Redistribute ranks as EVA does: the directions that explain most of their layer's variance are kept.
 
-    The sum of all ranks stays the same. A layer gets at most rho times its rank. Its alpha changes with its rank, so
-    its scaling stays the same. Layers that get no rank are omitted.
+    The sum of all ranks stays the same. A layer gets at most `rho` times its rank. Its alpha changes in proportion to
+    its rank, so its scaling stays the same. Layers without any kept direction are omitted.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -253,7 +254,7 @@ def _started(
     cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int,
     attributes: Mapping[str, object], seen: Moments | None,
 ) -> tuple[Update, ...]:  # fmt: skip
-    """Return the updates of a new LoRA: first the part that its initialiser subtracts from the base, if any."""
+    """Return a new LoRA update. If its initialiser subtracts a part from the base, first return this part's update."""
     W, module = _weight(model, path, target), _module(model, path)
     try:
         cls.check_axes(tuple(W.shape))
@@ -268,7 +269,7 @@ def _started(
 
 
 def _copied(leaf: object) -> Tensor:
-    """Copy a tensor to new, contiguous memory, so that training starts as from an adapter that was read from a file."""
+    """Copy a tensor to new, contiguous memory. Adapters that were read from files also have such tensors."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -301,13 +302,13 @@ def _target(model: nn.Module, path: str, layout: str | None) -> Target:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, or None if the path is a parameter's."""
+    """Return the module at a path, or None if the path names a parameter."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent)._modules.get(name)
 
 
 def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
-    """Return the shape of the weight as updates see it; for stacked experts, the shape of one expert."""
+    """Return the weight's shape in the axis order of updates; for stacked experts, the shape of one expert."""
     module = _module(model, path)
     if module is not None and not _weighted(module):
         return tuple(_as_if_square(module, path).shape)
@@ -320,7 +321,7 @@ def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
 
 
 def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
-    """Return the weight as updates see it, on the CPU, in at least float32."""
+    """Return the weight in the axis order of updates, on the CPU, in at least float32."""
     module: Any = _module(model, path)
     if module is not None and not _weighted(module):
         return _as_if_square(module, path)
@@ -356,9 +357,9 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
-    """Return a square matrix of zeros in place of the weight of a module that has none.
+    """For a module without a weight, return a square matrix of zeros, `[out, out]`.
 
-    The last weight inside the module gives the number of output channels. Embeddings are used only if nothing else has
+    The number of outputs is that of the last weight inside the module. Embeddings are used only if no other module has
     a weight, because they may be position biases.
     """
     parts = [part for part in module.modules() if _weighted(part)]
@@ -381,7 +382,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     """Return the axis order of a parameter that is not a module's weight.
 
-    The model's family or its number of experts determines the order.
+    It follows from the model's family, or from the number of experts.
     """
     config: Any = getattr(model, "config", None)
     words = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -454,7 +455,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """Return the output head, found as PEFT finds it for "all-linear"."""
+    """Return the output head, which "all-linear" skips. The head is determined as in PEFT."""
     of: Any = model
     if not hasattr(model, "get_output_embeddings"):
         return None
@@ -466,21 +467,21 @@ def create_context(
     model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], tokens: int, seed: int,
     attributes: Mapping[str, object],
 ) -> Adapter:  # fmt: skip
-    """Return a new adapter that adds context to the model; sizes come from the model and its config.
+    """Return a new adapter that adds context to the model. Its sizes follow from the model and its config.
 
     Args:
         model: the model that the adapter is for.
         cls: the method.
-        targets: globs over names of attentions, for methods that act on attentions.
-        tokens: the number of virtual tokens. If `attributes` has `index=`, a list of token ids, the virtual tokens
-            start as the embeddings of these ids.
+        targets: for methods that act on attentions, globs for the names of attentions.
+        tokens: the number of virtual tokens. `attributes` may have `index=`, a list of token ids: the virtual tokens
+            then start with the embeddings of these ids.
         seed: the seed of the random numbers.
-        attributes: the method's plain values.
+        attributes: the method's attributes.
 
     Raises:
         TargetNotFound: no attention matches.
         UsageError: the method does not have such an attribute.
-        Unsupported: the model's config does not contain its sizes.
+        Unsupported: the model's config does not contain the sizes that the method needs.
     """
     embedding: Any = embedding_of(model)
     W = _read(model, embedding.weight, "input embedding").mT

@@ -1,13 +1,13 @@
 """Merge adapters into the weights of a live model, and restore the exact bits from before the merge.
 
-`Handle.merge_` and `Handle.unmerge_` call this module. Before any weight changes, `foldable` in handle.py refuses
-everything that cannot be merged. `fold` merges the updates in float64 and rounds once: additive updates in place, one
-block of rows at a time; all other updates one module at a time.
+`Handle.merge_` and `Handle.unmerge_` use this module. Before any weight changes, `foldable` in handle.py raises an
+error for updates that cannot be merged. `fold` computes the new weights in float64 and rounds them once. It merges
+additive updates in place, one block of rows at a time, and all other updates one module at a time.
 
-`Merged` holds what `unmerge_` needs. With `copy` it holds the old weights. With `recompute`, `unmerge_` subtracts the
-adapter, which the handle holds anyway, so `Merged` only stores the bits that the subtraction would not restore: a few
-percent of the numbers if the change is small compared with the weight. The subtraction is a merge with the negated
-adapter weight, so it gives the same bits each time; a checksum detects any other result.
+`Merged` holds the data for `unmerge_`. With `keep="copy"`, this is a copy of the old weights. With `keep="recompute"`,
+`unmerge_` subtracts the adapter, so `Merged` only stores the numbers that the subtraction would not restore exactly. If
+the change is small compared with the weight, these are a few percent of the numbers. The subtraction is a merge with
+the negated adapter weight, so it gives the same bits each time. A checksum detects other results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .weights import tensor_at
 
 
 def fits(parameter: Tensor, parts: list[Part]) -> bool:
-    """Whether the parts change only this weight, by adding to it, and the weight is contiguous in memory."""
+    """Whether the parts can be added to a weight in place: they only add to this weight, and it is contiguous."""
     kinds = all(update.kind == "additive" and not update.changes_bias for part in parts for update in part.updates)
     return (
         kinds
@@ -53,7 +53,7 @@ def fits(parameter: Tensor, parts: list[Part]) -> bool:
 def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
     """Add the parts' changes to a stored weight, block by block.
 
-    No dense change is formed unless a formula needs one.
+    The dense change of a whole weight is computed only if a formula needs it.
     """
     shape = tuple(parameter.shape)
     folds = tuple(
@@ -69,10 +69,10 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""(hook, its merged parts) pairs."""
+"""A list of (hook, merged parts at this hook)."""
 
 KEEPS = ("copy", "recompute")
-"""The choices for what `merge_` keeps."""
+"""The values of `keep` in `Handle.merge_`, besides True and False."""
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -83,15 +83,15 @@ class Merged:
 
     Attributes:
         parameter: the parameter.
-        before: the bits from before the merge, or None if they are recomputed.
-        places: the flat positions where recomputing gives other bits than before the merge.
-        values: the bits from before the merge at these positions.
-        checksum: the checksum of the bits from before the merge.
-        after: the checksum of the merged bits if `before` is kept, because torch does not count changes through
-            `.data`.
-        version: torch's count of the parameter's in-place changes after the merge.
+        before: the old bits (from before the merge), or None if they are recomputed.
+        places: the flat positions at which recomputing does not give the old bits.
+        values: the old bits at these positions.
+        checksum: the checksum of all old bits.
+        after: the checksum of the merged bits, if `before` is kept. It detects changes through `.data`, which torch
+            does not count.
+        version: torch's count of the parameter's in-place changes, right after the merge.
         dtype: the dtype of the parameter, if its bits are recomputed.
-        stack: the merges into the parameter that can be undone, in order; all merges into one parameter hold the same
+        stack: the merges into the parameter that can be undone, in order. All merges into one parameter share this
             list.
     """
 
@@ -110,7 +110,7 @@ class Merged:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        # The parameter of a copied model starts its count of changes at zero.
+        # In a copied model, torch counts the parameter's changes from zero.
         self.version += self.parameter._version
         _MERGES.setdefault(self.parameter, self.stack)
 
@@ -140,16 +140,18 @@ class Merged:
             self.stack.remove(self)
 
     def pop(self) -> None:
-        """Record that the merge is undone; the merge before it becomes the parameter's last change."""
+        """Record that the merge is undone. The previous merge becomes the parameter's last change."""
         self.stack.pop()
         if self.stack:
             self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
-        """Keep only the positions where recomputing gives other bits, if these positions take less memory than a copy.
+        """Replace the copy of the old bits by the positions and bits that recomputing would not restore.
+
+        If these take more memory than the copy, keep the copy.
 
         Args:
-            again: the result of subtracting the change.
+            again: the parameter after the change is subtracted.
         """
         assert self.before is not None
         was, now = _bits(self.before), _bits(again)
@@ -159,10 +161,10 @@ class Merged:
             self.before = None
 
     def restored(self, again: Tensor) -> Tensor | None:
-        """Return the bits from before the merge as a tensor, or None if the checksum does not match.
+        """Return the parameter's values from before the merge; None if the checksum does not match.
 
         Args:
-            again: the result of subtracting the change.
+            again: the parameter after the change is subtracted.
         """
         if self.before is not None:
             return self.before
@@ -184,14 +186,14 @@ def _checksum(bits: Tensor) -> tuple[int, int]:
 
 
 _MERGES: Any = WeakIdKeyDictionary()
-"""A map from each parameter to the merges into it that can be undone, in order."""
+"""Parameter -> the merges into this parameter that can be undone, in order."""
 
 
 class Memory:
-    """The address ranges of a model's parameters, to find parameters that share memory: tied names and views.
+    """Find parameters of a model that share memory: tied parameters and views.
 
-    The class compares address ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in
-    one storage.
+    It compares address ranges. Comparing storages would be wrong, because cuDNN puts all weights of an LSTM into one
+    storage, where they do not overlap.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -203,7 +205,7 @@ class Memory:
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
-        """Return the names of all parameters that share memory with a tensor, including its own names."""
+        """Return the names of all parameters that share memory with a tensor, including the tensor's own names."""
         if is_sharded(tensor):  # A DTensor has no address; two DTensors share memory only if they are the same object.
             return [name for name, other in self._sharded if other is tensor]
         start, stop = _range(tensor)
@@ -213,7 +215,7 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name, parameter): a tied parameter once per module; the parameters of a module with two names once."""
+    """Yield (name, parameter). A tied parameter is yielded once per module; a module with two names is visited once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -221,14 +223,14 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of a tensor's first byte and the address after its last byte."""
+    """Return the address of a tensor's first byte, and the address after its last byte."""
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = tensor.data_ptr()
     return start, start + span * tensor.element_size()
 
 
 def changed_by(parts: Sequence[Part]) -> list[str]:
-    """Return the paths of the parameters that parts change, relative to their hook's module."""
+    """Return the paths of the parameters that the parts of a hook change. They are relative to the hook's module."""
     weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
     biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
     return list(dict.fromkeys((*weights, *biases)))
@@ -236,7 +238,7 @@ def changed_by(parts: Sequence[Part]) -> list[str]:
 
 @torch.no_grad()
 def fold(hook: ForwardHook, parts: list[Part]) -> None:
-    """Merge parts into a hook's module: additive updates block by block, all other updates on the whole weight."""
+    """Merge parts into a hook's module. Additive updates are merged block by block, others into the whole weight."""
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
@@ -260,7 +262,7 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
-    """Return each changed parameter with the bits from before the merge; None if recomputing gives other bits."""
+    """Return (merged parameter, its values from before the merge); None for values that cannot be recomputed."""
     restored_values: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
@@ -287,26 +289,25 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """Let each merged parameter keep only the positions that subtracting its parts would not restore."""
+    """For each merged parameter, keep only the numbers that subtracting the parts would not restore."""
     values = _less(hook, parts)
     for each in merged:
         each.slim(values[id(each.parameter)])
 
 
 def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
-    """Copy the bits from before the merge into their parameters."""
+    """Copy the values from `subtracted` into their parameters; skip None."""
     for each, value in restored_values:
         if value is not None:
             each.parameter.copy_(value)
 
 
 class Unmerging:
-    """Undo a merge module by module; if undoing fails halfway, restore the merged weights.
+    """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
 
-    Keeping the bits from before the merge for all modules at once would take the memory of a second model, and keeping
-    the merged bits would take the memory of a third. So as soon as a parameter has its earlier bits back, their copy is
-    replaced by a copy of the merged bits. If the earlier bits were recomputed, nothing is kept: the same sums give the
-    merged bits again.
+    Copies of the old bits take as much memory as a second model; copies of the merged bits would take as much as a
+    third. So as soon as a parameter has its old bits again, their copy is replaced by a copy of the merged bits. If the
+    old bits are recomputed, nothing is copied: merging again gives the same merged bits.
     """
 
     def __init__(self) -> None:
@@ -315,9 +316,9 @@ class Unmerging:
         self._current: list[tuple[Merged, Tensor | None]] = []
 
     def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
-        """Restore the bits from before the merge in a module's parameters.
+        """Restore the bits from before the merge in a module's parameters, and return True.
 
-        Returns False, without any change, if these bits cannot be recomputed.
+        If these bits cannot be recomputed, return False and change nothing.
         """
         restored_values = subtracted([(hook, parts)], merged)
         if any(value is None for _, value in restored_values):
@@ -325,7 +326,7 @@ class Unmerging:
         kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in restored_values]
         self._current = [(each, value) for each, value, _ in kept]
         restore(restored_values)
-        # Assign both attributes in one statement: an interrupt cannot happen between its two assignments.
+        # Assign both attributes in one statement, so that an interrupt leaves them consistent.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
             for each, _, _ in kept:
@@ -335,7 +336,7 @@ class Unmerging:
         return True
 
     def undo(self) -> None:
-        """Put the merged bits back into all parameters."""
+        """Restore the merged weights in all parameters that `take_out` changed."""
         restore(self._current)
         for hook, parts in self._summed:
             fold(hook, parts)
@@ -345,7 +346,7 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, folded: Folded) -> Folded:
-    """Return a model's hooks and parts; for layers that share a parameter, only the hook and parts of one layer.
+    """Check that all parts can be merged, and return them. If layers share a parameter, keep the parts of one layer.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.
@@ -393,10 +394,10 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
 
 
 def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
-    """Keep one of several equal parts at layers that share a parameter, if all these layers are changed alike.
+    """If all layers that share a parameter have equal parts, keep the part of one layer only.
 
     Returns:
-        the hooks with the remaining parts, and the ids of the shared parameters.
+        The hooks with the remaining parts, and the ids of the parameters that are shared in this way.
     """
     names: dict[int, int] = {}
     for _, parameter in _parameters(model):
@@ -415,7 +416,7 @@ def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
 
 
 def change_alike(parts: list[Part]) -> bool:
-    """Whether parts at several layers that share a parameter all change it in the same way."""
+    """Whether all parts, which belong to layers that share a parameter, change this parameter in the same way."""
     first, *others = parts
     return all(
         (part.target.layout, part.target.rows) == (first.target.layout, first.target.rows)

@@ -1,8 +1,8 @@
 """The forward that replaces a module's own forward while adapters are attached to it.
 
 A `ForwardHook` is stored in the module's `__dict__`. It holds the parts (`parts.Part`) of all adapters at the module.
-For each call, the hook chooses how to run the parts: by a cached plan, row by row, as formulas over the layer, or by
-running the module's own forward on changed parameters.
+In each call, the hook chooses how to apply the parts: by a cached plan, row by row, as formulas over the layer, or by
+running the module's own forward with changed parameters.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 
 
 class ForwardHook:
-    """Replace `module.forward`; restore the module when the last part is detached."""
+    """Replace `module.forward`. The original forward is restored when the last part is detached."""
 
     def __init__(self, module: nn.Module) -> None:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward that wrapped this one when the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward, if it wrapped this one when the last part was detached.
         self.layer: TorchLayer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -65,12 +65,12 @@ class ForwardHook:
         self.recall = Recall()
         self.ranks: dict[Part, int] = {}  # 0 means that the part has no low-rank factors.
         self.kept = KeptStacks()
-        self.bare = False  # There are only updates of weights: no contexts, recorders or output sites.
-        self.plain = False  # All parts have low-rank factors; the layer is an nn.Linear with its class's forward.
+        self.bare = False  # True if there are only updates of weights: no contexts, recorders or output sites.
+        self.plain = False  # True if `bare`, all parts have low-rank factors, and the layer is a plain nn.Linear.
         self.switched: tuple[Switch, ...] = ()  # The switches of the parts.
         self.recalled: tuple[Switch, ...] = ()  # The switches of the parts and contexts.
-        # The model that adapters were injected into. If the module alone is copied, the copy stores its parameters
-        # instead.
+        # `home` is the model into which adapters were injected. If the module is copied without its model, the copy's
+        # hook stores the copied parameters in `copied` instead.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
         self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
@@ -92,7 +92,7 @@ class ForwardHook:
         ALIVE.add(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
-        """Copy the hook with its module; if only the module is copied, not its model, store the module's parameters."""
+        """Copy the hook with its module. If the module is copied without its model, store the copied parameters."""
         clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -103,14 +103,14 @@ class ForwardHook:
             clone.home = weakref.ref(copied)
         elif home is not None:
             parameters: dict[str, Tensor | None] = dict(self.module._parameters)
-            clone.copied = copy.deepcopy(parameters, memo)  # The copied module itself is not complete yet.
+            clone.copied = copy.deepcopy(parameters, memo)  # Copy from the original: the new module is incomplete yet.
         return clone
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Compute the rank here, not at the first forward: compiled code would guard on whether the rank is known.
+            # Compute the rank now, not in the first forward, so that compiled code need not check whether it is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
@@ -124,12 +124,12 @@ class ForwardHook:
         wrapped = slot is None and met
         attributes[HOOK], attributes[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
-        if not wrapped:  # Otherwise another tool's forward is installed there, and calls this one.
+        if not wrapped:  # If it is wrapped, another tool's forward is installed and calls this one.
             owner, name = slot or self.slot
             owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
-        """Update what depends on the attached parts, and discard what was cached for other parts."""
+        """Recompute the attributes that depend on the attached parts, and discard the caches for the earlier parts."""
         around = self.contexts or self.input_recorders or self.call_recorders
         self.bare = not around and all(part.output_site is None for part in self.parts)
         linear = type(self.layer) is Linear and self.before is None
@@ -149,7 +149,7 @@ class ForwardHook:
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
-        """Handle a weight of a new class: torchao's `quantize_` replaces only the weight of a module."""
+        """Handle a weight whose class has changed, as after torchao's `quantize_`, which replaces only the weight."""
         self.kind = kind
         if isinstance(self.layer, Quantized) or not is_packed(self.module):
             return
@@ -182,7 +182,7 @@ class ForwardHook:
         if self.probe is not None:
             self.probe.stop()
         slot = slot_of(self.module, self)
-        if slot is None:  # Another tool's wrapper calls this hook, which from now on calls the original.
+        if slot is None:  # Another tool's wrapper still calls this hook. The hook then calls the original forward.
             self.wrapper = value_in(self.slot)
             return
         owner, name = slot
@@ -190,7 +190,7 @@ class ForwardHook:
             owner.__dict__[name] = self.before
         elif slot == (self.module, "forward"):
             del owner.__dict__[name]
-        else:  # Another tool wrapped this hook later; its wrapper calls the forward in this slot.
+        else:  # Another tool wrapped this hook later. Its wrapper will call the forward in this slot.
             owner.__dict__[name] = self.original
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -204,14 +204,15 @@ class ForwardHook:
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.note_traced()
-        else:  # A counter in compiled code would cause a recompilation for each value.
+        else:  # Do not count in compiled code: each new value would cause a recompilation.
             self.calls += 1
             note_call(self)
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
-        # diffusers' layerwise casting overwrites the values of the weight that the plan keeps for the backward pass.
+        # Use no plan under diffusers' layerwise casting: it overwrites the weight, which the plan keeps for the
+        # backward pass.
         plain = plain and "_diffusers_hook" not in self.module.__dict__
-        # Use no plan under torch.jit.trace, which compares two runs: making a plan reads the tensors in another order
-        # than using the plan.
+        # Use no plan under torch.jit.trace. It compares two runs: the first would make the plan and the second would
+        # use it, and these read the tensors in different orders.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
             if y is not None:
@@ -245,11 +246,11 @@ class ForwardHook:
     def _check_spread(self, scope: Scope, args: Arguments) -> None:
         """Check that a tensor-parallel weight gets a tensor-parallel input.
 
-        transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor. A
-        hook cannot be placed inside this closure.
+        transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor.
+        This hook cannot be placed inside the closure, so it gets the input before it is distributed.
 
         Raises:
-            Unsupported: the input is a plain tensor, so another tool's forward distributes it only after this hook.
+            Unsupported: the input is a plain tensor, but the weight is tensor-parallel.
         """
         W: Any = self.module._parameters.get("weight")
         if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.acts(scope) for part in self.parts):
@@ -258,7 +259,7 @@ class ForwardHook:
             raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
-        """Raise an error, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
+        """Raise an error: torch.jit.script compiles the forward of the module's class, so the adapter would not act.
 
         torch.jit calls this method for each module inside the module that it compiles.
         """
@@ -267,7 +268,7 @@ class ForwardHook:
         raise Unsupported("torch.jit.script cannot compile a module with an adapter", where=where, cure=cure)
 
     def _check_trains(self, part: Part, leaf: Leaf) -> None:
-        """Warn, once for each adapter, that another tool has frozen an adapter that was injected to be trained.
+        """Warn, once for each adapter, if another tool has frozen an adapter that was injected with `trainable=True`.
 
         PEFT's get_peft_model freezes all parameters except its own, which it recognises by name.
         """
@@ -287,14 +288,17 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise an error if a module was copied without its model, and its weight or bias has changed since the copy.
+        """Check that the parameters of a module that was copied without its model have kept their values.
 
-        `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
+        `fuse_conv_bn_eval` breaks this rule: it copies a layer and scales the copy's weight, but not its adapter.
+
+        Raises:
+            Unsupported: the weight and bias were replaced, and the weight has new values.
         """
         now = self.module._parameters
         if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
             return
-        if _cast_of(now.get("weight"), copied["weight"]):  # A conversion may also create new parameters.
+        if _cast_of(now.get("weight"), copied["weight"]):  # A conversion of the dtype may also create new parameters.
             self.copied = dict(now)
         else:
             cure = "Call handle.merge_() before a layer is fused with its norm"
@@ -302,7 +306,7 @@ class ForwardHook:
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: object) -> Tensor | None:
-        """Compute the output of a linear layer with low-rank updates by a cached plan; None if no plan applies."""
+        """Return the output of a linear layer with low-rank updates, computed by a plan; None if no plan applies."""
         if self.drops and self.module.training:
             return None
         route = scope.routes.get(self) if scope.routes else None
@@ -315,8 +319,9 @@ class ForwardHook:
             plan = self._new_plan(scope)
         y = plan.run(x)
         if y is None and plan.token is None:
-            # Offloading and FSDP2 load a new weight for each forward. If every second forward computed in another way,
-            # a checkpointed block and its recomputation could save different tensors; torch refuses this.
+            # Offloading and FSDP2 load a new weight for each forward, which makes the plan invalid. Make a new plan at
+            # once. If every second forward ran without a plan, a checkpointed block and its recomputation could save
+            # different tensors, which is an error in torch.
             y = self._new_plan(scope).run(x)
         return y
 
@@ -328,7 +333,7 @@ class ForwardHook:
         return plan
 
     def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return the output of a linear layer with a stack of frozen adapters, or None if there is no current stack."""
+        """Return the output of a linear layer with a stack of frozen adapters; None if there is no up-to-date stack."""
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
@@ -382,7 +387,7 @@ class ForwardHook:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
     def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
-        """Return the module's output with its weight updates applied, but without the norm that `without` names."""
+        """Return the module's output with its weight updates applied. If `without` names a norm, skip this norm."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
@@ -400,8 +405,8 @@ class ForwardHook:
             else:
                 with _spread(layer, parts):
                     y = _direct(layer, parts, x)
-            # A formula with float32 factors returns float32; the next layers must get the dtype that the module itself
-            # returns.
+            # A formula with float32 factors returns float32. Cast it, because the next layers expect the dtype that the
+            # module itself returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         values = {**self.changed(parts), **skipped}
         if any(isinstance(value, Tensor) and value.is_meta for value in values.values()):
@@ -427,9 +432,10 @@ class ForwardHook:
         return is_method and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
-        """Whether the parts run as formulas over the layer; otherwise the module's forward runs on changed parameters.
+        """Whether the parts run as formulas over the layer. If not, the module's forward runs with changed parameters.
 
-        A new 16-bit weight is formed once in 32 bits, which is more precise than applying formulas one after the other.
+        For 16-bit weights, changed parameters are more precise, if a method changes weights in other ways than by
+        addition: the new weight is computed in 32 bits and rounded once.
         """
         if not all(part.direct for part in parts):
             return False
@@ -447,7 +453,7 @@ class ForwardHook:
         return not (changes_weights and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
-        """Return a layer's output in training if the update scales the rows of W + B A; None for other updates."""
+        """Return the layer's output if the update scales the rows of `W + B @ A`, as DoRA does; None in other cases."""
         layer = self.layer
         plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
         if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
@@ -464,7 +470,7 @@ class ForwardHook:
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
-        """Whether any of the parts applies dropout to its input in this forward."""
+        """Whether any of the parts applies dropout in this forward."""
         return self.module.training and any(part.dropout for part in parts)
 
     def _added(self, layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
@@ -505,7 +511,7 @@ class ForwardHook:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             check_switches(route, self.switches, scope.active)
-        # Compiled code must not depend on the names of a route, or each route would cause a recompilation.
+        # Compiled code must not depend on the names in a route: each new route would cause a recompilation.
         named = self.parts if compiling else [part for part in parts if part.switch.name in route.names]
         where = str(parts[0].target)
         if (
@@ -534,9 +540,10 @@ class ForwardHook:
         return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the module's parameters as the parts change them, keyed by path.
+        """Return the parameters that the parts change, with their new values, keyed by path.
 
-        The parameters are in `dtype`. By default, they are computed in 32 bits and rounded once.
+        They are computed in `dtype`. If it is None, they are computed in at least 32 bits, and rounded once to the
+        parameter's own dtype.
         """
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
@@ -549,9 +556,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates, after evaluating the bias changes that depend on the weight.
+        """Return the part's updates. Bias changes that depend on the weight are computed and stored as values.
 
-        The weight includes the same adapter's updates at targets before the part.
+        The weight for this includes the same adapter's updates in earlier parts.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
@@ -581,7 +588,7 @@ class ForwardHook:
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether an adapter has several targets at this module and their order matters; formulas ignore the order."""
+    """Whether an adapter has several targets at this module whose order matters. Formulas would ignore the order."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -591,7 +598,7 @@ def _in_order(parts: list[Part]) -> bool:
 
 
 def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
-    """Whether a tensor has the values of another one, possibly in another dtype or on another device."""
+    """Whether `new` has the same values as `old`, possibly in another dtype or on another device."""
     if new is None or old is None or new.shape != old.shape or new.is_meta or old.is_meta:
         return False
     dtype = min(new.dtype, old.dtype, key=lambda each: each.itemsize)
@@ -599,7 +606,7 @@ def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
 
 
 def _narrowed(y: object, kind: str) -> object:
-    """Cast a layer's float32 output to the dtype that autocast uses on this kind of device."""
+    """If autocast is on, cast a layer's float32 output to the dtype that autocast uses on this kind of device."""
     if not torch.is_autocast_enabled(kind) or not isinstance(y, Tensor) or y.dtype is not torch.float32:
         return y
     return y.to(torch.get_autocast_dtype(kind))
@@ -610,7 +617,7 @@ def _same(h: Tensor) -> Tensor:
 
 
 def _unloaded(part: Part) -> Unsupported:
-    """Return the error for a meta weight: on CPU, torch's products with a meta weight return uninitialised memory."""
+    """Return the error for a weight on the meta device. torch's CPU products with such a weight are uninitialised."""
     why = "the layer's weight is on the meta device, but its input is not"
     cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
     return Unsupported(why, where=str(part.target), cure=cure)
@@ -621,10 +628,10 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 
 _EXCHANGING = threading.RLock()
-"""Lock held while a module's own attributes are replaced, and during forwards that could see the replacements."""
+"""Lock that is held while a module's own attributes are replaced, and during forwards that could read them."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
-"""The adapters that a warning has named as frozen by another tool."""
+"""The switches of adapters for which a warning said that another tool froze them."""
 
 ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
 """All hooks that exist, in all models."""
@@ -642,9 +649,10 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return the hook to which the parts that were detached from `hook` can be attached again.
+    """Return the hook to use if the parts that were detached from `hook` are attached again.
 
-    Returns None if another tool has put a forward on the module, or removed one, since the parts were detached.
+    Return None if another tool has replaced the module's forward, or removed its own forward, since the parts were
+    detached.
 
     Args:
         hook: a hook without parts.
@@ -657,7 +665,7 @@ def hook_again(hook: ForwardHook) -> ForwardHook | None:
     is_unbound = (
         getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
     )
-    # Inside accelerate's hooks, a new hook takes the same place as the old one.
+    # If accelerate's hooks are on the module, a new hook goes inside them, like the old one.
     fits = met is hook.before or is_unbound or "_hf_hook" in attributes
     return hook_at(hook.module) if fits else None
 
@@ -668,7 +676,7 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 class HookEntry:
-    """A hook's forward, with the module's signature (for `generate`) and a `__code__` (for `torch.export`)."""
+    """Call a hook's forward. It has the module's signature for `generate`, and a `__code__` for `torch.export`."""
 
     def __init__(self, hook: ForwardHook) -> None:
         self.__self__ = hook
@@ -694,7 +702,10 @@ class HookEntry:
 
 
 def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
-    """Return y + sum of weight * (f(x) - y), running the base once; for a single part of weight 1, return f(x)."""
+    """Return `y + sum(weight * (f(x) - y))`, where `y` is the base's output and `f(x)` the output with one part.
+
+    For a single part of weight 1, return `f(x)`.
+    """
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
     if layer.module.training and any(part.dropout for part in parts):
@@ -720,7 +731,7 @@ def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
     """Run formulas over a layer whose weight may be a DTensor.
 
     Raises:
-        Unsupported: a formula makes plain index tensors, which the backward pass cannot combine with DTensors.
+        Unsupported: a formula uses plain tensors, which torch cannot combine with DTensors.
     """
     if type(layer.sample) in _PLAIN or not is_sharded(layer.sample):
         yield

@@ -45,7 +45,7 @@ class Handle:
     """An adapter attached to a model. After `remove` or `merge_`, every use except `unmerge_` raises `UsageError`.
 
     Attributes:
-        frozen: the names of the base's parameters that this handle froze; `remove` unfreezes them.
+        frozen: the names of the base's parameters that `inject` froze for this handle. `remove` unfreezes them.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Handle:
             self.frozen = tuple(name for name, _ in trainable)
 
     def _leave(self) -> None:
-        """Remove this handle from the model; if another trained adapter remains, the base stays frozen."""
+        """Remove this handle from the model. If another trained adapter remains attached, the base stays frozen."""
         self._watch.remove()
         self._switch.attached = False
         for leaf in self._leaves:
@@ -92,7 +92,7 @@ class Handle:
         else:
             parameters = dict(self._model.named_parameters())
             for name in self.frozen:
-                if name in parameters:  # A module may have been replaced since the injection.
+                if name in parameters:  # It may be missing, because a module was replaced after the injection.
                     parameters[name].requires_grad_(True)
         if not handles_here:
             del self._model.__dict__[HANDLES]
@@ -104,7 +104,7 @@ class Handle:
 
     @property
     def weight(self) -> float:
-        """The factor of the adapter's change; can be set."""
+        """The factor by which the adapter's change is multiplied; can be set."""
         self._check()
         return self._switch.weight
 
@@ -119,10 +119,10 @@ class Handle:
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """Return a map from the adapter's switches at copied layers of the model to the hooks of these layers.
+        """Return the hooks of copied layers, keyed by the switch that the copied adapter has there.
 
-        A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
-        others. A layer that is copied out of the model is independent.
+        If a layer is copied inside the model (depth upscaling, clones), the handle also switches, weights and removes
+        the copy. A copy outside of the model is independent.
         """
         hooks_by_switch: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
@@ -132,10 +132,10 @@ class Handle:
         return hooks_by_switch
 
     def _check_uncopied(self) -> None:
-        """Check that the handle covers everything that the adapter changes.
+        """Check that no layer was copied with its part of the adapter.
 
         Raises:
-            UsageError: a layer was copied with its part of the adapter, so this part does not belong to any target.
+            UsageError: a layer was copied. The copied part does not belong to any target of the adapter.
         """
         hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
         if hook is not None:
@@ -144,10 +144,10 @@ class Handle:
             raise UsageError(f"a copied layer has a part of the adapter {self.name!r}", where=where, cure=cure)
 
     def _check_unmoved(self) -> None:
-        """Check that each layer is still at the path of its target, because the adapter is written with these paths.
+        """Check that each layer is still at the path of its target: files of the adapter contain these paths.
 
-        Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path, but
-        the other names keep their order.
+        If blocks are inserted into a list or removed, the later blocks move. Wrappers are allowed: they add names to a
+        path, but the other names keep their order.
 
         Raises:
             UsageError: another tool moved a layer.
@@ -169,9 +169,9 @@ class Handle:
     def checkpoint(self) -> str:
         """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; can be set.
 
-        With `adapter`, every framework that saves the model's state dict (Trainer, Accelerate, Lightning, `torch.save`)
-        writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, even with `strict=True`, and
-        leaves the base unchanged. With `base`, such checkpoints do not contain the adapter.
+        Trainer, Accelerate, Lightning and `torch.save` save this state dict. With `adapter`, they write checkpoints of
+        the adapter alone. `model.load_state_dict()` loads such checkpoints, even with `strict=True`, and leaves the
+        base unchanged. With `base`, checkpoints do not contain the adapter.
         """
         return self._checkpoint
 
@@ -184,14 +184,14 @@ class Handle:
         self._checkpoint = value
 
     def set_active(self, active: bool) -> None:
-        """Switch the adapter on or off in every thread; `disable` does so in the current thread only."""
+        """Switch the adapter on or off in all threads. `disable` switches it off in the current thread only."""
         self._check()
         for switch in (self._switch, *self._copies()):
             switch.active = active
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Run the model without this adapter inside the `with`, only in this thread or asyncio task."""
+        """Switch the adapter off within the `with` block, only for this thread or asyncio task."""
         self._check()
         with ExitStack() as stack:
             for switch in (self._switch, *self._copies()):
@@ -199,7 +199,7 @@ class Handle:
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors as (`target.method.field`, tensor); nothing without `trainable=True`."""
+        """Yield the trained tensors as (`target.method.field`, tensor). Without `trainable=True`, there are none."""
         named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
@@ -218,7 +218,7 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, tensor) at layers that were copied inside the model; a name contains the path of the copy."""
+        """Yield (name, tensor) at layers that were copied inside the model. Each name contains the path of the copy."""
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
         for switch, hooks in copies.items():
@@ -234,20 +234,22 @@ class Handle:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors, keyed by the names of `named_parameters()`, for a training checkpoint.
 
-        The tensors are the model's own, detached, as from `nn.Module.state_dict`. Under FSDP2 they are DTensors: save
-        them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process. For
-        a file that other tools read, write `handle.adapter()`.
+        As in `nn.Module.state_dict`, the tensors are detached, but share memory with the model. Under FSDP2 they are
+        DTensors: save them with `torch.distributed.checkpoint`. Under DeepSpeed's ZeRO stage 3, this method gathers
+        them: call it in every process. For a file that other tools can read, write `handle.adapter()`.
         """
         named = list(self.named_parameters())
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values from `state_dict()` into the trained tensors in place, so that optimizers keep them.
+        """Copy values from `state_dict()` into the trained tensors, in place: optimizers still hold the same tensors.
+
+        If an error is raised, nothing is changed.
 
         Raises:
-            UsageError: names are missing or unknown. In this case, nothing is changed.
-            ShapeMismatch: a shape differs. In this case, nothing is changed.
+            UsageError: names are missing or unknown.
+            ShapeMismatch: a shape differs.
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
         tensors = {name: leaf.tensor for name, leaf in leaves.items()}
@@ -274,13 +276,13 @@ class Handle:
     ) -> list[dict[str, object]]:
         """Return the trained tensors as parameter groups for an optimizer, as in LoRA+.
 
-        See https://arxiv.org/abs/2402.12354. B and all one-dimensional tensors learn at `lr * ratio`, A at `lr`, and
-        both factors of embeddings at `embedding_lr`. Biases have no weight decay.
+        See https://arxiv.org/abs/2402.12354. B and all one-dimensional tensors have the learning rate `lr * ratio`, A
+        has `lr`, and both factors at embeddings have `embedding_lr`. Biases have no weight decay.
 
 
         Args:
             lr: the learning rate of A.
-            ratio: the learning rate of B divided by that of A.
+            ratio: the learning rate of B, divided by the learning rate of A.
             weight_decay: the weight decay of all tensors except biases.
             embedding_lr: the learning rate of factors at embeddings.
 
@@ -313,7 +315,7 @@ class Handle:
 
         Target names omit wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT).
 
-        Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
+        Under FSDP2 and tensor parallelism, this method gathers sharded tensors: call it in every process.
 
         Raises:
             UsageError: a layer that the adapter changes was copied, or moved to another path in the model.
@@ -332,14 +334,14 @@ class Handle:
         return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
 
     def _plain(self, target: Target) -> Target:
-        """Return the target without the wrappers around modules of the model."""
+        """Return the target with the names of wrappers removed from its path."""
         return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
-        """Remove the adapter; the model's modules are then the same as before `inject`.
+        """Remove the adapter. Afterwards, the model's modules are the same as before `inject`.
 
         Raises:
-            UsageError: an active `with route(...)` in this thread or task names the adapter.
+            UsageError: an active `with route(...)` block in this thread or task names the adapter.
         """
         self._check()
         check_unrouted(self._switch)
@@ -347,7 +349,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """Return the objects that must be changed together with the model when the adapter is attached or removed."""
+        """Return the objects that change together with the model when the adapter is attached or removed."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:
@@ -373,17 +375,17 @@ class Handle:
         of the weights that the merge changes. If anything fails, the weights are restored from the copy.
 
         Args:
-            keep: what to keep for `unmerge_`. True or "copy" keeps the copy of the weights. "recompute" keeps the
-                adapter, and the few numbers of each weight that subtracting the change would not restore exactly.
-                "recompute" needs additive updates (LoRA and similar methods) whose tensors do not change until
-                `unmerge_`.
+            keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps the copy of the weights.
+                "recompute" keeps the adapter, and those numbers of each weight that subtracting the change would not
+                restore exactly. It needs additive updates (LoRA and similar methods), and their tensors must not change
+                until `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
                 another, or a weight is not a plain tensor (such as a weight quantized by a library).
             UsageError: `keep` is unknown, or "recompute" is given for updates that are not additive.
 
-        Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
+        Under FSDP2 and tensor parallelism, this method gathers one weight after the other: call it in every process.
         """
         if not isinstance(keep, bool) and keep not in KEEPS:
             raise UsageError(f"unknown choice {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
@@ -425,10 +427,12 @@ class Handle:
     def unmerge_(self) -> None:
         """Restore the exact bits that the base had before `merge_(keep=...)`, and attach the adapter again.
 
+        If an error is raised, nothing is changed.
+
         Raises:
-            UsageError: the adapter was not merged with `keep`; the merged weights were changed or replaced since; the
-                adapter was changed, but is needed to recompute the weights; or another adapter has this name. In each
-                case, nothing is changed.
+            UsageError: the adapter was not merged with `keep`; the merged weights were changed, cast or replaced after
+                the merge; the adapter was changed, but is needed to recompute the weights; another adapter has this
+                name; or another tool has replaced a layer's forward.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
@@ -447,7 +451,7 @@ class Handle:
             raise UsageError(why, where=self.name, cure="Remove that adapter first")
         hooks: list[ForwardHook] = []
         for hook, _ in self._parts:
-            again = hook_again(hook)  # Another adapter's hook may be at the module now.
+            again = hook_again(hook)  # This may be another hook: another adapter may be attached to the module now.
             if again is None:
                 why = "since the merge, another tool has put a forward on the layer or removed one"
                 cure = "Undo the other tool's change, call unmerge_(), then apply the other tool again"
@@ -485,7 +489,7 @@ class Handle:
 
 
 def check_weight(value: float) -> None:
-    """Check the factor of an adapter's change.
+    """Check the factor by which an adapter's change is multiplied.
 
     Raises:
         UsageError: the factor is not a finite number.
@@ -513,13 +517,13 @@ def _copy(leaf: object) -> Tensor:
 def handles(model: nn.Module) -> dict[str, Handle]:
     """Return the handles of the adapters attached to a model or to its modules, keyed by name.
 
-    A deep copy of a model has its own handles. Wrappers (DDP, `torch.compile`) may be passed too.
+    A deep copy of a model has its own handles.
 
     Args:
-        model: the model that was passed to `inject`, or a wrapper around this model.
+        model: the model that was passed to `inject`, or a wrapper around this model (DDP, `torch.compile`).
 
     Returns:
-        a map from name to handle, in the order of injection; for an adapter on a part of the model, the path of this
+        Name -> handle, in the order of injection. If an adapter was injected into a part of the model, the path of this
         part precedes the name (`encoder:default`).
     """
     handles_by_path: dict[str, Handle] = {}
@@ -531,7 +535,9 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return (parameter, its float64 value after all handles' adapters are merged) for each parameter that changes.
+    """Return (parameter, float64 value) for each parameter that a merge of all handles' adapters would change.
+
+    The value is the parameter's value after the merge.
 
     Raises:
         NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.
@@ -544,13 +550,13 @@ def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
 
 
 def foldable(handles: Sequence[Handle]) -> Folded:
-    """Return the hooks of the handles with their parts, after checking that all of them can be merged into weights."""
+    """Check that the handles' adapters can be merged into weights, and return their hooks with the parts to merge."""
     for handle in handles:
         handle._check()
         if any(map(is_partitioned, handle._model.parameters())):
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
             raise NotMergeable("DeepSpeed's ZeRO has partitioned the weights", where=handle.name, cure=cure)
-        # Also check the attached updates: some layers compute a LoRA by another method; see `formats._trained`.
+        # Also check the attached updates. They may have another method than the adapter's; see `formats._trained`.
         live = [
             (part.target, update)
             for hook in handle._hooks

@@ -49,25 +49,25 @@ from .structure import embedding_of, unwrapped, wrapped
 from .transaction import all_or_nothing
 from .weights import tensor_at
 
-# Add experts to a router: adapters that the router's file names but does not contain, passed to `inject`.
+# Add experts to a router. A router's file names its experts but does not contain them, so callers pass the experts.
 #
-# The paths of experts in a router's file are not followed: they are plain strings from an untrusted file.
+# The paths of experts in a router's file are never opened, because the file is untrusted.
 
 
 Pairs = Mapping[str, LoRA]
-"""A map from paths to one expert's LoRA at each path, with its tensors loaded."""
+"""One expert: path -> the LoRA at this path, with loaded tensors."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with the factors of its experts, stacked at each target.
+    """Return the adapter with its experts added: their factors are stacked at each target.
 
     Args:
         names: a function that returns the names of the model's modules in their order.
-        adapter: any adapter; it is returned unchanged if none of its updates lacks experts.
+        adapter: any adapter. If it needs no experts, it is returned unchanged.
         experts: plain LoRA adapters, in the router's order.
 
     Raises:
-        UsageError: experts are missing, or experts are given and no update needs them.
+        UsageError: experts are missing, or experts are given but no update needs them.
         Unsupported: an expert is not plain LoRA, or there are other updates at the router's target.
         ShapeMismatch: the experts do not fit each other or the router.
         TargetNotFound: an expert has no LoRA at a target where the router needs one.
@@ -113,7 +113,7 @@ def _pairs(expert: Adapter, position: int) -> Pairs:
 def _of_classifier(
     names: Callable[[], Sequence[str]], router: XLoRA, experts: Sequence[Pairs]
 ) -> dict[Target, tuple[Update, ...]]:
-    """Place X-LoRA at all layers that an expert changes; the factors of experts that do not change a layer are 0."""
+    """Place X-LoRA at each layer that any expert changes. If an expert does not change a layer, its factors are 0."""
     logits, count = router.last.shape[0], len(experts)
     changed = {path for expert in experts for path in expert}
     paths = _in_order(names(), changed) if logits != count else sorted(changed)
@@ -128,7 +128,7 @@ def _of_classifier(
 
 
 def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
-    """Sort paths in the order of the model's modules; a path may have a longer or shorter prefix than the module."""
+    """Sort paths in the order of the model's modules. A path may have more or fewer leading names than its module."""
 
     def position(path: str) -> int:
         fits = (at for at, n in enumerate(names) if n == path or n.endswith(f".{path}") or path.endswith(f".{n}"))
@@ -139,7 +139,10 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
 
 
 def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> Update:
-    """Build one layer's Arrow update: subtract the mean of the general experts, which come last, from the others."""
+    """Return one layer's Arrow update. The mean of the general experts' factors is subtracted from the task experts'.
+
+    General experts come last in `experts`.
+    """
     assert isinstance(router, Arrow)
     tasks = router.tasks or len(experts) - router.general
     if tasks + router.general != len(experts) or router.top_k > tasks:
@@ -153,7 +156,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
     A, B, strengths = (stacked[name] for name in ("A", "B", "strengths"))
     if router.general:
         A, B = (each[:tasks] - each[tasks:].mean(0) for each in (A, B))
-    # B @ A without the scaling, because neither the sign nor the length of an expert's change matters here.
+    # Use `B @ A` without the scaling: neither the sign nor the size of an expert's change affects the prototypes.
     prototypes = torch.stack([_prototype(*pair) for pair in zip(A, B, strict=True)])
     return router.replace(
         A=A, B=B, strengths=strengths[:tasks], prototypes=prototypes, idle_A=None, idle_B=None, scaling=1.0
@@ -161,7 +164,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
 
 
 def _prototype(A: Tensor, B: Tensor) -> Tensor:
-    """Return the first right singular vector of B @ A, computed from matrices of size rank x rank."""
+    """Return the first right singular vector of `B @ A`. It is computed from matrices of size rank x rank."""
     _, R = torch.linalg.qr(B.double())
     _, _, V = torch.linalg.svd(R @ A.double(), full_matrices=False)
     first: Tensor = V[0].to(A.dtype)
@@ -169,7 +172,7 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
-    """Stack the experts' factors at a path; pad smaller and missing factors with zeros."""
+    """Stack the experts' factors at a path. Pad factors of smaller rank with zeros; missing factors are all zeros."""
     pairs_of_experts = [expert.get(path) for expert in experts]
     present = [pair for pair in pairs_of_experts if pair is not None]
     sizes = {(pair.A.shape[1], pair.B.shape[0]) for pair in present}
@@ -199,40 +202,43 @@ def inject(
     freeze: bool = True, dropout: float | None = None, active: bool = True, experts: Sequence[Adapter] = (),
     tied: str | Mapping[str, str] | None = None, rename: str | Sequence[str] = (),
 ) -> Handle:  # fmt: skip
-    """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
+    """Attach an adapter to a model. Each target then returns `y + weight * (f(x) - y)`.
 
-    The adapter's trained tensors become parameters of the model, and all other tensors become non-persistent buffers,
-    so that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its
-    state dict do not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the
-    model's state dict, which training frameworks save and load, contains the adapter instead of the base.
+    Here `y` is the target's output without the adapter, and `f(x)` its output with the adapter.
+
+    With `trainable=True`, the adapter's trained tensors become parameters of the model. All other tensors become
+    non-persistent buffers. So optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and
+    the keys of its state dict do not change. To save the adapter, use the handle. Or set
+    `handle.checkpoint = "adapter"`: the model's state dict, which training frameworks save and load, then contains the
+    adapter instead of the base.
 
     Args:
-        model: the model. Targets are dotted names in the model, or names that the resolver identifies with its modules,
-            as in `adapterkit.merge`. Updates of an embedding's token rows also change layers that share its parameter
-            (a tied head), as in PEFT's forward.
+        model: the model. The adapter's targets are dotted names in the model, or other names for its modules that can
+            be resolved, as in `adapterkit.merge`. Updates of an embedding's token rows also change layers that share
+            the embedding's parameter (a tied head), as in PEFT's forward.
         adapter: the adapter.
-        name: the adapter's name for `route`; each attached adapter needs a different name.
-        weight: the factor of the adapter's change.
-        trainable: make the adapter's tensors float32 (or wider) parameters, which the forward casts to the layer's
-            dtype. Tensors that the method lists as `frozen` do not become parameters.
-        freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
-            assumes; `handle.remove()` restores the setting. Pass False to train the base too.
+        name: the adapter's name for `route`. Each attached adapter needs a different name.
+        weight: the factor by which the adapter's change is multiplied.
+        trainable: whether to train the adapter. Its tensors become parameters in float32 or wider, which the forward
+            casts to the layer's dtype. Tensors that the method lists as `frozen` do not become parameters.
+        freeze: with `trainable=True`, whether to set `requires_grad` of all parameters of the base to False, as every
+            method assumes. `handle.remove()` restores the setting. Pass False to train the base too.
         dropout: with `trainable=True`, the probability that an input element of a change is set to 0 while the module
-            is in training mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the
+            is in training mode, as in PEFT's `lora_dropout`. If not given, it is the value from `create` or from the
             adapter's PEFT config.
-        active: if False, attach the adapter switched off; see `handle.set_active`.
-        experts: the experts of a router whose own file does not contain them (X-LoRA, Arrow): plain LoRA adapters, in
-            the router's order.
-        tied: the layers that an update changes if an embedding and a head share their parameter, as in
-            `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the update changes the layers
-            that it changes in the tool that trained the adapter. An update of unknown origin changes only the layer
-            that it names.
+        active: whether the adapter is on; see `handle.set_active`.
+        experts: for a router whose file does not contain its experts (X-LoRA, Arrow): the experts as plain LoRA
+            adapters, in the router's order.
+        tied: if an embedding and a head share their parameter, this chooses which of these layers an update changes, as
+            in `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the update changes the
+            same layers as in the tool that trained the adapter. An update of unknown origin changes only the layer that
+            it names.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
-        TargetNotFound: a target is not in the model; the message gives the nearest names.
+        TargetNotFound: a target is not in the model. The message suggests the nearest names.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: a layer does not support the method, or does not support it together with what is already attached.
+        Unsupported: a layer does not support the method, alone or together with the adapters that are attached.
         UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
             the weight is not a finite number.
 
@@ -296,7 +302,7 @@ def inject(
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
     with all_or_nothing(model):
-        leaves = registration.commit()  # All checks have passed; no error about the arguments can follow.
+        leaves = registration.commit()  # All checks have passed, so no error about the arguments can follow.
         for hook, part in attached:
             hook.attach(part)
             if part.target in along:
@@ -320,12 +326,12 @@ def inject(
 
 
 def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key for the parameters or the output that a part changes; all names of one module give the same key."""
+    """Return a key for the parameters or the output that a part changes. It is the same for all names of a module."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that two names of one module have the same update, because only one of the updates is attached.
+    """Check that parts at two names of one module have the same updates, because only one of them is attached.
 
     Raises:
         Unsupported: the updates differ.
@@ -336,12 +342,15 @@ def _check_twin(first: Part, second: Part) -> None:
 
 
 def _where(model: nn.Module, target: Target) -> str:
-    """Return the target in the base's own names, without wrappers, because checkpoints contain these names."""
+    """Return the target without the names of wrappers, because checkpoints contain no wrapper names."""
     return str(replace(target, path=unwrapped(model, target.path)))
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
-    """Return the site with its updates as the tool that trained them computes them; `given` gets the stored updates."""
+    """Return the site with the updates to run. They compute the same as in the tool that trained the adapter.
+
+    `given` maps the id of each converted update to the update that the adapter stores.
+    """
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
     module = model.get_submodule(site.weight.rpartition(".")[0])
@@ -354,7 +363,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Convert live updates from the methods that the model runs back to the methods that the adapter stores."""
+    """Return live updates in the methods that the adapter stores. The model may run other methods; see `_trained`."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -365,7 +374,7 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 def _contexts(
     model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
-    """Return each context update with the module that it is attached to."""
+    """Return (module, part) for each module to which context updates are attached."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     placed_contexts: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
@@ -378,7 +387,7 @@ def _contexts(
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
-    """Return a tensor with the dtype and device of the values that context is combined with."""
+    """Return a tensor that has the dtype and device for context updates at a target."""
     part = model.get_submodule(target.path)
     around = [*part.modules(), *model.modules()]  # A quantized attention may hold only packed weights.
     first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
@@ -394,8 +403,8 @@ def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "to_dict"):
         return None
     words: dict[str, Any] = config.to_dict()
-    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig with model_type `exaone`, but its
-    # `to_dict()` contains `llama`.
+    # `to_dict()` may contain another model type: `LlamaForCausalLM.from_pretrained` of an EXAONE model makes a
+    # LlamaConfig whose `model_type` is `exaone`, but its `to_dict()` contains `llama`.
     model_type = getattr(config, "model_type", None)
     return words | ({"model_type": model_type} if isinstance(model_type, str) and model_type else {})
 
@@ -435,10 +444,10 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Return sites for layers that share a parameter with the adapter's targets, and that the updates also change.
+    """Return sites for further layers that the updates change, because they share a parameter with a target.
 
-    As for merges, `merging.ties` decides what each update changes. In a live model, tied layers share one parameter
-    object.
+    As in merges, `merging.ties` decides which layers each update changes. In a live model, tied layers share one
+    parameter object.
     """
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
@@ -450,7 +459,7 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        # Skip a list that was seen: in an offloaded model, each tied name is a separate parameter with the same list.
+        # Process each list of names once: in an offloaded model, tied names are separate parameters with the same list.
         if tuple(names) in seen:
             continue
         seen.add(tuple(names))
@@ -462,8 +471,8 @@ def _tied(
             if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
                 folds_by_weight.setdefault(site.weight or "", []).append(fold)
         stored = next((name for name in folds_by_weight if name in inputs), inputs[0])
-        # T5 and BART store the table as `shared`; no layer calls it if the encoder and the decoder have their own
-        # modules.
+        # T5 and BART store the embedding as `shared`. If the encoder and the decoder have their own embedding modules,
+        # no layer calls the module `shared`.
         read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
         choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
         changed = acting(tie_of(stored, read, heads[0]), folds_by_weight, adapter, choice, [])
@@ -495,12 +504,12 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether an adapter's recipe shows which tool trained it; the recipe of an adapter built in Python does not."""
+    """Whether an adapter's recipe shows where it comes from. The recipe of an adapter built in Python does not."""
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse targets in modules whose weight is not a parameter of the module, or does not exist yet."""
+    """Raise an error for targets in modules whose weight is not a parameter of the module, or does not exist yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
@@ -519,7 +528,7 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
-    """Check that a hook's parts can run together: some run only as formulas, others only in the layer's forward."""
+    """Check that a hook's parts can run together. Some run only as formulas, others only in the layer's own forward."""
     together = [part for part in (*hook.parts, *parts) if part.output_site is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
@@ -531,7 +540,7 @@ def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
 
 
 def _pieces(site: Site) -> list[Site]:
-    """Split a site into two: first its updates of weights, then its updates of the output."""
+    """Split a site into two: one with its updates of weights, then one with its updates of the output."""
     outer = [update.kind == "output" for update in site.updates]
     if outer != sorted(outer):
         why = "an update of weights follows an update of the output"
@@ -560,14 +569,14 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
-    """Return the module that reads the weight, and the part that changes the weight there."""
+    """Return the module whose forward reads the weight, and the part that changes the weight there."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
     return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype that the updates need."""
+    """Return a tensor that has the device and dtype for the updates."""
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
@@ -577,17 +586,16 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor with the device and dtype that other tools' hooks give W during a forward."""
+    """Return a tensor with the device and dtype of W during a forward; hooks of other tools may change them."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
 
 def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor on the device where an offloaded module computes.
+    """Return W. If it is offloaded, return an empty tensor on the device where its module computes.
 
     Raises:
-        Unsupported: W is on the meta device and nothing will load it, so a product with it would be uninitialised
-            memory.
+        Unsupported: W is on the meta device, and no hook loads it, so products with it would be uninitialised memory.
     """
     if W.device.type != "meta":
         return W
@@ -600,7 +608,7 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
 
 
 def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
-    """Add each site's recorder to the hook of the module that reads the residual, and yield the hook."""
+    """For each site, add its recorder to the hook of the module that reads the residual, and yield this hook."""
     for each in sites:
         if each is not None and each.reader is not None and each.recorder is not None:
             hook = hook_at(each.reader)
@@ -609,7 +617,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _with_class_layout(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Return the site with its module class's layout, and whether the layout is known and fits the updates."""
+    """Return the site with the layout of its module's class, and whether this layout is known and fits the updates."""
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))
@@ -624,7 +632,7 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     """Return the module whose forward reads the parameter, and the module's path followed by a dot.
 
     Raises:
-        Unsupported: the module cannot take one of the updates.
+        Unsupported: the module does not support one of the updates.
     """
     path = (site.weight or site.bias or "").rpartition(".")[0]
     parent = path.rpartition(".")[0]
@@ -659,7 +667,7 @@ def _check_layer(update: Update, site: Site, direct: bool) -> None:
 
 
 def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
-    """Refuse modules in torch's fused encoder layer, which reads parameters without calling the modules' forwards."""
+    """Raise an error for modules in torch's fused encoder layer: it reads their parameters, but does not call them."""
     parts = path.split(".") if path else []
     above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
@@ -669,7 +677,7 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 
 
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
-    """Whether the updates can run as formulas over the layer: they change its whole weight, in its own layout."""
+    """Whether the updates can run as formulas over the layer. They must change its whole weight, in its own layout."""
     layer = layer_of(holder, holder.forward)
     if layer is None or not layer.direct or site.weight != f"{prefix}weight":
         return False

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, type-arg"
-"""Triton kernels that apply another adapter's low-rank factors to each row of a batch, without gathering the factors.
+"""Triton kernels that apply low-rank factors to a batch in which each row has its own adapter, without copying factors.
 
-As in Punica (https://arxiv.org/abs/2310.18547) there are two kernels: *shrink* computes h = x A^T, and *expand* adds h
-B to y. Each program handles one row: it looks up the row's slot, and reads only as many factor rows as the slot's rank.
-So ranks may differ, and rows without an adapter finish at once. Sums are float32, without TF32.
+As in Punica (https://arxiv.org/abs/2310.18547), there are two kernels: *shrink* computes `h = x @ A^T`, and *expand*
+adds `h @ B` to y. Each program handles one row of the batch: it looks up the row's slot, and reads only as many rows of
+the factors as the slot's rank. So ranks may differ, and rows without an adapter finish at once. Sums are computed in
+float32, without TF32.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, INPUTS, OUTPUTS = 16, 64, 64
-"""The sizes of the tiles. `tl.dot` needs at least 16, so a row with one token fills a sixteenth of its tile."""
+"""The sizes of the tiles. `tl.dot` needs sizes of at least 16, so a row with one token uses 1/16 of its tile."""
 
 
 def _shrink(x, A, index, ranks, h, tokens, width, rank, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
@@ -65,7 +66,10 @@ shrink, expand = triton.jit(_shrink), triton.jit(_expand)
 
 
 def add_by_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
-    """Overwrite a contiguous y with y[i] + (x[i] A[index[i]]^T) B[index[i]]; see `batched.add_gathered`."""
+    """Overwrite `y[i]` with `y[i] + (x[i] @ A[index[i]]^T) @ B[index[i]]`; see `batched.add_gathered`.
+
+    y must be contiguous.
+    """
     rows, tokens, width = x.shape
     if not rows * tokens * width:
         return y

@@ -1,9 +1,10 @@
 """Layers: the interface through which a method's forward formula uses one module.
 
-`layer(x)` runs the module. `layer.op(x, w)` runs it with the weight w and no bias, with the same stride, padding and so
-on. `layer.mix(h, w)` is a 1x1 convolution over the output's channels. `layer.per_channel(v)` reshapes a vector so that
-it can be added to the output. Weights are seen as `[out, in, *k]`, whatever the module's own layout. `OutputUpdate`
-documents the names that updates of outputs use; see also parts.py.
+`layer(x)` runs the module. `layer.op(x, w)` runs the module's operation with the weight `w` and no bias; stride,
+padding and other settings stay the same. `layer.mix(h, w)` is a 1x1 convolution over the output's channels.
+`layer.per_channel(v)` reshapes a vector so that it can be added to the output. Formulas get weights as `[out, in, *k]`,
+whatever the module's own layout. `OutputUpdate` documents further methods that updates of outputs use; see also
+parts.py.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Forward = Callable[..., Tensor]
 
 
 class TorchLayer:
-    """A module that can run with another weight through `op`; each subclass is one kind of module.
+    """A module that can run with another weight through `op`. Each subclass is for one kind of module.
 
     Attributes:
         layout: the axis order in which the module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
-        direct: whether formulas run on the layer; if not, the module's own forward runs on a changed weight.
+        direct: whether formulas run on the layer. If not, the module's own forward runs with a changed weight.
         flat: whether `op` and `mix` are matrix products over the last axis.
         fresh: whether a call returns a tensor that no other code holds.
         narrowed: whether autocast runs the layer in 16 bits.
@@ -55,7 +56,7 @@ class TorchLayer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> TorchLayer:
-        """Return the layer in the dtype to compute in; for a packed weight, this is the dtype of `x`."""
+        """Return the layer to compute with. For a packed weight, its dtype is the dtype of `x`."""
         return self
 
     @classmethod
@@ -90,12 +91,12 @@ class TorchLayer:
         return functional.linear(x, w)
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply `op` over all channels, with zeros around the input and without dilation."""
+        """Apply `op` over all channels, with zero padding and without dilation."""
         return self.op(x, w)
 
     @property
     def padding(self) -> str:
-        """The settings that make `op` differ from `zero_padded`, as text; empty if both are the same."""
+        """The settings by which `op` differs from `zero_padded`, as text; empty if they do not differ."""
         return ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -106,10 +107,10 @@ class TorchLayer:
 
 
 def lasting(module: nn.Module, W: Tensor) -> Tensor:
-    """Return a module's parameter in a form whose values do not change before the backward pass.
+    """Return a module's parameter as a tensor that keeps its values until the backward pass.
 
-    diffusers' layerwise casting replaces the parameter's data with 8-bit values after the forward; a view keeps the
-    values of the forward.
+    diffusers' layerwise casting replaces the parameter's data by 8-bit values after the forward. A view of the
+    parameter keeps the values of the forward.
     """
     return W.view_as(W) if "_diffusers_hook" in module.__dict__ and casts_layerwise(module) else W
 
@@ -138,7 +139,7 @@ class Conv1D(TorchLayer):
 
 
 class EmbeddingLayer(TorchLayer):
-    """`nn.Embedding`, which stores `[in, out]`; a token id is a position on the axis `in`."""
+    """`nn.Embedding`, which stores `[in, out]`. A token id is an index on the axis `in`."""
 
     layout = "in out *k"
     narrowed = False
@@ -189,7 +190,7 @@ class ConvLayer(TorchLayer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # With other padding, PEFT cannot train a dilated layer: without the dilation, the output has another size.
+        # With padding other than `same`, PEFT cannot train a dilated layer: its undilated convolution has another size.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ class ConvLayer(TorchLayer):
 
 
 class GroupedConv(ConvLayer):
-    """A convolution with groups; `op` also takes the weight of a convolution over all channels."""
+    """A convolution with groups. `op` also accepts a weight without groups, which reads all channels."""
 
     direct = False
 
@@ -235,7 +236,7 @@ class Quantized(Linear):
     """
 
     fresh = False
-    narrowed = False  # Each library has its own rule for autocast, and `like` uses the dtype of the input.
+    narrowed = False  # Each library has its own rule for autocast, so `like` uses the dtype of the input instead.
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)
@@ -267,7 +268,7 @@ class Quantized(Linear):
 
 
 class WeightDifference:
-    """A layer whose output is 0, so that an additive update returns only its change."""
+    """A layer that returns 0, so that an additive update's formula returns only the change."""
 
     def __init__(self, layer: TorchLayer) -> None:
         self.layer = layer
@@ -282,13 +283,13 @@ KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer
 
 
 def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
-    """Return the module as a `TorchLayer`, or None if only the module's own forward can use a changed weight."""
+    """Return the module as a `TorchLayer`; None if no kind of layer fits, so only the module's own forward can run."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
 
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-    """Return the update on a device, in the dtype to compute in (integers in int64); the same object if unchanged."""
+    """Return the update on a device and in a dtype (integers in int64). If nothing changes, return the same object."""
 
     def wanted(leaf: Tensor) -> torch.dtype:
         return dtype if leaf.is_floating_point() else torch.int64
@@ -297,21 +298,21 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Do not test `there(leaf) is leaf`: torch.jit.trace compares two runs, and would record the conversion only in the
-    # first.
+    # Do not test `there(leaf) is leaf`: torch.jit.trace compares two runs, and would record such a conversion only in
+    # the first run.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
 
 
 def live_tensor(leaf: Leaf) -> Tensor:
-    """Return the value of a field as a tensor: attached updates contain only tensors."""
+    """Return the value of a field as a tensor. The fields of attached updates are always tensors."""
     assert isinstance(leaf, Tensor)
     return leaf
 
 
 def stored_layout(module: nn.Module) -> str | None:
-    """Return the axis order in which a module stores its weight, if its class determines it."""
+    """Return the axis order in which a module stores its weight; None if it does not follow from the module's class."""
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
     plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_packed(module)
@@ -319,7 +320,7 @@ def stored_layout(module: nn.Module) -> str | None:
 
 
 def stored_shape(module: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a module's weight before packing."""
+    """Return the shape of a module's weight; for a packed weight, the shape before packing."""
     if Quantized.takes(module):
         sizes: Any = module.out_features, module.in_features
         return (int(sizes[0]), int(sizes[1]))
@@ -336,27 +337,28 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
-# Packed weights: weights that a library stores in its own format. In a live model, that library dequantizes them.
+# Packed weights: weights that a quantization library stores in its own format. In a live model, the library dequantizes
+# them.
 #
 # bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ and AWQ all have linear layers with `in_features` and `out_features`.
-# Such a layer runs unchanged, and updates are added to its output, so a table of libraries is not needed. One of these
-# properties identifies a packed layer:
+# Such a layer runs unchanged, and updates are added to its output. So no table of libraries is needed. A linear layer
+# is packed if it has one of these properties:
 #
 # * its weight is a tensor of a class with its own `dequantize` (torchao, and quanto once it is frozen);
-# * it has a `qweight`: GPTQ and AWQ as a buffer, quanto as a property (unfrozen layers of quanto keep a float weight
-#   and quantize it in each forward, so a changed weight would lose most of a small change);
+# * it has a `qweight`. In GPTQ and AWQ, it is a buffer. In quanto, it is a property: unfrozen layers keep a float
+#   weight and quantize it in each forward, so a changed weight would lose most of a small change;
 # * its class has a method `dequantize` (HQQ);
 # * it is a layer of bitsandbytes whose weight is not floating point;
-# * its weight is stored in 8-bit floating point, which torch does not compute with: a forward of another tool casts it
-#   and may scale it (trainers with an fp8 base). diffusers' layerwise casting does not count: it casts the weight
-#   itself before the forward, and adapters run after this cast; see bypass.py.
+# * its weight is stored in 8-bit floating point, in which torch does not compute, and another tool's forward casts it
+#   (and may scale it), as in trainers with an fp8 base. diffusers' layerwise casting does not count: it casts the
+#   weight itself before the forward, and adapters run after this cast; see bypass.py.
 #
 # If an update needs the weight, the tensor or the module dequantizes it. GPTQ's and AWQ's modules have no common method
-# for that, so the rows of an identity matrix are sent through the layer: the result is its dequantized weight.
+# for this. So the rows of an identity matrix are sent through the layer, and the output is the dequantized weight.
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is in its library's own format."""
+    """Whether a module is a linear layer with a packed weight."""
     kind: Any = type(module)
     if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
         return False
@@ -388,7 +390,7 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device that a packed module computes on."""
+    """Return the device on which a packed module computes."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)
     W: Any = getattr(module, "W_q", None) if device is None else None
@@ -406,7 +408,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether a forward other than nn.Linear's computes the output; nn.Linear's cannot compute in 8 bits."""
+    """Whether a module has another forward than nn.Linear's, which cannot compute with 8-bit weights."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
@@ -434,7 +436,7 @@ def _by_identity(packed: nn.Module) -> Tensor:
     if callable(getattr(type(module), "dequantize", None)):
         out: Tensor = module.dequantize()
         return out.reshape(module.out_features, module.in_features)
-    hook = module.__dict__.get("_adapterkit_hook")  # Bypass attached adapters.
+    hook = module.__dict__.get("_adapterkit_hook")  # Use the original forward, without attached adapters.
     forward = module.forward if hook is None else hook.original
     scales = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
     dtype = next((t.dtype for t in scales if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)
@@ -443,22 +445,22 @@ def _by_identity(packed: nn.Module) -> Tensor:
     return seen.mT
 
 
-# Apply dropout in training as PEFT does; each method's class names its kind of dropout (`Update.dropout`).
+# Apply dropout in training as PEFT does. Each method's class names its kind of dropout in `Update.dropout`:
 #
-# * `input`: y = layer(x) + change(dropout(x)); the base gets the input without dropout. PEFT: `lora_dropout`,
+# * `input`: `y = layer(x) + change(dropout(x))`. The base gets the input without dropout. PEFT: `lora_dropout`,
 #   `vera_dropout` and others.
 # * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr.
 # * `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT, and `boft_dropout`.
 #
-# Each update draws from torch's global generator after the base has run, and draws the numbers that PEFT draws there.
-# So with the same seed the losses equal PEFT's.
+# After the base has run, each update draws the same random numbers as PEFT from torch's global generator. So with the
+# same seed, the losses in training equal PEFT's.
 
 
 def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
     """Check that the dropout is a probability and that the method supports dropout.
 
     Raises:
-        UsageError: the dropout is below 0, or not below 1.
+        UsageError: the dropout is below 0, or at least 1.
         Unsupported: the method changes outputs or context, which have no dropout.
     """
     if not 0 <= dropout < 1:
@@ -468,7 +470,7 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """Return the dropout that an adapter was created with, or trained with in PEFT; 0 if neither is recorded."""
+    """Return the dropout with which an adapter was created, or trained in PEFT; 0 if neither is recorded."""
     dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = config_or_none if isinstance(config_or_none, dict) else {}
@@ -479,13 +481,13 @@ def dropout_of(adapter: Adapter) -> float:
 def dropped_change(
     layer: TorchLayer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
 ) -> Tensor | float:
-    """Return the sum of the changes of updates, without the base; each change has its own dropout of the input.
+    """Return the sum of the changes of updates, without the base's output. Dropout is drawn separately for each change.
 
     Args:
         layer: the layer without the updates.
-        updates: the updates, in order of application. An update without trained tensors gets the input without dropout.
-        x: the layer's input; token ids are not dropped.
-        p: the probability that an input element is set to 0; the other elements are divided by 1 - p.
+        updates: the updates, in the order in which they are applied. Updates without trained tensors get no dropout.
+        x: the layer's input. Token ids get no dropout.
+        p: the probability that an input element is set to 0. The other elements are divided by `1 - p`.
         live: a function that moves an update to the layer's device and dtype.
     """
     change: Tensor | float = 0.0
@@ -510,11 +512,10 @@ def dropped_change(
 
 
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
-    """Return a factor for each row, drawn as in PEFT's LoHa and LoKr: 0 drops the row, any other factor keeps it.
+    """Return a factor for each row, drawn as in PEFT's LoHa and LoKr. Dropped rows have the factor 0.
 
-    The other factor is 1 or, if `scaled`, 1 / (share of kept rows).
-
-    Draw and discard one number first, as each of PEFT's layers does.
+    Kept rows have the factor 1, or `1 / (share of kept rows)` if `scaled`. One number is drawn and discarded first, as
+    in PEFT's layers.
     """
     torch.rand(1)
     kept = (torch.rand(count) > p).float()
@@ -522,9 +523,9 @@ def _rows(count: int, p: float, scaled: bool) -> Tensor:
 
 
 def _without_blocks(update: Update, p: float) -> Update:
-    """Return the update with a share p of its rotations replaced by the identity, drawn as in PEFT's OFT and BOFT.
+    """Replace a share p of an update's rotations by the identity. They are drawn as in PEFT's OFT and BOFT.
 
-    A block of zeros has the identity as its rotation.
+    The rotation of a block of zeros is the identity.
     """
     changed = {}
     tensors: Any = update.tensors

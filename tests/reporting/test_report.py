@@ -311,7 +311,11 @@ def elsewhere(one: Factors) -> Factors:
 
 TOGETHER: dict[str, tuple[Callable[[Factors], Factors], str, str]] = {
     "same": (dict, "same", "one and planted are the same adapter"),
-    "scaled copy": (lambda one: {n: (A, 3 * B) for n, (A, B) in one.items()}, "same", "one is planted times 0.333"),
+    "scaled copy": (
+        lambda one: {n: (A, 3 * B) for n, (A, B) in one.items()},
+        "same",
+        "one is 0.333 times as large as planted",
+    ),
     "opposite": (opposite, "same", "one and planted undo one another"),
     "sign conflict": (conflicting, "conflict", "one and planted conflict at layer 5 o_proj: cosine -1.00"),
     "interference": (conflicting, "interference", "A plain sum loses 100 % of the absolute changes at layer 5 o_proj"),
