@@ -237,7 +237,9 @@ class _Reader:
                         continue
                     count += 1
                     where = f"{place} byte {position}".strip()
-                    yield Finding("pickle-call", self.name, where, f"it imports {shown(asked.replace(' ', '.', 1))}")
+                    # "module name" becomes "module.name"; other texts describe globals without a stated name.
+                    named = asked.replace(" ", ".") if asked.count(" ") == 1 else asked
+                    yield Finding("pickle-call", self.name, where, f"it imports {shown(named)}")
                     if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:

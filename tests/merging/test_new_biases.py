@@ -30,7 +30,7 @@ def test_the_cure_that_the_refusal_names_gives_pefts_logits(tmp_path):
     trained.save_pretrained(tmp_path / "adapter")
     tokens = torch.arange(12).reshape(2, 6)
     expected = trained(tokens).logits
-    with pytest.raises(NotMergeable, match=r"from_pretrained\(base, attention_bias=True\) and save_pretrained"):
+    with pytest.raises(NotMergeable, match=r"from_pretrained\(base, attention_bias=True\), then save_pretrained"):
         adapterkit.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attention_bias=True)
     copy.save_pretrained(tmp_path / "biased")
