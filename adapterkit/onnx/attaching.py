@@ -395,7 +395,7 @@ def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLay
         assert place.outlet is not None
         return Ended(place.outlet, branch)
     if place.norm is not None and place.outlet is not None:
-        why = f"the update has a residual or norm, but the batch norm {place.norm.name} is folded into the layer"
+        why = f"the update has a residual or norm, but the {place.norm.kind} {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.inside:
         refuse_outputs(place, spot.node.op_type)

@@ -137,7 +137,7 @@ class _Added:
 def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
     layer = spot.kind(spot.node, Branch(building, f"adapterkit/{place.target}"))
     where = str(place.asked)
-    if _in_float_sums(layer):
+    if _in_float_sums(layer) or _before_activation(layer):
         layer = spot.kind(spot.node, layer.branch)
     if layer.stated_bias is not None:
         if layer.bias is not None and _is_bias(layer, layer.node, _numbers_of(layer), place, plain=True):
@@ -216,6 +216,35 @@ def _in_float_sums(layer: GraphLayer) -> bool:
     takes_over(node.outputs[0], new, branch)
     graph.remove(node, safe=True)
     branch.nodes.clear()
+    return True
+
+
+def _before_activation(layer: GraphLayer) -> bool:
+    """Take the bias out of an activation that onnxruntime fused with the Add after a layer: BiasGelu or FastGelu.
+
+    Returns:
+        True if there was such a node.
+    """
+    uses = list(layer.result.uses())
+    node = uses[0].node if len(uses) == 1 and uses[0].idx == 0 else None
+    if node is None or node.domain != "com.microsoft" or node.op_type not in ("BiasGelu", "FastGelu"):
+        return False
+    stored_array = node.inputs[1] if len(node.inputs) == 2 else None
+    if (
+        stored_array is None
+        or not is_constant(stored_array)
+        or shape_of(stored_array) != (layer.outputs,)
+        or node.graph is None
+    ):
+        return False
+    total = layer.branch.node("Add", [layer.result, stored_array], None, layer.dtype, None)
+    total.shape = layer.result.shape
+    node.graph.insert_before(node, layer.branch.nodes)
+    layer.branch.nodes.clear()
+    node.replace_input_with(0, total)
+    node.resize_inputs(1)
+    if node.op_type == "BiasGelu":
+        node.op_type = "Gelu"
     return True
 
 

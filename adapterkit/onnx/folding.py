@@ -150,7 +150,9 @@ class Folding:
             raise Unsupported("the weight is quantized", where=self.name, cure=EXPLAINED)
         normed = next((place.norm for place, _ in self.at if place.norm is not None), None)
         if packed and normed is not None:
-            why = f"the batch norm {normed.name} is folded into this quantized weight, which cannot be quantized again"
+            why = (
+                f"the {normed.kind} {normed.name} is folded into this quantized weight, which cannot be quantized again"
+            )
             raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')")
         if packed and any(update.changes_weight for update in self.updates):
             find = packing_of_experts if issubclass(self.spot.kind, PackedExperts) else packing_of

@@ -50,8 +50,7 @@ def changed_inside(
         spot: the layer's position in the graph.
 
     Raises:
-        Unsupported: an update changes a bias, but the node has no bias, the target is a range of rows, or a norm is
-            folded into the layer.
+        Unsupported: an update changes a bias, but the node has no bias, or the target is a range of rows.
     """
     branch, chain = layer.branch, seen
     for update in updates:
@@ -65,22 +64,26 @@ def changed_inside(
             current = W[rows] if place.target.rows else W
             part = current + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
         new = _whole(W, part, place)
-    bias = None
+    bias: Value | None = None
     changing = [update for update in updates if update.changes_bias]
     if changing and (layer.bias is not None or any(update.needs_bias for update in changing)):
-        if layer.bias is None or place.target.rows or place.norm is not None:
-            reason = "the target is a row slice" if place.target.rows else "a batch norm is folded into the layer"
-            why = f"the update changes a bias, but {reason}"
+        if layer.bias is None or place.target.rows:
+            why = "the update changes a bias, but the target is a row slice"
             why = f"the update adds a bias, but the {layer.node.op_type} has none" if layer.bias is None else why
             raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
-        bias = cast("Value | None", chain.bias)
+        changed = cast("Value | None", chain.bias)
+        bias = changed
+        if changed is not None and place.norm is not None:
+            # The graph stores `scale * b + shift`, so also multiply the change of b by the scale.
+            before = cast("Value | None", seen.bias)
+            bias = layer.bias + (changed if before is None else changed - before) * layer.bias.like(place.norm.scale)
     graph = layer.node.graph
     assert graph is not None
     bias = None if bias is None else layer.back_bias(bias)
-    changed = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
-    graph.insert_before(layer.node, branch.waiting([value.value for value in changed]))
+    operands = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
+    graph.insert_before(layer.node, branch.waiting([value.value for value in operands]))
     if new is not None:
-        _reads(layer.node, layer.position, layer.operand, changed[0])
+        _reads(layer.node, layer.position, layer.operand, operands[0])
     if bias is not None:
         node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
         # If the weight and the bias have equal numbers, both inputs may be one tensor, so search after the weight.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, Target
 from ..errors import TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
 from .modules import same_end
-from .norms import is_scaled, refuse_folded, with_norms
+from .norms import is_scaled, refuse_folded, scaled_distance, with_norms
 from .resolved import APART, NEAR, Known, ResolvedTarget, Spot, distance
 
 if TYPE_CHECKING:
@@ -55,7 +55,14 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         # If the base stores a target in parts, use the names of the parts.
         path = asked.path if bound.origins.count(asked) == 1 else site.target.path
         name = f"{path}.weight" if site.weight.endswith(".weight") else path
-        method, matching = nearest(W, spots, str(asked))
+        try:
+            method, matching = nearest(W, spots, str(asked))
+        except TargetNotFound:
+            # `compare` finds the norm or scale again, by the adapter's name of the target.
+            scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
+            if not scaled:
+                raise
+            method, matching = "nearest", scaled
         twin = _twin(base, site.weight, W) if len(matching) > 1 else None
         if twin is not None:
             why = (
@@ -75,10 +82,7 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
     """
     compared = []
     for place in places:
-        full_name = f"{place.asked.path}.weight"
-        alike = (
-            [full_name] if full_name in base.tensors else [name for name in base.tensors if same_end(name, full_name)]
-        )
+        alike = _named(base, place.asked)
         W = base.tensors[alike[0]] if len(alike) == 1 else None
         if place.method in ("values", "packed"):
             compared.append(place)
@@ -91,6 +95,14 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
         else:
             compared.append(with_norms(place, base, alike[0]))
     return compared
+
+
+def _named(base: Checkpoint, asked: Target) -> list[str]:
+    """Return the names in the base of a target's weight."""
+    full_name = f"{asked.path}.weight"
+    if full_name in base.tensors:
+        return [full_name]
+    return [name for name in base.tensors if same_end(name, full_name)]
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
@@ -124,10 +136,7 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     Raises:
         TargetNotFound: no layer stores the weight, or several layers may store it.
     """
-    # Group nodes that share a stored weight: together, they are one candidate.
-    by_weight: dict[Any, list[Spot]] = {}
-    for spot in spots:
-        by_weight.setdefault((spot.sources, spot.kind), []).append(spot)
+    by_weight = _by_weight(spots)
     near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
     # Sort by distance, because the second nearest decides whether the nearest is unambiguous.
     near.sort(key=lambda one: one.distance)
@@ -148,6 +157,25 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
         best = f"{scaled.op_type} {scaled.name} stores it with each output channel multiplied by a factor"
         cure = "Inject into the graph before it is optimized: optimizers fold a scale after a layer into its weight"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
+
+
+def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
+    """Group nodes that share a stored weight: together, they are one candidate."""
+    groups: dict[Any, list[Spot]] = {}
+    for spot in spots:
+        groups.setdefault((spot.sources, spot.kind), []).append(spot)
+    return groups
+
+
+def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) -> list[Spot]:
+    """Return the layers that store a base weight with a norm or scale of the base; no layer if that is ambiguous."""
+    candidates = []
+    for same in _by_weight(spots).values():
+        ways = [distance(W, same[0]), scaled_distance(base, name, same[0])]
+        candidates += [(min(d for d in ways if d is not None), same)] if any(d is not None for d in ways) else []
+    candidates.sort(key=lambda one: one[0])
+    second = candidates[1][0] if len(candidates) > 1 else float("inf")
+    return candidates[0][1] if candidates and candidates[0][0] <= NEAR and second >= APART * candidates[0][0] else []
 
 
 def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:

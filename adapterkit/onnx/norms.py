@@ -1,13 +1,17 @@
-"""Find batch normalisations that exporters folded into the layer before them.
+"""Find batch normalisations and scales that exporters and optimizers folded into the layer before them.
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
 convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so its change
-must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics, and must match the graph's
-weight.
+must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and verified with the
+graph's weight.
+
+Optimizers also fold a vector of the base that multiplies a layer's output, as the layer scale of ConvNeXt. Any vector
+of the base can be one, so it must be much nearer to the graph's weight than every other explanation.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +42,7 @@ ALIKE = 1e-3
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 """Candidates for `eps`, which weight files do not store. The first is torch's default, the second TensorFlow's."""
 
-_FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
+_FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse|mul_?fusion|_weight_fused$", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
@@ -53,7 +57,7 @@ def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
     There are two such cases. The node may add a fused residual to the product. Or a batch norm is folded into a packed
     weight: formulas see the base's weight, but the node computes with a rounded weight.
     """
-    return layer.adds_more or (place.norm is not None and any(is_packed(spot) for spot in place.spots))
+    return layer.adds_more or (place.norm is not None and place.norm.is_rounded)
 
 
 def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
@@ -65,7 +69,10 @@ def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
     for place in places:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
-                why = f"a batch normalisation may be folded into this layer ({trace}), and would also scale the change"
+                why = (
+                    f"a batch normalisation or a scale may be folded into this layer ({trace}), and would also scale "
+                    "the change"
+                )
                 cure = "Pass the base's weights, which show whether there is one: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
@@ -78,16 +85,17 @@ def is_norm(node: ir.Node) -> bool:
 
 def _trace(spot: Spot, path: str) -> str | None:
     """Return the evidence that a norm may be folded into a layer, or None."""
+    if not issubclass(spot.kind, Conv | Gemm | MatMul):
+        return None
     bias = _bias_of(spot)
-    if not issubclass(spot.kind, Conv | Gemm | MatMul) or bias is None:
-        return None  # A folded norm always leaves a bias.
     if only_reader(dequantized(spot.node.outputs[0]), "BatchNormalization") is not None:
         return None
     if is_norm(spot.node):
         return "the node's metadata names one"
     names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
     # Ignore the sizes of a Reshape, which are int64.
-    biases = [source.name or "" for source in sources(bias) if element_type(source) != np.int64]
+    stored_array = () if bias is None else sources(bias)
+    biases = [source.name or "" for source in stored_array if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
         return "a tensor's name shows it"
     # Check the names of a convolution's parameters: exporters keep these names, but folding a norm writes new tensors
@@ -97,7 +105,7 @@ def _trace(spot: Spot, path: str) -> str | None:
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
         return f"its weight has the name {names[0]}" if names else "its weight has no name"
-    if not numbers(bias).any():
+    if bias is None or not numbers(bias).any():  # A folded norm always leaves a bias.
         return None
     plain = [re.sub(r"_(?:quantized|q|scale|zero_point)(?:_scale|_zero_point)?$", "", name) for name in biases]
     return None if all(_PARAMETER.match(name) for name in plain) else f"its bias has the name {biases[0]}"
@@ -120,12 +128,13 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate for a folded norm: a norm of the base, a value of `eps`, and the distance from the graph's weight."""
+    """A candidate for what is folded: a norm of the base with a value of `eps`, or a vector; and the distance."""
 
     name: str
     scale: Array
     shift: Array
     distance: float
+    is_vector: bool = False
 
 
 def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTarget:
@@ -142,25 +151,73 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
-    if not issubclass(spot.kind, Conv | Gemm | MatMul) or (bias := _bias_of(spot)) is None:
-        return _plain(place, far)
     W = stored.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else stored
-    if W.shape != spot.shape:
+    if far is None or not _may_hold(spot, W):
         return _plain(place, far)
-    b = _bias_in_base(base, name)
-    guesses = sorted(_guesses(base, spot, W, b, numbers(bias).reshape(-1)), key=lambda guess: guess.distance)
-    best = guesses[0] if guesses else None
-    if best is None or best.distance > NEAR or (far is not None and far <= best.distance):
+    b, rounded = _bias_in_base(base, name), any(is_packed(one) for one in place.spots)
+    guesses = sorted(_guesses(base, spot, W, b), key=lambda guess: guess.distance)
+    best = next((guess for guess in guesses if not guess.is_vector), None)
+    if (scale := _vector_of(guesses, far, place)) is not None:
+        return replace(place, norm=FoldedNorm(scale.name, scale.scale, scale.shift, W, b, "scale", rounded))
+    if best is None or best.distance > NEAR or far <= best.distance:
         return _plain(place, far, is_scaled(spot, stored))
     alike = abs(best.scale - 1).max() <= ALIKE
-    if far is not None and far <= NEAR and far < APART * best.distance:
+    if far <= NEAR and far < APART * best.distance:
         if alike:
             return place
         why = (
             f"the layer is about as near to the base's weight ({far:.3f}) as to that weight times the norm {best.name}"
         )
         raise TargetNotFound(why, where=str(place.asked), cure="Use a graph with less rounded weights")
-    return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b))
+    return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b, is_rounded=rounded))
+
+
+def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> _Guess | None:
+    """Return the vector of the base that is folded into a layer, or None.
+
+    Args:
+        guesses: the guesses for the layer, the nearest first.
+        far: the distance between the graph's weight and the base's weight without any scale.
+        place: the target, for the error.
+
+    Raises:
+        TargetNotFound: two vectors that differ are about equally near.
+    """
+    best = next((guess for guess in guesses if guess.is_vector), None)
+    norm = next((guess.distance for guess in guesses if not guess.is_vector), float("inf"))
+    # Do not accept a vector just because the plain weight is far: the many vectors of a base may include one that
+    # explains a part of what quantization did. Quantization leaves a rest that no vector explains.
+    if best is None or best.distance > NEAR or APART * best.distance > min(far, norm):
+        return None
+    size = float(abs(best.scale).max())
+    other = next((one for one in guesses if one.is_vector and abs(one.scale - best.scale).max() > ALIKE * size), None)
+    if other is not None and other.distance < APART * best.distance:
+        why = f"the layer is about as near to the base's weight times {best.name} as times {other.name}"
+        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph with less rounded weights")
+    return best
+
+
+def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
+    """Return the relative distance between a layer's weight and a base weight with the nearest norm or scale.
+
+    Args:
+        base: the base's weights.
+        name: the name of the weight in the base.
+        spot: the layer.
+
+    Returns:
+        The distance; None if no norm or vector of the base fits the layer.
+    """
+    W = as_array(base.tensors[name]).astype(np.float64)
+    W = W.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else W
+    if not _may_hold(spot, W):
+        return None
+    return min((guess.distance for guess in _guesses(base, spot, W, _bias_in_base(base, name))), default=None)
+
+
+def _may_hold(spot: Spot, W: Array) -> bool:
+    """Whether a layer is of a kind into which norms and scales are folded, and has the shape of a base weight."""
+    return issubclass(spot.kind, Conv | Gemm | MatMul) and spot.rows is None and W.shape == spot.shape
 
 
 def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> ResolvedTarget:
@@ -169,8 +226,14 @@ def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> Re
     how = "another shape" if far is None else f"a distance of {far:.2f}"
     cure = "Is this the base that the graph was exported from?"
     if scaled:
-        how = "those of the base, with each channel multiplied by a factor that no batch normalisation of the base has"
-        cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
+        how = (
+            "those of the base, with each channel multiplied by a factor that no batch normalisation of the base has, "
+            "nor any of its vectors"
+        )
+        cure = (
+            "Pass the weights with the statistics of the norms (running_mean, running_var) and the layers' scales: "
+            "--base-weights DIR (base_weights=)"
+        )
     raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
 
 
@@ -201,24 +264,51 @@ def is_scaled(spot: Spot, W: Array) -> bool:
     V, rows = _weight_of(spot), _by_channel(spot, W)
     if rows.shape[1] < 2:  # One number for each channel is a multiple of any other number.
         return False
-    # Compute the best factor of each channel by least squares.
-    factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
-    return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
+    _, rest, _ = _factors(V, rows)
+    return bool(rest <= 1e-3 * np.linalg.norm(V))
 
 
-def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, weight: Array) -> Iterator[_Guess]:
+def _factors(V: Array, rows: Array) -> tuple[Array, float, Array]:
+    """Return the best factor of each channel by least squares, what it leaves of the weight, and each row's square."""
+    squares = (rows * rows).sum(1)
+    factors = (V * rows).sum(1) / np.maximum(squares, 1e-300)
+    return factors, float(np.linalg.norm(V - factors[:, None] * rows)), squares
+
+
+def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterator[_Guess]:
+    """Yield the norms and vectors of the base that may be folded into a layer with the base's weight and bias."""
     V, rows = _weight_of(spot), _by_channel(spot, W)
-    size, most = max(float(np.linalg.norm(V)), 1e-300), max(float(abs(weight).max()), 1e-300)
-    for name, gamma, beta, mean, var in _norms(base, len(V)):
+    bias_value = _bias_of(spot)
+    weight = None if bias_value is None else numbers(bias_value).reshape(-1).astype(np.float64)
+    factors, rest, squares = _factors(V, rows)
+    size = max(float(np.linalg.norm(V)), 1e-300)
+
+    def guess(name: str, scale: Array, shift: Array, is_vector: bool) -> _Guess:
+        # The rest after the best factors is orthogonal to the rows, so this is the norm of `V - scale * rows`.
+        off = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size
+        if weight is not None:
+            wanted = shift if b is None else scale * b + shift
+            # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
+            # have similar scales.
+            off = max(off, float(abs(weight - wanted).max()) / max(float(abs(weight).max()), 1e-300))
+        return _Guess(name, scale, shift, off, is_vector)
+
+    for name, gamma, beta, mean, var in _norms(base, len(V)) if weight is not None else ():
         for eps in EPSILONS:
             scale = gamma / np.sqrt(np.maximum(var, 0) + eps)
-            shift = beta - scale * mean
-            by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
-            wanted = shift if b is None else scale * b + shift
-            by_bias = float(abs(weight - wanted).max()) / most
-            # The weight and the bias must both match, because several norms can have similar scales. So use the larger
-            # of the two distances.
-            yield _Guess(name, scale, shift, max(by_weight, by_bias))
+            yield guess(name, scale, beta - scale * mean, False)
+    # One number for each channel is a multiple of any other number. A bias that is not at the layer may be scaled or
+    # not.
+    if rows.shape[1] > 1 and (weight is not None or b is None):
+        for name, scale in _vectors(base, len(V)):
+            yield guess(name, scale, np.zeros_like(scale), True)
+
+
+def _vectors(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array]]:
+    """Yield name and numbers of the base's tensors that have one number for each channel, as a layer scale has."""
+    for name, leaf in base.tensors.items():
+        if leaf.dtype.floating and leaf.shape and max(leaf.shape) == channels == math.prod(leaf.shape):
+            yield name, as_array(leaf).astype(np.float64).reshape(-1)
 
 
 def _norms(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array, Array, Array, Array]]:

@@ -71,14 +71,17 @@ def distance(W: Array, spot: Spot) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedNorm:
-    """A batch normalisation folded into a layer: for the base's output `y`, the graph's output is `scale * y + shift`.
+    """A batch normalisation or a scale folded into a layer: where the base computes `y`, the graph `scale * y + shift`.
 
     Attributes:
-        name: the norm's name in the base.
-        scale: `gamma / sqrt(var + eps)`, `[out]`, float64.
-        shift: `beta - scale * mean`, `[out]`, float64.
+        name: the norm's name in the base, or the scale's.
+        scale: `gamma / sqrt(var + eps)`, or the numbers of the scale, `[out]`, float64.
+        shift: `beta - scale * mean`, or zeros, `[out]`, float64.
         weight: the base's weight as formulas see it, `[out, in, *k]`, float64.
         bias: the base's bias, `[out]`, float64; None if the module has none.
+        kind: what is folded, for messages.
+        is_rounded: whether the graph stores the layer's weight in few bits, so that only the base has the weight that
+            updates see. This stays true where the weight is dequantized to be merged into.
     """
 
     name: str
@@ -86,6 +89,8 @@ class FoldedNorm:
     shift: Array
     weight: Array
     bias: Array | None
+    kind: str = "batch norm"
+    is_rounded: bool = False
 
     def factors(self, groups: int) -> Array:
         """Return the scale in a shape that broadcasts with a weight `[out, in, *k]`.
@@ -129,7 +134,7 @@ class ResolvedTarget:
         turned: True if the updates see the weight with its first two axes swapped.
         outlet: the position of the target's output in the graph, if no single node produces this output. A module
             without a weight has an outlet and no layers.
-        norm: the batch normalisation that an exporter folded into the layer.
+        norm: the batch normalisation or the scale that an exporter or optimizer folded into the layer.
         bias: the layer's bias in the base; None if it is unknown.
     """
 

@@ -439,16 +439,25 @@ def plain_call(name: str) -> str:
     return _CALL.sub("", f"{name}.weight").removesuffix(".weight")
 
 
-def _without_modules(found: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
+def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
     """Remove nodes that belong to another target of the adapter, whose name looks like a later call of a module.
 
     If an adapter targets `fc` and `fc_1`, both are modules, even if the exporter stored their equal weights once.
     """
-    own = {place.target.path: {*place.spots} for place in found if plain_call(place.target.path) != place.target.path}
+    spots_of_modules = {
+        place.target.path: {*place.spots} for place in places if plain_call(place.target.path) != place.target.path
+    }
     return [
         replace(place, spots=tuple(spot for spot in place.spots if spot not in others)) if others else place
-        for place in found
-        for others in [{spot for path, spots in own.items() if plain_call(path) == place.target.path for spot in spots}]
+        for place in places
+        for others in [
+            {
+                spot
+                for path, spots in spots_of_modules.items()
+                if plain_call(path) == place.target.path
+                for spot in spots
+            }
+        ]
     ]
 
 

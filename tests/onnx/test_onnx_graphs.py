@@ -416,21 +416,43 @@ def test_a_recurrent_bias_that_depends_on_inputs_is_refused(tmp_path):
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X, b=b), graphs.run(path, 2 * X, b=b), atol=1e-6)
 
 
-def test_a_bias_inside_a_fused_node_is_refused(tmp_path):
-    """Merging into the weight alone would leave the bias unscaled."""
+@pytest.mark.parametrize(("op", "way"), [("BiasGelu", "none"), ("FastGelu", "tanh")])
+def test_a_bias_inside_an_activation_is_taken_out(op, way, tmp_path):
+    """Changing the weight alone would leave the bias unscaled."""
+    b = np.linspace(-1, 1, 8).astype("f4")
     nodes = [
         helper.make_node("MatMul", ["x", "q.weight"], ["h"], "/q/MatMul"),
-        helper.make_node("BiasGelu", ["h", "q.bias"], ["y"], domain="com.microsoft"),
+        helper.make_node(op, ["h", "q.bias"], ["y"], domain="com.microsoft"),
     ]
-    made = model(nodes, {"q.weight": W, "q.bias": np.ones(8, "f4")})
+    made = model(nodes, {"q.weight": W, "q.bias": b})
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    path = graphs.saved(made, tmp_path / "base.onnx")
+    adapter = Adapter({Target("q"): (METHODS["ia3"](l=torch.linspace(-2, 2, 8)),)})
+    inner = torch.linspace(-2, 2, 8) * (torch.tensor(X) @ torch.tensor(W) + torch.tensor(b))
+    wanted = torch.nn.functional.gelu(inner, approximate=way)
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        change(path, adapter, tmp_path / "out.onnx")
+        np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, atol=1e-5)
+    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")
+    assert any(node.op_type == op for node in onnx.load(tmp_path / "out.onnx").graph.node)  # LoRA changes no bias.
+
+
+def test_a_bias_inside_a_fused_norm_is_refused(tmp_path):
+    """The norm also adds the output of another layer, whose bias the vector may be."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "q.weight"], ["h"], "/q/MatMul"),
+        helper.make_node(
+            "SkipLayerNormalization", ["h", "h", "ones", "", "q.bias"], ["y"], domain="com.microsoft", epsilon=1e-5
+        ),
+    ]
+    made = model(nodes, {"q.weight": W, "q.bias": np.ones(8, "f4"), "ones": np.ones(8, "f4")})
     made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     path = graphs.saved(made, tmp_path / "base.onnx")
     adapter = Adapter({Target("q"): (METHODS["ia3"](l=torch.full((8,), 2.0)),)})
     for change in (ak.onnx.inject, ak.onnx.merge):
-        with pytest.raises(Unsupported, match="the bias of this layer is inside a BiasGelu"):
+        with pytest.raises(Unsupported, match="the bias of this layer is inside a SkipLayerNormalization"):
             change(path, adapter, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
-    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")  # LoRA changes no bias.
 
 
 def test_layers_in_sequences_of_the_older_exporter(tmp_path):

@@ -162,6 +162,38 @@ def test_changes_are_scaled_as_the_norm_scales_the_layer(kind, name, method, exp
         close(torch.tensor(got), wanted, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["constant", "slots", "merge"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scaled_outputs_of_a_layer_with_a_norm_and_an_activation(bias, mode, tmp_path, close):
+    """onnxruntime fuses the activation after the norm, so that the weight and the bias have to change."""
+    torch.manual_seed(3)
+    model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "session.onnx")
+    onnxruntime.InferenceSession(
+        export(model, tmp_path / "plain.onnx", "legacy"), options, providers=["CPUExecutionProvider"]
+    )
+    assert any(node.op_type == "FusedConv" for node in onnx.load(tmp_path / "session.onnx").graph.node)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    factors = torch.randn(8)
+    adapter = ak.Adapter({ak.Target("0"): (ak.METHODS["ia3"](l=factors),)})
+    words = {"base_weights": tmp_path / "base.safetensors"}
+    if mode == "merge":
+        ak.onnx.merge(tmp_path / "session.onnx", adapter, tmp_path / "out.onnx", **words)
+    else:
+        ak.onnx.inject(tmp_path / "session.onnx", adapter, tmp_path / "out.onnx", mode=mode, **words)
+    with torch.no_grad():
+        wanted = model[1:](factors.reshape(1, -1, 1, 1) * model[0](X))
+    if mode == "slots":
+        live = ak.onnx.Session(tmp_path / "out.onnx")
+        live.load("one", adapter, **words)
+        got = next(iter(live.run({"x": X.numpy()}, "one").values()))
+    else:
+        got = graphs.run(tmp_path / "out.onnx", X)
+    close(torch.tensor(got), wanted, tolerance=1e-5)
+
+
 def only(adapter, name):
     return ak.Adapter({target: updates for target, updates in adapter.updates.items() if target.path == name})
 
@@ -265,27 +297,127 @@ class Scaled(nn.Module):
         return x + self.narrow(torch.relu(self.wide(x))) * self.gamma.reshape(1, -1, 1, 1)
 
 
-def test_a_scale_that_an_optimizer_folded_is_the_reason_of_a_refusal(tmp_path):
+class Unbiased(Scaled):
+    """Without a bias, which a folded norm would leave."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = nn.Conv2d(16, 3, 1, bias=False)
+
+
+def optimized(source, out, level):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(out)
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    assert not any(node.op_type == "Mul" for node in onnx.load(out).graph.node)
+    return out
+
+
+def narrowed(model, method):
+    """An adapter of the layer before the scale; changes the model by torch's own formulas."""
+    A, B = torch.randn(2, 16, 1, 1), torch.randn(3, 2)
+    W, D = model.narrow.weight, (B @ A.flatten(1)).reshape(3, 16, 1, 1)
+    with torch.no_grad():
+        if method == "lora":
+            W += D
+            return ak.Adapter({ak.Target("narrow"): (ak.METHODS["lora"](A=A, B=B),)})
+        magnitude = torch.tensor([0.7, 1.9, 3.0])
+        W.copy_((W + D) * (magnitude / (W + D).flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1))
+    return ak.Adapter({ak.Target("narrow"): (ak.METHODS["dora"](A=A, B=B, magnitude=magnitude),)})
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
+@pytest.mark.parametrize("name", ["dynamo", "legacy"])
+@pytest.mark.parametrize("kind", [Scaled, Unbiased])
+def test_a_scale_that_an_optimizer_folded(kind, name, level, method, tmp_path):
     """onnxruntime stores the product of the weight and the scale, under a name that it makes up."""
     torch.manual_seed(0)
-    model = Scaled().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (X,), tmp_path / "plain.onnx", input_names=["x"], **EXPORTS["dynamo"])
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(tmp_path / "session.onnx")
-    onnxruntime.InferenceSession(tmp_path / "plain.onnx", options, providers=["CPUExecutionProvider"])
-    assert not any(node.op_type == "Mul" for node in onnx.load(tmp_path / "session.onnx").graph.node)
+    model = kind().eval()
+    session = optimized(export(model, tmp_path / "plain.onnx", name), tmp_path / "session.onnx", level)
     save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
-    A, B = torch.randn(2, 16, 1, 1), torch.randn(3, 2)
-    adapter = ak.Adapter({ak.Target("narrow"): (ak.METHODS["lora"](A=A, B=B),)})
-    words = {"base_weights": tmp_path / "base.safetensors"}
+    adapter = narrowed(model, method)
+    wanted = model(X).detach()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises((TargetNotFound, Unsupported), match=r"--base-weights DIR \(base_weights=\)"):
+            change(session, adapter, tmp_path / "bad.onnx")
+        report = change(session, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors")
+        torch.testing.assert_close(torch.tensor(graphs.run(report.out, X)), wanted, atol=1e-5, rtol=1e-5)
+        assert [target["folded_norm"] for target in report.record()["targets"]] == ["gamma"]
+    slots = ak.onnx.inject(
+        session, adapter, tmp_path / "slots.onnx", mode="slots", base_weights=tmp_path / "base.safetensors"
+    )
+    live = ak.onnx.Session(slots.out)
+    live.load("one", adapter, base_weights=tmp_path / "base.safetensors")
+    got = torch.tensor(next(iter(live.run({"x": X.numpy()}, "one").values())))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_that_prove_nothing(tmp_path):
+    """A base without the scale, and a base with two scales between which a rounded weight does not decide."""
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    session = optimized(export(model, tmp_path / "plain.onnx", "dynamo"), tmp_path / "session.onnx", "ORT_ENABLE_BASIC")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = narrowed(model, "lora")
+    save_file({name: value for name, value in state.items() if name != "gamma"}, tmp_path / "bare.safetensors")
     why = r"narrow: .*Conv \S+ stores it with each output channel multiplied by a factor.*before it is optimized"
     with pytest.raises(TargetNotFound, match=why):
-        ak.onnx.inject(tmp_path / "session.onnx", adapter, tmp_path / "out.onnx", **words)
-    ak.onnx.inject(tmp_path / "plain.onnx", adapter, tmp_path / "out.onnx", **words)
-    with torch.no_grad():
-        model.narrow.weight += (B @ A.flatten(1)).reshape(3, 16, 1, 1)
-        wanted = model(X)
-    torch.testing.assert_close(torch.tensor(graphs.run(tmp_path / "out.onnx", X)), wanted, atol=1e-5, rtol=1e-5)
+        ak.onnx.inject(session, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "bare.safetensors")
+    graph = onnx.load(session)
+    for held in graph.graph.initializer:
+        if held.dims == [3, 16, 1, 1]:
+            W = onnx.numpy_helper.to_array(held)
+            held.CopyFrom(onnx.numpy_helper.from_array((W * 20).round() / 20, held.name))
+    onnx.save(graph, tmp_path / "rounded.onnx")
+    save_file(state | {"other": state["gamma"] * 1.02}, tmp_path / "two.safetensors")
+    with pytest.raises(TargetNotFound, match=r"narrow: .*times gamma as times other"):
+        ak.onnx.inject(
+            tmp_path / "rounded.onnx", adapter, tmp_path / "out.onnx", base_weights=tmp_path / "two.safetensors"
+        )
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_vectors_near_one_do_not_make_quantized_layers_ambiguous(tmp_path):
+    """As the weights of a LayerNorm, beside a layer in few bits that no scale was folded into."""
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    export(model, tmp_path / "plain.onnx", "dynamo")
+    graph = onnx.load(tmp_path / "plain.onnx")
+    for held in graph.graph.initializer:
+        if held.dims == [3, 16, 1, 1]:
+            W = onnx.numpy_helper.to_array(held)
+            held.CopyFrom(onnx.numpy_helper.from_array((W * 20).round() / 20, held.name))
+    onnx.save(graph, tmp_path / "rounded.onnx")
+    near = {f"norm{i}.weight": 1 + 0.05 * torch.randn(3) for i in range(20)}
+    save_file({**model.state_dict(), **near}, tmp_path / "base.safetensors")
+    report = ak.onnx.inject(
+        tmp_path / "rounded.onnx", narrowed(model, "lora"), tmp_path / "out.onnx",
+        base_weights=tmp_path / "base.safetensors",
+    )  # fmt: skip
+    assert "folded_norm" not in report.record()["targets"][0]
+
+
+@pytest.mark.parametrize("form", ["QOperator", "QDQ"])
+def test_a_merge_behind_a_norm_of_a_quantized_graph_passes_its_check(form, exported, tmp_path):
+    """DoRA scales the base's weight, not the rounded one; onnxruntime's quantizer rounds the product with the norm."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Once(CalibrationDataReader):
+        def __init__(self):
+            self.left = [{"x": 4 * X.numpy()}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    source = exported / "Residual-legacy.onnx"
+    quantize_static(
+        source, tmp_path / "q.onnx", Once(), quant_format=getattr(QuantFormat, form), weight_type=QuantType.QInt8
+    )
+    adapter, _ = adapter_of(of(Residual), "dora")
+    report = ak.onnx.merge(
+        tmp_path / "q.onnx", adapter, tmp_path / "out.onnx", base_weights=exported / "Residual.safetensors",
+        quantized="dequantize",
+    )  # fmt: skip
+    assert report.difference < 1e-4

@@ -209,16 +209,31 @@ def test_the_report_names_the_node_whose_rounding_prevents_a_comparison(unknown,
     assert report.note.endswith(f"the graph runs; its outputs were not compared, {WHY}")
 
 
-def test_a_large_difference_is_no_error_where_the_rounding_stays(unknown, made, tmp_path):
-    """Merge another adapter than the check is told. Without the Clip, the check sees that."""
-    for path in (unknown, made / "qoperator.onnx"):
-        ak.onnx.merge(path, loras(), tmp_path / f"merged-{path.name}", quantized="dequantize", check=False)
+def test_a_wrong_change_is_an_error_where_the_rounding_stays(unknown, made, tmp_path):
+    """Merge another adapter than the check is told; the right one passes."""
     words = {"quantized": "dequantize", "given": {"x": X}}
-    outcome = checked_merge(unknown, [loras(-1)], [1.0], None, tmp_path / "merged-unknown.onnx", **words)
+    for path in (unknown, made / "qoperator.onnx"):
+        out = tmp_path / f"merged-{path.name}"
+        ak.onnx.merge(path, loras(), out, quantized="dequantize", check=False)
+        assert checked_merge(path, [loras()], [1.0], None, out, **words).difference < 0.1
+        for wrong in (loras(-1), loras(0.1)):
+            with pytest.raises(CheckFailed, match="from those of a graph that was changed by another method"):
+                checked_merge(path, [wrong], [1.0], None, out, **words)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e3])
+def test_a_difference_that_rounding_may_explain_is_not_judged(limit, unknown, tmp_path, monkeypatch):
+    """If rounding explains as much as the adapter changes, the difference shows nothing, and the report says so."""
+    monkeypatch.setattr("adapterkit.onnx.checking.ROUNDINGS", limit)
+    ak.onnx.merge(unknown, loras(), tmp_path / "out.onnx", quantized="dequantize", check=False)
+    words = {"quantized": "dequantize", "given": {"x": X}}
+    if not limit:
+        with pytest.raises(CheckFailed, match="from those of a graph that was changed by another method"):
+            checked_merge(unknown, [loras(-1)], [1.0], None, tmp_path / "out.onnx", **words)
+        return
+    outcome = checked_merge(unknown, [loras(-1)], [1.0], None, tmp_path / "out.onnx", **words)
     assert outcome.difference > 0.03
     assert outcome.note == f"the difference was not judged, {WHY}"
-    with pytest.raises(CheckFailed, match="from those of a graph that was changed by another method"):
-        checked_merge(made / "qoperator.onnx", [loras(-1)], [1.0], None, tmp_path / "merged-qoperator.onnx", **words)
 
 
 def test_rows_of_an_integer_embedding_stay_what_they_are():
