@@ -193,12 +193,12 @@ class Diffusers(ImageFormat):
             *((target, "one component cannot have both lokr and lora") for each in mixed for target in each),
         ]
 
-    def rescaled(self, update_in: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
+    def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
-        update = cast(Any, update_in.update)
+        update = cast(Any, decoded_update.update)
         if settings is None or isinstance(update, Replacement):
-            return update_in
+            return decoded_update
         if isinstance(update, LoKr):
             raise Unsupported(
                 "LoKr cannot have a config in the header", where=stem, cure=f"Remove {CONFIG} from the header"
@@ -218,7 +218,10 @@ class Diffusers(ImageFormat):
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
         return ImageUpdate(
-            update.replace(scaling=settings.scaling(name)), update_in.fields, update_in.kept, update_in.derived
+            update.replace(scaling=settings.scaling(name)),
+            decoded_update.fields,
+            decoded_update.kept,
+            decoded_update.derived,
         )
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
