@@ -28,7 +28,10 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""The largest size in bytes of a record (the JSON in the metadata key) that is stored in a separate file."""
+"""The largest size, in bytes, of a record in a file of its own (`NAME.onnx_adapter.json`).
+
+In adapterkit's own files, the record is the JSON in the metadata key.
+"""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]

@@ -402,7 +402,7 @@ class _Run:
         return effect
 
     def _scale(self, run: Run) -> float | None:
-        """Return the factor with which a graph contains the adapters' change; None if no tried factor matches.
+        """Return the factor by which a graph scales the adapters' change; None if no tried factor matches.
 
         The factor cannot be computed: a graph has no modules to compare, and only for small changes are the logits
         proportional to the factor. So each factor in `MULTIPLES` is tried.

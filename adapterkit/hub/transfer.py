@@ -197,7 +197,7 @@ network, and the size of these buffers is not limited.
 """
 
 ANEW = 3
-"""How often a file is downloaded at most, if its digest is wrong each time."""
+"""The maximum number of times that a file is downloaded if its digest is wrong each time."""
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:

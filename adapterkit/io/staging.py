@@ -126,7 +126,8 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
     return [[file.name, fingerprint(file)] for file in files]
 
 
-# Build an output in a hidden folder next to its target (the stage), and rename it to the target when it is complete.
+# Build an output in a hidden folder (the stage) next to its target. When the output is complete, rename it to the
+# target.
 #
 # Every command and function that writes an output uses `Staging`, which gives four guarantees:
 #

@@ -323,7 +323,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return the planned updates of an untied head, plus the scale that the model applies only if the head is tied."""
+    """Return planned updates that also scale an untied head: the model scales the head itself only if it is tied."""
     if scale == 1:
         return head
     import numpy as np

@@ -95,8 +95,8 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     Raises:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
-        Unsupported: the graph does not show how positions are counted; or it has a past, and positions after the past
-            would count the new tokens in the past.
+        Unsupported: the graph does not show how positions are counted; or it has inputs for past keys and values,
+            and the positions of later tokens would count the new tokens that the past contains.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)

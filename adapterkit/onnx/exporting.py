@@ -449,7 +449,11 @@ def _checked(
 
 
 def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
-    """Return the runs of the check: with slots, one without an adapter and one per adapter; otherwise one with all."""
+    """Return the runs that the check compares.
+
+    In mode `slots`, these are one run without adapters, and one for each adapter; in other modes, one run with all
+    adapters.
+    """
     if mode != "slots":
         return {None: (lambda: injected(model, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(model, {}), None)}

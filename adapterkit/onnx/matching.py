@@ -98,7 +98,7 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
 
 
 def _named(base: Checkpoint, asked: Target) -> list[str]:
-    """Return the names in the base of a target's weight."""
+    """Return the names that a target's weight may have in the base."""
     full_name = f"{asked.path}.weight"
     if full_name in base.tensors:
         return [full_name]

@@ -74,7 +74,8 @@ def export_factory(
         weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
             buffers.
         overwrite: replace a folder that an export wrote.
-        options: more arguments of `export`; for an argument that is None, the function's value is used.
+        options: more arguments of `export`. Those that are not None replace the arguments that the user's function
+            returns.
 
     Raises:
         UsageError: there is no such function, or the function returns something else.

@@ -64,7 +64,8 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
 def windows_beside(graph: Path) -> dict[str, int]:
     """Return the names of caches that keep a window of tokens, each with the window's length.
 
-    In onnxruntime-genai's graphs, such a cache always has this length. Its config lists these layers.
+    In onnxruntime-genai's graphs, such a cache always has this length. `genai_config.json` lists the
+    layers with such caches.
     """
     model = _config(graph.parent / "genai_config.json").get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None

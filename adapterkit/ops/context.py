@@ -69,7 +69,7 @@ class Census:
         wanted: Sequence[Callable[[int, int], int]],
         key: Callable[[Array], Array] | None = None,
     ) -> None:
-        """Add the values of one weight's changes to series that run over all weights.
+        """Feed one weight's changes into selections that collect values from all weights, one selection per series.
 
         Args:
             series: the names of the series, such as the index of an adapter.

@@ -420,7 +420,7 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
             continue
-        # Ignore a switch that the method does not use, like mergekit.
+        # As mergekit does, ignore a switch that the method does not use.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:

@@ -234,7 +234,8 @@ SAME = 1e-6
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
     """Return the properties in `GUISES` on which a combiner's result depends.
 
-    The weight changes that are combined stay the same, except that `size` scales them. Its result is scaled back.
+    Each property is varied without a change of the weight changes that are combined. Only `size` scales them, and then
+    scales the combiner's result back.
 
     Args:
         name: the name of the combiner.

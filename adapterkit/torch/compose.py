@@ -308,7 +308,10 @@ class ComposedBlock(OutputUpdate):
             child.check_against(shape)
 
     def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
-        """Return the layer's output with a child applied; without residual and norm if the block acts before them."""
+        """Return the layer's output with a child applied.
+
+        If this block acts before the residual and the norm, the output does not include them.
+        """
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
         y: Tensor = cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)

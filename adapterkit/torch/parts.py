@@ -29,7 +29,11 @@ from .leaves import LiveUpdates
 from .scopes import Switch
 
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
-"""A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
+"""A module's forward.
+
+Its arguments are the positional arguments, the named arguments, and the name of the module's norm that this call skips,
+or None.
+"""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
 """A function that returns the module's parameters, keyed by name, with the attached updates of weights applied."""

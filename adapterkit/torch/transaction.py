@@ -61,7 +61,8 @@ def all_or_nothing(
 def _ours(module: nn.Module) -> Iterator[object]:
     """Yield the objects other than the module itself that an adapter changes.
 
-    These are the module's hook, other tools' references to its forward, and the model's watch.
+    These are the module's hook, the objects in which other tools keep its forward, and adapterkit's own forward
+    pre-hooks on it.
     """
     if HOOK in module.__dict__:
         yield module.__dict__[HOOK]

@@ -211,7 +211,7 @@ class Watch:
         """Move trained tensors out of modules that accelerate now offloads; see leaves.py.
 
         Raises:
-            Unsupported: an optimizer holds the empty parameters that accelerate leaves there.
+            Unsupported: an optimizer holds the empty parameters that the accelerate library put into these modules.
         """
         reclaim(self.model, self.leaves)
         take_off_disk(self.homes(), self.leaves)

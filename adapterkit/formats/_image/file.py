@@ -65,7 +65,8 @@ class Arguments:
     """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: whether modules changed the layer's output, including the bias. DoRA's magnitudes then had no effect.
+        bypass: whether training used LyCORIS's bypass mode, in which modules change the layer's output (with its bias)
+            instead of its weight. In this mode, DoRA's magnitudes have no effect.
         rs: whether scalings are `alpha / sqrt(r)`.
         unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 #
 # PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base
 # layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads
-# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. This
-# function also pads with zeros. OFT rotates the patches of the input.
+# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. Like
+# `lora_A`, `conv2d` pads with zeros, whatever the padding mode is. OFT rotates the patches of the input.
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
@@ -422,7 +422,7 @@ def _index(settings: PeftSettings, path: str) -> list[int] | None:
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
     if not fitting and len(named) == 1:
-        # A head that is tied to the embedding has no entry, so use the only entry.
+        # A head that is tied to the embedding has no entry of its own. A single entry is the embedding's, so use it.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 

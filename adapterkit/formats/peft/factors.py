@@ -431,7 +431,7 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
 
     Args:
         file: the adapter's file.
-        factors: the pair of one parameter.
+        factors: lora_A and lora_B of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
         related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not decide.

@@ -496,8 +496,8 @@ def _modules() -> frozenset[str]:
 def _parts_with() -> frozenset[str]:
     """List the model types of parts of models.
 
-    These are, first, all types in the table's `parts`; second, all types that are named differently from their module,
-    if the module's name is itself a model type.
+    These are, first, all types in the table's `parts`; second, each type whose name differs from that of its
+    Python module in transformers, if the module's name is itself a model type.
     """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
