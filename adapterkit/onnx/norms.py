@@ -168,7 +168,9 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
         why = (
             f"the layer is about as near to the base's weight ({far:.3f}) as to that weight times the norm {best.name}"
         )
-        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph with less rounded weights")
+        raise TargetNotFound(
+            why, where=str(place.asked), cure="Use a graph whose weights are quantized less, or not at all"
+        )
     return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b, is_rounded=rounded))
 
 
@@ -193,7 +195,9 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
     other = next((one for one in guesses if one.is_vector and abs(one.scale - best.scale).max() > ALIKE * size), None)
     if other is not None and other.distance < APART * best.distance:
         why = f"the layer is about as near to the base's weight times {best.name} as times {other.name}"
-        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph with less rounded weights")
+        raise TargetNotFound(
+            why, where=str(place.asked), cure="Use a graph whose weights are quantized less, or not at all"
+        )
     return best
 
 
