@@ -508,7 +508,7 @@ def _run_both(
         untried = None
         if judged and not exact:
             most = _most(wanted, feeds, results, difference, bare)
-            noise = _noise(wanted, feeds, results, bare) if difference > most == MOST_NOISE else 0.0
+            noise = _noise(wanted, feeds, results, bare) if not bare and difference > most == MOST_NOISE else 0.0
             if most < difference <= NOISE * noise:
                 # Sums that cancel almost completely: no correct graph gives these outputs again. Try other inputs.
                 why = f"on the inputs of the check, rounding alone changes the original graph's outputs by {noise:.2g}"
