@@ -52,6 +52,8 @@ BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
 WIDE = 64
 """Largest number of values that are searched for the name of a bias."""
 
+_AGAIN = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
+
 
 def changes_bias(place: ResolvedTarget) -> bool:
     """Whether an update of a target changes the layer's bias."""
@@ -183,8 +185,7 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
             through = ", ".join(node.op_type for node in added.passed)
             why = f"an update cannot change the bias of this layer, which the operator {kind} adds"
             why += f" after {through}" if through else ""
-            cure = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
-            raise Unsupported(why, where=where, cure=cure)
+            raise Unsupported(why, where=where, cure=_AGAIN)
         building.apart.discard(layer.node)
         return
     _refuse_lost(place, where)
@@ -315,6 +316,8 @@ def _is_bias(
         f"a vector is added to its output ({_names(bias)[0]}), which is (1) its bias, which the update changes, or (2) "
         "a parameter of the module around it, which stays as it is"
     )
+    if place.bias is not None and vector is None:
+        raise Unsupported(why, where=where, cure=_AGAIN)
     weight = place.asked.path if _paddle_biases(place.asked.path) else f"{place.asked.path}.weight"
     cure = f"Pass weights of the base that contain {weight}, which show whether the vector is its bias"
     raise Unsupported(why, where=where, cure=f"{cure}: --base-weights DIR (base_weights=)")
@@ -492,6 +495,9 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
         return [int(size) for size in last]  # type: ignore[arg-type]
     given = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
     parts: list[int] = []
+    cast = None if given is None or is_constant(given) else given.producer()
+    if cast is not None and cast.op_type == "Cast":
+        given = cast.inputs[0]  # tf2onnx computes sizes as int32.
     while given is not None and len(parts) < count:
         source = given.producer()
         if is_constant(given):

@@ -61,6 +61,13 @@ RIGHT = {
          ("Reshape", ["0", "out"], "1", "s", {}), added("Add", ["1", "q.bias"], "/q/BiasAdd")],
         {"q.bias": b, "in": np.array([-1, IN]), "out": np.array([2, 3, OUT])}, linear, None,
     ),
+    "sizes of tf2onnx": (
+        [PRODUCT, ("Shape", ["x"], "2", "z", {}), ("Cast", ["2"], "3", "t", {"to": TensorProto.INT32}),
+         ("Slice", ["3", "from", "to"], "4", "u", {}), ("Concat", ["4", "out"], "5", "v", {"axis": 0}),
+         ("Cast", ["5"], "6", "w", {"to": TensorProto.INT64}), ("Reshape", ["0", "6"], "1", "s", {}),
+         added("Add", ["1", "u"], "n")],
+        {"u": b, "from": np.array([0]), "to": np.array([2]), "out": np.array([OUT], "i4")}, linear, BASE,
+    ),
     "heads": (
         [PRODUCT, ("Reshape", ["0", "out"], "1", "s", {}), added("Add", ["1", "q.bias"])],
         {"q.bias": b.reshape(2, 4), "out": np.array([2, 3, 2, 4])},
