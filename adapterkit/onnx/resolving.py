@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target, order_counts
@@ -43,7 +44,7 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
-from .resolved import METHODS, Known, ResolvedTarget, Spot
+from .resolved import METHODS, NEAR, Known, ResolvedTarget, Spot, distance
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
 
@@ -120,6 +121,12 @@ def resolve(
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
+        modules_of_several = with_several_weights(spots).items()
+        for weights in (names for name, names in modules_of_several if same_end(name, f"{error.where}.weight")):
+            why = "this module has several weights, and the target names none of them"
+            cure = f"Name one as the target: {', '.join(weights)}" if weights else ""
+            cure = cure or "Use the graph before it is optimized: there, each weight has a name"
+            raise TargetNotFound(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
@@ -415,15 +422,53 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     return (f"{prefix}{path}.weight",) if path else ()
 
 
+OF_MODULES = ("scopes", "path")
+"""The methods that only show a layer's module, and call the layer's weight `weight`."""
+
+
+def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
+    """Find modules whose own nodes have different weights, such as an LSTMCell that a loop calls.
+
+    Returns:
+        the name `module.weight`, which is wrong for these weights -> the names of the stored tensors.
+    """
+    by_module: dict[str, list[Spot]] = {}
+    for spot in spots:
+        for name in {name for method in OF_MODULES for name in spot.names.get(method, ())}:
+            by_module.setdefault(name, []).append(spot)
+    several = {}
+    for name, same in by_module.items():
+        # Optimizers copy the weight of a module that is called several times, so values decide if tensors differ.
+        different = [*{spot.sources: spot for spot in same if not issubclass(spot.kind, Recurrent | Experts)}.values()]
+        if len(different) > 1 and not all(_same_weight(different[0], spot) for spot in different[1:]):
+            stored = (_stored_names(spot) for spot in different)
+            several[name] = [*dict.fromkeys(one for names in stored for one in names)]
+    return several
+
+
+def _same_weight(one: Spot, other: Spot) -> bool:
+    turned = one.kind.turns(one.node)
+    weight = one.kind.stored_array(one.node)
+    far = distance((weight.swapaxes(0, 1) if turned else weight).astype(np.float32), other)
+    return far is not None and far <= NEAR
+
+
+def _stored_names(spot: Spot) -> tuple[str, ...]:
+    names = [name for method in ("folded_from", "initializer") for name in spot.names.get(method, ())]
+    return tuple(name.removesuffix(".weight") for name in names if not NUMBERED.match(name))
+
+
 def by_name(spots: Sequence[Spot]) -> Known:
     """Map each weight's name to the first method that found the name, and to the layers with that weight."""
     known: Known = {}
+    several = with_several_weights(spots)
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
         for spot in spots:
             for name in spot.names.get(method, ()):
-                some.setdefault(name, []).append(spot)
+                if method not in OF_MODULES or name not in several:
+                    some.setdefault(name, []).append(spot)
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
