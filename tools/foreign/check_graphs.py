@@ -112,7 +112,7 @@ def _inputs(path: Path, sizes: Mapping[str, int], more: Mapping[str, Any]) -> di
         elif "bool" in entry.type or "mask" in entry.name:
             feeds[entry.name] = np.ones(shape, "bool" if "bool" in entry.type else "f4")
         else:
-            feeds[entry.name] = (0.5 * rng.normal(size=shape)).astype("f4")
+            feeds[entry.name] = (0.5 * rng.normal(size=shape)).astype("f8" if "double" in entry.type else "f4")
     return feeds
 
 
