@@ -44,7 +44,7 @@ PADDLE = (("w_0", "b_0"), ("_weights", "_offset"))
 """Ends of the names that PaddlePaddle gives the weight and the bias of a layer."""
 
 _COPY = re.compile(r"_deepcopy_\d+$")
-"""What paddle2onnx appends to the name of every parameter; the number differs between a layer's weight and its bias."""
+"""The end that paddle2onnx appends to each parameter name; the numbers of a weight and its bias differ."""
 
 BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
 """Operators whose output has at least as many axes as each input."""
