@@ -521,7 +521,7 @@ def test_the_command_writes_the_page_and_the_record(folder: Path, tmp_path: Path
     refused = run("report", folder / "one", "-o", out)
     assert refused.exit_code == 6
     assert "--overwrite" in refused.stderr
-    assert run("report", folder / "one").stdout.splitlines()[-1].startswith("-o report.html writes")
+    assert run("report", folder / "one").stdout.splitlines()[-1].startswith("Add -o report.html")
     assert run("report", folder / "one", "--merged", folder / "base").exit_code == 2
 
 
