@@ -130,7 +130,7 @@ def test_flux_in_diffusers_names_is_what_diffusers_itself_converts_it_to(folder,
 
 
 def test_t_lora_is_refused_with_the_reason():
-    with pytest.raises(Unsupported, match="initial factors, which the file does not have"):
+    with pytest.raises(Unsupported, match="initial factors, and the file does not have these factors"):
         ak.read(ROOT / "lycoris" / "tlora" / "adapter.safetensors")
 
 
