@@ -208,7 +208,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
                 alone = "this version writes an invertible adapter only beside bottleneck adapters, and there are none"
                 why = _why_no_coupling(target, update, model_type) if first else alone
             elif model_type not in MODELS or not _layers(base):
-                why = "the adapters library also adapts all other layers; only the base shows their number and the model type"
+                why = "all other layers would be adapted, too; only the base shows their number and the model type"
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
