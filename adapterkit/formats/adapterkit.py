@@ -226,7 +226,7 @@ def _parse(text: str) -> Record:
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
         raise Unsupported(
-            f"the file requires the features {', '.join(record.requires)}, which this release does not have",
+            f"the file requires {', '.join(record.requires)}, which this release does not have",
             where="requires",
             cure=_UPGRADE,
         )

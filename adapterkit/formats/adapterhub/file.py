@@ -304,7 +304,7 @@ def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -
     if a.span is not None and a.span == b.span:
         return
     if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
-        why = f"the values differ from those of {other.text}, but the adapters library saves one tensor under both keys"
+        why = f"the values differ from {other.text}; the adapters library saves the same tensor under both keys"
         raise Malformed(why, where=one.text, cure=AGAIN)
 
 
@@ -492,7 +492,8 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     if update.scaling != 1:
         return "the scaling of this dora is not 1, but the adapters library computes the norm with a scaling of 1"
     if base is None:
-        return "the adapters library's dora also scales a bias: pass the base with --base (base=), to check for one"
+        why = "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
+        return f"{why}: pass the base with --base (base=)"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
 
 

@@ -265,7 +265,7 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
     for target, slots in weights.items():
         if slots.keys() != wanted:
             why = (
-                f"the layer has the tensors {', '.join(sorted(slots))}, but the config needs "
+                f"the layer has the tensors {', '.join(sorted(slots))}, but the config states "
                 f"{', '.join(sorted(wanted)) or 'none'}"
             )
             raise Malformed(why, where=target, cure=_AGAIN)
