@@ -260,7 +260,7 @@ class Family(ABC):
     def why_not(cls, target: Target, update: Any) -> str:
         """Return the reason why a file cannot store an update of this target; empty if it can."""
         return (
-            "" if target.layout == "out *in" else f"a file cannot contain {update.method} for weights stored as [in, out]"
+            "" if target.layout == "out *in" else f"a file cannot store {update.method} for weights stored as [in, out]"
         )
 
     @classmethod
