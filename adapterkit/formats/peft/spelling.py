@@ -318,7 +318,7 @@ Fields that older releases of PEFT do not know are left out, so PEFT uses its de
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""All names of the config field for the dropout in training. Each `peft_type` has at most one of them."""
+"""The config fields that get the dropout of an adapter from `create`. Each `peft_type` has at most one of them."""
 
 COMMON = {
     "auto_mapping": None,
