@@ -62,7 +62,7 @@ class TorchLayer:
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """Whether a module is of this kind and runs its class's own forward."""
-        raise AssertionError("each kind of layer defines it")
+        raise AssertionError("each kind of layer defines `takes`")
 
     @property
     def weight(self) -> Tensor:
@@ -96,7 +96,7 @@ class TorchLayer:
 
     @property
     def padding(self) -> str:
-        """The settings that make `op` differ from `zero_padded`, as text.
+        """The settings of padding and dilation that make `op` differ from `zero_padded`, as text.
 
         The text is empty if there are none, and for dilated layers that PEFT cannot train.
         """
@@ -306,8 +306,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Compare devices and dtypes. Do not call `there` to see whether it returns the same tensor: torch.jit.trace compares
-    # two runs, and would record the call's conversion only in the first run.
+    # Compare devices and dtypes, but do not call `there` to see whether it returns the same tensor: torch.jit.trace
+    # compares two runs, and would record the conversion in `there` only in the first run.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
@@ -362,9 +362,9 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 #   weight (and may scale it), as in trainers with an fp8 base. diffusers' layerwise casting does not count: it casts
 #   the weight itself before the forward, and adapters run after this cast; see bypass.py.
 #
-# If an update needs the weight, the weight's or the module's `dequantize` computes it. GPTQ's and AWQ's modules have no
-# common method for this. So an identity matrix is sent through the layer; the output, minus the bias, is the
-# dequantized weight, transposed.
+# If an update needs the weight, a `dequantize` of the library, the weight or the module computes it. GPTQ's and AWQ's
+# modules have no common method for this. So an identity matrix is sent through the layer; the output, minus the bias,
+# is the dequantized weight, transposed.
 
 
 def is_packed(module: nn.Module) -> bool:
