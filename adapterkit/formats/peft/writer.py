@@ -539,12 +539,13 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
         return updates, numbers, []
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha yields its exact scaling" for target in needy]
-    if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
-        raise Unrepresentable(
-            "PEFT states a scaling as alpha / r",
-            items=items,
-            cure="Allow folding the scaling into B with --on-loss fold (on_loss='fold')",
-        )
+    if any(isinstance(update, OLoRA) for target in needy for update in updates[target]):
+        # The scaling also applies to the part that OLoRA takes from W, so it cannot be folded into B.
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
+    if on_loss not in ("fold", "promote"):
+        cure = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
+        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in group) if t in needy else group
         for t, group in updates.items()
