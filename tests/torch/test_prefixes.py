@@ -196,7 +196,7 @@ FAULTS = {
     ),
     "no attention": (f"{SELF}.q_proj", ONE_GATE, Unsupported, "gated_prefix cannot be applied to a Linear"),
     "the model": ("", ONE_GATE, Unsupported, "cannot be applied to a LlamaForCausalLM"),
-    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens cannot follow a LlamaAttention"),
+    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "the output of a LlamaAttention"),
 }  # fmt: skip
 
 
@@ -250,5 +250,5 @@ def test_a_prompt_behind_embeddings(build):
 
 
 def test_a_prompt_where_a_model_cannot_take_one_is_refused():
-    with pytest.raises(Unsupported, match="tokens cannot follow a Dropout"):
+    with pytest.raises(Unsupported, match="in front of the output of a Dropout"):
         ak.torch.inject(fresh(gpt2), Adapter({Target("transformer.drop"): (METHODS["prompt"](P=torch.ones(2, 8)),)}))
